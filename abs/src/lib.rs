@@ -1,0 +1,2 @@
+//! Gradient statistics in, next batch size out.
+#![forbid(unsafe_code)]

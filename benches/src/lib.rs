@@ -1,0 +1,2 @@
+//! How fast.
+#![forbid(unsafe_code)]

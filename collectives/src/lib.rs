@@ -1,0 +1,1 @@
+//! Peers: ranks, launch, rendezvous, moving and reducing buffers.

@@ -1,0 +1,1 @@
+//! Elements: devices, buffers, dtypes and the arithmetic on them.

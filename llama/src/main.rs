@@ -1,0 +1,4 @@
+//! The command `pillion`.
+#![forbid(unsafe_code)]
+
+fn main() {}

@@ -1,0 +1,2 @@
+//! Parameters: layout, plan, engine, optimizer, checkpoint.
+#![forbid(unsafe_code)]

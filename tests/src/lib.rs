@@ -1,0 +1,2 @@
+//! Everything, from outside: parity, many processes, faults.
+#![forbid(unsafe_code)]
