@@ -225,6 +225,37 @@ mod tests {
     }
 
     #[test]
+    fn all_that_decides_the_tokens_is_in_the_key() {
+        let file = |path: &str, bytes, modified| sources::SourceFile {
+            path: path.into(),
+            bytes,
+            modified,
+        };
+        let key_of = |file, division| {
+            key(&Sources {
+                files: vec![file],
+                division,
+                skipped: Skipped::default(),
+            })
+        };
+        let mut keys = vec![
+            key_of(file("a", 1, (2, 3)), Division::Tail),
+            key_of(file("b", 1, (2, 3)), Division::Tail),
+            key_of(file("a", 9, (2, 3)), Division::Tail),
+            key_of(file("a", 1, (9, 3)), Division::Tail),
+            key_of(file("a", 1, (2, 9)), Division::Tail),
+            key_of(file("a", 1, (2, 3)), Division::Given(vec![Split::Train])),
+            key_of(
+                file("a", 1, (2, 3)),
+                Division::Given(vec![Split::Validation]),
+            ),
+        ];
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!(keys.len(), 7);
+    }
+
+    #[test]
     fn the_fingerprint_is_that_of_the_text_wherever_it_lies() {
         let cache = tempfile::tempdir().unwrap();
         let [one, two] = [text_folder(), text_folder()]
