@@ -1,2 +1,4 @@
 //! A minimal Llama-2 on the Pillion runtime, and the command line.
 #![forbid(unsafe_code)]
+
+pub mod data;

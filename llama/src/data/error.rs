@@ -1,0 +1,113 @@
+//! What can go wrong between a path and a batch, each with the way out.
+
+use std::path::PathBuf;
+
+/// A `Result` with the errors of this module.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why text could not be found, tokenized or read back.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The path given with `--data` does not exist.
+    #[error("--data {}: no such file or folder; check the path", path.display())]
+    Missing {
+        /// The path that was given.
+        path: PathBuf,
+    },
+    /// The path exists but is a pipe, a device or a socket.
+    #[error(
+        "--data {}: neither a file nor a folder; save the text to a file and give that",
+        path.display()
+    )]
+    NotAFile {
+        /// The path that was given.
+        path: PathBuf,
+    },
+    /// The one file given with `--data` is not UTF-8.
+    #[error(
+        "--data {}: not UTF-8 text (byte {offset} fits no character); convert it, for example \
+         with iconv, or give another file",
+        path.display()
+    )]
+    NotText {
+        /// The file.
+        path: PathBuf,
+        /// Offset in bytes of the first byte that is part of no character.
+        offset: u64,
+    },
+    /// Nothing to train on is left after looking through the path.
+    #[error(
+        "--data {}: no text in it ({found}); give a file or folder with UTF-8 text",
+        path.display()
+    )]
+    NoText {
+        /// The path that was given.
+        path: PathBuf,
+        /// What was found in place of text.
+        found: String,
+    },
+    /// The default data needs sources that are not on this machine.
+    #[error(
+        "no crate sources in {looked_in}, where the default data comes from; \
+         set CARGO_HOME, run `cargo fetch`, or give your own text with --data PATH"
+    )]
+    NoCrates {
+        /// Where the sources were expected.
+        looked_in: String,
+    },
+    /// A file changed between being listed and being read.
+    #[error(
+        "{} changed while it was being tokenized (expected {expected} bytes); run again",
+        path.display()
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// Its size in bytes when it was listed.
+        expected: u64,
+    },
+    /// The operating system refused to read.
+    #[error("cannot read {}: {source}; check that the path is there and its permissions", path.display())]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The operating system refused to write.
+    #[error("cannot write {}: {source}; check its permissions and the free space", path.display())]
+    Write {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The token file is damaged, cut short or not ours.
+    #[error("token file {}: {problem}; delete it, and the next run makes it again", path.display())]
+    Tokens {
+        /// The token file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        problem: String,
+    },
+    /// A split does not fill one sequence.
+    #[error(
+        "the {split} split of {} has {tokens} tokens, but a sequence of {seq} needs {}; \
+         give more text with --data PATH or a shorter sequence",
+        path.display(), seq + 1
+    )]
+    TooShort {
+        /// The token file.
+        path: PathBuf,
+        /// `train` or `validation`.
+        split: super::Split,
+        /// Tokens in the split.
+        tokens: u64,
+        /// Sequence length in tokens; a sample is one token longer, for the last target.
+        seq: u64,
+    },
+    /// A sequence length of zero.
+    #[error("a sequence of 0 tokens trains nothing; give a sequence length of 1 or more")]
+    EmptySequence,
+}

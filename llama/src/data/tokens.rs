@@ -1,0 +1,512 @@
+//! The token file: text tokenized once, read in place ever after.
+//!
+//! ```text
+//! bytes  0..8    magic, "PILLTOKS"
+//!        8..12   version          u32
+//!       12..16   vocabulary       u32
+//!       16..24   train tokens     u64
+//!       24..32   validation tokens u64
+//!       32..56   files, bytes of text, files that were not text   3 × u64
+//!       56..64   xxh3 of the tokens, then of the two token counts
+//!       64..72   xxh3 of bytes 0..64
+//!       72..     tokens, u16: train, then validation
+//! ```
+//!
+//! All numbers are little-endian. A file is written under a temporary name, flushed to the disk and
+//! renamed: other processes see all of it or none, and of two that race either may win, since both
+//! write the same bytes. A memory map would be faster by a little, but unsafe, and a file cut short
+//! under it kills the process; reads at an offset return an error instead.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use super::error::{Error, Result};
+use super::tokenizer::VOCAB;
+
+/// Version of the token file's layout.
+pub(super) const VERSION: u32 = 1;
+
+/// The two parts of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// What the model learns from.
+    Train,
+    /// What its loss is measured on.
+    Validation,
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Train => "train",
+            Self::Validation => "validation",
+        })
+    }
+}
+
+/// What a token file was made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Files of text.
+    pub files: u64,
+    /// Bytes of text.
+    pub bytes: u64,
+    /// Files that were left out because they are not UTF-8.
+    pub not_text: u64,
+}
+
+/// An open token file whose content has been verified.
+#[derive(Debug)]
+pub struct TokenFile {
+    file: File,
+    path: PathBuf,
+    header: Header,
+}
+
+impl TokenFile {
+    /// Opens and verifies a token file: one pass over the whole of it.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if it cannot be read; [`Error::Tokens`], naming the file, if it is not a
+    /// token file of this version and vocabulary, is cut short, or its checksum does not match.
+    pub fn open(path: &Path) -> Result<Self> {
+        let read = |source| Error::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let wrong = |problem| Error::Tokens {
+            path: path.to_owned(),
+            problem,
+        };
+        let file = File::open(path).map_err(read)?;
+        let found = file.metadata().map_err(read)?.len();
+        if found < Header::BYTES as u64 {
+            return Err(wrong(format!(
+                "expected a header of {} bytes, found {found}",
+                Header::BYTES
+            )));
+        }
+        let mut bytes = [0; Header::BYTES];
+        file.read_exact_at(&mut bytes, 0).map_err(read)?;
+        let header = Header::parse(&bytes).map_err(wrong)?;
+        let expected = u128::from(header.train) + u128::from(header.validation);
+        let expected = expected * 2 + Header::BYTES as u128;
+        if u128::from(found) != expected {
+            return Err(wrong(format!("expected {expected} bytes, found {found}")));
+        }
+
+        let tokens = Self {
+            file,
+            path: path.to_owned(),
+            header,
+        };
+        let mut hash = Xxh3::new();
+        let mut foreign = None;
+        for split in [Split::Train, Split::Validation] {
+            tokens.for_each_chunk(split, |chunk| {
+                foreign = foreign.or(chunk.iter().copied().find(|&t| usize::from(t) >= VOCAB));
+                hash.update(little_endian(chunk));
+            })?;
+        }
+        if let Some(token) = foreign {
+            return Err(wrong(format!(
+                "damaged: token {token} is outside the vocabulary of {VOCAB}"
+            )));
+        }
+        tokens.header.hash_counts(&mut hash);
+        if hash.digest() != tokens.header.fingerprint {
+            return Err(wrong(format!(
+                "damaged: expected checksum {:016x}, found {:016x}",
+                tokens.header.fingerprint,
+                hash.digest()
+            )));
+        }
+        Ok(tokens)
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Checksum of the tokens and of where the splits divide: the identity of the data.
+    pub fn fingerprint(&self) -> u64 {
+        self.header.fingerprint
+    }
+
+    /// What the file was made from.
+    pub fn origin(&self) -> Origin {
+        self.header.origin
+    }
+
+    /// Tokens in a split.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self, split: Split) -> u64 {
+        match split {
+            Split::Train => self.header.train,
+            Split::Validation => self.header.validation,
+        }
+    }
+
+    /// Reads `into.len()` tokens of a split, from token `offset` on.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if the file cannot be read or was cut short since it was opened.
+    ///
+    /// # Panics
+    /// If the range does not lie within the split.
+    pub fn read(&self, split: Split, offset: u64, into: &mut [u16]) -> Result<()> {
+        let count = into.len() as u64;
+        assert!(
+            offset <= self.len(split) && count <= self.len(split) - offset,
+            "{count} tokens from {offset} lie outside the {split} split of {}",
+            self.len(split)
+        );
+        let first = match split {
+            Split::Train => offset,
+            Split::Validation => self.header.train + offset,
+        };
+        self.file
+            .read_exact_at(
+                bytemuck::cast_slice_mut(into),
+                Header::BYTES as u64 + 2 * first,
+            )
+            .map_err(|source| Error::Read {
+                path: self.path.clone(),
+                source,
+            })?;
+        for token in into {
+            *token = u16::from_le(*token);
+        }
+        Ok(())
+    }
+
+    /// Calls `visit` with all tokens of a split, in order, in pieces.
+    pub(super) fn for_each_chunk(
+        &self,
+        split: Split,
+        mut visit: impl FnMut(&mut [u16]),
+    ) -> Result<()> {
+        let mut buffer = vec![0; 1 << 16];
+        let mut offset = 0;
+        while offset < self.len(split) {
+            let count = (self.len(split) - offset).min(buffer.len() as u64);
+            let chunk = &mut buffer[..count as usize];
+            self.read(split, offset, chunk)?;
+            visit(chunk);
+            offset += count;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a token file; it appears at its destination when [`finish`](Self::finish) returns.
+/// Dropping it before leaves nothing behind.
+pub(super) struct TokenWriter {
+    destination: PathBuf,
+    temporary: PathBuf,
+    out: BufWriter<File>,
+    hash: Xxh3,
+    train: u64,
+    validation: u64,
+}
+
+impl TokenWriter {
+    pub(super) fn create(destination: &Path) -> Result<Self> {
+        // A random name, since process numbers repeat between the hosts that share a file system.
+        let mut name = OsString::from(destination);
+        let random = RandomState::new().build_hasher().finish();
+        name.push(format!(".{random:016x}.incomplete"));
+        let temporary = PathBuf::from(name);
+        let write = |source| Error::Write {
+            path: temporary.clone(),
+            source,
+        };
+        let file = File::create_new(&temporary).map_err(write)?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        out.write_all(&[0; Header::BYTES]).map_err(write)?;
+        Ok(Self {
+            destination: destination.to_owned(),
+            temporary,
+            out,
+            hash: Xxh3::new(),
+            train: 0,
+            validation: 0,
+        })
+    }
+
+    /// Appends tokens to a split. All of the train split comes before the validation split.
+    pub(super) fn push(&mut self, split: Split, tokens: &mut [u16]) -> Result<()> {
+        match split {
+            Split::Train => {
+                assert_eq!(self.validation, 0, "the train split is written first");
+                self.train += tokens.len() as u64;
+            }
+            Split::Validation => self.validation += tokens.len() as u64,
+        }
+        let bytes = little_endian(tokens);
+        self.hash.update(bytes);
+        let written = self.out.write_all(bytes);
+        self.writing(written)
+    }
+
+    pub(super) fn finish(mut self, origin: Origin) -> Result<()> {
+        let mut header = Header {
+            train: self.train,
+            validation: self.validation,
+            origin,
+            fingerprint: 0,
+        };
+        header.hash_counts(&mut self.hash);
+        header.fingerprint = self.hash.digest();
+
+        let flushed = self.out.flush();
+        self.writing(flushed)?;
+        let file = self.out.get_ref();
+        let written = file
+            .write_all_at(&header.bytes(), 0)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&self.temporary, &self.destination));
+        self.writing(written)?;
+        // The rename is durable once its folder is.
+        let folder = match self.destination.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        self.writing(synced)
+    }
+
+    fn writing<T>(&self, result: io::Result<T>) -> Result<T> {
+        result.map_err(|source| Error::Write {
+            path: self.temporary.clone(),
+            source,
+        })
+    }
+}
+
+impl Drop for TokenWriter {
+    fn drop(&mut self) {
+        // After the rename there is nothing under this name, and that is fine.
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
+
+/// The numbers at the head of a token file.
+#[derive(Debug)]
+struct Header {
+    train: u64,
+    validation: u64,
+    origin: Origin,
+    fingerprint: u64,
+}
+
+impl Header {
+    const BYTES: usize = 72;
+    const MAGIC: [u8; 8] = *b"PILLTOKS";
+
+    fn bytes(&self) -> [u8; Self::BYTES] {
+        let mut bytes = Vec::with_capacity(Self::BYTES);
+        bytes.extend(Self::MAGIC);
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend((VOCAB as u32).to_le_bytes());
+        for number in [
+            self.train,
+            self.validation,
+            self.origin.files,
+            self.origin.bytes,
+            self.origin.not_text,
+            self.fingerprint,
+        ] {
+            bytes.extend(number.to_le_bytes());
+        }
+        bytes.extend(xxh3_64(&bytes).to_le_bytes());
+        bytes.try_into().expect("the fields fill the header")
+    }
+
+    /// The header, or what is wrong with it.
+    fn parse(bytes: &[u8; Self::BYTES]) -> std::result::Result<Self, String> {
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        if bytes[..8] != Self::MAGIC {
+            return Err(format!(
+                "not a token file: expected it to begin with {:?}, found {:?}",
+                Self::MAGIC.escape_ascii().to_string(),
+                bytes[..8].escape_ascii().to_string()
+            ));
+        }
+        if u32_at(8) != VERSION {
+            return Err(format!("expected version {VERSION}, found {}", u32_at(8)));
+        }
+        if xxh3_64(&bytes[..64]) != u64_at(64) {
+            return Err(format!(
+                "damaged header: expected checksum {:016x}, found {:016x}",
+                u64_at(64),
+                xxh3_64(&bytes[..64])
+            ));
+        }
+        if u32_at(12) as usize != VOCAB {
+            return Err(format!(
+                "expected a vocabulary of {VOCAB}, found {}",
+                u32_at(12)
+            ));
+        }
+        Ok(Self {
+            train: u64_at(16),
+            validation: u64_at(24),
+            origin: Origin {
+                files: u64_at(32),
+                bytes: u64_at(40),
+                not_text: u64_at(48),
+            },
+            fingerprint: u64_at(56),
+        })
+    }
+
+    /// Adds the place where the splits divide; the counts are known only after the tokens.
+    fn hash_counts(&self, hash: &mut Xxh3) {
+        hash.update(&self.train.to_le_bytes());
+        hash.update(&self.validation.to_le_bytes());
+    }
+}
+
+/// The tokens as the bytes they have in the file, converted in place.
+fn little_endian(tokens: &mut [u16]) -> &[u8] {
+    for token in tokens.iter_mut() {
+        *token = token.to_le();
+    }
+    bytemuck::cast_slice(tokens)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A token file with these splits, for the tests of this module's siblings.
+    pub(in crate::data) fn token_file(
+        folder: &Path,
+        train: &[u16],
+        validation: &[u16],
+    ) -> TokenFile {
+        let path = folder.join("tokens.bin");
+        let mut writer = TokenWriter::create(&path).unwrap();
+        writer.push(Split::Train, &mut train.to_vec()).unwrap();
+        writer
+            .push(Split::Validation, &mut validation.to_vec())
+            .unwrap();
+        writer.finish(ORIGIN).unwrap();
+        TokenFile::open(&path).unwrap()
+    }
+
+    const ORIGIN: Origin = Origin {
+        files: 3,
+        bytes: 1234,
+        not_text: 1,
+    };
+
+    fn problem(path: &Path) -> String {
+        let error = TokenFile::open(path).unwrap_err();
+        assert!(matches!(error, Error::Tokens { .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains(&path.display().to_string()), "{text}");
+        text
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let train: Vec<u16> = (0..70_000).map(|i| (i % 257) as u16).collect();
+        let tokens = token_file(folder.path(), &train, &[1, 256, 3]);
+        assert_eq!(tokens.len(Split::Train), 70_000);
+        assert_eq!(tokens.len(Split::Validation), 3);
+        assert_eq!(tokens.origin(), ORIGIN);
+        let mut part = [0; 2];
+        tokens.read(Split::Train, 69_998, &mut part).unwrap();
+        assert_eq!(part, train[69_998..]);
+        tokens.read(Split::Validation, 1, &mut part).unwrap();
+        assert_eq!(part, [256, 3]);
+        let names: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
+        assert_eq!(names.len(), 1, "no temporary file is left: {names:?}");
+    }
+
+    #[test]
+    fn the_layout_is_the_documented_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = token_file(folder.path(), &[0x41, 0x100], &[0x42]);
+        let bytes = fs::read(tokens.path()).unwrap();
+        assert_eq!(bytes[..16], *b"PILLTOKS\x01\0\0\0\x01\x01\0\0");
+        assert_eq!(bytes[16..32], *b"\x02\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0");
+        assert_eq!(bytes[72..], *b"\x41\0\0\x01\x42\0");
+        let hashed = [&bytes[72..], &bytes[16..32]].concat();
+        assert_eq!(tokens.fingerprint(), xxh3_64(&hashed));
+    }
+
+    #[test]
+    fn the_fingerprint_knows_where_the_splits_divide() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let one = token_file(one.path(), &[1, 2], &[3]);
+        let two = token_file(two.path(), &[1], &[2, 3]);
+        assert_ne!(one.fingerprint(), two.fingerprint());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_flipped_bit_and_any_cut_is_noticed(at: prop::sample::Index, bit in 0u8..8) {
+            let folder = tempfile::tempdir().unwrap();
+            let train: Vec<u16> = (0..200).collect();
+            let path = token_file(folder.path(), &train, &[5; 20]).path().to_owned();
+            let whole = fs::read(&path).unwrap();
+            let at = at.index(whole.len());
+
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1 << bit;
+            fs::write(&path, damaged).unwrap();
+            problem(&path);
+            fs::write(&path, &whole[..at]).unwrap();
+            problem(&path);
+        }
+    }
+
+    #[test]
+    fn a_longer_foreign_or_missing_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = token_file(folder.path(), &[1, 2], &[3]).path().to_owned();
+        let mut whole = fs::read(&path).unwrap();
+        whole.push(0);
+        fs::write(&path, &whole).unwrap();
+        assert!(problem(&path).contains("expected 78 bytes, found 79"));
+        fs::write(&path, [b'x'; 500]).unwrap();
+        assert!(problem(&path).contains("not a token file"));
+        whole[8] = 9;
+        fs::write(&path, &whole).unwrap();
+        assert!(problem(&path).contains("expected version 1, found 9"));
+        let error = TokenFile::open(&folder.path().join("none")).unwrap_err();
+        assert!(matches!(error, Error::Read { .. }));
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens.bin");
+        let mut writer = TokenWriter::create(&path).unwrap();
+        writer.push(Split::Train, &mut [257]).unwrap();
+        writer.finish(ORIGIN).unwrap();
+        assert!(problem(&path).contains("token 257"));
+    }
+
+    #[test]
+    fn an_abandoned_writer_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(TokenWriter::create(&folder.path().join("tokens.bin")).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
