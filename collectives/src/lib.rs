@@ -1,1 +1,22 @@
 //! Peers: ranks, launch, rendezvous, moving and reducing buffers.
+//!
+//! A program asks its [`Launch`] who it is, joins the others as a [`Communicator`], and calls collectives on buffers that the
+//! communicator allocated. An operation takes its buffers by value and returns a [`Pending`], which gives them back once a queue is
+//! ordered after it or the host has waited: memory in flight cannot be touched by accident.
+//!
+//! The transport is shared memory between the ranks of one host, processes or threads; each rank reads its peers' buffers
+//! in place. Reductions run in order of rank and round once, so a result has the same bits in every run.
+
+mod algorithms;
+mod communicator;
+mod error;
+pub mod launch;
+mod pending;
+mod shm;
+mod window;
+
+pub use communicator::{Communicator, Options, Reduce, Reduction, Traffic};
+pub use error::Error;
+pub use launch::Launch;
+pub use pending::Pending;
+pub use window::Window;

@@ -1,0 +1,91 @@
+//! What can go wrong between ranks. An error is remembered by its communicator, which returns it again from every later call.
+
+/// Failures of a communicator.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A rank died, or left while others still needed it.
+    #[error(
+        "lost rank {rank} ({how}) during {op}: look at that rank's own message, then resume from the last checkpoint"
+    )]
+    PeerLost {
+        /// The lost rank.
+        rank: usize,
+        /// The operation in which it was missed.
+        op: String,
+        /// What is known of its end.
+        how: &'static str,
+    },
+    /// A rank did not arrive in time.
+    #[error(
+        "waited {seconds} s for rank {waiting_on} in {op} ({how}): is it stopped, swapping, or in another operation?"
+    )]
+    Timeout {
+        /// The operation.
+        op: String,
+        /// The rank that did not come.
+        waiting_on: usize,
+        /// How long this rank waited, not counting time in which it was stopped itself.
+        seconds: u64,
+        /// What that rank's heartbeat says.
+        how: String,
+    },
+    /// Two ranks called different operations.
+    #[error(
+        "rank {peer} called {theirs} where this rank called {ours}: every rank must make the same calls in the same order"
+    )]
+    Mismatch {
+        /// What this rank called.
+        ours: String,
+        /// What the other called.
+        theirs: String,
+        /// The other rank.
+        peer: usize,
+    },
+    /// A rank gave up and said so.
+    #[error("rank {rank} aborted: {reason}")]
+    Aborted {
+        /// The rank that gave up.
+        rank: usize,
+        /// Its words.
+        reason: String,
+    },
+    /// Ranks did not find each other.
+    #[error("rank {rank} of {world} could not join job `{job}`: {reason}")]
+    Rendezvous {
+        /// This rank.
+        rank: usize,
+        /// Number of ranks expected.
+        world: usize,
+        /// Name of the job.
+        job: String,
+        /// What went wrong, and the remedy.
+        reason: String,
+    },
+    /// The host has no memory for an arena.
+    #[error(
+        "{bytes} bytes of shared memory do not fit: {limit} allows {available} more; use a smaller model or fewer ranks on this host"
+    )]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: u64,
+        /// Bytes still to be had.
+        available: u64,
+        /// Whose limit it is.
+        limit: &'static str,
+    },
+    /// The operating system refused something.
+    #[error("{what}: {reason}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn system(what: &'static str) -> impl Fn(rustix::io::Errno) -> Error {
+        move |errno| Error::System { what, reason: errno.to_string() }
+    }
+}

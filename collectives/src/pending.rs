@@ -1,0 +1,99 @@
+//! Operations in flight.
+
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+use pillion_kernels::{Completion, Event, Queue};
+
+use crate::Error;
+
+/// An operation in flight, and the buffers that it needs until it is complete.
+///
+/// Dropping one waits for the operation, at most until the communicator's deadline, and never panics.
+#[must_use = "an operation's buffers come back through `then` or `wait`"]
+pub struct Pending<T> {
+    flight: Arc<Outcome>,
+    value: Option<T>,
+}
+
+impl<T> Pending<T> {
+    pub(crate) fn new(flight: Arc<Outcome>, value: T) -> Pending<T> {
+        Pending { flight, value: Some(value) }
+    }
+
+    /// Orders what `queue` runs from now on after the operation, and gives the buffers back. The host waits only where the
+    /// queue runs its work at once.
+    ///
+    /// # Errors
+    /// The operation's failure where it is known by now; otherwise the communicator's next call returns it.
+    pub fn then(mut self, queue: &dyn Queue) -> Result<T, Error> {
+        queue.wait_for(&self.event());
+        if let Some(Err(error)) = &*self.flight.result.lock() {
+            return Err(error.clone());
+        }
+        Ok(self.take())
+    }
+
+    /// Blocks the host until the operation is complete, and gives the buffers back.
+    ///
+    /// # Errors
+    /// The operation's failure.
+    pub fn wait(mut self) -> Result<T, Error> {
+        self.flight.outcome()?;
+        Ok(self.take())
+    }
+
+    /// The moment at which the operation is complete, for other operations to start after.
+    pub fn event(&self) -> Event {
+        Event::new(self.flight.clone())
+    }
+
+    fn take(&mut self) -> T {
+        self.value.take().expect("a pending operation holds its buffers until it is consumed")
+    }
+}
+
+impl<T> Drop for Pending<T> {
+    fn drop(&mut self) {
+        if self.value.is_some() {
+            // The error, if any, comes back from the communicator's next call.
+            let _ = self.flight.outcome();
+        }
+    }
+}
+
+/// How an operation ended, once it has.
+#[derive(Default)]
+pub(crate) struct Outcome {
+    result: Mutex<Option<Result<(), Error>>>,
+    changed: Condvar,
+}
+
+impl Outcome {
+    /// Ends the operation; the first end counts.
+    pub(crate) fn set(&self, result: Result<(), Error>) {
+        self.result.lock().get_or_insert(result);
+        self.changed.notify_all();
+    }
+
+    /// Blocks until the operation has ended.
+    pub(crate) fn outcome(&self) -> Result<(), Error> {
+        let mut result = self.result.lock();
+        loop {
+            match &*result {
+                Some(result) => return result.clone(),
+                None => self.changed.wait(&mut result),
+            }
+        }
+    }
+}
+
+impl Completion for Outcome {
+    fn is_complete(&self) -> bool {
+        self.result.lock().is_some()
+    }
+
+    fn wait(&self) {
+        let _ = self.outcome();
+    }
+}

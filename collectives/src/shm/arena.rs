@@ -1,0 +1,164 @@
+//! One memfd, mapped whole by every rank: control pages, an arena for each rank, a heap for windows.
+//!
+//! The file is as large as could ever be needed (the host's memory for each rank) and empty: pages appear as ranks reserve
+//! them, each by the rank that will use them, which also places them near its core.
+
+use std::os::fd::OwnedFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::control::RankControl;
+use crate::Error;
+
+const PAGE: u64 = 4096;
+
+/// Sizes of the parts, equal on every rank of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) world: usize,
+    /// Bytes of an arena, and of the windows' heap.
+    pub(crate) reserve: u64,
+}
+
+impl Shape {
+    /// Arenas as large as the host's memory, so that the host's memory and not the arena is the limit.
+    pub(crate) fn of_host(world: usize) -> Shape {
+        let info = rustix::system::sysinfo();
+        let bytes = info.totalram as u64 * u64::from(info.mem_unit);
+        Shape { world, reserve: bytes.next_multiple_of(PAGE) }
+    }
+
+    fn control_bytes(self) -> u64 {
+        (self.world * size_of::<RankControl>()) as u64
+    }
+
+    /// Where a rank's arena starts; the windows' heap is that of rank `world`.
+    pub(crate) fn arena(self, rank: usize) -> u64 {
+        self.control_bytes() + rank as u64 * self.reserve
+    }
+
+    fn total(self) -> u64 {
+        self.arena(self.world + 1)
+    }
+}
+
+/// Makes the shared file.
+pub(crate) fn create(shape: Shape) -> Result<OwnedFd, Error> {
+    let file = rustix::fs::memfd_create("pillion", MemfdFlags::CLOEXEC).map_err(Error::system("making a memfd"))?;
+    rustix::fs::ftruncate(&file, shape.total()).map_err(Error::system("sizing a memfd"))?;
+    Ok(file)
+}
+
+/// The shared file, mapped.
+pub(crate) struct Mapping {
+    start: NonNull<u8>,
+    shape: Shape,
+    file: OwnedFd,
+}
+
+// SAFETY: the mapping is an address range; every access goes through atomics (control pages) or through unsafe functions that
+// state their protocol.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    pub(crate) fn new(file: OwnedFd, shape: Shape) -> Result<Arc<Mapping>, Error> {
+        let size = rustix::fs::fstat(&file).map_err(Error::system("asking for a memfd's size"))?.st_size as u64;
+        if size != shape.total() {
+            let reason = format!("it has {size} bytes where {} were expected", shape.total());
+            return Err(Error::System { what: "mapping the job's shared memory", reason });
+        }
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), size as usize, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0)
+        };
+        let start = start.map_err(Error::system("mapping the job's shared memory (is `ulimit -v` set?)"))?;
+        let start = NonNull::new(start.cast()).expect("mmap never returns null for a non-fixed mapping");
+        Ok(Arc::new(Mapping { start, shape, file }))
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// A rank's words.
+    pub(crate) fn control(&self, rank: usize) -> &RankControl {
+        assert!(rank < self.shape.world);
+        // SAFETY: inside the mapping, aligned to a page, and made of atomics and a pthread mutex, for which zeroed memory is valid
+        // and which other processes may change at any time.
+        unsafe { &*self.start.cast::<RankControl>().as_ptr().add(rank) }
+    }
+
+    /// The address of a byte of a rank's arena.
+    pub(crate) fn address(&self, rank: usize, offset: u64, bytes: u64) -> NonNull<u8> {
+        assert!(rank <= self.shape.world && self.contains(offset, bytes), "an address beyond an arena");
+        // SAFETY: inside the mapping, by the assertion.
+        unsafe { self.start.add((self.shape.arena(rank) + offset) as usize) }
+    }
+
+    /// Whether a range lies in an arena.
+    pub(crate) fn contains(&self, offset: u64, bytes: u64) -> bool {
+        offset.checked_add(bytes).is_some_and(|end| end <= self.shape.reserve)
+    }
+
+    /// Where an address lies in the arena of `rank`, if it does.
+    pub(crate) fn offset_of(&self, rank: usize, address: NonNull<u8>) -> Option<u64> {
+        let arena = self.start.as_ptr().addr() as u64 + self.shape.arena(rank);
+        (address.as_ptr().addr() as u64).checked_sub(arena).filter(|&offset| offset < self.shape.reserve)
+    }
+
+    /// Backs a range of an arena with memory, zeroed, or says that there is none: without this the first touch of a page
+    /// that does not exist would be a bus error, or the start of the kernel's killer.
+    pub(crate) fn reserve(&self, rank: usize, offset: u64, bytes: u64) -> Result<(), Error> {
+        let (available, limit) = available_memory();
+        if bytes > available || !self.contains(offset, bytes) {
+            return Err(Error::OutOfMemory { bytes, available, limit });
+        }
+        if bytes == 0 {
+            return Ok(());
+        }
+        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), self.shape.arena(rank) + offset, bytes) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::NOSPC | rustix::io::Errno::NOMEM) => {
+                Err(Error::OutOfMemory { bytes, available, limit: "the system's shared memory" })
+            }
+            Err(errno) => Err(Error::system("reserving shared memory")(errno)),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this size; every `Region` over it holds this `Mapping` alive, so nothing refers to it.
+        // A failure leaves the range mapped, which is harmless.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.shape.total() as usize) };
+    }
+}
+
+/// Bytes that this process may still use, and who sets that limit: the host, or its control group (version 2).
+fn available_memory() -> (u64, &'static str) {
+    let host = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+            Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
+        })
+        .unwrap_or(u64::MAX);
+    let group = std::fs::read_to_string("/proc/self/cgroup")
+        .ok()
+        .and_then(|text| {
+            let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
+            let number = |file: &str| {
+                let text = std::fs::read_to_string(format!("/sys/fs/cgroup{path}/{file}")).ok()?;
+                text.trim().parse::<u64>().ok()
+            };
+            Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+        })
+        .unwrap_or(u64::MAX);
+    if group < host { (group, "this control group's memory limit") } else { (host, "this host's available memory") }
+}

@@ -1,0 +1,97 @@
+//! Memory that all ranks of a host read in place.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pillion_kernels::{Buffer, Event, View, ViewMut};
+
+use crate::Error;
+use crate::shm::progress::Shared;
+
+/// A full-length buffer that every rank of the host can read and whose own shard each rank writes.
+///
+/// It is in one of two states, the same on every rank up to the order of calls:
+/// *writable* (at first), where this rank may write its own shard, and, after [`crate::Communicator::gather`], *gathered*, where it may
+/// read the whole. [`Window::release`] ends its reading; [`Window::shard_mut`] waits until every rank has released, so no rank
+/// ever writes what another reads.
+pub struct Window {
+    buffer: Buffer,
+    /// Byte offset, in the windows' heap, of one word for each rank: the number of gathers it has released.
+    words: u64,
+    shared: Arc<Shared>,
+    gathers: u64,
+    gathered: bool,
+}
+
+impl Window {
+    pub(crate) fn new(buffer: Buffer, words: u64, shared: Arc<Shared>) -> Window {
+        Window { buffer, words, shared, gathers: 0, gathered: false }
+    }
+
+    /// Number of elements of the whole.
+    pub fn len(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
+    /// The whole, for reading.
+    ///
+    /// # Panics
+    /// When it has not been gathered since the last release.
+    pub fn view(&self) -> View<'_> {
+        assert!(self.gathered, "a window is gathered before it is read");
+        self.buffer.view()
+    }
+
+    /// This rank's shard, for writing; blocks until every rank has released the last gather. The next gather starts after an
+    /// event that follows the writes.
+    ///
+    /// # Errors
+    /// When a rank is lost or does not release before the deadline.
+    ///
+    /// # Panics
+    /// When this rank itself has not released.
+    pub fn shard_mut(&mut self) -> Result<ViewMut<'_>, Error> {
+        assert!(!self.gathered, "a window is released before it is written");
+        let (shared, gathers) = (&self.shared, self.gathers);
+        let late = |rank: usize| self.released(rank).load(Ordering::Acquire) < gathers;
+        shared.wait_for_ranks("writing a window", shared.options.timeout, late)?;
+        let count = self.buffer.len() / shared.world();
+        Ok(self.buffer.slice_mut(shared.rank * count..(shared.rank + 1) * count))
+    }
+
+    /// Ends this rank's reading: blocks until `after`, which follows the last read, then tells the others.
+    pub fn release(&mut self, after: &Event) {
+        if self.gathered {
+            after.wait();
+            self.gathered = false;
+            self.released(self.shared.rank).store(self.gathers, Ordering::Release);
+            self.shared.ring_peers();
+        }
+    }
+
+    /// Starts a gather; the caller has every rank do the same and waits for all before anyone reads.
+    pub(crate) fn begin_gather(&mut self) {
+        assert!(!self.gathered, "a window is released before it is gathered again");
+        self.gathers += 1;
+        self.gathered = true;
+    }
+
+    fn released(&self, rank: usize) -> &AtomicU64 {
+        let map = &self.shared.map;
+        let address = map.address(map.shape().world, self.words + 8 * rank as u64, 8);
+        // SAFETY: inside the mapping, which `self.shared` holds; aligned to 8, since allocations start at pages; reserved for these words
+        // alone, which are only ever accessed as atomics.
+        unsafe { address.cast::<AtomicU64>().as_ref() }
+    }
+}
+
+impl std::fmt::Debug for Window {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Window({:?})", self.buffer)
+    }
+}

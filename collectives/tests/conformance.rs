@@ -1,0 +1,371 @@
+//! What every transport must do, run over ranks as threads on both devices of the host.
+
+use std::time::Duration;
+
+use half::bf16;
+use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction};
+use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event, LazyCpu, Queue, random};
+
+const WORLDS: [usize; 4] = [1, 2, 3, 4];
+const LENGTHS: [usize; 6] = [0, 1, 3, 64, 1023, 20_000];
+
+/// Runs `program` on `world` ranks and returns what each returned.
+fn ranks<R: Send>(world: usize, options: Options, program: impl Fn(Communicator) -> R + Sync) -> Vec<R> {
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = Launch::threads(world)
+            .into_iter()
+            .map(|launch| {
+                let (options, program) = (options.clone(), &program);
+                scope.spawn(move || {
+                    program(Communicator::connect(&launch, options).expect("ranks of this process meet"))
+                })
+            })
+            .collect();
+        handles.into_iter().map(|handle| handle.join().expect("a rank does not panic")).collect()
+    })
+}
+
+fn devices() -> [Box<dyn Device>; 2] {
+    [Box::new(Cpu), Box::new(LazyCpu::new(5))]
+}
+
+fn value(rank: usize, index: usize) -> f32 {
+    random::normal(11, rank as u64, index as u64) as f32
+}
+
+fn values(rank: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|index| value(rank, index)).collect()
+}
+
+fn filled<T: Element>(device: &dyn Device, queue: &dyn Queue, communicator: &Communicator, data: &[T]) -> Buffer {
+    let mut buffer = communicator.allocate(device, T::DTYPE, data.len()).unwrap();
+    queue.upload(buffer.view_mut(), data);
+    buffer
+}
+
+/// The sum in order of rank.
+fn sum(world: usize, index: usize) -> f32 {
+    (1..world).fold(value(0, index), |total, rank| total + value(rank, index))
+}
+
+fn bits(data: &[f32]) -> Vec<u32> {
+    data.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn all_gather_concatenates_shards_in_order_of_rank() {
+    for world in WORLDS {
+        ranks(world, Options::default(), |communicator| {
+            for device in devices() {
+                let queue = device.queue();
+                for len in LENGTHS {
+                    let shard = filled(&*device, &*queue, &communicator, &values(communicator.rank(), len));
+                    let output = device.allocate(DType::F32, world * len).unwrap();
+                    let pending = communicator.all_gather(shard, output, queue.record());
+                    let (shard, output) = pending.then(&*queue).unwrap();
+                    let expected: Vec<f32> = (0..world).flat_map(|rank| values(rank, len)).collect();
+                    assert_eq!(queue.download::<f32>(output.view()), expected);
+                    assert_eq!(
+                        queue.download::<f32>(shard.view()),
+                        values(communicator.rank(), len),
+                        "the shard is unchanged"
+                    );
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn reduce_scatter_sums_in_order_of_rank_and_carries_the_sideband() {
+    for world in WORLDS {
+        ranks(world, Options::default(), |communicator| {
+            let rank = communicator.rank();
+            for device in devices() {
+                let queue = device.queue();
+                for len in LENGTHS {
+                    for accumulate in [false, true] {
+                        let input = filled(&*device, &*queue, &communicator, &values(rank, world * len));
+                        let mut output = device.allocate(DType::F32, len).unwrap();
+                        queue.upload(output.view_mut(), &vec![0.25f32; len]);
+                        let mut sideband = device.allocate(DType::F64, 4).unwrap();
+                        queue.upload(sideband.view_mut(), &[rank as f64, 1.0, 0.5, 1e-30]);
+                        let reduce = Reduce { input, output, sideband, accumulate };
+                        let reduce = communicator.reduce_scatter(reduce, queue.record()).then(&*queue).unwrap();
+                        let expected: Vec<f32> = (rank * len..(rank + 1) * len)
+                            .map(|index| if accumulate { 0.25 + sum(world, index) } else { sum(world, index) })
+                            .collect();
+                        assert_eq!(bits(&queue.download(reduce.output.view())), bits(&expected));
+                        let ranks = world as f64;
+                        let sideband = queue.download::<f64>(reduce.sideband.view());
+                        assert_eq!(sideband[..3], [ranks * (ranks - 1.0) / 2.0, ranks, ranks / 2.0]);
+                        assert!(
+                            (sideband[3] - ranks * 1e-30).abs() < 1e-45,
+                            "a sum of at most four equal numbers rounds twice"
+                        );
+                    }
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn bf16_is_reduced_in_f32() {
+    for world in WORLDS {
+        ranks(world, Options::default(), |communicator| {
+            let (rank, queue) = (communicator.rank(), Cpu.queue());
+            let narrow = |rank, index| bf16::from_f32(value(rank, index));
+            let data: Vec<bf16> = (0..world * 100).map(|index| narrow(rank, index)).collect();
+            let input = filled(&Cpu, &*queue, &communicator, &data);
+            let output = Cpu.allocate(DType::F32, 100).unwrap();
+            let sideband = Cpu.allocate(DType::F64, 4).unwrap();
+            let reduce = Reduce { input, output, sideband, accumulate: false };
+            let reduce = communicator.reduce_scatter(reduce, Event::PAST).wait().unwrap();
+            let expected: Vec<f32> = (rank * 100..(rank + 1) * 100)
+                .map(|index| {
+                    (1..world).fold(narrow(0, index).to_f32(), |total, rank| total + narrow(rank, index).to_f32())
+                })
+                .collect();
+            assert_eq!(bits(&queue.download(reduce.output.view())), bits(&expected));
+        });
+    }
+}
+
+#[test]
+fn all_reduce_gives_every_rank_the_same_sum() {
+    for world in WORLDS {
+        ranks(world, Options::default(), |communicator| {
+            for device in devices() {
+                let queue = device.queue();
+                for len in LENGTHS {
+                    let buffer = filled(&*device, &*queue, &communicator, &values(communicator.rank(), len));
+                    let buffer = communicator.all_reduce(buffer, queue.record()).then(&*queue).unwrap();
+                    let expected: Vec<f32> = (0..len).map(|index| sum(world, index)).collect();
+                    assert_eq!(bits(&queue.download(buffer.view())), bits(&expected));
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn broadcasts_copy_from_any_root() {
+    for world in WORLDS {
+        ranks(world, Options::default(), |communicator| {
+            let queue = Cpu.queue();
+            for root in 0..world {
+                let buffer = filled(&Cpu, &*queue, &communicator, &values(communicator.rank(), 777));
+                let buffer = communicator.broadcast(buffer, root, Event::PAST).wait().unwrap();
+                assert_eq!(queue.download::<f32>(buffer.view()), values(root, 777));
+                for len in [0, 1, 511, 512, 513, 3000] {
+                    let bytes: Vec<u8> = (0..len).map(|index| (index * 7 + communicator.rank()) as u8).collect();
+                    let expected: Vec<u8> = (0..len).map(|index| (index * 7 + root) as u8).collect();
+                    assert_eq!(communicator.broadcast_bytes(root, &bytes).unwrap(), expected);
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn scalars_are_combined_in_order_of_rank() {
+    for world in WORLDS {
+        ranks(world, Options::default(), |communicator| {
+            let of_rank = |rank: usize| (0..100).map(|index| f64::from(value(rank, index))).collect::<Vec<f64>>();
+            for reduction in [Reduction::Sum, Reduction::Max] {
+                let mut values = of_rank(communicator.rank());
+                communicator.all_reduce_scalars(&mut values, reduction).unwrap();
+                for (index, &got) in values.iter().enumerate() {
+                    let all = (0..world).map(|rank| of_rank(rank)[index]);
+                    let expected = if reduction == Reduction::Sum { all.sum() } else { all.fold(f64::MIN, f64::max) };
+                    assert_eq!(got.to_bits(), f64::to_bits(expected));
+                }
+            }
+            communicator.barrier().unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_window_shows_every_rank_what_each_has_written() {
+    const ROUNDS: usize = 50;
+    for world in WORLDS {
+        ranks(world, Options::default(), |communicator| {
+            for device in devices() {
+                let queue = device.queue();
+                let rank = communicator.rank();
+                let mut window = communicator.window(&*device, DType::F32, world * 1000).unwrap();
+                for round in 0..ROUNDS {
+                    let shard = vec![(round * 10 + rank) as f32; 1000];
+                    queue.upload(window.shard_mut().unwrap(), &shard);
+                    window = communicator.gather(window, queue.record()).then(&*queue).unwrap();
+                    let expected: Vec<f32> =
+                        (0..world).flat_map(|rank| vec![(round * 10 + rank) as f32; 1000]).collect();
+                    assert_eq!(queue.download::<f32>(window.view()), expected);
+                    window.release(&queue.record());
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn operations_in_flight_on_two_channels_do_not_wait_for_each_other() {
+    // Ranks start the two operations in opposite order; each channel keeps its own.
+    ranks(2, Options::default(), |communicator| {
+        let queue = Cpu.queue();
+        let rank = communicator.rank();
+        let mut shard = Some(filled(&Cpu, &*queue, &communicator, &values(rank, 10)));
+        let mut summand = Some(filled(&Cpu, &*queue, &communicator, &values(rank, 10)));
+        let (mut gather, mut reduce) = (None, None);
+        for turn in 0..2 {
+            if (turn == 0) == (rank == 0) {
+                let output = Cpu.allocate(DType::F32, 20).unwrap();
+                gather = shard.take().map(|shard| communicator.all_gather(shard, output, Event::PAST));
+            } else {
+                reduce = summand.take().map(|summand| communicator.all_reduce(summand, Event::PAST));
+            }
+        }
+        let (_, output) = gather.unwrap().wait().unwrap();
+        assert_eq!(queue.download::<f32>(output.view())[10..], values(1, 10));
+        let total = reduce.unwrap().wait().unwrap();
+        assert_eq!(queue.download::<f32>(total.view())[3], sum(2, 3));
+    });
+}
+
+#[test]
+fn a_wrong_call_is_named_by_every_other_rank_and_poisons_the_communicator() {
+    let errors = ranks(4, Options::default(), |communicator| {
+        let queue = Cpu.queue();
+        let rank = communicator.rank();
+        let buffer = filled(&Cpu, &*queue, &communicator, &values(rank, 16));
+        // Rank 2 makes another call on the same channel.
+        let error = if rank == 2 {
+            communicator.broadcast(buffer, 0, Event::PAST).wait().unwrap_err()
+        } else {
+            let output = Cpu.allocate(DType::F32, 64).unwrap();
+            communicator.all_gather(buffer, output, Event::PAST).wait().unwrap_err()
+        };
+        assert_eq!(communicator.barrier().unwrap_err().to_string(), error.to_string(), "the first error stays");
+        error
+    });
+    for (rank, error) in errors.iter().enumerate().filter(|&(rank, _)| rank != 2) {
+        match error {
+            Error::Mismatch { ours, theirs, peer: 2 } => {
+                assert!(ours.contains("all-gather") && theirs.contains("broadcast"), "{error}");
+            }
+            other => panic!("rank {rank} saw {other}"),
+        }
+    }
+    assert!(matches!(errors[2], Error::Mismatch { .. }), "{}", errors[2]);
+}
+
+#[test]
+fn different_counts_and_types_are_mismatches() {
+    for (dtype, len) in [(DType::F32, 17), (DType::F64, 16)] {
+        let errors = ranks(3, Options::default(), |communicator| {
+            // The sizes in bytes agree, or the allocation would already be a mismatch.
+            let odd = communicator.rank() == 1;
+            let buffer = communicator.allocate(&Cpu, DType::F32, 64).unwrap();
+            drop(buffer);
+            let (dtype, len) = if odd { (dtype, len) } else { (DType::F32, 16) };
+            communicator.allocate(&Cpu, dtype, len).unwrap_err()
+        });
+        assert!(matches!(errors[0], Error::Mismatch { peer: 1, .. }), "{}", errors[0]);
+        assert!(matches!(errors[2], Error::Mismatch { peer: 1, .. }), "{}", errors[2]);
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_or_aborts_or_panics_is_named() {
+    let errors = ranks(3, Options::default(), |communicator| match communicator.rank() {
+        1 => None,
+        _ => Some(communicator.barrier().unwrap_err()),
+    });
+    for error in errors.into_iter().flatten() {
+        assert!(matches!(error, Error::PeerLost { rank: 1, how: "it left early", .. }), "{error}");
+    }
+    let errors = ranks(3, Options::default(), |communicator| {
+        if communicator.rank() == 1 {
+            communicator.abort("the disk is full");
+        }
+        communicator.barrier().unwrap_err()
+    });
+    for error in errors {
+        assert!(matches!(&error, Error::Aborted { rank: 1, reason } if reason == "the disk is full"), "{error}");
+    }
+    let errors = ranks(3, Options::default(), |communicator| {
+        if communicator.rank() == 1 {
+            let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+                let _communicator = communicator;
+                std::panic::resume_unwind(Box::new("a rank's own mistake"));
+            }));
+            assert!(panic.is_err());
+            return None;
+        }
+        Some(communicator.barrier().unwrap_err())
+    });
+    for error in errors.into_iter().flatten() {
+        assert!(matches!(error, Error::Aborted { rank: 1, .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named_at_the_deadline() {
+    let options = Options { timeout: Duration::from_millis(200), ..Options::default() };
+    let errors = ranks(3, options, |communicator| {
+        if communicator.rank() == 2 {
+            // Stays past every other rank's deadline, without a call.
+            std::thread::sleep(Duration::from_millis(600));
+            return None;
+        }
+        Some(communicator.barrier().unwrap_err())
+    });
+    for error in errors.into_iter().flatten() {
+        assert!(matches!(error, Error::Timeout { waiting_on: 2, .. } | Error::PeerLost { rank: 2, .. }), "{error}");
+    }
+}
+
+#[test]
+fn missing_ranks_are_named_at_the_start() {
+    let launches = Launch::threads(3);
+    let options = Options { startup_timeout: Duration::from_millis(200), ..Options::default() };
+    let error = Communicator::connect(&launches[0], options.clone()).err().expect("nobody else is there").to_string();
+    assert!(error.contains("ranks [1, 2] did not come"), "{error}");
+    let error = Communicator::connect(&launches[1], options).err().expect("rank 0 is not there").to_string();
+    assert!(error.contains("rank 0 did not come"), "{error}");
+}
+
+#[test]
+fn an_arena_larger_than_memory_is_refused() {
+    let errors =
+        ranks(2, Options::default(), |communicator| communicator.allocate(&Cpu, DType::F32, 1 << 44).unwrap_err());
+    assert!(errors.iter().any(|error| matches!(error, Error::OutOfMemory { .. })), "{errors:?}");
+}
+
+#[test]
+fn delays_change_no_result() {
+    let delay = Duration::from_millis(20);
+    let options = Options { gather_delay: delay, reduce_delay: delay, ..Options::default() };
+    ranks(2, options, |communicator| {
+        let queue = Cpu.queue();
+        let shard = filled(&Cpu, &*queue, &communicator, &values(communicator.rank(), 5));
+        let output = Cpu.allocate(DType::F32, 10).unwrap();
+        let (_, output) = communicator.all_gather(shard, output, Event::PAST).then(&*queue).unwrap();
+        assert_eq!(queue.download::<f32>(output.view()), [values(0, 5), values(1, 5)].concat());
+    });
+}
+
+#[test]
+fn traffic_counts_operations_and_the_bytes_that_peers_read() {
+    let traffic = ranks(4, Options::default(), |communicator| {
+        let shard = communicator.allocate(&Cpu, DType::F32, 8).unwrap();
+        let before = communicator.traffic();
+        let output = Cpu.allocate(DType::F32, 32).unwrap();
+        communicator.all_gather(shard, output, Event::PAST).wait().unwrap();
+        let after = communicator.traffic();
+        (after.operations - before.operations, after.bytes - before.bytes)
+    });
+    assert!(traffic.iter().all(|&moved| moved == (1, 3 * 8 * 4)), "{traffic:?}");
+}
