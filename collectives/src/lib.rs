@@ -1,1 +1,4 @@
 //! Peers: ranks, launch, rendezvous, moving and reducing buffers.
+
+pub mod launch;
+pub mod launcher;
