@@ -85,14 +85,8 @@ impl Controller {
     /// A controller at the start of a run. Fails where [`Settings::validate`] does.
     pub fn new(settings: Settings) -> Result<Self, Error> {
         settings.validate()?;
-        let mut state = State {
-            batch: settings.base,
-            steps: 0,
-            samples: 0,
-            tokens: 0,
-            asks: 0,
-            noise: Noise::default(),
-        };
+        let mut state =
+            State { batch: settings.base, steps: 0, samples: 0, tokens: 0, asks: 0, noise: Noise::default() };
         if let Proposal::Scheduled(batch) = propose(&settings, &state) {
             state.batch = batch;
         }
@@ -105,22 +99,13 @@ impl Controller {
         settings.validate()?;
         let refuse = |field, value, expected| {
             let remedy = "resume with the settings of the saved run, or correct the state";
-            Err(Error::State {
-                field,
-                value,
-                expected,
-                remedy,
-            })
+            Err(Error::State { field, value, expected, remedy })
         };
         if !settings.allows(state.batch) {
             return refuse("batch", state.batch.to_string(), settings.allowed());
         }
         if !state.noise.is_finite() {
-            return refuse(
-                "noise",
-                format!("{:?}", state.noise),
-                "finite numbers".into(),
-            );
+            return refuse("noise", format!("{:?}", state.noise), "finite numbers".into());
         }
         match propose(&settings, &state) {
             Proposal::Scheduled(batch) if batch != state.batch => {
@@ -172,17 +157,9 @@ impl Controller {
             Proposal::Measured(wanted) if !state.steps.is_multiple_of(self.settings.interval) => {
                 (wanted, Reason::BetweenTests)
             }
-            Proposal::Measured(Some(wanted)) => {
-                (Some(wanted), follow(&self.settings, state, wanted))
-            }
+            Proposal::Measured(Some(wanted)) => (Some(wanted), follow(&self.settings, state, wanted)),
         };
-        Decision {
-            batch: state.batch,
-            noise_scale: state.noise.simple_scale(),
-            wanted,
-            noise,
-            reason,
-        }
+        Decision { batch: state.batch, noise_scale: state.noise.simple_scale(), wanted, noise, reason }
     }
 }
 
@@ -190,9 +167,7 @@ impl Controller {
 fn propose(settings: &Settings, state: &State) -> Proposal {
     match &settings.rule {
         Rule::Constant => Proposal::Scheduled(settings.base),
-        Rule::Stagewise { stages, horizon } => {
-            Proposal::Scheduled(stagewise::batch(stages, *horizon, state.samples))
-        }
+        Rule::Stagewise { stages, horizon } => Proposal::Scheduled(stagewise::batch(stages, *horizon, state.samples)),
         Rule::NormTest { eta } => Proposal::Measured(norm_test::wanted(*eta, &state.noise)),
     }
 }
@@ -206,11 +181,7 @@ fn follow(settings: &Settings, state: &mut State, wanted: f64) -> Reason {
         _ => {
             state.asks = 0;
             let capped = state.batch == settings.cap && wanted > settings.cap as f64;
-            return if capped {
-                Reason::AtCap
-            } else {
-                Reason::Sufficient
-            };
+            return if capped { Reason::AtCap } else { Reason::Sufficient };
         }
     };
     state.asks = match state.asks.signum() == direction {

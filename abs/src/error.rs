@@ -38,11 +38,6 @@ impl Error {
         expected: impl Into<String>,
         remedy: &'static str,
     ) -> Self {
-        Self::Setting {
-            setting: setting.into(),
-            value: value.to_string(),
-            expected: expected.into(),
-            remedy,
-        }
+        Self::Setting { setting: setting.into(), value: value.to_string(), expected: expected.into(), remedy }
     }
 }

@@ -27,21 +27,14 @@ mod tests {
 
     #[test]
     fn wanted_batch_is_noise_over_eta_squared_times_square_norm() {
-        let noise = Noise {
-            variance: 6.0,
-            square_norm: 3.0,
-            debiased_square_norm: 2.0,
-        };
+        let noise = Noise { variance: 6.0, square_norm: 3.0, debiased_square_norm: 2.0 };
         assert_eq!(wanted(0.5, &noise), Some(8.0)); // 6 / (0.25 · 3)
     }
 
     #[test]
     fn without_a_gradient_nothing_is_wanted() {
         assert_eq!(wanted(0.5, &Noise::default()), None);
-        let noise = Noise {
-            variance: 6.0,
-            ..Noise::default()
-        };
+        let noise = Noise { variance: 6.0, ..Noise::default() };
         assert_eq!(wanted(0.5, &noise), None);
     }
 }

@@ -79,19 +79,9 @@ impl Settings {
 
     /// Checks every range and contradiction; the error names the setting, its value, what was expected and a remedy.
     pub fn validate(&self) -> Result<(), Error> {
-        let Self {
-            base,
-            cap,
-            round_to,
-            ..
-        } = *self;
+        let Self { base, cap, round_to, .. } = *self;
         let count = |name: &str, value: u64| match value {
-            0 => Err(Error::setting(
-                name,
-                value,
-                "at least 1",
-                "set it to 1 or more",
-            )),
+            0 => Err(Error::setting(name, value, "at least 1", "set it to 1 or more")),
             _ => Ok(()),
         };
         let multiple = |name: &str, value: u64| match value % round_to {
@@ -147,12 +137,7 @@ impl Settings {
 
     /// What [`Self::allows`], for messages.
     pub(crate) fn allowed(&self) -> String {
-        let Self {
-            base,
-            cap,
-            round_to,
-            ..
-        } = self;
+        let Self { base, cap, round_to, .. } = self;
         format!("a multiple of {round_to} between {base} and {cap}")
     }
 
@@ -167,11 +152,7 @@ impl Settings {
 
     /// How far a batch may go from `from` towards `target` at once. All three are allowed batches.
     pub(crate) fn limit_growth(&self, from: u64, target: u64) -> u64 {
-        let Self {
-            round_to,
-            growth_limit,
-            ..
-        } = *self;
+        let Self { round_to, growth_limit, .. } = *self;
         if target > from {
             let most = (from as f64 * growth_limit).floor() as u64;
             target.min((most - most % round_to).max(from + round_to))
@@ -236,24 +217,15 @@ mod tests {
         refused("ema_decay", |s| s.ema_decay = -0.1);
         refused("ema_decay", |s| s.ema_decay = f64::NAN);
         for bad in [0.0, -0.2, f64::NAN, f64::INFINITY] {
-            let settings = Settings {
-                rule: Rule::NormTest { eta: bad },
-                ..norm_test()
-            };
+            let settings = Settings { rule: Rule::NormTest { eta: bad }, ..norm_test() };
             let error = settings.validate().unwrap_err();
-            assert!(
-                error.to_string().contains("`rule.norm-test.eta`"),
-                "{error}"
-            );
+            assert!(error.to_string().contains("`rule.norm-test.eta`"), "{error}");
         }
     }
 
     #[test]
     fn error_names_setting_value_expectation_and_remedy() {
-        let settings = Settings {
-            cap: 8200,
-            ..norm_test()
-        };
+        let settings = Settings { cap: 8200, ..norm_test() };
         assert_eq!(
             settings.validate().unwrap_err().to_string(),
             "batch-size setting `cap` is 8200, expected a multiple of `round_to`, 64; round it, or change `round_to`"
@@ -262,37 +234,20 @@ mod tests {
 
     #[test]
     fn omitted_settings_take_their_defaults_and_unknown_ones_are_refused() {
-        let json =
-            r#"{"base": 256, "cap": 8192, "round_to": 64, "rule": {"norm-test": {"eta": 0.2}}}"#;
+        let json = r#"{"base": 256, "cap": 8192, "round_to": 64, "rule": {"norm-test": {"eta": 0.2}}}"#;
         assert_eq!(serde_json::from_str::<Settings>(json).unwrap(), norm_test());
         let constant = r#"{"base": 256, "cap": 256, "round_to": 64, "rule": "constant"}"#;
-        assert_eq!(
-            serde_json::from_str::<Settings>(constant).unwrap().rule,
-            Rule::Constant
-        );
-        for unknown in [
-            json.replace("base", "basis"),
-            json.replace("eta\":", "eta\": 1, \"theta\":"),
-        ] {
-            assert!(
-                serde_json::from_str::<Settings>(&unknown).is_err(),
-                "{unknown}"
-            );
+        assert_eq!(serde_json::from_str::<Settings>(constant).unwrap().rule, Rule::Constant);
+        for unknown in [json.replace("base", "basis"), json.replace("eta\":", "eta\": 1, \"theta\":")] {
+            assert!(serde_json::from_str::<Settings>(&unknown).is_err(), "{unknown}");
         }
     }
 
     #[test]
     fn a_wanted_batch_is_rounded_up_then_kept_between_base_and_cap() {
         let settings = norm_test();
-        let cases = [
-            (-5.0, 256),
-            (10.0, 256),
-            (256.0, 256),
-            (256.001, 320),
-            (8128.5, 8192),
-            (8192.5, 8192),
-            (1e300, 8192),
-        ];
+        let cases =
+            [(-5.0, 256), (10.0, 256), (256.0, 256), (256.001, 320), (8128.5, 8192), (8192.5, 8192), (1e300, 8192)];
         for (wanted, batch) in cases {
             assert_eq!(settings.round_up(wanted), batch, "{wanted}");
         }
@@ -300,13 +255,7 @@ mod tests {
 
     #[test]
     fn growth_is_limited_but_always_possible() {
-        let limited = |growth_limit, from, target| {
-            Settings {
-                growth_limit,
-                ..norm_test()
-            }
-            .limit_growth(from, target)
-        };
+        let limited = |growth_limit, from, target| Settings { growth_limit, ..norm_test() }.limit_growth(from, target);
         assert_eq!(limited(2.0, 256, 8192), 512);
         assert_eq!(limited(2.0, 256, 320), 320);
         assert_eq!(limited(1.4, 320, 8192), 448); // 320 · 1.4 = 448 = 7 · 64

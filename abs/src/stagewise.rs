@@ -91,9 +91,7 @@ mod tests {
     use crate::Rule;
 
     fn paper() -> Vec<Stage> {
-        [(2048, 0.025), (4096, 0.025), (8192, 0.95)]
-            .map(|(batch, share)| Stage { batch, share })
-            .into()
+        [(2048, 0.025), (4096, 0.025), (8192, 0.95)].map(|(batch, share)| Stage { batch, share }).into()
     }
 
     /// Lau et al. report this schedule over 2,000,000 sequences with 269 steps and a mean batch of 7439. The last step
@@ -124,12 +122,7 @@ mod tests {
             change(&mut stages, &mut horizon);
             let rule = Rule::Stagewise { stages, horizon };
             let error = Settings::new(2048, 8192, 16, rule).validate().unwrap_err();
-            assert!(
-                error
-                    .to_string()
-                    .contains(&format!("`rule.stagewise.{name}`")),
-                "{error}"
-            );
+            assert!(error.to_string().contains(&format!("`rule.stagewise.{name}`")), "{error}");
         };
         refused(|_, horizon| *horizon = 0, "horizon");
         refused(|stages, _| stages.clear(), "stages");

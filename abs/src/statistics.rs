@@ -84,14 +84,7 @@ impl Observation {
     /// tokens, and for any lengths if a sample's variance is proportional to its length. With unequal lengths and
     /// dependent tokens it holds up to the spread of mean lengths between groups, less the more samples a group has.
     pub fn noise(&self) -> Result<Noise, Unusable> {
-        let &Self {
-            groups,
-            samples,
-            tokens,
-            group_square_norms,
-            square_norm,
-            non_finite,
-        } = self;
+        let &Self { groups, samples, tokens, group_square_norms, square_norm, non_finite } = self;
         if non_finite > 0 || !group_square_norms.is_finite() || !square_norm.is_finite() {
             return Err(Unusable::NonFinite);
         }
@@ -103,10 +96,7 @@ impl Observation {
         }
         let (groups, samples, tokens) = (groups as f64, samples as f64, tokens as f64);
         let total = square_norm / tokens; // N·Q
-        if group_square_norms < 0.0
-            || total < 0.0
-            || total - group_square_norms > ROUNDING * group_square_norms
-        {
+        if group_square_norms < 0.0 || total < 0.0 || total - group_square_norms > ROUNDING * group_square_norms {
             return Err(Unusable::Inconsistent);
         }
         let token_variance = (group_square_norms - total) / (groups - 1.0);
@@ -116,11 +106,7 @@ impl Observation {
             debiased_square_norm: (total - token_variance) / tokens,
         };
         // Many samples of few tokens can overflow.
-        if noise.is_finite() {
-            Ok(noise)
-        } else {
-            Err(Unusable::NonFinite)
-        }
+        if noise.is_finite() { Ok(noise) } else { Err(Unusable::NonFinite) }
     }
 }
 
@@ -133,9 +119,7 @@ impl Noise {
     }
 
     pub(crate) fn is_finite(&self) -> bool {
-        self.variance.is_finite()
-            && self.square_norm.is_finite()
-            && self.debiased_square_norm.is_finite()
+        self.variance.is_finite() && self.square_norm.is_finite() && self.debiased_square_norm.is_finite()
     }
 
     /// decay · self + next, each field alone.
@@ -189,10 +173,7 @@ mod tests {
             }
             (group.iter().sum(), sum)
         };
-        Step {
-            groups: groups.iter().map(&mut sum_group).collect(),
-            samples: samples as u64,
-        }
+        Step { groups: groups.iter().map(&mut sum_group).collect(), samples: samples as u64 }
     }
 
     fn square_norm(values: impl IntoIterator<Item = f64>) -> f64 {
@@ -206,9 +187,7 @@ mod tests {
                 samples: self.samples,
                 tokens: self.groups.iter().map(|(n, _)| n).sum::<f64>() as u64,
                 group_square_norms: self.groups.iter().map(|(n, g)| square_norm(*g) / n).sum(),
-                square_norm: square_norm(
-                    (0..DIM).map(|i| self.groups.iter().map(|(_, g)| g[i]).sum()),
-                ),
+                square_norm: square_norm((0..DIM).map(|i| self.groups.iter().map(|(_, g)| g[i]).sum())),
                 non_finite: 0,
             }
         }
@@ -216,12 +195,7 @@ mod tests {
         /// The formula for equal groups, m·K/(K−1)·(mean ‖g_k‖² − Q), with m the mean group size in samples.
         fn plain_variance(&self) -> f64 {
             let k = self.groups.len() as f64;
-            let mean = self
-                .groups
-                .iter()
-                .map(|(n, g)| square_norm(g.map(|v| v / n)))
-                .sum::<f64>()
-                / k;
+            let mean = self.groups.iter().map(|(n, g)| square_norm(g.map(|v| v / n))).sum::<f64>() / k;
             let q = self.observation().noise().unwrap().square_norm;
             self.samples as f64 / k * k / (k - 1.0) * (mean - q)
         }
@@ -242,10 +216,7 @@ mod tests {
 
     #[track_caller]
     fn assert_within_one_percent(actual: f64, expected: f64) {
-        assert!(
-            (actual / expected - 1.0).abs() < 0.01,
-            "{actual}, expected {expected}"
-        );
+        assert!((actual / expected - 1.0).abs() < 0.01, "{actual}, expected {expected}");
     }
 
     // The standard error of the mean σ̂² is at most √(2/((K−1)·DIM·TRIALS)) = 0.2 % (K = 2) for this noise, whose fourth
@@ -288,32 +259,18 @@ mod tests {
     #[test]
     fn noise_of_two_numbers_is_their_sample_variance() {
         let noise = TWO_NUMBERS.noise().unwrap();
-        let expected = Noise {
-            variance: 2.0,
-            square_norm: 4.0,
-            debiased_square_norm: 3.0,
-        };
+        let expected = Noise { variance: 2.0, square_norm: 4.0, debiased_square_norm: 3.0 };
         assert_eq!(noise, expected);
         assert_eq!(noise.simple_scale(), Some(2.0 / 3.0));
     }
 
-    const TWO_NUMBERS: Observation = Observation {
-        groups: 2,
-        samples: 2,
-        tokens: 2,
-        group_square_norms: 10.0,
-        square_norm: 16.0,
-        non_finite: 0,
-    };
+    const TWO_NUMBERS: Observation =
+        Observation { groups: 2, samples: 2, tokens: 2, group_square_norms: 10.0, square_norm: 16.0, non_finite: 0 };
 
     /// G = (1, −2): variance 4.5, Q = 1/4, so |Ĝ|² = 1/4 − 9/4 = −2.
     #[test]
     fn a_gradient_drowned_in_noise_has_no_scale() {
-        let drowned = Observation {
-            group_square_norms: 5.0,
-            square_norm: 1.0,
-            ..TWO_NUMBERS
-        };
+        let drowned = Observation { group_square_norms: 5.0, square_norm: 1.0, ..TWO_NUMBERS };
         let noise = drowned.noise().unwrap();
         assert_eq!(noise.debiased_square_norm, -2.0);
         assert_eq!(noise.simple_scale(), None);
@@ -328,10 +285,7 @@ mod tests {
         };
         assert_eq!(unusable(|o| o.non_finite = 1), Unusable::NonFinite);
         assert_eq!(unusable(|o| o.square_norm = f64::NAN), Unusable::NonFinite);
-        assert_eq!(
-            unusable(|o| o.group_square_norms = f64::INFINITY),
-            Unusable::NonFinite
-        );
+        assert_eq!(unusable(|o| o.group_square_norms = f64::INFINITY), Unusable::NonFinite);
         let overflowing = |o: &mut Observation| {
             o.samples = u64::MAX;
             o.group_square_norms = f64::MAX;
@@ -340,10 +294,7 @@ mod tests {
         assert_eq!(unusable(|o| o.samples = 0), Unusable::Empty);
         assert_eq!(unusable(|o| o.tokens = 0), Unusable::Empty);
         assert_eq!(unusable(|o| o.groups = 1), Unusable::TooFewGroups);
-        assert_eq!(
-            unusable(|o| o.group_square_norms = -10.0),
-            Unusable::Inconsistent
-        );
+        assert_eq!(unusable(|o| o.group_square_norms = -10.0), Unusable::Inconsistent);
         assert_eq!(unusable(|o| o.square_norm = -1.0), Unusable::Inconsistent);
         // Σ‖G_k‖²/n_k = 10 allows ‖ΣG_k‖² up to 20: means taken for sums, say.
         assert_eq!(unusable(|o| o.square_norm = 21.0), Unusable::Inconsistent);
@@ -351,10 +302,7 @@ mod tests {
 
     #[test]
     fn a_variance_that_rounding_made_negative_keeps_its_sign() {
-        let rounded = Observation {
-            square_norm: 20.1,
-            ..TWO_NUMBERS
-        };
+        let rounded = Observation { square_norm: 20.1, ..TWO_NUMBERS };
         assert!(rounded.noise().unwrap().variance < 0.0);
     }
 }

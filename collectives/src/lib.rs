@@ -11,6 +11,7 @@ mod algorithms;
 mod communicator;
 mod error;
 pub mod launch;
+pub mod launcher;
 mod pending;
 mod shm;
 mod window;

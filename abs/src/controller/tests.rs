@@ -32,16 +32,10 @@ fn quiet(samples: u64) -> Observation {
 
 fn norm_test() -> Settings {
     let rule = Rule::NormTest { eta: 0.5 };
-    Settings {
-        ema_decay: 0.0,
-        ..Settings::new(64, 8192, 64, rule)
-    }
+    Settings { ema_decay: 0.0, ..Settings::new(64, 8192, 64, rule) }
 }
 
-fn run<const N: usize>(
-    settings: Settings,
-    observations: [fn(u64) -> Observation; N],
-) -> Vec<(u64, Reason)> {
+fn run<const N: usize>(settings: Settings, observations: [fn(u64) -> Observation; N]) -> Vec<(u64, Reason)> {
     let mut controller = Controller::new(settings).unwrap();
     let mut step = |observation: fn(u64) -> Observation| {
         let decision = controller.observe(&observation(controller.batch()));
@@ -68,10 +62,7 @@ fn norm_test_settles_where_theory_says() {
 #[test]
 fn growth_doubles_until_the_cap_by_default() {
     use Reason::{AtCap, Grown};
-    let settings = Settings {
-        cap: 320,
-        ..norm_test()
-    };
+    let settings = Settings { cap: 320, ..norm_test() };
     let expected = [(128, Grown), (256, Grown), (320, Grown), (320, AtCap)];
     assert_eq!(run(settings, [noisy; 4]), expected);
 }
@@ -79,37 +70,18 @@ fn growth_doubles_until_the_cap_by_default() {
 #[test]
 fn patience_waits_for_consecutive_asks_and_starts_anew_after_each_growth() {
     use Reason::{Grown, Sufficient, Waiting};
-    let settings = Settings {
-        patience: 2,
-        ..norm_test()
-    };
+    let settings = Settings { patience: 2, ..norm_test() };
     let observations = [noisy, quiet, noisy, noisy, noisy, noisy];
-    let expected = [
-        (64, Waiting),
-        (64, Sufficient),
-        (64, Waiting),
-        (128, Grown),
-        (128, Waiting),
-        (256, Grown),
-    ];
+    let expected = [(64, Waiting), (64, Sufficient), (64, Waiting), (128, Grown), (128, Waiting), (256, Grown)];
     assert_eq!(run(settings, observations), expected);
 }
 
 #[test]
 fn an_interval_tests_every_so_many_steps() {
     use Reason::{BetweenTests, Grown};
-    let settings = Settings {
-        interval: 3,
-        ..norm_test()
-    };
-    let expected = [
-        (64, BetweenTests),
-        (64, BetweenTests),
-        (128, Grown),
-        (128, BetweenTests),
-        (128, BetweenTests),
-        (256, Grown),
-    ];
+    let settings = Settings { interval: 3, ..norm_test() };
+    let expected =
+        [(64, BetweenTests), (64, BetweenTests), (128, Grown), (128, BetweenTests), (128, BetweenTests), (256, Grown)];
     assert_eq!(run(settings, [noisy; 6]), expected);
 }
 
@@ -118,15 +90,8 @@ fn only_without_monotone_does_a_batch_shrink() {
     use Reason::{Grown, Shrunk, Sufficient};
     let observations = [noisy, noisy, noisy, quiet, quiet];
     let kept = run(norm_test(), observations);
-    assert_eq!(
-        kept[2..],
-        [(512, Grown), (512, Sufficient), (512, Sufficient)]
-    );
-    let settings = Settings {
-        monotone: false,
-        base: 192,
-        ..norm_test()
-    };
+    assert_eq!(kept[2..], [(512, Grown), (512, Sufficient), (512, Sufficient)]);
+    let settings = Settings { monotone: false, base: 192, ..norm_test() };
     let followed = run(settings, observations);
     assert_eq!(followed[2..], [(1536, Grown), (768, Shrunk), (384, Shrunk)]);
 }
@@ -135,11 +100,7 @@ fn only_without_monotone_does_a_batch_shrink() {
 /// differ.
 #[test]
 fn numerator_and_denominator_are_smoothed_separately() {
-    let settings = Settings {
-        ema_decay: 0.75,
-        patience: 9,
-        ..norm_test()
-    };
+    let settings = Settings { ema_decay: 0.75, patience: 9, ..norm_test() };
     let mut controller = Controller::new(settings).unwrap();
     controller.observe(&expected_sums(64, 800.0, 1.0));
     let decision = controller.observe(&expected_sums(64, 400.0, 1.0));
@@ -151,45 +112,24 @@ fn numerator_and_denominator_are_smoothed_separately() {
 
 #[test]
 fn a_non_finite_step_changes_nothing_but_the_counters() {
-    let settings = Settings {
-        patience: 3,
-        ..norm_test()
-    };
+    let settings = Settings { patience: 3, ..norm_test() };
     let mut controller = Controller::new(settings).unwrap();
     controller.observe(&noisy(64));
     let before = controller.state().clone();
-    let bad = Observation {
-        non_finite: 1,
-        ..noisy(64)
-    };
+    let bad = Observation { non_finite: 1, ..noisy(64) };
     let decision = controller.observe(&bad);
     assert_eq!(decision.reason, Reason::Unusable);
     assert_eq!(decision.noise, Err(Unusable::NonFinite));
     assert_eq!(decision.wanted, None);
-    let counted = State {
-        steps: 2,
-        samples: 128,
-        tokens: 128 * 128,
-        ..before
-    };
+    let counted = State { steps: 2, samples: 128, tokens: 128 * 128, ..before };
     assert_eq!(*controller.state(), counted);
 }
 
 #[test]
 fn sums_that_overflow_when_smoothed_are_left_out() {
-    let mut controller = Controller::new(Settings {
-        ema_decay: 0.9,
-        ..norm_test()
-    })
-    .unwrap();
-    let huge = Observation {
-        groups: 2,
-        samples: 1,
-        tokens: 1,
-        group_square_norms: 1e308,
-        square_norm: 1e308,
-        non_finite: 0,
-    };
+    let mut controller = Controller::new(Settings { ema_decay: 0.9, ..norm_test() }).unwrap();
+    let huge =
+        Observation { groups: 2, samples: 1, tokens: 1, group_square_norms: 1e308, square_norm: 1e308, non_finite: 0 };
     assert!(controller.observe(&huge).noise.is_ok());
     assert_eq!(controller.observe(&huge).noise, Err(Unusable::NonFinite));
     assert!(controller.state().noise.is_finite());
@@ -197,18 +137,12 @@ fn sums_that_overflow_when_smoothed_are_left_out() {
 
 #[test]
 fn a_zero_gradient_decides_nothing() {
-    assert_eq!(
-        run(norm_test(), [|b| expected_sums(b, 0.0, 0.0)]),
-        [(64, Reason::NoGradient)]
-    );
+    assert_eq!(run(norm_test(), [|b| expected_sums(b, 0.0, 0.0)]), [(64, Reason::NoGradient)]);
 }
 
 #[test]
 fn constant_stays_at_base_and_still_reports_the_noise_scale() {
-    let settings = Settings {
-        rule: Rule::Constant,
-        ..norm_test()
-    };
+    let settings = Settings { rule: Rule::Constant, ..norm_test() };
     let mut controller = Controller::new(settings).unwrap();
     let decision = controller.observe(&expected_sums(64, 800.0, 1.0));
     assert_eq!((decision.batch, decision.reason), (64, Reason::Scheduled));
@@ -217,31 +151,12 @@ fn constant_stays_at_base_and_still_reports_the_noise_scale() {
 
 #[test]
 fn stagewise_follows_samples_not_steps_and_ignores_the_growth_limit() {
-    let stages = vec![
-        Stage {
-            batch: 64,
-            share: 0.5,
-        },
-        Stage {
-            batch: 1024,
-            share: 0.5,
-        },
-    ];
-    let rule = Rule::Stagewise {
-        stages,
-        horizon: 1000,
-    };
-    let mut controller = Controller::new(Settings {
-        rule,
-        ..norm_test()
-    })
-    .unwrap();
+    let stages = vec![Stage { batch: 64, share: 0.5 }, Stage { batch: 1024, share: 0.5 }];
+    let rule = Rule::Stagewise { stages, horizon: 1000 };
+    let mut controller = Controller::new(Settings { rule, ..norm_test() }).unwrap();
     // Steps of other sizes than asked for, and a non-finite one: the samples count all the same.
     let batches = [300, 199, 1].map(|samples| {
-        let bad = Observation {
-            non_finite: 1,
-            ..noisy(samples)
-        };
+        let bad = Observation { non_finite: 1, ..noisy(samples) };
         controller.observe(&bad).batch
     });
     assert_eq!(batches, [64, 64, 1024]);
@@ -253,9 +168,7 @@ fn a_state_that_does_not_fit_is_refused() {
     let refused = |settings: &Settings, change: fn(&mut State)| {
         let mut state = state.clone();
         change(&mut state);
-        Controller::resume(settings.clone(), state)
-            .unwrap_err()
-            .to_string()
+        Controller::resume(settings.clone(), state).unwrap_err().to_string()
     };
     let settings = norm_test();
     assert_eq!(
@@ -265,57 +178,24 @@ fn a_state_that_does_not_fit_is_refused() {
     );
     assert!(refused(&settings, |s| s.batch = 16384).contains("`batch` is 16384"));
     assert!(refused(&settings, |s| s.noise.variance = f64::NAN).contains("`noise`"));
-    let constant = Settings {
-        rule: Rule::Constant,
-        ..settings
-    };
-    assert!(
-        refused(&constant, |s| s.batch = 128).contains("expected 64, scheduled after 0 samples")
-    );
+    let constant = Settings { rule: Rule::Constant, ..settings };
+    assert!(refused(&constant, |s| s.batch = 128).contains("expected 64, scheduled after 0 samples"));
 }
 
 fn any_settings() -> impl Strategy<Value = Settings> {
     let limits = (1u64..=64, 1u64..=8, 0u64..=200);
-    let dynamics = (
-        1.01..4.0f64,
-        1u32..=3,
-        0.0..0.99f64,
-        1u64..=3,
-        any::<bool>(),
-    );
+    let dynamics = (1.01..4.0f64, 1u32..=3, 0.0..0.99f64, 1u64..=3, any::<bool>());
     (limits, dynamics, 0..5usize, 0.1..2.0f64).prop_map(|(limits, dynamics, rule, eta)| {
         let (round_to, base, more) = limits;
         let (growth_limit, patience, ema_decay, interval, monotone) = dynamics;
         let (base, cap) = (base * round_to, (base + more) * round_to);
-        let stages = vec![
-            Stage {
-                batch: base,
-                share: 0.25,
-            },
-            Stage {
-                batch: cap,
-                share: 0.75,
-            },
-        ];
+        let stages = vec![Stage { batch: base, share: 0.25 }, Stage { batch: cap, share: 0.75 }];
         let rule = match rule {
             0 => Rule::Constant,
-            1 => Rule::Stagewise {
-                stages,
-                horizon: 10_000,
-            },
+            1 => Rule::Stagewise { stages, horizon: 10_000 },
             _ => Rule::NormTest { eta },
         };
-        Settings {
-            base,
-            cap,
-            round_to,
-            growth_limit,
-            patience,
-            ema_decay,
-            interval,
-            monotone,
-            rule,
-        }
+        Settings { base, cap, round_to, growth_limit, patience, ema_decay, interval, monotone, rule }
     })
 }
 
@@ -440,32 +320,18 @@ fn summed_over(world: usize, groups: &[(u32, [i32; 3]); 8]) -> Observation {
 /// A pause between two asks, with patience and smoothing running: all of the state matters here.
 #[test]
 fn resume_in_the_middle_of_growth_is_exact() {
-    let settings = Settings {
-        patience: 3,
-        interval: 2,
-        ema_decay: 0.9,
-        ..norm_test()
-    };
+    let settings = Settings { patience: 3, interval: 2, ema_decay: 0.9, ..norm_test() };
     let mut uninterrupted = Controller::new(settings).unwrap();
     let sums = |step: u32, batch| expected_sums(batch, 1e4 / f64::from(step + 3), 0.1);
     for step in 0..11 {
         uninterrupted.observe(&sums(step, uninterrupted.batch()));
     }
-    assert_eq!(
-        (uninterrupted.batch(), uninterrupted.state().asks),
-        (128, 2)
-    );
+    assert_eq!((uninterrupted.batch(), uninterrupted.state().asks), (128, 2));
     let mut resumed = through_json(&uninterrupted);
     for step in 11..60 {
         let observation = sums(step, resumed.batch());
-        assert_eq!(
-            resumed.observe(&observation),
-            uninterrupted.observe(&observation)
-        );
+        assert_eq!(resumed.observe(&observation), uninterrupted.observe(&observation));
     }
-    assert!(
-        resumed.batch() > 128,
-        "it must grow after the pause for the test to mean something"
-    );
+    assert!(resumed.batch() > 128, "it must grow after the pause for the test to mean something");
     assert_eq!(resumed, uninterrupted);
 }

@@ -76,9 +76,7 @@ pub(super) fn installed() -> Result<Corpus> {
         (Some(cargo_home), _) => PathBuf::from(cargo_home),
         (None, Some(home)) => Path::new(&home).join(".cargo"),
         (None, None) => {
-            return Err(Error::NoCrates {
-                looked_in: "$CARGO_HOME or $HOME (neither is set)".to_owned(),
-            });
+            return Err(Error::NoCrates { looked_in: "$CARGO_HOME or $HOME (neither is set)".to_owned() });
         }
     };
     within(&cargo_home.join("registry/src"), &locked(LOCK))
@@ -93,11 +91,7 @@ fn within(registry: &Path, crates: &[Locked]) -> Result<Corpus> {
     registries.sort();
 
     let mut corpus = Corpus {
-        sources: Sources {
-            files: Vec::new(),
-            division: Division::Tail,
-            skipped: Default::default(),
-        },
+        sources: Sources { files: Vec::new(), division: Division::Tail, skipped: Default::default() },
         missing: Vec::new(),
     };
     let mut splits = Vec::new();
@@ -105,10 +99,7 @@ fn within(registry: &Path, crates: &[Locked]) -> Result<Corpus> {
         let folder = locked.folder();
         let candidates = registries.iter().map(|r| r.join(&folder).join("src"));
         // Canonical, as the listed paths are.
-        let Some(found) = candidates
-            .filter_map(|path| path.canonicalize().ok())
-            .next()
-        else {
+        let Some(found) = candidates.filter_map(|path| path.canonicalize().ok()).next() else {
             corpus.missing.push(folder);
             continue;
         };
@@ -122,10 +113,7 @@ fn within(registry: &Path, crates: &[Locked]) -> Result<Corpus> {
         let mut end = 0;
         for file in listed.files {
             let inside = file.path.strip_prefix(&found).unwrap_or(&file.path);
-            if file
-                .path
-                .extension()
-                .is_none_or(|extension| extension != "rs")
+            if file.path.extension().is_none_or(|extension| extension != "rs")
                 || inside.iter().any(|folder| folder == "gen")
             {
                 continue;
@@ -140,9 +128,7 @@ fn within(registry: &Path, crates: &[Locked]) -> Result<Corpus> {
         }
     }
     if corpus.sources.files.is_empty() {
-        return Err(Error::NoCrates {
-            looked_in: registry.display().to_string(),
-        });
+        return Err(Error::NoCrates { looked_in: registry.display().to_string() });
     }
     corpus.sources.division = Division::Given(splits);
     Ok(corpus)
@@ -163,20 +149,13 @@ impl Locked {
 
     fn split(&self) -> Split {
         let family = self.name.split(['-', '_']).next().unwrap_or(&self.name);
-        if xxh3_64(family.as_bytes()) % CLASSES == VALIDATION_CLASS {
-            Split::Validation
-        } else {
-            Split::Train
-        }
+        if xxh3_64(family.as_bytes()) % CLASSES == VALIDATION_CLASS { Split::Validation } else { Split::Train }
     }
 
     /// Sorts newer versions later. What follows a `+` does not order versions.
     fn order(&self) -> Vec<u64> {
         let release = self.version.split('+').next().unwrap_or_default();
-        release
-            .split(['.', '-'])
-            .filter_map(|part| part.parse().ok())
-            .collect()
+        release.split(['.', '-']).filter_map(|part| part.parse().ok()).collect()
     }
 }
 
@@ -192,9 +171,7 @@ fn locked(lock: &str) -> Vec<Locked> {
         .map(|name| {
             let versions = lock.package.iter().filter(|package| package.name == *name);
             let newest = versions.max_by_key(|package| package.order());
-            newest
-                .expect("a test holds the list to the lock file")
-                .clone()
+            newest.expect("a test holds the list to the lock file").clone()
         })
         .collect()
 }
@@ -204,10 +181,7 @@ mod tests {
     use super::*;
 
     fn locked_as(name: &str, version: &str) -> Locked {
-        Locked {
-            name: name.to_owned(),
-            version: version.to_owned(),
-        }
+        Locked { name: name.to_owned(), version: version.to_owned() }
     }
 
     /// Writes `bytes` bytes of text as a source file of a crate.
@@ -247,11 +221,7 @@ mod tests {
             .iter()
             .map(|file| file.path.strip_prefix(&registry).unwrap().to_str().unwrap())
             .collect();
-        let expected = [
-            "one/serde-1.0.0/src/lib.rs",
-            "two/syn-2.0.0/src/a.rs",
-            "two/toml-1.2.3+spec/src/lib.rs",
-        ];
+        let expected = ["one/serde-1.0.0/src/lib.rs", "two/syn-2.0.0/src/a.rs", "two/toml-1.2.3+spec/src/lib.rs"];
         assert_eq!(found, expected);
         assert_eq!(corpus.missing, ["hollow-1.0.0", "serde_json-1.0.0"]);
         assert_eq!(corpus.sources.skipped.over_share, 2);

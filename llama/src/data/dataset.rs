@@ -88,21 +88,11 @@ impl Dataset {
     /// If `i` is not below [`validation_len`](Self::validation_len), or a slice does not hold `seq`
     /// tokens.
     pub fn validation(&self, i: u64, inputs: &mut [u32], targets: &mut [u32]) -> Result<()> {
-        assert!(
-            i < self.validation_len(),
-            "validation window {i} of {}",
-            self.validation_len()
-        );
+        assert!(i < self.validation_len(), "validation window {i} of {}", self.validation_len());
         self.window(Split::Validation, self.validation.index(i), inputs, targets)
     }
 
-    fn window(
-        &self,
-        split: Split,
-        window: u64,
-        inputs: &mut [u32],
-        targets: &mut [u32],
-    ) -> Result<()> {
+    fn window(&self, split: Split, window: u64, inputs: &mut [u32], targets: &mut [u32]) -> Result<()> {
         assert_eq!(inputs.len(), self.seq, "inputs hold one sequence");
         assert_eq!(targets.len(), self.seq, "targets hold one sequence");
         // Read through a buffer on the stack, so that a step allocates nothing.
@@ -210,23 +200,14 @@ mod tests {
         let file = token_file(folder.path(), &tokens(17), &tokens(17));
         assert_eq!(Dataset::open(file, 16, 0).unwrap().samples_per_epoch(), 1);
         let file = token_file(folder.path(), &[], &[]);
-        assert!(matches!(
-            Dataset::open(file, 0, 0),
-            Err(Error::EmptySequence)
-        ));
+        assert!(matches!(Dataset::open(file, 0, 0), Err(Error::EmptySequence)));
     }
 
     #[test]
     fn a_token_file_cut_short_under_a_run_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let data =
-            Dataset::open(token_file(folder.path(), &tokens(33), &tokens(33)), 16, 0).unwrap();
-        std::fs::OpenOptions::new()
-            .write(true)
-            .open(data.tokens().path())
-            .unwrap()
-            .set_len(80)
-            .unwrap();
+        let data = Dataset::open(token_file(folder.path(), &tokens(33), &tokens(33)), 16, 0).unwrap();
+        std::fs::OpenOptions::new().write(true).open(data.tokens().path()).unwrap().set_len(80).unwrap();
         let (mut inputs, mut targets) = ([0; 16], [0; 16]);
         let error = data.fill(0, &mut inputs, &mut targets).unwrap_err();
         assert!(matches!(error, Error::Read { .. }), "{error}");

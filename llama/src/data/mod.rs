@@ -67,11 +67,7 @@ pub struct Prepared {
 /// token file in it.
 pub fn prepare(data: Option<&Path>, cache: &Path) -> Result<Prepared> {
     let (sources, description, missing) = match data {
-        Some(path) => (
-            sources::under(path)?,
-            path.display().to_string(),
-            Vec::new(),
-        ),
+        Some(path) => (sources::under(path)?, path.display().to_string(), Vec::new()),
         None => {
             let corpus = corpus::installed()?;
             let listed = corpus::CRATES.len();
@@ -80,20 +76,14 @@ pub fn prepare(data: Option<&Path>, cache: &Path) -> Result<Prepared> {
             (corpus.sources, description, corpus.missing)
         }
     };
-    fs::create_dir_all(cache).map_err(|source| Error::Write {
-        path: cache.to_owned(),
-        source,
-    })?;
+    fs::create_dir_all(cache).map_err(|source| Error::Write { path: cache.to_owned(), source })?;
     let path = cache.join(format!("text-{:016x}.tokens", key(&sources)));
     if !path.exists() {
         tokenize::tokenize(&sources, &path)?;
     }
     let tokens = TokenFile::open(&path)?;
     let origin = tokens.origin();
-    let skipped = Skipped {
-        not_text: origin.not_text,
-        ..sources.skipped
-    };
+    let skipped = Skipped { not_text: origin.not_text, ..sources.skipped };
     if let (Some(data), 0) = (data, origin.files) {
         return Err(sources::no_text(data, &skipped));
     }
@@ -210,10 +200,7 @@ mod tests {
         let first = prepare(Some(text.path()), &cache).unwrap().summary;
         assert_eq!(first.files, 40);
         assert_eq!(first.skipped.not_text, 1);
-        assert_eq!(
-            first.train_tokens + first.validation_tokens,
-            first.bytes + 40
-        );
+        assert_eq!(first.train_tokens + first.validation_tokens, first.bytes + 40);
         let made = fs::metadata(&first.path).unwrap().modified().unwrap();
         assert_eq!(prepare(Some(text.path()), &cache).unwrap().summary, first);
         assert_eq!(fs::metadata(&first.path).unwrap().modified().unwrap(), made);
@@ -226,18 +213,8 @@ mod tests {
 
     #[test]
     fn all_that_decides_the_tokens_is_in_the_key() {
-        let file = |path: &str, bytes, modified| sources::SourceFile {
-            path: path.into(),
-            bytes,
-            modified,
-        };
-        let key_of = |file, division| {
-            key(&Sources {
-                files: vec![file],
-                division,
-                skipped: Skipped::default(),
-            })
-        };
+        let file = |path: &str, bytes, modified| sources::SourceFile { path: path.into(), bytes, modified };
+        let key_of = |file, division| key(&Sources { files: vec![file], division, skipped: Skipped::default() });
         let mut keys = vec![
             key_of(file("a", 1, (2, 3)), Division::Tail),
             key_of(file("b", 1, (2, 3)), Division::Tail),
@@ -245,10 +222,7 @@ mod tests {
             key_of(file("a", 1, (9, 3)), Division::Tail),
             key_of(file("a", 1, (2, 9)), Division::Tail),
             key_of(file("a", 1, (2, 3)), Division::Given(vec![Split::Train])),
-            key_of(
-                file("a", 1, (2, 3)),
-                Division::Given(vec![Split::Validation]),
-            ),
+            key_of(file("a", 1, (2, 3)), Division::Given(vec![Split::Validation])),
         ];
         keys.sort_unstable();
         keys.dedup();
@@ -258,8 +232,8 @@ mod tests {
     #[test]
     fn the_fingerprint_is_that_of_the_text_wherever_it_lies() {
         let cache = tempfile::tempdir().unwrap();
-        let [one, two] = [text_folder(), text_folder()]
-            .map(|text| prepare(Some(text.path()), cache.path()).unwrap().summary);
+        let [one, two] =
+            [text_folder(), text_folder()].map(|text| prepare(Some(text.path()), cache.path()).unwrap().summary);
         assert_ne!(one.path, two.path);
         assert_eq!(one.fingerprint, two.fingerprint);
         assert_eq!(fs::read(one.path).unwrap(), fs::read(two.path).unwrap());
@@ -271,10 +245,7 @@ mod tests {
         let summaries = thread::scope(|scope| {
             let prepare = || prepare(Some(text.path()), cache.path()).unwrap().summary;
             let threads: Vec<_> = (0..4).map(|_| scope.spawn(prepare)).collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap())
-                .collect::<Vec<_>>()
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         });
         assert!(summaries.windows(2).all(|pair| pair[0] == pair[1]));
         assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 1);
@@ -283,16 +254,11 @@ mod tests {
     #[test]
     fn a_damaged_token_file_in_the_cache_is_named_with_the_way_out() {
         let (text, cache) = (text_folder(), tempfile::tempdir().unwrap());
-        let path = prepare(Some(text.path()), cache.path())
-            .unwrap()
-            .summary
-            .path;
+        let path = prepare(Some(text.path()), cache.path()).unwrap().summary.path;
         let mut bytes = fs::read(&path).unwrap();
         bytes[1000] ^= 1;
         fs::write(&path, bytes).unwrap();
-        let error = prepare(Some(text.path()), cache.path())
-            .unwrap_err()
-            .to_string();
+        let error = prepare(Some(text.path()), cache.path()).unwrap_err().to_string();
         assert!(error.contains(path.to_str().unwrap()), "{error}");
         assert!(error.contains("delete it"), "{error}");
     }
@@ -304,17 +270,12 @@ mod tests {
             fs::write(text.path().join(name), [0xff]).unwrap();
         }
         for _ in 0..2 {
-            let error = prepare(Some(text.path()), cache.path())
-                .unwrap_err()
-                .to_string();
+            let error = prepare(Some(text.path()), cache.path()).unwrap_err().to_string();
             assert!(error.contains("only these: 2 not UTF-8 text"), "{error}");
         }
         let file = text.path().join("one");
         let error = prepare(Some(text_folder().path()), &file).unwrap_err();
-        assert!(
-            matches!(&error, Error::Write { path, .. } if *path == file),
-            "{error}"
-        );
+        assert!(matches!(&error, Error::Write { path, .. } if *path == file), "{error}");
     }
 
     #[test]

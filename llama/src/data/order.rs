@@ -28,11 +28,7 @@ impl SampleOrder {
     pub fn new(samples_per_epoch: u64, seed: u64) -> Self {
         assert!(samples_per_epoch > 0, "an epoch needs at least one sample");
         let bits = u64::BITS - (samples_per_epoch - 1).leading_zeros();
-        Self {
-            samples_per_epoch,
-            seed,
-            half_bits: bits.div_ceil(2).max(1),
-        }
+        Self { samples_per_epoch, seed, half_bits: bits.div_ceil(2).max(1) }
     }
 
     /// Samples in an epoch.
@@ -84,9 +80,7 @@ mod tests {
 
     fn epoch(order: &SampleOrder, epoch: u64) -> Vec<u64> {
         let n = order.samples_per_epoch();
-        (epoch * n..(epoch + 1) * n)
-            .map(|g| order.index(g))
-            .collect()
+        (epoch * n..(epoch + 1) * n).map(|g| order.index(g)).collect()
     }
 
     fn assert_each_once(samples: &[u64]) {

@@ -20,11 +20,7 @@ pub(super) struct SourceFile {
 
 impl SourceFile {
     pub(super) fn new(path: PathBuf, metadata: &Metadata) -> Self {
-        Self {
-            path,
-            bytes: metadata.len(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-        }
+        Self { path, bytes: metadata.len(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
     }
 }
 
@@ -93,13 +89,8 @@ impl fmt::Display for Skipped {
 /// read, [`Error::NoText`] if no file with a byte in it is found.
 pub(super) fn under(path: &Path) -> Result<Sources> {
     let root = fs::canonicalize(path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => Error::Missing {
-            path: path.to_owned(),
-        },
-        _ => Error::Read {
-            path: path.to_owned(),
-            source,
-        },
+        io::ErrorKind::NotFound => Error::Missing { path: path.to_owned() },
+        _ => Error::Read { path: path.to_owned(), source },
     })?;
     let metadata = metadata(&root)?;
     let mut skipped = Skipped::default();
@@ -108,9 +99,7 @@ pub(super) fn under(path: &Path) -> Result<Sources> {
         walk(root, &mut files, &mut skipped)?;
         files.sort_by(|a, b| a.path.cmp(&b.path));
     } else if !metadata.is_file() {
-        return Err(Error::NotAFile {
-            path: path.to_owned(),
-        });
+        return Err(Error::NotAFile { path: path.to_owned() });
     } else if metadata.len() == 0 {
         skipped.empty += 1;
     } else {
@@ -119,32 +108,18 @@ pub(super) fn under(path: &Path) -> Result<Sources> {
     if files.is_empty() {
         return Err(no_text(path, &skipped));
     }
-    Ok(Sources {
-        files,
-        division: Division::Tail,
-        skipped,
-    })
+    Ok(Sources { files, division: Division::Tail, skipped })
 }
 
 pub(super) fn no_text(path: &Path, skipped: &Skipped) -> Error {
-    let found = if *skipped == Skipped::default() {
-        "no file".to_owned()
-    } else {
-        format!("only these: {skipped}")
-    };
-    Error::NoText {
-        path: path.to_owned(),
-        found,
-    }
+    let found = if *skipped == Skipped::default() { "no file".to_owned() } else { format!("only these: {skipped}") };
+    Error::NoText { path: path.to_owned(), found }
 }
 
 fn walk(root: PathBuf, files: &mut Vec<SourceFile>, skipped: &mut Skipped) -> Result<()> {
     let mut folders = vec![root];
     while let Some(folder) = folders.pop() {
-        let unreadable = |source| Error::Read {
-            path: folder.clone(),
-            source,
-        };
+        let unreadable = |source| Error::Read { path: folder.clone(), source };
         for entry in fs::read_dir(&folder).map_err(unreadable)? {
             let entry = entry.map_err(unreadable)?;
             let path = entry.path();
@@ -170,10 +145,7 @@ fn walk(root: PathBuf, files: &mut Vec<SourceFile>, skipped: &mut Skipped) -> Re
 }
 
 fn metadata(path: &Path) -> Result<Metadata> {
-    fs::metadata(path).map_err(|source| Error::Read {
-        path: path.to_owned(),
-        source,
-    })
+    fs::metadata(path).map_err(|source| Error::Read { path: path.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -207,21 +179,11 @@ mod tests {
         let found: Vec<_> = sources
             .files
             .iter()
-            .map(|file| {
-                (
-                    file.path.strip_prefix(&root).unwrap().to_str().unwrap(),
-                    file.bytes,
-                )
-            })
+            .map(|file| (file.path.strip_prefix(&root).unwrap().to_str().unwrap(), file.bytes))
             .collect();
         let expected = [("b/a", 3), ("b/deep/one", 1), ("c_link", 4), ("z.txt", 4)];
         assert_eq!(found, expected);
-        let skipped = Skipped {
-            hidden: 2,
-            empty: 1,
-            special: 2,
-            ..Skipped::default()
-        };
+        let skipped = Skipped { hidden: 2, empty: 1, special: 2, ..Skipped::default() };
         assert_eq!(sources.skipped, skipped);
     }
 

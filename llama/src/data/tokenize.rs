@@ -21,11 +21,7 @@ use super::tokens::{Origin, Split, TokenWriter};
 /// [`Error::NotText`] if that leaves out the only file, [`Error::Changed`] if a file changes
 /// meanwhile, [`Error::Read`], [`Error::Write`].
 pub(super) fn tokenize(sources: &Sources, destination: &Path) -> Result<()> {
-    let mut origin = Origin {
-        files: 0,
-        bytes: 0,
-        not_text: 0,
-    };
+    let mut origin = Origin { files: 0, bytes: 0, not_text: 0 };
     let mut texts = Vec::new();
     for (i, file) in sources.files.iter().enumerate() {
         match first_invalid_byte(file)? {
@@ -35,10 +31,7 @@ pub(super) fn tokenize(sources: &Sources, destination: &Path) -> Result<()> {
                 texts.push(i);
             }
             Some(offset) if sources.files.len() == 1 => {
-                return Err(Error::NotText {
-                    path: file.path.clone(),
-                    offset,
-                });
+                return Err(Error::NotText { path: file.path.clone(), offset });
             }
             Some(_) => origin.not_text += 1,
         }
@@ -46,10 +39,7 @@ pub(super) fn tokenize(sources: &Sources, destination: &Path) -> Result<()> {
 
     let files = |i: usize| &sources.files[i];
     let mut pieces: Vec<Piece<'_>> = match &sources.division {
-        Division::Given(splits) => texts
-            .iter()
-            .map(|&i| Piece::whole(files(i), splits[i]))
-            .collect(),
+        Division::Given(splits) => texts.iter().map(|&i| Piece::whole(files(i), splits[i])).collect(),
         Division::Tail => divide_tail(texts.iter().map(|&i| files(i)).collect())?,
     };
     // Stable, so files keep their order within a split.
@@ -79,11 +69,7 @@ struct Piece<'a> {
 
 impl<'a> Piece<'a> {
     fn whole(file: &'a SourceFile, split: Split) -> Self {
-        Self {
-            file,
-            range: 0..file.bytes,
-            split,
-        }
+        Self { file, range: 0..file.bytes, split }
     }
 }
 
@@ -147,12 +133,8 @@ fn first_invalid_byte(file: &SourceFile) -> Result<Option<u64>> {
     let mut held = 0;
     let mut checked = 0;
     loop {
-        let read = reader
-            .read(&mut buffer[held..])
-            .map_err(|source| Error::Read {
-                path: file.path.clone(),
-                source,
-            })?;
+        let read =
+            reader.read(&mut buffer[held..]).map_err(|source| Error::Read { path: file.path.clone(), source })?;
         let filled = held + read;
         match std::str::from_utf8(&buffer[..filled]) {
             Ok(_) => {
@@ -177,26 +159,17 @@ fn first_invalid_byte(file: &SourceFile) -> Result<Option<u64>> {
 }
 
 /// Calls `visit` with the bytes of a range of a file, in order, in pieces.
-fn for_each_chunk(
-    file: &SourceFile,
-    range: Range<u64>,
-    mut visit: impl FnMut(&[u8]) -> Result<()>,
-) -> Result<()> {
+fn for_each_chunk(file: &SourceFile, range: Range<u64>, mut visit: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let reader = open(file)?;
     let mut buffer = vec![0; CHUNK.min((range.end - range.start) as usize)];
     let mut offset = range.start;
     while offset < range.end {
         let count = (range.end - offset).min(CHUNK as u64);
         let chunk = &mut buffer[..count as usize];
-        reader
-            .read_exact_at(chunk, offset)
-            .map_err(|source| match source.kind() {
-                std::io::ErrorKind::UnexpectedEof => changed(file),
-                _ => Error::Read {
-                    path: file.path.clone(),
-                    source,
-                },
-            })?;
+        reader.read_exact_at(chunk, offset).map_err(|source| match source.kind() {
+            std::io::ErrorKind::UnexpectedEof => changed(file),
+            _ => Error::Read { path: file.path.clone(), source },
+        })?;
         visit(chunk)?;
         offset += count;
     }
@@ -206,17 +179,11 @@ fn for_each_chunk(
 const CHUNK: usize = 1 << 20;
 
 fn open(file: &SourceFile) -> Result<File> {
-    File::open(&file.path).map_err(|source| Error::Read {
-        path: file.path.clone(),
-        source,
-    })
+    File::open(&file.path).map_err(|source| Error::Read { path: file.path.clone(), source })
 }
 
 fn changed(file: &SourceFile) -> Error {
-    Error::Changed {
-        path: file.path.clone(),
-        expected: file.bytes,
-    }
+    Error::Changed { path: file.path.clone(), expected: file.bytes }
 }
 
 #[cfg(test)]
@@ -318,10 +285,7 @@ mod tests {
             let sources = sources::under(&path).unwrap();
             fs::write(&path, now).unwrap();
             let error = tokenize(&sources, &destination).unwrap_err();
-            assert!(
-                matches!(error, Error::Changed { expected: 9, .. }),
-                "{error}"
-            );
+            assert!(matches!(error, Error::Changed { expected: 9, .. }), "{error}");
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }

@@ -77,21 +77,12 @@ impl TokenFile {
     /// [`Error::Read`] if it cannot be read; [`Error::Tokens`], naming the file, if it is not a
     /// token file of this version and vocabulary, is cut short, or its checksum does not match.
     pub fn open(path: &Path) -> Result<Self> {
-        let read = |source| Error::Read {
-            path: path.to_owned(),
-            source,
-        };
-        let wrong = |problem| Error::Tokens {
-            path: path.to_owned(),
-            problem,
-        };
+        let read = |source| Error::Read { path: path.to_owned(), source };
+        let wrong = |problem| Error::Tokens { path: path.to_owned(), problem };
         let file = File::open(path).map_err(read)?;
         let found = file.metadata().map_err(read)?.len();
         if found < Header::BYTES as u64 {
-            return Err(wrong(format!(
-                "expected a header of {} bytes, found {found}",
-                Header::BYTES
-            )));
+            return Err(wrong(format!("expected a header of {} bytes, found {found}", Header::BYTES)));
         }
         let mut bytes = [0; Header::BYTES];
         file.read_exact_at(&mut bytes, 0).map_err(read)?;
@@ -102,11 +93,7 @@ impl TokenFile {
             return Err(wrong(format!("expected {expected} bytes, found {found}")));
         }
 
-        let tokens = Self {
-            file,
-            path: path.to_owned(),
-            header,
-        };
+        let tokens = Self { file, path: path.to_owned(), header };
         let mut hash = Xxh3::new();
         let mut foreign = None;
         for split in [Split::Train, Split::Validation] {
@@ -116,9 +103,7 @@ impl TokenFile {
             })?;
         }
         if let Some(token) = foreign {
-            return Err(wrong(format!(
-                "damaged: token {token} is outside the vocabulary of {VOCAB}"
-            )));
+            return Err(wrong(format!("damaged: token {token} is outside the vocabulary of {VOCAB}")));
         }
         tokens.header.hash_counts(&mut hash);
         if hash.digest() != tokens.header.fingerprint {
@@ -174,14 +159,8 @@ impl TokenFile {
             Split::Validation => self.header.train + offset,
         };
         self.file
-            .read_exact_at(
-                bytemuck::cast_slice_mut(into),
-                Header::BYTES as u64 + 2 * first,
-            )
-            .map_err(|source| Error::Read {
-                path: self.path.clone(),
-                source,
-            })?;
+            .read_exact_at(bytemuck::cast_slice_mut(into), Header::BYTES as u64 + 2 * first)
+            .map_err(|source| Error::Read { path: self.path.clone(), source })?;
         for token in into {
             *token = u16::from_le(*token);
         }
@@ -189,11 +168,7 @@ impl TokenFile {
     }
 
     /// Calls `visit` with all tokens of a split, in order, in pieces.
-    pub(super) fn for_each_chunk(
-        &self,
-        split: Split,
-        mut visit: impl FnMut(&mut [u16]),
-    ) -> Result<()> {
+    pub(super) fn for_each_chunk(&self, split: Split, mut visit: impl FnMut(&mut [u16])) -> Result<()> {
         let mut buffer = vec![0; 1 << 16];
         let mut offset = 0;
         while offset < self.len(split) {
@@ -225,21 +200,11 @@ impl TokenWriter {
         let random = RandomState::new().build_hasher().finish();
         name.push(format!(".{random:016x}.incomplete"));
         let temporary = PathBuf::from(name);
-        let write = |source| Error::Write {
-            path: temporary.clone(),
-            source,
-        };
+        let write = |source| Error::Write { path: temporary.clone(), source };
         let file = File::create_new(&temporary).map_err(write)?;
         let mut out = BufWriter::with_capacity(1 << 20, file);
         out.write_all(&[0; Header::BYTES]).map_err(write)?;
-        Ok(Self {
-            destination: destination.to_owned(),
-            temporary,
-            out,
-            hash: Xxh3::new(),
-            train: 0,
-            validation: 0,
-        })
+        Ok(Self { destination: destination.to_owned(), temporary, out, hash: Xxh3::new(), train: 0, validation: 0 })
     }
 
     /// Appends tokens to a split. All of the train split comes before the validation split.
@@ -258,12 +223,7 @@ impl TokenWriter {
     }
 
     pub(super) fn finish(mut self, origin: Origin) -> Result<()> {
-        let mut header = Header {
-            train: self.train,
-            validation: self.validation,
-            origin,
-            fingerprint: 0,
-        };
+        let mut header = Header { train: self.train, validation: self.validation, origin, fingerprint: 0 };
         header.hash_counts(&mut self.hash);
         header.fingerprint = self.hash.digest();
 
@@ -285,10 +245,7 @@ impl TokenWriter {
     }
 
     fn writing<T>(&self, result: io::Result<T>) -> Result<T> {
-        result.map_err(|source| Error::Write {
-            path: self.temporary.clone(),
-            source,
-        })
+        result.map_err(|source| Error::Write { path: self.temporary.clone(), source })
     }
 }
 
@@ -317,14 +274,9 @@ impl Header {
         bytes.extend(Self::MAGIC);
         bytes.extend(VERSION.to_le_bytes());
         bytes.extend((VOCAB as u32).to_le_bytes());
-        for number in [
-            self.train,
-            self.validation,
-            self.origin.files,
-            self.origin.bytes,
-            self.origin.not_text,
-            self.fingerprint,
-        ] {
+        for number in
+            [self.train, self.validation, self.origin.files, self.origin.bytes, self.origin.not_text, self.fingerprint]
+        {
             bytes.extend(number.to_le_bytes());
         }
         bytes.extend(xxh3_64(&bytes).to_le_bytes());
@@ -353,19 +305,12 @@ impl Header {
             ));
         }
         if u32_at(12) as usize != VOCAB {
-            return Err(format!(
-                "expected a vocabulary of {VOCAB}, found {}",
-                u32_at(12)
-            ));
+            return Err(format!("expected a vocabulary of {VOCAB}, found {}", u32_at(12)));
         }
         Ok(Self {
             train: u64_at(16),
             validation: u64_at(24),
-            origin: Origin {
-                files: u64_at(32),
-                bytes: u64_at(40),
-                not_text: u64_at(48),
-            },
+            origin: Origin { files: u64_at(32), bytes: u64_at(40), not_text: u64_at(48) },
             fingerprint: u64_at(56),
         })
     }
@@ -391,26 +336,16 @@ pub(super) mod tests {
     use proptest::prelude::*;
 
     /// A token file with these splits, for the tests of this module's siblings.
-    pub(in crate::data) fn token_file(
-        folder: &Path,
-        train: &[u16],
-        validation: &[u16],
-    ) -> TokenFile {
+    pub(in crate::data) fn token_file(folder: &Path, train: &[u16], validation: &[u16]) -> TokenFile {
         let path = folder.join("tokens.bin");
         let mut writer = TokenWriter::create(&path).unwrap();
         writer.push(Split::Train, &mut train.to_vec()).unwrap();
-        writer
-            .push(Split::Validation, &mut validation.to_vec())
-            .unwrap();
+        writer.push(Split::Validation, &mut validation.to_vec()).unwrap();
         writer.finish(ORIGIN).unwrap();
         TokenFile::open(&path).unwrap()
     }
 
-    const ORIGIN: Origin = Origin {
-        files: 3,
-        bytes: 1234,
-        not_text: 1,
-    };
+    const ORIGIN: Origin = Origin { files: 3, bytes: 1234, not_text: 1 };
 
     fn problem(path: &Path) -> String {
         let error = TokenFile::open(path).unwrap_err();

@@ -66,10 +66,7 @@ struct Followers {
 
 impl Followers {
     fn of(counts: &[u64]) -> Self {
-        Self {
-            count: counts.iter().sum(),
-            distinct: counts.iter().filter(|&&n| n > 0).count() as u64,
-        }
+        Self { count: counts.iter().sum(), distinct: counts.iter().filter(|&&n| n > 0).count() as u64 }
     }
 
     /// The formula at the head of the file.
@@ -102,19 +99,11 @@ impl Trigram {
         })?;
 
         let after_nothing = Followers::of(&singles);
-        let unigram: Vec<f64> = singles
-            .iter()
-            .map(|&n| after_nothing.interpolate(n, 1.0 / VOCAB as f64))
-            .collect();
+        let unigram: Vec<f64> = singles.iter().map(|&n| after_nothing.interpolate(n, 1.0 / VOCAB as f64)).collect();
         let mut bigram = Vec::with_capacity(VOCAB * VOCAB);
         for counts in pairs.chunks_exact(VOCAB) {
             let followers = Followers::of(counts);
-            bigram.extend(
-                counts
-                    .iter()
-                    .zip(&unigram)
-                    .map(|(&n, &shorter)| followers.interpolate(n, shorter)),
-            );
+            bigram.extend(counts.iter().zip(&unigram).map(|(&n, &shorter)| followers.interpolate(n, shorter)));
         }
         let after_pair = triples
             .chunks_exact(VOCAB)
@@ -125,11 +114,7 @@ impl Trigram {
                 _ => Followers::of(counts),
             })
             .collect();
-        Ok(Self {
-            triples,
-            after_pair,
-            bigram,
-        })
+        Ok(Self { triples, after_pair, bigram })
     }
 
     /// Probability that `next` follows `before last`, or `last` alone.
@@ -176,10 +161,7 @@ mod tests {
         assert_close(model.probability(None, 1, 0), zero_after_one);
         assert_close(model.probability(None, 0, 9), 2.0 * unigram(0.0) / 4.0);
         // After 1 0 came 2 alone; after 0 1 came 0 alone.
-        assert_close(
-            model.probability(Some(1), 0, 2),
-            (1.0 + two_after_zero) / 2.0,
-        );
+        assert_close(model.probability(Some(1), 0, 2), (1.0 + two_after_zero) / 2.0);
         assert_close(model.probability(Some(1), 0, 1), one_after_zero / 2.0);
         // The pair 2 0 never occurs, nor does anything follow 2.
         assert_close(model.probability(Some(2), 0, 1), one_after_zero);
@@ -206,11 +188,7 @@ mod tests {
     fn the_loss_is_the_mean_over_the_windows_asked_for() {
         let folder = tempfile::tempdir().unwrap();
         let validation: Vec<u16> = (0..41).map(|i| i % 7 * (i % 3)).collect();
-        let file = token_file(
-            folder.path(),
-            &[0, 1, 0, 2, 0, 1, 3, 3, 4, 0, 2],
-            &validation,
-        );
+        let file = token_file(folder.path(), &[0, 1, 0, 2, 0, 1, 3, 3, 4, 0, 2], &validation);
         let data = Dataset::open(file, 10, 3).unwrap();
         let model = Trigram::train(data.tokens()).unwrap();
         let (mut inputs, mut targets) = ([0; 10], [0; 10]);
@@ -234,9 +212,7 @@ mod tests {
         // Bits of a hash: no context helps, so ln 2 a token, plus little for the 257 - 2 tokens
         // that never occur.
         let bits = |n: u64| -> Vec<u16> {
-            (0..n)
-                .map(|i| (xxhash_rust::xxh3::xxh3_64(&i.to_le_bytes()) & 1) as u16)
-                .collect()
+            (0..n).map(|i| (xxhash_rust::xxh3::xxh3_64(&i.to_le_bytes()) & 1) as u16).collect()
         };
         let file = token_file(folder.path(), &bits(100_000), &bits(20_001));
         let random = loss(&Dataset::open(file, 100, 0).unwrap(), 200).unwrap();

@@ -1,0 +1,318 @@
+//! Starts the ranks of a job as processes of this host: `--ranks N --launch processes`.
+//!
+//! The launcher starts N copies of its own program, tells each its rank by environment variables
+//! (read back by [`Launch::detect`](crate::launch::Launch::detect)), and from then on does nothing
+//! but watch them. One loop in one thread sleeps in `poll` on a pipe that the signal handlers write
+//! to, and looks at every child whenever it wakes:
+//!
+//! - Each child has a process group of its own, so a terminal's Ctrl-C reaches the launcher alone,
+//!   which passes it on: every rank gets every signal once. (Ranks are background processes to the
+//!   terminal, and are stopped if they read from it.)
+//! - Ctrl-Z stops the children, then the launcher; going on, it wakes them.
+//! - A rank that fails starts a grace period, in which the others notice by themselves and say what
+//!   they have to say. What is left then gets SIGKILL, which reaches stopped processes too.
+//! - A rank dies with its launcher, however that ends: [`bind_to_launcher`].
+//!
+//! Only this thread reaps the children, so a process id it signals still belongs to its child.
+
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+use std::{env, fs, io, thread};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, Signal};
+use signal_hook::consts::{SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2};
+use signal_hook::iterator::backend::SignalDelivery;
+use signal_hook::iterator::exfiltrator::SignalOnly;
+
+use crate::launch::{LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_RANK, OWN_WORLD, fresh_job};
+
+/// Exit code of a rank that stopped early because it was asked to, with its state saved
+/// (`EX_TEMPFAIL` of sysexits.h: try again). No failure: the other ranks are left to do the same.
+pub const EXIT_INTERRUPTED: i32 = 75;
+
+/// Most ranks for each core.
+pub const RANKS_PER_CORE: usize = 8;
+
+/// How [`run_processes_with`] runs a job.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Time that the others have to end by themselves once a rank failed; then SIGKILL. Time in
+    /// which the job was stopped (Ctrl-Z) does not count.
+    pub grace: Duration,
+}
+
+impl Default for Options {
+    /// 5 s of grace: ranks notice a lost peer within 1 s.
+    fn default() -> Options {
+        Options { grace: Duration::from_secs(5) }
+    }
+}
+
+/// Starts `ranks` copies of this program (same executable, arguments and standard streams) with
+/// the `PILLION_*` variables set, waits for all of them, and returns the exit code for the job:
+///
+/// - 0 if all ranks returned 0; [`EXIT_INTERRUPTED`] if some returned that and all others 0;
+/// - else the code of the first rank that failed, or 128 + signal if a signal killed it. A line on
+///   stderr names that rank, and any other that a signal killed.
+///
+/// A program calls this where [`Launch::detect`](crate::launch::Launch::detect) says
+/// [`Source::Single`](crate::launch::Source::Single), and leaves with the code it returns: the
+/// signals the launcher passes on stay without effect on this process afterwards. The calling
+/// thread must be one that lives as long as the process, since children die with the thread that
+/// started them.
+///
+/// # Errors
+/// No ranks, more than [`RANKS_PER_CORE`] for each core, a process that is a rank already, or one
+/// that could not be started; no child is left then.
+pub fn run_processes(ranks: usize) -> Result<i32, LaunchError> {
+    run_processes_with(ranks, &Options::default())
+}
+
+/// [`run_processes`] with other options than the default ones.
+pub fn run_processes_with(ranks: usize, options: &Options) -> Result<i32, LaunchError> {
+    if ranks == 0 {
+        return Err(LaunchError::NoRanks);
+    }
+    let cores = thread::available_parallelism().map_err(system("count the cores"))?.get();
+    let limit = cores.saturating_mul(RANKS_PER_CORE);
+    if ranks > limit {
+        return Err(LaunchError::TooManyRanks { ranks, cores, limit });
+    }
+    if let Some(rank) = env::var_os(OWN_RANK) {
+        let rank = rank.to_string_lossy().into_owned();
+        return Err(LaunchError::Nested { rank, variable: OWN_RANK });
+    }
+    // Before the first child: a signal that comes while they start must reach them all.
+    let mut signals = listen().map_err(system("install signal handlers"))?;
+    let mut job = Job::start(ranks)?;
+    job.watch(&mut signals, options.grace)
+}
+
+/// Makes this process, if our launcher started it, die with the launcher. To be called early in
+/// `main`, on the main thread: the kernel ties the wish to the thread that utters it.
+///
+/// # Errors
+/// [`LaunchError::LauncherGone`] if the launcher died before; the program should end at once.
+pub fn bind_to_launcher() -> Result<(), LaunchError> {
+    let Some(launcher) = env::var_os(OWN_LAUNCHER) else {
+        return Ok(());
+    };
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|error| system("ask to die with the launcher")(error.into()))?;
+    // A launcher that died before that call sent no signal, but left another parent.
+    let found = Pid::as_raw(rustix::process::getppid());
+    let expected = launcher.to_string_lossy().into_owned();
+    if expected != found.to_string() {
+        return Err(LaunchError::LauncherGone { expected, found });
+    }
+    Ok(())
+}
+
+type Signals = SignalDelivery<UnixStream, SignalOnly>;
+
+/// Catches the signals the launcher handles, save those its parent told it to ignore (`nohup`, a
+/// shell's background jobs): the children inherit that, too.
+fn listen() -> io::Result<Signals> {
+    let ignored = ignored_signals()?;
+    let wanted = [SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGTSTP, SIGCONT];
+    let mut caught: Vec<i32> = wanted.into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0).collect();
+    // Ignored, this one would make the kernel throw away how children ended.
+    caught.push(SIGCHLD);
+    let (read, write) = UnixStream::pair()?;
+    SignalDelivery::with_pipe(read, write, SignalOnly, caught)
+}
+
+/// The mask of ignored signals, bit `n - 1` for signal n: `SigIgn` of proc(5).
+fn ignored_signals() -> io::Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.ok_or_else(|| io::Error::other("/proc/self/status has no readable SigIgn line"))
+}
+
+/// The children, by rank. Dropping it kills and reaps those that are left.
+struct Job {
+    /// `None` once reaped.
+    children: Vec<Option<Child>>,
+    /// What the launcher will return, as far as known.
+    code: i32,
+    failed: bool,
+    /// When what is left is killed, once a rank failed; `None` before, and after the killing.
+    deadline: Option<Instant>,
+    killed: bool,
+}
+
+impl Job {
+    fn start(ranks: usize) -> Result<Job, LaunchError> {
+        let program = env::current_exe().map_err(system("find this program's own file"))?;
+        let name = fresh_job();
+        let launcher = std::process::id().to_string();
+        let mut job = Job { children: Vec::new(), code: 0, failed: false, deadline: None, killed: false };
+        for rank in 0..ranks {
+            let child = Command::new(&program)
+                .args(env::args_os().skip(1))
+                .env(OWN_RANK, rank.to_string())
+                .env(OWN_WORLD, ranks.to_string())
+                .env(OWN_JOB, &name)
+                .env(OWN_LAUNCHER, &launcher)
+                .process_group(0)
+                .spawn();
+            match child {
+                Ok(child) => job.children.push(Some(child)),
+                Err(source) => {
+                    return Err(LaunchError::Start { rank, program, source });
+                }
+            }
+        }
+        Ok(job)
+    }
+
+    /// Waits until all children ended.
+    fn watch(&mut self, signals: &mut Signals, grace: Duration) -> Result<i32, LaunchError> {
+        loop {
+            let arrived: Vec<i32> = signals.pending().collect();
+            self.pass_on(&arrived, grace)?;
+            self.reap(grace)?;
+            if self.children.iter().all(Option::is_none) {
+                return Ok(self.code);
+            }
+            let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                self.kill_rest(grace);
+                continue;
+            }
+            let timeout = left.map(|left| Timespec {
+                tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            });
+            let mut pipe = [PollFd::new(signals.get_read(), PollFlags::IN)];
+            match rustix::event::poll(&mut pipe, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(system("wait for the ranks")(error.into())),
+            }
+        }
+    }
+
+    fn pass_on(&mut self, arrived: &[i32], grace: Duration) -> Result<(), LaunchError> {
+        for &signal in arrived {
+            match signal {
+                SIGCHLD => {}
+                // Stopped and continued before we looked: the job should be running.
+                SIGTSTP if arrived.contains(&SIGCONT) => {}
+                SIGTSTP => {
+                    self.signal(Signal::STOP)?;
+                    rustix::process::kill_process(rustix::process::getpid(), Signal::STOP)
+                        .map_err(|error| system("stop the launcher")(error.into()))?;
+                }
+                SIGCONT => {
+                    self.signal(Signal::CONT)?;
+                    self.deadline = self.deadline.map(|_| Instant::now() + grace);
+                }
+                _ => {
+                    let named = Signal::from_named_raw(signal).expect("only named signals are caught");
+                    self.signal(named)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), LaunchError> {
+        for child in self.children.iter().flatten() {
+            rustix::process::kill_process(Pid::from_child(child), signal)
+                .map_err(|error| system("send a signal to a rank")(error.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Reaps every child that ended, and takes note of how.
+    fn reap(&mut self, grace: Duration) -> Result<(), LaunchError> {
+        let mut ended = Vec::new();
+        for (rank, slot) in self.children.iter_mut().enumerate() {
+            let Some(child) = slot else { continue };
+            if let Some(status) = child.try_wait().map_err(system("wait for a rank"))? {
+                *slot = None;
+                ended.push((rank, status));
+            }
+        }
+        // Among those found at once, what a signal killed is a cause, an exit code a consequence.
+        ended.sort_by_key(|(_, status)| status.signal().is_none());
+        for (rank, status) in ended {
+            self.note(rank, status, grace);
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, rank: usize, status: ExitStatus, grace: Duration) {
+        let (code, ending) = match (status.code(), status.signal()) {
+            (Some(0), _) => return,
+            (Some(EXIT_INTERRUPTED), _) => {
+                if !self.failed {
+                    self.code = EXIT_INTERRUPTED;
+                }
+                return;
+            }
+            (Some(code), _) => (code, format!("exited with code {code}")),
+            (None, Some(signal)) => {
+                let name = signal_hook::low_level::signal_name(signal).unwrap_or("no name");
+                (128 + signal, format!("was killed by signal {signal} ({name})"))
+            }
+            (None, None) => (1, format!("ended with {status}")),
+        };
+        if self.killed {
+            return;
+        }
+        if !self.failed || status.signal().is_some() {
+            say(&format!("rank {rank} {ending}"));
+        }
+        if !self.failed {
+            self.failed = true;
+            self.code = code;
+            self.deadline = Some(Instant::now() + grace);
+        }
+    }
+
+    fn kill_rest(&mut self, grace: Duration) {
+        let left: Vec<String> = (0..self.children.len())
+            .filter(|rank| self.children[*rank].is_some())
+            .map(|rank| rank.to_string())
+            .collect();
+        say(&format!(
+            "ending with SIGKILL what still runs {} s after that: rank {}",
+            grace.as_secs_f64(),
+            left.join(", ")
+        ));
+        self.killed = true;
+        self.deadline = None;
+        self.kill();
+    }
+
+    fn kill(&mut self) {
+        for child in self.children.iter_mut().flatten() {
+            // Fails only for a child that has ended, and it will be reaped as such.
+            let _ = child.kill();
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.kill();
+        for child in self.children.iter_mut().flatten() {
+            let _ = child.wait();
+        }
+    }
+}
+
+/// A line on stderr; a closed stderr must not bring the launcher down.
+fn say(line: &str) {
+    use io::Write;
+    let _ = writeln!(io::stderr(), "pillion: {line}");
+}
+
+fn system(action: &'static str) -> impl Fn(io::Error) -> LaunchError {
+    move |source| LaunchError::System { action, source }
+}
