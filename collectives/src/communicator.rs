@@ -78,9 +78,11 @@ pub struct Reduce {
     pub input: Buffer,
     /// `[n]`, f64 for f64 and f32 otherwise: the sum of the ranks' parts of this rank, in order of rank, accumulated in this type.
     pub output: Buffer,
-    /// `[4]` f64: numbers of this rank; afterwards their sums over ranks, in order of rank.
+    /// `[4]` f64: numbers of this rank; unchanged.
     pub sideband: Buffer,
-    /// Whether the sum is added to `output` instead of replacing it.
+    /// `[4]` f64: the sums of the ranks' sidebands, in order of rank.
+    pub totals: Buffer,
+    /// Whether the sums are added to `output` and `totals` instead of replacing them.
     pub accumulate: bool,
 }
 
@@ -217,19 +219,22 @@ impl Communicator {
     /// # Panics
     /// When the shapes or types disagree.
     pub fn reduce_scatter(&self, reduce: Reduce, after: Event) -> Pending<Reduce> {
-        let Reduce { input, output, sideband, accumulate } = &reduce;
+        let Reduce { input, output, sideband, totals, accumulate } = &reduce;
         let wide = if input.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         assert!(
             input.len() == self.world() * output.len() && output.dtype() == wide && input.dtype() != DType::U32,
             "a reduce-scatter of {input:?} over {} ranks into {output:?}",
             self.world()
         );
-        assert!(sideband.len() == SIDEBAND && sideband.dtype() == DType::F64, "a sideband is 4 × f64");
+        for numbers in [sideband, totals] {
+            assert!(numbers.len() == SIDEBAND && numbers.dtype() == DType::F64, "a sideband is {SIDEBAND} × f64");
+        }
         let collective = ReduceScatter {
             input: input.span(),
             offset: self.offset(input),
             output: output.span(),
             sideband: sideband.span(),
+            totals: totals.span(),
             accumulate: *accumulate,
         };
         self.submit(Box::new(collective), Channel::Reduce, after, reduce)

@@ -90,15 +90,21 @@ fn reduce_scatter_sums_in_order_of_rank_and_carries_the_sideband() {
                         queue.upload(output.view_mut(), &vec![0.25f32; len]);
                         let mut sideband = device.allocate(DType::F64, 4).unwrap();
                         queue.upload(sideband.view_mut(), &[rank as f64, 1.0, 0.5, 1e-30]);
-                        let reduce = Reduce { input, output, sideband, accumulate };
+                        let mut totals = device.allocate(DType::F64, 4).unwrap();
+                        queue.upload(totals.view_mut(), &[8.0, 8.0, 8.0, 0.0]);
+                        let reduce = Reduce { input, output, sideband, totals, accumulate };
                         let reduce = communicator.reduce_scatter(reduce, queue.record()).then(&*queue).unwrap();
                         let expected: Vec<f32> = (rank * len..(rank + 1) * len)
                             .map(|index| if accumulate { 0.25 + sum(world, index) } else { sum(world, index) })
                             .collect();
                         assert_eq!(bits(&queue.download(reduce.output.view())), bits(&expected));
                         let ranks = world as f64;
-                        let sideband = queue.download::<f64>(reduce.sideband.view());
-                        assert_eq!(sideband[..3], [ranks * (ranks - 1.0) / 2.0, ranks, ranks / 2.0]);
+                        let sideband = queue.download::<f64>(reduce.totals.view());
+                        let before = if accumulate { 8.0 } else { 0.0 };
+                        assert_eq!(
+                            sideband[..3],
+                            [ranks * (ranks - 1.0) / 2.0, ranks, ranks / 2.0].map(|x| x + before)
+                        );
                         assert!(
                             (sideband[3] - ranks * 1e-30).abs() < 1e-45,
                             "a sum of at most four equal numbers rounds twice"
@@ -119,8 +125,8 @@ fn bf16_is_reduced_in_f32() {
             let data: Vec<bf16> = (0..world * 100).map(|index| narrow(rank, index)).collect();
             let input = filled(&Cpu, &*queue, &communicator, &data);
             let output = Cpu.allocate(DType::F32, 100).unwrap();
-            let sideband = Cpu.allocate(DType::F64, 4).unwrap();
-            let reduce = Reduce { input, output, sideband, accumulate: false };
+            let [sideband, totals] = [(), ()].map(|()| Cpu.allocate(DType::F64, 4).unwrap());
+            let reduce = Reduce { input, output, sideband, totals, accumulate: false };
             let reduce = communicator.reduce_scatter(reduce, Event::PAST).wait().unwrap();
             let expected: Vec<f32> = (rank * 100..(rank + 1) * 100)
                 .map(|index| {

@@ -55,6 +55,18 @@ impl Event {
         Event(Some(completion))
     }
 
+    /// An event that happens once all of `events` have.
+    pub fn all(events: impl IntoIterator<Item = Event>) -> Event {
+        let mut waiting = events.into_iter().filter(|event| !event.is_complete());
+        match (waiting.next(), waiting.next()) {
+            (None, _) => Event::PAST,
+            (Some(only), None) => only,
+            (Some(first), Some(second)) => {
+                Event::new(Arc::new(All([first, second].into_iter().chain(waiting).collect())))
+            }
+        }
+    }
+
     /// Whether it has happened.
     pub fn is_complete(&self) -> bool {
         self.0.as_ref().is_none_or(|completion| completion.is_complete())
@@ -70,5 +82,22 @@ impl Event {
         if let Some(completion) = &self.0 {
             completion.wait();
         }
+    }
+}
+
+struct All(Vec<Event>);
+
+impl Completion for All {
+    fn is_complete(&self) -> bool {
+        self.0.iter().all(Event::is_complete)
+    }
+
+    fn advance(&self) -> bool {
+        // Each of them, also after one that has to wait.
+        self.0.iter().fold(true, |all, event| event.advance() && all)
+    }
+
+    fn wait(&self) {
+        self.0.iter().for_each(Event::wait);
     }
 }

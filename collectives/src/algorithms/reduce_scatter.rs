@@ -19,6 +19,7 @@ pub(crate) struct ReduceScatter {
     pub(crate) offset: u64,
     pub(crate) output: Span,
     pub(crate) sideband: Span,
+    pub(crate) totals: Span,
     pub(crate) accumulate: bool,
 }
 
@@ -59,10 +60,11 @@ impl Collective for ReduceScatter {
 
     fn exchange(&mut self, _step: u32, peers: &Peers<'_>) -> Result<(), Error> {
         let _access = exclusive(self.output.deferred());
-        // SAFETY: this operation owns the sideband.
-        let sideband = unsafe { self.sideband.as_mut_slice::<f64>() };
-        for (index, total) in sideband.iter_mut().enumerate() {
-            *total = (0..peers.world()).map(|rank| f64::from_bits(peers.payload(rank, index))).sum();
+        // SAFETY: this operation owns the totals.
+        let totals = unsafe { self.totals.as_mut_slice::<f64>() };
+        for (index, total) in totals.iter_mut().enumerate() {
+            let sum: f64 = (0..peers.world()).map(|rank| f64::from_bits(peers.payload(rank, index))).sum();
+            *total = if self.accumulate { *total + sum } else { sum };
         }
         let (first, count) = (peers.rank() * self.output.len(), self.output.len());
         /// Sums one chunk of every rank with the given function and types.
