@@ -74,7 +74,7 @@ pub struct Traffic {
 /// A reduce-scatter's buffers.
 #[derive(Debug)]
 pub struct Reduce {
-    /// This rank's summand, `[world · n]` f32, bf16 or f64, from [`Communicator::allocate`]; unchanged.
+    /// This rank's summand, `[≥ world · n]` f32, bf16 or f64, from [`Communicator::allocate`]; unchanged, and not read beyond.
     pub input: Buffer,
     /// `[n]`, f64 for f64 and f32 otherwise: the sum of the ranks' parts of this rank, in order of rank, accumulated in this type.
     pub output: Buffer,
@@ -190,18 +190,19 @@ impl Communicator {
         Ok(Window::new(self.buffer(device, dtype, heap, start, bytes), words, self.shared.clone()))
     }
 
-    /// output\[p·n..\] = the shard of rank p. `shard: [n]` from [`Communicator::allocate`], unchanged; `output: [world · n]`, same type.
-    /// Starts after `after`.
+    /// output\[p·n..\] = the shard of rank p. `shard: [n]` from [`Communicator::allocate`], unchanged; `output: [≥ world · n]`, same
+    /// type, unchanged beyond. Starts after `after`.
     ///
     /// # Panics
     /// When the shapes or types disagree.
     pub fn all_gather(&self, shard: Buffer, output: Buffer, after: Event) -> Pending<(Buffer, Buffer)> {
         let world = self.world();
         assert!(
-            output.len() == world * shard.len() && output.dtype() == shard.dtype(),
+            output.len() >= world * shard.len() && output.dtype() == shard.dtype(),
             "an all-gather of {world} × {shard:?} into {output:?}"
         );
-        let collective = AllGather { offset: self.offset(&shard), shard: shard.span(), output: output.span() };
+        let offset = self.offset(&shard);
+        let collective = AllGather { world, offset, shard: shard.span(), output: output.span() };
         self.submit(Box::new(collective), Channel::Gather, after, (shard, output))
     }
 
@@ -222,7 +223,7 @@ impl Communicator {
         let Reduce { input, output, sideband, totals, accumulate } = &reduce;
         let wide = if input.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         assert!(
-            input.len() == self.world() * output.len() && output.dtype() == wide && input.dtype() != DType::U32,
+            input.len() >= self.world() * output.len() && output.dtype() == wide && input.dtype() != DType::U32,
             "a reduce-scatter of {input:?} over {} ranks into {output:?}",
             self.world()
         );
@@ -230,6 +231,7 @@ impl Communicator {
             assert!(numbers.len() == SIDEBAND && numbers.dtype() == DType::F64, "a sideband is {SIDEBAND} × f64");
         }
         let collective = ReduceScatter {
+            world: self.world(),
             input: input.span(),
             offset: self.offset(input),
             output: output.span(),

@@ -48,6 +48,11 @@ impl<T> Pending<T> {
         Event::new(self.flight.clone())
     }
 
+    /// The same operation, with its buffers in another form.
+    pub fn map<U>(mut self, form: impl FnOnce(T) -> U) -> Pending<U> {
+        Pending { flight: self.flight.clone(), value: Some(form(self.take())) }
+    }
+
     fn take(&mut self) -> T {
         self.value.take().expect("a pending operation holds its buffers until it is consumed")
     }

@@ -293,6 +293,11 @@ impl<'a> ViewMut<'a> {
         View { span: self.span.clone(), _borrow: PhantomData }
     }
 
+    /// A part of it.
+    pub fn slice(self, range: Range<usize>) -> ViewMut<'a> {
+        ViewMut { span: self.span.range(range), _borrow: PhantomData }
+    }
+
     /// Two disjoint parts: the first `at` elements and the rest.
     pub fn split_at(self, at: usize) -> (ViewMut<'a>, ViewMut<'a>) {
         let tail = self.span.range(at..self.span.len);

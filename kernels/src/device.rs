@@ -94,7 +94,7 @@ impl Completion for All {
 
     fn advance(&self) -> bool {
         // Each of them, also after one that has to wait.
-        self.0.iter().fold(true, |all, event| event.advance() && all)
+        self.0.iter().filter(|event| !event.advance()).count() == 0
     }
 
     fn wait(&self) {

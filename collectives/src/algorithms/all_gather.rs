@@ -8,6 +8,7 @@ use crate::Error;
 use crate::shm::flight::{Collective, Kind, Peers};
 
 pub(crate) struct AllGather {
+    pub(crate) world: usize,
     pub(crate) shard: Span,
     pub(crate) offset: u64,
     pub(crate) output: Span,
@@ -23,7 +24,7 @@ impl Collective for AllGather {
     }
 
     fn count(&self) -> usize {
-        self.output.len()
+        self.world * self.shard.len()
     }
 
     fn offset(&self) -> u64 {

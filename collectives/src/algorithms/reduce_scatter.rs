@@ -15,6 +15,7 @@ use crate::shm::flight::{Collective, Kind, Peers};
 pub(crate) const SIDEBAND: usize = 4;
 
 pub(crate) struct ReduceScatter {
+    pub(crate) world: usize,
     pub(crate) input: Span,
     pub(crate) offset: u64,
     pub(crate) output: Span,
@@ -33,7 +34,7 @@ impl Collective for ReduceScatter {
     }
 
     fn count(&self) -> usize {
-        self.input.len()
+        self.world * self.output.len()
     }
 
     fn offset(&self) -> u64 {

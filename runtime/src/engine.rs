@@ -1,0 +1,252 @@
+//! Executes plans: owns the weights, gradients and optimizer state of one rank, and moves them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use pillion_collectives::Communicator;
+use pillion_kernels::{Buffer, DType, Device, Event, Queue};
+
+use crate::plan::{Plan, Slots, Verified};
+use crate::slots::{GradientStore, WeightStore};
+use crate::step::Step;
+use crate::{Error, Layout, Policy};
+
+/// One rank's parameters, and the means to compute with all of them.
+pub struct Engine {
+    pub(crate) communicator: Arc<Communicator>,
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) queue: Box<dyn Queue>,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) policy: Policy,
+    pub(crate) weights: WeightStore,
+    pub(crate) gradients: GradientStore,
+    pub(crate) optimizer: Vec<OptimizerShard>,
+    /// For each unit: the event after which its shard of the weights holds what the last update wrote.
+    pub(crate) written: Vec<Event>,
+    /// `[2 · units]` f64: square norms and counts of non-finite values.
+    pub(crate) norms: Buffer,
+    /// Updates made so far.
+    pub(crate) updates: u64,
+    pub(crate) health: Health,
+    plans: HashMap<(Kind, usize), Arc<Verified>>,
+    planner: Planner,
+}
+
+/// Makes a plan for a number of rounds.
+type Planner = Box<dyn Fn(Slots, usize) -> Verified + Send>;
+
+/// What a step is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    Train,
+    Evaluate,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Health {
+    Good,
+    /// A step was begun and not ended: operations that other ranks expect may not have been started.
+    Unfinished,
+    /// Some shards may have been updated and others not.
+    Torn,
+}
+
+/// One rank's optimizer state of one unit; each `[shard]` f32.
+pub(crate) struct OptimizerShard {
+    pub(crate) master: Buffer,
+    pub(crate) m: Buffer,
+    pub(crate) v: Buffer,
+}
+
+/// What a checkpoint keeps of a unit's shard: host copies, each `[shard]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// Master weights.
+    pub master: Vec<f32>,
+    /// First moment.
+    pub m: Vec<f32>,
+    /// Second moment.
+    pub v: Vec<f32>,
+}
+
+impl Engine {
+    /// Allocates a rank's share of `layout`, zeroed. Every rank does so with the same arguments.
+    ///
+    /// # Errors
+    /// When a device or the host has no memory, or another rank fails.
+    ///
+    /// # Panics
+    /// When the layout is for another world, or the policy has no more slots than prefetched units.
+    pub fn new(
+        communicator: Arc<Communicator>,
+        device: Arc<dyn Device>,
+        layout: Layout,
+        policy: Policy,
+    ) -> Result<Engine, Error> {
+        assert_eq!(layout.world, communicator.world(), "a layout is made for its communicator's world");
+        let optimizer = layout.units.iter().map(|unit| {
+            let allocate = || device.allocate(DType::F32, unit.shard);
+            Ok(OptimizerShard { master: allocate()?, m: allocate()?, v: allocate()? })
+        });
+        let optimizer = optimizer.collect::<Result<_, Error>>()?;
+        Ok(Engine {
+            weights: WeightStore::new(&communicator, &*device, &layout, &policy)?,
+            gradients: GradientStore::new(&communicator, &*device, &layout, &policy)?,
+            optimizer,
+            written: vec![Event::PAST; layout.units.len()],
+            norms: device.allocate(DType::F64, 2 * layout.units.len())?,
+            queue: device.queue(),
+            communicator,
+            device,
+            layout: Arc::new(layout),
+            policy,
+            updates: 0,
+            health: Health::Good,
+            plans: HashMap::new(),
+            planner: Box::new(|slots, rounds| Plan::step(slots, rounds).verify().expect("the planner makes no races")),
+        })
+    }
+
+    /// For tests: takes training plans from `planner` instead, to show what a missing edge does.
+    pub fn with_planner(mut self, planner: impl Fn(Slots, usize) -> Verified + Send + 'static) -> Engine {
+        self.planner = Box::new(planner);
+        self
+    }
+
+    /// Where everything lives.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// How it is moved.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// The ranks it moves between.
+    pub fn communicator(&self) -> &Arc<Communicator> {
+        &self.communicator
+    }
+
+    /// The device it computes on.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// The queue that kernels run on, for work between steps.
+    pub fn queue(&self) -> &dyn Queue {
+        &*self.queue
+    }
+
+    /// Updates made so far.
+    pub fn updates(&self) -> u64 {
+        self.updates
+    }
+
+    /// The plan of a training step of `rounds` rounds.
+    pub fn plan(&mut self, rounds: usize) -> Arc<Verified> {
+        self.plan_for(Kind::Train, rounds)
+    }
+
+    /// Begins a training step of `rounds` rounds, the same number on every rank.
+    ///
+    /// # Errors
+    /// When an earlier step did not end well.
+    pub fn begin(&mut self, rounds: usize) -> Result<Step<'_>, Error> {
+        self.begin_kind(Kind::Train, rounds)
+    }
+
+    /// Begins `rounds` forward passes, the same number on every rank.
+    ///
+    /// # Errors
+    /// When an earlier step did not end well.
+    pub fn begin_evaluation(&mut self, rounds: usize) -> Result<Step<'_>, Error> {
+        self.begin_kind(Kind::Evaluate, rounds)
+    }
+
+    fn begin_kind(&mut self, kind: Kind, rounds: usize) -> Result<Step<'_>, Error> {
+        self.check_health()?;
+        let plan = self.plan_for(kind, rounds);
+        Ok(Step::new(self, plan))
+    }
+
+    fn plan_for(&mut self, kind: Kind, rounds: usize) -> Arc<Verified> {
+        let slots = Slots {
+            units: self.layout.units.len(),
+            prefetch: self.policy.prefetch,
+            weights: self.weights.slots().max(self.policy.prefetch + 1),
+            gradients: self.gradients.slots(),
+        };
+        let planner = &self.planner;
+        let plan = || match kind {
+            Kind::Train => planner(slots, rounds),
+            Kind::Evaluate => Plan::forward(slots, rounds).verify().expect("the planner makes no races"),
+        };
+        self.plans.entry((kind, rounds)).or_insert_with(|| Arc::new(plan())).clone()
+    }
+
+    pub(crate) fn check_health(&self) -> Result<(), Error> {
+        match self.health {
+            Health::Good => Ok(()),
+            Health::Torn => Err(Error::Poisoned),
+            Health::Unfinished => Err(Error::OffPlan {
+                expected: "the end of the step that was begun last".to_owned(),
+                found: "another step".to_owned(),
+            }),
+        }
+    }
+
+    /// Sets every parameter of this rank's shards: `value(tensor name, shape, index)` gives an element. No rank ever
+    /// holds more than its shards.
+    ///
+    /// # Errors
+    /// When another rank has failed.
+    pub fn initialize(&mut self, value: impl Fn(&str, &[usize], usize) -> f32) -> Result<(), Error> {
+        let layout = self.layout.clone();
+        for (index, unit) in layout.units.iter().enumerate() {
+            let mut master = vec![0.0; unit.shard];
+            for piece in layout.pieces(index, self.communicator.rank()) {
+                let tensor = &unit.tensors[piece.tensor];
+                for (out, element) in master[piece.in_shard].iter_mut().zip(piece.in_tensor) {
+                    *out = value(&tensor.name, &tensor.shape, element);
+                }
+            }
+            self.set_state(index, &State { master, m: vec![0.0; unit.shard], v: vec![0.0; unit.shard] })?;
+        }
+        self.updates = 0;
+        Ok(())
+    }
+
+    /// A copy of this rank's state of a unit.
+    ///
+    /// # Errors
+    /// When an update was interrupted.
+    pub fn state(&self, unit: usize) -> Result<State, Error> {
+        self.check_health()?;
+        let shard = &self.optimizer[unit];
+        let download = |buffer: &Buffer| self.queue.download(buffer.view());
+        Ok(State { master: download(&shard.master), m: download(&shard.m), v: download(&shard.v) })
+    }
+
+    /// Replaces this rank's state of a unit, and rounds its weights.
+    ///
+    /// # Errors
+    /// When another rank has failed.
+    ///
+    /// # Panics
+    /// When the lengths are not those of the shard.
+    pub fn set_state(&mut self, unit: usize, state: &State) -> Result<(), Error> {
+        let shard = &mut self.optimizer[unit];
+        self.queue.upload(shard.master.view_mut(), &state.master);
+        self.queue.upload(shard.m.view_mut(), &state.m);
+        self.queue.upload(shard.v.view_mut(), &state.v);
+        self.queue.cast(self.weights.shard_mut(unit)?, shard.master.view());
+        self.written[unit] = self.queue.record();
+        Ok(())
+    }
+
+    /// Sets the number of updates made, which bias correction depends on: for a resume.
+    pub fn set_updates(&mut self, updates: u64) {
+        self.updates = updates;
+    }
+}

@@ -1,0 +1,51 @@
+//! Failures of the runtime.
+
+use std::path::PathBuf;
+
+/// What can go wrong above the collectives.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Another rank, or the way to it.
+    #[error(transparent)]
+    Collective(#[from] pillion_collectives::Error),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] pillion_kernels::Error),
+    /// A caller left the plan.
+    #[error("the plan's next operation is {expected}, but the caller asked for {found}")]
+    OffPlan {
+        /// What the plan says.
+        expected: String,
+        /// What was asked.
+        found: String,
+    },
+    /// A gradient is infinite or not a number; no parameter was changed.
+    #[error(
+        "{count} gradient values of step {step} are not finite, so no parameter was changed: use a lower learning rate, \
+         or resume from the last checkpoint"
+    )]
+    NonFinite {
+        /// The update that would have been made, from 1.
+        step: u64,
+        /// Number of values.
+        count: u64,
+    },
+    /// An update was interrupted: the parameters of some ranks may be new and those of others old.
+    #[error("the parameters are invalid since an update failed: resume from the last checkpoint")]
+    Poisoned,
+    /// A file of a checkpoint cannot be read or written.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong, and the remedy.
+        reason: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn file(path: impl Into<PathBuf>, reason: impl std::fmt::Display) -> Error {
+        Error::File { path: path.into(), reason: reason.to_string() }
+    }
+}

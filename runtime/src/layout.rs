@@ -1,0 +1,190 @@
+//! Where every element of every tensor lives: a pure function of (tensors, world).
+//!
+//! The tensors of a unit lie flat, in order, and are padded with zeros so that every rank's shard has the same length, a multiple of
+//! 32 elements. Shards are contiguous, so a tensor may straddle ranks; [`Layout::pieces`] says which parts of which
+//! tensors a rank's shard holds.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+/// Shards are multiples of this many elements: a cache line of bf16.
+pub(crate) const ALIGNMENT: usize = 32;
+
+/// A tensor as the model declares it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorSpec {
+    /// Its name, unique in the model; Hugging Face's where there is one.
+    pub name: String,
+    /// Its shape, row-major.
+    pub shape: Vec<usize>,
+    /// Whether weight decay applies: matrices, as a rule.
+    pub decay: bool,
+}
+
+/// Tensors that are gathered together, as the model declares them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnitSpec {
+    /// Its name, for tables and messages.
+    pub name: String,
+    /// Its tensors, in order.
+    pub tensors: Vec<TensorSpec>,
+}
+
+/// A tensor with its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// Its name.
+    pub name: String,
+    /// Its shape, row-major.
+    pub shape: Vec<usize>,
+    /// Its elements in the unit's flat buffer.
+    pub range: Range<usize>,
+    /// Whether weight decay applies.
+    pub decay: bool,
+}
+
+/// A unit with its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unit {
+    /// Its name.
+    pub name: String,
+    /// Its tensors, in order, without gaps.
+    pub tensors: Vec<Tensor>,
+    /// Elements of its tensors.
+    pub len: usize,
+    /// Elements of one rank's shard.
+    pub shard: usize,
+    /// Elements with padding: `shard` times the world.
+    pub padded: usize,
+}
+
+/// A part of a tensor that lies in one rank's shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Index of the tensor in its unit.
+    pub tensor: usize,
+    /// Elements of the tensor.
+    pub in_tensor: Range<usize>,
+    /// The same elements in the shard.
+    pub in_shard: Range<usize>,
+}
+
+/// Where everything lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Number of ranks.
+    pub world: usize,
+    /// The units, in the order of the forward pass.
+    pub units: Vec<Unit>,
+}
+
+impl Layout {
+    /// Lays `units` out over `world` ranks.
+    ///
+    /// # Panics
+    /// When there are no ranks, no units, or two tensors have one name.
+    pub fn new(units: &[UnitSpec], world: usize) -> Layout {
+        assert!(world > 0 && !units.is_empty(), "a layout of {} units over {world} ranks", units.len());
+        let mut names = std::collections::HashSet::new();
+        let place = |spec: &UnitSpec| {
+            let mut len = 0;
+            let tensors = spec.tensors.iter().map(|tensor| {
+                let start = len;
+                len += tensor.shape.iter().product::<usize>();
+                Tensor {
+                    name: tensor.name.clone(),
+                    shape: tensor.shape.clone(),
+                    range: start..len,
+                    decay: tensor.decay,
+                }
+            });
+            let tensors: Vec<Tensor> = tensors.collect();
+            let shard = len.div_ceil(world).next_multiple_of(ALIGNMENT);
+            Unit { name: spec.name.clone(), tensors, len, shard, padded: shard * world }
+        };
+        let units: Vec<Unit> = units.iter().map(place).collect();
+        for tensor in units.iter().flat_map(|unit| &unit.tensors) {
+            assert!(names.insert(&tensor.name), "two tensors are called {}", tensor.name);
+        }
+        Layout { world, units }
+    }
+
+    /// Number of parameters, without padding.
+    pub fn parameters(&self) -> usize {
+        self.units.iter().map(|unit| unit.len).sum()
+    }
+
+    /// Elements of the longest unit, with padding: the size of a slot.
+    pub fn longest_unit(&self) -> usize {
+        self.units.iter().map(|unit| unit.padded).max().expect("a layout has units")
+    }
+
+    /// Elements of all shards of one rank.
+    pub fn shards(&self) -> usize {
+        self.units.iter().map(|unit| unit.shard).sum()
+    }
+
+    /// The parts of tensors in the shard of `rank`, in order.
+    pub fn pieces(&self, unit: usize, rank: usize) -> impl Iterator<Item = Piece> + '_ {
+        let unit = &self.units[unit];
+        let shard = rank * unit.shard..(rank + 1) * unit.shard;
+        unit.tensors.iter().enumerate().filter_map(move |(index, tensor)| {
+            let start = tensor.range.start.max(shard.start);
+            let end = tensor.range.end.min(shard.end);
+            (start < end).then(|| Piece {
+                tensor: index,
+                in_tensor: start - tensor.range.start..end - tensor.range.start,
+                in_shard: start - shard.start..end - shard.start,
+            })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn units(shapes: &[Vec<Vec<usize>>]) -> Vec<UnitSpec> {
+        let tensor = |unit: usize, index: usize, shape: &Vec<usize>| TensorSpec {
+            name: format!("{unit}.{index}"),
+            shape: shape.clone(),
+            decay: shape.len() > 1,
+        };
+        let unit = |(index, shapes): (usize, &Vec<Vec<usize>>)| UnitSpec {
+            name: format!("unit {index}"),
+            tensors: shapes.iter().enumerate().map(|(at, shape)| tensor(index, at, shape)).collect(),
+        };
+        shapes.iter().enumerate().map(unit).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn pieces_cover_every_element_once(
+            shapes in prop::collection::vec(prop::collection::vec(prop::collection::vec(1usize..20, 1..3), 1..5), 1..4),
+            world in 1usize..9,
+        ) {
+            let layout = Layout::new(&units(&shapes), world);
+            for (index, unit) in layout.units.iter().enumerate() {
+                prop_assert_eq!(unit.padded, unit.shard * world);
+                prop_assert!(unit.shard.is_multiple_of(ALIGNMENT) && unit.padded >= unit.len);
+                prop_assert!(unit.padded < unit.len + world * ALIGNMENT + world, "no more padding than the shards need");
+                let mut seen = vec![0; unit.len];
+                for rank in 0..world {
+                    for piece in layout.pieces(index, rank) {
+                        let tensor = &unit.tensors[piece.tensor];
+                        prop_assert_eq!(piece.in_tensor.len(), piece.in_shard.len());
+                        for offset in 0..piece.in_tensor.len() {
+                            let flat = tensor.range.start + piece.in_tensor.start + offset;
+                            prop_assert_eq!(flat, rank * unit.shard + piece.in_shard.start + offset);
+                            seen[flat] += 1;
+                        }
+                    }
+                }
+                prop_assert!(seen.iter().all(|&times| times == 1));
+            }
+        }
+    }
+}

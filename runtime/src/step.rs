@@ -1,0 +1,330 @@
+//! One step under way: follows the plan, operation by operation, as the caller asks for units.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pillion_collectives::{Reduction, Traffic};
+use pillion_kernels::{AdamW, Event, Queue, View, ViewMut};
+
+use crate::engine::{Engine, Health};
+use crate::plan::{Action, Pass, Verified};
+use crate::slots::sideband;
+use crate::{Error, Unit};
+
+/// A step under way. It ends with [`Step::finish`] (training) or [`Step::end`] (evaluation); one that is dropped before leaves
+/// the engine unusable, since other ranks wait for the rest.
+pub struct Step<'e> {
+    engine: &'e mut Engine,
+    plan: Arc<Verified>,
+    /// The next operation.
+    next: usize,
+    /// For each operation on the compute queue that has been enqueued: when it is complete.
+    events: Vec<Event>,
+    /// The computation that the caller is enqueuing.
+    open: Option<usize>,
+    /// 1/tokens of the round's micro-batch, or 0 without one.
+    weight: f64,
+    exposed: Duration,
+    traffic: Traffic,
+}
+
+/// What a forward pass through one unit needs. The borrow ends before the step is asked for the next.
+pub struct Forward<'s> {
+    /// Where kernels go.
+    pub queue: &'s dyn Queue,
+    /// The unit's weights.
+    pub weights: Weights<'s>,
+}
+
+/// What a backward pass through one unit needs.
+pub struct Backward<'s> {
+    /// Where kernels go.
+    pub queue: &'s dyn Queue,
+    /// The unit's weights.
+    pub weights: Weights<'s>,
+    /// The unit's gradients, zero so far.
+    pub gradients: Gradients<'s>,
+    /// `[2]` f64, zero so far: a sum of losses and a number of tokens that ride with this gradient. One unit of a model
+    /// writes them.
+    pub loss: ViewMut<'s>,
+}
+
+/// A unit's gathered weights.
+pub struct Weights<'s> {
+    view: View<'s>,
+    unit: &'s Unit,
+}
+
+impl<'s> Weights<'s> {
+    /// The unit's tensor number `index`.
+    pub fn tensor(&self, index: usize) -> View<'s> {
+        self.view.slice(self.unit.tensors[index].range.clone())
+    }
+}
+
+/// A unit's gradients: sums over the tokens of a micro-batch, not means.
+pub struct Gradients<'s> {
+    view: ViewMut<'s>,
+    unit: &'s Unit,
+}
+
+impl Gradients<'_> {
+    /// That of tensor number `index`.
+    pub fn tensor(&mut self, index: usize) -> ViewMut<'_> {
+        self.view.reborrow().slice(self.unit.tensors[index].range.clone())
+    }
+}
+
+/// What a training step has done; every number is the same on every rank, but for those of this rank's traffic and time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReport {
+    /// Sum of the losses over all tokens, in nats.
+    pub loss_sum: f64,
+    /// N, tokens.
+    pub tokens: f64,
+    /// ‖Σₖ Gₖ‖ / N: the norm of the mean gradient, before clipping.
+    pub gradient_norm: f64,
+    /// ‖Σₖ Gₖ‖² over groups k, each a micro-batch of a rank.
+    pub square_norm: f64,
+    /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k.
+    pub group_square_norms: f64,
+    /// The requests, summed over ranks.
+    pub requests: Vec<f64>,
+    /// Time for which this rank's host waited for a collective.
+    pub exposed: Duration,
+    /// Collective operations of this rank.
+    pub operations: u64,
+    /// Bytes that other ranks read from this one.
+    pub bytes: u64,
+}
+
+impl<'e> Step<'e> {
+    pub(crate) fn new(engine: &'e mut Engine, plan: Arc<Verified>) -> Step<'e> {
+        engine.health = Health::Unfinished;
+        let traffic = engine.communicator.traffic();
+        let events = vec![Event::PAST; plan.operations.len()];
+        Step { engine, plan, next: 0, events, open: None, weight: 0.0, exposed: Duration::ZERO, traffic }
+    }
+
+    /// Begins a round whose micro-batch on this rank has `tokens` tokens.
+    pub fn round(&mut self, tokens: usize) {
+        self.close();
+        self.weight = if tokens == 0 { 0.0 } else { 1.0 / tokens as f64 };
+    }
+
+    /// Passes a round without a micro-batch on this rank: takes part in its collectives, with zeros.
+    ///
+    /// # Errors
+    /// When another rank has failed.
+    pub fn idle_round(&mut self) -> Result<(), Error> {
+        self.round(0);
+        let units = self.engine.layout.units.len();
+        (0..units).try_for_each(|unit| self.forward(unit).map(|_| ()))?;
+        (0..units).rev().try_for_each(|unit| self.backward(unit).map(|_| ()))
+    }
+
+    /// The queue that kernels run on, for work that belongs to no unit.
+    pub fn queue(&self) -> &dyn Queue {
+        &*self.engine.queue
+    }
+
+    /// Orders the queue after the gather of a unit, and starts the gathers that the plan wants under way by now.
+    ///
+    /// # Errors
+    /// [`Error::OffPlan`] when the plan says otherwise, or another rank's failure.
+    pub fn forward(&mut self, unit: usize) -> Result<Forward<'_>, Error> {
+        let slot = self.enter(unit, Pass::Forward)?.0;
+        let engine = &*self.engine;
+        let weights = Weights { view: engine.weights.gathered(unit, slot), unit: &engine.layout.units[unit] };
+        Ok(Forward { queue: &*engine.queue, weights })
+    }
+
+    /// As [`Step::forward`], with room for the unit's gradients. What kernels add to them is reduced from the next call on.
+    ///
+    /// # Errors
+    /// As for [`Step::forward`].
+    pub fn backward(&mut self, unit: usize) -> Result<Backward<'_>, Error> {
+        let (slot, gradients) = self.enter(unit, Pass::Backward)?;
+        let gradients = gradients.expect("a backward pass has a gradient slot");
+        let Engine { queue, weights, gradients: store, layout, .. } = &mut *self.engine;
+        let unit_layout = &layout.units[unit];
+        let weights = Weights { view: weights.gathered(unit, slot), unit: unit_layout };
+        let (view, sideband) = store.opened(gradients);
+        let loss = sideband.slice(sideband::LOSS);
+        Ok(Backward { queue: &**queue, weights, gradients: Gradients { view, unit: unit_layout }, loss })
+    }
+
+    /// Ends a training step: agrees with every rank on the norm and on `requests` (at most 32 numbers, summed over ranks), then updates the
+    /// parameters with the gradient averaged over tokens and clipped. `settings.step` and `settings.gradient_scale` are set here.
+    /// Weight decay applies to the tensors whose specification says so.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] with the parameters as they were; another rank's failure, after which they may be invalid.
+    pub fn finish(mut self, settings: AdamW, requests: &[f64]) -> Result<StepReport, Error> {
+        self.issue_until(|action| action == Action::Agree, "the agreement")?;
+        let mut report = self.agree(requests)?;
+        self.next += 1;
+        let mean = 1.0 / report.tokens.max(1.0);
+        report.gradient_norm = report.square_norm.sqrt() * mean;
+        let clip = match self.engine.policy.clip {
+            Some(limit) if report.gradient_norm > limit => limit / report.gradient_norm,
+            _ => 1.0,
+        };
+        self.engine.health = Health::Torn;
+        let step = self.engine.updates + 1;
+        let settings = AdamW { step, gradient_scale: (mean * clip) as f32, ..settings };
+        while let Some(operation) = self.plan.operations.get(self.next) {
+            let Action::Update { unit } = operation.action else {
+                return Err(self.off_plan("the end of the step"));
+            };
+            self.update(unit, settings)?;
+            self.next += 1;
+        }
+        self.engine.updates = step;
+        self.engine.health = Health::Good;
+        let traffic = self.engine.communicator.traffic();
+        report.operations = traffic.operations - self.traffic.operations;
+        report.bytes = traffic.bytes - self.traffic.bytes;
+        report.exposed = self.exposed;
+        Ok(report)
+    }
+
+    /// Ends an evaluation.
+    ///
+    /// # Errors
+    /// [`Error::OffPlan`] when forward passes are missing.
+    pub fn end(mut self) -> Result<(), Error> {
+        self.close();
+        if self.next < self.plan.operations.len() {
+            return Err(self.off_plan("the end of the evaluation"));
+        }
+        self.engine.weights.release(&self.engine.queue.record());
+        self.engine.health = Health::Good;
+        Ok(())
+    }
+
+    /// Starts what the plan wants before a computation, and opens it; returns its weight and gradient slots.
+    fn enter(&mut self, unit: usize, pass: Pass) -> Result<(usize, Option<usize>), Error> {
+        let wanted = |action| matches!(action, Action::Compute { unit: u, pass: p, .. } if (u, p) == (unit, pass));
+        self.issue_until(wanted, &format!("the {pass:?} pass of {}", self.engine.layout.units[unit].name))?;
+        let Action::Compute { weights, gradients, .. } = self.plan.operations[self.next].action else {
+            unreachable!("issue_until stops at what was wanted");
+        };
+        let waiting = Instant::now();
+        let engine = &mut *self.engine;
+        engine.weights.bring(unit, weights, &*engine.queue)?;
+        if let Some(slot) = gradients {
+            engine.gradients.open(slot, engine.layout.units[unit].padded, &*engine.queue)?;
+        }
+        self.exposed += waiting.elapsed();
+        self.open = Some(self.next);
+        self.next += 1;
+        Ok((weights, gradients))
+    }
+
+    /// Starts collectives up to the operation that is wanted.
+    fn issue_until(&mut self, wanted: impl Fn(Action) -> bool, what: &str) -> Result<(), Error> {
+        self.close();
+        let plan = self.plan.clone();
+        loop {
+            let Some(operation) = plan.operations.get(self.next) else { return Err(self.off_plan(what)) };
+            let after = Event::all(operation.after.iter().map(|&earlier| self.events[earlier].clone()));
+            let engine = &mut *self.engine;
+            match operation.action {
+                action if wanted(action) => return Ok(()),
+                Action::Gather { unit, slot } => {
+                    let after = Event::all([after, engine.written[unit].clone()]);
+                    engine.weights.gather(&engine.communicator, unit, slot, after);
+                }
+                Action::Reduce { unit, slot, round } => {
+                    engine.gradients.reduce(&engine.communicator, unit, slot, round > 0, after, &*engine.queue)?;
+                }
+                _ => return Err(self.off_plan(what)),
+            }
+            self.next += 1;
+        }
+    }
+
+    /// Ends the computation that the caller has enqueued: takes its gradient's norm, and marks its end.
+    fn close(&mut self) {
+        let Some(index) = self.open.take() else { return };
+        let engine = &mut *self.engine;
+        if let Action::Compute { unit, gradients: Some(slot), .. } = self.plan.operations[index].action {
+            let (gradient, sideband) = engine.gradients.opened(slot);
+            let gradient = gradient.as_view().slice(0..engine.layout.units[unit].len);
+            engine.queue.square_norm(sideband.slice(sideband::SQUARE_NORM), gradient, self.weight);
+        }
+        self.events[index] = engine.queue.record();
+    }
+
+    /// The one scalar all-reduce of a step.
+    fn agree(&mut self, requests: &[f64]) -> Result<StepReport, Error> {
+        let waiting = Instant::now();
+        let Engine { queue, gradients, layout, norms, weights, communicator, .. } = &mut *self.engine;
+        gradients.bring_all(&**queue)?;
+        self.exposed += waiting.elapsed();
+        let mut totals = [0.0; sideband::LEN];
+        for unit in 0..layout.units.len() {
+            let (gradient, unit_totals) = gradients.sums(unit);
+            queue.square_norm(norms.slice_mut(2 * unit..2 * unit + 2), gradient, 1.0);
+            let unit_totals = queue.download::<f64>(unit_totals);
+            totals.iter_mut().zip(unit_totals).for_each(|(total, value)| *total += value);
+        }
+        let norms = queue.download::<f64>(norms.view());
+        weights.release(&queue.record());
+        let mut values = vec![norms.iter().step_by(2).sum(), norms.iter().skip(1).step_by(2).sum()];
+        values.extend_from_slice(requests);
+        let waiting = Instant::now();
+        communicator.all_reduce_scalars(&mut values, Reduction::Sum)?;
+        self.exposed += waiting.elapsed();
+        let [group_square_norms, non_finite, loss_sum, tokens] = totals;
+        // A sum can be infinite where its terms were not.
+        let non_finite = non_finite + values[1];
+        if non_finite > 0.0 || !loss_sum.is_finite() {
+            self.engine.health = Health::Good;
+            return Err(Error::NonFinite { step: self.engine.updates + 1, count: non_finite as u64 });
+        }
+        Ok(StepReport {
+            loss_sum,
+            tokens,
+            gradient_norm: 0.0,
+            square_norm: values[0],
+            group_square_norms,
+            requests: values[2..].to_vec(),
+            exposed: Duration::ZERO,
+            operations: 0,
+            bytes: 0,
+        })
+    }
+
+    fn update(&mut self, unit: usize, settings: AdamW) -> Result<(), Error> {
+        let engine = &mut *self.engine;
+        let rank = engine.communicator.rank();
+        let mut weights = engine.weights.shard_mut(unit)?;
+        let (gradient, _) = engine.gradients.sums(unit);
+        let state = &mut engine.optimizer[unit];
+        for piece in engine.layout.pieces(unit, rank) {
+            let range = piece.in_shard;
+            let decay = engine.layout.units[unit].tensors[piece.tensor].decay;
+            let settings = AdamW { weight_decay: if decay { settings.weight_decay } else { 0.0 }, ..settings };
+            engine.queue.adamw(
+                weights.reborrow().slice(range.clone()),
+                state.master.slice_mut(range.clone()),
+                state.m.slice_mut(range.clone()),
+                state.v.slice_mut(range.clone()),
+                gradient.slice(range),
+                settings,
+            );
+        }
+        engine.written[unit] = engine.queue.record();
+        Ok(())
+    }
+
+    fn off_plan(&self, found: &str) -> Error {
+        let expected = match self.plan.operations.get(self.next) {
+            Some(operation) => format!("{:?}", operation.action),
+            None => "nothing".to_owned(),
+        };
+        Error::OffPlan { expected, found: found.to_owned() }
+    }
+}
