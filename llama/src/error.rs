@@ -41,6 +41,12 @@ impl Error {
         Error::File { path: path.into(), reason: reason.to_string() }
     }
 
+    /// Whether every rank has, or will have, an error of its own for the same reason.
+    pub(crate) fn is_everywhere(&self) -> bool {
+        use pillion_runtime::Error as Runtime;
+        matches!(self, Error::ByRankZero | Error::Runtime(Runtime::Collective(_) | Runtime::NonFinite { .. }))
+    }
+
     /// The exit code.
     pub fn code(&self) -> i32 {
         match self {

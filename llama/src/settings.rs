@@ -371,7 +371,10 @@ mod tests {
     #[test]
     fn flags_win_over_the_file_and_the_file_over_defaults() {
         let settings = train("lr = 0.5\nmicro-batch = 8\nmodel = \"tiny\"", &["--lr", "0.25"]).unwrap();
-        assert_eq!((settings.lr, settings.micro_batch, settings.model.model.name, settings.seq), (0.25, 8, "tiny", 128));
+        assert_eq!(
+            (settings.lr, settings.micro_batch, settings.model.model.name, settings.seq),
+            (0.25, 8, "tiny", 128)
+        );
     }
 
     #[test]

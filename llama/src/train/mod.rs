@@ -1,10 +1,10 @@
 //! `pillion train`: finds or starts the ranks, and has each run the loop.
 
-mod checkpoints;
+pub(crate) mod checkpoints;
 mod evaluation;
 mod metrics;
 mod plan_table;
-mod recipe;
+pub(crate) mod recipe;
 mod run;
 mod schedule;
 mod screen;
@@ -20,8 +20,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use crate::Error;
 use crate::settings::{LaunchKind, TrainArgs};
 
-pub(crate) use plan_table::plan_table;
-pub(crate) use recipe::Recipe;
+pub(crate) use plan_table::{plan_table, slots};
+use recipe::Recipe;
 
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;

@@ -22,7 +22,7 @@ pub(crate) fn plan_table(
     let rounds = batch.div_ceil(micro_batch).div_ceil(world as u64) as usize;
     let plan = Plan::step(slots(&layout, policy), rounds);
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     let mut row = |name: &str, value: String| {
         table.add_row([name, &value]);
     };
@@ -50,11 +50,16 @@ pub(crate) fn plan_table(
     );
     row(
         "weights",
-        format!("{} a rank in {}, gathered by {}", bytes(memory.weights), policy.weights, match policy.gather {
-            Gather::Window => "reading all shards in place: nothing is copied".to_owned(),
-            Gather::Copy =>
-                format!("copy into {} slots of {}", policy.slots, bytes(memory.gathered / policy.slots as u64)),
-        }),
+        format!(
+            "{} a rank in {}, gathered by {}",
+            bytes(memory.weights),
+            policy.weights,
+            match policy.gather {
+                Gather::Window => "reading all shards in place: nothing is copied".to_owned(),
+                Gather::Copy =>
+                    format!("copy into {} slots of {}", policy.slots, bytes(memory.gathered / policy.slots as u64)),
+            }
+        ),
     );
     row(
         "gradients",
@@ -65,7 +70,10 @@ pub(crate) fn plan_table(
             bytes(memory.gradient_shard)
         ),
     );
-    row("optimizer", format!("{} a rank of AdamW moments, {} of f32 master weights", bytes(memory.moments), bytes(memory.master)));
+    row(
+        "optimizer",
+        format!("{} a rank of AdamW moments, {} of f32 master weights", bytes(memory.moments), bytes(memory.master)),
+    );
     row("activations", format!("{} a rank", bytes(activations)));
     row("memory", format!("{} a rank in all", bytes(memory.total() + activations)));
     table
@@ -85,7 +93,9 @@ pub(crate) fn slots(layout: &Layout, policy: &Policy) -> Slots {
 fn step_bytes(layout: &Layout, policy: &Policy, plan: &Plan) -> u64 {
     let others = (layout.world - 1) as u64;
     let sent = |action: Action| match action {
-        Action::Gather { unit, .. } if policy.gather == Gather::Copy => layout.units[unit].shard * policy.weights.bytes(),
+        Action::Gather { unit, .. } if policy.gather == Gather::Copy => {
+            layout.units[unit].shard * policy.weights.bytes()
+        }
         Action::Reduce { unit, .. } => layout.units[unit].shard * 4,
         // The square norm, the count of non-finite values, and the request to stop.
         Action::Agree => 3 * 8,

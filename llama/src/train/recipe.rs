@@ -78,9 +78,7 @@ impl Recipe {
             ControllerKind::Stagewise if settings.stages.is_empty() => {
                 return fail("--controller stagewise needs --stages, such as 16:0.1,32:0.9".to_owned());
             }
-            ControllerKind::Stagewise => {
-                Rule::Stagewise { stages: settings.stages.clone(), horizon: settings.samples }
-            }
+            ControllerKind::Stagewise => Rule::Stagewise { stages: settings.stages.clone(), horizon: settings.samples },
             ControllerKind::NormTest => Rule::NormTest { eta: settings.eta },
         };
         let controller = ControllerSettings::new(batch, cap, round_to, rule);
@@ -125,9 +123,11 @@ fn first_difference(
     theirs: &serde_json::Value,
 ) -> Option<(String, String, String)> {
     match (ours, theirs) {
-        (serde_json::Value::Object(a), serde_json::Value::Object(b)) if a.keys().eq(b.keys()) => a
-            .iter()
-            .find_map(|(key, value)| first_difference(&format!("{at}{}{key}", if at.is_empty() { "" } else { "." }), value, &b[key])),
+        (serde_json::Value::Object(a), serde_json::Value::Object(b)) if a.keys().eq(b.keys()) => {
+            a.iter().find_map(|(key, value)| {
+                first_difference(&format!("{at}{}{key}", if at.is_empty() { "" } else { "." }), value, &b[key])
+            })
+        }
         (a, b) if a == b => None,
         (a, b) => Some((at.to_owned(), a.to_string(), b.to_string())),
     }
