@@ -132,7 +132,8 @@ fn train(
 
 /// Whole tensors from all ranks' pieces: `which` is 0 for master weights, 1 and 2 for the moments.
 fn assembled(results: &[Result], like: &Parameters, which: usize) -> Parameters {
-    let mut tensors: Parameters = like.iter().map(|(name, values)| (name.clone(), vec![f64::NAN; values.len()])).collect();
+    let mut tensors: Parameters =
+        like.iter().map(|(name, values)| (name.clone(), vec![f64::NAN; values.len()])).collect();
     for (name, start, parts) in results.iter().flat_map(|result| &result.pieces) {
         let tensor = tensors.get_mut(name).unwrap_or_else(|| panic!("the golden file has no {name}"));
         for (out, &value) in tensor[*start..].iter_mut().zip(&parts[which]) {
@@ -175,7 +176,10 @@ fn logits_loss_and_every_gradient_match_hugging_face() {
             let batches = std::slice::from_ref(&batch);
             let results = train(&config(&golden), &parameters, world, device, policy(None), batches, GRADIENT);
             for result in &results {
-                let logits = distance(result.logits.iter().map(|&x| f64::from(x)), golden.f32("logits").into_iter().map(f64::from));
+                let logits = distance(
+                    result.logits.iter().map(|&x| f64::from(x)),
+                    golden.f32("logits").into_iter().map(f64::from),
+                );
                 assert!(logits < TOLERANCE, "{name} at world {world}: logits {logits:e}");
                 let loss = f64::from(golden.f32("loss")[0]);
                 assert!((result.losses[0] - loss).abs() < TOLERANCE * loss, "{} against {loss}", result.losses[0]);
