@@ -106,8 +106,7 @@ fn report(launch: &Launch, error: &Error) {
 fn stop_flag() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
-        let code = launcher::EXIT_INTERRUPTED;
-        let registered = signal_hook::flag::register_conditional_shutdown(signal, code, stop.clone())
+        let registered = signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
             .and_then(|_| signal_hook::flag::register(signal, stop.clone()));
         registered.expect("SIGINT and SIGTERM can be handled");
     }
