@@ -73,14 +73,7 @@ pub fn run_processes(ranks: usize) -> Result<i32, LaunchError> {
 
 /// [`run_processes`] with other options than the default ones.
 pub fn run_processes_with(ranks: usize, options: &Options) -> Result<i32, LaunchError> {
-    if ranks == 0 {
-        return Err(LaunchError::NoRanks);
-    }
-    let cores = thread::available_parallelism().map_err(system("count the cores"))?.get();
-    let limit = cores.saturating_mul(RANKS_PER_CORE);
-    if ranks > limit {
-        return Err(LaunchError::TooManyRanks { ranks, cores, limit });
-    }
+    check_ranks(ranks)?;
     if let Some(rank) = env::var_os(OWN_RANK) {
         let rank = rank.to_string_lossy().into_owned();
         return Err(LaunchError::Nested { rank, variable: OWN_RANK });
@@ -89,6 +82,22 @@ pub fn run_processes_with(ranks: usize, options: &Options) -> Result<i32, Launch
     let mut signals = listen().map_err(system("install signal handlers"))?;
     let mut job = Job::start(ranks)?;
     job.watch(&mut signals, options.grace)
+}
+
+/// Whether this machine can start that many ranks, as processes or as threads.
+///
+/// # Errors
+/// No ranks, or more than [`RANKS_PER_CORE`] for each core.
+pub fn check_ranks(ranks: usize) -> Result<(), LaunchError> {
+    if ranks == 0 {
+        return Err(LaunchError::NoRanks);
+    }
+    let cores = thread::available_parallelism().map_err(system("count the cores"))?.get();
+    let limit = cores.saturating_mul(RANKS_PER_CORE);
+    if ranks > limit {
+        return Err(LaunchError::TooManyRanks { ranks, cores, limit });
+    }
+    Ok(())
 }
 
 /// Makes this process, if our launcher started it, die with the launcher. To be called early in

@@ -23,6 +23,8 @@ const ENTRY: [&str; 5] = ["--exact", "process", "--ignored", "--nocapture", "--t
 const ERROR: i32 = 99;
 /// Exit code of a rank that fails when told to.
 const FAILED: i32 = 7;
+/// Most ranks in any test.
+const MOST_RANKS: usize = 3;
 const SHORT_GRACE: Duration = Duration::from_millis(200);
 /// Longer than any test may take: its end cannot be what ends the test.
 const LONG_GRACE: Duration = Duration::from_secs(600);
@@ -162,6 +164,16 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.launcher.kill();
         let _ = self.launcher.wait();
+        // A launcher that fails its test may leave ranks behind, and they would hold our output open.
+        let directory = format!("TEST_DIRECTORY={}", self.directory.path().display());
+        for rank in 0..MOST_RANKS {
+            let Some(process) = self.file(&format!("pid-{rank}")).and_then(|id| id.parse().ok()) else { continue };
+            // The process id may have been given to another since.
+            let environment = fs::read(format!("/proc/{process}/environ")).unwrap_or_default();
+            if environment.split(|byte| *byte == 0).any(|entry| entry == directory.as_bytes()) {
+                let _ = kill_process(Pid::from_raw(process).unwrap(), Signal::KILL);
+            }
+        }
     }
 }
 

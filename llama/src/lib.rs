@@ -1,4 +1,53 @@
 //! A minimal Llama-2 on the Pillion runtime, and the command line.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `settings` | the command line and the configuration file |
+//! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
+//! | `commands` | `pillion generate` and `pillion plan` |
+//! | `config` | shapes of models, their tensors and presets |
+//! | `model` | forward and backward, unit by unit |
+//! | `generate` | text out |
+//! | `data` | text in, batches out |
 #![forbid(unsafe_code)]
 
+mod commands;
+pub mod config;
 pub mod data;
+mod error;
+mod generate;
+pub mod model;
+pub mod settings;
+pub mod train;
+
+pub use error::Error;
+pub use generate::generate;
+
+use settings::{Cli, Command};
+
+/// Runs the program with its arguments, the first of which is its name; returns the exit code: 0 when done, 1 after a failure, 2 for
+/// settings that cannot be, 75 when a signal ended a run early.
+pub fn main(arguments: &[String]) -> i32 {
+    let cli = match Cli::from_arguments(arguments) {
+        Ok(cli) => cli,
+        Err((message, 0)) => {
+            print!("{message}");
+            return 0;
+        }
+        Err((message, code)) => {
+            eprint!("{message}");
+            return code;
+        }
+    };
+    let result = match &cli.command {
+        Command::Train(settings) => train::train(settings),
+        Command::Generate(settings) => commands::generate(settings),
+        Command::Plan(settings) => commands::plan(settings),
+    };
+    result.unwrap_or_else(|error| {
+        if !matches!(error, Error::ByRankZero) {
+            eprintln!("pillion: {error}");
+        }
+        error.code()
+    })
+}

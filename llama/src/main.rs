@@ -1,4 +1,6 @@
 //! The command `pillion`.
 #![forbid(unsafe_code)]
 
-fn main() {}
+fn main() {
+    std::process::exit(pillion_llama::main(&std::env::args().collect::<Vec<String>>()));
+}

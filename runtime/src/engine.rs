@@ -167,7 +167,7 @@ impl Engine {
     fn begin_kind(&mut self, kind: Kind, rounds: usize) -> Result<Step<'_>, Error> {
         self.check_health()?;
         let plan = self.plan_for(kind, rounds);
-        Ok(Step::new(self, plan))
+        Ok(Step::new(self, kind, plan))
     }
 
     fn plan_for(&mut self, kind: Kind, rounds: usize) -> Arc<Verified> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use pillion_collectives::{Reduction, Traffic};
 use pillion_kernels::{AdamW, Event, Queue, View, ViewMut};
 
-use crate::engine::{Engine, Health};
+use crate::engine::{Engine, Health, Kind};
 use crate::plan::{Action, Pass, Verified};
 use crate::slots::sideband;
 use crate::{Error, Unit};
@@ -15,6 +15,7 @@ use crate::{Error, Unit};
 /// the engine unusable, since other ranks wait for the rest.
 pub struct Step<'e> {
     engine: &'e mut Engine,
+    kind: Kind,
     plan: Arc<Verified>,
     /// The next operation.
     next: usize,
@@ -99,11 +100,11 @@ pub struct StepReport {
 }
 
 impl<'e> Step<'e> {
-    pub(crate) fn new(engine: &'e mut Engine, plan: Arc<Verified>) -> Step<'e> {
+    pub(crate) fn new(engine: &'e mut Engine, kind: Kind, plan: Arc<Verified>) -> Step<'e> {
         engine.health = Health::Unfinished;
         let traffic = engine.communicator.traffic();
         let events = vec![Event::PAST; plan.operations.len()];
-        Step { engine, plan, next: 0, events, open: None, weight: 0.0, exposed: Duration::ZERO, traffic }
+        Step { engine, kind, plan, next: 0, events, open: None, weight: 0.0, exposed: Duration::ZERO, traffic }
     }
 
     /// Begins a round whose micro-batch on this rank has `tokens` tokens.
@@ -120,6 +121,9 @@ impl<'e> Step<'e> {
         self.round(0);
         let units = self.engine.layout.units.len();
         (0..units).try_for_each(|unit| self.forward(unit).map(|_| ()))?;
+        if self.kind == Kind::Evaluate {
+            return Ok(());
+        }
         (0..units).rev().try_for_each(|unit| self.backward(unit).map(|_| ()))
     }
 

@@ -1,2 +1,7 @@
 //! Everything, from outside: parity, many processes, faults.
+//!
+//! The library part is what the tests compare with: the golden files and a Llama in f64 that shares no code with ours.
 #![forbid(unsafe_code)]
+
+pub mod golden;
+pub mod reference;

@@ -23,6 +23,12 @@ fn columns(what: &str, len: usize, rows: usize) -> usize {
     len / rows
 }
 
+/// `len = rows · columns` with known columns gives the rows.
+fn rows(what: &str, len: usize, columns: usize) -> usize {
+    assert!(columns > 0 && len.is_multiple_of(columns), "{what}: {len} elements in rows of {columns}");
+    len / columns
+}
+
 /// All lengths equal the first.
 fn same(what: &str, lens: &[usize]) {
     assert!(lens.iter().all(|&len| len == lens[0]), "{what}: lengths {lens:?} should be equal");
@@ -90,7 +96,7 @@ impl Queue for HostQueue {
 
     fn embedding(&self, out: ViewMut<'_>, table: View<'_>, tokens: View<'_>) {
         let width = columns("embedding", out.len(), tokens.len());
-        let vocab = table.len() / width;
+        let vocab = rows("embedding table", table.len(), width);
         let dtype = table.dtype();
         self.run([out], [table, tokens], move |[out], [table, tokens]| {
             let (out, tokens) = (out.of(), tokens.of());
@@ -112,7 +118,8 @@ impl Queue for HostQueue {
     }
 
     fn embedding_backward(&self, grad_table: ViewMut<'_>, grad_out: View<'_>, tokens: View<'_>) {
-        columns("embedding", grad_out.len(), tokens.len());
+        let width = columns("embedding", grad_out.len(), tokens.len());
+        rows("embedding table", grad_table.len(), width);
         self.run([grad_table], [grad_out, tokens], |[grad_table], [grad_out, tokens]| {
             let (grad_table, grad_out, tokens) = (grad_table.of(), grad_out.of(), tokens.of());
             vectorized(|| embedding::backward(grad_table, grad_out, tokens));

@@ -1,0 +1,109 @@
+//! The fused AdamW update.
+
+use half::bf16;
+use pillion_kernels::{AdamW, DType};
+
+use crate::bounded::Bounded;
+use crate::common::{WEIGHT_TYPES, assert_within, normals, run};
+
+const LENGTHS: [usize; 6] = [1, 3, 15, 33, 7 * 15, 1025];
+
+fn settings(step: u64, weight_decay: f32) -> AdamW {
+    AdamW { lr: 3e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay, step, gradient_scale: 0.37 }
+}
+
+/// master, m, v and gradient before an update.
+struct State([Vec<f32>; 4]);
+
+impl State {
+    fn random(len: usize) -> State {
+        let squares = normals(len, 3).iter().map(|x| 0.1 * x * x).collect();
+        State([normals(len, 1), normals(len, 2), squares, normals(len, 4)])
+    }
+
+    /// (weights as f32, [master, m, v]) after an update by the kernel.
+    fn updated(&self, dtype: DType, settings: AdamW) -> (Vec<f32>, [Vec<f32>; 3]) {
+        let [weights, master, m, v] = run(|stage| {
+            let mut weights = stage.weights(dtype, &vec![f32::NAN; self.0[0].len()]);
+            let [mut master, mut m, mut v, grad] = self.0.each_ref().map(|x| stage.buffer(x));
+            let state = [master.view_mut(), m.view_mut(), v.view_mut()];
+            let [master_view, m_view, v_view] = state;
+            stage.queue.adamw(weights.view_mut(), master_view, m_view, v_view, grad.view(), settings);
+            [weights, master, m, v]
+        });
+        let weights = match dtype {
+            DType::Bf16 => weights.of::<bf16>().iter().map(|x| x.to_f32()).collect(),
+            _ => weights.of(),
+        };
+        (weights, [master, m, v].map(|x| x.of()))
+    }
+}
+
+/// [master, m, v] of one element after an update: the formula, with each setting and result rounded to f32.
+fn updated(before: [f32; 4], settings: AdamW) -> [Bounded; 3] {
+    let [master, m, v, grad] = before.map(Bounded::exact);
+    let [lr, beta1, beta2, epsilon, decay, scale] =
+        [settings.lr, settings.beta1, settings.beta2, settings.epsilon, settings.weight_decay, settings.gradient_scale]
+            .map(Bounded::exact);
+    let one = Bounded::exact(1.0);
+    let correction = |beta: f32| 1.0 - f64::from(beta).powi(settings.step as i32);
+    let g = grad * scale;
+    let m = beta1 * m + (one - beta1) * g;
+    let v = beta2 * v + (one - beta2) * g * g;
+    let rate = Bounded::rounded(f64::from(settings.lr) / correction(settings.beta1));
+    let root = Bounded::rounded(correction(settings.beta2).sqrt());
+    [master * (one - lr * decay) - rate * (m / (v.sqrt() / root + epsilon)), m, v]
+}
+
+#[test]
+fn an_update_is_within_its_bound_and_weights_are_the_rounded_master() {
+    for len in LENGTHS {
+        for dtype in WEIGHT_TYPES {
+            for (step, decay) in [(1, 0.0), (2, 0.1), (1000, 0.1), (1_000_000, 0.1)] {
+                let (state, settings) = (State::random(len), settings(step, decay));
+                let (weights, after) = state.updated(dtype, settings);
+                let expected: Vec<[Bounded; 3]> =
+                    (0..len).map(|i| updated(state.0.each_ref().map(|x| x[i]), settings)).collect();
+                for (which, name) in ["master", "m", "v"].iter().enumerate() {
+                    let expected: Vec<Bounded> = expected.iter().map(|element| element[which]).collect();
+                    assert_within(name, &after[which], &expected);
+                }
+                let round = |&x: &f32| if dtype == DType::Bf16 { bf16::from_f32(x).to_f32() } else { x };
+                assert_eq!(weights, after[0].iter().map(round).collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_type_of_the_weights_changes_no_bit_of_the_state() {
+    let (state, settings) = (State::random(1025), settings(3, 0.1));
+    assert_eq!(state.updated(DType::F32, settings).1, state.updated(DType::Bf16, settings).1);
+}
+
+#[test]
+fn the_first_step_from_rest_moves_by_the_learning_rate() {
+    let len = 33;
+    let gradient: Vec<f32> = normals(len, 4).iter().map(|x| x + x.signum()).collect();
+    let state = State([vec![0.0; len], vec![0.0; len], vec![0.0; len], gradient.clone()]);
+    let settings = AdamW { gradient_scale: 1.0, ..settings(1, 0.0) };
+    let (_, [master, ..]) = state.updated(DType::F32, settings);
+    for (&x, &g) in master.iter().zip(&gradient) {
+        // m/(1−β₁) = g and √(v/(1−β₂)) = |g| ≥ 1 at step 1. Nine roundings of the result and its factors, and ε against |g|.
+        let expected = -f64::from(settings.lr) * f64::from(g.signum());
+        let relative = 10.0 * 2f64.powi(-24) + f64::from(settings.epsilon);
+        assert!((f64::from(x) - expected).abs() <= relative * expected.abs(), "{x} after a gradient of {g}");
+    }
+}
+
+#[test]
+fn without_gradient_or_momentum_only_decay_moves_a_weight() {
+    let zeros = vec![0.0; 15];
+    let state = State([normals(15, 1), zeros.clone(), zeros.clone(), zeros.clone()]);
+    let still = state.updated(DType::F32, settings(1, 0.0)).1;
+    assert_eq!(still, [state.0[0].clone(), zeros.clone(), zeros]);
+    let [decayed, ..] = state.updated(DType::F32, settings(1, 0.1)).1;
+    let keep = Bounded::exact(1.0) - Bounded::exact(3e-3f32) * Bounded::exact(0.1f32);
+    let expected: Vec<Bounded> = state.0[0].iter().map(|&x| Bounded::exact(x) * keep).collect();
+    assert_within("master", &decayed, &expected);
+}

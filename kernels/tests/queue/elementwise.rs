@@ -1,0 +1,96 @@
+//! Transfers, zero, add and cast: exact, so compared bit by bit.
+
+use half::bf16;
+use pillion_kernels::{Cpu, DType, Device, Element, LazyCpu};
+
+use crate::common::{Stage, integers, normals, run};
+
+const LENGTHS: [usize; 7] = [0, 1, 3, 15, 33, 7 * 15, 4097];
+
+#[test]
+fn what_was_uploaded_is_downloaded() {
+    fn check<T: Element + PartialEq + std::fmt::Debug>(data: &[T]) {
+        for stage in [Stage::new(Cpu), Stage::new(LazyCpu::new(1))] {
+            let buffer = stage.buffer(data);
+            assert_eq!((buffer.len(), buffer.dtype()), (data.len(), T::DTYPE));
+            assert_eq!(stage.queue.download::<T>(buffer.view()), data);
+        }
+    }
+    for len in LENGTHS {
+        let x = normals(len, 1);
+        check(&x);
+        check(&x.iter().map(|&x| f64::from(x) / 3.0).collect::<Vec<_>>());
+        check(&x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>());
+        check(&integers(len, 1 << 32, 2));
+    }
+}
+
+#[test]
+fn slices_are_moved_alone() {
+    let [buffer] = run(|stage| {
+        let mut buffer = stage.buffer(&[0u32, 1, 2, 3, 4, 5, 6]);
+        stage.queue.upload(buffer.slice_mut(2..4), &[20u32, 30]);
+        stage.queue.zero(buffer.slice_mut(5..6));
+        assert_eq!(stage.queue.download::<u32>(buffer.slice(1..4)), [1, 20, 30]);
+        [buffer]
+    });
+    assert_eq!(buffer.of::<u32>(), [0, 1, 20, 30, 4, 0, 6]);
+}
+
+#[test]
+fn new_memory_is_zero_and_zero_makes_it_so_again() {
+    for dtype in [DType::F32, DType::Bf16, DType::F64, DType::U32] {
+        let device = LazyCpu::new(2);
+        let (queue, mut buffer) = (device.queue(), device.allocate(dtype, 33).unwrap());
+        let zeros = vec![0; buffer.bytes()];
+        assert_eq!(queue.download_bytes(buffer.view()), zeros);
+        queue.upload_bytes(buffer.view_mut(), &vec![0xa5; zeros.len()]);
+        queue.zero(buffer.view_mut());
+        assert_eq!(queue.download_bytes(buffer.view()), zeros);
+    }
+}
+
+#[test]
+fn add_rounds_once() {
+    for len in LENGTHS {
+        let (x, y) = (normals(len, 1), normals(len, 2));
+        let [sum] = run(|stage| {
+            let (mut x, y) = (stage.buffer(&x), stage.buffer(&y));
+            stage.queue.add(x.view_mut(), y.view());
+            [x]
+        });
+        // f64 has more than 2·24 + 2 bits, so rounding to it first changes no f32 sum (Figueroa 1995).
+        let expected: Vec<f32> = x.iter().zip(&y).map(|(&x, &y)| (f64::from(x) + f64::from(y)) as f32).collect();
+        assert_eq!(sum.of::<f32>(), expected);
+    }
+}
+
+#[test]
+fn casts_round_to_the_nearest_even_and_widen_exactly() {
+    for len in LENGTHS {
+        let mut x = normals(len, 1);
+        // Halfway between 1 and its successor 1 + 2⁻⁷, and between that and the next: to the even one, down and up.
+        for (x, special) in
+            x.iter_mut().zip([1.0 + 2f32.powi(-8), 1.0 + 3.0 * 2f32.powi(-8), f32::INFINITY, f32::MAX, -0.0])
+        {
+            *x = special;
+        }
+        let [narrow, wide, copied] = run(|stage| {
+            let x = stage.buffer(&x);
+            let mut narrow = stage.buffer(&vec![bf16::NAN; len]);
+            let (mut wide, mut copied) = (stage.output(len), stage.output(len));
+            stage.queue.cast(narrow.view_mut(), x.view());
+            stage.queue.cast(wide.view_mut(), narrow.view());
+            stage.queue.cast(copied.view_mut(), x.view());
+            [narrow, wide, copied]
+        });
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let expected: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+        assert_eq!(narrow.of::<bf16>(), expected);
+        assert_eq!(bits(&wide.of::<f32>()), bits(&expected.iter().map(|x| x.to_f32()).collect::<Vec<_>>()));
+        assert_eq!(bits(&copied.of::<f32>()), bits(&x));
+        if len > 5 {
+            assert_eq!(wide.of::<f32>()[..4], [1.0, 1.0 + 2f32.powi(-6), f32::INFINITY, f32::INFINITY]);
+        }
+    }
+}

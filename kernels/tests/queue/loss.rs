@@ -1,0 +1,116 @@
+//! Cross-entropy, and sums of squares.
+
+use crate::bounded::{Bounded, exact, max, sum};
+use crate::common::{assert_gradient, assert_within, integers, normals, run};
+
+/// N, V.
+const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 3), (3, 15), (7, 33), (33, 64), (5, 257)];
+
+/// (the rows' losses, gradients)
+fn cross_entropy(logits: &[Bounded], targets: &[u32]) -> (Vec<Bounded>, Vec<Bounded>) {
+    let mut losses = Vec::new();
+    let mut gradients = Vec::new();
+    for (row, &target) in logits.chunks(logits.len() / targets.len()).zip(targets) {
+        let largest = max(row);
+        let exponentials: Vec<Bounded> = row.iter().map(|&x| (x - largest).exp()).collect();
+        let total = sum(exponentials.iter().copied());
+        losses.push(total.ln() - (row[target as usize] - largest));
+        let inverse = Bounded::exact(1.0) / total;
+        gradients.extend(exponentials.iter().enumerate().map(|(column, &x)| {
+            if column == target as usize { x * inverse - Bounded::exact(1.0) } else { x * inverse }
+        }));
+    }
+    (losses, gradients)
+}
+
+/// (sums, gradients), where sums start at 3.5 and 2.
+fn cross_entropy_by_kernel(logits: &[f32], targets: &[u32]) -> (Vec<f64>, Vec<f32>) {
+    let [sums, gradients] = run(|stage| {
+        let (mut logits, targets, mut sums) =
+            (stage.buffer(logits), stage.buffer(targets), stage.buffer(&[3.5f64, 2.0]));
+        stage.queue.cross_entropy(logits.view_mut(), targets.view(), sums.view_mut());
+        [sums, logits]
+    });
+    (sums.of(), gradients.of())
+}
+
+fn check_cross_entropy(logits: &[f32], targets: &[u32]) -> Vec<Bounded> {
+    let (losses, expected) = cross_entropy(&exact(logits), targets);
+    let (sums, gradients) = cross_entropy_by_kernel(logits, targets);
+    assert_within("gradients", &gradients, &expected);
+    // The rows' losses are f32; their sum is f64, whose rounding the slack in the bounds covers.
+    let (loss, bound) = losses.iter().fold((3.5, 0.0), |(sum, bound), loss| (sum + loss.value, bound + loss.error));
+    assert!((sums[0] - loss).abs() <= bound, "{} against {loss}, bound {bound:e}", sums[0]);
+    assert_eq!(sums[1], 2.0 + targets.len() as f64);
+    expected
+}
+
+#[test]
+fn loss_and_gradient_are_within_their_bounds() {
+    for (rows, vocab) in SHAPES {
+        let (logits, targets) = (normals(rows * vocab, 1), integers(rows, vocab, 2));
+        let gradients = check_cross_entropy(&logits, &targets);
+        assert_gradient(&[&logits], &[&gradients], |inputs| sum(cross_entropy(&inputs[0], &targets).0));
+    }
+}
+
+#[test]
+fn logits_of_hundreds_neither_overflow_nor_lose_the_bound() {
+    for (rows, vocab) in SHAPES {
+        let logits: Vec<f32> = normals(rows * vocab, 1).iter().map(|x| 200.0 * x).collect();
+        check_cross_entropy(&logits, &integers(rows, vocab, 2));
+    }
+}
+
+#[test]
+fn equal_logits_lose_the_logarithm_of_the_vocabulary() {
+    let vocab = 64;
+    let (sums, gradients) = cross_entropy_by_kernel(&vec![7.0; vocab], &[5]);
+    // ln 64 in f32 is one rounding and one of logf away: 3u·ln 64.
+    assert!((sums[0] - 3.5 - 64f64.ln()).abs() <= 3.0 * 2f64.powi(-24) * 64f64.ln());
+    assert!(gradients.iter().enumerate().all(|(i, &x)| x == if i == 5 { 1.0 / 64.0 - 1.0 } else { 1.0 / 64.0 }));
+}
+
+#[test]
+fn a_nan_among_the_logits_reaches_the_loss() {
+    let mut logits = normals(3 * 15, 1);
+    logits[20] = f32::NAN;
+    assert!(cross_entropy_by_kernel(&logits, &[0, 1, 2]).0[0].is_nan());
+}
+
+fn square_norm_by_kernel(x: &[f32], weight: f64) -> Vec<f64> {
+    let [sums] = run(|stage| {
+        let (mut sums, x) = (stage.buffer(&[f64::NAN; 2]), stage.buffer(x));
+        stage.queue.square_norm(sums.view_mut(), x.view(), weight);
+        [sums]
+    });
+    sums.of()
+}
+
+#[test]
+fn squares_of_integers_are_summed_exactly() {
+    for len in [0, 1, 3, 7 * 15, 33, 100_003] {
+        let x: Vec<f32> = integers(len, 4096, 1).iter().map(|&x| x as f32).collect();
+        // Squares below 2²⁴, fewer than 2¹⁷ of them: every partial sum is an integer below 2⁵³.
+        let exact: u64 = x.iter().map(|&x| (x as u64).pow(2)).sum();
+        assert_eq!(square_norm_by_kernel(&x, 0.25), [0.25 * exact as f64, 0.0]);
+    }
+}
+
+#[test]
+fn squares_are_summed_in_f64() {
+    let x = normals(100_003, 1);
+    let exact: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+    // Squares are exact, both sums are off by at most (n − 1)·2⁻⁵³ of a sum of positive terms (Higham 2002, section 4.2).
+    let bound = 2.0 * 100_002.0 * 2f64.powi(-53) * exact;
+    assert!((square_norm_by_kernel(&x, 1.0)[0] - exact).abs() <= bound);
+}
+
+#[test]
+fn numbers_that_are_not_finite_are_counted_and_left_out() {
+    for len in [3, 16, 33] {
+        let mut x = vec![2.0; len];
+        (x[0], x[1], x[len - 1]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
+        assert_eq!(square_norm_by_kernel(&x, 1.0), [4.0 * (len - 3) as f64, 3.0]);
+    }
+}

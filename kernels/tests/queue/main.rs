@@ -1,0 +1,19 @@
+//! Every kernel of `Queue` through the public API: against f64, within bounds that the reference computes with each value
+//! (`bounded.rs`), and with equal bits on `Cpu` and `LazyCpu` (`common.rs`).
+//!
+//! A gradient is tested twice: the reference's formula against central differences of the reference's forward pass, and the
+//! kernel against the reference's formula, element by element. Outputs that a kernel overwrites start as NaN, outputs that it
+//! adds to as random numbers.
+
+mod adamw;
+mod attention;
+mod bounded;
+mod common;
+mod elementwise;
+mod embedding;
+mod linear;
+mod loss;
+mod mlp;
+mod norm;
+mod rope;
+mod shapes;

@@ -1,0 +1,128 @@
+//! Wrong shapes, types and ids panic with a reason; what the shapes show, at the call, even where the kernel runs later.
+
+use pillion_kernels::{AdamW, AttentionShape, Cpu, LazyCpu};
+
+use crate::common::Stage;
+
+fn lazy() -> Stage {
+    Stage::new(LazyCpu::new(1))
+}
+
+#[test]
+#[should_panic(expected = "linear w")]
+fn linear_refuses_a_weight_of_another_shape() {
+    let stage = lazy();
+    let (mut y, x, w) = (stage.output(6), stage.output(10), stage.output(14));
+    stage.queue.linear(y.view_mut(), x.view(), w.view(), 2);
+}
+
+#[test]
+#[should_panic(expected = "linear x: 10 elements in 3 rows")]
+fn linear_refuses_ragged_rows() {
+    let stage = lazy();
+    let (mut y, x, w) = (stage.output(6), stage.output(10), stage.output(14));
+    stage.queue.linear(y.view_mut(), x.view(), w.view(), 3);
+}
+
+#[test]
+#[should_panic(expected = "rms_norm")]
+fn rms_norm_refuses_a_missing_row() {
+    let stage = lazy();
+    let (mut out, mut inverse_rms, x, weight) = (stage.output(6), stage.output(1), stage.output(6), stage.output(3));
+    stage.queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), 1e-5);
+}
+
+#[test]
+#[should_panic(expected = "2 key/value heads do not divide 3 heads")]
+fn attention_refuses_heads_that_do_not_group() {
+    let stage = lazy();
+    let (mut out, mut log_sum, q, k, v) =
+        (stage.output(6), stage.output(3), stage.output(6), stage.output(4), stage.output(4));
+    let shape = AttentionShape { batch: 1, seq: 1, heads: 3, kv_heads: 2, head_dim: 2 };
+    stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+}
+
+#[test]
+#[should_panic(expected = "attention keys [4, 2]")]
+fn attention_refuses_values_of_another_shape() {
+    let stage = lazy();
+    let (mut out, mut log_sum, q, k, v) =
+        (stage.output(4), stage.output(2), stage.output(4), stage.output(4), stage.output(2));
+    let shape = AttentionShape { batch: 1, seq: 1, heads: 2, kv_heads: 2, head_dim: 2 };
+    stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+}
+
+#[test]
+#[should_panic(expected = "rope: 7 elements")]
+fn rope_refuses_part_of_a_head() {
+    let stage = lazy();
+    let (mut x, cos, sin) = (stage.output(7), stage.output(2), stage.output(2));
+    stage.queue.rope(x.view_mut(), cos.view(), sin.view(), 1, 4, false);
+}
+
+#[test]
+#[should_panic(expected = "embedding table: 10 elements in rows of 3")]
+fn embedding_refuses_a_table_with_part_of_a_row() {
+    let stage = lazy();
+    let (mut out, table, tokens) = (stage.output(6), stage.output(10), stage.buffer(&[0u32, 1]));
+    stage.queue.embedding(out.view_mut(), table.view(), tokens.view());
+}
+
+#[test]
+#[should_panic(expected = "embedding table: 10 elements in rows of 3")]
+fn embedding_backward_refuses_a_table_with_part_of_a_row() {
+    let stage = lazy();
+    let (mut grad_table, grad_out, tokens) = (stage.output(10), stage.output(6), stage.buffer(&[0u32, 1]));
+    stage.queue.embedding_backward(grad_table.view_mut(), grad_out.view(), tokens.view());
+}
+
+#[test]
+#[should_panic(expected = "adamw: lengths [3, 3, 3, 3, 4] should be equal")]
+fn adamw_refuses_a_longer_gradient() {
+    let stage = lazy();
+    let [mut weights, mut master, mut m, mut v] = [3; 4].map(|len| stage.output(len));
+    let grad = stage.output(4);
+    let settings =
+        AdamW { lr: 0.1, beta1: 0.9, beta2: 0.9, epsilon: 0.1, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
+    let [master, m, v] = [&mut master, &mut m, &mut v].map(|x| x.view_mut());
+    stage.queue.adamw(weights.view_mut(), master, m, v, grad.view(), settings);
+}
+
+#[test]
+#[should_panic(expected = "a transfer between 3 × f32 and 2 × f32")]
+fn an_upload_fills_its_buffer() {
+    let stage = lazy();
+    let mut x = stage.output(3);
+    stage.queue.upload(x.view_mut(), &[1.0f32, 2.0]);
+}
+
+#[test]
+#[should_panic(expected = "a transfer between 3 × f32 and 3 × u32")]
+fn a_download_names_the_type() {
+    let stage = lazy();
+    stage.queue.download::<u32>(stage.output(3).view());
+}
+
+#[test]
+#[should_panic(expected = "no cast from u32 to f32")]
+fn ids_are_not_cast() {
+    let stage = Stage::new(Cpu);
+    let (mut out, x) = (stage.output(1), stage.buffer(&[1u32]));
+    stage.queue.cast(out.view_mut(), x.view());
+}
+
+#[test]
+#[should_panic(expected = "token 3 in a vocabulary of 3")]
+fn embedding_refuses_a_token_beyond_the_vocabulary() {
+    let stage = Stage::new(Cpu);
+    let (mut out, table, tokens) = (stage.output(2), stage.output(6), stage.buffer(&[3u32]));
+    stage.queue.embedding(out.view_mut(), table.view(), tokens.view());
+}
+
+#[test]
+#[should_panic(expected = "target 3 in a vocabulary of 3")]
+fn cross_entropy_refuses_a_target_beyond_the_vocabulary() {
+    let stage = Stage::new(Cpu);
+    let (mut logits, targets, mut sums) = (stage.output(3), stage.buffer(&[3u32]), stage.buffer(&[0.0f64; 2]));
+    stage.queue.cross_entropy(logits.view_mut(), targets.view(), sums.view_mut());
+}

@@ -1,0 +1,69 @@
+//! The commands besides `train`.
+
+use std::sync::Arc;
+
+use pillion_collectives::{Communicator, Launch, Options};
+use pillion_kernels::{Cpu, Device};
+use pillion_runtime::{Engine, Layout, Plan, Policy, checkpoint};
+
+use crate::Error;
+use crate::data::tokenizer;
+use crate::model::Model;
+use crate::settings::{GenerateArgs, PlanArgs};
+use crate::train::{self, checkpoints, recipe};
+
+/// `pillion generate`: prints text.
+///
+/// # Errors
+/// When there is no checkpoint, or settings contradict each other.
+pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
+    if !(settings.temperature >= 0.0 && settings.temperature.is_finite()) {
+        return Err(Error::Setting(format!("--temperature {} must be a number from 0 up", settings.temperature)));
+    }
+    if settings.prompt.is_empty() {
+        return Err(Error::Setting("--prompt is empty: give at least one character to go on from".to_owned()));
+    }
+    let (path, progress) = checkpoints::newest(&settings.checkpoint)?;
+    let recipe = progress.recipe;
+    let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default())?);
+    let device: Arc<dyn Device> = Arc::new(Cpu);
+    let layout = Layout::new(&recipe.model.units(), 1);
+    let mut engine = Engine::new(communicator, device.clone(), layout, Policy::default())?;
+    checkpoint::open(&path)?.load(&mut engine)?;
+    let mut model = Model::new(&*device, &recipe.model, 1, recipe.seq)?;
+    // Without the end that follows a document.
+    let mut prompt = Vec::new();
+    tokenizer::encode(settings.prompt.as_bytes(), &mut prompt);
+    prompt.truncate(settings.prompt.len());
+    let GenerateArgs { tokens, temperature, seed, .. } = *settings;
+    let text = crate::generate::generate(&mut engine, &mut model, recipe.seq, &prompt, tokens, temperature, seed)?;
+    println!("{}{}", settings.prompt, String::from_utf8_lossy(&tokenizer::decode(&text)));
+    Ok(0)
+}
+
+/// `pillion plan`: prints how a run would be laid out.
+///
+/// # Errors
+/// When settings contradict each other.
+pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
+    let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
+    let policy = recipe::policy(&settings.policy, 1.0)?;
+    let PlanArgs { ranks, seq, micro_batch, .. } = *settings;
+    let batch = settings.batch.unwrap_or(ranks as u64 * micro_batch);
+    if ranks == 0 || seq == 0 || micro_batch == 0 || batch == 0 || !batch.is_multiple_of(micro_batch) {
+        return Err(Error::Setting(format!(
+            "--ranks {ranks}, --seq {seq} and --micro-batch {micro_batch} must be at least 1, and --batch {batch} a multiple of \
+             --micro-batch"
+        )));
+    }
+    println!("{}", train::plan_table(&model, &policy, ranks, seq, micro_batch, batch, "planned"));
+    if settings.operations {
+        let layout = Layout::new(&model.units(), ranks);
+        let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64) as usize;
+        let plan = Plan::step(train::slots(&layout, &policy), rounds);
+        for (index, operation) in plan.operations.iter().enumerate() {
+            println!("{index:>5}  {:?} after {:?}", operation.action, operation.after);
+        }
+    }
+    Ok(0)
+}

@@ -1,0 +1,69 @@
+//! What ends a command early, and with which exit code.
+
+use std::path::PathBuf;
+
+use pillion_collectives::launch::LaunchError;
+
+/// Failures of the program. Each is one message, and exit code 1 unless stated.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting, or how settings go together; exit code 2.
+    #[error("{0}")]
+    Setting(String),
+    /// Text that cannot be trained on.
+    #[error(transparent)]
+    Data(#[from] crate::data::Error),
+    /// Ranks that cannot be started or found.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The runtime.
+    #[error(transparent)]
+    Runtime(#[from] pillion_runtime::Error),
+    /// The controller.
+    #[error(transparent)]
+    Controller(#[from] pillion_abs::Error),
+    /// A file of the run.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong, and the remedy.
+        reason: String,
+    },
+    /// Rank 0 has failed, and said why.
+    #[error("rank 0 gave up")]
+    ByRankZero,
+}
+
+impl Error {
+    pub(crate) fn file(path: impl Into<PathBuf>, reason: impl std::fmt::Display) -> Error {
+        Error::File { path: path.into(), reason: reason.to_string() }
+    }
+
+    /// Whether every rank has, or will have, an error of its own for the same reason.
+    pub(crate) fn is_everywhere(&self) -> bool {
+        use pillion_runtime::Error as Runtime;
+        matches!(self, Error::ByRankZero | Error::Runtime(Runtime::Collective(_) | Runtime::NonFinite { .. }))
+    }
+
+    /// The exit code.
+    pub fn code(&self) -> i32 {
+        match self {
+            Error::Setting(_) => 2,
+            _ => 1,
+        }
+    }
+}
+
+impl From<pillion_collectives::Error> for Error {
+    fn from(error: pillion_collectives::Error) -> Error {
+        Error::Runtime(error.into())
+    }
+}
+
+impl From<pillion_kernels::Error> for Error {
+    fn from(error: pillion_kernels::Error) -> Error {
+        Error::Runtime(error.into())
+    }
+}

@@ -1,0 +1,74 @@
+//! Text out: token by token, each from a forward pass over what came before.
+
+use pillion_kernels::random;
+use pillion_runtime::{Engine, Error};
+
+use crate::model::Model;
+
+/// Goes on from `prompt` for `count` tokens; `model` is one of batch 1 and `seq` tokens. Every rank calls it alike and gets
+/// the same. `temperature` divides the logits; at 0 the likeliest token is taken.
+///
+/// # Errors
+/// When another rank has failed.
+///
+/// # Panics
+/// With an empty prompt.
+pub fn generate(
+    engine: &mut Engine,
+    model: &mut Model,
+    seq: usize,
+    prompt: &[u16],
+    count: usize,
+    temperature: f64,
+    seed: u64,
+) -> Result<Vec<u16>, Error> {
+    assert!(!prompt.is_empty(), "text goes on from a prompt of at least one token");
+    let mut tokens = prompt.to_vec();
+    for index in 0..count {
+        let start = tokens.len().saturating_sub(seq);
+        let context = &tokens[start..];
+        let last = context.len() - 1;
+        // What follows the context cannot influence it: attention is causal.
+        let mut inputs = vec![0; seq];
+        inputs.iter_mut().zip(context).for_each(|(input, &token)| *input = u32::from(token));
+        let mut step = engine.begin_evaluation(1)?;
+        let logits = model.logits(&mut step, &inputs)?;
+        step.end()?;
+        let vocab = logits.len() / seq;
+        let chosen = choose(&logits[last * vocab..][..vocab], temperature, random::uniform(seed, 0, index as u64));
+        tokens.push(chosen as u16);
+    }
+    Ok(tokens.split_off(prompt.len()))
+}
+
+/// The token at which the cumulated probabilities pass `uniform`.
+fn choose(logits: &[f32], temperature: f64, uniform: f64) -> usize {
+    let largest = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).expect("a vocabulary has tokens");
+    if temperature == 0.0 {
+        return largest;
+    }
+    let weight = |&x: &f32| ((f64::from(x) - f64::from(logits[largest])) / temperature).exp();
+    let mut rest = uniform * logits.iter().map(weight).sum::<f64>();
+    let passes = |x: &f32| {
+        rest -= weight(x);
+        rest < 0.0
+    };
+    logits.iter().position(passes).unwrap_or(largest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_follow_the_probabilities() {
+        let logits = [0.0, 1.0f32.ln(), 2.0f32.ln()];
+        // Weights 1, 1, 2: quarters.
+        for (uniform, token) in [(0.0, 0), (0.24, 0), (0.26, 1), (0.49, 1), (0.51, 2), (0.999, 2)] {
+            assert_eq!(choose(&logits, 1.0, uniform), token);
+        }
+        assert_eq!(choose(&logits, 0.0, 0.0), 2);
+        // At a low temperature the likeliest takes nearly all: 2^10 to 1 each.
+        assert_eq!(choose(&logits, 0.1, 0.01), 2);
+    }
+}

@@ -1,0 +1,405 @@
+//! The command line, and the configuration file that holds the same keys.
+//!
+//! There is one definition of every setting: the flags of [`TrainArgs`]. A configuration file is turned into flags and parsed
+//! before those of the command line, so a flag wins over the file, and both are checked by the same parser.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+use crate::config::{Config, PRESETS, Preset};
+
+/// Trains Llama-2 models, sharded over ranks.
+#[derive(Debug, Parser)]
+#[command(name = "pillion", version, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a model.
+    Train(Box<TrainArgs>),
+    /// Write text with a trained model.
+    Generate(GenerateArgs),
+    /// Print how a run would be laid out, without running it.
+    Plan(PlanArgs),
+}
+
+/// How ranks of this host are started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LaunchKind {
+    /// Each rank is a process.
+    Processes,
+    /// Each rank is a thread of this process.
+    Threads,
+}
+
+/// Type of the weights that are computed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    /// 32-bit floating point.
+    F32,
+    /// bfloat16 weights, widened as they are used; everything else stays f32.
+    Bf16,
+}
+
+/// How ranks get the weights they compute with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GatherKind {
+    /// By copying each unit into a slot.
+    Copy,
+    /// In place, through memory that all ranks of a host map.
+    Window,
+}
+
+/// What the batch size follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ControllerKind {
+    /// Always --batch.
+    Constant,
+    /// --stages.
+    Stagewise,
+    /// Grow while the gradient's noise is large against the gradient (--eta).
+    NormTest,
+}
+
+/// The device that ranks compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// The processor.
+    Cpu,
+    /// A processor that runs work as late as allowed, for tests.
+    LazyCpu,
+}
+
+/// The model's shape: a preset, and what differs from it.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// Preset of the model's shape.
+    #[arg(long, value_name = "PRESET", default_value = "small", value_parser = preset)]
+    pub model: Preset,
+    /// Width of the residual stream, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub hidden_size: Option<usize>,
+    /// Width of the feed-forward layer, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub intermediate_size: Option<usize>,
+    /// Number of blocks, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// Number of query heads, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub heads: Option<usize>,
+    /// Number of key and value heads, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub kv_heads: Option<usize>,
+}
+
+impl ModelArgs {
+    /// The shape, checked.
+    ///
+    /// # Errors
+    /// When the numbers contradict each other.
+    pub fn config(&self) -> Result<Config, crate::config::ConfigError> {
+        let mut config = self.model.config();
+        let overrides = [
+            (self.hidden_size, &mut config.hidden_size),
+            (self.intermediate_size, &mut config.intermediate_size),
+            (self.layers, &mut config.num_hidden_layers),
+            (self.heads, &mut config.num_attention_heads),
+            (self.kv_heads, &mut config.num_key_value_heads),
+        ];
+        for (value, field) in overrides {
+            *field = value.unwrap_or(*field);
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// How parameters are kept and moved.
+#[derive(Clone, Debug, Args)]
+pub struct PolicyArgs {
+    /// Type of the weights that are computed with.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Precision,
+    /// How ranks get the weights they compute with.
+    #[arg(long, value_enum, default_value = "window")]
+    pub gather: GatherKind,
+    /// Units gathered ahead of the one in use.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub prefetch: usize,
+    /// Gathered units that exist at a time; default: prefetch + 1.
+    #[arg(long, value_name = "N")]
+    pub slots: Option<usize>,
+}
+
+/// Settings of a training run.
+#[derive(Clone, Debug, Args)]
+pub struct TrainArgs {
+    /// File of settings in TOML, with the names of these flags as keys; flags win.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Text to train on, a file or a folder; default: the sources of the crates this program is built from.
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Folder for everything the run writes; an earlier run in it is moved aside, unless it is resumed.
+    #[arg(long, value_name = "DIR", default_value = "runs/train")]
+    pub out: PathBuf,
+    /// Number of ranks to start on this host; default: those of mpirun, torchrun or srun, else 2.
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// How --ranks are started.
+    #[arg(long, value_enum, default_value = "processes")]
+    pub launch: LaunchKind,
+    /// Samples to train on: the horizon of every schedule.
+    #[arg(long, value_name = "N", default_value_t = 6400)]
+    pub samples: u64,
+    /// Stop after this many steps, wherever the schedules are.
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Seed of the weights and of the order of samples.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Tokens in a sample.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub seq: usize,
+    /// Samples that a rank computes at a time.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub micro_batch: u64,
+    /// Samples in a step, over all ranks, at first; default: --round-to.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<u64>,
+    /// Samples in a step at most; default: 8 times --batch.
+    #[arg(long, value_name = "N")]
+    pub max_batch: Option<u64>,
+    /// Batches are multiples of this, itself a multiple of --micro-batch; default: ranks times --micro-batch.
+    #[arg(long, value_name = "N")]
+    pub round_to: Option<u64>,
+    /// What the batch size follows.
+    #[arg(long, value_enum, default_value = "norm-test", value_name = "NAME")]
+    pub controller: ControllerKind,
+    /// Noise-to-gradient ratio that the norm test accepts; smaller values grow the batch earlier.
+    #[arg(long, value_name = "X", default_value_t = 0.5)]
+    pub eta: f64,
+    /// Stages of the stagewise controller: batch:share,batch:share,… with shares of the samples that sum to 1.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = stage)]
+    pub stages: Vec<pillion_abs::Stage>,
+    /// Peak learning rate.
+    #[arg(long, value_name = "X", default_value_t = 3e-3)]
+    pub lr: f64,
+    /// Share of the samples over which the learning rate rises.
+    #[arg(long, value_name = "X", default_value_t = 0.02)]
+    pub warmup: f64,
+    /// Learning rate at the end, as a share of the peak; it falls along a cosine.
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    pub final_lr: f64,
+    /// Decoupled weight decay of matrices.
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    pub weight_decay: f64,
+    /// Largest norm of the gradient; 0 for no limit.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub clip: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub policy: PolicyArgs,
+    /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH.
+    #[arg(long, value_name = "auto|PATH")]
+    pub resume: Option<PathBuf>,
+    /// Save every N steps, besides at the end; 0: only at the end.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub save_every: u64,
+    /// Validate every N steps, besides at the start and the end; 0: only then.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub validate_every: u64,
+    /// Samples to validate on.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub validation_samples: u64,
+    /// Seconds after which a rank that waits for another gives up.
+    #[arg(long, value_name = "S", default_value_t = 300)]
+    pub timeout: u64,
+    /// Device, for tests.
+    #[arg(long, value_enum, default_value = "cpu", hide = true)]
+    pub device: DeviceKind,
+}
+
+/// Settings of `generate`.
+#[derive(Clone, Debug, Args)]
+pub struct GenerateArgs {
+    /// Folder of a run, or a checkpoint in it.
+    #[arg(long, value_name = "DIR", default_value = "runs/train")]
+    pub checkpoint: PathBuf,
+    /// Text to go on from.
+    #[arg(long, value_name = "TEXT", default_value = "pub fn ")]
+    pub prompt: String,
+    /// Tokens to write.
+    #[arg(long, value_name = "N", default_value_t = 400)]
+    pub tokens: usize,
+    /// How freely to choose: 0 always takes the likeliest token.
+    #[arg(long, value_name = "X", default_value_t = 0.7)]
+    pub temperature: f64,
+    /// Seed of the choices.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// Settings of `plan`.
+#[derive(Clone, Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub policy: PolicyArgs,
+    /// Number of ranks.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub ranks: usize,
+    /// Tokens in a sample.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub seq: usize,
+    /// Samples that a rank computes at a time.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub micro_batch: u64,
+    /// Samples in a step, over all ranks; default: ranks times --micro-batch.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<u64>,
+    /// Print every operation of a step.
+    #[arg(long)]
+    pub operations: bool,
+}
+
+fn preset(name: &str) -> Result<Preset, String> {
+    Preset::named(name).ok_or_else(|| {
+        let names: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
+        format!("no preset has this name; there are {}", names.join(", "))
+    })
+}
+
+fn stage(text: &str) -> Result<pillion_abs::Stage, String> {
+    let (batch, share) = text.split_once(':').ok_or("a stage is batch:share, such as 2048:0.025")?;
+    let batch = batch.trim().parse().map_err(|error| format!("the batch `{batch}`: {error}"))?;
+    let share = share.trim().parse().map_err(|error| format!("the share `{share}`: {error}"))?;
+    Ok(pillion_abs::Stage { batch, share })
+}
+
+impl Cli {
+    /// Reads the program's arguments, and the configuration file they name.
+    ///
+    /// # Errors
+    /// What to print, and the exit code: 2, or 0 where help was asked for.
+    pub fn from_arguments(arguments: &[String]) -> Result<Cli, (String, i32)> {
+        let refuse = |error: clap::Error| (error.render().to_string(), error.exit_code());
+        let cli = parse(arguments).map_err(refuse)?;
+        let file = match &cli.command {
+            Command::Train(train) => train.config.clone(),
+            _ => None,
+        };
+        let Some(file) = file else { return Ok(cli) };
+        let flags = flags_of_file(&file).map_err(|message| (format!("error: {message}\n"), 2))?;
+        let program = &arguments[..2];
+        // Alone first, so that what the file gets wrong is said of the file.
+        let alone = [program, &flags].concat();
+        parse(&alone).map_err(|error| (format!("in {}: {}", file.display(), error.render()), 2))?;
+        parse(&[program, &flags, &arguments[2..]].concat()).map_err(refuse)
+    }
+}
+
+fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
+    // A flag that comes twice is no error: the file's comes first, and the command line's wins.
+    let command = Cli::command().mut_subcommand("train", |train| train.args_override_self(true));
+    Cli::from_arg_matches(&command.try_get_matches_from(arguments)?)
+}
+
+/// A configuration file as flags.
+fn flags_of_file(file: &Path) -> Result<Vec<String>, String> {
+    let text = std::fs::read_to_string(file).map_err(|error| format!("--config {}: {error}", file.display()))?;
+    let table: toml::Table = text.parse().map_err(|error| format!("{}: {error}", file.display()))?;
+    let command = Cli::command();
+    let train = command.find_subcommand("train").expect("defined above");
+    let known: Vec<&str> = train.get_arguments().filter_map(|argument| argument.get_long()).collect();
+    let mut flags = Vec::new();
+    for (key, value) in table {
+        if !known.contains(&key.as_str()) || key == "config" {
+            let distance = |known: &&str| strsim::damerau_levenshtein(known, &key);
+            let nearest = known.iter().copied().filter(|known| *known != "config").min_by_key(distance);
+            let hint = nearest.map_or(String::new(), |name| format!("; the nearest is `{name}`"));
+            return Err(format!("{}: there is no setting `{key}`{hint}", file.display()));
+        }
+        let value = match value {
+            toml::Value::String(text) => text,
+            toml::Value::Integer(number) => number.to_string(),
+            toml::Value::Float(number) => number.to_string(),
+            other => {
+                let kind = other.type_str();
+                return Err(format!("{}: `{key}` is a {kind}, but settings are strings or numbers", file.display()));
+            }
+        };
+        flags.push(format!("--{key}={value}"));
+    }
+    Ok(flags)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn train(file: &str, flags: &[&str]) -> Result<TrainArgs, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.toml");
+        std::fs::write(&path, file).unwrap();
+        let mut arguments = vec!["pillion".to_owned(), "train".to_owned()];
+        arguments.push(format!("--config={}", path.display()));
+        arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
+        match Cli::from_arguments(&arguments) {
+            Ok(Cli { command: Command::Train(train) }) => Ok(*train),
+            Ok(_) => unreachable!("the command is train"),
+            Err((message, code)) => {
+                assert_eq!(code, 2);
+                Err(message)
+            }
+        }
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let settings = train("lr = 0.5\nmicro-batch = 8\nmodel = \"tiny\"", &["--lr", "0.25"]).unwrap();
+        assert_eq!(
+            (settings.lr, settings.micro_batch, settings.model.model.name, settings.seq),
+            (0.25, 8, "tiny", 128)
+        );
+    }
+
+    #[test]
+    fn unknown_keys_suggest_the_nearest() {
+        let message = train("micro_batch = 8", &[]).unwrap_err();
+        assert!(message.contains("no setting `micro_batch`; the nearest is `micro-batch`"), "{message}");
+        let message = train("", &["--micro-bach", "8"]).unwrap_err();
+        assert!(message.contains("--micro-batch"), "{message}");
+    }
+
+    #[test]
+    fn what_a_file_gets_wrong_is_said_of_the_file() {
+        for (file, part) in [
+            ("lr = \"fast\"", "invalid value 'fast' for '--lr"),
+            ("model = \"huge\"", "no preset has this name"),
+            ("lr = true", "`lr` is a boolean"),
+            ("lr = ", "run.toml"),
+        ] {
+            let message = train(file, &[]).unwrap_err();
+            assert!(message.contains(part) && message.contains("run.toml"), "{message}");
+        }
+    }
+
+    #[test]
+    fn every_flag_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,121 @@
+//! What a run keeps besides its parameters, and how it goes on from there.
+
+use std::path::{Path, PathBuf};
+
+use pillion_abs::State as ControllerState;
+use pillion_runtime::checkpoint::{self, Checkpoint};
+use serde::{Deserialize, Serialize};
+
+use super::recipe::Recipe;
+use crate::Error;
+use crate::settings::TrainArgs;
+
+/// The trainer's part of a checkpoint.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Progress {
+    /// What decides the run's numbers; must be repeated.
+    pub(crate) recipe: Recipe,
+    /// Checksum of the tokens.
+    pub(crate) data: String,
+    /// Steps made.
+    pub(crate) step: u64,
+    /// Samples seen.
+    pub(crate) samples: u64,
+    /// The controller's.
+    pub(crate) controller: ControllerState,
+}
+
+/// Where a run's checkpoints are.
+pub(crate) fn folder(out: &Path) -> PathBuf {
+    out.join("checkpoints")
+}
+
+/// Finds what `--resume` asks for; also what to print of the search. Only rank 0 looks.
+pub(crate) fn find(settings: &TrainArgs) -> Result<(Option<PathBuf>, Vec<String>), Error> {
+    let Some(wanted) = &settings.resume else { return Ok((None, Vec::new())) };
+    if wanted.as_os_str() != "auto" {
+        let found = if wanted.join("manifest.json").exists() { wanted.clone() } else { newest(wanted)?.0 };
+        checkpoint::open(&found)?.verify()?;
+        return Ok((Some(found), Vec::new()));
+    }
+    let newest = checkpoint::newest(&folder(&settings.out))?;
+    let mut said: Vec<String> = newest.skipped.iter().map(|why| format!("passed over a checkpoint: {why}")).collect();
+    match newest.checkpoint {
+        Some(found) => Ok((Some(found.path), said)),
+        None if newest.skipped.is_empty() => {
+            said.push(format!("no checkpoint in {}: starting from the beginning", settings.out.display()));
+            Ok((None, said))
+        }
+        // Starting afresh would put a run aside that can perhaps be saved.
+        None => Err(Error::file(
+            folder(&settings.out),
+            format!(
+                "no checkpoint in it is whole ({}); name another with --resume PATH, or leave --resume out to start afresh",
+                said.join("; ")
+            ),
+        )),
+    }
+}
+
+/// The newest whole checkpoint of a run, or in a folder of checkpoints, and its trainer's part.
+pub(crate) fn newest(path: &Path) -> Result<(PathBuf, Progress), Error> {
+    let candidates = [path.to_owned(), folder(path)];
+    if candidates[0].join("manifest.json").exists() {
+        let checkpoint = checkpoint::open(path)?;
+        checkpoint.verify()?;
+        return Ok((path.to_owned(), progress(&checkpoint)?));
+    }
+    for folder in &candidates {
+        if let Some(checkpoint) = checkpoint::newest(folder)?.checkpoint {
+            return Ok((checkpoint.path.clone(), progress(&checkpoint)?));
+        }
+    }
+    Err(Error::file(path, "there is no whole checkpoint here: give the folder of a run, or of a checkpoint"))
+}
+
+/// A checkpoint's trainer's part.
+pub(crate) fn progress(checkpoint: &Checkpoint) -> Result<Progress, Error> {
+    serde_json::from_value(checkpoint.extra().clone()).map_err(|error| {
+        Error::file(
+            &checkpoint.path,
+            format!("its manifest was not written by `pillion train` of this version: {error}"),
+        )
+    })
+}
+
+/// Checks that a run goes on as it began.
+pub(crate) fn same_run(path: &Path, theirs: &Progress, ours: &Recipe, data: &str) -> Result<(), Error> {
+    if let Some((key, ours, theirs)) = ours.difference(&theirs.recipe) {
+        return Err(Error::Setting(format!(
+            "the checkpoint {} was made with {key} = {theirs}, but this run has {ours}: give the same setting, or start \
+             afresh without --resume",
+            path.display()
+        )));
+    }
+    if theirs.data != data {
+        return Err(Error::Setting(format!(
+            "the checkpoint {} was made on other text (checksum {}, here {data}): give the same --data, or start afresh",
+            path.display(),
+            theirs.data
+        )));
+    }
+    Ok(())
+}
+
+/// Makes the run's folder; an earlier run in it is moved aside unless it is resumed. Returns where that went.
+pub(crate) fn prepare_folder(out: &Path, resumed: bool) -> Result<Option<PathBuf>, Error> {
+    let fail = |path: &Path, error: std::io::Error| {
+        Error::file(path, format!("{error}: choose a folder that can be written, with --out DIR"))
+    };
+    let mut moved = None;
+    if !resumed && (out.join("metrics.jsonl").exists() || folder(out).exists()) {
+        let name = out.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let free = (1..).map(|number| out.with_file_name(format!("{name}.{number}"))).find(|path| !path.exists());
+        let aside = free.expect("numbers do not end");
+        std::fs::rename(out, &aside).map_err(|error| fail(out, error))?;
+        moved = Some(aside);
+    }
+    let checkpoints = folder(out);
+    std::fs::create_dir_all(&checkpoints).map_err(|error| fail(out, error))?;
+    Ok(moved)
+}

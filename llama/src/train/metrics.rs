@@ -1,0 +1,82 @@
+//! `metrics.jsonl`: one JSON object a step.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// One step's line. Losses are nats a token; sums and norms are over all ranks, times and bytes those of rank 0.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Line {
+    /// Number of the step, from 1.
+    pub(crate) step: u64,
+    /// Mean training loss of its batch, before the update.
+    pub(crate) loss: f64,
+    pub(crate) lr: f64,
+    /// Norm of the mean gradient, before clipping.
+    pub(crate) grad_norm: f64,
+    pub(crate) batch_samples: u64,
+    pub(crate) batch_tokens: u64,
+    /// After the step.
+    pub(crate) samples_seen: u64,
+    pub(crate) tokens_per_s: f64,
+    pub(crate) step_ms: f64,
+    /// Time for which the host waited for collectives.
+    pub(crate) exposed_ms: f64,
+    /// Bytes that other ranks read from this one.
+    pub(crate) bytes_sent: u64,
+    /// Collective operations.
+    pub(crate) collectives: u64,
+    /// B_simple in samples, smoothed; null while unknown.
+    pub(crate) noise_scale: Option<f64>,
+    /// Batch that the controller asks for before limits; null while unknown.
+    pub(crate) wanted_batch: Option<f64>,
+    /// Validation loss after the step, where there was a validation.
+    pub(crate) validation_loss: Option<f64>,
+    /// Floating-point operations a second, over all ranks.
+    pub(crate) flops: f64,
+}
+
+/// The file, open for appending.
+pub(crate) struct Metrics {
+    path: PathBuf,
+    file: File,
+}
+
+impl Metrics {
+    /// Opens `metrics.jsonl` in `folder`, keeping the lines of steps up to `last_step` of an earlier run.
+    pub(crate) fn open(folder: &Path, last_step: u64) -> Result<Metrics, Error> {
+        let path = folder.join("metrics.jsonl");
+        let fail = |error: std::io::Error| Error::file(&path, error);
+        let mut kept = String::new();
+        if last_step > 0 && path.exists() {
+            for line in BufReader::new(File::open(&path).map_err(fail)?).lines() {
+                let line = line.map_err(fail)?;
+                // A line that was cut off by a crash belongs to a step that will be made again.
+                match serde_json::from_str::<Line>(&line) {
+                    Ok(parsed) if parsed.step <= last_step => {
+                        kept.push_str(&line);
+                        kept.push('\n');
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let mut file = File::create(&path).map_err(fail)?;
+        file.write_all(kept.as_bytes()).map_err(fail)?;
+        Ok(Metrics { file, path })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn write(&mut self, line: &Line) -> Result<(), Error> {
+        let mut text = serde_json::to_string(line).expect("plain values");
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(|error| Error::file(&self.path, error))
+    }
+}

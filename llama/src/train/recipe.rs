@@ -1,0 +1,181 @@
+//! What decides the numbers of a run: settings that have been checked against each other, which a checkpoint keeps and a resumed
+//! run must repeat.
+
+use pillion_abs::{Rule, Settings as ControllerSettings};
+use pillion_kernels::{AdamW, DType};
+use pillion_runtime::{Gather, Policy};
+use serde::{Deserialize, Serialize};
+
+use super::schedule::Schedule;
+use crate::Error;
+use crate::config::Config;
+use crate::settings::{ControllerKind, GatherKind, PolicyArgs, Precision, TrainArgs};
+
+/// β₁ and β₂ of Llama 2's training, and ε.
+const BETAS: (f32, f32) = (0.9, 0.95);
+const EPSILON: f32 = 1e-8;
+
+/// What decides the numbers of a run, but for its data. Batches count samples.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Recipe {
+    pub(crate) model: Config,
+    pub(crate) precision: String,
+    pub(crate) seq: usize,
+    pub(crate) micro_batch: u64,
+    pub(crate) seed: u64,
+    pub(crate) controller: ControllerSettings,
+    pub(crate) schedule: Schedule,
+    pub(crate) weight_decay: f64,
+    /// Largest gradient norm; none for no limit.
+    pub(crate) clip: Option<f64>,
+}
+
+impl Recipe {
+    /// Checks the settings of a run over `world` ranks.
+    ///
+    /// # Errors
+    /// Names the flag and the remedy.
+    pub(crate) fn new(settings: &TrainArgs, world: usize) -> Result<Recipe, Error> {
+        let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
+        policy(&settings.policy, settings.clip)?;
+        let micro_batch = settings.micro_batch;
+        positive("--seq", settings.seq as u64)?;
+        positive("--micro-batch", micro_batch)?;
+        positive("--samples", settings.samples)?;
+        positive("--validation-samples", settings.validation_samples)?;
+        positive("--timeout", settings.timeout)?;
+        let multiple = |flag: &str, value: u64, of: &str, unit: u64| {
+            if unit > 0 && value > 0 && value.is_multiple_of(unit) {
+                return Ok(());
+            }
+            let (below, above) = (value / unit.max(1) * unit, (value / unit.max(1) + 1) * unit);
+            let nearest = if below > 0 { format!("{below} or {above}") } else { above.to_string() };
+            fail(format!("{flag} {value} is not a multiple of {of} {unit}: try {nearest}"))
+        };
+        let round_to = settings.round_to.unwrap_or(world as u64 * micro_batch);
+        multiple("--round-to", round_to, "--micro-batch", micro_batch)?;
+        let batch = settings.batch.unwrap_or(round_to);
+        multiple("--batch", batch, "--micro-batch", micro_batch)?;
+        multiple("--batch", batch, "--round-to", round_to)?;
+        let cap = settings.max_batch.unwrap_or(8 * batch);
+        multiple("--max-batch", cap, "--round-to", round_to)?;
+        if cap < batch {
+            return fail(format!("--max-batch {cap} is below --batch {batch}: raise it, or lower --batch"));
+        }
+        multiple("--samples", settings.samples, "--micro-batch", micro_batch)?;
+        range("--lr", settings.lr, 0.0, 1e3)?;
+        range("--final-lr", settings.final_lr, 0.0, 1.0)?;
+        range("--weight-decay", settings.weight_decay, 0.0, 1e3)?;
+        range("--clip", settings.clip, 0.0, f64::MAX)?;
+        if !(0.0..1.0).contains(&settings.warmup) {
+            return fail(format!("--warmup {} is a share of the samples: at least 0 and below 1", settings.warmup));
+        }
+        if settings.controller != ControllerKind::Stagewise && !settings.stages.is_empty() {
+            return fail("--stages needs --controller stagewise".to_owned());
+        }
+        let rule = match settings.controller {
+            ControllerKind::Constant => Rule::Constant,
+            ControllerKind::Stagewise if settings.stages.is_empty() => {
+                return fail("--controller stagewise needs --stages, such as 16:0.1,32:0.9".to_owned());
+            }
+            ControllerKind::Stagewise => Rule::Stagewise { stages: settings.stages.clone(), horizon: settings.samples },
+            ControllerKind::NormTest => Rule::NormTest { eta: settings.eta },
+        };
+        let controller = ControllerSettings::new(batch, cap, round_to, rule);
+        controller.validate().map_err(|error| Error::Setting(error.to_string()))?;
+        let TrainArgs { lr, warmup, final_lr, samples, .. } = *settings;
+        Ok(Recipe {
+            model,
+            precision: weights(settings.policy.precision).name().to_owned(),
+            seq: settings.seq,
+            micro_batch,
+            seed: settings.seed,
+            controller,
+            schedule: Schedule { lr, warmup, final_lr, samples },
+            weight_decay: settings.weight_decay,
+            clip: (settings.clip > 0.0).then_some(settings.clip),
+        })
+    }
+
+    /// Settings of the update at learning rate `lr`; the engine fills in the rest.
+    pub(crate) fn adamw(&self, lr: f64) -> AdamW {
+        AdamW {
+            lr: lr as f32,
+            beta1: BETAS.0,
+            beta2: BETAS.1,
+            epsilon: EPSILON,
+            weight_decay: self.weight_decay as f32,
+            step: 0,
+            gradient_scale: 0.0,
+        }
+    }
+
+    /// Where this recipe differs from a checkpoint's: (key, ours, theirs).
+    pub(crate) fn difference(&self, theirs: &Recipe) -> Option<(String, String, String)> {
+        let [ours, theirs] = [self, theirs].map(|recipe| serde_json::to_value(recipe).expect("plain values"));
+        first_difference("", &ours, &theirs)
+    }
+}
+
+fn first_difference(
+    at: &str,
+    ours: &serde_json::Value,
+    theirs: &serde_json::Value,
+) -> Option<(String, String, String)> {
+    match (ours, theirs) {
+        (serde_json::Value::Object(a), serde_json::Value::Object(b)) if a.keys().eq(b.keys()) => {
+            a.iter().find_map(|(key, value)| {
+                first_difference(&format!("{at}{}{key}", if at.is_empty() { "" } else { "." }), value, &b[key])
+            })
+        }
+        (a, b) if a == b => None,
+        (a, b) => Some((at.to_owned(), a.to_string(), b.to_string())),
+    }
+}
+
+/// How parameters are kept and moved, checked.
+///
+/// # Errors
+/// Names the flag and the remedy.
+pub(crate) fn policy(settings: &PolicyArgs, clip: f64) -> Result<Policy, Error> {
+    let slots = settings.slots.unwrap_or(settings.prefetch + 1);
+    if slots <= settings.prefetch {
+        return fail(format!(
+            "--slots {slots} cannot hold the unit in use and --prefetch {} more: use at least {}",
+            settings.prefetch,
+            settings.prefetch + 1
+        ));
+    }
+    Ok(Policy {
+        weights: weights(settings.precision),
+        gather: match settings.gather {
+            GatherKind::Copy => Gather::Copy,
+            GatherKind::Window => Gather::Window,
+        },
+        prefetch: settings.prefetch,
+        slots,
+        clip: (clip > 0.0).then_some(clip),
+    })
+}
+
+fn weights(precision: Precision) -> DType {
+    match precision {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 => DType::Bf16,
+    }
+}
+
+fn fail<T>(message: String) -> Result<T, Error> {
+    Err(Error::Setting(message))
+}
+
+fn positive(flag: &str, value: u64) -> Result<(), Error> {
+    if value == 0 { fail(format!("{flag} is 0: it must be at least 1")) } else { Ok(()) }
+}
+
+fn range(flag: &str, value: f64, least: f64, most: f64) -> Result<(), Error> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    fail(format!("{flag} {value} is out of range: between {least} and {most}"))
+}

@@ -1,0 +1,383 @@
+//! The loop of one rank. Every decision is taken from numbers that are the same on every rank.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use pillion_abs::{Controller, Observation};
+use pillion_collectives::{Communicator, Launch, Options};
+use pillion_kernels::{Cpu, Device, LazyCpu};
+use pillion_runtime::{Engine, Layout, checkpoint};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::checkpoints::{self, Progress};
+use super::evaluation::validate;
+use super::metrics::{Line, Metrics};
+use super::recipe::{self, Recipe};
+use super::screen::{self, Screen};
+use super::{Ended, plan_table, stopping};
+use crate::Error;
+use crate::data::{self, Dataset, TokenFile, tokenizer, trigram};
+use crate::generate::generate;
+use crate::model::Model;
+use crate::settings::{DeviceKind, TrainArgs};
+
+/// Joins the other ranks and trains.
+pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> Result<Ended, Error> {
+    let options = Options { timeout: Duration::from_secs(settings.timeout.max(1)), ..Options::default() };
+    let communicator = Arc::new(Communicator::connect(launch, options)?);
+    let result = Run::new(settings, launch, communicator.clone()).and_then(|mut run| run.train(stop));
+    if let Err(error) = &result
+        && !error.is_everywhere()
+    {
+        communicator.abort(&error.to_string());
+    }
+    result
+}
+
+/// One rank of a run under way.
+struct Run<'s> {
+    settings: &'s TrainArgs,
+    recipe: Recipe,
+    communicator: Arc<Communicator>,
+    engine: Engine,
+    model: Model,
+    dataset: Dataset,
+    controller: Controller,
+    progress: Counters,
+    validation_samples: u64,
+    /// On rank 0 alone.
+    output: Option<Output>,
+    inputs: Vec<u32>,
+    targets: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    step: u64,
+    samples: u64,
+    /// Step of the last checkpoint.
+    saved: Option<u64>,
+}
+
+/// What rank 0 writes.
+struct Output {
+    screen: Screen,
+    metrics: Metrics,
+    trigram: f64,
+}
+
+/// What rank 0 finds out before the start.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Start {
+    resume: Option<PathBuf>,
+    recipe: Recipe,
+    tokens: PathBuf,
+}
+
+impl<'s> Run<'s> {
+    fn new(settings: &'s TrainArgs, launch: &Launch, communicator: Arc<Communicator>) -> Result<Run<'s>, Error> {
+        let world = communicator.world();
+        let start = on_rank_zero(&communicator, || start(settings, world))?;
+        let Start { resume, recipe, tokens } = start;
+        let policy = recipe::policy(&settings.policy, settings.clip)?;
+        let dataset = Dataset::open(TokenFile::open(&tokens)?, recipe.seq, recipe.seed)?;
+        let validation_samples = validation_samples(settings, &recipe, &dataset)?;
+        if communicator.rank() == 0 {
+            let batch = recipe.controller.base;
+            let backend = format!("{}, shared memory", launch.source);
+            let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend);
+            println!("{table}");
+        }
+        let device: Arc<dyn Device> = match settings.device {
+            DeviceKind::Cpu => Arc::new(Cpu),
+            DeviceKind::LazyCpu => Arc::new(LazyCpu::new(recipe.seed)),
+        };
+        let layout = Layout::new(&recipe.model.units(), world);
+        let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy)?;
+        let model = Model::new(&*device, &recipe.model, recipe.micro_batch as usize, recipe.seq)?;
+        let mut progress = Counters::default();
+        let mut controller = Controller::new(recipe.controller.clone())?;
+        match &resume {
+            None => {
+                engine.initialize(|name, shape, index| recipe.model.initial_value(recipe.seed, name, shape, index))?
+            }
+            Some(path) => {
+                let saved = checkpoint::open(path)?;
+                saved.load(&mut engine)?;
+                let found = checkpoints::progress(&saved)?;
+                controller = Controller::resume(recipe.controller.clone(), found.controller)?;
+                progress = Counters { step: found.step, samples: found.samples, saved: Some(found.step) };
+            }
+        }
+        let output = on_rank_zero_alone(&communicator, || {
+            let metrics = Metrics::open(&settings.out, progress.step)?;
+            let trigram = trigram::loss(&dataset, validation_samples)?;
+            Ok(Output { screen: Screen::new(recipe.schedule.samples, progress.samples), metrics, trigram })
+        })?;
+        let tokens = recipe.micro_batch as usize * recipe.seq;
+        Ok(Run {
+            settings,
+            communicator,
+            engine,
+            model,
+            dataset,
+            controller,
+            progress,
+            validation_samples,
+            output,
+            inputs: vec![0; tokens],
+            targets: vec![0; tokens],
+            recipe,
+        })
+    }
+
+    fn train(&mut self, stop: &AtomicBool) -> Result<Ended, Error> {
+        let mut validation = self.validate()?;
+        if let Some(Output { screen, trigram, .. }) = &self.output {
+            let samples = self.validation_samples;
+            screen.say(format!(
+                "validation loss {validation:.4} on {samples} samples; a trigram model reaches {trigram:.4}"
+            ));
+        }
+        while !self.is_done() {
+            let (mut line, stopped) = self.step(stop)?;
+            let every = self.settings.validate_every;
+            if self.is_done() || (every > 0 && self.progress.step.is_multiple_of(every)) {
+                validation = self.validate()?;
+                line.validation_loss = Some(validation);
+            }
+            if let Some(Output { screen, metrics, .. }) = &mut self.output {
+                metrics.write(&line)?;
+                screen.step(&line);
+                if let Some(loss) = line.validation_loss {
+                    screen.say(format!("validation loss {loss:.4} after {} samples", line.samples_seen));
+                }
+            }
+            let every = self.settings.save_every;
+            if stopped || self.is_done() || (every > 0 && self.progress.step.is_multiple_of(every)) {
+                let path = self.save()?;
+                if stopped && !self.is_done() {
+                    self.say(|| {
+                        format!(
+                            "interrupted: saved {} after step {}; go on with --resume auto",
+                            path.display(),
+                            self.progress.step
+                        )
+                    });
+                    return Ok(Ended::Interrupted);
+                }
+            }
+        }
+        self.summary(validation)?;
+        Ok(Ended::Done)
+    }
+
+    fn is_done(&self) -> bool {
+        let steps = self.settings.steps.is_some_and(|steps| self.progress.step >= steps);
+        steps || self.progress.samples >= self.recipe.schedule.samples
+    }
+
+    /// One optimizer step: micro-batches are dealt to ranks in turn.
+    fn step(&mut self, stop: &AtomicBool) -> Result<(Line, bool), Error> {
+        let started = Instant::now();
+        let (rank, world) = (self.communicator.rank() as u64, self.communicator.world() as u64);
+        let micro_batch = self.recipe.micro_batch;
+        let batch = self.controller.batch().min(self.recipe.schedule.samples - self.progress.samples);
+        let micro_batches = batch / micro_batch;
+        let rounds = micro_batches.div_ceil(world);
+        let lr = self.recipe.schedule.at(self.progress.samples + batch);
+        let mut step = self.engine.begin(rounds as usize)?;
+        for round in 0..rounds {
+            let index = round * world + rank;
+            if index >= micro_batches {
+                step.idle_round()?;
+                continue;
+            }
+            let first = self.progress.samples + index * micro_batch;
+            let seq = self.recipe.seq;
+            let rows = self.inputs.chunks_exact_mut(seq).zip(self.targets.chunks_exact_mut(seq));
+            for (sample, (inputs, targets)) in (first..).zip(rows) {
+                self.dataset.fill(sample, inputs, targets)?;
+            }
+            self.model.train(&mut step, &self.inputs, &self.targets)?;
+        }
+        let report = step.finish(self.recipe.adamw(lr), &[f64::from(u8::from(stopping(stop)))])?;
+        let decision = self.controller.observe(&Observation {
+            groups: micro_batches,
+            samples: batch,
+            tokens: report.tokens as u64,
+            group_square_norms: report.group_square_norms,
+            square_norm: report.square_norm,
+            non_finite: 0,
+        });
+        self.progress.step += 1;
+        self.progress.samples += batch;
+        let seconds = started.elapsed().as_secs_f64();
+        let tokens_per_s = report.tokens / seconds;
+        let line = Line {
+            step: self.progress.step,
+            loss: report.loss_sum / report.tokens,
+            lr,
+            grad_norm: report.gradient_norm,
+            batch_samples: batch,
+            batch_tokens: report.tokens as u64,
+            samples_seen: self.progress.samples,
+            tokens_per_s,
+            step_ms: seconds * 1e3,
+            exposed_ms: report.exposed.as_secs_f64() * 1e3,
+            bytes_sent: report.bytes,
+            collectives: report.operations,
+            noise_scale: decision.noise_scale,
+            wanted_batch: decision.wanted,
+            validation_loss: None,
+            flops: tokens_per_s * self.recipe.model.flops_per_token(self.recipe.seq),
+        };
+        Ok((line, report.requests[0] > 0.0))
+    }
+
+    fn validate(&mut self) -> Result<f64, Error> {
+        let micro_batch = self.recipe.micro_batch;
+        validate(&mut self.engine, &mut self.model, &self.dataset, self.validation_samples, micro_batch)
+    }
+
+    /// Saves, unless this step is saved already; returns where.
+    fn save(&mut self) -> Result<PathBuf, Error> {
+        let progress = Progress {
+            recipe: self.recipe.clone(),
+            data: fingerprint(self.dataset.tokens()),
+            step: self.progress.step,
+            samples: self.progress.samples,
+            controller: self.controller.state().clone(),
+        };
+        let extra = serde_json::to_value(&progress).expect("plain values");
+        let folder = checkpoints::folder(&self.settings.out);
+        let path = checkpoint::save(&self.engine, &folder, self.progress.step, &extra)?;
+        self.progress.saved = Some(self.progress.step);
+        Ok(path)
+    }
+
+    fn say(&self, text: impl FnOnce() -> String) {
+        if let Some(output) = &self.output {
+            output.screen.say(text());
+        }
+    }
+
+    /// What was reached, a sample of text, and the paths of what was written.
+    fn summary(&mut self, validation: f64) -> Result<(), Error> {
+        const PROMPT: &str = "pub fn ";
+        const LENGTH: usize = 240;
+        let device = self.engine.device().clone();
+        let mut model = Model::new(&*device, &self.recipe.model, 1, self.recipe.seq)?;
+        let mut prompt = Vec::new();
+        tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
+        prompt.truncate(PROMPT.len());
+        let (seq, seed) = (self.recipe.seq, self.recipe.seed);
+        let text = generate(&mut self.engine, &mut model, seq, &prompt, LENGTH, 0.7, seed)?;
+        let Some(Output { screen, metrics, trigram }) = &self.output else { return Ok(()) };
+        screen.close();
+        let text = String::from_utf8_lossy(&tokenizer::decode(&text)).into_owned();
+        let against = if validation < *trigram { "below" } else { "not below" };
+        screen.say(format!(
+            "\n{} steps, {} samples in {}; batch {} at the end\n\
+             validation loss {validation:.4}, {against} the trigram model's {trigram:.4}\n\
+             \n{PROMPT}{text}\n\n\
+             metrics     {}\ncheckpoint  {}",
+            self.progress.step,
+            self.progress.samples,
+            screen::duration(screen.elapsed()),
+            self.controller.batch(),
+            metrics.path().display(),
+            checkpoints::folder(&self.settings.out).join(format!("step-{:08}", self.progress.step)).display(),
+        ));
+        Ok(())
+    }
+}
+
+/// What rank 0 does first: looks for a checkpoint, checks the settings, makes the folder, prepares the text.
+fn start(settings: &TrainArgs, world: usize) -> Result<Start, Error> {
+    let (resume, said) = checkpoints::find(settings)?;
+    let saved = match &resume {
+        None => None,
+        Some(path) => Some(checkpoints::progress(&checkpoint::open(path)?)?),
+    };
+    let mut settings = settings.clone();
+    if let Some(saved) = &saved {
+        // Defaults that depend on the world are those of the run's beginning.
+        let controller = &saved.recipe.controller;
+        settings.round_to.get_or_insert(controller.round_to);
+        settings.batch.get_or_insert(controller.base);
+        settings.max_batch.get_or_insert(controller.cap);
+    }
+    let recipe = Recipe::new(&settings, world)?;
+    if recipe.model.vocab_size < tokenizer::VOCAB {
+        let (vocab, needed) = (recipe.model.vocab_size, tokenizer::VOCAB);
+        return Err(Error::Setting(format!(
+            "the model knows {vocab} tokens, but the text needs {needed}: choose another --model"
+        )));
+    }
+    let moved = checkpoints::prepare_folder(&settings.out, resume.is_some())?;
+    said.iter().for_each(|line| println!("{line}"));
+    if let Some(aside) = moved {
+        println!("the earlier run in {} is now {}", settings.out.display(), aside.display());
+    }
+    let prepared = data::prepare(settings.data.as_deref(), &settings.out.join("tokens"))?;
+    println!("{}", prepared.summary);
+    if let (Some(path), Some(saved)) = (&resume, &saved) {
+        checkpoints::same_run(path, saved, &recipe, &fingerprint(&prepared.tokens))?;
+        println!("going on from {} after step {}", path.display(), saved.step);
+    }
+    Ok(Start { resume, recipe, tokens: prepared.tokens.path().to_owned() })
+}
+
+/// A multiple of the micro-batch, at most what there is.
+fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) -> Result<u64, Error> {
+    let available = dataset.validation_len();
+    let samples = settings.validation_samples.min(available) / recipe.micro_batch * recipe.micro_batch;
+    if samples == 0 {
+        return Err(Error::Setting(format!(
+            "validation needs at least one micro-batch of {} samples, but has {} of the {available} there are: use a smaller \
+             --micro-batch, more --validation-samples or more text",
+            recipe.micro_batch,
+            settings.validation_samples.min(available)
+        )));
+    }
+    Ok(samples)
+}
+
+fn fingerprint(tokens: &TokenFile) -> String {
+    format!("{:016x}", tokens.fingerprint())
+}
+
+/// Does something on rank 0 and gives every rank the result; where it fails, every rank fails, and only rank 0 says why.
+fn on_rank_zero<T: Serialize + DeserializeOwned>(
+    communicator: &Communicator,
+    work: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    let result = (communicator.rank() == 0).then(work).transpose();
+    let bytes = match &result {
+        Ok(Some(value)) => serde_json::to_vec(value).expect("plain values"),
+        _ => Vec::new(),
+    };
+    let bytes = communicator.broadcast_bytes(0, &bytes)?;
+    match result? {
+        Some(value) => Ok(value),
+        None if bytes.is_empty() => Err(Error::ByRankZero),
+        None => Ok(serde_json::from_slice(&bytes).expect("rank 0 runs the same program")),
+    }
+}
+
+/// Does something on rank 0, whose result the others do not need.
+fn on_rank_zero_alone<T>(
+    communicator: &Communicator,
+    work: impl FnOnce() -> Result<T, Error>,
+) -> Result<Option<T>, Error> {
+    let mut result = None;
+    on_rank_zero(communicator, || {
+        result = Some(work()?);
+        Ok(())
+    })?;
+    Ok(result)
+}

@@ -1,0 +1,101 @@
+//! What rank 0 prints during a run: a line a step, and on a terminal a progress bar below.
+
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+use super::metrics::Line;
+use super::plan_table::bytes;
+
+/// A run's output on a terminal or in a log.
+pub(crate) struct Screen {
+    bar: ProgressBar,
+    started: Instant,
+    first_sample: u64,
+    samples: u64,
+    lines: u64,
+    memory: u64,
+}
+
+/// Steps between two headings.
+const HEADING_EVERY: u64 = 40;
+/// Steps between two looks at the memory in use, which cost a walk over the page tables.
+const MEMORY_EVERY: u64 = 20;
+
+impl Screen {
+    /// A run of `samples` samples, of which `seen` are done.
+    pub(crate) fn new(samples: u64, seen: u64) -> Screen {
+        let bar = if super::on_terminal() {
+            let style = ProgressStyle::with_template("{bar:40} {pos}/{len} samples, {elapsed} so far, {eta} to go");
+            ProgressBar::new(samples).with_style(style.expect("a template of known keys")).with_position(seen)
+        } else {
+            ProgressBar::hidden()
+        };
+        Screen { bar, started: Instant::now(), first_sample: seen, samples, lines: 0, memory: 0 }
+    }
+
+    /// Prints anything above the bar.
+    pub(crate) fn say(&self, text: impl std::fmt::Display) {
+        self.bar.suspend(|| println!("{text}"));
+    }
+
+    /// Prints a step.
+    pub(crate) fn step(&mut self, line: &Line) {
+        if self.lines.is_multiple_of(MEMORY_EVERY) {
+            self.memory = proportional_memory().unwrap_or(0);
+        }
+        if self.lines.is_multiple_of(HEADING_EVERY) {
+            self.say(format!(
+                "{:>6} {:>7} {:>7} {:>8} {:>6} {:>7} {:>8} {:>8} {:>9} {:>10} {:>8}",
+                "step", "loss", "norm", "lr", "batch", "noise", "tok/s", "GFLOP/s", "exposed", "memory", "to go"
+            ));
+        }
+        self.lines += 1;
+        let noise = line.noise_scale.map_or("-".to_owned(), |scale| format!("{scale:.0}"));
+        self.say(format!(
+            "{:>6} {:>7.4} {:>7.3} {:>8.2e} {:>6} {:>7} {:>8.0} {:>8.1} {:>7.1}ms {:>10} {:>8}",
+            line.step,
+            line.loss,
+            line.grad_norm,
+            line.lr,
+            line.batch_samples,
+            noise,
+            line.tokens_per_s,
+            line.flops / 1e9,
+            line.exposed_ms,
+            bytes(self.memory),
+            self.remaining(line.samples_seen),
+        ));
+        self.bar.set_position(line.samples_seen);
+    }
+
+    /// An estimate of the rest, from the run's mean speed.
+    fn remaining(&self, seen: u64) -> String {
+        let done = seen.saturating_sub(self.first_sample).max(1);
+        let rest = self.samples.saturating_sub(seen);
+        let seconds = (self.started.elapsed().as_secs_f64() * rest as f64 / done as f64).round() as u64;
+        format!("{}:{:02}", seconds / 60, seconds % 60)
+    }
+
+    /// Time since the first step.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Takes the bar away.
+    pub(crate) fn close(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A duration for reading.
+pub(crate) fn duration(duration: Duration) -> String {
+    HumanDuration(duration).to_string()
+}
+
+/// Bytes of memory in use, shared pages divided among those who map them (PSS).
+fn proportional_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    Some(line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok()? * 1024)
+}
