@@ -1,0 +1,173 @@
+//! Loading, at any number of ranks. A unit's tensors lie in the same flat order at every world size and only the
+//! padding at the end differs, so a rank's shard is a range of that order, and comes from the one or more old shards
+//! that hold the range.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::shard::{self, ShardFile};
+use super::{Checkpoint, agree, manifest};
+use crate::engine::Health;
+use crate::{Engine, Error, Layout, State};
+
+impl Checkpoint {
+    /// Replaces the engine's parameters, optimizer state and number of updates by those saved. Collective; the engine
+    /// may have another number of ranks, and another policy (see [`Checkpoint::differences`]). Each rank reads what its
+    /// shards need, and before that its part of the files to verify them.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the checkpoint is of another model, the first tensor that differs named, when a file is
+    /// missing or damaged, or when ranks see different checkpoints: the engine is unchanged on every rank. Should a
+    /// file that has passed become unreadable, or a rank be lost, the engine refuses to go on until a load succeeds.
+    pub fn load(&self, engine: &mut Engine) -> Result<(), Error> {
+        let communicator = engine.communicator().clone();
+        self.check_same(engine)?;
+        let tensors = agree(&communicator, &self.path, self.check(engine))?;
+        let (layout, rank) = (engine.layout.clone(), communicator.rank());
+        engine.health = Health::Torn;
+        let loaded =
+            (0..layout.units.len()).try_for_each(|unit| engine.set_state(unit, &tensors.state(unit, &layout, rank)?));
+        agree(&communicator, &self.path, loaded)?;
+        engine.set_updates(self.manifest.updates);
+        engine.health = Health::Good;
+        Ok(())
+    }
+
+    /// The saved tensors by name: for tools, which need no engine. Does not [`Checkpoint::verify`].
+    ///
+    /// # Errors
+    /// [`Error::File`] when a file cannot be opened or is not what the manifest says.
+    pub fn tensors(&self) -> Result<Tensors<'_>, Error> {
+        self.open_files(0..self.manifest.world)
+    }
+
+    /// Whether every rank has opened this very checkpoint.
+    fn check_same(&self, engine: &Engine) -> Result<(), Error> {
+        let checksum = xxh3_64(self.manifest.checksum.as_bytes());
+        let checksums = engine.communicator().all_gather_scalars(&[checksum])?;
+        match checksums.iter().position(|other| other != &checksums[0]) {
+            None => Ok(()),
+            Some(rank) => {
+                let reason = format!(
+                    "is another checkpoint on rank {rank} than on rank 0: resume from a folder that all ranks share, \
+                     and name it alike on each"
+                );
+                Err(Error::file(&self.path, reason))
+            }
+        }
+    }
+
+    /// All that can be found wrong before anything changes.
+    fn check(&self, engine: &Engine) -> Result<Tensors<'_>, Error> {
+        // What a load or an update that failed has left is replaced; a step under way is not.
+        if engine.health != Health::Torn {
+            engine.check_health()?;
+        }
+        let layout = engine.layout();
+        let (rank, world) = (engine.communicator().rank(), engine.communicator().world());
+        let wrong = |reason| Error::file(self.path.join(manifest::NAME), reason);
+        self.manifest.check_model(layout).map_err(wrong)?;
+        (rank..self.manifest.world).step_by(world).try_for_each(|file| self.verify_file(file))?;
+        let saved = self.manifest.layout();
+        let holders = (0..layout.units.len())
+            .flat_map(|unit| shard::holders(saved.units[unit].shard, &in_shard(layout, unit, rank)));
+        self.open_files(holders.collect::<BTreeSet<usize>>())
+    }
+
+    fn open_files(&self, ranks: impl IntoIterator<Item = usize>) -> Result<Tensors<'_>, Error> {
+        let layout = self.manifest.layout();
+        let open = |rank: usize| {
+            let path = self.path.join(&self.manifest.files[rank].name);
+            Ok((rank, ShardFile::open(path, &layout)?))
+        };
+        let files = ranks.into_iter().map(open).collect::<Result<_, Error>>()?;
+        Ok(Tensors { checkpoint: self, layout, files })
+    }
+}
+
+/// A checkpoint's tensors, readable by name.
+pub struct Tensors<'c> {
+    checkpoint: &'c Checkpoint,
+    /// That of the ranks that saved.
+    layout: Layout,
+    files: BTreeMap<usize, ShardFile>,
+}
+
+impl Tensors<'_> {
+    /// The master weights of a whole tensor, row-major.
+    ///
+    /// # Errors
+    /// [`Error::File`] when there is no tensor of that name, or a file cannot be read.
+    pub fn master(&self, name: &str) -> Result<Vec<f32>, Error> {
+        for (index, unit) in self.layout.units.iter().enumerate() {
+            if let Some(tensor) = unit.tensors.iter().find(|tensor| tensor.name == name) {
+                return self.read(index, "master", tensor.range.clone());
+            }
+        }
+        Err(Error::file(&self.checkpoint.path, format!("has no tensor {name}: its manifest lists those it has")))
+    }
+
+    /// What `rank` of `layout` keeps of a unit.
+    fn state(&self, unit: usize, layout: &Layout, rank: usize) -> Result<State, Error> {
+        let part = |part| {
+            let mut values = self.read(unit, part, in_shard(layout, unit, rank))?;
+            values.resize(layout.units[unit].shard, 0.0);
+            Ok::<_, Error>(values)
+        };
+        let [master, m, v] = shard::PARTS;
+        Ok(State { master: part(master)?, m: part(m)?, v: part(v)? })
+    }
+
+    /// Elements `flat` of a unit.
+    fn read(&self, unit: usize, part: &str, flat: Range<usize>) -> Result<Vec<f32>, Error> {
+        let unit = &self.layout.units[unit];
+        let mut values = vec![0.0; flat.len()];
+        for rank in shard::holders(unit.shard, &flat) {
+            let shard = rank * unit.shard..(rank + 1) * unit.shard;
+            let held = flat.start.max(shard.start)..flat.end.min(shard.end);
+            let out = &mut values[held.start - flat.start..held.end - flat.start];
+            self.files[&rank].read(&unit.name, part, held.start - shard.start, out)?;
+        }
+        Ok(values)
+    }
+}
+
+/// The elements of a unit in the shard of `rank`, without padding.
+fn in_shard(layout: &Layout, unit: usize, rank: usize) -> Range<usize> {
+    let unit = &layout.units[unit];
+    (rank * unit.shard).min(unit.len)..((rank + 1) * unit.shard).min(unit.len)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use pillion_collectives::{Communicator, Launch, Options};
+    use pillion_kernels::Cpu;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::checkpoint::{open, save};
+    use crate::{Policy, TensorSpec, UnitSpec};
+
+    #[test]
+    fn an_engine_whose_update_failed_cannot_be_saved_and_is_sound_again_after_a_load() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensor = TensorSpec { name: "x".to_owned(), shape: vec![3], decay: false };
+        let units = [UnitSpec { name: "unit".to_owned(), tensors: vec![tensor] }];
+        let launch = Launch::threads(1).remove(0);
+        let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
+        let mut engine = Engine::new(communicator, Arc::new(Cpu), Layout::new(&units, 1), Policy::default()).unwrap();
+        engine.initialize(|_, _, index| index as f32).unwrap();
+        let state = engine.state(0).unwrap();
+        let folder = save(&engine, dir.path(), 1, &Value::Null).unwrap();
+        engine.health = Health::Torn;
+        assert!(matches!(save(&engine, dir.path(), 2, &Value::Null), Err(Error::Poisoned)));
+        open(&folder).unwrap().load(&mut engine).unwrap();
+        assert_eq!(engine.state(0).unwrap(), state);
+        engine.health = Health::Unfinished;
+        assert!(matches!(open(&folder).unwrap().load(&mut engine), Err(Error::OffPlan { .. })), "a step is under way");
+    }
+}

@@ -1,0 +1,202 @@
+//! Saving: every rank writes its file into a folder that gets its name once all of it is on disk.
+
+use std::fs::{self, File};
+use std::hash::{BuildHasher, RandomState};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde_json::Value;
+
+use super::agree;
+use super::manifest::{self, FileEntry, Manifest};
+use super::shard::{self, Digest};
+use crate::{Engine, Error};
+
+/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. Collective: every rank
+/// calls it between steps, with the same arguments, and sees the same `dir`, whose parent exists. `extra` is kept as
+/// rank 0 gives it.
+///
+/// A checkpoint of the same step is replaced.
+///
+/// # Errors
+/// [`Error::File`] when any rank could not do its part: on that rank what went wrong, on the others which rank it was.
+/// Then nothing is saved, and training can go on. Also when another rank is lost.
+pub fn save(engine: &Engine, dir: &Path, step: u64, extra: &Value) -> Result<PathBuf, Error> {
+    let folders = Folders::new(dir, step);
+    let saved = save_into(engine, &folders, step, extra);
+    if saved.is_err() && engine.communicator().rank() == 0 {
+        // Makes room if it can; the error says more than a failure to tidy up would.
+        let _ = remove(&folders.incomplete);
+    }
+    saved.map(|()| folders.complete)
+}
+
+/// Step of a folder that is named as a complete checkpoint, and whether another was to replace it.
+pub(super) fn parse_name(name: &str) -> Option<(u64, bool)> {
+    let rest = name.strip_prefix("step-")?;
+    let (digits, replaced) = rest.strip_suffix(".old").map_or((rest, false), |digits| (digits, true));
+    let step = digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())??;
+    Some((step, replaced))
+}
+
+/// The names that a checkpoint can have.
+struct Folders<'a> {
+    dir: &'a Path,
+    complete: PathBuf,
+    incomplete: PathBuf,
+    old: PathBuf,
+}
+
+impl Folders<'_> {
+    fn new(dir: &Path, step: u64) -> Folders<'_> {
+        let name = format!("step-{step:08}");
+        let with = |ending: &str| dir.join(format!("{name}{ending}"));
+        Folders { dir, complete: with(""), incomplete: with(".incomplete"), old: with(".old") }
+    }
+
+    fn token(&self) -> PathBuf {
+        self.incomplete.join("token")
+    }
+}
+
+fn save_into(engine: &Engine, folders: &Folders, step: u64, extra: &Value) -> Result<(), Error> {
+    let communicator = engine.communicator();
+    let (rank, world) = (communicator.rank(), communicator.world());
+    let token = agree(communicator, folders.dir, if rank == 0 { prepare(folders) } else { Ok(0) })?;
+    let token = communicator.all_gather_scalars(&[token])?[0][0];
+    let digest = check_shared(folders, token).and_then(|()| {
+        shard::write(&folders.incomplete.join(shard::name(rank, world)), engine.layout(), |unit| engine.state(unit))
+    });
+    let digest = agree(communicator, folders.dir, digest)?;
+    let words = [digest.bytes, (digest.checksum >> 64) as u64, digest.checksum as u64];
+    let digests = communicator.all_gather_scalars(&words)?;
+    let published = if rank == 0 {
+        let file = |(rank, words): (usize, &Vec<u64>)| {
+            let digest = Digest { bytes: words[0], checksum: u128::from(words[1]) << 64 | u128::from(words[2]) };
+            FileEntry { name: shard::name(rank, world), bytes: digest.bytes, xxh3: digest.hex() }
+        };
+        let manifest = Manifest {
+            checksum: String::new(),
+            format: String::new(),
+            version: 0,
+            step,
+            updates: engine.updates(),
+            world,
+            weights: engine.policy().weights.name().to_owned(),
+            clip: engine.policy().clip,
+            units: manifest::specs(engine.layout()),
+            files: digests.iter().enumerate().map(file).collect(),
+            extra: extra.clone(),
+        };
+        publish(folders, &manifest.sealed())
+    } else {
+        Ok(())
+    };
+    agree(communicator, folders.dir, published)
+}
+
+/// Makes an empty folder with a random token in it.
+fn prepare(folders: &Folders) -> Result<u64, Error> {
+    match fs::create_dir(folders.dir) {
+        Ok(()) => {
+            let parent = folders.dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+            sync_folder(parent.unwrap_or(Path::new(".")))?;
+        }
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+        Err(error) => {
+            let reason = format!("cannot be made: {error}; make its parent folder, or choose another place");
+            return Err(Error::file(folders.dir, reason));
+        }
+    }
+    // What a save that was interrupted has left.
+    remove(&folders.incomplete)?;
+    fs::create_dir(&folders.incomplete)
+        .map_err(|error| Error::file(&folders.incomplete, format!("cannot be made: {error}")))?;
+    // `RandomState` is seeded by the system.
+    let token = RandomState::new().hash_one((std::process::id(), SystemTime::now()));
+    write_synced(&folders.token(), token.to_string().as_bytes())?;
+    Ok(token)
+}
+
+/// Whether this rank sees what rank 0 has made.
+fn check_shared(folders: &Folders, token: u64) -> Result<(), Error> {
+    match fs::read_to_string(folders.token()) {
+        Ok(found) if found == token.to_string() => Ok(()),
+        found => {
+            let found = found.map_or_else(|error| error.to_string(), |_| "it has another's token".to_owned());
+            let reason = format!(
+                "is not what rank 0 has made ({found}): save to a folder that all ranks share, and name it alike on each"
+            );
+            Err(Error::file(&folders.incomplete, reason))
+        }
+    }
+}
+
+/// Adds the manifest, and gives the folder its name.
+fn publish(folders: &Folders, manifest: &Manifest) -> Result<(), Error> {
+    let token = folders.token();
+    fs::remove_file(&token).map_err(|error| Error::file(&token, format!("cannot be removed: {error}")))?;
+    write_synced(&folders.incomplete.join(manifest::NAME), manifest.text().as_bytes())?;
+    sync_folder(&folders.incomplete)?;
+    if folders.complete.exists() {
+        // A folder cannot be renamed over another that has files. Under the name `.old` it still counts, until the new
+        // one does.
+        remove(&folders.old)?;
+        rename(&folders.complete, &folders.old)?;
+    }
+    rename(&folders.incomplete, &folders.complete)?;
+    sync_folder(folders.dir)?;
+    remove(&folders.old)
+}
+
+/// Removes a folder if it exists: its manifest first, so that what an interruption leaves is not taken for whole.
+fn remove(folder: &Path) -> Result<(), Error> {
+    let removed = match fs::remove_file(folder.join(manifest::NAME)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => fs::remove_dir_all(folder),
+    };
+    match removed {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(Error::file(folder, format!("cannot be removed: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), Error> {
+    fs::rename(from, to).map_err(|error| Error::file(from, format!("cannot be renamed to {}: {error}", to.display())))
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let written = File::create_new(path).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    written.map_err(|error| Error::file(path, format!("cannot be written: {error}")))
+}
+
+/// Brings a folder's entries to the disk.
+fn sync_folder(folder: &Path) -> Result<(), Error> {
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(|error| Error::file(folder, format!("cannot be brought to the disk: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_give_their_step_and_nothing_else_does() {
+        for step in [0, 10, 99_999_999, 100_000_000, u64::MAX] {
+            let folders = Folders::new(Path::new("dir"), step);
+            let parse = |folder: &Path| parse_name(folder.file_name().unwrap().to_str().unwrap());
+            assert_eq!(parse(&folders.complete), Some((step, false)));
+            assert_eq!(parse(&folders.old), Some((step, true)));
+            assert_eq!(parse(&folders.incomplete), None);
+        }
+        for name in ["step-", "step-.old", "step-+1", "step-1x", "step-18446744073709551616", "1", "Step-1"] {
+            assert_eq!(parse_name(name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! One rank's file of a checkpoint: safetensors with f32 tensors `<unit>.master`, `<unit>.m` and `<unit>.v`, each
+//! `[shard]`. It is written a unit at a time and read by ranges of bytes, so neither needs memory for all of it.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::USE_ANOTHER;
+use super::manifest::hex;
+use crate::{Error, Layout, State};
+
+const _: () =
+    assert!(cfg!(target_endian = "little"), "safetensors is little-endian, and elements are written as they are");
+
+/// A unit's tensors, in the order of the file.
+pub(super) const PARTS: [&str; 3] = ["master", "m", "v"];
+
+/// What a manifest keeps of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Digest {
+    pub(super) bytes: u64,
+    /// XXH3-128.
+    pub(super) checksum: u128,
+}
+
+impl Digest {
+    pub(super) fn hex(&self) -> String {
+        hex(self.checksum)
+    }
+}
+
+pub(super) fn name(rank: usize, world: usize) -> String {
+    format!("rank-{rank:05}-of-{world:05}.safetensors")
+}
+
+/// Writes a new file, to the disk, of what `state` gives for each unit.
+pub(super) fn write(
+    path: &Path,
+    layout: &Layout,
+    state: impl Fn(usize) -> Result<State, Error>,
+) -> Result<Digest, Error> {
+    let failed = |error: std::io::Error| Error::file(path, format!("cannot be written: {error}"));
+    let mut file = File::create_new(path).map_err(failed)?;
+    let (mut hash, mut bytes) = (Xxh3::new(), 0);
+    let mut put = |data: &[u8]| {
+        hash.update(data);
+        bytes += data.len() as u64;
+        file.write_all(data).map_err(failed)
+    };
+    put(&header(layout).map_err(|reason| Error::file(path, reason))?)?;
+    for unit in 0..layout.units.len() {
+        let State { master, m, v } = state(unit)?;
+        for part in [master, m, v] {
+            put(bytemuck::cast_slice(&part))?;
+        }
+    }
+    file.sync_all().map_err(failed)?;
+    Ok(Digest { bytes, checksum: hash.digest128() })
+}
+
+/// Size and checksum of the file as it is.
+pub(super) fn digest(path: &Path) -> Result<Digest, Error> {
+    let failed = |error| unreadable(path, error);
+    let mut file = File::open(path).map_err(failed)?;
+    let (mut hash, mut bytes) = (Xxh3::new(), 0);
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer).map_err(failed)? {
+            0 => return Ok(Digest { bytes, checksum: hash.digest128() }),
+            count => {
+                hash.update(&buffer[..count]);
+                bytes += count as u64;
+            }
+        }
+    }
+}
+
+/// A file open for reading, whose tensors are those of a layout.
+pub(super) struct ShardFile {
+    path: PathBuf,
+    file: File,
+    header: Metadata,
+    /// Where the header ends.
+    start: u64,
+}
+
+impl ShardFile {
+    pub(super) fn open(path: PathBuf, layout: &Layout) -> Result<ShardFile, Error> {
+        let failed = |error| unreadable(&path, error);
+        let file = File::open(&path).map_err(failed)?;
+        let bytes = file.metadata().map_err(failed)?.len();
+        let mut len = [0; 8];
+        file.read_exact_at(&mut len, 0).map_err(failed)?;
+        let len = u64::from_le_bytes(len);
+        if len > bytes - 8 {
+            return Err(Error::file(path, format!("is damaged: it is shorter than its header; {USE_ANOTHER}")));
+        }
+        let mut header = vec![0; len as usize];
+        file.read_exact_at(&mut header, 8).map_err(failed)?;
+        let header: Metadata = serde_json::from_slice(&header).map_err(|error| {
+            Error::file(&path, format!("is damaged: no safetensors header ({error}); {USE_ANOTHER}"))
+        })?;
+        for unit in &layout.units {
+            for part in PARTS {
+                let tensor = format!("{}.{part}", unit.name);
+                let expected = (Dtype::F32, vec![unit.shard]);
+                let found = header.info(&tensor).map(|info| (info.dtype, info.shape.clone()));
+                if found.as_ref() != Some(&expected) {
+                    let reason = format!("{tensor} should be {expected:?}, but is {found:?}; {USE_ANOTHER}");
+                    return Err(Error::file(path, reason));
+                }
+            }
+        }
+        Ok(ShardFile { path, file, header, start: 8 + len })
+    }
+
+    /// Fills `out` with elements of a tensor from `first` on.
+    pub(super) fn read(&self, unit: &str, part: &str, first: usize, out: &mut [f32]) -> Result<(), Error> {
+        let info = self.header.info(&format!("{unit}.{part}")).expect("`open` has looked for every tensor");
+        let offset = self.start + (info.data_offsets.0 + size_of::<f32>() * first) as u64;
+        let bytes = bytemuck::cast_slice_mut(out);
+        self.file.read_exact_at(bytes, offset).map_err(|error| unreadable(&self.path, error))
+    }
+}
+
+/// The ranks whose shards hold elements `flat` of a unit with shards of `shard` elements.
+pub(super) fn holders(shard: usize, flat: &Range<usize>) -> Range<usize> {
+    if flat.is_empty() { 0..0 } else { flat.start / shard..(flat.end - 1) / shard + 1 }
+}
+
+fn header(layout: &Layout) -> Result<Vec<u8>, String> {
+    let mut tensors: Vec<(String, TensorInfo)> = Vec::new();
+    let mut end = 0;
+    for (index, unit) in layout.units.iter().enumerate() {
+        if layout.units[..index].iter().any(|earlier| earlier.name == unit.name) {
+            return Err(format!("two units are called {}: give each a name of its own", unit.name));
+        }
+        for part in PARTS {
+            let start = end;
+            end += size_of::<f32>() * unit.shard;
+            let info = TensorInfo { dtype: Dtype::F32, shape: vec![unit.shard], data_offsets: (start, end) };
+            tensors.push((format!("{}.{part}", unit.name), info));
+        }
+    }
+    let header = Metadata::new(None, tensors).map_err(|error| format!("no safetensors header: {error}"))?;
+    let mut header = serde_json::to_vec(&header).expect("a header has text keys and writes to memory");
+    // Spaces, so that elements are aligned for those who map the file.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    Ok([(header.len() as u64).to_le_bytes().as_slice(), &header].concat())
+}
+
+fn unreadable(path: &Path, error: std::io::Error) -> Error {
+    Error::file(path, format!("cannot be read: {error}; {USE_ANOTHER}"))
+}
