@@ -139,6 +139,10 @@ fn publish(folders: &Folders, manifest: &Manifest) -> Result<(), Error> {
     fs::remove_file(&token).map_err(|error| Error::file(&token, format!("cannot be removed: {error}")))?;
     write_synced(&folders.incomplete.join(manifest::NAME), manifest.text().as_bytes())?;
     sync_folder(&folders.incomplete)?;
+    put_in_place(folders)
+}
+
+fn put_in_place(folders: &Folders) -> Result<(), Error> {
     if folders.complete.exists() {
         // A folder cannot be renamed over another that has files. Under the name `.old` it still counts, until the new
         // one does.
@@ -198,5 +202,22 @@ mod tests {
         for name in ["step-", "step-.old", "step-+1", "step-1x", "step-18446744073709551616", "1", "Step-1"] {
             assert_eq!(parse_name(name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn what_is_to_be_replaced_is_kept_until_the_new_one_is_in_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let folders = Folders::new(dir.path(), 3);
+        fs::create_dir(&folders.complete).unwrap();
+        fs::write(folders.complete.join(manifest::NAME), "old").unwrap();
+        let read = |folder: &Path| fs::read_to_string(folder.join(manifest::NAME)).unwrap();
+        put_in_place(&folders).expect_err("there is nothing to put there");
+        assert_eq!(read(&folders.old), "old");
+        // As after a crash between the renames.
+        fs::create_dir(&folders.incomplete).unwrap();
+        fs::write(folders.incomplete.join(manifest::NAME), "new").unwrap();
+        put_in_place(&folders).unwrap();
+        assert_eq!(read(&folders.complete), "new");
+        assert!(!folders.old.exists() && !folders.incomplete.exists());
     }
 }

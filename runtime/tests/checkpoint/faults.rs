@@ -53,7 +53,10 @@ fn a_file_that_is_cut_or_missing_is_named() {
         let whole = fs::read(&path).unwrap();
         for len in [0, 7, 8, 100, whole.len() - 1] {
             fs::write(&path, &whole[..len]).unwrap();
-            assert_refused(&folder, &uneven(), &name);
+            let is_manifest = name == "manifest.json";
+            let words =
+                if is_manifest { name.clone() } else { format!("{name}: has {len} bytes instead of {}", whole.len()) };
+            assert_refused(&folder, &uneven(), &words);
         }
         fs::write(&path, [&whole[..], b" "].concat()).unwrap();
         assert_refused(&folder, &uneven(), &name);
