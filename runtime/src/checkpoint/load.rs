@@ -79,8 +79,8 @@ impl Checkpoint {
     fn open_files(&self, ranks: impl IntoIterator<Item = usize>) -> Result<Tensors<'_>, Error> {
         let layout = self.manifest.layout();
         let open = |rank: usize| {
-            let path = self.path.join(&self.manifest.files[rank].name);
-            Ok((rank, ShardFile::open(path, &layout)?))
+            let entry = &self.manifest.files[rank];
+            Ok((rank, ShardFile::open(self.path.join(&entry.name), entry.bytes, &layout)?))
         };
         let files = ranks.into_iter().map(open).collect::<Result<_, Error>>()?;
         Ok(Tensors { checkpoint: self, layout, files })

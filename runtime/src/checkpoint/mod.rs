@@ -115,10 +115,7 @@ impl Checkpoint {
         let entry = &self.manifest.files[rank];
         let path = self.path.join(&entry.name);
         let found = shard::digest(&path)?;
-        if found.bytes != entry.bytes {
-            let (found, expected) = (found.bytes, entry.bytes);
-            return Err(Error::file(path, format!("has {found} bytes instead of {expected}: {USE_ANOTHER}")));
-        }
+        shard::check_size(&path, found.bytes, entry.bytes)?;
         if found.hex() != entry.xxh3 {
             return Err(Error::file(path, format!("is damaged: its checksum is not the manifest's; {USE_ANOTHER}")));
         }
