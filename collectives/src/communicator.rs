@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, Device, Event, Region};
@@ -15,44 +14,7 @@ use crate::shm::control::{Channel, PAYLOAD, state};
 use crate::shm::flight::{Collective, Flight};
 use crate::shm::progress::Shared;
 use crate::shm::rendezvous;
-use crate::{Error, Launch, Window};
-
-/// Limits of a communicator, and faults that tests inject.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// An operation that waits longer fails with [`Error::Timeout`]. Default: 300 s.
-    pub timeout: Duration,
-    /// Ranks that have not joined by then fail the start. Default: 60 s.
-    pub startup_timeout: Duration,
-    /// An operation that waits longer prints a line that says for whom. Default: 10 s.
-    pub warn_after: Duration,
-    /// For tests: every operation on the gather channel starts this much late.
-    pub gather_delay: Duration,
-    /// For tests: every operation on the reduce channel starts this much late.
-    pub reduce_delay: Duration,
-}
-
-impl Default for Options {
-    fn default() -> Options {
-        Options {
-            timeout: Duration::from_secs(300),
-            startup_timeout: Duration::from_secs(60),
-            warn_after: Duration::from_secs(10),
-            gather_delay: Duration::ZERO,
-            reduce_delay: Duration::ZERO,
-        }
-    }
-}
-
-impl Options {
-    pub(crate) fn delay_of(&self, channel: Channel) -> Duration {
-        match channel {
-            Channel::Gather => self.gather_delay,
-            Channel::Reduce => self.reduce_delay,
-            Channel::Control => Duration::ZERO,
-        }
-    }
-}
+use crate::{Error, Launch, Options, Window};
 
 /// How scalars are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
