@@ -21,7 +21,7 @@ use crate::{Error, Launch, Options, Window};
 pub enum Reduction {
     /// The sum, in order of rank.
     Sum,
-    /// The largest.
+    /// The largest, or NaN where there is one.
     Max,
 }
 
@@ -64,6 +64,13 @@ pub struct Communicator {
 struct Allocated {
     arena: u64,
     windows: u64,
+}
+
+/// What is allocated.
+#[derive(Clone, Copy)]
+enum Memory {
+    Arena,
+    Window,
 }
 
 /// Allocations start at multiples of this many bytes.
@@ -120,7 +127,7 @@ impl Communicator {
             allocated.arena += bytes.next_multiple_of(ALIGNMENT);
             offset
         };
-        self.agree("an allocation", bytes, bytes * self.world() as u64)?;
+        self.agree(Memory::Arena, bytes, bytes * self.world() as u64)?;
         let rank = self.rank();
         self.shared.map.reserve(rank, offset, bytes).map_err(|error| self.give_up(error))?;
         Ok(self.buffer(device, dtype, rank, offset, bytes))
@@ -143,7 +150,7 @@ impl Communicator {
             allocated.windows += words_bytes + bytes.next_multiple_of(ALIGNMENT);
             offset
         };
-        self.agree("a window", bytes, bytes)?;
+        self.agree(Memory::Window, bytes, bytes)?;
         let (heap, share) = (self.world(), bytes / self.world() as u64);
         let start = words + words_bytes;
         let map = &self.shared.map;
@@ -165,6 +172,7 @@ impl Communicator {
             "an all-gather of {world} × {shard:?} into {output:?}"
         );
         let offset = self.offset(&shard);
+        same_device(&[&shard, &output]);
         let collective = AllGather { world, offset, shard: shard.span(), output: output.span() };
         self.submit(Box::new(collective), Channel::Gather, after, (shard, output))
     }
@@ -174,8 +182,9 @@ impl Communicator {
     /// # Panics
     /// When the window is gathered already.
     pub fn gather(&self, mut window: Window, after: Event) -> Pending<Window> {
-        window.begin_gather();
-        self.submit(Box::new(GatherWindow { count: window.len() }), Channel::Gather, after, window)
+        window.begin_gather(&self.shared);
+        let collective = GatherWindow { count: window.len(), place: window.place() };
+        self.submit(Box::new(collective), Channel::Gather, after, window)
     }
 
     /// Sums the inputs of all ranks, and gives each rank its part. Starts after `after`.
@@ -193,6 +202,7 @@ impl Communicator {
         for numbers in [sideband, totals] {
             assert!(numbers.len() == SIDEBAND && numbers.dtype() == DType::F64, "a sideband is {SIDEBAND} × f64");
         }
+        same_device(&[input, output, sideband, totals]);
         let collective = ReduceScatter {
             world: self.world(),
             input: input.span(),
@@ -237,7 +247,7 @@ impl Communicator {
                 let all = words.iter().map(|rank| f64::from_bits(rank[index]));
                 *value = match reduction {
                     Reduction::Sum => all.sum(),
-                    Reduction::Max => all.fold(f64::NEG_INFINITY, f64::max),
+                    Reduction::Max => all.fold(f64::NEG_INFINITY, |a, b| if a >= b || a.is_nan() { a } else { b }),
                 };
             }
         }
@@ -252,12 +262,16 @@ impl Communicator {
     /// # Panics
     /// With more than 64 values.
     pub fn all_gather_scalars(&self, values: &[u64]) -> Result<Vec<Vec<u64>>, Error> {
+        self.exchange_scalars(values, |flight| flight)
+    }
+
+    fn exchange_scalars(&self, values: &[u64], form: impl FnOnce(Flight) -> Flight) -> Result<Vec<Vec<u64>>, Error> {
         assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
         let gathered = Arc::new(Mutex::new(Vec::new()));
         let collective = Scalars { values: values.to_vec(), gathered: gathered.clone() };
         let outcome = Arc::new(Outcome::default());
         let flight = Flight::new(Box::new(collective), Channel::Control, Event::PAST, outcome.clone());
-        self.shared.run_here(Channel::Control, flight);
+        self.shared.run_here(Channel::Control, form(flight));
         outcome.outcome()?;
         let gathered = gathered.lock();
         let ranks = 0..self.world();
@@ -296,6 +310,15 @@ impl Communicator {
         self.all_gather_scalars(&[]).map(|_| ())
     }
 
+    /// Blocks until every rank has called, however long that takes, as long as the ranks waited for are running: for phases in
+    /// which one rank works and the others wait.
+    ///
+    /// # Errors
+    /// The communicator's first error.
+    pub fn patient_barrier(&self) -> Result<(), Error> {
+        self.exchange_scalars(&[], Flight::patiently).map(|_| ())
+    }
+
     /// Gives up: every call here and, once it next waits, on every other rank returns [`Error::Aborted`] with this reason.
     pub fn abort(&self, reason: &str) {
         self.shared.abort(reason);
@@ -315,15 +338,16 @@ impl Communicator {
 
     /// Checks that every rank asks for the same size, and that the host has memory for all of it: exceeding it would not fail, but
     /// wake the kernel's killer. Asked before any rank takes its part, so that the answers do not race.
-    fn agree(&self, what: &str, bytes: u64, on_all_ranks: u64) -> Result<(), Error> {
+    fn agree(&self, memory: Memory, bytes: u64, on_all_ranks: u64) -> Result<(), Error> {
         let (available, limit) = available_memory();
-        let values = self.all_gather_scalars(&[bytes, available])?;
-        if let Some(peer) = values.iter().position(|other| other[0] != bytes) {
-            let call = |bytes| format!("{what} of {bytes} bytes");
-            let error = Error::Mismatch { ours: call(bytes), theirs: call(values[peer][0]), peer };
-            return Err(self.shared.fail(error));
+        let values = self.all_gather_scalars(&[memory as u64, bytes, available])?;
+        if let Some(peer) = values.iter().position(|other| (other[0], other[1]) != (memory as u64, bytes)) {
+            let name = |memory| ["an allocation", "a window"][usize::from(memory == Memory::Window as u64)];
+            let call = |memory, bytes| format!("{} of {bytes} bytes", name(memory));
+            let theirs = call(values[peer][0], values[peer][1]);
+            return Err(self.shared.fail(Error::Mismatch { ours: call(memory as u64, bytes), theirs, peer }));
         }
-        let available = values.iter().map(|other| other[1]).min().unwrap_or(available);
+        let available = values.iter().map(|other| other[2]).min().unwrap_or(available);
         if on_all_ranks > available {
             return Err(Error::OutOfMemory { bytes: on_all_ranks, available, limit });
         }
@@ -345,6 +369,15 @@ impl Communicator {
         let offset = self.shared.map.offset_of(self.rank(), buffer.span().address());
         offset.expect("other ranks can only read buffers made by `Communicator::allocate`")
     }
+}
+
+/// Memory of a deferring device has a lock, which an operation takes for all of its buffers or for none.
+fn same_device(buffers: &[&Buffer]) {
+    let deferred = buffers[0].span().deferred();
+    assert!(
+        buffers.iter().all(|buffer| buffer.span().deferred() == deferred),
+        "an operation's buffers are of one device"
+    );
 }
 
 fn size(dtype: DType, len: usize) -> Result<u64, Error> {

@@ -47,6 +47,11 @@ impl Window {
         self.buffer.view()
     }
 
+    /// Where it lies in the windows' heap: the same on every rank.
+    pub(crate) fn place(&self) -> u64 {
+        self.words
+    }
+
     /// This rank's shard, for writing; blocks until every rank has released the last gather. The next gather starts after an
     /// event that follows the writes.
     ///
@@ -74,8 +79,9 @@ impl Window {
         }
     }
 
-    /// Starts a gather; the caller has every rank do the same and waits for all before anyone reads.
-    pub(crate) fn begin_gather(&mut self) {
+    /// Starts a gather by the ranks of `shared`; the caller has every rank do the same and waits for all before anyone reads.
+    pub(crate) fn begin_gather(&mut self, shared: &Arc<Shared>) {
+        assert!(Arc::ptr_eq(&self.shared, shared), "a window is gathered by the communicator that made it");
         assert!(!self.gathered, "a window is released before it is gathered again");
         self.gathers += 1;
         self.gathered = true;

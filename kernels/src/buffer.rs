@@ -47,13 +47,13 @@ impl Region {
         bytes: usize,
         deferred: bool,
         owner: Box<dyn Any + Send + Sync>,
-    ) -> Arc<Region> {
+    ) -> Region {
         assert!(start.as_ptr().addr().is_multiple_of(64), "a region starts at a multiple of 64 bytes");
-        Arc::new(Region { start, bytes, deferred, _owner: owner })
+        Region { start, bytes, deferred, _owner: owner }
     }
 
     /// Zeroed heap memory.
-    fn heap(device: &'static str, bytes: usize, deferred: bool) -> Result<Arc<Region>, Error> {
+    fn heap(device: &'static str, bytes: usize, deferred: bool) -> Result<Region, Error> {
         let layout =
             Layout::from_size_align(bytes.max(1), ALIGNMENT).map_err(|_| Error::OutOfMemory { device, bytes })?;
         // SAFETY: the layout's size is at least 1.
@@ -170,10 +170,10 @@ impl Buffer {
         Ok(Buffer::whole(Region::heap(device, bytes, deferred)?, dtype))
     }
 
-    /// A buffer over a whole region.
-    pub fn whole(region: Arc<Region>, dtype: DType) -> Buffer {
+    /// A buffer over a whole region, which it takes over: no two buffers share memory.
+    pub fn whole(region: Region, dtype: DType) -> Buffer {
         let len = region.bytes / dtype.bytes();
-        Buffer { span: Span { region, offset: 0, len, dtype } }
+        Buffer { span: Span { region: Arc::new(region), offset: 0, len, dtype } }
     }
 
     /// Number of elements.

@@ -22,14 +22,16 @@ pub enum Error {
     },
     /// A gradient is infinite or not a number; no parameter was changed.
     #[error(
-        "{count} gradient values of step {step} are not finite, so no parameter was changed: use a lower learning rate, \
-         or resume from the last checkpoint"
+        "{count} gradient values of step {step} are not finite and its loss is {loss}, so no parameter was changed: use a \
+         lower learning rate, or resume from the last checkpoint"
     )]
     NonFinite {
         /// The update that would have been made, from 1.
         step: u64,
         /// Number of values.
         count: u64,
+        /// Mean loss of the step's batch.
+        loss: f64,
     },
     /// An update was interrupted: the parameters of some ranks may be new and those of others old.
     #[error("the parameters are invalid since an update failed: resume from the last checkpoint")]

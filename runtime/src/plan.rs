@@ -151,8 +151,9 @@ impl Plan {
     /// unit's gradient in each, then the agreement and the updates.
     ///
     /// # Panics
-    /// When there are no units, no gradient slot, or no more weight slots than prefetched units.
+    /// When there are no rounds, no units, no gradient slot, or no more weight slots than prefetched units.
     pub fn step(slots: Slots, rounds: usize) -> Plan {
+        assert!(rounds > 0, "a training step has at least one round");
         let forward = |round| (0..slots.units).map(move |unit| Use { unit, pass: Pass::Forward, round });
         let backward = |round| (0..slots.units).rev().map(move |unit| Use { unit, pass: Pass::Backward, round });
         let uses = (0..rounds).flat_map(|round| forward(round).chain(backward(round))).collect();

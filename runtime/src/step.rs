@@ -202,7 +202,10 @@ impl<'e> Step<'e> {
         if self.next < self.plan.operations.len() {
             return Err(self.off_plan("the end of the evaluation"));
         }
-        self.engine.weights.release(&self.engine.queue.record());
+        // Kernels may still read the slots: the next gathers start after them.
+        let done = self.engine.queue.record();
+        self.engine.weights.release(&done);
+        self.engine.written.fill(done);
         self.engine.health = Health::Good;
         Ok(())
     }
@@ -286,7 +289,7 @@ impl<'e> Step<'e> {
         let non_finite = values[1];
         if non_finite > 0.0 || !loss_sum.is_finite() {
             self.engine.health = Health::Good;
-            return Err(Error::NonFinite { step: self.engine.updates + 1, count: non_finite as u64 });
+            return Err(Error::NonFinite { step: self.engine.updates + 1, count: non_finite as u64, loss: loss_sum / tokens });
         }
         Ok(StepReport {
             loss_sum,

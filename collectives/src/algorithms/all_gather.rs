@@ -23,6 +23,10 @@ impl Collective for AllGather {
         Some(self.shard.dtype())
     }
 
+    fn is_deferred(&self) -> bool {
+        self.shard.deferred()
+    }
+
     fn count(&self) -> usize {
         self.world * self.shard.len()
     }

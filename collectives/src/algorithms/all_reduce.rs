@@ -35,6 +35,10 @@ impl Collective for AllReduce {
         Some(self.buffer.dtype())
     }
 
+    fn is_deferred(&self) -> bool {
+        self.buffer.deferred()
+    }
+
     fn count(&self) -> usize {
         self.buffer.len()
     }

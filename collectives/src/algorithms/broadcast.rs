@@ -22,6 +22,10 @@ impl Collective for Broadcast {
         Some(self.buffer.dtype())
     }
 
+    fn is_deferred(&self) -> bool {
+        self.buffer.deferred()
+    }
+
     fn count(&self) -> usize {
         self.buffer.len()
     }

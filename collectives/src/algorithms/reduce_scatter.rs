@@ -33,6 +33,10 @@ impl Collective for ReduceScatter {
         Some(self.input.dtype())
     }
 
+    fn is_deferred(&self) -> bool {
+        self.input.deferred()
+    }
+
     fn count(&self) -> usize {
         self.world * self.output.len()
     }

@@ -14,15 +14,18 @@ use super::control::RankControl;
 use crate::Error;
 
 const PAGE: u64 = 4096;
-/// An eighth of the address space that x86-64 gives a process.
-const LARGEST_MAPPING: u64 = 1 << 44;
+const RESERVE_AT_ONCE: u64 = 256 << 20;
+/// Half of the addresses that x86-64 gives a process, in which each rank that is a thread maps everything once.
+const ADDRESSES: u64 = 1 << 46;
 
 /// Sizes of the parts, equal on every rank of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
     pub(crate) world: usize,
-    /// Bytes of an arena, and of the windows' heap.
+    /// Bytes of an arena.
     pub(crate) reserve: u64,
+    /// Bytes of the windows' heap.
+    pub(crate) heap: u64,
 }
 
 impl Shape {
@@ -31,8 +34,10 @@ impl Shape {
     pub(crate) fn of_host(world: usize) -> Shape {
         let info = rustix::system::sysinfo();
         let memory = info.totalram as u64 * u64::from(info.mem_unit);
-        let reserve = memory.min(LARGEST_MAPPING / (world as u64 + 1));
-        Shape { world, reserve: reserve / PAGE * PAGE }
+        let mapping = ADDRESSES / world as u64;
+        let whole_pages = |bytes: u64| bytes / PAGE * PAGE;
+        let reserve = whole_pages(memory.min(mapping / 2 / world as u64));
+        Shape { world, reserve, heap: whole_pages(memory.min(mapping / 2)) }
     }
 
     fn control_bytes(self) -> u64 {
@@ -45,7 +50,12 @@ impl Shape {
     }
 
     fn total(self) -> u64 {
-        self.arena(self.world + 1)
+        self.arena(self.world) + self.heap
+    }
+
+    /// Bytes of a rank's arena, or of the windows' heap.
+    fn size(self, rank: usize) -> u64 {
+        if rank < self.world { self.reserve } else { self.heap }
     }
 }
 
@@ -82,7 +92,11 @@ impl Mapping {
             rustix::mm::mmap(std::ptr::null_mut(), size as usize, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0)
         };
         let start = start.map_err(Error::system("mapping the job's shared memory (is `ulimit -v` set?)"))?;
-        let start = NonNull::new(start.cast()).expect("mmap never returns null for a non-fixed mapping");
+        let start: NonNull<u8> = NonNull::new(start.cast()).expect("mmap never returns null for a non-fixed mapping");
+        // A core dump would otherwise read, and so make, every page of it.
+        // SAFETY: the range was mapped just now, and this advice changes no content.
+        unsafe { rustix::mm::madvise(start.as_ptr().cast(), size as usize, rustix::mm::Advice::LinuxDontDump) }
+            .map_err(Error::system("keeping shared memory out of core dumps"))?;
         Ok(Arc::new(Mapping { start, shape, file }))
     }
 
@@ -100,14 +114,14 @@ impl Mapping {
 
     /// The address of a byte of a rank's arena.
     pub(crate) fn address(&self, rank: usize, offset: u64, bytes: u64) -> NonNull<u8> {
-        assert!(rank <= self.shape.world && self.contains(offset, bytes), "an address beyond an arena");
+        assert!(rank <= self.shape.world && self.contains(rank, offset, bytes), "an address beyond an arena");
         // SAFETY: inside the mapping, by the assertion.
         unsafe { self.start.add((self.shape.arena(rank) + offset) as usize) }
     }
 
-    /// Whether a range lies in an arena.
-    pub(crate) fn contains(&self, offset: u64, bytes: u64) -> bool {
-        offset.checked_add(bytes).is_some_and(|end| end <= self.shape.reserve)
+    /// Whether a range lies in a rank's arena.
+    pub(crate) fn contains(&self, rank: usize, offset: u64, bytes: u64) -> bool {
+        offset.checked_add(bytes).is_some_and(|end| end <= self.shape.size(rank))
     }
 
     /// Where an address lies in the arena of `rank`, if it does.
@@ -119,21 +133,27 @@ impl Mapping {
     /// Backs a range of an arena with memory, zeroed. Without this the first touch of a page that does not exist would be a bus
     /// error. The caller has compared the size with [`available_memory`].
     pub(crate) fn reserve(&self, rank: usize, offset: u64, bytes: u64) -> Result<(), Error> {
-        if !self.contains(offset, bytes) {
-            let available = self.shape.reserve.saturating_sub(offset);
-            return Err(Error::OutOfMemory { bytes, available, limit: "this rank's arena" });
+        if !self.contains(rank, offset, bytes) {
+            let available = self.shape.size(rank).saturating_sub(offset);
+            return Err(Error::OutOfMemory { bytes, available, limit: "the address space" });
         }
-        if bytes == 0 {
-            return Ok(());
+        // In pieces, so that one that a signal interrupts is soon made again.
+        let end = offset + bytes;
+        for start in (offset..end).step_by(RESERVE_AT_ONCE as usize) {
+            let (at, size) = (self.shape.arena(rank) + start, RESERVE_AT_ONCE.min(end - start));
+            let flags = FallocateFlags::empty();
+            rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, at, size)).map_err(|errno| {
+                match errno {
+                    rustix::io::Errno::NOSPC | rustix::io::Errno::NOMEM => Error::OutOfMemory {
+                        bytes,
+                        available: available_memory().0,
+                        limit: "the system's shared memory",
+                    },
+                    errno => Error::system("reserving shared memory")(errno),
+                }
+            })?;
         }
-        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), self.shape.arena(rank) + offset, bytes) {
-            Ok(()) => Ok(()),
-            Err(rustix::io::Errno::NOSPC | rustix::io::Errno::NOMEM) => {
-                let (available, _) = available_memory();
-                Err(Error::OutOfMemory { bytes, available, limit: "the system's shared memory" })
-            }
-            Err(errno) => Err(Error::system("reserving shared memory")(errno)),
-        }
+        Ok(())
     }
 }
 

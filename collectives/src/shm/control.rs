@@ -75,6 +75,7 @@ pub(crate) struct Header {
     sequence: AtomicU64,
     kind: AtomicU64,
     dtype: AtomicU64,
+    deferred: AtomicU64,
     count: AtomicU64,
     offset: AtomicU64,
     pub(crate) payload: [AtomicU64; PAYLOAD],
@@ -89,16 +90,25 @@ pub(crate) struct Call {
     pub(crate) kind: u64,
     /// Type of the elements, as a number.
     pub(crate) dtype: u64,
+    /// Whether the buffers belong to a device that runs work later.
+    pub(crate) deferred: u64,
     /// Number of elements of the full buffer, or of values.
     pub(crate) count: u64,
     /// Where the buffer lies in the rank's arena, in bytes.
     pub(crate) offset: u64,
 }
 
+impl Call {
+    /// Whether two ranks have made the same call.
+    pub(crate) fn agrees_with(&self, other: &Call) -> bool {
+        (self.kind, self.dtype, self.deferred, self.count) == (other.kind, other.dtype, other.deferred, other.count)
+    }
+}
+
 impl Header {
     pub(crate) fn write(&self, call: Call, payload: &[u64]) {
-        let words = [&self.sequence, &self.kind, &self.dtype, &self.count, &self.offset];
-        let values = [call.sequence, call.kind, call.dtype, call.count, call.offset];
+        let words = [&self.sequence, &self.kind, &self.dtype, &self.deferred, &self.count, &self.offset];
+        let values = [call.sequence, call.kind, call.dtype, call.deferred, call.count, call.offset];
         for (word, value) in words.into_iter().zip(values) {
             word.store(value, Ordering::Relaxed);
         }
@@ -112,6 +122,7 @@ impl Header {
             sequence: self.sequence.load(Ordering::Relaxed),
             kind: self.kind.load(Ordering::Relaxed),
             dtype: self.dtype.load(Ordering::Relaxed),
+            deferred: self.deferred.load(Ordering::Relaxed),
             count: self.count.load(Ordering::Relaxed),
             offset: self.offset.load(Ordering::Relaxed),
         }

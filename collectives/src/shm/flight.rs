@@ -10,6 +10,7 @@
 //! An operation whose peers read this rank's memory takes one step more than it has exchanges: the last one says that
 //! everybody has read, so the buffers may change hands.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -53,6 +54,11 @@ pub(crate) trait Collective: Send {
     /// Type of the elements; none for an operation that moves no buffer.
     fn dtype(&self) -> Option<DType> {
         None
+    }
+
+    /// Whether the buffers belong to a device that runs work later; equal on every rank, since such memory has a lock of its own.
+    fn is_deferred(&self) -> bool {
+        false
     }
 
     /// Number of elements; equal on every rank.
@@ -114,7 +120,7 @@ impl Peers<'_> {
         let channel = &self.shared.map.control(rank).channels[self.channel as usize];
         let offset = header(channel, self.sequence).read().offset + (first * dtype.bytes()) as u64;
         let bytes = (count * dtype.bytes()) as u64;
-        if !self.shared.map.contains(offset, bytes) || !offset.is_multiple_of(dtype.bytes() as u64) {
+        if !self.shared.map.contains(rank, offset, bytes) || !offset.is_multiple_of(dtype.bytes() as u64) {
             let reason = format!("rank {rank} published a buffer outside its arena");
             return Err(Error::System { what: "reading a peer's arena", reason });
         }
@@ -140,7 +146,16 @@ pub(crate) struct Flight {
     /// Ranks whose headers have been compared.
     compared: usize,
     watch: Watch,
+    patient: bool,
     delay: Option<Instant>,
+}
+
+impl Drop for Flight {
+    /// Nobody waits for ever for an operation that a panic has ended; any other end has been set before.
+    fn drop(&mut self) {
+        let reason = "the progress thread panicked".to_owned();
+        self.outcome.set(Err(Error::System { what: "an operation", reason }));
+    }
 }
 
 impl Flight {
@@ -150,7 +165,7 @@ impl Flight {
         after: Event,
         outcome: Arc<Outcome>,
     ) -> Flight {
-        let watch = Watch::new(Duration::MAX);
+        let watch = Watch::new(Duration::MAX, false);
         Flight {
             collective,
             channel,
@@ -161,8 +176,16 @@ impl Flight {
             taken: 0,
             compared: 0,
             watch,
+            patient: false,
             delay: None,
         }
+    }
+
+    /// The same operation, waiting as long as the ranks that it waits for are running: the limit counts only time in which they
+    /// are not.
+    pub(crate) fn patiently(mut self) -> Flight {
+        self.patient = true;
+        self
     }
 
     pub(crate) fn finish(self, result: Result<(), Error>) {
@@ -222,7 +245,7 @@ impl Flight {
         lane.steps += 1;
         self.target = lane.steps;
         self.taken += 1;
-        self.watch = Watch::new(shared.options.timeout);
+        self.watch = Watch::new(shared.options.timeout, self.patient);
         shared.map.control(shared.rank).channels[self.channel as usize].steps.store(lane.steps, Ordering::Release);
         shared.ring_peers();
     }
@@ -232,6 +255,7 @@ impl Flight {
             sequence: self.sequence,
             kind: self.collective.kind() as u64,
             dtype: self.collective.dtype().map_or(0, |dtype| 1 + dtype as u64),
+            deferred: u64::from(self.collective.is_deferred()),
             count: self.collective.count() as u64,
             offset: self.collective.offset(),
         }
@@ -247,7 +271,7 @@ impl Flight {
                 break;
             }
             let theirs = header(channel, self.sequence).read();
-            if (theirs.kind, theirs.dtype, theirs.count) != (ours.kind, ours.dtype, ours.count) {
+            if !theirs.agrees_with(&ours) {
                 return Err(Error::Mismatch { ours: describe(ours), theirs: describe(theirs), peer: rank });
             }
             self.compared += 1;
@@ -257,7 +281,7 @@ impl Flight {
             let channel = &shared.map.control(rank).channels[self.channel as usize];
             if channel.steps.load(Ordering::Acquire) >= self.target {
                 let theirs = header(channel, self.sequence).read();
-                if (theirs.kind, theirs.dtype, theirs.count) != (ours.kind, ours.dtype, ours.count) {
+                if !theirs.agrees_with(&ours) {
                     return Err(Error::Mismatch { ours: describe(ours), theirs: describe(theirs), peer: rank });
                 }
             }
@@ -279,6 +303,7 @@ fn describe(call: Call) -> String {
 /// The patience of one wait.
 pub(crate) struct Watch {
     limit: Duration,
+    patient: bool,
     checked: Instant,
     waited: Duration,
     warned: bool,
@@ -290,9 +315,9 @@ const CHECK_EVERY: Duration = Duration::from_millis(1);
 const LONGEST_GAP: Duration = Duration::from_secs(1);
 
 impl Watch {
-    /// A wait of at most `limit`.
-    pub(crate) fn new(limit: Duration) -> Watch {
-        Watch { limit, checked: Instant::now(), waited: Duration::ZERO, warned: false }
+    /// A wait of at most `limit`; a patient one does not count time in which the rank waited for is running.
+    pub(crate) fn new(limit: Duration, patient: bool) -> Watch {
+        Watch { limit, patient, checked: Instant::now(), waited: Duration::ZERO, warned: false }
     }
 
     /// Looks, now and then, whether the wait is in vain. `late` is a rank that is waited for, `is_late` tells it for each.
@@ -308,7 +333,9 @@ impl Watch {
             return Ok(());
         }
         self.checked = Instant::now();
-        self.waited += gap.min(LONGEST_GAP);
+        if !(self.patient && is_running(shared, late)) {
+            self.waited += gap.min(LONGEST_GAP);
+        }
         let states =
             || (0..shared.world()).filter(|&rank| rank != shared.rank).map(|rank| (rank, shared.look_at(rank)));
         if let Some((rank, _)) = states().find(|&(_, state)| state == state::DEAD) {
@@ -328,11 +355,11 @@ impl Watch {
         if !self.warned && self.waited >= shared.options.warn_after {
             self.warned = true;
             let seconds = self.waited.as_secs_f32();
-            eprintln!(
-                "pillion: rank {} has waited {seconds:.0} s for rank {late} in {} ({})",
-                shared.rank,
-                op(),
-                pulse(shared, late)
+            let (rank, op, how) = (shared.rank, op(), pulse(shared, late));
+            // A closed stderr must not end the thread that says this.
+            let _ = writeln!(
+                std::io::stderr(),
+                "pillion: rank {rank} has waited {seconds:.0} s for rank {late} in {op} ({how})"
             );
         }
         if self.waited >= self.limit {
@@ -343,12 +370,25 @@ impl Watch {
     }
 }
 
+/// A heart that has not beaten for longer than this many milliseconds has stopped; it beats every 200.
+const STOPPED_AFTER: u64 = 2000;
+
+/// Milliseconds since a rank's heart last beat.
+fn pulse_age(shared: &Shared, rank: usize) -> u64 {
+    monotonic_millis().saturating_sub(shared.map.control(rank).heartbeat.load(Ordering::Relaxed))
+}
+
+fn is_running(shared: &Shared, rank: usize) -> bool {
+    shared.map.control(rank).state.load(Ordering::Acquire) == state::JOINED && pulse_age(shared, rank) <= STOPPED_AFTER
+}
+
 /// What a rank's heartbeat says about it.
 fn pulse(shared: &Shared, rank: usize) -> String {
-    let control = shared.map.control(rank);
-    if control.state.load(Ordering::Acquire) == state::ABSENT {
+    if shared.map.control(rank).state.load(Ordering::Acquire) == state::ABSENT {
         return "it has not joined".to_owned();
     }
-    let age = monotonic_millis().saturating_sub(control.heartbeat.load(Ordering::Relaxed));
-    if age > 2000 { format!("it has not run for {} s: stopped?", age / 1000) } else { "it is running".to_owned() }
+    match pulse_age(shared, rank) {
+        age if age > STOPPED_AFTER => format!("it has not run for {} s: stopped?", age / 1000),
+        _ => "it is running".to_owned(),
+    }
 }

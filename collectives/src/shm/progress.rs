@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::arena::Mapping;
-use super::control::{CHANNELS, Channel, monotonic_millis, state};
+use super::control::{CHANNELS, Channel, RankControl, monotonic_millis, state};
 use super::flight::{Flight, Watch};
 use crate::{Error, Options};
 
@@ -163,7 +163,7 @@ impl Shared {
     /// When the rank waited for is lost, or does not come before the deadline.
     pub(crate) fn wait_for_ranks(&self, op: &str, limit: Duration, late: impl Fn(usize) -> bool) -> Result<(), Error> {
         self.healthy()?;
-        let mut watch = Watch::new(limit);
+        let mut watch = Watch::new(limit, false);
         let poll = || match (0..self.world()).find(|&rank| late(rank)) {
             None => Ok(Some(())),
             Some(rank) => watch.check(self, rank, &late, &|| op.to_owned()).map(|()| None),
@@ -206,6 +206,19 @@ impl Shared {
         }
         control.state.store(state::JOINED, Ordering::Release);
         self.ring_peers();
+        let driven = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.drive_until_stopped(control)));
+        if driven.is_err() {
+            // The panic has been printed. Nothing may wait for this thread any more, here or elsewhere.
+            self.abort("its progress thread panicked");
+            self.drive();
+        }
+        let _ = control.state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
+        // SAFETY: this thread began it.
+        unsafe { control.life.end() };
+        self.ring_peers();
+    }
+
+    fn drive_until_stopped(&self, control: &RankControl) {
         // An operation whose event needs this thread's help (a deferring queue) rings no bell, so such waits are polled.
         loop {
             control.heartbeat.store(monotonic_millis(), Ordering::Relaxed);
@@ -223,10 +236,6 @@ impl Shared {
             }
             control.sleep(seen, if in_flight { NAP } else { REST });
         }
-        let _ = control.state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
-        // SAFETY: this thread began it.
-        unsafe { control.life.end() };
-        self.ring_peers();
     }
 
     /// Tells the progress thread to leave once nothing is in flight.

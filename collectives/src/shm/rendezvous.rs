@@ -104,8 +104,8 @@ fn admit(launch: &Launch, mut stream: UnixStream, file: &OwnedFd, shape: Shape, 
     let mut message = SendAncillaryBuffer::new(&mut space);
     let files = [file.as_fd()];
     message.push(SendAncillaryMessage::ScmRights(&files));
-    let reserve = shape.reserve.to_le_bytes();
-    rustix::net::sendmsg(&stream, &[IoSlice::new(&reserve)], &mut message, SendFlags::NOSIGNAL).ok()?;
+    let sizes = [shape.reserve.to_le_bytes(), shape.heap.to_le_bytes()].concat();
+    rustix::net::sendmsg(&stream, &[IoSlice::new(&sizes)], &mut message, SendFlags::NOSIGNAL).ok()?;
     Some(rank)
 }
 
@@ -132,25 +132,24 @@ fn connect(
     stream
         .set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()).max(RETRY_EVERY)))
         .map_err(|error| fail(format!("greeting rank 0: {error}")))?;
-    let mut reserve = [0; 8];
+    let mut sizes = [0; 16];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut message = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::net::recvmsg(
-        &stream,
-        &mut [IoSliceMut::new(&mut reserve)],
-        &mut message,
-        RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL,
-    )
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL;
+    let received = rustix::io::retry_on_intr(|| {
+        rustix::net::recvmsg(&stream, &mut [IoSliceMut::new(&mut sizes)], &mut message, flags)
+    })
     .map_err(|error| fail(format!("waiting for rank 0's answer: {error}")))?;
     let file = message.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut files) => files.next(),
         _ => None,
     });
-    let (Some(file), 8) = (file, received.bytes) else {
+    let (Some(file), 16) = (file, received.bytes) else {
         return Err(fail(format!(
             "rank 0 refused this process: does its job have {} ranks, each started once, by the same program?",
             launch.world
         )));
     };
-    Mapping::new(file, Shape { world: launch.world, reserve: u64::from_le_bytes(reserve) })
+    let size = |at: usize| u64::from_le_bytes(sizes[at..at + 8].try_into().expect("8 bytes"));
+    Mapping::new(file, Shape { world: launch.world, reserve: size(0), heap: size(8) })
 }

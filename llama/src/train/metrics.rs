@@ -65,8 +65,11 @@ impl Metrics {
                 }
             }
         }
-        let mut file = File::create(&path).map_err(fail)?;
-        file.write_all(kept.as_bytes()).map_err(fail)?;
+        // Replaced at once, so that no crash loses the lines that are kept.
+        let next = path.with_extension("jsonl.incomplete");
+        let mut file = File::create(&next).map_err(fail)?;
+        file.write_all(kept.as_bytes()).and_then(|()| file.sync_all()).map_err(fail)?;
+        std::fs::rename(&next, &path).map_err(fail)?;
         Ok(Metrics { file, path })
     }
 

@@ -151,7 +151,9 @@ fn put_in_place(folders: &Folders) -> Result<(), Error> {
     }
     rename(&folders.incomplete, &folders.complete)?;
     sync_folder(folders.dir)?;
-    remove(&folders.old)
+    // The new one is in place: what cannot be removed now only takes room, and counts less than the new one.
+    let _ = remove(&folders.old);
+    Ok(())
 }
 
 /// Removes a folder if it exists: its manifest first, so that what an interruption leaves is not taken for whole.
