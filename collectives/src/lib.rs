@@ -20,4 +20,5 @@ pub use communicator::{Communicator, Options, Reduce, Reduction, Traffic};
 pub use error::Error;
 pub use launch::Launch;
 pub use pending::Pending;
+pub use shm::arena::available_memory;
 pub use window::Window;

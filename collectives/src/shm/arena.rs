@@ -141,7 +141,7 @@ impl Drop for Mapping {
 }
 
 /// Bytes that this process may still use, and who sets that limit: the host, or its control group (version 2).
-fn available_memory() -> (u64, &'static str) {
+pub fn available_memory() -> (u64, &'static str) {
     let host = std::fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| {
@@ -153,11 +153,13 @@ fn available_memory() -> (u64, &'static str) {
         .ok()
         .and_then(|text| {
             let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
-            let number = |file: &str| {
-                let text = std::fs::read_to_string(format!("/sys/fs/cgroup{path}/{file}")).ok()?;
-                text.trim().parse::<u64>().ok()
-            };
-            Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+            let read = |file: &str| std::fs::read_to_string(format!("/sys/fs/cgroup{path}/{file}")).ok();
+            let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
+            // Pages of files that the kernel gives up before it refuses anybody.
+            let statistics = read("memory.stat")?;
+            let cached = statistics.lines().find_map(|line| line.strip_prefix("inactive_file "))?;
+            let used = number("memory.current")?.saturating_sub(cached.parse().ok()?);
+            Some(number("memory.max")?.saturating_sub(used))
         })
         .unwrap_or(u64::MAX);
     if group < host { (group, "this control group's memory limit") } else { (host, "this host's available memory") }
