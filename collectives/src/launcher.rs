@@ -33,6 +33,10 @@ use crate::launch::{LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_RANK, OWN_WORLD, fre
 /// (`EX_TEMPFAIL` of sysexits.h: try again). No failure: the other ranks are left to do the same.
 pub const EXIT_INTERRUPTED: i32 = 75;
 
+/// Exit code of a rank that ended because of another's failure, and has said so (`EX_UNAVAILABLE` of sysexits.h). The others
+/// get the grace period, and the job ends with the code of the rank that caused it, if that one says.
+pub const EXIT_CONSEQUENCE: i32 = 69;
+
 /// Most ranks for each core.
 pub const RANKS_PER_CORE: usize = 8;
 
@@ -56,7 +60,9 @@ impl Default for Options {
 ///
 /// - 0 if all ranks returned 0; [`EXIT_INTERRUPTED`] if some returned that and all others 0;
 /// - else the code of the first rank that failed, or 128 + signal if a signal killed it. A line on
-///   stderr names that rank, and any other that a signal killed.
+///   stderr names that rank, and any other that a signal killed; codes 1 and 2 are those of programs
+///   that have said why themselves, and need no line;
+/// - [`EXIT_CONSEQUENCE`] if ranks returned that, and no other failed.
 ///
 /// A program calls this where [`Launch::detect`](crate::launch::Launch::detect) says
 /// [`Source::Single`](crate::launch::Source::Single), and leaves with the code it returns: the
@@ -259,8 +265,15 @@ impl Job {
         let (code, ending) = match (status.code(), status.signal()) {
             (Some(0), _) => return,
             (Some(EXIT_INTERRUPTED), _) => {
-                if !self.failed {
+                if !self.failed && self.code == 0 {
                     self.code = EXIT_INTERRUPTED;
+                }
+                return;
+            }
+            (Some(EXIT_CONSEQUENCE), _) => {
+                if !self.failed {
+                    self.code = EXIT_CONSEQUENCE;
+                    self.deadline.get_or_insert_with(|| Instant::now() + grace);
                 }
                 return;
             }
@@ -274,13 +287,14 @@ impl Job {
         if self.killed {
             return;
         }
-        if !self.failed || status.signal().is_some() {
+        let has_said_why = matches!(status.code(), Some(1 | 2));
+        if (!self.failed && !has_said_why) || status.signal().is_some() {
             say(&format!("rank {rank} {ending}"));
         }
         if !self.failed {
             self.failed = true;
             self.code = code;
-            self.deadline = Some(Instant::now() + grace);
+            self.deadline.get_or_insert_with(|| Instant::now() + grace);
         }
     }
 

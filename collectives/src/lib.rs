@@ -22,4 +22,5 @@ pub use error::Error;
 pub use launch::Launch;
 pub use options::Options;
 pub use pending::Pending;
+pub use shm::arena::available_memory;
 pub use window::Window;

@@ -13,7 +13,7 @@ use std::{env, fs, thread};
 
 use pillion_collectives::launch::{Launch, LaunchError, Source};
 use pillion_collectives::launcher::{
-    EXIT_INTERRUPTED, Options, RANKS_PER_CORE, bind_to_launcher, run_processes, run_processes_with,
+    EXIT_CONSEQUENCE, EXIT_INTERRUPTED, Options, RANKS_PER_CORE, bind_to_launcher, run_processes, run_processes_with,
 };
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use signal_hook::consts::{SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
@@ -380,6 +380,25 @@ fn a_program_that_cannot_be_started_is_named() {
     assert_eq!(ended.status.code(), Some(ERROR));
     let expected = format!("cannot start rank 0 as {}", program.display());
     assert!(ended.stderr.contains(&expected), "{}", ended.stderr);
+}
+
+#[test]
+fn the_cause_counts_more_than_what_followed_from_it() {
+    for (codes, cause) in [("69 7", 1), ("7 69", 0)] {
+        let ended = start(codes, LONG_GRACE).finish();
+        assert_eq!(ended.status.code(), Some(FAILED));
+        assert_eq!(ended.stderr, format!("pillion: rank {cause} exited with code {FAILED}\n"));
+    }
+    let ended = start("69 0", LONG_GRACE).finish();
+    assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(EXIT_CONSEQUENCE), ""));
+}
+
+#[test]
+fn a_rank_that_has_said_why_needs_no_line() {
+    for code in [1, 2] {
+        let ended = start(&format!("0 {code}"), LONG_GRACE).finish();
+        assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(code), ""));
+    }
 }
 
 #[test]

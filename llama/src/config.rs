@@ -25,6 +25,9 @@ pub struct Config {
     pub rope_theta: f64,
 }
 
+/// Far beyond any model, and far below where the number of parameters overflows.
+const LARGEST_SIZE: usize = 1 << 18;
+
 /// A model that cannot be.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("the model's {what}")]
@@ -108,6 +111,9 @@ impl Config {
         let fail = |what: String| Err(ConfigError { what });
         if let Some((name, _)) = sizes.into_iter().find(|&(_, size)| size == 0) {
             return fail(format!("{name} is 0: it must be at least 1"));
+        }
+        if let Some((name, size)) = sizes.into_iter().find(|&(_, size)| size > LARGEST_SIZE) {
+            return fail(format!("{name} is {size}: it must be at most {LARGEST_SIZE}"));
         }
         if !width.is_multiple_of(heads) {
             return fail(format!(

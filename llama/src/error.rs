@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use pillion_collectives::launch::LaunchError;
+use pillion_collectives::launcher;
 
 /// Failures of the program. Each is one message, and exit code 1 unless stated.
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +32,7 @@ pub enum Error {
         /// What is wrong, and the remedy.
         reason: String,
     },
-    /// Rank 0 has failed, and said why.
+    /// Rank 0 has failed, and said why; exit code [`launcher::EXIT_CONSEQUENCE`].
     #[error("rank 0 gave up")]
     ByRankZero,
 }
@@ -47,10 +48,20 @@ impl Error {
         matches!(self, Error::ByRankZero | Error::Runtime(Runtime::Collective(_) | Runtime::NonFinite { .. }))
     }
 
+    /// Whether it says how this rank sees the others, so that each rank's words count.
+    pub(crate) fn is_of_one_rank(&self) -> bool {
+        matches!(self, Error::Runtime(pillion_runtime::Error::Collective(_)))
+    }
+
     /// The exit code.
     pub fn code(&self) -> i32 {
+        use pillion_collectives::Error as Collective;
         match self {
             Error::Setting(_) => 2,
+            Error::ByRankZero => launcher::EXIT_CONSEQUENCE,
+            Error::Runtime(pillion_runtime::Error::Collective(
+                Collective::PeerLost { .. } | Collective::Aborted { .. },
+            )) => launcher::EXIT_CONSEQUENCE,
             _ => 1,
         }
     }

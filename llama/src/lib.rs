@@ -26,7 +26,8 @@ pub use generate::generate;
 use settings::{Cli, Command};
 
 /// Runs the program with its arguments, the first of which is its name; returns the exit code: 0 when done, 1 after a failure, 2 for
-/// settings that cannot be, 75 when a signal ended a run early.
+/// settings that cannot be, 69 when a rank was lost, 75 when a signal ended a run early, and what the launcher says of ranks that
+/// were killed.
 pub fn main(arguments: &[String]) -> i32 {
     let cli = match Cli::from_arguments(arguments) {
         Ok(cli) => cli,
@@ -45,9 +46,7 @@ pub fn main(arguments: &[String]) -> i32 {
         Command::Plan(settings) => commands::plan(settings),
     };
     result.unwrap_or_else(|error| {
-        if !matches!(error, Error::ByRankZero) {
-            eprintln!("pillion: {error}");
-        }
+        eprintln!("pillion: {error}");
         error.code()
     })
 }

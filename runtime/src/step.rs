@@ -289,7 +289,11 @@ impl<'e> Step<'e> {
         let non_finite = values[1];
         if non_finite > 0.0 || !loss_sum.is_finite() {
             self.engine.health = Health::Good;
-            return Err(Error::NonFinite { step: self.engine.updates + 1, count: non_finite as u64, loss: loss_sum / tokens });
+            return Err(Error::NonFinite {
+                step: self.engine.updates + 1,
+                count: non_finite as u64,
+                loss: loss_sum / tokens,
+            });
         }
         Ok(StepReport {
             loss_sum,

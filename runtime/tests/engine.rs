@@ -394,7 +394,7 @@ fn train_with_values(setup: &Setup, schedule: &Schedule, culprits: &[usize], val
             Ok(())
         });
         match error {
-            Err(Error::NonFinite { step: 2, count }) => assert_eq!(count, values.len() as u64),
+            Err(Error::NonFinite { step: 2, count, .. }) => assert_eq!(count, values.len() as u64),
             other => panic!("rank {number}: {other:?}"),
         }
         assert_eq!(rank.engine.updates(), 1);

@@ -83,23 +83,28 @@ pub(crate) fn progress(checkpoint: &Checkpoint) -> Result<Progress, Error> {
     })
 }
 
-/// Checks that a run goes on as it began.
-pub(crate) fn same_run(path: &Path, theirs: &Progress, ours: &Recipe, data: &str) -> Result<(), Error> {
-    if let Some((key, ours, theirs)) = ours.difference(&theirs.recipe) {
-        return Err(Error::Setting(format!(
+/// Checks that a run goes on with the settings it began with.
+pub(crate) fn same_recipe(path: &Path, theirs: &Progress, ours: &Recipe) -> Result<(), Error> {
+    match ours.difference(&theirs.recipe) {
+        None => Ok(()),
+        Some((key, ours, theirs)) => Err(Error::Setting(format!(
             "the checkpoint {} was made with {key} = {theirs}, but this run has {ours}: give the same setting, or start \
              afresh without --resume",
             path.display()
-        )));
+        ))),
     }
-    if theirs.data != data {
-        return Err(Error::Setting(format!(
-            "the checkpoint {} was made on other text (checksum {}, here {data}): give the same --data, or start afresh",
-            path.display(),
-            theirs.data
-        )));
+}
+
+/// Checks that a run goes on with the text it began with.
+pub(crate) fn same_data(path: &Path, theirs: &Progress, data: &str) -> Result<(), Error> {
+    if theirs.data == data {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::Setting(format!(
+        "the checkpoint {} was made on other text (checksum {}, here {data}): give the same --data, or start afresh without --resume",
+        path.display(),
+        theirs.data
+    )))
 }
 
 /// Makes the run's folder; an earlier run in it is moved aside unless it is resumed. Returns where that went.

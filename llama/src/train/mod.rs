@@ -38,7 +38,7 @@ pub(crate) enum Ended {
 /// Trains; returns the exit code.
 ///
 /// # Errors
-/// What went wrong on this rank; where ranks are threads, on the first that failed.
+/// What keeps the ranks from being started; what goes wrong on a rank has been printed.
 pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
     let launch = Launch::detect()?;
     let nobody = launch.source == Source::Single;
@@ -55,57 +55,55 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
         };
     }
     let stop = stop_flag();
-    exit_code(run::run(settings, &launch, &stop))
+    Ok(exit_code(&launch, run::run(settings, &launch, &stop)))
 }
 
 /// Runs every rank as a thread of this process.
 fn threads(settings: &TrainArgs, launches: Vec<Launch>) -> Result<i32, Error> {
     let stop = stop_flag();
-    let results = std::thread::scope(|scope| {
+    let codes = std::thread::scope(|scope| {
         let run = |launch: Launch| {
             let stop = &stop;
-            scope.spawn(move || {
-                let result = run::run(settings, &launch, stop);
-                if let Err(error) = &result
-                    && !matches!(error, Error::ByRankZero)
-                {
-                    report(&launch, error);
-                }
-                result
-            })
+            scope.spawn(move || exit_code(&launch, run::run(settings, &launch, stop)))
         };
         let ranks: Vec<_> = launches.into_iter().map(run).collect();
-        ranks.into_iter().map(|rank| rank.join()).collect::<Vec<_>>()
+        // A panic has been printed.
+        ranks.into_iter().map(|rank| rank.join().unwrap_or(1)).collect::<Vec<i32>>()
     });
-    let mut code = 0;
-    for result in results {
-        match result {
-            Ok(Ok(Ended::Done)) => {}
-            Ok(Ok(Ended::Interrupted)) => code = code.max(launcher::EXIT_INTERRUPTED),
-            Ok(Err(error)) => return Ok(error.code()),
-            // The panic has been printed.
-            Err(_) => return Ok(1),
+    // What caused the end counts more than what followed from it.
+    let weight = |code: &i32| match *code {
+        0 => 0,
+        launcher::EXIT_INTERRUPTED => 1,
+        launcher::EXIT_CONSEQUENCE => 2,
+        _ => 3,
+    };
+    Ok(codes.into_iter().rev().max_by_key(weight).unwrap_or(0))
+}
+
+/// How a rank ended, as an exit code; prints its error, unless another rank prints the same.
+fn exit_code(launch: &Launch, result: Result<Ended, Error>) -> i32 {
+    match result {
+        Ok(Ended::Done) => 0,
+        Ok(Ended::Interrupted) => launcher::EXIT_INTERRUPTED,
+        Err(error) => {
+            let rank = launch.rank;
+            if error.is_of_one_rank() && launch.world > 1 {
+                eprintln!("pillion: rank {rank}: {error}");
+            } else if rank == 0 {
+                eprintln!("pillion: {error}");
+            } else if !error.is_everywhere() {
+                eprintln!("pillion: rank {rank}: {error}");
+            }
+            error.code()
         }
     }
-    Ok(code)
-}
-
-fn exit_code(result: Result<Ended, Error>) -> Result<i32, Error> {
-    result.map(|ended| match ended {
-        Ended::Done => 0,
-        Ended::Interrupted => launcher::EXIT_INTERRUPTED,
-    })
-}
-
-/// Prints an error as this rank's.
-fn report(launch: &Launch, error: &Error) {
-    eprintln!("pillion: rank {}: {error}", launch.rank);
 }
 
 /// Raised by the first SIGINT or SIGTERM; the second ends the process at once.
 fn stop_flag() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
+        // As a shell says it: nothing has been saved.
         let registered = signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
             .and_then(|_| signal_hook::flag::register(signal, stop.clone()));
         registered.expect("SIGINT and SIGTERM can be handled");

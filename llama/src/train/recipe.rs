@@ -14,6 +14,8 @@ use crate::settings::{ControllerKind, GatherKind, PolicyArgs, Precision, TrainAr
 /// β₁ and β₂ of Llama 2's training, and ε.
 const BETAS: (f32, f32) = (0.9, 0.95);
 const EPSILON: f32 = 1e-8;
+/// More slots than any model has units.
+const MOST_SLOTS: usize = 1024;
 
 /// What decides the numbers of a run, but for its data. Batches count samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -44,6 +46,19 @@ impl Recipe {
         positive("--samples", settings.samples)?;
         positive("--validation-samples", settings.validation_samples)?;
         positive("--timeout", settings.timeout)?;
+        // Far beyond any use, and far below where products of them overflow.
+        for (flag, value, most) in [
+            ("--seq", settings.seq as u64, 1 << 20),
+            ("--micro-batch", micro_batch, 1 << 20),
+            ("--round-to", settings.round_to.unwrap_or(0), 1 << 20),
+            ("--batch", settings.batch.unwrap_or(0), 1 << 20),
+            ("--max-batch", settings.max_batch.unwrap_or(0), 1 << 20),
+            ("--samples", settings.samples, 1 << 50),
+        ] {
+            if value > most {
+                return fail(format!("{flag} {value} is out of range: at most {most}"));
+            }
+        }
         let multiple = |flag: &str, value: u64, of: &str, unit: u64| {
             if unit > 0 && value > 0 && value.is_multiple_of(unit) {
                 return Ok(());
@@ -138,6 +153,9 @@ fn first_difference(
 /// # Errors
 /// Names the flag and the remedy.
 pub(crate) fn policy(settings: &PolicyArgs, clip: f64) -> Result<Policy, Error> {
+    if settings.prefetch >= MOST_SLOTS || settings.slots.is_some_and(|slots| slots > MOST_SLOTS) {
+        return fail(format!("--prefetch must be below {MOST_SLOTS}, and --slots at most that"));
+    }
     let slots = settings.slots.unwrap_or(settings.prefetch + 1);
     if slots <= settings.prefetch {
         return fail(format!(

@@ -6,15 +6,16 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pillion_abs::{Controller, Observation};
-use pillion_collectives::{Communicator, Launch, Options};
+use pillion_collectives::{Communicator, Launch, Options, Reduction};
 use pillion_kernels::{Cpu, Device, LazyCpu};
-use pillion_runtime::{Engine, Layout, checkpoint};
+use pillion_runtime::{Engine, Layout, Memory, Policy, checkpoint};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::checkpoints::{self, Progress};
 use super::evaluation::validate;
 use super::metrics::{Line, Metrics};
+use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
 use super::screen::{self, Screen};
 use super::{Ended, plan_table, stopping};
@@ -77,16 +78,16 @@ struct Start {
     resume: Option<PathBuf>,
     recipe: Recipe,
     tokens: PathBuf,
+    validation_samples: u64,
 }
 
 impl<'s> Run<'s> {
     fn new(settings: &'s TrainArgs, launch: &Launch, communicator: Arc<Communicator>) -> Result<Run<'s>, Error> {
         let world = communicator.world();
         let start = on_rank_zero(&communicator, || start(settings, world))?;
-        let Start { resume, recipe, tokens } = start;
+        let Start { resume, recipe, tokens, validation_samples } = start;
         let policy = recipe::policy(&settings.policy, settings.clip)?;
         let dataset = Dataset::open(TokenFile::open(&tokens)?, recipe.seq, recipe.seed)?;
-        let validation_samples = validation_samples(settings, &recipe, &dataset)?;
         if communicator.rank() == 0 {
             let batch = recipe.controller.base;
             let backend = format!("{}, shared memory", launch.source);
@@ -144,6 +145,15 @@ impl<'s> Run<'s> {
                 "validation loss {validation:.4} on {samples} samples; a trigram model reaches {trigram:.4}"
             ));
         }
+        if self.is_asked_to_stop(stop)? {
+            self.say(|| match self.progress.saved {
+                Some(step) => {
+                    format!("interrupted before another step: the checkpoint of step {step} is still the newest")
+                }
+                None => "interrupted before the first step: nothing was saved".to_owned(),
+            });
+            return Ok(Ended::Interrupted);
+        }
         while !self.is_done() {
             let (mut line, stopped) = self.step(stop)?;
             let every = self.settings.validate_every;
@@ -175,6 +185,13 @@ impl<'s> Run<'s> {
         }
         self.summary(validation)?;
         Ok(Ended::Done)
+    }
+
+    /// Whether any rank has been; a step asks by itself.
+    fn is_asked_to_stop(&self, stop: &AtomicBool) -> Result<bool, Error> {
+        let mut asked = [f64::from(u8::from(stopping(stop)))];
+        self.communicator.all_reduce_scalars(&mut asked, Reduction::Max)?;
+        Ok(asked[0] > 0.0)
     }
 
     fn is_done(&self) -> bool {
@@ -320,6 +337,10 @@ fn start(settings: &TrainArgs, world: usize) -> Result<Start, Error> {
             "the model knows {vocab} tokens, but the text needs {needed}: choose another --model"
         )));
     }
+    check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip)?, world)?;
+    if let (Some(path), Some(saved)) = (&resume, &saved) {
+        checkpoints::same_recipe(path, saved, &recipe)?;
+    }
     let moved = checkpoints::prepare_folder(&settings.out, resume.is_some())?;
     said.iter().for_each(|line| println!("{line}"));
     if let Some(aside) = moved {
@@ -327,11 +348,31 @@ fn start(settings: &TrainArgs, world: usize) -> Result<Start, Error> {
     }
     let prepared = data::prepare(settings.data.as_deref(), &settings.out.join("tokens"))?;
     println!("{}", prepared.summary);
+    // Here, so that what is wrong with them is said once.
+    let fingerprint = fingerprint(&prepared.tokens);
+    let dataset = Dataset::open(prepared.tokens, recipe.seq, recipe.seed)?;
+    let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
     if let (Some(path), Some(saved)) = (&resume, &saved) {
-        checkpoints::same_run(path, saved, &recipe, &fingerprint(&prepared.tokens))?;
+        checkpoints::same_data(path, saved, &fingerprint)?;
         println!("going on from {} after step {}", path.display(), saved.step);
     }
-    Ok(Start { resume, recipe, tokens: prepared.tokens.path().to_owned() })
+    Ok(Start { resume, recipe, tokens: dataset.tokens().path().to_owned(), validation_samples })
+}
+
+/// Whether the host has the memory that its `world` ranks will come to use; found out late, it would be the kernel that ends them.
+fn check_memory(recipe: &Recipe, policy: &Policy, world: usize) -> Result<(), Error> {
+    let state = Memory::of(&Layout::new(&recipe.model.units(), world), policy).total();
+    let activations = Model::activation_bytes(&recipe.model, recipe.micro_batch as usize, recipe.seq);
+    let needed = (state + activations).saturating_mul(world as u64);
+    let (available, limit) = pillion_collectives::available_memory();
+    if needed <= available {
+        return Ok(());
+    }
+    Err(Error::Setting(format!(
+        "the {world} ranks need {} of memory, but {limit} allows {} more: choose a smaller --model, --micro-batch or --seq",
+        bytes(needed),
+        bytes(available)
+    )))
 }
 
 /// A multiple of the micro-batch, at most what there is.
@@ -363,6 +404,8 @@ fn on_rank_zero<T: Serialize + DeserializeOwned>(
         Ok(Some(value)) => serde_json::to_vec(value).expect("plain values"),
         _ => Vec::new(),
     };
+    // Tokenizing text or reading checkpoints may take longer than any operation should.
+    communicator.patient_barrier()?;
     let bytes = communicator.broadcast_bytes(0, &bytes)?;
     match result? {
         Some(value) => Ok(value),

@@ -1,0 +1,6 @@
+//! The command `pillion`, built with these tests, so that what they run is never stale.
+#![forbid(unsafe_code)]
+
+fn main() {
+    std::process::exit(pillion_llama::main(&std::env::args().collect::<Vec<String>>()));
+}

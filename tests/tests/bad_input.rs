@@ -1,0 +1,248 @@
+//! Whatever a user gets wrong: an exit code that is not 0, one line that names the thing and the remedy, and nothing broken behind.
+
+use std::fs;
+
+use pillion_tests::program::{TINY, Workplace};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
+
+/// Runs `train` on two ranks with each list of flags, and checks for exit code `code` and one line with each of the words.
+#[track_caller]
+fn refused(place: &Workplace, code: i32, cases: &[(&str, &[&str])]) {
+    for (flags, parts) in cases {
+        for launch in ["processes", "threads"] {
+            let ended = place.run(&format!("train {TINY} --ranks 2 --steps 2 --out out --launch {launch} {flags}"));
+            ended.refused(code, parts);
+            // Besides the message there may be only clap's hint at --help.
+            let lines = ended.stderr.lines().filter(|line| line.starts_with("pillion:") || line.starts_with("error:"));
+            assert_eq!(lines.count(), 1, "{flags}: {ended}");
+            assert!(place.checkpoints("out").is_empty(), "{flags}: {ended}");
+        }
+    }
+}
+
+#[test]
+fn data_that_cannot_be_trained_on() {
+    let place = Workplace::new(PROGRAM);
+    fs::create_dir(place.path("empty-folder")).unwrap();
+    fs::write(place.path("empty-file"), "").unwrap();
+    fs::write(place.path("short"), "hello, world").unwrap();
+    // 95 % of 3000 bytes to learn from, 150 to validate on: four windows of 32, none of 200.
+    fs::write(place.path("small"), "fn f() {}\n".repeat(300)).unwrap();
+    fs::write(place.path("binary"), [0xff, 0xfe, 0x00]).unwrap();
+    refused(
+        &place,
+        1,
+        &[
+            ("--data nowhere", &["--data nowhere", "no such file", "check the path"]),
+            ("--data empty-folder", &["--data empty-folder", "no text in it", "give a file or folder"]),
+            ("--data empty-file", &["--data empty-file", "1 empty", "give a file or folder"]),
+            ("--data short", &["13 tokens", "a sequence of 32 needs 33", "--data PATH or a shorter sequence"]),
+            ("--data small --seq 200", &["validation", "151 tokens", "a sequence of 200 needs 201"]),
+            ("--data binary", &["--data ", "binary: ", "not UTF-8", "convert it"]),
+        ],
+    );
+    refused(
+        &place,
+        2,
+        &[(
+            "--data small --micro-batch 8",
+            &["validation needs at least one micro-batch of 8", "4 there are", "smaller --micro-batch"],
+        )],
+    );
+}
+
+#[test]
+fn without_cargos_sources_the_default_data_names_the_flag() {
+    let place = Workplace::new(PROGRAM);
+    let mut command = place.command("train --ranks 2 --out out");
+    command.env("CARGO_HOME", place.path("nowhere"));
+    place.spawn(command).finish().refused(1, &["nowhere", "cargo fetch", "--data PATH"]);
+}
+
+#[test]
+fn models_and_numbers_that_cannot_be() {
+    let place = Workplace::new(PROGRAM);
+    refused(
+        &place,
+        2,
+        &[
+            ("--heads 3", &["num_attention_heads = 3", "hidden_size = 64", "choose"]),
+            ("--kv-heads 3", &["num_key_value_heads = 3", "num_attention_heads = 4"]),
+            ("--hidden-size 20", &["heads are 5 wide", "even"]),
+            ("--layers 0", &["num_hidden_layers is 0", "at least 1"]),
+            ("--batch 7", &["--batch 7", "--micro-batch 2", "try 6 or 8"]),
+            ("--batch 12", &["--batch 12", "--round-to 8", "try 8 or 16"]),
+            ("--batch 0", &["--batch 0", "try 2"]),
+            ("--round-to 3", &["--round-to 3", "--micro-batch 2", "try 2 or 4"]),
+            ("--round-to 0", &["--round-to 0"]),
+            ("--max-batch 12", &["--max-batch 12", "--round-to 8", "try 8 or 16"]),
+            ("--batch 16 --max-batch 8", &["--max-batch 8 is below --batch 16", "raise it"]),
+            ("--batch 18446744073709551608", &["--batch 18446744073709551608", "at most"]),
+            ("--max-batch 9007199254740992", &["--max-batch 9007199254740992", "at most"]),
+            ("--seq 4294967296", &["--seq 4294967296", "at most"]),
+            ("--layers 1000000000000", &["num_hidden_layers is 1000000000000", "at most"]),
+            ("--prefetch 18446744073709551615", &["--prefetch must be below"]),
+            ("--micro-batch 0", &["--micro-batch is 0", "at least 1"]),
+            ("--seq 0", &["--seq is 0", "at least 1"]),
+            ("--samples 0", &["--samples is 0", "at least 1"]),
+            ("--samples 7", &["--samples 7", "--micro-batch 2", "try 6 or 8"]),
+            ("--validation-samples 0", &["--validation-samples is 0", "at least 1"]),
+            ("--timeout 0", &["--timeout is 0", "at least 1"]),
+            ("--eta 0", &["eta", "is 0", "above 0"]),
+            ("--eta=-1", &["eta", "is -1", "above 0"]),
+            ("--eta nan", &["eta", "NaN", "above 0"]),
+            ("--lr nan", &["--lr NaN", "out of range"]),
+            ("--lr inf", &["--lr inf", "out of range"]),
+            ("--lr=-0.1", &["--lr -0.1", "between 0 and"]),
+            ("--clip nan", &["--clip NaN", "out of range"]),
+            ("--clip=-1", &["--clip -1", "out of range"]),
+            ("--warmup 1", &["--warmup 1", "below 1"]),
+            ("--warmup nan", &["--warmup NaN", "below 1"]),
+            ("--final-lr 2", &["--final-lr 2", "between 0 and 1"]),
+            ("--weight-decay=-1", &["--weight-decay -1", "out of range"]),
+            ("--prefetch 2 --slots 2", &["--slots 2", "--prefetch 2", "at least 3"]),
+            ("--controller stagewise", &["--controller stagewise needs --stages", "such as"]),
+            ("--stages 8:1", &["--stages needs --controller stagewise"]),
+            ("--controller stagewise --stages 8:0.5", &["stage", "1"]),
+            ("--controller stagewise --stages 8", &["--stages", "8", "batch:share"]),
+            ("--model huge", &["--model", "huge", "tiny, small"]),
+            ("--steps few", &["--steps", "few"]),
+            ("--controler constant", &["--controler"]),
+        ],
+    );
+    refused(
+        &place,
+        1,
+        &[("--ranks 0", &["0 ranks", "at least 1"]), ("--ranks 100000", &["100000 ranks", "at most", "ask for fewer"])],
+    );
+    assert!(!place.path("out").exists(), "nothing was begun");
+}
+
+#[test]
+fn a_model_that_does_not_fit_the_memory() {
+    let place = Workplace::new(PROGRAM);
+    // 70 billion parameters: over a terabyte of f32 weights, gradients and moments.
+    refused(&place, 2, &[("--model llama2-70b", &["of memory", "allows", "smaller --model"])]);
+    assert!(!place.path("out").exists(), "nothing was begun");
+}
+
+#[test]
+fn folders_that_cannot_be_written() {
+    let place = Workplace::new(PROGRAM);
+    fs::write(place.path("file"), "").unwrap();
+    refused(
+        &place,
+        1,
+        &[
+            ("--out file/below", &["file/below", "Not a directory", "--out DIR"]),
+            ("--out file", &["file", "Not a directory", "--out DIR"]),
+            ("--out /proc/pillion", &["/proc/pillion", "--out DIR"]),
+        ],
+    );
+    assert_eq!(fs::read(place.path("file")).unwrap(), b"");
+}
+
+#[test]
+fn checkpoints_that_are_none() {
+    let place = Workplace::new(PROGRAM);
+    place.train("run", "--ranks 1 --steps 1");
+    let checkpoint = place.path("run/checkpoints/step-00000001");
+    let copy = |name: &str| {
+        fs::create_dir(place.path(name)).unwrap();
+        for file in fs::read_dir(&checkpoint).unwrap().flatten() {
+            fs::copy(file.path(), place.path(name).join(file.file_name())).unwrap();
+        }
+    };
+    let shard = "rank-00000-of-00001.safetensors";
+    copy("cut-short");
+    let bytes = fs::read(checkpoint.join(shard)).unwrap();
+    fs::write(place.path("cut-short").join(shard), &bytes[..bytes.len() - 1]).unwrap();
+    copy("lacking");
+    fs::remove_file(place.path("lacking").join(shard)).unwrap();
+    copy("edited");
+    let manifest = fs::read_to_string(checkpoint.join("manifest.json")).unwrap();
+    fs::write(place.path("edited/manifest.json"), manifest.replace("\"step\": 1", "\"step\": 2")).unwrap();
+    fs::create_dir(place.path("empty")).unwrap();
+    refused(
+        &place,
+        1,
+        &[
+            ("--resume nowhere", &["nowhere", "no whole checkpoint", "give the folder"]),
+            ("--resume empty", &["empty", "no whole checkpoint", "give the folder"]),
+            ("--resume cut-short", &["cut-short", shard, "bytes instead of", "older checkpoint"]),
+            ("--resume lacking", &["lacking", shard]),
+            ("--resume edited", &["edited/manifest.json", "is damaged, or was edited", "older checkpoint"]),
+        ],
+    );
+    let other = "--resume run/checkpoints/step-00000001 --hidden-size 128";
+    refused(&place, 2, &[(other, &["step-00000001", "hidden_size = 64", "128", "--resume"])]);
+    assert!(!place.path("out").exists(), "nothing was begun");
+}
+
+#[test]
+fn configuration_files_that_are_wrong() {
+    let place = Workplace::new(PROGRAM);
+    for (name, text) in [
+        ("key.toml", "micro_batch = 2"),
+        ("value.toml", "lr = \"fast\""),
+        ("kind.toml", "lr = true"),
+        ("number.toml", "lr = nan"),
+        ("syntax.toml", "lr = "),
+        ("nested.toml", "[train]\nlr = 0.1"),
+    ] {
+        fs::write(place.path(name), text).unwrap();
+    }
+    let case = |name: &str| format!("train {TINY} --ranks 2 --out out --config {name}");
+    for (name, parts) in [
+        ("key.toml", &["key.toml", "no setting `micro_batch`", "nearest is `micro-batch`"][..]),
+        ("value.toml", &["value.toml", "'fast'", "--lr"]),
+        ("kind.toml", &["kind.toml", "`lr` is a boolean"]),
+        ("number.toml", &["--lr NaN", "out of range"]),
+        ("nested.toml", &["nested.toml", "no setting `train`"]),
+        ("nowhere.toml", &["--config nowhere.toml", "No such file"]),
+    ] {
+        place.run(&case(name)).refused(2, parts);
+    }
+    let ended = place.run(&case("syntax.toml"));
+    assert!(ended.code() == Some(2) && ended.stderr.contains("syntax.toml"), "{ended}");
+    ended.has_no_panic();
+    fs::write(place.path("good.toml"), "steps = 1\nlr = 0.001\nranks = 1").unwrap();
+    place.run(&format!("{} --lr 0.002", case("good.toml"))).succeeded();
+    assert_eq!(place.steps("out").len(), 1);
+}
+
+#[test]
+fn a_run_that_diverges_says_so_once_and_keeps_its_checkpoint() {
+    let place = Workplace::new(PROGRAM);
+    for launch in ["processes", "threads"] {
+        let flags = "--lr 1000 --clip 0 --warmup 0 --weight-decay 1000 --steps 200 --save-every 1";
+        let ended = place.run(&format!("train {TINY} --ranks 2 --out {launch} --launch {launch} {flags}"));
+        ended.refused(1, &["not finite", "no parameter was changed", "lower learning rate"]);
+        let steps = place.steps(launch).len();
+        assert_eq!(place.checkpoints(launch).len(), steps, "{ended}");
+    }
+}
+
+#[test]
+fn generate_and_plan_refuse_in_the_same_way() {
+    let place = Workplace::new(PROGRAM);
+    place.train("run", "--ranks 2 --steps 1");
+    for (arguments, code, parts) in [
+        ("generate --checkpoint nowhere", 1, &["nowhere", "no whole checkpoint"][..]),
+        ("generate --checkpoint run --temperature nan", 2, &["--temperature NaN"]),
+        ("generate --checkpoint run --temperature=-1", 2, &["--temperature -1"]),
+        ("generate --checkpoint run --prompt=", 2, &["--prompt is empty"]),
+        ("plan --ranks 0", 2, &["--ranks 0", "at least 1"]),
+        ("plan --heads 3", 2, &["num_attention_heads = 3"]),
+        ("plan --batch 7", 2, &["--batch 7", "--micro-batch"]),
+        ("plan --prefetch 3 --slots 1", 2, &["--slots 1", "--prefetch 3"]),
+    ] {
+        place.run(arguments).refused(code, parts);
+    }
+    let text =
+        |seed: u64| place.run(&format!("generate --checkpoint run --tokens 20 --seed {seed}")).succeeded().stdout;
+    assert_eq!(text(1), text(1));
+    place.run("generate --checkpoint run/checkpoints/step-00000001 --tokens 1").succeeded();
+    place.run("plan --model llama2-70b --ranks 512").succeeded();
+}

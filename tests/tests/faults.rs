@@ -1,0 +1,150 @@
+//! Ranks that die, stop, or are asked to end: the others say who it was, and nothing stays behind.
+
+use std::fs;
+
+use pillion_tests::program::{Running, TINY, Workplace, is_alive, variable};
+use rustix::process::{Pid, Signal, kill_process};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
+
+/// More steps than a test waits for.
+const LONG: &str = "--samples 1000000 --validate-every 0";
+
+/// A run of four ranks that has made a few steps.
+fn four_ranks(place: &Workplace, flags: &str) -> (Running, Vec<Pid>, String) {
+    let running = place.start(&format!("train {TINY} {LONG} --out out --ranks 4 {flags}"));
+    let ranks = running.ranks(4);
+    let job = variable(ranks[0], "PILLION_JOB").expect("our launcher names the job");
+    running.wait_for_step(place, "out", 3);
+    (running, ranks, job)
+}
+
+fn nothing_is_left(ranks: &[Pid], job: &str) {
+    for &rank in ranks {
+        assert!(!is_alive(rank), "process {rank:?}");
+    }
+    let sockets = fs::read_to_string("/proc/net/unix").unwrap();
+    assert!(!sockets.contains(&format!("pillion/{job}")), "the job's socket");
+    for entry in fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+        assert!(!entry.file_name().to_string_lossy().contains("pillion"), "{entry:?}");
+    }
+}
+
+#[test]
+fn every_rank_names_one_that_was_killed() {
+    for flags in ["", "--gather copy"] {
+        let place = Workplace::new(PROGRAM);
+        let (running, ranks, job) = four_ranks(&place, flags);
+        kill_process(ranks[2], Signal::KILL).unwrap();
+        let ended = running.finish();
+        for rank in [0, 1, 3] {
+            let line = format!("pillion: rank {rank}: lost rank 2 (");
+            assert_eq!(ended.stderr.matches(&line).count(), 1, "{line}\n{ended}");
+        }
+        assert!(ended.stderr.contains("pillion: rank 2 was killed by signal 9 (SIGKILL)\n"), "{ended}");
+        assert_eq!(ended.code(), Some(128 + 9), "{ended}");
+        ended.has_no_panic();
+        nothing_is_left(&ranks, &job);
+    }
+}
+
+#[test]
+fn a_stopped_rank_is_named_and_ended() {
+    let place = Workplace::new(PROGRAM);
+    let (running, ranks, job) = four_ranks(&place, "--timeout 2");
+    kill_process(ranks[2], Signal::STOP).unwrap();
+    let ended = running.finish();
+    for rank in [0, 1, 3] {
+        let lines: Vec<&str> = ended.stderr.lines().filter(|line| line.contains(&format!("rank {rank}: "))).collect();
+        // Who notices last may find another gone, and names whom that one named.
+        let named = |line: &&str| line.contains("waited 2 s for rank 2") || line.contains("lost rank 2 (");
+        assert!(lines.len() == 1 && lines.iter().all(named), "rank {rank}: {lines:?}\n{ended}");
+    }
+    assert!(ended.stderr.contains("ending with SIGKILL") && ended.stderr.contains(": rank 2\n"), "{ended}");
+    assert_eq!(ended.code(), Some(1), "{ended}");
+    ended.has_no_panic();
+    nothing_is_left(&ranks, &job);
+}
+
+#[test]
+fn nothing_outlives_a_killed_launcher() {
+    let place = Workplace::new(PROGRAM);
+    let (running, ranks, job) = four_ranks(&place, "");
+    running.signal(Signal::KILL);
+    running.wait_for("the ranks' end", || !ranks.iter().any(|&rank| is_alive(rank)));
+    // The kernel closes a dead process's sockets a moment after it is seen to be dead.
+    running.wait_for("the socket's end", || {
+        !fs::read_to_string("/proc/net/unix").unwrap().contains(&format!("pillion/{job}"))
+    });
+    nothing_is_left(&ranks, &job);
+}
+
+#[test]
+fn a_signal_to_the_launcher_or_to_one_rank_saves_and_the_run_goes_on() {
+    for (signal, to_launcher, launch) in [
+        (Signal::TERM, true, "processes"),
+        (Signal::INT, true, "processes"),
+        (Signal::TERM, false, "processes"),
+        (Signal::INT, true, "threads"),
+    ] {
+        let place = Workplace::new(PROGRAM);
+        let flags = format!("train {TINY} {LONG} --out out --ranks 2 --launch {launch}");
+        let running = place.start(&flags);
+        running.wait_for_step(&place, "out", 3);
+        match to_launcher {
+            true => running.signal(signal),
+            // As a job scheduler may do it.
+            false => kill_process(running.ranks(2)[1], signal).unwrap(),
+        }
+        let ended = running.finish();
+        assert_eq!((ended.code(), ended.stderr.as_str()), (Some(75), ""), "{ended}");
+        let steps = place.steps("out");
+        let last = steps.last().unwrap().step;
+        let said =
+            format!("interrupted: saved out/checkpoints/step-{last:08} after step {last}; go on with --resume auto\n");
+        assert!(ended.stdout.ends_with(&said), "{said}{ended}");
+        assert_eq!(place.checkpoints("out"), [format!("step-{last:08}")]);
+
+        let more = last + 2;
+        let resumed = place.run(&format!("{flags} --resume auto --steps {more}")).succeeded();
+        assert!(resumed.stdout.contains(&format!("after step {last}\n")), "{resumed}");
+        assert_eq!(place.steps("out").len() as u64, more);
+        assert_eq!(place.steps("out")[..last as usize], steps);
+    }
+}
+
+#[test]
+fn a_signal_before_the_first_step_ends_the_run_and_says_that_nothing_was_saved() {
+    let place = Workplace::new(PROGRAM);
+    // Enough validation before the first step for a signal to come in time.
+    place.write_text("long", 400);
+    let flags = format!("train {TINY} {LONG} --data long --validation-samples 6000 --out out --ranks 2");
+    for signal in [Signal::INT, Signal::TERM] {
+        let running = place.start(&flags);
+        running.wait_for_stdout("tokens:");
+        running.signal(signal);
+        let ended = running.finish();
+        assert_eq!((ended.code(), ended.stderr.as_str()), (Some(75), ""), "{ended}");
+        assert!(ended.stdout.ends_with("interrupted before the first step: nothing was saved\n"), "{ended}");
+        assert!(place.steps("out").is_empty());
+        assert!(place.checkpoints("out").is_empty());
+    }
+}
+
+#[test]
+fn a_second_signal_ends_the_run_at_once() {
+    let place = Workplace::new(PROGRAM);
+    place.write_text("long", 400);
+    let running =
+        place.start(&format!("train {TINY} {LONG} --data long --validation-samples 6000 --out out --ranks 2"));
+    running.wait_for_stdout("tokens:");
+    let ranks = running.ranks(2);
+    // One rank alone, twice: signals of one kind that are not yet delivered count once, so two kinds.
+    kill_process(ranks[1], Signal::TERM).unwrap();
+    kill_process(ranks[1], Signal::INT).unwrap();
+    let ended = running.finish();
+    // 130 or 143, by which came last.
+    assert!([Some(128 + 2), Some(128 + 15)].contains(&ended.code()), "{ended}");
+    assert!(ended.stderr.contains("pillion: rank 0: lost rank 1 ("), "{ended}");
+    assert!(ended.stderr.contains("pillion: rank 1 exited with code 1"), "{ended}");
+}

@@ -1,0 +1,121 @@
+//! The same run gives the same numbers however it is spread: over ranks, threads or processes, by whichever gather, on either device.
+
+use pillion_tests::program::{Step, Workplace};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
+
+/// 20 steps, in which the norm test asks for more.
+const GROWING: &str = "--steps 20 --eta 0.35 --max-batch 64";
+
+fn batches(steps: &[Step]) -> Vec<u64> {
+    steps.iter().map(|step| step.batch_samples).collect()
+}
+
+#[track_caller]
+fn agree(a: &[Step], b: &[Step]) {
+    assert_eq!(batches(a), batches(b));
+    for (a, b) in a.iter().zip(b) {
+        for (name, a, b) in [
+            ("loss", a.loss, b.loss),
+            ("grad_norm", a.grad_norm, b.grad_norm),
+            ("validation_loss", a.validation_loss.unwrap_or(0.0), b.validation_loss.unwrap_or(0.0)),
+        ] {
+            assert!((a - b).abs() <= 1e-4 * a.abs(), "{name}: {a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn any_number_of_ranks_agrees_while_the_batch_grows() {
+    let place = Workplace::new(PROGRAM);
+    let [one, two, four] =
+        [1, 2, 4].map(|ranks| place.train(&ranks.to_string(), &format!("{GROWING} --ranks {ranks}")));
+    let batches = batches(&one);
+    assert_eq!(batches.len(), 20);
+    assert!(batches[0] == 8 && batches[19] > 8, "the batch grows: {batches:?}");
+    assert!(batches.iter().all(|batch| batch % 8 == 0), "{batches:?}");
+    assert!(one[19].loss < 0.7 * one[0].loss, "it learns: {} to {}", one[0].loss, one[19].loss);
+    assert!(one[19].validation_loss.is_some());
+    agree(&one, &two);
+    agree(&one, &four);
+}
+
+/// Two ranks, and every other way to run the same two.
+fn every_way_is_bitwise_equal(precision: &str) {
+    let place = Workplace::new(PROGRAM);
+    let base = format!("{GROWING} --ranks 2 --precision {precision}");
+    let expected = place.train("base", &base);
+    assert!(batches(&expected)[19] > 8);
+    for (number, way) in [
+        "",
+        "--launch threads",
+        "--gather copy --prefetch 0",
+        "--device lazy-cpu",
+        "--device lazy-cpu --gather copy --prefetch 2 --launch threads",
+        "--prefetch 0",
+        "--prefetch 2",
+        "--gather copy --slots 4",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let found = place.train(&format!("way-{number}"), &format!("{base} {way}"));
+        assert_eq!(expected, found, "{way}");
+    }
+}
+
+#[test]
+fn every_way_of_running_two_ranks_is_bitwise_equal_in_f32() {
+    every_way_is_bitwise_equal("f32");
+}
+
+#[test]
+fn every_way_of_running_two_ranks_is_bitwise_equal_in_bf16() {
+    every_way_is_bitwise_equal("bf16");
+}
+
+#[test]
+fn another_seed_is_another_run() {
+    let place = Workplace::new(PROGRAM);
+    let a = place.train("a", "--steps 2 --ranks 1");
+    let b = place.train("b", "--steps 2 --ranks 1 --seed 8");
+    assert_ne!(a[0].loss, b[0].loss);
+    let c = place.train("c", "--steps 2 --ranks 1 --precision bf16");
+    assert_ne!(a[0].loss, c[0].loss);
+}
+
+#[test]
+fn the_norm_test_adds_no_collective() {
+    let place = Workplace::new(PROGRAM);
+    let collectives = |controller: &str| {
+        let flags = format!("--steps 3 --max-batch 8 --ranks 2 --controller {controller}");
+        place.train(controller, &flags);
+        let lines = place.lines(controller);
+        lines.iter().map(|line| line["collectives"].as_u64().expect("a count")).collect::<Vec<u64>>()
+    };
+    let constant = collectives("constant");
+    assert!(constant.iter().all(|&count| count > 0), "{constant:?}");
+    assert_eq!(constant, collectives("norm-test"));
+}
+
+#[test]
+fn the_stagewise_controller_follows_its_list() {
+    let place = Workplace::new(PROGRAM);
+    let flags = "--samples 80 --controller stagewise --stages 8:0.3,16:0.7 --max-batch 16 --ranks 2";
+    // 24 samples of batch 8, then 56 of batch 16: three whole batches, and the 8 samples that are left.
+    assert_eq!(batches(&place.train("out", flags)), [8, 8, 8, 16, 16, 16, 8]);
+}
+
+#[test]
+fn metrics_hold_every_promised_key() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--steps 2 --ranks 2");
+    for line in place.lines("out") {
+        let keys = "step loss lr grad_norm batch_samples batch_tokens samples_seen tokens_per_s step_ms exposed_ms bytes_sent \
+                    noise_scale";
+        for key in keys.split_whitespace() {
+            assert!(line.get(key).is_some(), "{key} in {line}");
+        }
+        assert_eq!(line["batch_tokens"].as_u64(), Some(8 * 32));
+    }
+}

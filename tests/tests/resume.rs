@@ -1,0 +1,175 @@
+//! A run goes on from its checkpoint as if nothing had happened, whoever ended it and however.
+
+use std::fs;
+
+use pillion_tests::program::{Step, TINY, Workplace, is_alive};
+use rustix::process::Signal;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
+const GROWING: &str = "--eta 0.35 --max-batch 64";
+
+/// All 20 steps in one go, on two ranks.
+fn whole_run(place: &Workplace) -> Vec<Step> {
+    let steps = place.train("whole", &format!("{GROWING} --ranks 2 --steps 20"));
+    let batches: Vec<u64> = steps.iter().map(|step| step.batch_samples).collect();
+    assert!(batches[9] < batches[19], "the batch must still change after step 10: {batches:?}");
+    steps
+}
+
+/// Validation happens at the end of a run, so a run in two parts has one more; everything else must be the same.
+fn without_validation(mut steps: Vec<Step>) -> Vec<Step> {
+    steps.iter_mut().for_each(|step| step.validation_loss = None);
+    steps
+}
+
+#[test]
+fn two_halves_equal_the_whole_bit_for_bit() {
+    let place = Workplace::new(PROGRAM);
+    let whole = whole_run(&place);
+    place.train("halves", &format!("{GROWING} --ranks 2 --steps 10 --save-every 10"));
+    assert_eq!(place.checkpoints("halves"), ["step-00000010"]);
+    let ended =
+        place.run(&format!("train {TINY} --out halves {GROWING} --ranks 2 --steps 20 --resume auto")).succeeded();
+    assert!(ended.stdout.contains("step-00000010 after step 10"), "{ended}");
+    let halves = place.steps("halves");
+    assert_eq!(whole[19], halves[19], "with the validation loss at the end");
+    assert_eq!(without_validation(whole), without_validation(halves));
+}
+
+#[test]
+fn a_run_that_was_killed_between_saves_ends_like_one_that_was_not() {
+    let place = Workplace::new(PROGRAM);
+    let whole = whole_run(&place);
+    let flags = format!("train {TINY} --out killed {GROWING} --ranks 2");
+    let running = place.start(&format!("{flags} --steps 1000 --save-every 4"));
+    let ranks = running.ranks(2);
+    running.wait_for_step(&place, "killed", 6);
+    running.signal(Signal::KILL);
+    running.wait_for("the ranks' end", || !ranks.iter().any(|&rank| is_alive(rank)));
+    drop(running);
+    // How far it came depends on the machine; what it saved by then must lead to the same numbers, so go back to step 4.
+    for newer in place.checkpoints("killed").into_iter().filter(|name| name != "step-00000004") {
+        fs::remove_dir_all(place.path("killed/checkpoints").join(newer)).unwrap();
+    }
+    place.run(&format!("{flags} --steps 20 --resume auto")).succeeded();
+    assert_eq!(without_validation(whole), without_validation(place.steps("killed")));
+}
+
+#[test]
+fn another_number_of_ranks_goes_on_alike() {
+    let place = Workplace::new(PROGRAM);
+    let whole = whole_run(&place);
+    for ranks in [1, 4] {
+        let out = format!("on-{ranks}");
+        place.train(&out, &format!("{GROWING} --ranks 2 --steps 10"));
+        place.train(&out, &format!("{GROWING} --ranks {ranks} --steps 20 --resume auto"));
+        for (whole, resumed) in whole.iter().zip(place.steps(&out)) {
+            assert_eq!(whole.batch_samples, resumed.batch_samples, "step {}", whole.step);
+            assert!((whole.loss - resumed.loss).abs() <= 1e-4 * whole.loss, "{whole:?} {resumed:?}");
+        }
+    }
+}
+
+#[test]
+fn defaults_that_depend_on_the_ranks_stay_those_of_the_start() {
+    let place = Workplace::new(PROGRAM);
+    let flags =
+        "train --data text --model tiny --seq 32 --micro-batch 2 --samples 2000 --validation-samples 16 --out out";
+    place.run(&format!("{flags} --ranks 2 --steps 2")).succeeded();
+    place.run(&format!("{flags} --ranks 4 --steps 4 --resume auto")).succeeded();
+    assert!(place.steps("out").iter().all(|step| step.batch_samples.is_multiple_of(4)));
+    assert_eq!(place.steps("out").len(), 4);
+}
+
+#[test]
+fn another_run_is_refused_by_the_key_that_differs() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--ranks 2 --steps 2");
+    place.write_text("other", 9);
+    let before = fs::read(place.path("out/metrics.jsonl")).unwrap();
+    for (flag, parts) in [
+        ("--lr 0.001", &["lr = 0.003", "0.001", "same setting"][..]),
+        ("--model tiny --layers 3", &["num_hidden_layers = 2", "3"]),
+        ("--seed 8", &["seed = 7", "8"]),
+        ("--precision bf16", &["precision", "f32", "bf16"]),
+        ("--eta 0.125", &["eta", "0.125"]),
+        ("--samples 4000", &["samples = 2000"]),
+        ("--data other", &["other text", "same --data"]),
+    ] {
+        let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 4 --resume auto {flag}"));
+        ended.refused(2, parts);
+        ended.refused(2, &["step-00000002", "start afresh"]);
+    }
+    assert_eq!(place.checkpoints("out"), ["step-00000002"]);
+    assert_eq!(fs::read(place.path("out/metrics.jsonl")).unwrap(), before);
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_is_passed_over_with_its_reason() {
+    let place = Workplace::new(PROGRAM);
+    let whole = place.train("out", "--ranks 2 --steps 4 --save-every 2");
+    let shard = place.path("out/checkpoints/step-00000004/rank-00001-of-00002.safetensors");
+    let mut bytes = fs::read(&shard).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&shard, bytes).unwrap();
+
+    // By name it is refused; found by itself, passed over.
+    let named = place.run(&format!("train {TINY} --out other --ranks 2 --resume out/checkpoints/step-00000004"));
+    named.refused(1, &["rank-00001-of-00002.safetensors", "is damaged", "older checkpoint"]);
+    let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 4 --resume auto")).succeeded();
+    let line = ended.stdout.lines().find(|line| line.contains("passed over")).unwrap_or_else(|| panic!("{ended}"));
+    assert!(line.contains("rank-00001-of-00002.safetensors") && line.contains("damaged"), "{line}");
+    assert!(ended.stdout.contains("step-00000002 after step 2"), "{ended}");
+    assert_eq!(place.steps("out"), whole);
+    // Made again, it is whole.
+    let again = place.run(&format!("train {TINY} --out out --ranks 2 --steps 4 --resume auto")).succeeded();
+    assert!(again.stdout.contains("step-00000004 after step 4"), "{again}");
+}
+
+#[test]
+fn when_no_checkpoint_is_whole_nothing_is_started_afresh() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--ranks 2 --steps 2");
+    let manifest = place.path("out/checkpoints/step-00000002/manifest.json");
+    fs::write(&manifest, "{").unwrap();
+    let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 4 --resume auto"));
+    ended.refused(1, &["no checkpoint", "manifest.json", "--resume PATH"]);
+    assert_eq!(place.steps("out").len(), 2);
+}
+
+#[test]
+fn half_a_checkpoint_is_not_taken_for_a_whole_one() {
+    let place = Workplace::new(PROGRAM);
+    let whole = place.train("out", "--ranks 2 --steps 4 --save-every 2");
+    // As a crash in the midst of saving step 4 leaves it.
+    let folder = place.path("out/checkpoints");
+    fs::rename(folder.join("step-00000004"), folder.join("step-00000004.incomplete")).unwrap();
+    fs::remove_file(folder.join("step-00000004.incomplete/manifest.json")).unwrap();
+    let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 4 --resume auto")).succeeded();
+    assert!(ended.stdout.contains("step-00000002 after step 2"), "{ended}");
+    assert_eq!(place.steps("out"), whole);
+    assert_eq!(place.checkpoints("out"), ["step-00000002", "step-00000004"]);
+}
+
+#[test]
+fn a_new_run_moves_the_old_one_aside() {
+    let place = Workplace::new(PROGRAM);
+    let first = place.train("out", "--ranks 1 --steps 3");
+    let ended = place.run(&format!("train {TINY} --out out --ranks 1 --steps 2 --seed 8")).succeeded();
+    assert!(ended.stdout.contains("the earlier run in out is now out.1"), "{ended}");
+    let second = place.steps("out");
+    place.train("out", "--ranks 1 --steps 1");
+    assert_eq!((place.steps("out.1"), place.steps("out.2")), (first, second));
+    assert_eq!(place.checkpoints("out.1"), ["step-00000003"]);
+    assert_eq!(place.checkpoints("out"), ["step-00000001"]);
+    // And it can go on from where it is now.
+    place.train("out.1", "--ranks 1 --steps 4 --resume auto");
+}
+
+#[test]
+fn a_resume_without_a_checkpoint_starts_at_the_beginning_and_says_so() {
+    let place = Workplace::new(PROGRAM);
+    let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 1 --resume auto")).succeeded();
+    assert!(ended.stdout.contains("no checkpoint in out: starting from the beginning"), "{ended}");
+}
