@@ -3,55 +3,18 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, Device, Event, Region};
 
 use crate::algorithms::{AllGather, AllReduce, Broadcast, GatherWindow, ReduceScatter, SIDEBAND, Scalars};
 use crate::pending::{Outcome, Pending};
+use crate::shm::arena::available_memory;
 use crate::shm::control::{Channel, PAYLOAD, state};
 use crate::shm::flight::{Collective, Flight};
 use crate::shm::progress::Shared;
 use crate::shm::rendezvous;
-use crate::{Error, Launch, Window};
-
-/// Limits of a communicator, and faults that tests inject.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// An operation that waits longer fails with [`Error::Timeout`]. Default: 300 s.
-    pub timeout: Duration,
-    /// Ranks that have not joined by then fail the start. Default: 60 s.
-    pub startup_timeout: Duration,
-    /// An operation that waits longer prints a line that says for whom. Default: 10 s.
-    pub warn_after: Duration,
-    /// For tests: every operation on the gather channel starts this much late.
-    pub gather_delay: Duration,
-    /// For tests: every operation on the reduce channel starts this much late.
-    pub reduce_delay: Duration,
-}
-
-impl Default for Options {
-    fn default() -> Options {
-        Options {
-            timeout: Duration::from_secs(300),
-            startup_timeout: Duration::from_secs(60),
-            warn_after: Duration::from_secs(10),
-            gather_delay: Duration::ZERO,
-            reduce_delay: Duration::ZERO,
-        }
-    }
-}
-
-impl Options {
-    pub(crate) fn delay_of(&self, channel: Channel) -> Duration {
-        match channel {
-            Channel::Gather => self.gather_delay,
-            Channel::Reduce => self.reduce_delay,
-            Channel::Control => Duration::ZERO,
-        }
-    }
-}
+use crate::{Error, Launch, Options, Window};
 
 /// How scalars are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,14 +113,14 @@ impl Communicator {
     /// # Errors
     /// [`Error::OutOfMemory`], or [`Error::Mismatch`] when ranks ask for different sizes.
     pub fn allocate(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
-        let bytes = (len * dtype.bytes()) as u64;
+        let bytes = size(dtype, len)?;
         let offset = {
             let mut allocated = self.allocated.lock();
             let offset = allocated.arena;
             allocated.arena += bytes.next_multiple_of(ALIGNMENT);
             offset
         };
-        self.agree("an allocation", bytes)?;
+        self.agree("an allocation", bytes, bytes * self.world() as u64)?;
         let rank = self.rank();
         self.shared.map.reserve(rank, offset, bytes).map_err(|error| self.give_up(error))?;
         Ok(self.buffer(device, dtype, rank, offset, bytes))
@@ -172,7 +135,7 @@ impl Communicator {
     /// When `len` is no multiple of the world.
     pub fn window(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Window, Error> {
         assert!(len.is_multiple_of(self.world()), "a window of {len} elements over {} ranks", self.world());
-        let bytes = (len * dtype.bytes()) as u64;
+        let bytes = size(dtype, len)?;
         let words_bytes = (8 * self.world() as u64).next_multiple_of(ALIGNMENT);
         let words = {
             let mut allocated = self.allocated.lock();
@@ -180,7 +143,7 @@ impl Communicator {
             allocated.windows += words_bytes + bytes.next_multiple_of(ALIGNMENT);
             offset
         };
-        self.agree("a window", bytes)?;
+        self.agree("a window", bytes, bytes)?;
         let (heap, share) = (self.world(), bytes / self.world() as u64);
         let start = words + words_bytes;
         let map = &self.shared.map;
@@ -350,17 +313,21 @@ impl Communicator {
         Pending::new(outcome, value)
     }
 
-    /// Checks that every rank passes the same value.
-    fn agree(&self, what: &str, value: u64) -> Result<(), Error> {
-        let values = self.all_gather_scalars(&[value])?;
-        match values.iter().position(|other| other[0] != value) {
-            None => Ok(()),
-            Some(peer) => {
-                let call = |value| format!("{what} of {value} bytes");
-                let error = Error::Mismatch { ours: call(value), theirs: call(values[peer][0]), peer };
-                Err(self.shared.fail(error))
-            }
+    /// Checks that every rank asks for the same size, and that the host has memory for all of it: exceeding it would not fail, but
+    /// wake the kernel's killer. Asked before any rank takes its part, so that the answers do not race.
+    fn agree(&self, what: &str, bytes: u64, on_all_ranks: u64) -> Result<(), Error> {
+        let (available, limit) = available_memory();
+        let values = self.all_gather_scalars(&[bytes, available])?;
+        if let Some(peer) = values.iter().position(|other| other[0] != bytes) {
+            let call = |bytes| format!("{what} of {bytes} bytes");
+            let error = Error::Mismatch { ours: call(bytes), theirs: call(values[peer][0]), peer };
+            return Err(self.shared.fail(error));
         }
+        let available = values.iter().map(|other| other[1]).min().unwrap_or(available);
+        if on_all_ranks > available {
+            return Err(Error::OutOfMemory { bytes: on_all_ranks, available, limit });
+        }
+        Ok(())
     }
 
     fn buffer(&self, device: &dyn Device, dtype: DType, arena: usize, offset: u64, bytes: u64) -> Buffer {
@@ -378,6 +345,11 @@ impl Communicator {
         let offset = self.shared.map.offset_of(self.rank(), buffer.span().address());
         offset.expect("other ranks can only read buffers made by `Communicator::allocate`")
     }
+}
+
+fn size(dtype: DType, len: usize) -> Result<u64, Error> {
+    let bytes = (len as u64).checked_mul(dtype.bytes() as u64).filter(|&bytes| bytes < 1 << 60);
+    bytes.ok_or(Error::OutOfMemory { bytes: u64::MAX, available: 1 << 60, limit: "the address space" })
 }
 
 impl Drop for Communicator {

@@ -12,13 +12,15 @@ mod communicator;
 mod error;
 pub mod launch;
 pub mod launcher;
+mod options;
 mod pending;
 mod shm;
 mod window;
 
-pub use communicator::{Communicator, Options, Reduce, Reduction, Traffic};
+pub use communicator::{Communicator, Reduce, Reduction, Traffic};
 pub use error::Error;
 pub use launch::Launch;
+pub use options::Options;
 pub use pending::Pending;
 pub use shm::arena::available_memory;
 pub use window::Window;

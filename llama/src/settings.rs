@@ -187,7 +187,7 @@ pub struct TrainArgs {
     #[arg(long, value_enum, default_value = "norm-test", value_name = "NAME")]
     pub controller: ControllerKind,
     /// Noise-to-gradient ratio that the norm test accepts; smaller values grow the batch earlier.
-    #[arg(long, value_name = "X", default_value_t = 0.5)]
+    #[arg(long, value_name = "X", default_value_t = 0.9)]
     pub eta: f64,
     /// Stages of the stagewise controller: batch:share,batch:share,… with shares of the samples that sum to 1.
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = stage)]

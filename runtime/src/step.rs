@@ -281,9 +281,9 @@ impl<'e> Step<'e> {
         let waiting = Instant::now();
         communicator.all_reduce_scalars(&mut values, Reduction::Sum)?;
         self.exposed += waiting.elapsed();
-        let [group_square_norms, non_finite, loss_sum, tokens] = totals;
-        // A sum can be infinite where its terms were not.
-        let non_finite = non_finite + values[1];
+        let [group_square_norms, _, loss_sum, tokens] = totals;
+        // What is not finite in a micro-batch is not finite in the sum either, which can be infinite where its terms were not.
+        let non_finite = values[1];
         if non_finite > 0.0 || !loss_sum.is_finite() {
             self.engine.health = Health::Good;
             return Err(Error::NonFinite { step: self.engine.updates + 1, count: non_finite as u64 });

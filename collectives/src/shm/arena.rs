@@ -14,6 +14,8 @@ use super::control::RankControl;
 use crate::Error;
 
 const PAGE: u64 = 4096;
+/// An eighth of the address space that x86-64 gives a process.
+const LARGEST_MAPPING: u64 = 1 << 44;
 
 /// Sizes of the parts, equal on every rank of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,11 +26,13 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    /// Arenas as large as the host's memory, so that the host's memory and not the arena is the limit.
+    /// Arenas as large as the host's memory, so that the host's memory and not the arena is the limit; smaller only where so many
+    /// would not fit into the address space.
     pub(crate) fn of_host(world: usize) -> Shape {
         let info = rustix::system::sysinfo();
-        let bytes = info.totalram as u64 * u64::from(info.mem_unit);
-        Shape { world, reserve: bytes.next_multiple_of(PAGE) }
+        let memory = info.totalram as u64 * u64::from(info.mem_unit);
+        let reserve = memory.min(LARGEST_MAPPING / (world as u64 + 1));
+        Shape { world, reserve: reserve / PAGE * PAGE }
     }
 
     fn control_bytes(self) -> u64 {
@@ -112,12 +116,12 @@ impl Mapping {
         (address.as_ptr().addr() as u64).checked_sub(arena).filter(|&offset| offset < self.shape.reserve)
     }
 
-    /// Backs a range of an arena with memory, zeroed, or says that there is none: without this the first touch of a page
-    /// that does not exist would be a bus error, or the start of the kernel's killer.
+    /// Backs a range of an arena with memory, zeroed. Without this the first touch of a page that does not exist would be a bus
+    /// error. The caller has compared the size with [`available_memory`].
     pub(crate) fn reserve(&self, rank: usize, offset: u64, bytes: u64) -> Result<(), Error> {
-        let (available, limit) = available_memory();
-        if bytes > available || !self.contains(offset, bytes) {
-            return Err(Error::OutOfMemory { bytes, available, limit });
+        if !self.contains(offset, bytes) {
+            let available = self.shape.reserve.saturating_sub(offset);
+            return Err(Error::OutOfMemory { bytes, available, limit: "this rank's arena" });
         }
         if bytes == 0 {
             return Ok(());
@@ -125,6 +129,7 @@ impl Mapping {
         match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), self.shape.arena(rank) + offset, bytes) {
             Ok(()) => Ok(()),
             Err(rustix::io::Errno::NOSPC | rustix::io::Errno::NOMEM) => {
+                let (available, _) = available_memory();
                 Err(Error::OutOfMemory { bytes, available, limit: "the system's shared memory" })
             }
             Err(errno) => Err(Error::system("reserving shared memory")(errno)),

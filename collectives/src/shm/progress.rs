@@ -14,8 +14,7 @@ use parking_lot::Mutex;
 use super::arena::Mapping;
 use super::control::{CHANNELS, Channel, monotonic_millis, state};
 use super::flight::{Flight, Watch};
-use crate::Error;
-use crate::communicator::Options;
+use crate::{Error, Options};
 
 /// How long to look for news before sleeping. Waking costs about as much, so this at most doubles the price of a wait.
 const SPIN: Duration = Duration::from_micros(10);

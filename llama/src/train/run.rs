@@ -29,13 +29,15 @@ use crate::settings::{DeviceKind, TrainArgs};
 pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> Result<Ended, Error> {
     let options = Options { timeout: Duration::from_secs(settings.timeout.max(1)), ..Options::default() };
     let communicator = Arc::new(Communicator::connect(launch, options)?);
-    let result = Run::new(settings, launch, communicator.clone()).and_then(|mut run| run.train(stop));
-    if let Err(error) = &result
-        && !error.is_everywhere()
-    {
-        communicator.abort(&error.to_string());
-    }
-    result
+    // Other ranks are told before this one's operations in flight are waited for, which would be in vain.
+    let give_up = |error: Error| {
+        if !error.is_everywhere() {
+            communicator.abort(&error.to_string());
+        }
+        error
+    };
+    let mut run = Run::new(settings, launch, communicator.clone()).map_err(give_up)?;
+    run.train(stop).map_err(give_up)
 }
 
 /// One rank of a run under way.

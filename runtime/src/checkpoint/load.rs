@@ -1,5 +1,6 @@
-//! Loading, at any number of ranks. A unit's tensors lie in the same flat order at every world size and only the padding at the end
-//! differs, so a rank's shard is a range of that order, and comes from the one or more old shards that hold the range.
+//! Loading, at any number of ranks. A unit's tensors lie in the same flat order at every world size and only the
+//! padding at the end differs, so a rank's shard is a range of that order, and comes from the one or more old shards
+//! that hold the range.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -12,14 +13,14 @@ use crate::engine::Health;
 use crate::{Engine, Error, Layout, State};
 
 impl Checkpoint {
-    /// Replaces the engine's parameters, optimizer state and number of updates by those saved. Collective; the engine may have another
-    /// number of ranks, and another policy (see [`Checkpoint::differences`]). Each rank reads what its shards need, and before
-    /// that its part of the files to verify them.
+    /// Replaces the engine's parameters, optimizer state and number of updates by those saved. Collective; the engine
+    /// may have another number of ranks, and another policy (see [`Checkpoint::differences`]). Each rank reads what its
+    /// shards need, and before that its part of the files to verify them.
     ///
     /// # Errors
-    /// [`Error::File`] when the checkpoint is of another model, the first tensor that differs named, when a file is missing or damaged, or
-    /// when ranks see different checkpoints: the engine is unchanged on every rank. Should a file that has passed become unreadable,
-    /// or a rank be lost, the engine refuses to go on until a load succeeds.
+    /// [`Error::File`] when the checkpoint is of another model, the first tensor that differs named, when a file is
+    /// missing or damaged, or when ranks see different checkpoints: the engine is unchanged on every rank. Should a
+    /// file that has passed become unreadable, or a rank be lost, the engine refuses to go on until a load succeeds.
     pub fn load(&self, engine: &mut Engine) -> Result<(), Error> {
         let communicator = engine.communicator().clone();
         self.check_same(engine)?;
@@ -50,7 +51,8 @@ impl Checkpoint {
             None => Ok(()),
             Some(rank) => {
                 let reason = format!(
-                    "is another checkpoint on rank {rank} than on rank 0: resume from a folder that all ranks share, and name it alike on each"
+                    "is another checkpoint on rank {rank} than on rank 0: resume from a folder that all ranks share, \
+                     and name it alike on each"
                 );
                 Err(Error::file(&self.path, reason))
             }
@@ -77,8 +79,8 @@ impl Checkpoint {
     fn open_files(&self, ranks: impl IntoIterator<Item = usize>) -> Result<Tensors<'_>, Error> {
         let layout = self.manifest.layout();
         let open = |rank: usize| {
-            let path = self.path.join(&self.manifest.files[rank].name);
-            Ok((rank, ShardFile::open(path, &layout)?))
+            let entry = &self.manifest.files[rank];
+            Ok((rank, ShardFile::open(self.path.join(&entry.name), entry.bytes, &layout)?))
         };
         let files = ranks.into_iter().map(open).collect::<Result<_, Error>>()?;
         Ok(Tensors { checkpoint: self, layout, files })

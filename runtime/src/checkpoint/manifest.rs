@@ -1,5 +1,5 @@
-//! What a checkpoint is: its manifest. The text begins with a checksum of itself, taken with the checksum's digits as zeros, so
-//! any byte that changes is noticed.
+//! What a checkpoint is: its manifest. The text begins with a checksum of itself, taken with the checksum's digits as
+//! zeros, so any byte that changes is noticed.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -19,7 +19,8 @@ const ZEROS: &str = "00000000000000000000000000000000";
 /// What a checkpoint is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// XXH3-128 of the manifest with these digits as zeros, in hexadecimal. First, so that its digits are the text's first.
+    /// XXH3-128 of the manifest with these digits as zeros, in hexadecimal. First, so that its digits are the text's
+    /// first.
     pub(super) checksum: String,
     pub(super) format: String,
     pub(super) version: u64,
@@ -132,8 +133,8 @@ impl Manifest {
         match (0..expected.len().max(found.len())).find(|&index| expected.get(index) != found.get(index)) {
             None => Ok(()),
             Some(index) => Err(format!(
-                "is a checkpoint of another model: of tensors in order, number {} is expected to be {}, but is {}; resume with the \
-                 model that was saved, or start in another folder",
+                "is a checkpoint of another model: of tensors in order, number {} is expected to be {}, but is {}; resume with \
+                 the model that was saved, or start in another folder",
                 index + 1,
                 describe(expected.get(index)),
                 describe(found.get(index)),

@@ -6,12 +6,12 @@
 //!                   rank-00001-of-00002.safetensors
 //! ```
 //!
-//! [`save`] writes into `step-00000010.incomplete` and renames it once every file, the manifest last, is on disk, so a folder
-//! without that ending is whole however the run ended. One that is replaced is `step-00000010.old` for the moment between two
-//! renames; [`list`] and [`newest`] know it.
+//! [`save`] writes into `step-00000010.incomplete` and renames it once every file, the manifest last, is on disk, so a
+//! folder without that ending is whole however the run ended. One that is replaced is `step-00000010.old` for the
+//! moment between two renames; [`list`] and [`newest`] know it.
 //!
-//! Nothing is believed: the manifest carries a checksum of itself and of every file. To resume, rank 0 calls [`newest`] and tells
-//! the others the path, every rank calls [`open`], and all together call [`Checkpoint::load`].
+//! Nothing is believed: the manifest carries a checksum of itself and of every file. To resume, rank 0 calls [`newest`]
+//! and tells the others the path, every rank calls [`open`], and all together call [`Checkpoint::load`].
 
 mod load;
 mod manifest;
@@ -58,7 +58,8 @@ pub fn list(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(folders)
 }
 
-/// The newest checkpoint in `dir` that [`Checkpoint::verify`] finds whole; reads all of it. Not collective: rank 0 chooses.
+/// The newest checkpoint in `dir` that [`Checkpoint::verify`] finds whole; reads all of it. Not collective: rank 0
+/// chooses.
 ///
 /// # Errors
 /// [`Error::File`] when the folder cannot be read.
@@ -95,8 +96,8 @@ impl Checkpoint {
         (0..self.manifest.world).try_for_each(|rank| self.verify_file(rank))
     }
 
-    /// In what `policy` leads to other numbers than the policy of the saved run, in words: with any, a resumed run is not bit for
-    /// bit the one that goes on. How weights are gathered, and how far ahead, never matters.
+    /// In what `policy` leads to other numbers than the policy of the saved run, in words: with any, a resumed run is
+    /// not bit for bit the one that goes on. How weights are gathered, and how far ahead, never matters.
     pub fn differences(&self, policy: &Policy) -> Vec<String> {
         let mut differences = Vec::new();
         if self.manifest.weights != policy.weights.name() {
@@ -114,10 +115,7 @@ impl Checkpoint {
         let entry = &self.manifest.files[rank];
         let path = self.path.join(&entry.name);
         let found = shard::digest(&path)?;
-        if found.bytes != entry.bytes {
-            let (found, expected) = (found.bytes, entry.bytes);
-            return Err(Error::file(path, format!("has {found} bytes instead of {expected}: {USE_ANOTHER}")));
-        }
+        shard::check_size(&path, found.bytes, entry.bytes)?;
         if found.hex() != entry.xxh3 {
             return Err(Error::file(path, format!("is damaged: its checksum is not the manifest's; {USE_ANOTHER}")));
         }
@@ -127,7 +125,8 @@ impl Checkpoint {
 
 const USE_ANOTHER: &str = "copy it again if this is a copy, or use an older checkpoint";
 
-/// Folders of `dir` that are named as complete checkpoints, newest first; of one step, what replaced before what was replaced.
+/// Folders of `dir` that are named as complete checkpoints, newest first; of one step, what replaced before what was
+/// replaced.
 fn candidates(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let unreadable = |error: std::io::Error| Error::file(dir, format!("cannot be listed: {error}"));
     let entries = match std::fs::read_dir(dir) {
@@ -145,8 +144,9 @@ fn candidates(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(found.into_iter().map(|(_, _, path)| path).collect())
 }
 
-/// Ends a part of a collective call that any rank may fail alone: returns `mine` if every rank has succeeded. Otherwise those that
-/// failed return their own error, and the others one that says which rank failed first, and why. The communicator stays usable.
+/// Ends a part of a collective call that any rank may fail alone: returns `mine` if every rank has succeeded. Otherwise
+/// those that failed return their own error, and the others one that says which rank failed first, and why. The
+/// communicator stays usable.
 fn agree<T>(communicator: &Communicator, path: &Path, mine: Result<T, Error>) -> Result<T, Error> {
     let failed = communicator.all_gather_scalars(&[u64::from(mine.is_err())])?;
     let Some(rank) = failed.iter().position(|flag| flag[0] != 0) else { return mine };

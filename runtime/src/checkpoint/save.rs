@@ -13,14 +13,15 @@ use super::manifest::{self, FileEntry, Manifest};
 use super::shard::{self, Digest};
 use crate::{Engine, Error};
 
-/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. Collective: every rank calls it
-/// between steps, with the same arguments, and sees the same `dir`, whose parent exists. `extra` is kept as rank 0 gives it.
+/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. Collective: every rank
+/// calls it between steps, with the same arguments, and sees the same `dir`, whose parent exists. `extra` is kept as
+/// rank 0 gives it.
 ///
 /// A checkpoint of the same step is replaced.
 ///
 /// # Errors
-/// [`Error::File`] when any rank could not do its part: on that rank what went wrong, on the others which rank it was. Then
-/// nothing is saved, and training can go on. Also when another rank is lost.
+/// [`Error::File`] when any rank could not do its part: on that rank what went wrong, on the others which rank it was.
+/// Then nothing is saved, and training can go on. Also when another rank is lost.
 pub fn save(engine: &Engine, dir: &Path, step: u64, extra: &Value) -> Result<PathBuf, Error> {
     let folders = Folders::new(dir, step);
     let saved = save_into(engine, &folders, step, extra);
@@ -138,8 +139,13 @@ fn publish(folders: &Folders, manifest: &Manifest) -> Result<(), Error> {
     fs::remove_file(&token).map_err(|error| Error::file(&token, format!("cannot be removed: {error}")))?;
     write_synced(&folders.incomplete.join(manifest::NAME), manifest.text().as_bytes())?;
     sync_folder(&folders.incomplete)?;
+    put_in_place(folders)
+}
+
+fn put_in_place(folders: &Folders) -> Result<(), Error> {
     if folders.complete.exists() {
-        // A folder cannot be renamed over another that has files. Under the name `.old` it still counts, until the new one does.
+        // A folder cannot be renamed over another that has files. Under the name `.old` it still counts, until the new
+        // one does.
         remove(&folders.old)?;
         rename(&folders.complete, &folders.old)?;
     }
@@ -196,5 +202,22 @@ mod tests {
         for name in ["step-", "step-.old", "step-+1", "step-1x", "step-18446744073709551616", "1", "Step-1"] {
             assert_eq!(parse_name(name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn what_is_to_be_replaced_is_kept_until_the_new_one_is_in_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let folders = Folders::new(dir.path(), 3);
+        fs::create_dir(&folders.complete).unwrap();
+        fs::write(folders.complete.join(manifest::NAME), "old").unwrap();
+        let read = |folder: &Path| fs::read_to_string(folder.join(manifest::NAME)).unwrap();
+        put_in_place(&folders).expect_err("there is nothing to put there");
+        assert_eq!(read(&folders.old), "old");
+        // As after a crash between the renames.
+        fs::create_dir(&folders.incomplete).unwrap();
+        fs::write(folders.incomplete.join(manifest::NAME), "new").unwrap();
+        put_in_place(&folders).unwrap();
+        assert_eq!(read(&folders.complete), "new");
+        assert!(!folders.old.exists() && !folders.incomplete.exists());
     }
 }

@@ -1,5 +1,5 @@
-//! One rank's file of a checkpoint: safetensors with f32 tensors `<unit>.master`, `<unit>.m` and `<unit>.v`, each `[shard]`. It is
-//! written a unit at a time and read by ranges of bytes, so neither needs memory for all of it.
+//! One rank's file of a checkpoint: safetensors with f32 tensors `<unit>.master`, `<unit>.m` and `<unit>.v`, each
+//! `[shard]`. It is written a unit at a time and read by ranges of bytes, so neither needs memory for all of it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -90,10 +90,10 @@ pub(super) struct ShardFile {
 }
 
 impl ShardFile {
-    pub(super) fn open(path: PathBuf, layout: &Layout) -> Result<ShardFile, Error> {
+    pub(super) fn open(path: PathBuf, bytes: u64, layout: &Layout) -> Result<ShardFile, Error> {
         let failed = |error| unreadable(&path, error);
         let file = File::open(&path).map_err(failed)?;
-        let bytes = file.metadata().map_err(failed)?.len();
+        check_size(&path, file.metadata().map_err(failed)?.len(), bytes)?;
         let mut len = [0; 8];
         file.read_exact_at(&mut len, 0).map_err(failed)?;
         let len = u64::from_le_bytes(len);
@@ -131,6 +131,14 @@ impl ShardFile {
 /// The ranks whose shards hold elements `flat` of a unit with shards of `shard` elements.
 pub(super) fn holders(shard: usize, flat: &Range<usize>) -> Range<usize> {
     if flat.is_empty() { 0..0 } else { flat.start / shard..(flat.end - 1) / shard + 1 }
+}
+
+/// Compares a file's size with the manifest's.
+pub(super) fn check_size(path: &Path, found: u64, expected: u64) -> Result<(), Error> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::file(path, format!("has {found} bytes instead of {expected}: {USE_ANOTHER}")))
 }
 
 fn header(layout: &Layout) -> Result<Vec<u8>, String> {

@@ -1,0 +1,463 @@
+//! The engine's invariants, on a little model: what may not change a bit, what a missing edge does, what the numbers must be, and
+//! how a step fails. Ranks are threads.
+
+mod common;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::mlp::{self, HEAD, UNITS};
+use common::reference::Reference;
+use common::{ADAMW, Host, Rank, Schedule, Setup, Training, bits_of, joined, ranks, train};
+use pillion_collectives::Error as CollectiveError;
+use pillion_kernels::DType;
+use pillion_runtime::{Action, Error, Gather, Pass, Plan, PlanError, Slots, Verified};
+
+const WORLDS: [usize; 4] = [1, 2, 3, 4];
+const GATHERS: [Gather; 2] = [Gather::Copy, Gather::Window];
+
+fn must_train(setup: &Setup, schedule: &Schedule) -> Training {
+    train(setup, schedule).unwrap_or_else(|error| panic!("{setup:?}: {error}"))
+}
+
+/// Every prefetch depth with every number of slots that it allows, up to four.
+fn depths() -> impl Iterator<Item = (usize, usize)> {
+    (0..3).flat_map(|prefetch| (prefetch + 1..=4).map(move |slots| (prefetch, slots)))
+}
+
+fn overlap_changes_no_bit(rounds: usize, weights: DType) {
+    for world in WORLDS {
+        let schedule = Schedule::uneven(world, rounds);
+        let expected = must_train(&Setup::new(world).weights(weights), &schedule);
+        assert!(expected.reports.iter().all(|report| report.loss_sum > 0.0 && report.gradient_norm > 0.0));
+        for gather in GATHERS {
+            for (index, (prefetch, slots)) in depths().enumerate() {
+                let seed = index as u64;
+                for host in [Host::Cpu, Host::Lazy(seed), Host::Lazy(100 + seed)] {
+                    let setup = Setup::new(world).weights(weights).gather(gather).slots(prefetch, slots).host(host);
+                    if let Some(difference) = must_train(&setup, &schedule).difference(&expected) {
+                        panic!("{rounds} rounds, {setup:?}: {difference}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn prefetch_slots_gather_and_device_change_no_bit_in_one_round() {
+    overlap_changes_no_bit(1, DType::F32);
+}
+
+#[test]
+fn prefetch_slots_gather_and_device_change_no_bit_in_two_rounds() {
+    overlap_changes_no_bit(2, DType::F32);
+}
+
+#[test]
+fn prefetch_slots_gather_and_device_change_no_bit_in_three_rounds() {
+    overlap_changes_no_bit(3, DType::F32);
+}
+
+#[test]
+fn prefetch_slots_gather_and_device_change_no_bit_with_weights_in_bf16() {
+    overlap_changes_no_bit(2, DType::Bf16);
+}
+
+#[test]
+fn injected_delays_change_no_bit() {
+    const NONE: Duration = Duration::ZERO;
+    let delays = [
+        (Duration::from_millis(100), NONE),
+        (NONE, Duration::from_millis(100)),
+        (Duration::from_millis(20), Duration::from_millis(50)),
+        (Duration::from_millis(50), Duration::from_millis(20)),
+    ];
+    // Delayed runs sleep, so they can all sleep at once.
+    std::thread::scope(|scope| {
+        for world in WORLDS {
+            let schedule = Schedule::uneven(world, 2);
+            let expected = Arc::new(must_train(&Setup::new(world), &schedule));
+            for (index, (gather_delay, reduce_delay)) in delays.into_iter().enumerate() {
+                for gather in GATHERS {
+                    for host in [Host::Cpu, Host::Lazy(index as u64)] {
+                        // Once all ranks are late, once only the last.
+                        for first in [0, world - 1] {
+                            let mut setup = Setup::new(world).gather(gather).host(host);
+                            for options in &mut setup.options[first..] {
+                                (options.gather_delay, options.reduce_delay) = (gather_delay, reduce_delay);
+                            }
+                            let (expected, schedule) = (expected.clone(), schedule.clone());
+                            scope.spawn(move || {
+                                let difference = must_train(&setup, &schedule).difference(&expected);
+                                assert_eq!(difference, None, "ranks from {first} on late, {setup:?}");
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// A kind of edge: from what, to what.
+type Edge = (fn(Action) -> bool, fn(Action) -> bool);
+
+fn is_gather(action: Action) -> bool {
+    matches!(action, Action::Gather { .. })
+}
+
+fn is_compute(action: Action) -> bool {
+    matches!(action, Action::Compute { .. })
+}
+
+fn is_backward(action: Action) -> bool {
+    matches!(action, Action::Compute { pass: Pass::Backward, .. })
+}
+
+fn is_reduce(action: Action) -> bool {
+    matches!(action, Action::Reduce { .. })
+}
+
+fn is_agree(action: Action) -> bool {
+    action == Action::Agree
+}
+
+fn is_update(action: Action) -> bool {
+    matches!(action, Action::Update { .. })
+}
+
+/// The step's plan without the edges of one kind, and how many those are.
+fn without((from, to): Edge, slots: Slots, rounds: usize) -> (Plan, usize) {
+    let plan = Plan::step(slots, rounds);
+    let actions: Vec<Action> = plan.operations.iter().map(|operation| operation.action).collect();
+    let mut removed = 0;
+    let mut plan = plan;
+    for operation in plan.operations.iter_mut().filter(|operation| to(operation.action)) {
+        let before = operation.after.len();
+        operation.after.retain(|&earlier| !from(actions[earlier]));
+        removed += before - operation.after.len();
+    }
+    (plan, removed)
+}
+
+const SEEDS: Range<u64> = 0..12;
+
+/// How many of [`SEEDS`] give other bits than the whole plan on [`pillion_kernels::Cpu`], or an error.
+fn seeds_that_show(edge: Option<Edge>) -> usize {
+    let schedule = Schedule::uneven(2, 2);
+    let setup = Setup::new(2).gather(Gather::Copy);
+    let expected = must_train(&setup, &schedule);
+    let shows = |&seed: &u64| {
+        let mut setup = setup.clone().host(Host::Lazy(seed));
+        if let Some(edge) = edge {
+            setup.planner = Some(Arc::new(move |slots, rounds| {
+                let (plan, removed) = without(edge, slots, rounds);
+                assert!(removed > 0, "there is no such edge to remove");
+                Verified::unchecked(plan)
+            }));
+        }
+        train(&setup, &schedule).map_or(true, |training| training.difference(&expected).is_some())
+    };
+    SEEDS.filter(shows).count()
+}
+
+#[test]
+fn a_whole_plan_gives_the_same_bits_with_every_seed() {
+    assert_eq!(seeds_that_show(None), 0, "of {} seeds", SEEDS.end);
+}
+
+// Nothing but the edge orders these two pairs: the gather and the reduction start on a thread of their own.
+
+#[test]
+fn a_gather_that_does_not_wait_for_the_last_use_of_its_slot_changes_bits() {
+    let shown = seeds_that_show(Some((is_compute, is_gather)));
+    assert!(shown > 0, "{shown} of {} seeds show the missing edge", SEEDS.end);
+}
+
+#[test]
+fn a_reduction_that_does_not_wait_for_its_backward_pass_changes_bits() {
+    let shown = seeds_that_show(Some((is_backward, is_reduce)));
+    assert!(shown > 0, "{shown} of {} seeds show the missing edge", SEEDS.end);
+}
+
+/// The edges that ownership stands for as well: what a collective holds comes back through `Pending::then`, which orders the
+/// queue after it, and the engine cannot lend out or wait for a buffer without that. So leaving them out of a plan changes no bit, and
+/// what can be asked is that the plan is refused, which keeps plans true for who prints, simulates or ports them.
+const OWNED: [(Edge, &str); 3] = [
+    ((is_gather, is_compute), "the gather of its weights"),
+    ((is_reduce, is_compute), "the reduction of what its gradient slot held"),
+    ((is_reduce, is_agree), "every reduction"),
+];
+
+#[test]
+fn plans_without_the_edges_that_ownership_stands_for_are_refused() {
+    let slots = Slots { units: UNITS, prefetch: 1, weights: 2, gradients: 2 };
+    for (edge, missing) in OWNED {
+        let (plan, removed) = without(edge, slots, 2);
+        assert!(removed > 0, "there is no such edge to remove");
+        match plan.verify() {
+            Err(PlanError::Race { what, .. }) => assert_eq!(what, missing),
+            other => panic!("without the edges after {missing}: {other:?}"),
+        }
+        assert_eq!(seeds_that_show(Some(edge)), 0, "ownership stands for the edges after {missing}");
+    }
+    for edge in [(is_compute as fn(Action) -> bool, is_gather as fn(Action) -> bool), (is_backward, is_reduce)] {
+        assert!(without(edge, slots, 2).0.verify().is_err(), "and those that a run shows are refused too");
+    }
+    // Computing, agreeing and updating share a queue, which orders them without these edges.
+    for edge in [(is_compute as fn(Action) -> bool, is_agree as fn(Action) -> bool), (is_agree, is_update)] {
+        let (plan, removed) = without(edge, slots, 2);
+        assert!(removed > 0 && plan.verify().is_ok());
+    }
+}
+
+/// Unit roundoff of f32.
+const ROUNDOFF: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// A bound on the relative error of a loss. Each logit is the end of at most 3·13 + 2·11 additions and multiplications in dot products,
+/// 2·13 + 13 in the mean squares of the norms and 20 in the elementwise functions, so it is off by at most 120 roundoffs of
+/// the terms that it sums, which are of the order of the logits. A loss moves by at most twice the error of its logits, and
+/// losses here (about ln 19 ≈ 3) are larger than twice the logits' errors are wide.
+const LOSS_BOUND: f64 = 130.0 * ROUNDOFF;
+
+/// A bound on the relative error of norms: backward doubles the length of the chain, and squaring doubles the error again.
+const NORM_BOUND: f64 = 4.0 * LOSS_BOUND;
+
+/// A bound on the error of a master weight after three steps. A clipped gradient's elements are below 0.5, and off by 2·LOSS_BOUND of
+/// that: δ. Adam's quotient m/(√v + ε) changes by at most (1 + |m|/√v)·δ/ε ≤ 2.2·δ/ε: both m and √v are weighted means of the
+/// gradients, the weights of which differ by less than a fifth in three steps. Each step adds lr of that; a factor of two leaves
+/// room for what earlier errors do to later gradients.
+fn weight_bound() -> f64 {
+    let delta = 0.5 * 2.0 * LOSS_BOUND;
+    2.0 * 3.0 * f64::from(ADAMW.lr) * 2.2 * delta / f64::from(ADAMW.epsilon)
+}
+
+fn near(what: &str, ours: f64, theirs: f64, relative: f64) {
+    let error = (ours - theirs).abs() / theirs.abs();
+    assert!(error <= relative, "{what}: {ours} and {theirs} differ by {error:.1e} of it, bound {relative:.1e}");
+}
+
+#[test]
+fn every_world_agrees_with_training_in_f64() {
+    // No world divides the micro-batches of the first step, nor do they have equally many tokens.
+    let schedule = Schedule(vec![vec![3, 1, 4, 2, 5], vec![2, 6, 1], vec![5, 3, 8, 1]]);
+    let mut reference = Reference::new(0.5);
+    let steps: Vec<_> = (0..schedule.0.len())
+        .map(|step| {
+            let micro_batches = 0..schedule.0[step].len();
+            reference.step(&micro_batches.map(|index| schedule.samples(step, index)).collect::<Vec<_>>())
+        })
+        .collect();
+    let initial = Reference::new(0.5);
+    for world in WORLDS {
+        for gather in GATHERS {
+            let training = must_train(&Setup::new(world).gather(gather), &schedule);
+            for (step, (ours, theirs)) in training.reports.iter().zip(&steps).enumerate() {
+                let named = |what: &str| format!("{what} of step {step} at world {world}");
+                assert_eq!(ours.tokens, theirs.tokens, "{}", named("tokens"));
+                near(&named("loss sum"), ours.loss_sum, theirs.loss_sum, LOSS_BOUND);
+                near(&named("square norm"), ours.square_norm, theirs.square_norm, NORM_BOUND);
+                near(&named("group norms"), ours.group_square_norms, theirs.group_square_norms, NORM_BOUND);
+                let norm = theirs.square_norm.sqrt() / theirs.tokens;
+                near(&named("mean gradient's norm"), ours.gradient_norm, norm, NORM_BOUND);
+                assert!(norm > 0.5, "the limit of the norm is reached");
+                assert_eq!(ours.requests, [world as f64, (world * (world - 1) / 2) as f64], "{}", named("requests"));
+            }
+            let mut moved = 0.0f64;
+            for (unit, state) in training.states.iter().enumerate() {
+                let elements = state.master.iter().zip(&reference.master[unit]).zip(&initial.master[unit]);
+                for ((&ours, &theirs), &first) in elements {
+                    let error = (f64::from(ours) - theirs).abs();
+                    assert!(error <= weight_bound(), "a weight of unit {unit} at world {world} is off by {error:.1e}");
+                    moved = moved.max((theirs - first).abs());
+                }
+            }
+            assert!(moved > 100.0 * weight_bound(), "weights move by {moved:.1e}, much more than the bound");
+        }
+    }
+}
+
+#[test]
+fn statistics_equal_brute_force() {
+    // (DESIGN: a group is a micro-batch of a rank.) The loss, too, is that of the parameters before the update.
+    let schedule = Schedule(vec![vec![1, 8, 2, 5, 3, 7, 4]]);
+    let micro_batches: Vec<Range<u64>> = (0..7).map(|index| schedule.samples(0, index)).collect();
+    let brute = Reference::new(0.5).step(&micro_batches);
+    // Another grouping of the same samples would give another number, by far more than the bound.
+    let whole = Reference::new(0.5).step(&[0..30]);
+    near("the same gradient", whole.square_norm, brute.square_norm, 1e-8);
+    assert!((whole.group_square_norms / brute.group_square_norms - 1.0).abs() > 0.1, "{whole:?}, {brute:?}");
+    for world in WORLDS {
+        for host in [Host::Cpu, Host::Lazy(7)] {
+            let report = must_train(&Setup::new(world).host(host), &schedule).reports.remove(0);
+            assert_eq!(report.tokens, 30.0);
+            near("loss sum", report.loss_sum, brute.loss_sum, 1e-5);
+            near("square norm", report.square_norm, brute.square_norm, 1e-5);
+            near("group square norms", report.group_square_norms, brute.group_square_norms, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn a_step_makes_the_plans_collectives_and_no_more() {
+    for world in WORLDS {
+        for gather in GATHERS {
+            for (prefetch, slots) in depths() {
+                let setup = Setup::new(world).gather(gather).slots(prefetch, slots);
+                ranks(&setup, |mut rank: Rank| {
+                    let schedule = Schedule::uneven(world, 2);
+                    let planned = rank.engine.plan(2).collectives();
+                    for step in 0..2 {
+                        let report = rank.step(&schedule, step).unwrap();
+                        assert_eq!(report.operations, planned as u64, "{setup:?}");
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Ways to leave the plan of a step of one round.
+#[derive(Clone, Copy, Debug)]
+enum Mistake {
+    WrongUnit,
+    WrongPass,
+    MissingBackward,
+    TooManyRounds,
+    DroppedStep,
+}
+
+impl Mistake {
+    /// Makes it, and returns the error.
+    fn make(self, rank: &mut Rank) -> Error {
+        let mut step = rank.engine.begin(1).expect("nothing is wrong yet");
+        let off_plan = match self {
+            Mistake::WrongUnit => step.forward(1).err(),
+            Mistake::WrongPass => step.backward(0).err(),
+            Mistake::MissingBackward => {
+                (0..UNITS).for_each(|unit| drop(step.forward(unit).unwrap()));
+                (1..UNITS).rev().for_each(|unit| drop(step.backward(unit).unwrap()));
+                return step.finish(ADAMW, &[]).expect_err("unit 0 has no gradient");
+            }
+            Mistake::TooManyRounds => {
+                step.idle_round().unwrap();
+                step.idle_round().err()
+            }
+            Mistake::DroppedStep => {
+                drop(step.forward(0).unwrap());
+                drop(step);
+                assert!(matches!(rank.engine.state(0), Err(Error::OffPlan { .. })), "nor can a checkpoint be taken");
+                rank.engine.begin(1).err()
+            }
+        };
+        off_plan.expect("this is not the plan")
+    }
+}
+
+#[test]
+fn leaving_the_plan_is_an_error_here_and_names_this_rank_everywhere_else() {
+    use Mistake::*;
+    for mistake in [WrongUnit, WrongPass, MissingBackward, TooManyRounds, DroppedStep] {
+        for gather in GATHERS {
+            for host in [Host::Cpu, Host::Lazy(3)] {
+                let setup = Setup::new(3).gather(gather).host(host);
+                let errors = ranks(&setup, |mut rank| match rank.rank() {
+                    1 => mistake.make(&mut rank),
+                    _ => rank.step(&Schedule::uneven(3, 1), 0).expect_err("rank 1 is missing"),
+                });
+                for (rank, error) in errors.into_iter().enumerate() {
+                    match error {
+                        Error::OffPlan { .. } if rank == 1 => {}
+                        Error::Collective(CollectiveError::PeerLost { rank: 1, .. }) if rank != 1 => {}
+                        error => panic!("{mistake:?}, rank {rank} of {setup:?}: {error}"),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Runs steps 0 and 1 of `schedule`, and between them step 1 once more with `values` in the gradients of `culprits`.
+fn train_with_values(setup: &Setup, schedule: &Schedule, culprits: &[usize], values: &[f32]) -> Training {
+    let ranks = ranks(setup, |mut rank: Rank| {
+        let number = rank.rank();
+        let first = rank.step(schedule, 0).unwrap();
+        let before = rank.states().unwrap();
+        let error = rank.step_with(schedule, 1, |round, unit, pass| {
+            if round == 0 && unit == 2 && culprits.contains(&number) {
+                let gradient = pass.gradients.tensor(1).slice(40..40 + values.len());
+                pass.queue.upload(gradient, values);
+            }
+            Ok(())
+        });
+        match error {
+            Err(Error::NonFinite { step: 2, count }) => assert_eq!(count, values.len() as u64),
+            other => panic!("rank {number}: {other:?}"),
+        }
+        assert_eq!(rank.engine.updates(), 1);
+        assert_eq!(rank.states().unwrap(), before, "no parameter is changed");
+        let second = rank.step(schedule, 1).unwrap();
+        let states = rank.states().unwrap();
+        (vec![first, second], states, rank.evaluate(1000..1005).unwrap())
+    });
+    let reports = ranks[0].0.clone();
+    assert!(ranks.iter().all(|rank| rank.0.iter().zip(&reports).all(|(one, other)| bits_of(one) == bits_of(other))));
+    Training { reports, states: joined(&ranks, |rank| &rank.1), evaluation: ranks[0].2 }
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_stops_every_rank_and_changes_nothing() {
+    for gather in GATHERS {
+        for host in [Host::Cpu, Host::Lazy(4)] {
+            let setup = Setup::new(3).gather(gather).host(host);
+            let schedule = Schedule::uneven(3, 2);
+            let expected = must_train(&setup, &schedule);
+            for (culprits, values) in [
+                (&[1][..], &[f32::NAN, f32::INFINITY][..]),
+                // Finite on each rank, infinite in the sum.
+                (&[0, 2], &[3e38]),
+                (&[0, 1, 2], &[f32::NEG_INFINITY]),
+            ] {
+                let training = train_with_values(&setup, &schedule, culprits, values);
+                assert_eq!(training.difference(&expected), None, "training goes on, {values:?} in {setup:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn evaluation_between_steps_changes_no_bit() {
+    for gather in GATHERS {
+        for host in [Host::Cpu, Host::Lazy(5)] {
+            let setup = Setup::new(3).gather(gather).host(host);
+            let schedule = Schedule::uneven(3, 2);
+            let expected = must_train(&setup, &schedule);
+            let ranks = ranks(&setup, |mut rank: Rank| {
+                let before = rank.evaluate(1000..1005).unwrap();
+                let first = rank.step(&schedule, 0).unwrap();
+                assert!(rank.evaluate(1000..1005).unwrap() < before, "a step has been learnt from");
+                let second = rank.step(&schedule, 1).unwrap();
+                let states = rank.states().unwrap();
+                (vec![first, second], states, rank.evaluate(1000..1005).unwrap())
+            });
+            let states = joined(&ranks, |rank| &rank.1);
+            let training = Training { reports: ranks[0].0.clone(), states, evaluation: ranks[0].2 };
+            assert_eq!(training.difference(&expected), None, "{setup:?}");
+        }
+    }
+}
+
+#[test]
+fn tensors_straddle_ranks_and_shards_end_in_padding() {
+    for world in &WORLDS[1..] {
+        let layout = pillion_runtime::Layout::new(&mlp::units(), *world);
+        let straddles = |unit: usize| {
+            let pieces: usize = (0..*world).map(|rank| layout.pieces(unit, rank).count()).sum();
+            pieces > layout.units[unit].tensors.len()
+        };
+        assert!((0..=HEAD).all(straddles), "the model tests what it is for at world {world}");
+        assert!(layout.units.iter().all(|unit| unit.padded > unit.len));
+    }
+}

@@ -1,0 +1,256 @@
+//! The model, engine and optimizer against independent references: golden files from Hugging Face and PyTorch, and finite
+//! differences of a forward pass in f64.
+
+use std::sync::Arc;
+
+use pillion_collectives::{Communicator, Launch, Options};
+use pillion_kernels::{AdamW, Cpu, DType, Device, LazyCpu};
+use pillion_llama::config::Config;
+use pillion_llama::model::Model;
+use pillion_runtime::{Engine, Gather, Layout, Policy};
+use pillion_tests::golden::Golden;
+use pillion_tests::reference::{self, Parameters};
+
+/// Required of every tensor: ‖a − b‖ / ‖b‖. Rounding explains about 1e-6 (each golden file states its own distance from f64).
+const TOLERANCE: f64 = 1e-4;
+
+fn config(golden: &Golden) -> Config {
+    let shape = golden.config();
+    Config {
+        vocab_size: shape.vocab,
+        hidden_size: shape.width,
+        intermediate_size: shape.ffn,
+        num_hidden_layers: shape.layers,
+        num_attention_heads: shape.heads,
+        num_key_value_heads: shape.kv_heads,
+        rms_norm_eps: shape.norm_epsilon as f32,
+        rope_theta: shape.rope_theta,
+    }
+}
+
+fn distance(ours: impl IntoIterator<Item = f64>, theirs: impl IntoIterator<Item = f64>) -> f64 {
+    let (mut difference, mut norm, mut count) = (0.0, 0.0, 0);
+    let mut theirs = theirs.into_iter();
+    for ours in ours {
+        let theirs = theirs.next().expect("as many values");
+        difference += (ours - theirs) * (ours - theirs);
+        norm += theirs * theirs;
+        count += 1;
+    }
+    assert!(theirs.next().is_none() && count > 0 && norm > 0.0, "tensors have one shape and are not zero");
+    (difference / norm).sqrt()
+}
+
+/// What a rank has after some steps: by tensor, master weights, first and second moment of the part that it owns.
+#[derive(Default)]
+struct Result {
+    logits: Vec<f32>,
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    /// (tensor, first element, [master, m, v]).
+    pieces: Vec<(String, usize, [Vec<f32>; 3])>,
+}
+
+struct Batch {
+    tokens: Vec<u32>,
+    targets: Vec<u32>,
+    batch: usize,
+    seq: usize,
+}
+
+impl Batch {
+    fn of(golden: &Golden, suffix: &str) -> Batch {
+        let shape = golden.shape(&format!("tokens{suffix}"));
+        Batch {
+            tokens: golden.tokens(&format!("tokens{suffix}")),
+            targets: golden.tokens(&format!("targets{suffix}")),
+            batch: shape[0],
+            seq: shape[1],
+        }
+    }
+}
+
+/// Trains on `batches`, one a step, each sequence a micro-batch of its own dealt to the ranks in turn.
+fn train(
+    config: &Config,
+    parameters: &Parameters,
+    world: usize,
+    device: fn() -> Arc<dyn Device>,
+    policy: Policy,
+    batches: &[Batch],
+    settings: AdamW,
+) -> Vec<Result> {
+    std::thread::scope(|scope| {
+        let ranks = Launch::threads(world).into_iter().map(|launch| {
+            scope.spawn(move || {
+                let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
+                let device = device();
+                let layout = Layout::new(&config.units(), world);
+                let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
+                engine.initialize(|name, _, index| parameters[name][index] as f32).unwrap();
+                let seq = batches[0].seq;
+                let mut model = Model::new(&*device, config, 1, seq).unwrap();
+                let mut result = Result::default();
+                for sequence in batches[0].tokens.chunks_exact(seq) {
+                    let mut step = engine.begin_evaluation(1).unwrap();
+                    result.logits.extend(model.logits(&mut step, sequence).unwrap());
+                    step.end().unwrap();
+                }
+                for batch in batches {
+                    let rounds = batch.batch.div_ceil(world);
+                    let mut step = engine.begin(rounds).unwrap();
+                    for round in 0..rounds {
+                        let index = round * world + launch.rank;
+                        if index >= batch.batch {
+                            step.idle_round().unwrap();
+                            continue;
+                        }
+                        let rows = index * seq..(index + 1) * seq;
+                        model.train(&mut step, &batch.tokens[rows.clone()], &batch.targets[rows]).unwrap();
+                    }
+                    let report = step.finish(settings, &[]).unwrap();
+                    result.losses.push(report.loss_sum / report.tokens);
+                    result.norms.push(report.gradient_norm);
+                }
+                let layout = engine.layout().clone();
+                for (index, unit) in layout.units.iter().enumerate() {
+                    let state = engine.state(index).unwrap();
+                    for piece in layout.pieces(index, launch.rank) {
+                        let part = |values: &[f32]| values[piece.in_shard.clone()].to_vec();
+                        let name = unit.tensors[piece.tensor].name.clone();
+                        let parts = [part(&state.master), part(&state.m), part(&state.v)];
+                        result.pieces.push((name, piece.in_tensor.start, parts));
+                    }
+                }
+                result
+            })
+        });
+        let ranks: Vec<_> = ranks.collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// Whole tensors from all ranks' pieces: `which` is 0 for master weights, 1 and 2 for the moments.
+fn assembled(results: &[Result], like: &Parameters, which: usize) -> Parameters {
+    let mut tensors: Parameters =
+        like.iter().map(|(name, values)| (name.clone(), vec![f64::NAN; values.len()])).collect();
+    for (name, start, parts) in results.iter().flat_map(|result| &result.pieces) {
+        let tensor = tensors.get_mut(name).unwrap_or_else(|| panic!("the golden file has no {name}"));
+        for (out, &value) in tensor[*start..].iter_mut().zip(&parts[which]) {
+            *out = f64::from(value);
+        }
+    }
+    tensors
+}
+
+fn assert_close(what: &str, ours: &Parameters, theirs: &Parameters, tolerance: f64) {
+    for (name, theirs) in theirs {
+        let distance = distance(ours[name].iter().copied(), theirs.iter().copied());
+        assert!(distance < tolerance, "{what} of {name}: {distance:e}");
+    }
+}
+
+fn cpu() -> Arc<dyn Device> {
+    Arc::new(Cpu)
+}
+
+fn lazy_cpu() -> Arc<dyn Device> {
+    Arc::new(LazyCpu::new(3))
+}
+
+fn policy(clip: Option<f64>) -> Policy {
+    Policy { clip, ..Policy::default() }
+}
+
+/// With β₁ = 0 the first moment is the mean gradient itself.
+const GRADIENT: AdamW =
+    AdamW { lr: 0.0, beta1: 0.0, beta2: 0.0, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
+
+#[test]
+fn logits_loss_and_every_gradient_match_hugging_face() {
+    for name in ["mha", "gqa"] {
+        let golden = Golden::load(name);
+        let parameters = golden.by_parameter("param");
+        let batch = Batch::of(&golden, "");
+        for (world, device) in [(1, cpu as fn() -> Arc<dyn Device>), (2, cpu), (3, cpu), (2, lazy_cpu)] {
+            let batches = std::slice::from_ref(&batch);
+            let results = train(&config(&golden), &parameters, world, device, policy(None), batches, GRADIENT);
+            for result in &results {
+                let logits = distance(
+                    result.logits.iter().map(|&x| f64::from(x)),
+                    golden.f32("logits").into_iter().map(f64::from),
+                );
+                assert!(logits < TOLERANCE, "{name} at world {world}: logits {logits:e}");
+                let loss = f64::from(golden.f32("loss")[0]);
+                assert!((result.losses[0] - loss).abs() < TOLERANCE * loss, "{} against {loss}", result.losses[0]);
+            }
+            let gradients = golden.by_parameter("grad");
+            assert_close("gradient", &assembled(&results, &gradients, 1), &gradients, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn bf16_weights_move_the_gradient_by_their_rounding_alone() {
+    let golden = Golden::load("mha");
+    let parameters = golden.by_parameter("param");
+    // Rounded before the start, so that rounding them again changes nothing: the results must be those of f32.
+    let bf16 = |x: f64| f64::from(f32::from_bits(((x as f32).to_bits() + 0x8000) & 0xffff_0000));
+    let rounded: Parameters =
+        parameters.iter().map(|(name, values)| (name.clone(), values.iter().map(|&x| bf16(x)).collect())).collect();
+    let batches = [Batch::of(&golden, "")];
+    let run = |weights, gather| {
+        let policy = Policy { weights, gather, ..policy(None) };
+        let results = train(&config(&golden), &rounded, 2, cpu, policy, &batches, GRADIENT);
+        (results[0].losses.clone(), assembled(&results, &rounded, 1))
+    };
+    let f32 = run(DType::F32, Gather::Window);
+    assert_eq!(run(DType::Bf16, Gather::Window), f32);
+    assert_eq!(run(DType::Bf16, Gather::Copy), f32);
+}
+
+#[test]
+fn three_clipped_adamw_steps_match_pytorch() {
+    let (start, golden) = (Golden::load("mha"), Golden::load("adamw"));
+    let parameters = start.by_parameter("param");
+    let batches: Vec<Batch> = (0..3).map(|step| Batch::of(&golden, &format!(".{step}"))).collect();
+    let settings =
+        AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 0, gradient_scale: 0.0 };
+    for world in [1, 2, 4] {
+        let results = train(&config(&start), &parameters, world, cpu, policy(Some(1.0)), &batches, settings);
+        for step in 0..3 {
+            for (what, ours) in [("loss", results[0].losses[step]), ("norm", results[0].norms[step])] {
+                let theirs = f64::from(golden.f32(&format!("{what}.{step}"))[0]);
+                assert!((ours - theirs).abs() < TOLERANCE * theirs, "{what} of step {step}: {ours} against {theirs}");
+            }
+        }
+        for (which, kind) in ["param", "exp_avg", "exp_avg_sq"].into_iter().enumerate() {
+            let theirs = golden.by_parameter(kind);
+            assert_close(kind, &assembled(&results, &theirs, which), &theirs, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn gradients_are_the_slopes_of_the_loss_in_f64() {
+    let golden = Golden::load("gqa");
+    let shape = golden.config();
+    let parameters = golden.by_parameter("param");
+    let batch = Batch::of(&golden, "");
+    let batches = std::slice::from_ref(&batch);
+    let results = train(&config(&golden), &parameters, 2, cpu, policy(None), batches, GRADIENT);
+    let gradients = assembled(&results, &parameters, 1);
+    // Along each tensor alone, in the direction of our own gradient: there the slope is its norm, the largest there is, so that an error
+    // in any element shows.
+    for (name, gradient) in &gradients {
+        let norm = gradient.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let direction = |tensor: &String, values: &Vec<f64>| {
+            let unit = |index: usize| if tensor == name { gradient[index] / norm } else { 0.0 };
+            (tensor.clone(), (0..values.len()).map(unit).collect())
+        };
+        let direction: Parameters = parameters.iter().map(|(tensor, values)| direction(tensor, values)).collect();
+        let Batch { tokens, targets, batch, seq } = &batch;
+        let slope = reference::finite_difference(&shape, &parameters, tokens, targets, *batch, *seq, &direction, 1e-5);
+        assert!((slope - norm).abs() < TOLERANCE * norm, "{name}: slope {slope}, gradient's norm {norm}");
+    }
+}
