@@ -330,10 +330,10 @@ impl Drop for Job {
     }
 }
 
-/// A line on stderr; a closed stderr must not bring the launcher down.
+/// A line on stderr, in one piece, since ranks write there too; a closed stderr must not bring the launcher down.
 fn say(line: &str) {
     use io::Write;
-    let _ = writeln!(io::stderr(), "pillion: {line}");
+    let _ = io::stderr().write_all(format!("pillion: {line}\n").as_bytes());
 }
 
 fn system(action: &'static str) -> impl Fn(io::Error) -> LaunchError {

@@ -23,6 +23,8 @@ pub mod train;
 pub use error::Error;
 pub use generate::generate;
 
+use std::io::Write;
+
 use settings::{Cli, Command};
 
 /// Runs the program with its arguments, the first of which is its name; returns the exit code: 0 when done, 1 after a failure, 2 for
@@ -46,7 +48,13 @@ pub fn main(arguments: &[String]) -> i32 {
         Command::Plan(settings) => commands::plan(settings),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("pillion: {error}");
+        complain(&error);
         error.code()
     })
+}
+
+/// A line on stderr, in one piece: ranks that fail at the same moment write to the same terminal.
+fn complain(what: impl std::fmt::Display) {
+    // There is nobody to tell that stderr is closed.
+    let _ = std::io::stderr().write_all(format!("pillion: {what}\n").as_bytes());
 }

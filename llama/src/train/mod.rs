@@ -17,8 +17,8 @@ use pillion_collectives::launch::Source;
 use pillion_collectives::{Launch, launcher};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::Error;
 use crate::settings::{LaunchKind, TrainArgs};
+use crate::{Error, complain};
 
 pub(crate) use plan_table::{plan_table, slots};
 use recipe::Recipe;
@@ -87,12 +87,11 @@ fn exit_code(launch: &Launch, result: Result<Ended, Error>) -> i32 {
         Ok(Ended::Interrupted) => launcher::EXIT_INTERRUPTED,
         Err(error) => {
             let rank = launch.rank;
-            if error.is_of_one_rank() && launch.world > 1 {
-                eprintln!("pillion: rank {rank}: {error}");
-            } else if rank == 0 {
-                eprintln!("pillion: {error}");
-            } else if !error.is_everywhere() {
-                eprintln!("pillion: rank {rank}: {error}");
+            let is_one_of_many = rank > 0 || (error.is_of_one_rank() && launch.world > 1);
+            if is_one_of_many && (error.is_of_one_rank() || !error.is_everywhere()) {
+                complain(format_args!("rank {rank}: {error}"));
+            } else if !is_one_of_many {
+                complain(&error);
             }
             error.code()
         }
