@@ -107,20 +107,42 @@ pub(crate) fn same_data(path: &Path, theirs: &Progress, data: &str) -> Result<()
     )))
 }
 
-/// Makes the run's folder; an earlier run in it is moved aside unless it is resumed. Returns where that went.
-pub(crate) fn prepare_folder(out: &Path, resumed: bool) -> Result<Option<PathBuf>, Error> {
-    let fail = |path: &Path, error: std::io::Error| {
-        Error::file(path, format!("{error}: choose a folder that can be written, with --out DIR"))
-    };
+/// Where a run's token files are.
+fn tokens(out: &Path) -> PathBuf {
+    out.join("tokens")
+}
+
+/// Makes the folder of a run's token files, and returns it.
+pub(crate) fn make_tokens_folder(out: &Path) -> Result<PathBuf, Error> {
+    std::fs::create_dir_all(tokens(out)).map_err(|error| cannot_write(out, error))?;
+    Ok(tokens(out))
+}
+
+fn cannot_write(out: &Path, error: std::io::Error) -> Error {
+    Error::file(out, format!("{error}: choose a folder that can be written, with --out DIR"))
+}
+
+/// Makes the run's folder; an earlier run in it is moved aside, but for its tokens, unless the checkpoint to go on from is that
+/// run's. Returns where it went.
+pub(crate) fn prepare_folder(out: &Path, resume: Option<&Path>) -> Result<Option<PathBuf>, Error> {
+    let fail = |error| cannot_write(out, error);
+    let canonical = |path: &Path| path.canonicalize().ok();
+    let goes_on = resume.is_some_and(|resume| {
+        let parent = canonical(resume).and_then(|path| path.parent().map(Path::to_owned));
+        parent.is_some() && parent == canonical(&folder(out))
+    });
     let mut moved = None;
-    if !resumed && (out.join("metrics.jsonl").exists() || folder(out).exists()) {
+    if !goes_on && (out.join("metrics.jsonl").exists() || folder(out).exists()) {
+        // Without the link or the dots that `out` may be.
+        let out = out.canonicalize().map_err(fail)?;
         let name = out.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let free = (1..).map(|number| out.with_file_name(format!("{name}.{number}"))).find(|path| !path.exists());
         let aside = free.expect("numbers do not end");
-        std::fs::rename(out, &aside).map_err(|error| fail(out, error))?;
+        std::fs::rename(&out, &aside).map_err(fail)?;
+        std::fs::create_dir_all(&out).map_err(fail)?;
+        std::fs::rename(tokens(&aside), tokens(&out)).map_err(fail)?;
         moved = Some(aside);
     }
-    let checkpoints = folder(out);
-    std::fs::create_dir_all(&checkpoints).map_err(|error| fail(out, error))?;
+    std::fs::create_dir_all(folder(out)).map_err(fail)?;
     Ok(moved)
 }

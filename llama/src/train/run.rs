@@ -341,19 +341,20 @@ fn start(settings: &TrainArgs, world: usize) -> Result<Start, Error> {
     if let (Some(path), Some(saved)) = (&resume, &saved) {
         checkpoints::same_recipe(path, saved, &recipe)?;
     }
-    let moved = checkpoints::prepare_folder(&settings.out, resume.is_some())?;
-    said.iter().for_each(|line| println!("{line}"));
-    if let Some(aside) = moved {
-        println!("the earlier run in {} is now {}", settings.out.display(), aside.display());
-    }
-    let prepared = data::prepare(settings.data.as_deref(), &settings.out.join("tokens"))?;
-    println!("{}", prepared.summary);
-    // Here, so that what is wrong with them is said once.
+    // All that can be wrong is found here, so that it is said once, and before an earlier run is touched.
+    let prepared = data::prepare(settings.data.as_deref(), &checkpoints::make_tokens_folder(&settings.out)?)?;
     let fingerprint = fingerprint(&prepared.tokens);
     let dataset = Dataset::open(prepared.tokens, recipe.seq, recipe.seed)?;
     let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
     if let (Some(path), Some(saved)) = (&resume, &saved) {
         checkpoints::same_data(path, saved, &fingerprint)?;
+    }
+    said.iter().for_each(|line| println!("{line}"));
+    if let Some(aside) = checkpoints::prepare_folder(&settings.out, resume.as_deref())? {
+        println!("the earlier run in {} is now {}", settings.out.display(), aside.display());
+    }
+    println!("{}", prepared.summary);
+    if let (Some(path), Some(saved)) = (&resume, &saved) {
         println!("going on from {} after step {}", path.display(), saved.step);
     }
     Ok(Start { resume, recipe, tokens: dataset.tokens().path().to_owned(), validation_samples })
