@@ -134,7 +134,8 @@ pub(crate) fn prepare_folder(out: &Path, resume: Option<&Path>) -> Result<Option
     let mut moved = None;
     if !goes_on && (out.join("metrics.jsonl").exists() || folder(out).exists()) {
         // Without the link or the dots that `out` may be.
-        let out = out.canonicalize().map_err(fail)?;
+        let has_name = out.file_name().is_some() && !out.is_symlink();
+        let out = if has_name { out.to_owned() } else { out.canonicalize().map_err(fail)? };
         let name = out.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let free = (1..).map(|number| out.with_file_name(format!("{name}.{number}"))).find(|path| !path.exists());
         let aside = free.expect("numbers do not end");
