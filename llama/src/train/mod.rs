@@ -21,7 +21,6 @@ use crate::settings::{LaunchKind, TrainArgs};
 use crate::{Error, complain};
 
 pub(crate) use plan_table::{plan_table, slots};
-use recipe::Recipe;
 
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;
@@ -47,8 +46,6 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
     } else if nobody || settings.ranks.is_some() {
         let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
         launcher::check_ranks(ranks)?;
-        // Said once here, instead of by every rank.
-        Recipe::new(settings, ranks)?;
         return match settings.launch {
             LaunchKind::Processes if ranks > 1 => Ok(launcher::run_processes(ranks)?),
             _ => threads(settings, Launch::threads(ranks)),

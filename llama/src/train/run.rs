@@ -262,7 +262,7 @@ impl<'s> Run<'s> {
         validate(&mut self.engine, &mut self.model, &self.dataset, self.validation_samples, micro_batch)
     }
 
-    /// Saves, unless this step is saved already; returns where.
+    /// Saves; returns where.
     fn save(&mut self) -> Result<PathBuf, Error> {
         let progress = Progress {
             recipe: self.recipe.clone(),
