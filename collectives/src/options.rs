@@ -7,7 +7,7 @@ use crate::shm::control::Channel;
 /// Limits of a communicator, and faults that tests inject.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// An operation that waits longer fails with [`Error::Timeout`]. Default: 300 s.
+    /// An operation that waits longer fails with [`crate::Error::Timeout`]. Default: 300 s.
     pub timeout: Duration,
     /// Ranks that have not joined by then fail the start. Default: 60 s.
     pub startup_timeout: Duration,
