@@ -105,7 +105,10 @@ struct Ended {
 }
 
 fn start(ranks: &str, grace: Duration) -> Running {
-    start_as(Command::new(env::current_exe().unwrap()).args(ENTRY), ranks, grace)
+    // Signals that whoever runs the tests has ignored (nohup, a shell's background job) would stay ignored.
+    let mut command = Command::new("env");
+    command.arg("--default-signal").arg(env::current_exe().unwrap()).args(ENTRY);
+    start_as(&mut command, ranks, grace)
 }
 
 fn start_as(command: &mut Command, ranks: &str, grace: Duration) -> Running {

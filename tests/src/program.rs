@@ -89,7 +89,9 @@ impl Workplace {
 
     /// The program with these arguments, split at spaces; run in the folder.
     pub fn command(&self, arguments: &str) -> Command {
-        let mut command = Command::new(&self.program);
+        // Signals that whoever runs the tests has ignored (nohup, a shell's background job) would stay ignored.
+        let mut command = Command::new("env");
+        command.arg("--default-signal").arg(&self.program);
         command.args(arguments.split_whitespace());
         self.prepare(&mut command);
         command
