@@ -157,7 +157,7 @@ pub struct TrainArgs {
     #[arg(long, value_enum, default_value = "processes")]
     pub launch: LaunchKind,
     /// Samples to train on: the horizon of every schedule.
-    #[arg(long, value_name = "N", default_value_t = 6400)]
+    #[arg(long, value_name = "N", default_value_t = 5120)]
     pub samples: u64,
     /// Stop after this many steps, wherever the schedules are.
     #[arg(long, value_name = "N")]
