@@ -37,7 +37,7 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
     prompt.truncate(settings.prompt.len());
     let GenerateArgs { tokens, temperature, seed, .. } = *settings;
     let text = crate::generate::generate(&mut engine, &mut model, recipe.seq, &prompt, tokens, temperature, seed)?;
-    println!("{}{}", settings.prompt, String::from_utf8_lossy(&tokenizer::decode(&text)));
+    crate::print(format_args!("{}{}", settings.prompt, String::from_utf8_lossy(&tokenizer::decode(&text))));
     Ok(0)
 }
 
@@ -49,20 +49,23 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
     let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
     let policy = recipe::policy(&settings.policy, 1.0)?;
     let PlanArgs { ranks, seq, micro_batch, .. } = *settings;
-    let batch = settings.batch.unwrap_or(ranks as u64 * micro_batch);
-    if ranks == 0 || seq == 0 || micro_batch == 0 || batch == 0 || !batch.is_multiple_of(micro_batch) {
-        return Err(Error::Setting(format!(
-            "--ranks {ranks}, --seq {seq} and --micro-batch {micro_batch} must be at least 1, and --batch {batch} a multiple of \
-             --micro-batch"
-        )));
+    let sizes = [("--ranks", ranks as u64), ("--seq", seq as u64), ("--micro-batch", micro_batch)];
+    for (flag, value) in sizes.into_iter().chain(settings.batch.map(|batch| ("--batch", batch))) {
+        if !(1..=1 << 20).contains(&value) {
+            return Err(Error::Setting(format!("{flag} {value} is out of range: at least 1 and at most {}", 1 << 20)));
+        }
     }
-    println!("{}", train::plan_table(&model, &policy, ranks, seq, micro_batch, batch, "planned"));
+    let batch = settings.batch.unwrap_or(ranks as u64 * micro_batch);
+    if !batch.is_multiple_of(micro_batch) {
+        return Err(Error::Setting(format!("--batch {batch} is not a multiple of --micro-batch {micro_batch}")));
+    }
+    crate::print(train::plan_table(&model, &policy, ranks, seq, micro_batch, batch, "planned"));
     if settings.operations {
         let layout = Layout::new(&model.units(), ranks);
         let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64) as usize;
         let plan = Plan::step(train::slots(&layout, &policy), rounds);
         for (index, operation) in plan.operations.iter().enumerate() {
-            println!("{index:>5}  {:?} after {:?}", operation.action, operation.after);
+            crate::print(format_args!("{index:>5}  {:?} after {:?}", operation.action, operation.after));
         }
     }
     Ok(0)

@@ -53,6 +53,11 @@ pub fn main(arguments: &[String]) -> i32 {
     })
 }
 
+/// Prints a line on stdout. A reader that has gone (`| head`) or a full disk ends no training: what counts is in files.
+pub(crate) fn print(what: impl std::fmt::Display) {
+    let _ = std::io::stdout().write_all(format!("{what}\n").as_bytes());
+}
+
 /// A line on stderr, in one piece: ranks that fail at the same moment write to the same terminal.
 fn complain(what: impl std::fmt::Display) {
     // There is nobody to tell that stderr is closed.

@@ -2,5 +2,13 @@
 #![forbid(unsafe_code)]
 
 fn main() {
-    std::process::exit(pillion_llama::main(&std::env::args().collect::<Vec<String>>()));
+    let arguments: Result<Vec<String>, _> = std::env::args_os().map(|argument| argument.into_string()).collect();
+    let code = match arguments {
+        Ok(arguments) => pillion_llama::main(&arguments),
+        Err(argument) => {
+            eprintln!("pillion: the argument {} is not UTF-8", argument.display());
+            2
+        }
+    };
+    std::process::exit(code);
 }

@@ -173,3 +173,15 @@ fn a_resume_without_a_checkpoint_starts_at_the_beginning_and_says_so() {
     let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 1 --resume auto")).succeeded();
     assert!(ended.stdout.contains("no checkpoint in out: starting from the beginning"), "{ended}");
 }
+
+#[test]
+fn two_runs_at_once_do_not_share_a_folder() {
+    let place = Workplace::new(PROGRAM);
+    let first = place.start(&format!("train {TINY} --samples 1000000 --out shared"));
+    first.wait_for_step(&place, "shared", 1);
+    let second = format!("train {TINY} --samples 1000000 --steps 1 --out shared");
+    place.run(&second).refused(1, &["shared", "another run is writing here", "--out DIR"]);
+    first.signal(Signal::TERM);
+    assert_eq!(first.finish().code(), Some(75));
+    place.run(&second).succeeded();
+}

@@ -1,5 +1,6 @@
 //! What a run keeps besides its parameters, and how it goes on from there.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use pillion_abs::State as ControllerState;
@@ -66,7 +67,9 @@ pub(crate) fn newest(path: &Path) -> Result<(PathBuf, Progress), Error> {
         return Ok((path.to_owned(), progress(&checkpoint)?));
     }
     for folder in &candidates {
-        if let Some(checkpoint) = checkpoint::newest(folder)?.checkpoint {
+        let newest = checkpoint::newest(folder)?;
+        newest.skipped.iter().for_each(|why| crate::complain(format_args!("passed over a checkpoint: {why}")));
+        if let Some(checkpoint) = newest.checkpoint {
             return Ok((checkpoint.path.clone(), progress(&checkpoint)?));
         }
     }
@@ -112,6 +115,25 @@ fn tokens(out: &Path) -> PathBuf {
     out.join("tokens")
 }
 
+/// Claims a run's folder for this run until the file is dropped: two at once would mix what they write. The file lies beside the
+/// folder, which may be moved aside.
+pub(crate) fn lock(out: &Path) -> Result<File, Error> {
+    let out = out.canonicalize().map_err(|error| cannot_write(out, error))?;
+    let Some(name) = out.file_name() else {
+        return Err(Error::file(&out, "is no folder for a run: choose one with --out DIR"));
+    };
+    let path = out.with_file_name(format!(".{}.lock", name.to_string_lossy()));
+    let file = File::create(&path).map_err(|error| cannot_write(&out, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::file(
+            &out,
+            "another run is writing here: wait for its end, or choose another folder with --out DIR",
+        )),
+        Err(TryLockError::Error(error)) => Err(cannot_write(&out, error)),
+    }
+}
+
 /// Makes the folder of a run's token files, and returns it.
 pub(crate) fn make_tokens_folder(out: &Path) -> Result<PathBuf, Error> {
     std::fs::create_dir_all(tokens(out)).map_err(|error| cannot_write(out, error))?;
@@ -132,7 +154,8 @@ pub(crate) fn prepare_folder(out: &Path, resume: Option<&Path>) -> Result<Option
         parent.is_some() && parent == canonical(&folder(out))
     });
     let mut moved = None;
-    if !goes_on && (out.join("metrics.jsonl").exists() || folder(out).exists()) {
+    let has_run = out.join("metrics.jsonl").exists() || !checkpoint::list(&folder(out))?.is_empty();
+    if !goes_on && has_run {
         // Without the link or the dots that `out` may be.
         let has_name = out.file_name().is_some() && !out.is_symlink();
         let out = if has_name { out.to_owned() } else { out.canonicalize().map_err(fail)? };

@@ -43,6 +43,12 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
     let nobody = launch.source == Source::Single;
     if launch.source == Source::Local {
         launcher::bind_to_launcher()?;
+    } else if let (Some(ranks), false) = (settings.ranks, nobody || launch.world == 1) {
+        // Each of them would start a job of its own.
+        return Err(Error::Setting(format!(
+            "--ranks {ranks} asks for ranks of its own, but this is one of {} ranks started by {}: leave --ranks out",
+            launch.world, launch.source
+        )));
     } else if nobody || settings.ranks.is_some() {
         let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
         launcher::check_ranks(ranks)?;

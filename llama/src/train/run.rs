@@ -1,5 +1,6 @@
 //! The loop of one rank. Every decision is taken from numbers that are the same on every rank.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -53,6 +54,8 @@ struct Run<'s> {
     validation_samples: u64,
     /// On rank 0 alone.
     output: Option<Output>,
+    /// Keeps other runs out of the folder; on rank 0 alone.
+    _lock: Option<File>,
     inputs: Vec<u32>,
     targets: Vec<u32>,
 }
@@ -84,7 +87,9 @@ struct Start {
 impl<'s> Run<'s> {
     fn new(settings: &'s TrainArgs, launch: &Launch, communicator: Arc<Communicator>) -> Result<Run<'s>, Error> {
         let world = communicator.world();
-        let start = on_rank_zero(&communicator, || start(settings, world))?;
+        same_settings(settings, &communicator)?;
+        let mut lock = None;
+        let start = on_rank_zero(&communicator, || start(settings, world, &mut lock))?;
         let Start { resume, recipe, tokens, validation_samples } = start;
         let policy = recipe::policy(&settings.policy, settings.clip)?;
         let dataset = Dataset::open(TokenFile::open(&tokens)?, recipe.seq, recipe.seed)?;
@@ -92,7 +97,7 @@ impl<'s> Run<'s> {
             let batch = recipe.controller.base;
             let backend = format!("{}, shared memory", launch.source);
             let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend);
-            println!("{table}");
+            crate::print(table);
         }
         let device: Arc<dyn Device> = match settings.device {
             DeviceKind::Cpu => Arc::new(Cpu),
@@ -131,6 +136,7 @@ impl<'s> Run<'s> {
             progress,
             validation_samples,
             output,
+            _lock: lock,
             inputs: vec![0; tokens],
             targets: vec![0; tokens],
             recipe,
@@ -315,8 +321,20 @@ impl<'s> Run<'s> {
     }
 }
 
-/// What rank 0 does first: looks for a checkpoint, checks the settings, makes the folder, prepares the text.
-fn start(settings: &TrainArgs, world: usize) -> Result<Start, Error> {
+/// Checks that every rank was given the same settings: a launcher can start each with others.
+fn same_settings(settings: &TrainArgs, communicator: &Communicator) -> Result<(), Error> {
+    let digest = xxhash_rust::xxh3::xxh3_64(format!("{settings:?}").as_bytes());
+    let digests = communicator.all_gather_scalars(&[digest])?;
+    match digests.iter().position(|other| other != &digests[0]) {
+        None => Ok(()),
+        Some(rank) => {
+            Err(Error::Setting(format!("rank {rank} was given other settings than rank 0: give every rank the same")))
+        }
+    }
+}
+
+/// What rank 0 does first: looks for a checkpoint, checks the settings, claims the folder, prepares the text.
+fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>) -> Result<Start, Error> {
     let (resume, said) = checkpoints::find(settings)?;
     let saved = match &resume {
         None => None,
@@ -341,21 +359,23 @@ fn start(settings: &TrainArgs, world: usize) -> Result<Start, Error> {
     if let (Some(path), Some(saved)) = (&resume, &saved) {
         checkpoints::same_recipe(path, saved, &recipe)?;
     }
+    let tokens = checkpoints::make_tokens_folder(&settings.out)?;
+    *lock = Some(checkpoints::lock(&settings.out)?);
     // All that can be wrong is found here, so that it is said once, and before an earlier run is touched.
-    let prepared = data::prepare(settings.data.as_deref(), &checkpoints::make_tokens_folder(&settings.out)?)?;
+    let prepared = data::prepare(settings.data.as_deref(), &tokens)?;
     let fingerprint = fingerprint(&prepared.tokens);
     let dataset = Dataset::open(prepared.tokens, recipe.seq, recipe.seed)?;
     let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
     if let (Some(path), Some(saved)) = (&resume, &saved) {
         checkpoints::same_data(path, saved, &fingerprint)?;
     }
-    said.iter().for_each(|line| println!("{line}"));
+    said.iter().for_each(crate::print);
     if let Some(aside) = checkpoints::prepare_folder(&settings.out, resume.as_deref())? {
-        println!("the earlier run in {} is now {}", settings.out.display(), aside.display());
+        crate::print(format_args!("the earlier run in {} is now {}", settings.out.display(), aside.display()));
     }
-    println!("{}", prepared.summary);
+    crate::print(&prepared.summary);
     if let (Some(path), Some(saved)) = (&resume, &saved) {
-        println!("going on from {} after step {}", path.display(), saved.step);
+        crate::print(format_args!("going on from {} after step {}", path.display(), saved.step));
     }
     Ok(Start { resume, recipe, tokens: dataset.tokens().path().to_owned(), validation_samples })
 }

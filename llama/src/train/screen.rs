@@ -36,7 +36,7 @@ impl Screen {
 
     /// Prints anything above the bar.
     pub(crate) fn say(&self, text: impl std::fmt::Display) {
-        self.bar.suspend(|| println!("{text}"));
+        self.bar.suspend(|| crate::print(text));
     }
 
     /// Prints a step.
