@@ -1,0 +1,35 @@
+//! What carries bytes between hosts: point-to-point messages that never block.
+//!
+//! A wire belongs to the progress thread of one rank, which makes every call. Messages between the same two ranks with the same tag
+//! arrive in the order in which they were sent.
+
+use crate::Error;
+
+/// A message on its way. Its memory stays as it is until [`Wire::test`] has said that it is complete.
+#[derive(Debug)]
+pub(crate) struct Request(pub(crate) u64);
+
+/// Messages to and from the ranks of a communicator, counted as the communicator counts them.
+pub(crate) trait Wire {
+    /// Starts sending `len` bytes to rank `to`. Any length, 0 too.
+    ///
+    /// # Safety
+    /// The bytes stay readable and unchanged until [`Wire::test`] returns true for the request; if it never does, for ever.
+    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error>;
+
+    /// Starts receiving exactly `len` bytes from rank `from`. A message of another length is an error.
+    ///
+    /// # Safety
+    /// The bytes stay writable, and nobody else touches them, until [`Wire::test`] returns true for the request; if it never does,
+    /// for ever.
+    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error>;
+
+    /// Lets messages move, and says whether this one is complete. Not called again for a request once it has returned true.
+    fn test(&mut self, request: &Request) -> Result<bool, Error>;
+
+    /// Tells every other rank, as far as that is possible without waiting, that this one gives up.
+    fn abort(&mut self, reason: &str);
+
+    /// A rank that has given up, and its reason, if one has said so.
+    fn aborted(&mut self) -> Option<(usize, String)>;
+}
