@@ -84,7 +84,16 @@ impl Communicator {
     /// memory or a thread.
     pub fn connect(launch: &Launch, options: Options) -> Result<Communicator, Error> {
         let startup = options.startup_timeout;
-        let map = rendezvous::join(launch, startup)?;
+        let &Launch { rank, world, local_world, .. } = launch;
+        if local_world != world {
+            let reason = format!(
+                "only {local_world} of its {world} ranks are on this host, and this build joins ranks of one host: start all ranks \
+                 on one host, or build with `--features mpi` and start with mpirun"
+            );
+            return Err(Error::Rendezvous { rank, world, job: launch.job.clone(), reason });
+        }
+        let place = rendezvous::Place { name: &launch.job, rank, world, global_rank: rank, global_world: world };
+        let map = rendezvous::join(&place, startup)?;
         let shared = Arc::new(Shared::new(map, launch.rank, options));
         let for_thread = shared.clone();
         let progress = std::thread::Builder::new()

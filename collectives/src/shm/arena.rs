@@ -7,13 +7,13 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::control::RankControl;
 use crate::Error;
 
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 const RESERVE_AT_ONCE: u64 = 256 << 20;
 /// Half of the addresses that x86-64 gives a process, in which each rank that is a thread maps everything once.
 const ADDRESSES: u64 = 1 << 46;
@@ -59,10 +59,15 @@ impl Shape {
     }
 }
 
-/// Makes the shared file.
+/// What nobody can do to the shared file any more: touching a page beyond its end would be a bus error.
+pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// Makes the shared file, whose size is final.
 pub(crate) fn create(shape: Shape) -> Result<OwnedFd, Error> {
-    let file = rustix::fs::memfd_create("pillion", MemfdFlags::CLOEXEC).map_err(Error::system("making a memfd"))?;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("pillion", flags).map_err(Error::system("making a memfd"))?;
     rustix::fs::ftruncate(&file, shape.total()).map_err(Error::system("sizing a memfd"))?;
+    rustix::fs::fcntl_add_seals(&file, SEALS).map_err(Error::system("sealing a memfd"))?;
     Ok(file)
 }
 
