@@ -25,8 +25,6 @@ use crate::shm::arena::Mapping;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// For tests that see the deadline pass.
 const SHORT: Duration = Duration::from_millis(300);
-/// A user that nobody is, by convention.
-const NOBODY: u32 = 65534;
 
 type Joined = JoinHandle<Result<Arc<Mapping>, String>>;
 
@@ -89,11 +87,16 @@ fn ask(stream: &UnixStream, pieces: &[&[u8]]) -> (Vec<u8>, Option<OwnedFd>) {
     (answer[..got].to_vec(), file)
 }
 
+/// Any user but this one.
+fn stranger() -> u32 {
+    rustix::process::geteuid().as_raw() + 1
+}
+
 /// Does something as another user; `None`, and a line that says so, where this user may not.
-fn as_nobody<R: Send>(action: impl FnOnce() -> R + Send) -> Option<R> {
-    let nobody = rustix::process::Uid::from_raw(NOBODY);
+fn as_stranger<R: Send>(action: impl FnOnce() -> R + Send) -> Option<R> {
+    let user = rustix::process::Uid::from_raw(stranger());
     let result = thread::scope(|scope| {
-        let thread = scope.spawn(|| set_thread_res_uid(nobody, nobody, nobody).ok().map(|()| action()));
+        let thread = scope.spawn(|| set_thread_res_uid(user, user, user).ok().map(|()| action()));
         thread.join().unwrap()
     });
     if result.is_none() {
@@ -146,9 +149,9 @@ fn whoever_is_turned_away_is_counted_in_the_error_at_the_deadline() {
     let silent = [dial(&job), dial(&job)];
     let unfinished = dial(&job);
     (&unfinished).write_all(&message(&[2])).unwrap();
-    let stranger = as_nobody(|| ask(&dial(&job), &[&message(&[2, 3])]));
-    let strangers = stranger.is_some();
-    assert!(stranger.is_none_or(|(answer, file)| answer.is_empty() && file.is_none()), "memory for a stranger");
+    let answered = as_stranger(|| ask(&dial(&job), &[&message(&[2, 3])]));
+    let strangers = answered.is_some();
+    assert!(answered.is_none_or(|(answer, file)| answer.is_empty() && file.is_none()), "memory for a stranger");
     let error = failure(zero);
     let expected = format!(
         "ranks [2] did not come: were they started on this host, with the same job id?; {} connections were refused: {}2 \
@@ -253,8 +256,8 @@ fn a_listener_that_says_nothing_or_accepts_nobody_is_named_at_the_deadline() {
 #[test]
 fn another_user_that_holds_the_name_is_named_and_given_time_to_leave() {
     let job = fresh();
-    let Some(listener) = as_nobody(|| UnixListener::bind_addr(&address(&job)).unwrap()) else { return };
-    let holder = format!("process {} of user {NOBODY}", std::process::id());
+    let Some(listener) = as_stranger(|| UnixListener::bind_addr(&address(&job)).unwrap()) else { return };
+    let holder = format!("process {} of user {}", std::process::id(), stranger());
     let error = failure(start(&job, 0, 2, SHORT));
     assert!(error.ends_with(&format!("{holder} has taken this job's name: give the job another id")), "{error}");
     let error = failure(start(&job, 1, 2, SHORT));
