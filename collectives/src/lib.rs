@@ -8,19 +8,24 @@
 //! in place. Reductions run in order of rank and round once, so a result has the same bits in every run.
 
 mod algorithms;
+mod call;
 mod communicator;
 mod error;
 pub mod launch;
 pub mod launcher;
+mod operations;
 mod options;
 mod pending;
 mod shm;
 mod window;
+mod wire;
 
-pub use communicator::{Communicator, Reduce, Reduction, Traffic};
+pub use communicator::{Communicator, Traffic};
 pub use error::Error;
 pub use launch::Launch;
-pub use options::Options;
+pub use operations::{Reduce, Sideband, Start};
+pub use options::{Backend, Options};
 pub use pending::Pending;
+pub use pillion_kernels::cpu::reduce::Reduction;
 pub use shm::arena::available_memory;
 pub use window::Window;
