@@ -11,6 +11,7 @@ mod algorithms;
 mod call;
 mod communicator;
 mod error;
+mod join;
 pub mod launch;
 pub mod launcher;
 mod operations;

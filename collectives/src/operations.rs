@@ -58,7 +58,8 @@ impl Communicator {
     /// output\[p·n..\] = the shard of rank p. `shard: [n]`, unchanged; `output: [≥ world · n]`, same type, unchanged beyond.
     pub fn all_gather(&self, shard: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
         self.check("all-gather", &shard, &output, output.len() >= self.world() * shard.len());
-        let operation = algorithms::all_gather(&self.shared.hosts, operands(Some(&shard), Some(&output)), shard.len());
+        let operation =
+            algorithms::all_gather(&self.shared.hosts, self.rank(), operands(Some(&shard), Some(&output)), shard.len());
         self.submit(Box::new(operation), Channel::Gather, start.into(), (shard, output))
     }
 
@@ -67,7 +68,7 @@ impl Communicator {
         let chunk = self.chunk_of(&buffer);
         let mut operands = operands(None, Some(&buffer));
         operands.input = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
-        let operation = algorithms::all_gather(&self.shared.hosts, operands, chunk);
+        let operation = algorithms::all_gather(&self.shared.hosts, self.rank(), operands, chunk);
         self.submit(Box::new(operation), Channel::Gather, start.into(), buffer)
     }
 
@@ -77,7 +78,7 @@ impl Communicator {
     /// When the window is gathered already.
     pub fn gather_window(&self, mut window: Window, start: impl Into<Start>) -> Pending<Window> {
         window.begin_gather(&self.shared);
-        let collective = GatherWindow { count: window.len(), place: window.place() };
+        let collective = GatherWindow::new(window.span(), window.place(), self.rank(), self.world());
         self.submit(Box::new(collective), Channel::Gather, start.into(), window)
     }
 
@@ -122,7 +123,7 @@ impl Communicator {
     pub fn all_reduce(&self, buffer: Buffer, reduction: Reduction, start: impl Into<Start>) -> Pending<Buffer> {
         let combination = self.combination(reduction, &buffer, &buffer);
         let operands = operands(Some(&buffer), Some(&buffer));
-        let operation = algorithms::all_reduce(&self.shared.hosts, operands, buffer.len(), combination);
+        let operation = algorithms::all_reduce(&self.shared.hosts, self.rank(), operands, buffer.len(), combination);
         self.submit(Box::new(operation), Channel::Reduce, start.into(), buffer)
     }
 
@@ -137,7 +138,7 @@ impl Communicator {
         let combination = self.combination(reduction, &input, &output);
         assert!(input.len() == output.len(), "an all-reduce of {input:?} into {output:?}");
         let operands = operands(Some(&input), Some(&output));
-        let operation = algorithms::all_reduce(&self.shared.hosts, operands, input.len(), combination);
+        let operation = algorithms::all_reduce(&self.shared.hosts, self.rank(), operands, input.len(), combination);
         self.submit(Box::new(operation), Channel::Reduce, start.into(), (input, output))
     }
 
@@ -257,7 +258,7 @@ impl Communicator {
     fn exchange_scalars(&self, values: &[u64], form: impl FnOnce(Flight) -> Flight) -> Result<Vec<Vec<u64>>, Error> {
         assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
         let gathered = Arc::new(Mutex::new(Vec::new()));
-        let collective = Scalars { values: values.to_vec(), gathered: gathered.clone() };
+        let collective = Scalars::new(values, gathered.clone());
         let outcome = Arc::new(Outcome::default());
         let flight = Flight::new(Box::new(collective), Channel::Control, Event::PAST, outcome.clone());
         self.shared.run_here(Channel::Control, form(flight));

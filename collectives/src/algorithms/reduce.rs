@@ -1,5 +1,7 @@
 //! Reduce in one pass: after one step rank r reads chunk r of all P inputs in place and stores their combination as chunk r of the
 //! root's output. A rank reads S and writes S/P: no root works alone, and P·S reads and S writes in all are the lower bound.
+//!
+//! Between hosts see [`super::wire_fold`].
 
 use super::folds::{Combination, Fold, Target};
 use super::operation::{Operands, Operation, Work};

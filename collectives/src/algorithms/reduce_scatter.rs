@@ -2,6 +2,8 @@
 //! reads S and writes S/P, the lower bound; nothing is staged between arenas, and each result is rounded once.
 //!
 //! The sideband travels in the header: no operation more, no buffer more.
+//!
+//! Between hosts see [`super::wire_fold`].
 
 use super::folds::{Combination, Fold, Target};
 use super::operation::{Operands, Operation, Sidebands, Work};

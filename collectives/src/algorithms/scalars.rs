@@ -1,10 +1,11 @@
-//! Scalars: each rank's values travel in its header, so one step shows all of them to everybody. Barriers and agreements are
-//! this with few values or none.
+//! Scalars: each rank's values travel in its header, so one step shows all of them to everybody on a host; the greeting carries them to the
+//! other hosts. Barriers and agreements are this with few values or none.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::transit::Greeting;
 use crate::Error;
 use crate::call::{Detail, Kind, call};
 use crate::shm::control::Call;
@@ -13,9 +14,16 @@ use crate::shm::place::Place;
 
 pub(crate) struct Scalars {
     /// At most as many values of this rank as a header holds.
-    pub(crate) values: Vec<u64>,
+    values: Vec<u64>,
     /// All ranks' values, in order of rank, once complete.
-    pub(crate) gathered: Arc<Mutex<Vec<u64>>>,
+    gathered: Arc<Mutex<Vec<u64>>>,
+    greeting: Option<Greeting>,
+}
+
+impl Scalars {
+    pub(crate) fn new(values: &[u64], gathered: Arc<Mutex<Vec<u64>>>) -> Scalars {
+        Scalars { values: values.to_vec(), gathered, greeting: None }
+    }
 }
 
 impl Collective for Scalars {
@@ -29,8 +37,25 @@ impl Collective for Scalars {
     }
 
     fn exchange(&mut self, _step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
-        let values = (0..peers.world()).flat_map(|rank| (0..self.values.len()).map(move |index| (rank, index)));
-        *self.gathered.lock() = values.map(|(rank, index)| peers.payload(rank, index)).collect();
+        let count = self.values.len();
+        let on_host = |peers: &Peers<'_>| -> Vec<u64> {
+            let values = (0..peers.world()).flat_map(|rank| (0..count).map(move |index| (rank, index)));
+            values.map(|(rank, index)| peers.payload(rank, index)).collect()
+        };
+        if !peers.shared.has_wire() {
+            *self.gathered.lock() = on_host(peers);
+            return Ok(Progress::Done);
+        }
+        if self.greeting.is_none() {
+            self.greeting = Some(Greeting::new(peers.call, false, on_host(peers)));
+        }
+        let greeting = self.greeting.as_mut().expect("made above");
+        if let Some(rank) = greeting.poll(peers)? {
+            return Ok(Progress::Waiting(rank));
+        }
+        let hosts = &peers.shared.hosts;
+        let of = |rank| &greeting.body(hosts.host(rank))[hosts.column(rank) * count..][..count];
+        *self.gathered.lock() = (0..hosts.world()).flat_map(of).copied().collect();
         Ok(Progress::Done)
     }
 

@@ -20,8 +20,9 @@ pub(super) const STAGE: u64 = 4 * PIECE as u64;
 pub(super) const HEAD: usize = 4;
 
 /// Which operand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum End {
+    #[default]
     Input,
     Output,
 }
@@ -99,7 +100,7 @@ impl Sides {
     /// When there are fewer than `count`, which would be a mistake of the algorithm.
     pub(super) fn own(&self, end: End, chunk: usize, at: usize, count: usize) -> *mut u8 {
         let span = self.side(end).span.as_ref().expect("an operand that this rank has");
-        let first = chunk * self.chunk + at;
+        let first = if count == 0 { 0 } else { chunk * self.chunk + at };
         assert!(first + count <= span.len(), "elements {first}..+{count} of an operand of {}", span.len());
         // SAFETY: inside the span, by the assertion.
         unsafe { span.address().as_ptr().add(first * self.side(end).width) }

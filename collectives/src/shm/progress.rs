@@ -41,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) mail: Mailroom,
     lanes: [Mutex<Lane>; CHANNELS],
     stages: [OnceLock<u64>; CHANNELS],
+    /// What reductions between hosts work in, kept from one to the next.
+    pub(crate) work: [Mutex<Vec<u64>>; CHANNELS],
     failure: Mutex<Option<Error>>,
     failed: AtomicBool,
     stopping: AtomicBool,
@@ -73,6 +75,24 @@ impl Hosts {
     pub(crate) fn column(&self, rank: usize) -> usize {
         let place = |host: &Vec<usize>| host.iter().position(|&other| other == rank);
         self.ranks.iter().find_map(place).expect("every rank is on a host")
+    }
+
+    /// Every rank of other hosts.
+    pub(crate) fn remote(&self) -> impl Iterator<Item = usize> {
+        let others = self.ranks.iter().enumerate().filter(|&(host, _)| host != self.own);
+        others.flat_map(|(_, ranks)| ranks.iter().copied())
+    }
+
+    /// The host of a rank.
+    pub(crate) fn host(&self, rank: usize) -> usize {
+        self.ranks.iter().position(|host| host.contains(&rank)).expect("every rank is on a host")
+    }
+
+    /// The ranks with this rank's place on the other hosts.
+    pub(crate) fn column_of(&self, rank: usize) -> impl Iterator<Item = usize> {
+        let place = self.column(rank);
+        let own = self.own;
+        self.ranks.iter().enumerate().filter(move |&(host, _)| host != own).map(move |(_, ranks)| ranks[place])
     }
 
     /// Number of ranks on all hosts.
@@ -110,6 +130,7 @@ impl Shared {
             options,
             lanes: Default::default(),
             stages: Default::default(),
+            work: Default::default(),
             failure: Mutex::new(None),
             failed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -381,22 +402,17 @@ impl Shared {
         turn
     }
 
-    /// The progress thread: declares the rank joined, drives its operations, and leaves in order once told to stop. `open` makes the
-    /// wire to other hosts, where there are any.
-    pub(crate) fn run(&self, open: impl FnOnce() -> Result<Option<Box<dyn Wire>>, Error>) {
+    /// The progress thread: declares the rank joined, drives its operations, and leaves in order once told to stop.
+    pub(crate) fn run(&self, mut wire: Option<Box<dyn Wire>>) {
         let control = self.control();
         // SAFETY: once per rank, on fresh memory, before the state says so; the mapping outlives this thread's use of it, being
         // held by `self`.
-        let begun = unsafe { control.life.begin() }.and_then(|()| open());
-        let mut wire = match begun {
-            Ok(wire) => wire,
-            Err(error) => {
-                control.write_reason(&error.to_string());
-                self.fail(error);
-                control.state.store(state::ABORTED, Ordering::Release);
-                return self.ring_everybody();
-            }
-        };
+        if let Err(error) = unsafe { control.life.begin() } {
+            control.write_reason(&error.to_string());
+            self.fail(error);
+            control.state.store(state::ABORTED, Ordering::Release);
+            return self.ring_everybody();
+        }
         self.publish_processors();
         control.state.store(state::JOINED, Ordering::Release);
         self.ring_everybody();
