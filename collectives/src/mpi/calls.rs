@@ -48,7 +48,7 @@ pub(super) fn library() -> String {
         Some(text) if known == ffi::MPI_SUCCESS as c_int => {
             // What follows tells how it was built, in MPICH on many lines.
             let text = String::from_utf8_lossy(text);
-            text.split([',', '\n', '\0']).next().unwrap_or_default().trim().replace('\t', " ")
+            text.split([',', '\n', '\0']).next().unwrap_or_default().trim().replace(" Version:\t", " ")
         }
         _ => "an unknown MPI library".to_string(),
     }
