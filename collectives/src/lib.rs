@@ -8,6 +8,7 @@
 //! in place. Reductions run in order of rank and round once, so a result has the same bits in every run.
 
 mod algorithms;
+mod call;
 mod communicator;
 mod error;
 pub mod launch;
@@ -15,18 +16,19 @@ pub mod launcher;
 #[cfg(feature = "mpi")]
 #[cfg_attr(not(test), expect(dead_code, reason = "no communicator spans hosts yet"))]
 mod mpi;
+mod operations;
 mod options;
 mod pending;
 mod shm;
 mod window;
-#[cfg(feature = "mpi")]
-#[cfg_attr(not(test), expect(dead_code, reason = "no communicator spans hosts yet"))]
 mod wire;
 
-pub use communicator::{Communicator, Reduce, Reduction, Traffic};
+pub use communicator::{Communicator, Traffic};
 pub use error::Error;
 pub use launch::Launch;
-pub use options::Options;
+pub use operations::{Reduce, Sideband, Start};
+pub use options::{Backend, Options};
 pub use pending::Pending;
+pub use pillion_kernels::cpu::reduce::Reduction;
 pub use shm::arena::available_memory;
 pub use window::Window;

@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pillion_kernels::{Buffer, Event, View, ViewMut};
 
 use crate::Error;
+use crate::shm::control::{CHANNELS, subject};
 use crate::shm::progress::Shared;
+use crate::shm::protocol::publish;
 
 /// A full-length buffer that every rank of the host can read and whose own shard each rank writes.
 ///
 /// It is in one of two states, the same on every rank up to the order of calls:
-/// *writable* (at first), where this rank may write its own shard, and, after [`crate::Communicator::gather`], *gathered*, where it may
+/// *writable* (at first), where this rank may write its own shard, and, after [`crate::Communicator::gather_window`], *gathered*, where it may
 /// read the whole. [`Window::release`] ends its reading; [`Window::shard_mut`] waits until every rank has released, so no rank
 /// ever writes what another reads.
 pub struct Window {
@@ -74,8 +76,10 @@ impl Window {
         if self.gathered {
             after.wait();
             self.gathered = false;
-            self.released(self.shared.rank).store(self.gathers, Ordering::Release);
-            self.shared.ring_peers();
+            publish(self.released(self.shared.rank), self.gathers);
+            for rank in (0..self.shared.world()).filter(|&rank| rank != self.shared.rank) {
+                self.shared.ring_rank(rank, CHANNELS, subject::WINDOW);
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use half::bf16;
-use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction};
+use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction, Sideband};
 use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event, LazyCpu, Queue, random};
 
 const WORLDS: [usize; 4] = [1, 2, 3, 4];
@@ -92,14 +92,15 @@ fn reduce_scatter_sums_in_order_of_rank_and_carries_the_sideband() {
                         queue.upload(sideband.view_mut(), &[rank as f64, 1.0, 0.5, 1e-30]);
                         let mut totals = device.allocate(DType::F64, 4).unwrap();
                         queue.upload(totals.view_mut(), &[8.0, 8.0, 8.0, 0.0]);
-                        let reduce = Reduce { input, output, sideband, totals, accumulate };
+                        let sideband = Some(Sideband { own: sideband, totals });
+                        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate, sideband };
                         let reduce = communicator.reduce_scatter(reduce, queue.record()).then(&*queue).unwrap();
                         let expected: Vec<f32> = (rank * len..(rank + 1) * len)
                             .map(|index| if accumulate { 0.25 + sum(world, index) } else { sum(world, index) })
                             .collect();
                         assert_eq!(bits(&queue.download(reduce.output.view())), bits(&expected));
                         let ranks = world as f64;
-                        let sideband = queue.download::<f64>(reduce.totals.view());
+                        let sideband = queue.download::<f64>(reduce.sideband.unwrap().totals.view());
                         let before = if accumulate { 8.0 } else { 0.0 };
                         assert_eq!(
                             sideband[..3],
@@ -125,8 +126,7 @@ fn bf16_is_reduced_in_f32() {
             let data: Vec<bf16> = (0..world * 100).map(|index| narrow(rank, index)).collect();
             let input = filled(&Cpu, &*queue, &communicator, &data);
             let output = Cpu.allocate(DType::F32, 100).unwrap();
-            let [sideband, totals] = [(), ()].map(|()| Cpu.allocate(DType::F64, 4).unwrap());
-            let reduce = Reduce { input, output, sideband, totals, accumulate: false };
+            let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
             let reduce = communicator.reduce_scatter(reduce, Event::PAST).wait().unwrap();
             let expected: Vec<f32> = (rank * 100..(rank + 1) * 100)
                 .map(|index| {
@@ -146,7 +146,7 @@ fn all_reduce_gives_every_rank_the_same_sum() {
                 let queue = device.queue();
                 for len in LENGTHS {
                     let buffer = filled(&*device, &*queue, &communicator, &values(communicator.rank(), len));
-                    let buffer = communicator.all_reduce(buffer, queue.record()).then(&*queue).unwrap();
+                    let buffer = communicator.all_reduce(buffer, Reduction::Sum, queue.record()).then(&*queue).unwrap();
                     let expected: Vec<f32> = (0..len).map(|index| sum(world, index)).collect();
                     assert_eq!(bits(&queue.download(buffer.view())), bits(&expected));
                 }
@@ -205,7 +205,7 @@ fn a_window_shows_every_rank_what_each_has_written() {
                 for round in 0..ROUNDS {
                     let shard = vec![(round * 10 + rank) as f32; 1000];
                     queue.upload(window.shard_mut().unwrap(), &shard);
-                    window = communicator.gather(window, queue.record()).then(&*queue).unwrap();
+                    window = communicator.gather_window(window, queue.record()).then(&*queue).unwrap();
                     let expected: Vec<f32> =
                         (0..world).flat_map(|rank| vec![(round * 10 + rank) as f32; 1000]).collect();
                     assert_eq!(queue.download::<f32>(window.view()), expected);
@@ -230,7 +230,7 @@ fn operations_in_flight_on_two_channels_do_not_wait_for_each_other() {
                 let output = Cpu.allocate(DType::F32, 20).unwrap();
                 gather = shard.take().map(|shard| communicator.all_gather(shard, output, Event::PAST));
             } else {
-                reduce = summand.take().map(|summand| communicator.all_reduce(summand, Event::PAST));
+                reduce = summand.take().map(|summand| communicator.all_reduce(summand, Reduction::Sum, Event::PAST));
             }
         }
         let (_, output) = gather.unwrap().wait().unwrap();

@@ -139,7 +139,11 @@ impl Span {
         unsafe { std::slice::from_raw_parts_mut(self.address().cast().as_ptr(), self.len) }
     }
 
-    fn range(&self, range: Range<usize>) -> Span {
+    /// A part of it.
+    ///
+    /// # Panics
+    /// When there are not so many elements.
+    pub fn range(&self, range: Range<usize>) -> Span {
         assert!(range.start <= range.end && range.end <= self.len, "elements {range:?} of a buffer of {}", self.len);
         Span {
             region: self.region.clone(),

@@ -14,6 +14,8 @@ pub enum DType {
     F64,
     /// Unsigned 32-bit: token ids.
     U32,
+    /// Signed 64-bit: counts.
+    I64,
 }
 
 impl DType {
@@ -22,7 +24,7 @@ impl DType {
         match self {
             DType::Bf16 => 2,
             DType::F32 | DType::U32 => 4,
-            DType::F64 => 8,
+            DType::F64 | DType::I64 => 8,
         }
     }
 
@@ -33,6 +35,7 @@ impl DType {
             DType::Bf16 => "bf16",
             DType::F64 => "f64",
             DType::U32 => "u32",
+            DType::I64 => "i64",
         }
     }
 }
@@ -60,4 +63,7 @@ impl Element for f64 {
 }
 impl Element for u32 {
     const DTYPE: DType = DType::U32;
+}
+impl Element for i64 {
+    const DTYPE: DType = DType::I64;
 }

@@ -1,7 +1,7 @@
 //! The memory that moves: gathered weights, and gradients on their way. Buffers change hands by ownership: what a collective
 //! holds cannot be computed with, and the other way round.
 
-use pillion_collectives::{Communicator, Pending, Reduce, Window};
+use pillion_collectives::{Communicator, Pending, Reduce, Reduction, Sideband, Window};
 use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
 
 use crate::{Error, Gather, Layout, Policy, Unit};
@@ -109,7 +109,7 @@ impl WeightStore {
             }
             WeightStore::Window(windows) => {
                 let window = windows[unit].take();
-                windows[unit] = Held::Moving(communicator.gather(window, after));
+                windows[unit] = Held::Moving(communicator.gather_window(window, after));
             }
         }
     }
@@ -240,13 +240,13 @@ impl GradientStore {
         }
         let (output, totals) = self.sums[unit].take().expect(LOST);
         let Filled { gradient, sideband, .. } = self.slots[slot].held.take();
-        let reduce = Reduce { input: gradient, output, sideband, totals, accumulate };
+        let sideband = Some(Sideband { own: sideband, totals });
+        let reduce = Reduce { input: gradient, output, reduction: Reduction::Sum, accumulate, sideband };
         let pending = communicator.reduce_scatter(reduce, after);
         self.slots[slot].unit = unit;
-        self.slots[slot].held = Held::Moving(pending.map(|reduce| Filled {
-            gradient: reduce.input,
-            sideband: reduce.sideband,
-            sums: Some((reduce.output, reduce.totals)),
+        self.slots[slot].held = Held::Moving(pending.map(|reduce| {
+            let Sideband { own, totals } = reduce.sideband.expect(LOST);
+            Filled { gradient: reduce.input, sideband: own, sums: Some((reduce.output, totals)) }
         }));
         Ok(())
     }

@@ -2,8 +2,10 @@
 //! may be read. What keeps it unchanged while it is read is `Window::shard_mut`, which waits for every rank's release.
 
 use crate::Error;
-use crate::shm::control::PAYLOAD;
-use crate::shm::flight::{Collective, Kind, Peers};
+use crate::call::{Detail, Kind, call};
+use crate::shm::control::Call;
+use crate::shm::flight::{Collective, Peers, Progress};
+use crate::shm::place::Place;
 
 pub(crate) struct GatherWindow {
     pub(crate) count: usize,
@@ -12,34 +14,16 @@ pub(crate) struct GatherWindow {
 }
 
 impl Collective for GatherWindow {
-    fn kind(&self) -> Kind {
-        Kind::GatherWindow
+    fn call(&self) -> Call {
+        call(Kind::GatherWindow, None, false, self.count, Detail::Window(self.place))
     }
 
-    fn count(&self) -> usize {
-        self.count
+    fn begin(&mut self, _peers: &mut Peers<'_>) -> Result<(Place, Place), Error> {
+        Ok((Place::None, Place::None))
     }
 
-    fn payload(&mut self, words: &mut [u64; PAYLOAD]) -> usize {
-        words[0] = self.place;
-        1
-    }
-
-    fn exchanges(&self) -> u32 {
-        1
-    }
-
-    fn is_read_by_peers(&self) -> bool {
-        false
-    }
-
-    /// Moves nothing; checks that every rank means the same window.
-    fn exchange(&mut self, _step: u32, peers: &Peers<'_>) -> Result<(), Error> {
-        let call = |place| format!("gather of the window at {place}");
-        match (0..peers.world()).find(|&rank| peers.payload(rank, 0) != self.place) {
-            None => Ok(()),
-            Some(peer) => Err(Error::Mismatch { ours: call(self.place), theirs: call(peers.payload(peer, 0)), peer }),
-        }
+    fn exchange(&mut self, _step: u32, _peers: &mut Peers<'_>) -> Result<Progress, Error> {
+        Ok(Progress::Done)
     }
 
     fn bytes_sent(&self, _world: usize) -> u64 {

@@ -6,14 +6,18 @@
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::control::RankControl;
+use super::mail::{self, Mailbox};
 use crate::Error;
 
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
+/// What the processor can map with one entry; larger allocations start at multiples of it.
+const HUGE_PAGE: u64 = 2 << 20;
 const RESERVE_AT_ONCE: u64 = 256 << 20;
 /// Half of the addresses that x86-64 gives a process, in which each rank that is a thread maps everything once.
 const ADDRESSES: u64 = 1 << 46;
@@ -35,13 +39,13 @@ impl Shape {
         let info = rustix::system::sysinfo();
         let memory = info.totalram as u64 * u64::from(info.mem_unit);
         let mapping = ADDRESSES / world as u64;
-        let whole_pages = |bytes: u64| bytes / PAGE * PAGE;
+        let whole_pages = |bytes: u64| bytes / HUGE_PAGE * HUGE_PAGE;
         let reserve = whole_pages(memory.min(mapping / 2 / world as u64));
         Shape { world, reserve, heap: whole_pages(memory.min(mapping / 2)) }
     }
 
     fn control_bytes(self) -> u64 {
-        (self.world * size_of::<RankControl>()) as u64
+        ((self.world * size_of::<RankControl>()) as u64 + mail::bytes(self.world)).next_multiple_of(HUGE_PAGE)
     }
 
     /// Where a rank's arena starts; the windows' heap is that of rank `world`.
@@ -59,10 +63,15 @@ impl Shape {
     }
 }
 
-/// Makes the shared file.
+/// What nobody can do to the shared file any more: touching a page beyond its end would be a bus error.
+pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// Makes the shared file, whose size is final.
 pub(crate) fn create(shape: Shape) -> Result<OwnedFd, Error> {
-    let file = rustix::fs::memfd_create("pillion", MemfdFlags::CLOEXEC).map_err(Error::system("making a memfd"))?;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("pillion", flags).map_err(Error::system("making a memfd"))?;
     rustix::fs::ftruncate(&file, shape.total()).map_err(Error::system("sizing a memfd"))?;
+    rustix::fs::fcntl_add_seals(&file, SEALS).map_err(Error::system("sealing a memfd"))?;
     Ok(file)
 }
 
@@ -110,6 +119,18 @@ impl Mapping {
         // SAFETY: inside the mapping, aligned to a page, and made of atomics and a pthread mutex, for which zeroed memory is valid
         // and which other processes may change at any time.
         unsafe { &*self.start.cast::<RankControl>().as_ptr().add(rank) }
+    }
+
+    /// Where messages from one rank to another wait.
+    pub(crate) fn mailbox(&self, from: usize, to: usize) -> &Mailbox {
+        let world = self.shape.world;
+        assert!(from < world && to < world);
+        // SAFETY: the mailboxes follow the ranks' words, world² of them, inside the mapping (`control_bytes`); pages are aligned to more
+        // than a mailbox is; a mailbox is made of atomics, as above.
+        unsafe {
+            let first = self.start.cast::<RankControl>().as_ptr().add(world).cast::<Mailbox>();
+            &*first.add(from * world + to)
+        }
     }
 
     /// The address of a byte of a rank's arena.
@@ -163,6 +184,32 @@ impl Drop for Mapping {
         // A failure leaves the range mapped, which is harmless.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.shape.total() as usize) };
     }
+}
+
+/// Hands out offsets; memory returns when the last buffer and the communicator are gone.
+#[derive(Default)]
+pub(crate) struct Allocator {
+    arena: AtomicU64,
+    windows: AtomicU64,
+}
+
+impl Allocator {
+    /// An unused range of this rank's arena.
+    pub(crate) fn arena(&self, bytes: u64) -> u64 {
+        take(&self.arena, bytes)
+    }
+
+    /// An unused range of the windows' heap; the same on every rank that asks for the same ranges in the same order.
+    pub(crate) fn windows(&self, bytes: u64) -> u64 {
+        take(&self.windows, bytes)
+    }
+}
+
+fn take(end: &AtomicU64, bytes: u64) -> u64 {
+    let alignment = if bytes >= HUGE_PAGE { HUGE_PAGE } else { PAGE };
+    let after = |end: u64| end.next_multiple_of(alignment) + bytes.next_multiple_of(PAGE);
+    let before = end.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |end| Some(after(end)));
+    before.unwrap_or_else(|end| end).next_multiple_of(alignment)
 }
 
 /// Bytes that this process may still use, and who sets that limit: the host, or its control group (version 2).

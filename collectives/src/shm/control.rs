@@ -10,6 +10,8 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::life::Life;
+use super::place::Place;
+use super::protocol::Bell;
 
 /// Values that travel inside a header.
 pub(crate) const PAYLOAD: usize = 64;
@@ -27,23 +29,44 @@ pub(crate) enum Channel {
 
 pub(crate) const CHANNELS: usize = 3;
 
+/// What a thread can wait for, as bits of a bell's interest: news on a channel (its bit), and these.
+pub(crate) mod subject {
+    /// Messages between two ranks.
+    pub(crate) const MAIL: u64 = 1 << 3;
+    /// A window's release.
+    pub(crate) const WINDOW: u64 = 1 << 4;
+    /// Another thread of the same rank has something to do.
+    pub(crate) const WORK: u64 = 1 << 5;
+    /// Somebody has joined, left or failed: everybody wants to know.
+    pub(crate) const ALL: u64 = u64::MAX;
+}
+
+impl Channel {
+    /// Its bit in a bell's interest.
+    pub(crate) fn subject(self) -> u64 {
+        1 << self as u32
+    }
+}
+
 /// What one rank shows the others.
 #[repr(C, align(4096))]
 pub(crate) struct RankControl {
     /// A [`state`].
     pub(crate) state: AtomicU32,
-    /// Incremented by whoever has news for this rank; this rank sleeps on it.
-    pub(crate) doorbell: AtomicU32,
-    /// Number of this rank's threads asleep on the doorbell.
-    pub(crate) sleepers: AtomicU32,
     /// When this rank's progress thread last ran, in milliseconds of the monotonic clock.
     pub(crate) heartbeat: AtomicU64,
-    /// Held by the progress thread while it lives.
-    pub(crate) life: Life,
     /// The rank that this one's error names, plus one.
     culprit: AtomicU64,
+    /// Held by the progress thread while it lives.
+    pub(crate) life: Life,
     /// Why this rank aborted: a length in bytes, then UTF-8.
     pub(crate) reason: [AtomicU64; 64],
+    /// The processors on which this rank may run, as bits.
+    pub(crate) processors: [AtomicU64; 16],
+    /// Where the progress thread sleeps.
+    pub(crate) progress: Bell<AtomicU32>,
+    /// Where a calling thread sleeps, one for each channel and one for windows; whoever drives a channel holds its lane's lock.
+    pub(crate) callers: [Bell<AtomicU32>; CHANNELS + 1],
     /// One per [`Channel`].
     pub(crate) channels: [ChannelControl; CHANNELS],
 }
@@ -77,77 +100,88 @@ pub(crate) struct Header {
     dtype: AtomicU64,
     deferred: AtomicU64,
     count: AtomicU64,
-    offset: AtomicU64,
+    detail: AtomicU64,
+    /// Where peers find this rank's operands, each a [`super::place::Place`].
+    input: AtomicU64,
+    output: AtomicU64,
     pub(crate) payload: [AtomicU64; PAYLOAD],
 }
 
-/// A header's value.
+/// What a rank called, as far as every rank must call the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Call {
     /// Number of the operation on its channel, from 1.
     pub(crate) sequence: u64,
     /// A [`super::flight::Kind`].
     pub(crate) kind: u64,
-    /// Type of the elements, as a number.
+    /// Type of the elements, as a number; 0 for none.
     pub(crate) dtype: u64,
     /// Whether the buffers belong to a device that runs work later.
     pub(crate) deferred: u64,
     /// Number of elements of the full buffer, or of values.
     pub(crate) count: u64,
-    /// Where the buffer lies in the rank's arena, in bytes.
-    pub(crate) offset: u64,
+    /// What else tells operations of a kind apart: a root, a reduction, a window.
+    pub(crate) detail: u64,
 }
 
 impl Call {
     /// Whether two ranks have made the same call.
     pub(crate) fn agrees_with(&self, other: &Call) -> bool {
-        (self.kind, self.dtype, self.deferred, self.count) == (other.kind, other.dtype, other.deferred, other.count)
+        self.words()[1..] == other.words()[1..]
+    }
+
+    pub(crate) fn words(&self) -> [u64; 6] {
+        [self.sequence, self.kind, self.dtype, self.deferred, self.count, self.detail]
+    }
+
+    pub(crate) fn from_words([sequence, kind, dtype, deferred, count, detail]: [u64; 6]) -> Call {
+        Call { sequence, kind, dtype, deferred, count, detail }
     }
 }
 
 impl Header {
-    pub(crate) fn write(&self, call: Call, payload: &[u64]) {
-        let words = [&self.sequence, &self.kind, &self.dtype, &self.deferred, &self.count, &self.offset];
-        let values = [call.sequence, call.kind, call.dtype, call.deferred, call.count, call.offset];
-        for (word, value) in words.into_iter().zip(values) {
+    /// Writes what peers may read once the rank has taken its next step. The payload is written separately.
+    pub(crate) fn write(&self, call: Call, input: Place, output: Place) {
+        let words = [&self.sequence, &self.kind, &self.dtype, &self.deferred, &self.count, &self.detail];
+        for (word, value) in words.into_iter().zip(call.words()) {
             word.store(value, Ordering::Relaxed);
         }
-        for (word, &value) in self.payload.iter().zip(payload) {
-            word.store(value, Ordering::Relaxed);
-        }
+        self.input.store(input.to_word(), Ordering::Relaxed);
+        self.output.store(output.to_word(), Ordering::Relaxed);
     }
 
-    pub(crate) fn read(&self) -> Call {
-        Call {
-            sequence: self.sequence.load(Ordering::Relaxed),
-            kind: self.kind.load(Ordering::Relaxed),
-            dtype: self.dtype.load(Ordering::Relaxed),
-            deferred: self.deferred.load(Ordering::Relaxed),
-            count: self.count.load(Ordering::Relaxed),
-            offset: self.offset.load(Ordering::Relaxed),
-        }
+    pub(crate) fn call(&self) -> Call {
+        let words = [&self.sequence, &self.kind, &self.dtype, &self.deferred, &self.count, &self.detail];
+        Call::from_words(words.map(|word| word.load(Ordering::Relaxed)))
+    }
+
+    pub(crate) fn input(&self) -> Place {
+        Place::from_word(self.input.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn output(&self) -> Place {
+        Place::from_word(self.output.load(Ordering::Relaxed))
     }
 }
 
+/// Wakes whoever sleeps at a bell, if it has an interest in `subjects`. What the news are about has been published.
+pub(crate) fn ring(bell: &Bell<AtomicU32>, subjects: u64) {
+    if bell.must_ring(subjects) {
+        bell.ring();
+        // Fails only for a bad address, and this one is mapped.
+        let _ = rustix::thread::futex::wake(&bell.rings, rustix::thread::futex::Flags::empty(), u32::MAX >> 1);
+    }
+}
+
+/// Sleeps until the bell has rung since [`Bell::prepare`] returned `seen`, or for `limit`.
+pub(crate) fn sleep(bell: &Bell<AtomicU32>, seen: u64, limit: std::time::Duration) {
+    let limit = rustix::fs::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+    // Every outcome (woken, changed, timed out, interrupted) means: look again.
+    let _ = rustix::thread::futex::wait(&bell.rings, rustix::thread::futex::Flags::empty(), seen as u32, Some(&limit));
+    bell.awake();
+}
+
 impl RankControl {
-    /// Wakes this rank.
-    pub(crate) fn ring(&self) {
-        self.doorbell.fetch_add(1, Ordering::SeqCst);
-        if self.sleepers.load(Ordering::SeqCst) > 0 {
-            // Fails only for a bad address, and this one is mapped.
-            let _ = rustix::thread::futex::wake(&self.doorbell, rustix::thread::futex::Flags::empty(), u32::MAX >> 1);
-        }
-    }
-
-    /// Sleeps until the doorbell differs from `seen`, or for `limit`. The caller looked at the doorbell, then found nothing to do.
-    pub(crate) fn sleep(&self, seen: u32, limit: std::time::Duration) {
-        self.sleepers.fetch_add(1, Ordering::SeqCst);
-        let limit = rustix::fs::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
-        // Every outcome (woken, changed, timed out, interrupted) means: look again.
-        let _ = rustix::thread::futex::wait(&self.doorbell, rustix::thread::futex::Flags::empty(), seen, Some(&limit));
-        self.sleepers.fetch_sub(1, Ordering::SeqCst);
-    }
-
     pub(crate) fn set_culprit(&self, rank: Option<usize>) {
         self.culprit.store(rank.map_or(0, |rank| rank as u64 + 1), Ordering::Release);
     }

@@ -1,38 +1,84 @@
 //! What a rank's threads share, and the thread that drives its operations.
 //!
 //! Each channel has a queue of flights; the first of each is under way. The progress thread polls the channels in turn, and
-//! when nothing moves spins for a moment, then sleeps on this rank's doorbell, which peers ring with every step they
-//! take. A blocking call on an idle channel is driven by its own thread instead, since handing it over would cost two switches.
+//! when nothing moves spins for a moment, then sleeps at its bell, which peers ring when they take a step that it waits for.
+//! A blocking call on an idle channel is driven by its own thread instead, since handing it over would cost two switches.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::arena::Mapping;
-use super::control::{CHANNELS, Channel, RankControl, monotonic_millis, state};
-use super::flight::{Flight, Watch};
+use super::arena::{Allocator, Mapping};
+use super::control::{CHANNELS, Channel, RankControl, monotonic_millis, ring, sleep, state, subject};
+use super::flight::Flight;
+use super::mail::{MailFlight, Mailroom};
+use super::protocol::Bell;
+use super::watch::Watch;
+use crate::wire::Wire;
 use crate::{Error, Options};
 
-/// How long to look for news before sleeping. Waking costs about as much, so this at most doubles the price of a wait.
-const SPIN: Duration = Duration::from_micros(10);
+/// How long a caller, which has nothing else to do, looks for news before it sleeps.
+const CALLER_SPIN: Duration = Duration::from_micros(200);
+/// How long the progress thread does, which may take a core from computation. Waking costs about as much.
+const PROGRESS_SPIN: Duration = Duration::from_micros(10);
 /// Longest sleep with operations in flight: the time to notice that a peer has died.
 const NAP: Duration = Duration::from_millis(5);
+/// Longest sleep with messages to other hosts in flight, of which nobody tells this thread.
+const WIRE_NAP: Duration = Duration::from_micros(30);
 /// Longest sleep without: the heartbeat's period.
 const REST: Duration = Duration::from_millis(200);
 
-/// What the threads of one rank share.
+/// What the threads of one rank share. Ranks are counted as those of this host here; `Hosts` knows the others.
 pub(crate) struct Shared {
     pub(crate) map: Arc<Mapping>,
     pub(crate) rank: usize,
+    pub(crate) hosts: Hosts,
     pub(crate) options: Options,
+    pub(crate) allocator: Allocator,
+    pub(crate) mail: Mailroom,
     lanes: [Mutex<Lane>; CHANNELS],
+    stages: [OnceLock<u64>; CHANNELS],
     failure: Mutex<Option<Error>>,
+    failed: AtomicBool,
     stopping: AtomicBool,
+    /// Whether there are more ranks than processors, so that who waits must let others run.
+    crowded: AtomicBool,
     operations: AtomicU64,
     bytes: AtomicU64,
+}
+
+/// Which ranks of the communicator are on which host: `hosts[h][l]`, as many on each.
+#[derive(Clone, Debug)]
+pub(crate) struct Hosts {
+    pub(crate) ranks: Vec<Vec<usize>>,
+    /// This rank's host.
+    pub(crate) own: usize,
+}
+
+impl Hosts {
+    /// All ranks on one host.
+    pub(crate) fn single(world: usize) -> Hosts {
+        Hosts { ranks: vec![(0..world).collect()], own: 0 }
+    }
+
+    /// The ranks of this host.
+    pub(crate) fn local(&self) -> &[usize] {
+        &self.ranks[self.own]
+    }
+
+    /// The place of a rank among those of its host.
+    pub(crate) fn column(&self, rank: usize) -> usize {
+        let place = |host: &Vec<usize>| host.iter().position(|&other| other == rank);
+        self.ranks.iter().find_map(place).expect("every rank is on a host")
+    }
+
+    /// Number of ranks on all hosts.
+    pub(crate) fn world(&self) -> usize {
+        self.ranks.len() * self.local().len()
+    }
 }
 
 /// One channel as this rank drives it.
@@ -45,27 +91,56 @@ pub(crate) struct Lane {
     pub(crate) steps: u64,
 }
 
+/// What one turn of the progress thread found.
+#[derive(Default)]
+struct Turn {
+    moved: bool,
+    /// Subjects of which news may move something.
+    waiting_for: u64,
+}
+
 impl Shared {
-    pub(crate) fn new(map: Arc<Mapping>, rank: usize, options: Options) -> Shared {
+    pub(crate) fn new(map: Arc<Mapping>, rank: usize, hosts: Hosts, options: Options) -> Shared {
         Shared {
+            allocator: Allocator::default(),
+            mail: Mailroom::new(hosts.world()),
             map,
             rank,
+            hosts,
             options,
             lanes: Default::default(),
+            stages: Default::default(),
             failure: Mutex::new(None),
+            failed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            crowded: AtomicBool::new(false),
             operations: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         }
     }
 
+    /// Number of ranks on this host.
     pub(crate) fn world(&self) -> usize {
         self.map.shape().world
     }
 
+    pub(crate) fn control(&self) -> &RankControl {
+        self.map.control(self.rank)
+    }
+
+    /// A rank of this host, as the communicator counts ranks.
+    pub(crate) fn name(&self, rank: usize) -> usize {
+        self.hosts.local()[rank]
+    }
+
+    /// Whether operations also go to other hosts, through the wire that the progress thread owns.
+    pub(crate) fn has_wire(&self) -> bool {
+        self.hosts.ranks.len() > 1
+    }
+
     /// The communicator's first error, if it had one.
     pub(crate) fn healthy(&self) -> Result<(), Error> {
-        self.failure.lock().clone().map_or(Ok(()), Err)
+        if self.failed.load(Ordering::Acquire) { self.failure.lock().clone().map_or(Ok(()), Err) } else { Ok(()) }
     }
 
     /// Remembers the first error, and for other ranks, whom it names.
@@ -78,9 +153,11 @@ impl Shared {
                 | Error::Mismatch { peer: rank, .. } => Some(rank),
                 _ => None,
             };
-            self.map.control(self.rank).set_culprit(culprit);
+            self.control().set_culprit(culprit);
         }
-        failure.get_or_insert(error).clone()
+        let error = failure.get_or_insert(error).clone();
+        self.failed.store(true, Ordering::Release);
+        error
     }
 
     pub(crate) fn count(&self, bytes: u64) {
@@ -88,15 +165,51 @@ impl Shared {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// (operations completed, bytes that peers read from this rank).
+    /// (operations completed, bytes that other ranks took from this one).
     pub(crate) fn traffic(&self) -> (u64, u64) {
         (self.operations.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
     }
 
-    pub(crate) fn ring_peers(&self) {
-        for rank in (0..self.world()).filter(|&rank| rank != self.rank) {
-            self.map.control(rank).ring();
+    /// Where this rank's stage of a channel starts; made when it is first needed.
+    ///
+    /// # Errors
+    /// When there is no memory for it, which every rank then learns.
+    pub(crate) fn stage(&self, channel: Channel, bytes: u64) -> Result<u64, Error> {
+        let stage = &self.stages[channel as usize];
+        if let Some(&offset) = stage.get() {
+            return Ok(offset);
         }
+        let offset = self.allocator.arena(bytes);
+        self.map.reserve(self.rank, offset, bytes).inspect_err(|error| self.abort(&error.to_string()))?;
+        Ok(*stage.get_or_init(|| offset))
+    }
+
+    /// Tells the peers of this host that this rank has taken a step on a channel, which has been published.
+    pub(crate) fn ring_channel(&self, channel: Channel) {
+        for rank in (0..self.world()).filter(|&rank| rank != self.rank) {
+            self.ring_rank(rank, channel as usize, channel.subject());
+        }
+    }
+
+    /// Tells one rank of news, which have been published, about a subject for which its callers sleep at bell `bell`.
+    pub(crate) fn ring_rank(&self, rank: usize, bell: usize, subjects: u64) {
+        let control = self.map.control(rank);
+        ring(&control.callers[bell], subjects);
+        ring(&control.progress, subjects);
+    }
+
+    /// Tells everybody of something that concerns all waits.
+    pub(crate) fn ring_everybody(&self) {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        for rank in 0..self.world() {
+            let control = self.map.control(rank);
+            control.callers.iter().chain([&control.progress]).for_each(|bell| ring(bell, subject::ALL));
+        }
+    }
+
+    fn ring_progress(&self) {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        ring(&self.control().progress, subject::WORK);
     }
 
     /// A rank's state, after making sure that it still lives.
@@ -119,45 +232,87 @@ impl Shared {
             return flight.finish(Err(error));
         }
         self.lanes[channel as usize].lock().flights.push_back(flight);
-        self.map.control(self.rank).ring();
+        self.ring_progress();
     }
 
-    /// Runs a flight on the calling thread when its channel is idle; false, and hands it to the progress thread, when not.
-    pub(crate) fn run_here(&self, channel: Channel, mut flight: Flight) -> bool {
+    /// Starts a message to or from another rank.
+    pub(crate) fn submit_mail(&self, flight: MailFlight) {
         if let Err(error) = self.healthy() {
-            flight.finish(Err(error));
-            return true;
+            return flight.finish(Err(error));
         }
-        let mut lane = self.lanes[channel as usize].lock();
-        if !lane.flights.is_empty() {
-            lane.flights.push_back(flight);
-            drop(lane);
-            self.map.control(self.rank).ring();
-            return false;
-        }
-        let result = self.wait_for_news(|| flight.poll(self, &mut lane).map(|done| done.then_some(())));
+        self.mail.flights.lock().push(flight);
+        self.ring_progress();
+    }
+
+    /// Runs a flight on the calling thread until it is complete, when its channel is idle; puts it behind the others when not.
+    pub(crate) fn run_here(&self, channel: Channel, mut flight: Flight) {
+        let lane = self.lanes[channel as usize].try_lock().filter(|lane| lane.flights.is_empty() && !self.has_wire());
+        let Some(mut lane) = lane else { return self.submit(channel, flight) };
+        let bell = &self.control().callers[channel as usize];
+        let result =
+            self.wait(bell, channel.subject(), || flight.poll(self, &mut lane, None).map(|done| done.then_some(())));
+        drop(lane);
         flight.finish(result.map_err(|error| self.fail(error)));
-        true
     }
 
-    /// Polls until `poll` has a value: spins for a moment, then sleeps between polls.
-    fn wait_for_news<T>(&self, mut poll: impl FnMut() -> Result<Option<T>, Error>) -> Result<T, Error> {
-        let control = self.map.control(self.rank);
+    /// As [`Shared::run_here`], for a message.
+    pub(crate) fn run_mail_here(&self, mut flight: MailFlight) {
+        if self.has_wire() {
+            return self.submit_mail(flight);
+        }
+        let bell = &self.control().callers[Channel::Control as usize];
+        let result = self.wait(bell, subject::MAIL, || flight.poll(self, None).map(|done| done.then_some(())));
+        flight.finish(result.map_err(|error| self.fail(error)));
+    }
+
+    /// Polls until `poll` has a value: spins for a moment, then sleeps between polls until there is news about `subjects`.
+    ///
+    /// Two threads that sleep at one bell can hide each other's interest; each then looks again after a nap.
+    fn wait<T>(
+        &self,
+        bell: &Bell<AtomicU32>,
+        subjects: u64,
+        mut poll: impl FnMut() -> Result<Option<T>, Error>,
+    ) -> Result<T, Error> {
+        let mut poll = || self.healthy().and_then(|()| poll());
         loop {
-            let seen = control.doorbell.load(Ordering::Acquire);
-            self.healthy()?;
-            if let Some(value) = poll()? {
-                return Ok(value);
+            let mut spinning = None;
+            loop {
+                for _ in 0..32 {
+                    if let Some(value) = poll()? {
+                        return Ok(value);
+                    }
+                    self.relax();
+                }
+                if spinning.get_or_insert_with(Instant::now).elapsed() > CALLER_SPIN {
+                    break;
+                }
             }
-            let spinning = Instant::now();
-            while control.doorbell.load(Ordering::Acquire) == seen && spinning.elapsed() < SPIN {
-                std::hint::spin_loop();
+            let seen = bell.prepare(subjects);
+            match poll() {
+                Ok(None) => sleep(bell, seen, NAP),
+                Ok(Some(value)) => {
+                    bell.awake();
+                    return Ok(value);
+                }
+                Err(error) => {
+                    bell.awake();
+                    return Err(error);
+                }
             }
-            control.sleep(seen, NAP);
         }
     }
 
-    /// Blocks until no rank is `late` any more.
+    /// A moment of spinning: with more ranks than processors, whom this one waits for may need this one.
+    fn relax(&self) {
+        if self.crowded.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Blocks until no rank of this host is `late` any more.
     ///
     /// # Errors
     /// When the rank waited for is lost, or does not come before the deadline.
@@ -168,89 +323,153 @@ impl Shared {
             None => Ok(Some(())),
             Some(rank) => watch.check(self, rank, &late, &|| op.to_owned()).map(|()| None),
         };
-        self.wait_for_news(poll).map_err(|error| self.fail(error))
+        let bell = &self.control().callers[CHANNELS];
+        self.wait(bell, subject::WINDOW, poll).map_err(|error| self.fail(error))
     }
 
-    /// Polls every channel that nobody else drives; (something moved, something is in flight).
-    fn drive(&self) -> (bool, bool) {
-        let (mut moved, mut in_flight) = (false, false);
-        for lane in &self.lanes {
+    /// Once all have joined: whether they must share processors.
+    pub(crate) fn look_at_processors(&self) {
+        let union = |word: usize| {
+            let masks = (0..self.world()).map(|rank| &self.map.control(rank).processors[word]);
+            masks.fold(0, |union, mask| union | mask.load(Ordering::Relaxed))
+        };
+        let processors: u32 = (0..self.control().processors.len()).map(|word| union(word).count_ones()).sum();
+        self.crowded.store(processors > 0 && self.world() > processors as usize, Ordering::Relaxed);
+    }
+
+    fn publish_processors(&self) {
+        let Ok(set) = rustix::thread::sched_getaffinity(None) else { return };
+        for (index, word) in self.control().processors.iter().enumerate() {
+            let bits = (0..64).filter(|bit| index * 64 + bit < rustix::thread::CpuSet::MAX_CPU);
+            let mask = bits.filter(|bit| set.is_set(index * 64 + bit)).fold(0, |mask, bit| mask | 1 << bit);
+            word.store(mask, Ordering::Relaxed);
+        }
+    }
+
+    /// Polls every channel that nobody else drives, and the mail.
+    fn drive(&self, wire: &mut Option<Box<dyn Wire>>) -> Turn {
+        let mut turn = Turn::default();
+        for (channel, lane) in [Channel::Gather, Channel::Reduce, Channel::Control].into_iter().zip(&self.lanes) {
             let Some(mut lane) = lane.try_lock() else { continue };
             while let Some(mut flight) = lane.flights.pop_front() {
-                let result = self.healthy().and_then(|()| flight.poll(self, &mut lane));
-                match result {
+                match self.healthy().and_then(|()| flight.poll(self, &mut lane, wire.as_deref_mut())) {
                     Ok(false) => {
                         lane.flights.push_front(flight);
-                        in_flight = true;
+                        turn.waiting_for |= channel.subject();
                         break;
                     }
                     Ok(true) => flight.finish(Ok(())),
                     Err(error) => flight.finish(Err(self.fail(error))),
                 }
-                moved = true;
+                turn.moved = true;
             }
         }
-        (moved, in_flight)
+        let mut mail = self.mail.flights.lock();
+        let mut index = 0;
+        while index < mail.len() {
+            match self.healthy().and_then(|()| mail[index].poll(self, wire.as_deref_mut())) {
+                Ok(false) => {
+                    index += 1;
+                    turn.waiting_for |= subject::MAIL;
+                    continue;
+                }
+                Ok(true) => mail.remove(index).finish(Ok(())),
+                Err(error) => mail.remove(index).finish(Err(self.fail(error))),
+            }
+            turn.moved = true;
+        }
+        turn
     }
 
-    /// The progress thread: declares the rank joined, drives its operations, and leaves in order once told to stop.
-    pub(crate) fn run(&self) {
-        let control = self.map.control(self.rank);
+    /// The progress thread: declares the rank joined, drives its operations, and leaves in order once told to stop. `open` makes the
+    /// wire to other hosts, where there are any.
+    pub(crate) fn run(&self, open: impl FnOnce() -> Result<Option<Box<dyn Wire>>, Error>) {
+        let control = self.control();
         // SAFETY: once per rank, on fresh memory, before the state says so; the mapping outlives this thread's use of it, being
         // held by `self`.
-        if let Err(error) = unsafe { control.life.begin() } {
-            self.fail(error);
-            control.write_reason("it could not make a robust mutex");
-            control.state.store(state::ABORTED, Ordering::Release);
-            return;
-        }
+        let begun = unsafe { control.life.begin() }.and_then(|()| open());
+        let mut wire = match begun {
+            Ok(wire) => wire,
+            Err(error) => {
+                control.write_reason(&error.to_string());
+                self.fail(error);
+                control.state.store(state::ABORTED, Ordering::Release);
+                return self.ring_everybody();
+            }
+        };
+        self.publish_processors();
         control.state.store(state::JOINED, Ordering::Release);
-        self.ring_peers();
-        let driven = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.drive_until_stopped(control)));
+        self.ring_everybody();
+        let driven = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.drive_until_stopped(&mut wire)));
         if driven.is_err() {
             // The panic has been printed. Nothing may wait for this thread any more, here or elsewhere.
             self.abort("its progress thread panicked");
-            self.drive();
+            self.drive(&mut wire);
+        }
+        if let (Some(wire), Err(error)) = (&mut wire, self.healthy()) {
+            wire.abort(&error.to_string());
         }
         let _ = control.state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
         // SAFETY: this thread began it.
         unsafe { control.life.end() };
-        self.ring_peers();
+        self.ring_everybody();
     }
 
-    fn drive_until_stopped(&self, control: &RankControl) {
-        // An operation whose event needs this thread's help (a deferring queue) rings no bell, so such waits are polled.
+    fn drive_until_stopped(&self, wire: &mut Option<Box<dyn Wire>>) {
+        let control = self.control();
+        let mut spinning: Option<Instant> = None;
+        let mut told = false;
         loop {
             control.heartbeat.store(monotonic_millis(), Ordering::Relaxed);
-            let seen = control.doorbell.load(Ordering::Acquire);
-            let (moved, in_flight) = self.drive();
-            if moved {
+            let turn = self.drive(wire);
+            if let (Some(wire), Err(error), false) = (wire.as_mut(), self.healthy(), told) {
+                wire.abort(&error.to_string());
+                told = true;
+            }
+            if turn.moved {
+                spinning = None;
                 continue;
             }
-            if !in_flight && self.stopping.load(Ordering::Acquire) {
+            if turn.waiting_for == 0 && self.stopping.load(Ordering::Acquire) {
                 break;
             }
-            let spinning = Instant::now();
-            while in_flight && control.doorbell.load(Ordering::Acquire) == seen && spinning.elapsed() < SPIN {
-                std::hint::spin_loop();
+            let in_flight = turn.waiting_for != 0;
+            if in_flight && spinning.get_or_insert_with(Instant::now).elapsed() < PROGRESS_SPIN {
+                self.relax();
+                continue;
             }
-            control.sleep(seen, if in_flight { NAP } else { REST });
+            spinning = None;
+            let seen = control.progress.prepare(turn.waiting_for | subject::WORK);
+            // A last look, now that who has news would ring.
+            let turn = self.drive(wire);
+            if turn.moved || (turn.waiting_for == 0 && self.stopping.load(Ordering::Acquire)) {
+                control.progress.awake();
+                continue;
+            }
+            // An operation whose event needs this thread's help (a deferring queue) rings no bell, so such waits are polled.
+            let nap = if !in_flight {
+                REST
+            } else if wire.is_some() {
+                WIRE_NAP
+            } else {
+                NAP
+            };
+            sleep(&control.progress, seen, nap);
         }
     }
 
     /// Tells the progress thread to leave once nothing is in flight.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.map.control(self.rank).ring();
+        self.ring_progress();
     }
 
     /// Tells every rank that this one gives up.
     pub(crate) fn abort(&self, reason: &str) {
-        let control = self.map.control(self.rank);
+        let control = self.control();
         control.write_reason(reason);
         control.state.store(state::ABORTED, Ordering::Release);
-        self.fail(Error::Aborted { rank: self.rank, reason: reason.to_owned() });
-        self.ring_peers();
-        control.ring();
+        self.fail(Error::Aborted { rank: self.name(self.rank), reason: reason.to_owned() });
+        self.ring_everybody();
     }
 }

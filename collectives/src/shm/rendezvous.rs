@@ -1,155 +1,194 @@
 //! How the ranks of a host find each other: a unix socket in the abstract name space, named after the job, on which rank 0
 //! hands out the job's memfd. The name vanishes with rank 0's process, so nothing stale can be left.
+//!
+//! A rank connects and greets; rank 0 answers with the memfd, or with the reason why not. Anybody on the host can connect to the name,
+//! or take it first, so both sides ask the kernel whose process is at the other end, and neither waits for one connection while
+//! others come: rank 0 polls a bounded number of them, each for a limited time. Whoever is turned away is counted, and the
+//! count stands in the error at the deadline. A stranger costs time at most; a process of the same user that contradicts this one (a rank
+//! that exists twice, another world, another version) ends the attempt at once, because waiting would not mend it.
 
-use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-};
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketAddrUnix};
 
+use self::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number};
+use self::serve::serve;
+use self::socket::{dial, peer, wait};
 use super::arena::{self, Mapping, Shape};
-use crate::{Error, Launch};
+use crate::Error;
 
-/// First bytes of a greeting; the digit is the version of the protocol and of the shared words' layout.
-const MAGIC: [u8; 8] = *b"pillion1";
-/// A connection that has not greeted by then is dropped.
-const GREETING_LIMIT: Duration = Duration::from_millis(500);
+mod message;
+mod serve;
+mod socket;
+#[cfg(test)]
+mod tests;
+
 const RETRY_EVERY: Duration = Duration::from_millis(5);
+/// No memory that a rank hands out can be larger: the addresses of a process on x86-64.
+const MOST_BYTES: u64 = 1 << 47;
 
-/// Joins the job: every rank of the host returns a mapping of the same memory.
-pub(crate) fn join(launch: &Launch, limit: Duration) -> Result<std::sync::Arc<Mapping>, Error> {
-    let fail =
-        |reason: String| Error::Rendezvous { rank: launch.rank, world: launch.world, job: launch.job.clone(), reason };
-    if launch.local_world != launch.world {
-        return Err(fail(format!(
-            "only {} of its {} ranks are on this host, and this version joins ranks of one host: start all ranks on one host",
-            launch.local_world, launch.world
-        )));
-    }
-    if launch.world == 1 {
+/// One of the ranks that meet.
+pub(crate) struct Place<'a> {
+    /// Of the meeting: the job's name, with a suffix where not the whole job meets. At most 99 bytes.
+    pub(crate) name: &'a str,
+    /// This rank, counted among those who meet.
+    pub(crate) rank: usize,
+    /// How many meet.
+    pub(crate) world: usize,
+    /// This rank's number in the job, for messages.
+    pub(crate) global_rank: usize,
+    /// Number of ranks of the job, for messages.
+    pub(crate) global_world: usize,
+}
+
+/// Meets the others: each of them returns a mapping of the same memory.
+pub(crate) fn join(place: &Place<'_>, limit: Duration) -> Result<Arc<Mapping>, Error> {
+    if place.world == 1 {
         let shape = Shape::of_host(1);
         return Mapping::new(arena::create(shape)?, shape);
     }
-    let name = format!("pillion/{}", launch.job);
-    let address = SocketAddr::from_abstract_name(&name).map_err(|error| fail(format!("the name `{name}`: {error}")))?;
-    let deadline = Instant::now() + limit;
-    if launch.rank == 0 { serve(launch, &address, deadline, fail) } else { connect(launch, &address, deadline, fail) }
+    let name = format!("pillion/{}", place.name);
+    let address = SocketAddrUnix::new_abstract_name(name.as_bytes())
+        .map_err(|errno| place.fail(format!("the socket's name `{name}`, {} bytes: {errno}", name.len())))?;
+    let deadline = Instant::now().checked_add(limit);
+    let deadline =
+        deadline.ok_or_else(|| place.fail(format!("a limit of {limit:?} is beyond what the clock counts")))?;
+    if place.rank == 0 { serve(place, &address, deadline) } else { connect(place, &address, deadline) }
 }
 
-/// What a rank says of itself: magic, rank, world.
-fn greeting(launch: &Launch) -> [u8; 24] {
-    let mut bytes = [0; 24];
-    bytes[..8].copy_from_slice(&MAGIC);
-    bytes[8..16].copy_from_slice(&(launch.rank as u64).to_le_bytes());
-    bytes[16..].copy_from_slice(&(launch.world as u64).to_le_bytes());
-    bytes
+impl Place<'_> {
+    fn fail(&self, reason: String) -> Error {
+        let (rank, world) = (self.global_rank, self.global_world);
+        Error::Rendezvous { rank, world, job: self.name.to_owned(), reason }
+    }
+
+    /// Says how ranks are counted where that is not how the job counts them.
+    fn counting(&self) -> String {
+        let some = self.world != self.global_world;
+        if some { format!(" (counted among the {} that meet here)", self.world) } else { String::new() }
+    }
+
+    fn greeting(&self) -> [u8; GREETING] {
+        bytes(&[self.rank as u64, self.world as u64])
+    }
 }
 
-fn serve(
-    launch: &Launch,
-    address: &SocketAddr,
-    deadline: Instant,
-    fail: impl Fn(String) -> Error,
-) -> Result<std::sync::Arc<Mapping>, Error> {
-    let listener = UnixListener::bind_addr(address).map_err(|error| match error.kind() {
-        ErrorKind::AddrInUse => fail("another running job has the same name: give each job its own id".to_owned()),
-        _ => fail(format!("listening: {error}")),
-    })?;
-    listener.set_nonblocking(true).map_err(|error| fail(format!("listening: {error}")))?;
-    let shape = Shape::of_host(launch.world);
-    let file = arena::create(shape)?;
-    let mut missing: Vec<usize> = (1..launch.world).collect();
-    while !missing.is_empty() {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                if let Some(rank) = admit(launch, stream, &file, shape, &missing) {
-                    missing.retain(|&other| other != rank);
-                }
+/// What came of one connection to the job's name.
+enum Attempt {
+    Joined(Arc<Mapping>),
+    /// Why not; the next one may go better.
+    Again(String),
+}
+
+fn connect(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Arc<Mapping>, Error> {
+    loop {
+        match attempt(place, address, deadline)? {
+            Attempt::Joined(mapping) => return Ok(mapping),
+            Attempt::Again(obstacle) if Instant::now() >= deadline => {
+                return Err(place.fail(format!("rank 0{} did not come: {obstacle}", place.counting())));
             }
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                if Instant::now() > deadline {
-                    return Err(fail(format!(
-                        "ranks {missing:?} did not come: were they started, with the same job id?"
-                    )));
-                }
-                std::thread::sleep(RETRY_EVERY);
-            }
-            Err(error) => return Err(fail(format!("accepting: {error}"))),
+            Attempt::Again(_) => std::thread::sleep(RETRY_EVERY),
         }
     }
-    Mapping::new(file, shape)
 }
 
-/// Gives the memory to a process of the same user that greets as a missing rank of this job; anyone else is turned away.
-fn admit(launch: &Launch, mut stream: UnixStream, file: &OwnedFd, shape: Shape, missing: &[usize]) -> Option<usize> {
-    let user = rustix::net::sockopt::socket_peercred(&stream).ok()?.uid;
-    if user != rustix::process::getuid() {
-        return None;
-    }
-    stream.set_nonblocking(false).ok()?;
-    stream.set_read_timeout(Some(GREETING_LIMIT)).ok()?;
-    let mut bytes = [0; 24];
-    stream.read_exact(&mut bytes).ok()?;
-    let rank = u64::from_le_bytes(bytes[8..16].try_into().ok()?) as usize;
-    let expected = greeting(&Launch { rank, ..launch.clone() });
-    if bytes != expected || !missing.contains(&rank) {
-        return None;
-    }
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut message = SendAncillaryBuffer::new(&mut space);
-    let files = [file.as_fd()];
-    message.push(SendAncillaryMessage::ScmRights(&files));
-    let sizes = [shape.reserve.to_le_bytes(), shape.heap.to_le_bytes()].concat();
-    rustix::net::sendmsg(&stream, &[IoSlice::new(&sizes)], &mut message, SendFlags::NOSIGNAL).ok()?;
-    Some(rank)
-}
-
-fn connect(
-    launch: &Launch,
-    address: &SocketAddr,
-    deadline: Instant,
-    fail: impl Fn(String) -> Error,
-) -> Result<std::sync::Arc<Mapping>, Error> {
-    let mut stream = loop {
-        match UnixStream::connect_addr(address) {
-            Ok(stream) => break stream,
-            Err(error) if Instant::now() > deadline => {
-                return Err(fail(format!("rank 0 did not come ({error}): was it started, with the same job id?")));
-            }
-            Err(_) => std::thread::sleep(RETRY_EVERY),
+fn attempt(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Attempt, Error> {
+    let again = |obstacle: String| Ok(Attempt::Again(obstacle));
+    let socket = match dial(address) {
+        Ok(socket) => socket,
+        Err(Errno::AGAIN) => return again("whoever listens for it accepts nobody: is it stopped?".to_owned()),
+        Err(errno) => {
+            return again(format!("nobody listens ({errno}): was it started on this host, with the same job id?"));
         }
     };
-    let user = rustix::net::sockopt::socket_peercred(&stream).map_err(Error::system("asking who rank 0 is"))?.uid;
-    if user != rustix::process::getuid() {
-        return Err(fail("the job's socket belongs to another user".to_owned()));
+    let peer = peer(&socket)?;
+    if !peer.is_ours() {
+        return again(format!("{peer}, another user, listens under this job's name: give the job another id"));
     }
-    stream.write_all(&greeting(launch)).map_err(|error| fail(format!("greeting rank 0: {error}")))?;
-    stream
-        .set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()).max(RETRY_EVERY)))
-        .map_err(|error| fail(format!("greeting rank 0: {error}")))?;
-    let mut sizes = [0; 16];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut message = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL;
-    let received = rustix::io::retry_on_intr(|| {
-        rustix::net::recvmsg(&stream, &mut [IoSliceMut::new(&mut sizes)], &mut message, flags)
-    })
-    .map_err(|error| fail(format!("waiting for rank 0's answer: {error}")))?;
-    let file = message.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
-        _ => None,
-    });
-    let (Some(file), 16) = (file, received.bytes) else {
-        return Err(fail(format!(
-            "rank 0 refused this process: does its job have {} ranks, each started once, by the same program?",
-            launch.world
+    let hung_up = format!("{peer} hung up without an answer: is it just ending, or another version of this program?");
+    let foreign = || {
+        place.fail(format!(
+            "{peer} listens under this job's name, but does not answer as rank 0 does: give the job another id"
+        ))
+    };
+    if rustix::net::send(&socket, &place.greeting(), SendFlags::NOSIGNAL) != Ok(GREETING) {
+        return again(hung_up);
+    }
+    let (mut answer, mut received, mut file) = ([0; ANSWER], 0, None);
+    while received < ANSWER {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut message = RecvAncillaryBuffer::new(&mut space);
+        let mut into = [IoSliceMut::new(&mut answer[received..])];
+        match rustix::net::recvmsg(&socket, &mut into, &mut message, RecvFlags::CMSG_CLOEXEC).map(|got| got.bytes) {
+            Ok(count) if count > 0 => received += count,
+            Err(Errno::INTR) => continue,
+            Err(Errno::AGAIN) if Instant::now() >= deadline => {
+                return again(format!("{peer} listens for it, but does not answer: is it stopped?"));
+            }
+            Err(Errno::AGAIN) => {
+                wait(&mut [PollFd::new(&socket, PollFlags::IN)], deadline)?;
+                continue;
+            }
+            Ok(_) | Err(_) if received == 0 => return again(hung_up),
+            Ok(_) | Err(_) => return Err(foreign()),
+        }
+        file = file.or(message.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+            _ => None,
+        }));
+        match check_magic(&answer[..received]) {
+            Err(Refusal::Version) => {
+                return Err(place.fail(format!(
+                    "{peer} is rank 0 of another version of this program: start every rank from the same build"
+                )));
+            }
+            Err(_) => return Err(foreign()),
+            Ok(()) => {}
+        }
+    }
+    let is = |refusal: Refusal| number(&answer, 1) == refusal as u64;
+    let reason = match file {
+        Some(file) if number(&answer, 1) == WELCOME => {
+            let (reserve, heap) = (number(&answer, 2), number(&answer, 3));
+            return map(place, file, reserve, heap).map(Attempt::Joined);
+        }
+        None if number(&answer, 1) == WELCOME => {
+            "rank 0 gave memory, but no file arrived: is this process's limit of open files (`ulimit -n`) reached?"
+                .to_owned()
+        }
+        _ if is(Refusal::Taken) => {
+            format!("rank {}{} has come already: start each rank once", place.rank, place.counting())
+        }
+        _ if is(Refusal::World) => format!(
+            "rank 0 expects {} ranks here, this process {}: start every rank with the same number of ranks",
+            number(&answer, 2),
+            place.world
+        ),
+        _ if is(Refusal::NoSuchRank) => format!("rank {} is none of the {} expected", place.rank, place.world),
+        _ => return Err(foreign()),
+    };
+    Err(place.fail(reason))
+}
+
+/// Maps what rank 0 sent, if nobody can shrink it under the mapping: touching what is gone would end the process.
+fn map(place: &Place<'_>, file: OwnedFd, reserve: u64, heap: u64) -> Result<Arc<Mapping>, Error> {
+    let bytes = reserve.checked_mul(place.world as u64).and_then(|arenas| arenas.checked_add(heap));
+    let whole_pages = reserve.is_multiple_of(arena::PAGE) && heap.is_multiple_of(arena::PAGE);
+    if !whole_pages || bytes.is_none_or(|bytes| bytes > MOST_BYTES) {
+        return Err(place.fail(format!(
+            "rank 0 announced arenas of {reserve} and windows of {heap} bytes, which cannot be: start every rank from the same build"
         )));
-    };
-    let size = |at: usize| u64::from_le_bytes(sizes[at..at + 8].try_into().expect("8 bytes"));
-    Mapping::new(file, Shape { world: launch.world, reserve: size(0), heap: size(8) })
+    }
+    if !rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(arena::SEALS)) {
+        return Err(place.fail(
+            "rank 0 sent a file that is no memory of sealed size: start every rank from the same build".to_owned(),
+        ));
+    }
+    Mapping::new(file, Shape { world: place.world, reserve, heap })
 }

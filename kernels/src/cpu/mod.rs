@@ -14,6 +14,7 @@ mod norm;
 mod queue;
 pub mod reduce;
 mod rope;
+pub mod stream;
 
 pub use lazy::LazyCpu;
 
@@ -91,6 +92,7 @@ impl<'a> Output<'a> {
             DType::Bf16 => bytemuck::cast_slice_mut(self.of::<half::bf16>()),
             DType::F64 => bytemuck::cast_slice_mut(self.of::<f64>()),
             DType::U32 => bytemuck::cast_slice_mut(self.of::<u32>()),
+            DType::I64 => bytemuck::cast_slice_mut(self.of::<i64>()),
         }
     }
 }
@@ -107,6 +109,7 @@ impl<'a> Input<'a> {
             DType::Bf16 => bytemuck::cast_slice(self.of::<half::bf16>()),
             DType::F64 => bytemuck::cast_slice(self.of::<f64>()),
             DType::U32 => bytemuck::cast_slice(self.of::<u32>()),
+            DType::I64 => bytemuck::cast_slice(self.of::<i64>()),
         }
     }
 

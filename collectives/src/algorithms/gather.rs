@@ -1,0 +1,17 @@
+//! Gather: after one step the root copies every rank's shard. The root reads S and writes S, the lower bound; the others wait until it has.
+
+use super::moves::{Moves, Pull};
+use super::operation::{Operands, Operation, Work};
+use crate::call::{Detail, Kind};
+use crate::shm::progress::Hosts;
+
+/// The root's output\[p\] = the input of rank p, for `chunk` elements of each rank.
+pub(crate) fn gather(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize, root: usize) -> Operation {
+    let world = hosts.world();
+    let ranks = if rank == root { 0..world } else { 0..0 };
+    let pulls = ranks.map(|rank| Pull { from: rank, chunk: 0, to: rank }).collect();
+    let sent = if rank == root { 0 } else { chunk * operands.dtype.bytes() };
+    Operation::new(Kind::Gather, Detail::Root(root), operands, Work::Moves(Moves { pulls }))
+        .cut_into(chunk, world * chunk, 1, world)
+        .sending(sent)
+}

@@ -1,0 +1,265 @@
+//! What operations on buffers have in common.
+//!
+//! ```text
+//! in the header   small operands travel in the payload: one step, no memory is shared
+//! in arenas       one piece, the whole:   begin | exchange 0: work | exchange 1: done
+//! staged          several pieces:         begin: copy piece 0 in
+//!                                         exchange k: copy what peers made of piece k-1 out, copy piece k+1 in, work on piece k
+//!                                         last: copy the last out, done
+//! ```
+//!
+//! Each step is a point at which every rank of the host has finished the exchange before. So in exchange k nobody works on piece k-1
+//! any more, and its half of the stages is free for piece k+1; after the last exchange nobody touches anybody's memory.
+//! With other hosts an exchange has a second half, in which ranks copy from each other what came over the wire.
+
+use pillion_kernels::cpu::stream;
+use pillion_kernels::{DType, Span, exclusive};
+
+use super::folds::{Fold, Target};
+use super::moves::Moves;
+use super::sides::{End, HEAD, Piece, STAGE, Side, Sides};
+use crate::Error;
+use crate::call::{Detail, Kind, call};
+use crate::shm::control::{Call, PAYLOAD};
+use crate::shm::flight::{Collective, Peers, Progress};
+use crate::shm::place::Place;
+
+/// Numbers in a sideband.
+pub(crate) const SIDEBAND: usize = 4;
+
+/// The buffers of an operation, as this rank has them.
+pub(crate) struct Operands {
+    pub(crate) input: Option<Span>,
+    pub(crate) output: Option<Span>,
+    pub(crate) dtype: DType,
+    /// Type of the output's elements.
+    pub(crate) to: DType,
+}
+
+/// Numbers that ride along: `[4]` f64 each.
+pub(crate) struct Sidebands {
+    pub(crate) own: Span,
+    pub(crate) totals: Span,
+    pub(crate) accumulate: bool,
+}
+
+/// What is done with the operands.
+pub(super) enum Work {
+    Moves(Moves),
+    Fold(Fold),
+}
+
+/// An operation on buffers.
+pub(crate) struct Operation {
+    pub(super) kind: Kind,
+    pub(super) dtype: DType,
+    pub(super) detail: Detail,
+    pub(super) sides: Sides,
+    pub(super) work: Work,
+    pub(super) sidebands: Option<Sidebands>,
+    /// Bytes that other ranks take from this one.
+    pub(super) sent: u64,
+    pub(super) mode: Mode,
+}
+
+/// How the operands pass, the same on every rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// In the payload of the header.
+    Header,
+    /// In place.
+    Arena,
+    /// In pieces.
+    Staged,
+}
+
+impl Operation {
+    pub(super) fn new(kind: Kind, detail: Detail, operands: Operands, work: Work) -> Operation {
+        let Operands { input, output, dtype, to } = operands;
+        let pushed = matches!(&work, Work::Fold(fold) if fold.target != Target::Own);
+        let input = Side { span: input, chunks: 1, width: dtype.bytes(), shared: true };
+        let output = Side { span: output, chunks: 1, width: to.bytes(), shared: pushed };
+        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0 };
+        Operation { kind, dtype, detail, sides, work, sidebands: None, sent: 0, mode: Mode::Arena }
+    }
+
+    /// `len` elements in chunks of `chunk`, so many of them on each side.
+    pub(super) fn cut_into(mut self, chunk: usize, len: usize, inputs: usize, outputs: usize) -> Operation {
+        (self.sides.chunk, self.sides.len) = (chunk, len);
+        (self.sides.input.chunks, self.sides.output.chunks) = (inputs, outputs);
+        self
+    }
+
+    /// Counts what other ranks take from this one, in bytes.
+    pub(super) fn sending(mut self, bytes: usize) -> Operation {
+        self.sent = bytes as u64;
+        self
+    }
+
+    /// Whether all inputs are so small that they travel in headers: the same on every rank, since it follows from the call.
+    fn fits_header(&self, peers: &Peers<'_>) -> bool {
+        let bytes = self.sides.input.chunks * self.sides.chunk * self.sides.input.width;
+        bytes <= (PAYLOAD - HEAD) * 8 && !peers.shared.has_wire()
+    }
+
+    fn deferred(&self) -> bool {
+        let span = self.sides.input.span.as_ref().or(self.sides.output.span.as_ref());
+        span.is_some_and(Span::deferred)
+    }
+
+    /// Where peers find an operand.
+    fn place(&self, end: End, peers: &Peers<'_>) -> Result<Place, Error> {
+        let Side { span: Some(span), shared: true, .. } = self.sides.side(end) else { return Ok(Place::None) };
+        if span.is_empty() {
+            return Ok(Place::Arena(0));
+        }
+        if let Some(offset) = peers.shared.map.offset_of(peers.rank(), span.address()) {
+            return Ok(Place::Arena(offset));
+        }
+        Ok(Place::Stage(peers.shared.stage(peers.channel, STAGE)?))
+    }
+
+    /// Copies this rank's part of a piece into its stage: the chunks that others read.
+    fn copy_in(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
+        if !matches!(peers.header(peers.rank()).input(), Place::Stage(_)) {
+            return Ok(());
+        }
+        for chunk in 0..self.sides.input.chunks {
+            let range = self.sides.range(chunk, piece);
+            if self.reader(peers, chunk) == Some(peers.rank()) || range.is_empty() {
+                continue;
+            }
+            let bytes = range.len() * self.sides.input.width;
+            let from = self.sides.own(End::Input, chunk, range.start, range.len());
+            let to = self.sides.published(peers, peers.rank(), End::Input, chunk, range, piece)?;
+            // SAFETY: this operation owns its buffer, nobody writes to its inputs, and this half of the stage is free (see above).
+            unsafe { stream::copy(from, to, bytes, false) };
+        }
+        Ok(())
+    }
+
+    /// Copies what other ranks have put into this rank's stage to where it belongs.
+    fn copy_out(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
+        let Work::Fold(fold) = &self.work else { return Ok(()) };
+        if !matches!(peers.header(peers.rank()).output(), Place::Stage(_)) {
+            return Ok(());
+        }
+        for chunk in fold.pushed_by_others(peers) {
+            let range = self.sides.range(chunk, piece);
+            if range.is_empty() {
+                continue;
+            }
+            let bytes = range.len() * self.sides.output.width;
+            let to = self.sides.own(End::Output, chunk, range.start, range.len());
+            let from = self.sides.published(peers, peers.rank(), End::Output, chunk, range, piece)?;
+            // SAFETY: this operation owns its buffer; the peers that wrote this half of the stage have taken a step since, and write the
+            // other half now.
+            unsafe { stream::copy(from, to, bytes, self.streams(peers)) };
+        }
+        Ok(())
+    }
+
+    /// The only rank of this host that reads a chunk of this rank's input, if there is only one.
+    fn reader(&self, peers: &Peers<'_>, chunk: usize) -> Option<usize> {
+        let hosts = &peers.shared.hosts;
+        match self.kind {
+            Kind::AllGather | Kind::Broadcast | Kind::Gather => None,
+            Kind::Reduce => Some(chunk),
+            _ => Some(hosts.column(chunk)),
+        }
+    }
+
+    /// Whether results should be stored past the caches: what all ranks of this host read and write does not fit there.
+    pub(super) fn streams(&self, peers: &Peers<'_>) -> bool {
+        let side = |side: &Side| side.chunks * side.width;
+        let bytes = (side(&self.sides.input) + side(&self.sides.output)) * self.sides.chunk * peers.world();
+        stream::pays(bytes)
+    }
+
+    /// Sums the sidebands of all ranks of this host, in order of rank.
+    fn add_sidebands(&self, peers: &Peers<'_>) {
+        let Some(Sidebands { totals, accumulate, .. }) = &self.sidebands else { return };
+        // SAFETY: this operation owns the totals.
+        let totals = unsafe { totals.as_mut_slice::<f64>() };
+        for (index, total) in totals.iter_mut().enumerate() {
+            let sum: f64 = (0..peers.world()).map(|rank| f64::from_bits(peers.payload(rank, index))).sum();
+            *total = if *accumulate { *total + sum } else { sum };
+        }
+    }
+
+    fn run(&mut self, peers: &mut Peers<'_>, piece: &Piece) -> Result<Progress, Error> {
+        let streams = self.mode != Mode::Header && self.streams(peers);
+        match &mut self.work {
+            Work::Moves(moves) => moves.run(&self.sides, peers, piece, streams)?,
+            Work::Fold(fold) => fold.run(&self.sides, peers, piece, self.mode, streams)?,
+        }
+        Ok(Progress::Step)
+    }
+}
+
+impl Collective for Operation {
+    fn call(&self) -> Call {
+        call(self.kind, Some(self.dtype), self.deferred(), self.sides.len, self.detail)
+    }
+
+    fn begin(&mut self, peers: &mut Peers<'_>) -> Result<(Place, Place), Error> {
+        let _access = exclusive(self.deferred());
+        if let Some(sidebands) = &self.sidebands {
+            // SAFETY: this operation owns the sideband, and its event has happened.
+            let own = unsafe { sidebands.own.as_slice::<f64>() };
+            own.iter().enumerate().for_each(|(index, value)| peers.set_payload(index, value.to_bits()));
+        }
+        if self.fits_header(peers) {
+            self.mode = Mode::Header;
+            if let Some(span) = &self.sides.input.span {
+                let bytes = span.len().min(self.sides.len) * self.sides.input.width;
+                // SAFETY: the operand is this operation's and fits (`fits_header`); nobody reads this header before the next step.
+                unsafe {
+                    let to = peers.payload_address(peers.rank(), HEAD);
+                    std::ptr::copy_nonoverlapping(span.address().as_ptr(), to, bytes);
+                }
+            }
+            return Ok((Place::Header, Place::None));
+        }
+        let places = (self.place(End::Input, peers)?, self.place(End::Output, peers)?);
+        if let (Place::Stage(_), _) = places {
+            // The first piece, as long as it will be cut once the others have said that somebody stages: this rank does.
+            self.sides.cut(true);
+            peers.header(peers.rank()).write(self.call(), places.0, places.1);
+            self.copy_in(peers, &self.sides.piece(0))?;
+        }
+        Ok(places)
+    }
+
+    fn exchange(&mut self, step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
+        let _access = exclusive(self.deferred());
+        let step = step as usize;
+        if step == 0 {
+            self.add_sidebands(peers);
+            if self.mode == Mode::Header {
+                self.sides.cut(false);
+                self.run(peers, &self.sides.piece(0))?;
+                return Ok(Progress::Done);
+            }
+            let places = (0..peers.world()).flat_map(|rank| [peers.header(rank).input(), peers.header(rank).output()]);
+            let staged = places.into_iter().any(|place| matches!(place, Place::Stage(_)));
+            self.mode = if staged { Mode::Staged } else { Mode::Arena };
+            self.sides.cut(staged);
+        }
+        if step > 0 {
+            self.copy_out(peers, &self.sides.piece(step - 1))?;
+        }
+        let pieces = self.sides.pieces();
+        if step == pieces {
+            return Ok(Progress::Done);
+        }
+        if step + 1 < pieces {
+            self.copy_in(peers, &self.sides.piece(step + 1))?;
+        }
+        self.run(peers, &self.sides.piece(step))
+    }
+
+    fn bytes_sent(&self, _world: usize) -> u64 {
+        self.sent
+    }
+}

@@ -1,0 +1,157 @@
+//! Where the operands of an operation lie, for this rank and for its peers.
+//!
+//! An operand is a row of chunks of equal length (the last may be short). Peers find it in the header itself, in the rank's arena, or,
+//! where it is private memory, in the rank's stage, which holds one piece (the same range of elements of every chunk) while the
+//! next is being copied in.
+
+use std::ops::Range;
+
+use pillion_kernels::Span;
+
+use crate::Error;
+use crate::shm::flight::Peers;
+use crate::shm::place::Place;
+
+/// Bytes of one staged piece of one operand; a stage holds two of each operand. Small enough for a core's second-level cache.
+pub(super) const PIECE: usize = 256 << 10;
+/// Bytes of a channel's stage.
+pub(super) const STAGE: u64 = 4 * PIECE as u64;
+/// Words of the payload in front of an operand that travels in the header: the sideband.
+pub(super) const HEAD: usize = 4;
+
+/// Which operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Input,
+    Output,
+}
+
+/// One operand of this rank, or its shape where this rank has none.
+#[derive(Clone)]
+pub(super) struct Side {
+    pub(super) span: Option<Span>,
+    /// Number of chunks.
+    pub(super) chunks: usize,
+    /// Bytes of an element.
+    pub(super) width: usize,
+    /// Whether peers use it.
+    pub(super) shared: bool,
+}
+
+/// Elements `elements` of every chunk, the `index`-th such piece.
+#[derive(Clone, Debug)]
+pub(super) struct Piece {
+    pub(super) index: usize,
+    pub(super) elements: Range<usize>,
+}
+
+/// The operands of an operation, and how they are cut.
+pub(super) struct Sides {
+    pub(super) input: Side,
+    pub(super) output: Side,
+    /// Elements from one chunk to the next.
+    pub(super) chunk: usize,
+    /// Elements of all chunks: the last ones may be short.
+    pub(super) len: usize,
+    /// Elements of a chunk in one piece.
+    pub(super) piece: usize,
+}
+
+impl Sides {
+    pub(super) fn side(&self, end: End) -> &Side {
+        match end {
+            End::Input => &self.input,
+            End::Output => &self.output,
+        }
+    }
+
+    /// The elements of a chunk that belong to a piece and exist.
+    pub(super) fn range(&self, chunk: usize, piece: &Piece) -> Range<usize> {
+        let exist = self.len.saturating_sub(chunk * self.chunk).min(self.chunk);
+        piece.elements.start.min(exist)..piece.elements.end.min(exist)
+    }
+
+    /// Number of pieces that every rank makes of this operation.
+    pub(super) fn pieces(&self) -> usize {
+        self.chunk.div_ceil(self.piece.max(1)).max(1)
+    }
+
+    pub(super) fn piece(&self, index: usize) -> Piece {
+        let first = (index * self.piece).min(self.chunk);
+        Piece { index, elements: first..(first + self.piece).min(self.chunk) }
+    }
+
+    /// Decides the length of a piece, once all ranks of this host have published their places: all of it, unless somebody stages.
+    pub(super) fn cut(&mut self, staged: bool) {
+        if !staged {
+            self.piece = self.chunk;
+            return;
+        }
+        let row = (self.input.chunks * self.input.width).max(self.output.chunks * self.output.width).max(1);
+        // A multiple of 64 elements keeps pieces aligned to cache lines.
+        let elements = PIECE / row / 64 * 64;
+        self.piece = if elements == 0 { (PIECE / row).max(1) } else { elements };
+    }
+
+    /// This rank's own elements of a chunk, from `at` on.
+    ///
+    /// # Panics
+    /// When there are fewer than `count`, which would be a mistake of the algorithm.
+    pub(super) fn own(&self, end: End, chunk: usize, at: usize, count: usize) -> *mut u8 {
+        let span = self.side(end).span.as_ref().expect("an operand that this rank has");
+        let first = chunk * self.chunk + at;
+        assert!(first + count <= span.len(), "elements {first}..+{count} of an operand of {}", span.len());
+        // SAFETY: inside the span, by the assertion.
+        unsafe { span.address().as_ptr().add(first * self.side(end).width) }
+    }
+
+    /// Elements of a chunk of a rank of this host where others find them. Where they are staged, they must belong to `piece`.
+    pub(super) fn published(
+        &self,
+        peers: &Peers<'_>,
+        rank: usize,
+        end: End,
+        chunk: usize,
+        elements: Range<usize>,
+        piece: &Piece,
+    ) -> Result<*mut u8, Error> {
+        let (side, header) = (self.side(end), peers.header(rank));
+        let (place, stage) = match end {
+            End::Input => (header.input(), 0),
+            End::Output => (header.output(), 2 * PIECE as u64),
+        };
+        let whole = (chunk * self.chunk + elements.start) * side.width;
+        let offset = match place {
+            Place::Arena(offset) => offset + whole as u64,
+            Place::Stage(offset) => {
+                let in_piece = chunk * self.piece + elements.start - piece.elements.start;
+                offset + stage + (piece.index % 2 * PIECE + in_piece * side.width) as u64
+            }
+            Place::Header => {
+                // SAFETY: operands in headers fit there, on every rank (`Operation::fits_header`).
+                return Ok(unsafe { peers.payload_address(rank, HEAD).add(whole) });
+            }
+            Place::None => {
+                let reason = format!("rank {} published no operand", peers.shared.name(rank));
+                return Err(Error::System { what: "reading a peer's arena", reason });
+            }
+        };
+        peers.address(rank, offset, (elements.len() * side.width) as u64, side.width).map(|address| address.as_ptr())
+    }
+
+    /// As [`Sides::published`], but this rank's own memory for this rank.
+    pub(super) fn of_rank(
+        &self,
+        peers: &Peers<'_>,
+        rank: usize,
+        end: End,
+        chunk: usize,
+        elements: Range<usize>,
+        piece: &Piece,
+    ) -> Result<*mut u8, Error> {
+        if rank == peers.rank() {
+            return Ok(self.own(end, chunk, elements.start, elements.len()));
+        }
+        self.published(peers, rank, end, chunk, elements, piece)
+    }
+}

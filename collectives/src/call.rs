@@ -1,0 +1,145 @@
+//! What the calls of ranks are made of, and how messages name them.
+
+use pillion_kernels::DType;
+use pillion_kernels::cpu::reduce::Reduction;
+
+use crate::shm::control::Call;
+
+/// The operations there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(crate) enum Kind {
+    AllGather = 1,
+    ReduceScatter,
+    AllReduce,
+    Broadcast,
+    Reduce,
+    Gather,
+    Scatter,
+    AllToAll,
+    GatherWindow,
+    Scalars,
+    Message,
+}
+
+impl Kind {
+    const ALL: [Kind; 11] = [
+        Kind::AllGather,
+        Kind::ReduceScatter,
+        Kind::AllReduce,
+        Kind::Broadcast,
+        Kind::Reduce,
+        Kind::Gather,
+        Kind::Scatter,
+        Kind::AllToAll,
+        Kind::GatherWindow,
+        Kind::Scalars,
+        Kind::Message,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Kind::AllGather => "all-gather",
+            Kind::ReduceScatter => "reduce-scatter",
+            Kind::AllReduce => "all-reduce",
+            Kind::Broadcast => "broadcast",
+            Kind::Reduce => "reduce",
+            Kind::Gather => "gather",
+            Kind::Scatter => "scatter",
+            Kind::AllToAll => "all-to-all",
+            Kind::GatherWindow => "window gather",
+            Kind::Scalars => "scalar exchange",
+            Kind::Message => "message",
+        }
+    }
+}
+
+/// What tells operations of one kind apart, packed into a word: a root, a window's place, or how elements are combined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Detail {
+    None,
+    Root(usize),
+    Window(u64),
+    Reduction { reduction: Reduction, output: DType, groups: usize, root: Option<usize> },
+}
+
+impl Detail {
+    pub(crate) fn to_word(self) -> u64 {
+        match self {
+            Detail::None => 0,
+            Detail::Root(root) => 1 + root as u64,
+            Detail::Window(place) => place,
+            Detail::Reduction { reduction, output, groups, root } => {
+                let root = root.map_or(0, |root| 1 + root as u64);
+                root | (groups as u64) << 24 | (output as u64) << 48 | (reduction as u64) << 56
+            }
+        }
+    }
+}
+
+/// A call with its sequence number still open.
+pub(crate) fn call(kind: Kind, dtype: Option<DType>, deferred: bool, count: usize, detail: Detail) -> Call {
+    Call {
+        sequence: 0,
+        kind: kind as u64,
+        dtype: dtype.map_or(0, |dtype| 1 + dtype as u64),
+        deferred: u64::from(deferred),
+        count: count as u64,
+        detail: detail.to_word(),
+    }
+}
+
+/// A call in words.
+pub(crate) fn describe(call: Call) -> String {
+    let kind = Kind::ALL.into_iter().find(|&kind| kind as u64 == call.kind);
+    let name = kind.map_or("unknown operation", Kind::name);
+    let dtype_of = |word| DTYPES.into_iter().find(|&dtype| dtype as u64 == word);
+    let dtype = call.dtype.checked_sub(1).and_then(dtype_of);
+    let elements = dtype.map_or_else(|| call.count.to_string(), |dtype| format!("{} × {dtype}", call.count));
+    let root = |word: u64| if word == 0 { String::new() } else { format!(" (root {})", word - 1) };
+    let detail = match kind {
+        Some(Kind::Broadcast | Kind::Gather | Kind::Scatter) => root(call.detail),
+        Some(Kind::GatherWindow) => format!(" (at {})", call.detail),
+        Some(Kind::ReduceScatter | Kind::AllReduce | Kind::Reduce) => {
+            let reduction = if call.detail >> 56 == Reduction::Max as u64 { "max" } else { "sum" };
+            let output = dtype_of(call.detail >> 48 & 0xff).filter(|&output| Some(output) != dtype);
+            let groups = match call.detail >> 24 & 0xff_ffff {
+                0 | 1 => String::new(),
+                groups => format!(" in {groups} groups"),
+            };
+            let output = output.map_or_else(String::new, |output| format!(" to {output}"));
+            format!(" ({reduction}{output}{groups}){}", root(call.detail & 0xff_ffff))
+        }
+        _ => String::new(),
+    };
+    let device = if call.deferred == 1 { " on a deferring device" } else { "" };
+    format!("{name} #{} of {elements}{detail}{device}", call.sequence)
+}
+
+const DTYPES: [DType; 5] = [DType::F32, DType::Bf16, DType::F64, DType::U32, DType::I64];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_described_with_what_tells_them_apart() {
+        let sum = |reduction, output, groups, root| Detail::Reduction { reduction, output, groups, root };
+        let cases = [
+            (call(Kind::AllGather, Some(DType::F32), false, 8, Detail::None), "all-gather #0 of 8 × f32"),
+            (call(Kind::Broadcast, Some(DType::I64), false, 1, Detail::Root(3)), "broadcast #0 of 1 × i64 (root 3)"),
+            (
+                call(Kind::ReduceScatter, Some(DType::Bf16), true, 6, sum(Reduction::Sum, DType::F32, 2, None)),
+                "reduce-scatter #0 of 6 × bf16 (sum to f32 in 2 groups) on a deferring device",
+            ),
+            (
+                call(Kind::Reduce, Some(DType::F64), false, 5, sum(Reduction::Max, DType::F64, 1, Some(0))),
+                "reduce #0 of 5 × f64 (max) (root 0)",
+            ),
+            (call(Kind::Scalars, None, false, 3, Detail::None), "scalar exchange #0 of 3"),
+        ];
+        for (call, expected) in cases {
+            assert_eq!(describe(call), expected);
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! What the ranks can say to each other.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pillion_kernels::cpu::reduce::{Fold, Reduction};
+use pillion_kernels::{Buffer, DType, Event};
+
+use crate::algorithms::{self, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands};
+use crate::pending::{Outcome, Pending};
+use crate::shm::control::{Channel, PAYLOAD};
+use crate::shm::flight::{Collective, Flight};
+use crate::shm::mail::{Direction, MailFlight};
+use crate::{Communicator, Error, Window};
+
+/// When an operation starts, and which thread runs it.
+#[derive(Clone)]
+pub enum Start {
+    /// After this event, on the progress thread, while the caller goes on.
+    After(Event),
+    /// Now, on the calling thread: complete when the call returns. Saves handing it over to another thread and back.
+    Here,
+}
+
+impl From<Event> for Start {
+    fn from(event: Event) -> Start {
+        Start::After(event)
+    }
+}
+
+/// A reduce-scatter's buffers.
+#[derive(Debug)]
+pub struct Reduce {
+    /// This rank's summand, `[≥ world · n]`; unchanged, and not read beyond.
+    pub input: Buffer,
+    /// `[n]`: the ranks' parts of this rank combined, in order of rank. Of the input's type, or f32 for bf16.
+    pub output: Buffer,
+    /// How elements are combined.
+    pub reduction: Reduction,
+    /// Whether the result is combined with `output` (and sums are added to totals) instead of replacing it.
+    pub accumulate: bool,
+    /// Numbers that ride along.
+    pub sideband: Option<Sideband>,
+}
+
+/// Numbers that ride on a reduce-scatter.
+#[derive(Debug)]
+pub struct Sideband {
+    /// `[4]` f64: numbers of this rank; unchanged.
+    pub own: Buffer,
+    /// `[4]` f64: the sums of the ranks' numbers, in order of rank.
+    pub totals: Buffer,
+}
+
+/// Buffers come from [`Communicator::allocate`], where peers use them in place, or from anywhere, and are then copied through a stage.
+/// Every operation takes the same arguments on every rank unless it says otherwise, and panics when shapes or types disagree.
+impl Communicator {
+    /// output\[p·n..\] = the shard of rank p. `shard: [n]`, unchanged; `output: [≥ world · n]`, same type, unchanged beyond.
+    pub fn all_gather(&self, shard: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
+        self.check("all-gather", &shard, &output, output.len() >= self.world() * shard.len());
+        let operation = algorithms::all_gather(&self.shared.hosts, operands(Some(&shard), Some(&output)), shard.len());
+        self.submit(Box::new(operation), Channel::Gather, start.into(), (shard, output))
+    }
+
+    /// buffer\[p·n..\] = that part of rank p's buffer. `buffer: [world · n]`.
+    pub fn all_gather_in_place(&self, buffer: Buffer, start: impl Into<Start>) -> Pending<Buffer> {
+        let chunk = self.chunk_of(&buffer);
+        let mut operands = operands(None, Some(&buffer));
+        operands.input = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
+        let operation = algorithms::all_gather(&self.shared.hosts, operands, chunk);
+        self.submit(Box::new(operation), Channel::Gather, start.into(), buffer)
+    }
+
+    /// Makes all of a window readable, with what each rank wrote to its shard before `start`. Moves nothing on a host.
+    ///
+    /// # Panics
+    /// When the window is gathered already.
+    pub fn gather_window(&self, mut window: Window, start: impl Into<Start>) -> Pending<Window> {
+        window.begin_gather(&self.shared);
+        let collective = GatherWindow { count: window.len(), place: window.place() };
+        self.submit(Box::new(collective), Channel::Gather, start.into(), window)
+    }
+
+    /// Combines the inputs of all ranks, and gives each rank its part.
+    pub fn reduce_scatter(&self, reduce: Reduce, start: impl Into<Start>) -> Pending<Reduce> {
+        let Reduce { input, output, reduction, accumulate, sideband } = &reduce;
+        let combination = self.combination(*reduction, input, output);
+        assert!(
+            input.len() >= self.world() * output.len(),
+            "a reduce-scatter of {input:?} over {} ranks into {output:?}",
+            self.world()
+        );
+        let sidebands = sideband.as_ref().map(|Sideband { own, totals }| {
+            for numbers in [own, totals] {
+                assert!(numbers.len() == SIDEBAND && numbers.dtype() == DType::F64, "a sideband is {SIDEBAND} × f64");
+                same_device(input, numbers);
+            }
+            Sidebands { own: own.span(), totals: totals.span(), accumulate: *accumulate }
+        });
+        let (chunk, operands) = (output.len(), operands(Some(input), Some(output)));
+        let operation =
+            algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, *accumulate, sidebands);
+        self.submit(Box::new(operation), Channel::Reduce, start.into(), reduce)
+    }
+
+    /// Part r of rank r's buffer = the ranks' parts r combined, in order of rank; the other parts are unchanged. `buffer: [world · n]`.
+    pub fn reduce_scatter_in_place(
+        &self,
+        buffer: Buffer,
+        reduction: Reduction,
+        start: impl Into<Start>,
+    ) -> Pending<Buffer> {
+        let chunk = self.chunk_of(&buffer);
+        let combination = self.combination(reduction, &buffer, &buffer);
+        let mut operands = operands(Some(&buffer), Some(&buffer));
+        operands.output = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
+        let operation = algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, false, None);
+        self.submit(Box::new(operation), Channel::Reduce, start.into(), buffer)
+    }
+
+    /// buffer = the ranks' buffers combined, in order of rank. `buffer: [n]`.
+    pub fn all_reduce(&self, buffer: Buffer, reduction: Reduction, start: impl Into<Start>) -> Pending<Buffer> {
+        let combination = self.combination(reduction, &buffer, &buffer);
+        let operands = operands(Some(&buffer), Some(&buffer));
+        let operation = algorithms::all_reduce(&self.shared.hosts, operands, buffer.len(), combination);
+        self.submit(Box::new(operation), Channel::Reduce, start.into(), buffer)
+    }
+
+    /// output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type, or f32 for bf16.
+    pub fn all_reduce_into(
+        &self,
+        input: Buffer,
+        output: Buffer,
+        reduction: Reduction,
+        start: impl Into<Start>,
+    ) -> Pending<(Buffer, Buffer)> {
+        let combination = self.combination(reduction, &input, &output);
+        assert!(input.len() == output.len(), "an all-reduce of {input:?} into {output:?}");
+        let operands = operands(Some(&input), Some(&output));
+        let operation = algorithms::all_reduce(&self.shared.hosts, operands, input.len(), combination);
+        self.submit(Box::new(operation), Channel::Reduce, start.into(), (input, output))
+    }
+
+    /// The root's output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type on the root,
+    /// nothing elsewhere.
+    pub fn reduce(
+        &self,
+        input: Buffer,
+        output: Option<Buffer>,
+        reduction: Reduction,
+        root: usize,
+        start: impl Into<Start>,
+    ) -> Pending<(Buffer, Option<Buffer>)> {
+        self.check_root("reduce", root, &input, output.as_ref(), input.len());
+        let combination = self.combination(reduction, &input, output.as_ref().unwrap_or(&input));
+        let operands = operands(Some(&input), output.as_ref());
+        let operation = algorithms::reduce(&self.shared.hosts, operands, input.len(), combination, root);
+        self.submit(Box::new(operation), Channel::Reduce, start.into(), (input, output))
+    }
+
+    /// buffer = that of rank `root`. `buffer: [n]`.
+    pub fn broadcast(&self, buffer: Buffer, root: usize, start: impl Into<Start>) -> Pending<Buffer> {
+        assert!(root < self.world(), "a broadcast from rank {root} of {}", self.world());
+        let operands = if self.rank() == root { operands(Some(&buffer), None) } else { operands(None, Some(&buffer)) };
+        let operation = algorithms::broadcast(&self.shared.hosts, self.rank(), operands, buffer.len(), root);
+        self.submit(Box::new(operation), Channel::Gather, start.into(), buffer)
+    }
+
+    /// The root's output\[p·n..\] = the shard of rank p. `shard: [n]`, unchanged; `output: [world · n]` on the root, nothing elsewhere.
+    pub fn gather(
+        &self,
+        shard: Buffer,
+        output: Option<Buffer>,
+        root: usize,
+        start: impl Into<Start>,
+    ) -> Pending<(Buffer, Option<Buffer>)> {
+        self.check_root("gather", root, &shard, output.as_ref(), self.world() * shard.len());
+        let operands = operands(Some(&shard), output.as_ref());
+        let operation = algorithms::gather(&self.shared.hosts, self.rank(), operands, shard.len(), root);
+        self.submit(Box::new(operation), Channel::Gather, start.into(), (shard, output))
+    }
+
+    /// output = part r of the root's input, on rank r. `input: [world · n]` on the root, unchanged, nothing elsewhere; `output: [n]`.
+    pub fn scatter(
+        &self,
+        input: Option<Buffer>,
+        output: Buffer,
+        root: usize,
+        start: impl Into<Start>,
+    ) -> Pending<(Option<Buffer>, Buffer)> {
+        self.check_root("scatter", root, &output, input.as_ref(), self.world() * output.len());
+        let operands = operands(input.as_ref(), Some(&output));
+        let operation = algorithms::scatter(&self.shared.hosts, self.rank(), operands, output.len(), root);
+        self.submit(Box::new(operation), Channel::Gather, start.into(), (input, output))
+    }
+
+    /// output\[p·n..\] = part r of the input of rank p, on rank r. `input, output: [world · n]`.
+    pub fn all_to_all(&self, input: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
+        self.check("all-to-all", &input, &output, output.len() == input.len());
+        let (operands, chunk) = (operands(Some(&input), Some(&output)), self.chunk_of(&input));
+        let operation = algorithms::all_to_all(&self.shared.hosts, self.rank(), operands, chunk);
+        self.submit(Box::new(operation), Channel::Gather, start.into(), (input, output))
+    }
+
+    /// Sends `buffer` to rank `to`, which receives as many elements of the same type. Messages between two ranks arrive in order;
+    /// complete once it has been received, or has left this host. Only these two ranks call.
+    pub fn send(&self, buffer: Buffer, to: usize, start: impl Into<Start>) -> Pending<Buffer> {
+        self.message(Direction::Send, buffer, to, start.into())
+    }
+
+    /// buffer = what rank `from` sends. Only these two ranks call.
+    pub fn receive(&self, buffer: Buffer, from: usize, start: impl Into<Start>) -> Pending<Buffer> {
+        self.message(Direction::Receive, buffer, from, start.into())
+    }
+
+    fn message(&self, direction: Direction, buffer: Buffer, peer: usize, start: Start) -> Pending<Buffer> {
+        assert!(peer < self.world(), "a message between rank {} and rank {peer} of {}", self.rank(), self.world());
+        let outcome = Arc::new(Outcome::default());
+        let flight = |after| MailFlight::new(&self.shared, direction, peer, buffer.span(), after, outcome.clone());
+        match start {
+            Start::After(event) => self.shared.submit_mail(flight(event)),
+            Start::Here => self.shared.run_mail_here(flight(Event::PAST)),
+        }
+        Pending::new(outcome, buffer)
+    }
+
+    /// Combines each of `values` over all ranks, in order of rank; blocks until it is done. No rank returns before every
+    /// rank has called.
+    ///
+    /// # Errors
+    /// The communicator's first error.
+    pub fn all_reduce_scalars(&self, values: &mut [f64], reduction: Reduction) -> Result<(), Error> {
+        for chunk in values.chunks_mut(PAYLOAD) {
+            let words = self.all_gather_scalars(&chunk.iter().map(|value| value.to_bits()).collect::<Vec<u64>>())?;
+            for (index, value) in chunk.iter_mut().enumerate() {
+                let all = words.iter().map(|rank| f64::from_bits(rank[index]));
+                *value = match reduction {
+                    Reduction::Sum => all.sum(),
+                    Reduction::Max => all.fold(f64::NEG_INFINITY, |a, b| if a >= b || a.is_nan() { a } else { b }),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Every rank's `values` (at most 64, as many on each rank), in order of rank.
+    ///
+    /// # Errors
+    /// The communicator's first error.
+    ///
+    /// # Panics
+    /// With more than 64 values.
+    pub fn all_gather_scalars(&self, values: &[u64]) -> Result<Vec<Vec<u64>>, Error> {
+        self.exchange_scalars(values, |flight| flight)
+    }
+
+    fn exchange_scalars(&self, values: &[u64], form: impl FnOnce(Flight) -> Flight) -> Result<Vec<Vec<u64>>, Error> {
+        assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
+        let gathered = Arc::new(Mutex::new(Vec::new()));
+        let collective = Scalars { values: values.to_vec(), gathered: gathered.clone() };
+        let outcome = Arc::new(Outcome::default());
+        let flight = Flight::new(Box::new(collective), Channel::Control, Event::PAST, outcome.clone());
+        self.shared.run_here(Channel::Control, form(flight));
+        outcome.outcome()?;
+        let gathered = gathered.lock();
+        let ranks = 0..self.world();
+        Ok(ranks.map(|rank| gathered[rank * values.len()..][..values.len()].to_vec()).collect())
+    }
+
+    /// `bytes` of rank `root`, on every rank. For settings and names; large data goes through [`Communicator::broadcast`].
+    ///
+    /// # Errors
+    /// The communicator's first error.
+    pub fn broadcast_bytes(&self, root: usize, bytes: &[u8]) -> Result<Vec<u8>, Error> {
+        const PIECE: usize = PAYLOAD * 8;
+        let len = self.all_gather_scalars(&[bytes.len() as u64])?[root][0] as usize;
+        let mut received = Vec::with_capacity(len);
+        while received.len() < len {
+            let mut piece = [0; PIECE];
+            if self.rank() == root {
+                let rest = &bytes[received.len()..];
+                let count = rest.len().min(PIECE);
+                piece[..count].copy_from_slice(&rest[..count]);
+            }
+            let words: Vec<u64> =
+                piece.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes"))).collect();
+            let words = &self.all_gather_scalars(&words)?[root];
+            let count = (len - received.len()).min(PIECE);
+            received.extend(words.iter().flat_map(|word| word.to_le_bytes()).take(count));
+        }
+        Ok(received)
+    }
+
+    /// Blocks until every rank has called.
+    ///
+    /// # Errors
+    /// The communicator's first error.
+    pub fn barrier(&self) -> Result<(), Error> {
+        self.all_gather_scalars(&[]).map(|_| ())
+    }
+
+    /// Blocks until every rank has called, however long that takes, as long as the ranks waited for are running: for phases in
+    /// which one rank works and the others wait.
+    ///
+    /// # Errors
+    /// The communicator's first error.
+    pub fn patient_barrier(&self) -> Result<(), Error> {
+        self.exchange_scalars(&[], Flight::patiently).map(|_| ())
+    }
+
+    fn submit<T>(&self, collective: Box<dyn Collective>, channel: Channel, start: Start, value: T) -> Pending<T> {
+        let outcome = Arc::new(Outcome::default());
+        let flight = |after| Flight::new(collective, channel, after, outcome.clone());
+        match start {
+            Start::After(event) => self.shared.submit(channel, flight(event)),
+            Start::Here => self.shared.run_here(channel, flight(Event::PAST)),
+        }
+        Pending::new(outcome, value)
+    }
+
+    fn combination(&self, reduction: Reduction, input: &Buffer, output: &Buffer) -> Combination {
+        let (dtype, output_dtype) = (input.dtype(), output.dtype());
+        assert!(
+            Fold::supports(dtype, output_dtype) && dtype.bytes() <= output_dtype.bytes(),
+            "no reduction of {dtype} into {output_dtype}"
+        );
+        same_device(input, output);
+        Combination { reduction, output: output_dtype, groups: self.shared.options.reduce_groups }
+    }
+
+    fn check(&self, name: &str, input: &Buffer, output: &Buffer, fits: bool) {
+        assert!(
+            fits && input.dtype() == output.dtype(),
+            "an {name} of {input:?} into {output:?} over {} ranks",
+            self.world()
+        );
+        same_device(input, output);
+    }
+
+    /// Checks what only the root has: a buffer of `len` elements, of the type of what every rank has.
+    fn check_root(&self, name: &str, root: usize, every: &Buffer, only: Option<&Buffer>, len: usize) {
+        assert!(root < self.world(), "a {name} with root {root} of {}", self.world());
+        assert!(only.is_some() == (self.rank() == root), "a {name}'s root, and nobody else, gives the other buffer");
+        if let Some(only) = only {
+            assert!(only.len() == len && only.dtype() == every.dtype(), "a {name} between {every:?} and {only:?}");
+            same_device(every, only);
+        }
+    }
+
+    fn chunk_of(&self, buffer: &Buffer) -> usize {
+        assert!(buffer.len().is_multiple_of(self.world()), "{buffer:?} over {} ranks", self.world());
+        buffer.len() / self.world()
+    }
+}
+
+fn operands(input: Option<&Buffer>, output: Option<&Buffer>) -> Operands {
+    let dtype = input.or(output).expect("an operation has a buffer").dtype();
+    let to = output.map_or(dtype, Buffer::dtype);
+    Operands { input: input.map(Buffer::span), output: output.map(Buffer::span), dtype, to }
+}
+
+/// Memory of a deferring device has a lock, which an operation takes for all of its buffers or for none.
+fn same_device(one: &Buffer, other: &Buffer) {
+    assert!(one.span().deferred() == other.span().deferred(), "an operation's buffers are of one device");
+}
+
+// An operation is handed to the progress thread.
+const _: fn() = || {
+    fn is_send<T: Send>() {}
+    is_send::<Operation>();
+};

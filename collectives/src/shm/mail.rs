@@ -1,0 +1,323 @@
+//! Messages between two ranks: a mailbox for each ordered pair, through which a message passes in one piece where it lies in the
+//! sender's arena, and in pieces through a stage of the sender where it lies in private memory.
+//!
+//! ```text
+//! sender      while fewer than two pieces are out: describe the next, sent += 1;   done once taken = sent
+//! receiver    while taken < sent: check the description, copy, taken += 1;         done once all elements are there
+//! ```
+//!
+//! Bytes: the receiver reads S and writes S, the lower bound for a copy; from private memory the sender reads and writes S more, which
+//! stays in the cache. To another host: S on the wire, after a header of three words.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use pillion_kernels::cpu::stream;
+use pillion_kernels::{DType, Event, Span, exclusive};
+
+use super::control::{Call, Channel, subject};
+use super::place::Place;
+use super::progress::Shared;
+use super::protocol::publish;
+use super::watch::Watch;
+use crate::Error;
+use crate::call::{Detail, Kind, call, describe};
+use crate::pending::Outcome;
+use crate::wire::{Request, Wire};
+
+/// Bytes of a staged piece; the stage holds two.
+const PIECE: usize = 256 << 10;
+/// The tag of messages on the wire.
+const TAG: u8 = 16;
+
+/// Where one rank's messages for another wait; zeroed memory is an empty one.
+#[repr(C, align(128))]
+pub(crate) struct Mailbox {
+    /// Pieces that the sender has put out.
+    sent: AtomicU64,
+    /// What the last two are, by the parity of their number: length of the message, type, and the place of the piece.
+    pieces: [[AtomicU64; 3]; 2],
+    /// Pieces that the receiver has taken; on a line of its own.
+    taken: Taken,
+}
+
+#[repr(C, align(128))]
+struct Taken(AtomicU64);
+
+/// Which way a message goes, seen from this rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Send,
+    Receive,
+}
+
+/// This rank's messages.
+pub(crate) struct Mailroom {
+    pub(crate) flights: Mutex<Vec<MailFlight>>,
+    /// For each rank and direction: messages submitted, and messages complete. A message's turn comes once those before it are complete.
+    lines: Vec<[(AtomicU64, AtomicU64); 2]>,
+    /// Where pieces for each rank of this host are staged.
+    stages: Mutex<HashMap<usize, u64>>,
+}
+
+impl Mailroom {
+    /// For a communicator of `world` ranks.
+    pub(crate) fn new(world: usize) -> Mailroom {
+        let lines = (0..world).map(|_| Default::default()).collect();
+        Mailroom { flights: Mutex::default(), lines, stages: Mutex::default() }
+    }
+}
+
+/// A message on its way.
+pub(crate) struct MailFlight {
+    direction: Direction,
+    /// The other rank, as the communicator counts.
+    peer: usize,
+    buffer: Span,
+    after: Event,
+    outcome: Arc<Outcome>,
+    number: u64,
+    /// Elements that have been put out or taken.
+    moved: usize,
+    begun: bool,
+    watch: Watch,
+    wire: Vec<Request>,
+    /// The header on the wire: length and type.
+    words: Box<[u64; 2]>,
+}
+
+impl Drop for MailFlight {
+    /// As for other operations; and what a message on the wire may still touch stays.
+    fn drop(&mut self) {
+        if !self.wire.is_empty() {
+            std::mem::forget(self.buffer.clone());
+            std::mem::forget(std::mem::take(&mut self.words));
+        }
+        let reason = "the progress thread panicked".to_owned();
+        self.outcome.set(Err(Error::System { what: "a message", reason }));
+    }
+}
+
+impl MailFlight {
+    pub(crate) fn new(
+        shared: &Shared,
+        direction: Direction,
+        peer: usize,
+        buffer: Span,
+        after: Event,
+        outcome: Arc<Outcome>,
+    ) -> MailFlight {
+        let number = shared.mail.lines[peer][direction as usize].0.fetch_add(1, Ordering::Relaxed);
+        let watch = Watch::new(shared.options.timeout, false);
+        let words = Box::new([0; 2]);
+        MailFlight {
+            direction,
+            peer,
+            buffer,
+            after,
+            outcome,
+            number,
+            moved: 0,
+            begun: false,
+            watch,
+            wire: Vec::new(),
+            words,
+        }
+    }
+
+    pub(crate) fn finish(self, result: Result<(), Error>) {
+        self.outcome.set(result);
+    }
+
+    fn call(&self) -> Call {
+        let (dtype, len) = (self.buffer.dtype(), self.buffer.len());
+        let mut call = call(Kind::Message, Some(dtype), self.buffer.deferred(), len, Detail::None);
+        call.sequence = self.number + 1;
+        call
+    }
+
+    fn describe(&self) -> String {
+        let way = match self.direction {
+            Direction::Send => "to",
+            Direction::Receive => "from",
+        };
+        format!("{} {way} rank {}", describe(self.call()), self.peer)
+    }
+
+    /// Goes as far as the other rank allows; true once complete.
+    pub(crate) fn poll(&mut self, shared: &Shared, wire: Option<&mut (dyn Wire + 'static)>) -> Result<bool, Error> {
+        let completed = &shared.mail.lines[self.peer][self.direction as usize].1;
+        if completed.load(Ordering::Acquire) != self.number || !self.after.advance() {
+            return Ok(false);
+        }
+        let done = match (shared.hosts.local().iter().position(|&rank| rank == self.peer), self.direction) {
+            (Some(peer), Direction::Send) => self.send(shared, peer)?,
+            (Some(peer), Direction::Receive) => self.receive(shared, peer)?,
+            (None, _) => self.pass_wire(shared, wire.expect("a rank of another host has a wire"))?,
+        };
+        if done {
+            completed.store(self.number + 1, Ordering::Release);
+            let sent =
+                if self.direction == Direction::Send { self.buffer.len() * self.buffer.dtype().bytes() } else { 0 };
+            shared.count(sent as u64);
+        }
+        Ok(done)
+    }
+
+    fn send(&mut self, shared: &Shared, peer: usize) -> Result<bool, Error> {
+        let mailbox = shared.map.mailbox(shared.rank, peer);
+        let (len, width) = (self.buffer.len(), self.buffer.dtype().bytes());
+        loop {
+            let (sent, taken) = (mailbox.sent.load(Ordering::Relaxed), mailbox.taken.0.load(Ordering::Acquire));
+            if self.begun && self.moved == len {
+                if taken == sent {
+                    return Ok(true);
+                }
+            } else if sent - taken < 2 {
+                let place = match shared.map.offset_of(shared.rank, self.buffer.address()) {
+                    Some(offset) => {
+                        self.moved = len;
+                        Place::Arena(offset)
+                    }
+                    None => {
+                        let at = self.stage(shared, peer)? + (sent % 2) * PIECE as u64;
+                        let count = (len - self.moved).min(PIECE / width);
+                        let _access = exclusive(self.buffer.deferred());
+                        // SAFETY: the range lies in the buffer, which this flight owns, and in this rank's stage for the peer; the
+                        // peer has taken what stood there, two pieces ago, since fewer than two are out.
+                        unsafe {
+                            let from = self.buffer.address().as_ptr().add(self.moved * width);
+                            let to = shared.map.address(shared.rank, at, (count * width) as u64);
+                            stream::copy(from, to.as_ptr(), count * width, false);
+                        }
+                        self.moved += count;
+                        Place::Stage(at)
+                    }
+                };
+                let words = [len as u64, 1 + self.buffer.dtype() as u64, place.to_word()];
+                for (word, value) in mailbox.pieces[(sent % 2) as usize].iter().zip(words) {
+                    word.store(value, Ordering::Relaxed);
+                }
+                self.begun = true;
+                publish(&mailbox.sent, sent + 1);
+                shared.ring_rank(peer, Channel::Control as usize, subject::MAIL);
+                self.watch = Watch::new(shared.options.timeout, false);
+                continue;
+            }
+            return self.wait_for(shared, peer);
+        }
+    }
+
+    fn receive(&mut self, shared: &Shared, peer: usize) -> Result<bool, Error> {
+        let mailbox = shared.map.mailbox(peer, shared.rank);
+        let (len, width) = (self.buffer.len(), self.buffer.dtype().bytes());
+        loop {
+            if self.begun && self.moved == len {
+                return Ok(true);
+            }
+            let (sent, taken) = (mailbox.sent.load(Ordering::Acquire), mailbox.taken.0.load(Ordering::Relaxed));
+            if taken == sent {
+                return self.wait_for(shared, peer);
+            }
+            let words = mailbox.pieces[(taken % 2) as usize].each_ref().map(|word| word.load(Ordering::Relaxed));
+            self.check(shared, words[0], words[1])?;
+            let (offset, count) = match Place::from_word(words[2]) {
+                Place::Arena(offset) => (offset, len),
+                Place::Stage(offset) => (offset, (len - self.moved).min(PIECE / width)),
+                Place::None | Place::Header => (u64::MAX, 0),
+            };
+            if !shared.map.contains(peer, offset, (count * width) as u64) {
+                let reason = format!("rank {} published a message outside its arena", self.peer);
+                return Err(Error::System { what: "receiving a message", reason });
+            }
+            let large = stream::pays(2 * len * width) && count == len;
+            let _access = exclusive(self.buffer.deferred());
+            // SAFETY: the source lies in the peer's arena, and the peer leaves it as it is until this rank has taken the piece; the
+            // destination lies in the buffer, which this flight owns. They belong to different ranks or different buffers.
+            unsafe {
+                let from = shared.map.address(peer, offset, (count * width) as u64);
+                let to = self.buffer.address().as_ptr().add(self.moved * width);
+                stream::copy(from.as_ptr(), to, count * width, large);
+            }
+            self.moved += count;
+            self.begun = true;
+            publish(&mailbox.taken.0, taken + 1);
+            shared.ring_rank(peer, Channel::Control as usize, subject::MAIL);
+            self.watch = Watch::new(shared.options.timeout, false);
+        }
+    }
+
+    fn stage(&self, shared: &Shared, peer: usize) -> Result<u64, Error> {
+        let mut stages = shared.mail.stages.lock();
+        if let Some(&offset) = stages.get(&peer) {
+            return Ok(offset);
+        }
+        let offset = shared.allocator.arena(2 * PIECE as u64);
+        shared.map.reserve(shared.rank, offset, 2 * PIECE as u64)?;
+        stages.insert(peer, offset);
+        Ok(offset)
+    }
+
+    fn wait_for(&mut self, shared: &Shared, peer: usize) -> Result<bool, Error> {
+        let op = self.describe();
+        self.watch.check(shared, peer, &|rank| rank == peer, &|| op.clone())?;
+        Ok(false)
+    }
+
+    /// Whether sender and receiver mean the same message.
+    fn check(&self, shared: &Shared, len: u64, dtype: u64) -> Result<(), Error> {
+        let ours = self.call();
+        let theirs = Call { count: len, dtype, ..ours };
+        if theirs == ours {
+            return Ok(());
+        }
+        let theirs = format!("{} to rank {}", describe(theirs), shared.name(shared.rank));
+        Err(Error::Mismatch { ours: self.describe(), theirs, peer: self.peer })
+    }
+
+    /// To or from another host: the header, then, once it is there and right, the data.
+    fn pass_wire(&mut self, shared: &Shared, wire: &mut (dyn Wire + 'static)) -> Result<bool, Error> {
+        let (peer, bytes) = (self.peer, self.buffer.len() * self.buffer.dtype().bytes());
+        let (data, words) = (self.buffer.address().as_ptr(), self.words.as_mut_ptr().cast::<u8>());
+        if !self.begun {
+            self.begun = true;
+            // SAFETY: the buffer is this flight's until it is complete, the words too; `Drop` keeps both for ever if it never is.
+            // (Access to a deferring device's memory is not serialised here: such devices are for tests on one host.)
+            unsafe {
+                match self.direction {
+                    Direction::Send => {
+                        *self.words = [self.buffer.len() as u64, 1 + self.buffer.dtype() as u64];
+                        self.wire.push(wire.send(peer, TAG, words, 16)?);
+                        self.wire.push(wire.send(peer, TAG, data, bytes)?);
+                    }
+                    Direction::Receive => self.wire.push(wire.receive(peer, TAG, words, 16)?),
+                }
+            }
+        }
+        while let Some(request) = self.wire.first() {
+            if !wire.test(request)? {
+                let op = self.describe();
+                self.watch.check_wire(shared, peer, wire, &|| op.clone())?;
+                return Ok(false);
+            }
+            self.wire.remove(0);
+            if self.direction == Direction::Receive && self.moved == 0 {
+                self.check(shared, self.words[0], self.words[1])?;
+                self.moved = self.buffer.len().max(1);
+                // SAFETY: as above.
+                self.wire.push(unsafe { wire.receive(peer, TAG, data, bytes)? });
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Number of bytes of the mailboxes of `world` ranks.
+pub(crate) fn bytes(world: usize) -> u64 {
+    (world * world * size_of::<Mailbox>()) as u64
+}
+
+/// Where elements of a type may lie in a piece: pieces hold whole elements.
+const _: () = assert!(PIECE.is_multiple_of(DType::F64.bytes()));

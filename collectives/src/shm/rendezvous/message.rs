@@ -1,0 +1,70 @@
+//! What ranks say to each other before they share memory: a greeting and its answer, of fixed size, as little-endian words after a
+//! magic.
+
+use std::fmt;
+
+/// First bytes of a greeting and of its answer; the digit is the version of the protocol and of the shared words' layout.
+pub(super) const MAGIC: [u8; 8] = *b"pillion2";
+/// Magic, rank, world.
+pub(super) const GREETING: usize = 24;
+/// Magic, 0 or a [`Refusal`], and two numbers: the shape's reserve and heap, or the world that was expected and 0.
+pub(super) const ANSWER: usize = 32;
+pub(super) const WELCOME: u64 = 0;
+
+/// Why rank 0 turned a connection away; the numbers are sent.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Refusal {
+    Stranger = 1,
+    Silent,
+    Unfinished,
+    HungUp,
+    PushedOut,
+    Garbage,
+    Version,
+    World,
+    NoSuchRank,
+    Taken,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Refusal::Stranger => "by another user",
+            Refusal::Silent => "that said nothing",
+            Refusal::Unfinished => "that stopped in the middle of its greeting",
+            Refusal::HungUp => "that hung up early",
+            Refusal::PushedOut => "pushed out by newer ones",
+            Refusal::Garbage => "that did not greet as a rank does",
+            Refusal::Version => "by another version of this program",
+            Refusal::World => "that expected another number of ranks",
+            Refusal::NoSuchRank => "with a rank that cannot be",
+            Refusal::Taken => "as a rank that had come already",
+        })
+    }
+}
+
+/// Whether a message, of which this much has come, can be one of ours.
+pub(super) fn check_magic(received: &[u8]) -> Result<(), Refusal> {
+    let (name, version) = MAGIC.split_at(MAGIC.len() - 1);
+    let common = received.len().min(name.len());
+    if received[..common] != name[..common] {
+        return Err(Refusal::Garbage);
+    }
+    match received.get(common) {
+        Some(theirs) if *theirs != version[0] => Err(Refusal::Version),
+        _ => Ok(()),
+    }
+}
+
+/// A message: the magic, then these.
+pub(super) fn bytes<const N: usize>(numbers: &[u64]) -> [u8; N] {
+    let mut bytes = [0; N];
+    let words = std::iter::once(MAGIC).chain(numbers.iter().map(|number| number.to_le_bytes()));
+    bytes.chunks_exact_mut(8).zip(words).for_each(|(place, word)| place.copy_from_slice(&word));
+    bytes
+}
+
+/// A word of a message; the magic is word 0.
+pub(super) fn number(message: &[u8], word: usize) -> u64 {
+    u64::from_le_bytes(message[8 * word..][..8].try_into().expect("8 bytes"))
+}

@@ -1,0 +1,201 @@
+//! Rank 0's side: it gives the memory to each rank that greets, and turns everybody else away.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags};
+
+use super::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number};
+use super::socket::{dial, peer, socket, wait};
+use super::{Place, RETRY_EVERY};
+use crate::Error;
+use crate::shm::arena::{self, Mapping, Shape};
+
+/// A connection that has not greeted by then is dropped. Its rank, if it is one, comes again.
+const GREETING_LIMIT: Duration = Duration::from_secs(5);
+/// Connections that may be waiting for their greeting to arrive; one more pushes out the oldest.
+const MOST_WAITING: usize = 256;
+
+/// How many connections were turned away, and why.
+#[derive(Default)]
+struct Refused(BTreeMap<Refusal, usize>);
+
+impl Refused {
+    fn count(&mut self, refusal: Refusal) {
+        *self.0.entry(refusal).or_default() += 1;
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let total: usize = self.0.values().sum();
+        if total > 0 {
+            write!(f, "; {total} {} refused: ", if total == 1 { "connection was" } else { "connections were" })?;
+            let each: Vec<String> = self.0.iter().map(|(refusal, count)| format!("{count} {refusal}")).collect();
+            f.write_str(&each.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+/// A connection of a process of this user that has not greeted yet.
+struct Connection {
+    socket: OwnedFd,
+    until: Instant,
+    greeting: [u8; GREETING],
+    received: usize,
+}
+
+impl Connection {
+    /// Reads what has come. Returns whether the greeting is whole.
+    fn read(&mut self) -> Result<bool, Refusal> {
+        while self.received < GREETING {
+            match rustix::io::read(&self.socket, &mut self.greeting[self.received..]) {
+                Ok(0) => return Err(Refusal::HungUp),
+                Ok(count) => self.received += count,
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(Errno::INTR) => {}
+                Err(_) => return Err(Refusal::HungUp),
+            }
+            check_magic(&self.greeting[..self.received])?;
+        }
+        Ok(true)
+    }
+
+    /// The missing rank that greeted here and was given the memory; `None` while the greeting is not whole.
+    fn admit(
+        &mut self,
+        place: &Place<'_>,
+        missing: &[usize],
+        file: &OwnedFd,
+        shape: Shape,
+    ) -> Result<Option<usize>, Refusal> {
+        if !self.read()? {
+            return Ok(None);
+        }
+        let (rank, world) = (number(&self.greeting, 1), number(&self.greeting, 2));
+        if world != place.world as u64 {
+            return Err(Refusal::World);
+        }
+        if !(1..world).contains(&rank) {
+            return Err(Refusal::NoSuchRank);
+        }
+        let rank = rank as usize;
+        if !missing.contains(&rank) {
+            return Err(Refusal::Taken);
+        }
+        self.answer([WELCOME, shape.reserve, shape.heap], Some(file)).map_err(|_| Refusal::HungUp)?;
+        Ok(Some(rank))
+    }
+
+    fn answer(&self, numbers: [u64; 3], file: Option<&OwnedFd>) -> rustix::io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut message = SendAncillaryBuffer::new(&mut space);
+        let files = file.map(|file| [file.as_fd()]);
+        if let Some(files) = &files {
+            message.push(SendAncillaryMessage::ScmRights(files));
+        }
+        let bytes: [u8; ANSWER] = bytes(&numbers);
+        rustix::net::sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut message, SendFlags::NOSIGNAL)
+    }
+
+    fn overdue(&self) -> Refusal {
+        if self.received == 0 { Refusal::Silent } else { Refusal::Unfinished }
+    }
+}
+
+pub(super) fn serve(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Arc<Mapping>, Error> {
+    let listener = listen(place, address, deadline)?;
+    let shape = Shape::of_host(place.world);
+    let file = arena::create(shape)?;
+    let mut missing: Vec<usize> = (1..place.world).collect();
+    // Oldest first.
+    let mut waiting: VecDeque<Connection> = VecDeque::new();
+    let mut refused = Refused::default();
+    while !missing.is_empty() {
+        let now = Instant::now();
+        while let Some(late) = waiting.pop_front_if(|first| first.until.min(deadline) <= now) {
+            refused.count(late.overdue());
+        }
+        if now >= deadline {
+            return Err(place.fail(format!(
+                "ranks {missing:?}{} did not come: were they started on this host, with the same job id?{refused}",
+                place.counting()
+            )));
+        }
+        let sockets = std::iter::once(&listener).chain(waiting.iter().map(|connection| &connection.socket));
+        let mut events: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
+        wait(&mut events, waiting.front().map_or(deadline, |first| first.until.min(deadline)))?;
+        waiting.retain_mut(|connection| match connection.admit(place, &missing, &file, shape) {
+            Ok(None) => true,
+            Ok(Some(rank)) => {
+                missing.retain(|&other| other != rank);
+                false
+            }
+            Err(refusal) => {
+                // Whoever does not want to hear it is turned away all the same.
+                let _ = connection.answer([refusal as u64, place.world as u64, 0], None);
+                refused.count(refusal);
+                false
+            }
+        });
+        // No more at once than may wait: one that has greeted is read before newer ones could push it out.
+        for _ in 0..MOST_WAITING {
+            let socket = match rustix::net::accept_with(&listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) => socket,
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => break,
+                // Without the older ones there is room for this one.
+                Err(Errno::MFILE | Errno::NFILE) if waiting.pop_front().is_some() => {
+                    refused.count(Refusal::PushedOut);
+                    continue;
+                }
+                Err(errno) => return Err(place.fail(format!("accepting a connection: {errno}"))),
+            };
+            if !peer(&socket).is_ok_and(|peer| peer.is_ours()) {
+                refused.count(Refusal::Stranger);
+                continue;
+            }
+            if waiting.len() == MOST_WAITING {
+                waiting.pop_front();
+                refused.count(Refusal::PushedOut);
+            }
+            let until = Instant::now() + GREETING_LIMIT;
+            waiting.push_back(Connection { socket, until, greeting: [0; GREETING], received: 0 });
+        }
+    }
+    Mapping::new(file, shape)
+}
+
+/// Takes the name. Waits for a stranger to give it up, but not for another job of this user.
+fn listen(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<OwnedFd, Error> {
+    let failed = |errno: Errno| place.fail(format!("listening for the other ranks: {errno}"));
+    let listener = socket().map_err(failed)?;
+    loop {
+        match rustix::net::bind(&listener, address) {
+            Ok(()) => break,
+            Err(Errno::ADDRINUSE) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+        // Where nobody can be asked, the name has just been taken or given up.
+        let holder = dial(address).ok().and_then(|socket| peer(&socket).ok());
+        if let Some(holder) = holder.as_ref().filter(|holder| holder.is_ours()) {
+            return Err(
+                place.fail(format!("another running job ({holder}) has the same name: give each job its own id"))
+            );
+        }
+        if Instant::now() >= deadline {
+            let holder = holder.map_or_else(|| "a process that accepts nobody".to_owned(), |holder| holder.to_string());
+            return Err(place.fail(format!("{holder} has taken this job's name: give the job another id")));
+        }
+        std::thread::sleep(RETRY_EVERY);
+    }
+    rustix::net::listen(&listener, i32::from(i16::MAX)).map_err(failed)?;
+    Ok(listener)
+}

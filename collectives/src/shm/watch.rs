@@ -1,0 +1,158 @@
+//! How long to wait for whom, and what is said and done when they do not come.
+
+use std::io::Write;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::control::{monotonic_millis, state};
+use super::progress::Shared;
+use crate::Error;
+use crate::wire::Wire;
+
+/// The patience of one wait.
+pub(crate) struct Watch {
+    limit: Duration,
+    patient: bool,
+    /// When this was last looked at; waits that are over at once never ask for the time.
+    checked: Option<Instant>,
+    waited: Duration,
+    warned: bool,
+}
+
+/// Time between two looks at the other ranks' health.
+const CHECK_EVERY: Duration = Duration::from_millis(1);
+/// A longer gap between two looks means that this rank itself did not run; only this much of it counts as waiting.
+const LONGEST_GAP: Duration = Duration::from_secs(1);
+
+impl Watch {
+    /// A wait of at most `limit`; a patient one does not count time in which the rank waited for is running.
+    pub(crate) fn new(limit: Duration, patient: bool) -> Watch {
+        Watch { limit, patient, checked: None, waited: Duration::ZERO, warned: false }
+    }
+
+    /// Looks, now and then, whether the wait is in vain. `late` is a rank of this host that is waited for, `is_late` tells it for each.
+    pub(crate) fn check(
+        &mut self,
+        shared: &Shared,
+        late: usize,
+        is_late: &dyn Fn(usize) -> bool,
+        op: &dyn Fn() -> String,
+    ) -> Result<(), Error> {
+        let patient = self.patient;
+        if self.passed(|| patient && is_running(shared, late)) {
+            self.look_around(shared, is_late, op)?;
+            self.judge(shared, shared.name(late), op, &|| pulse(shared, late))?;
+        }
+        Ok(())
+    }
+
+    /// As [`Watch::check`], for a message from or to a rank of another host, as the communicator counts ranks.
+    pub(crate) fn check_wire(
+        &mut self,
+        shared: &Shared,
+        late: usize,
+        wire: &mut dyn Wire,
+        op: &dyn Fn() -> String,
+    ) -> Result<(), Error> {
+        if self.passed(|| false) {
+            if let Some((rank, reason)) = wire.aborted() {
+                return Err(Error::Aborted { rank, reason });
+            }
+            // A rank of this host may have finished its part and left.
+            self.look_around(shared, &|_| false, op)?;
+            self.judge(shared, late, op, &|| "it is on another host".to_owned())?;
+        }
+        Ok(())
+    }
+
+    /// Whether it is time to look again, counting the time since the last look unless `excused`.
+    fn passed(&mut self, excused: impl Fn() -> bool) -> bool {
+        let Some(checked) = self.checked else {
+            self.checked = Some(Instant::now());
+            return false;
+        };
+        let gap = checked.elapsed();
+        if gap < CHECK_EVERY {
+            return false;
+        }
+        self.checked = Some(Instant::now());
+        if !excused() {
+            self.waited += gap.min(LONGEST_GAP);
+        }
+        true
+    }
+
+    /// Looks whether a rank of this host is known never to come.
+    fn look_around(
+        &self,
+        shared: &Shared,
+        is_late: &dyn Fn(usize) -> bool,
+        op: &dyn Fn() -> String,
+    ) -> Result<(), Error> {
+        let states =
+            || (0..shared.world()).filter(|&rank| rank != shared.rank).map(|rank| (rank, shared.look_at(rank)));
+        if let Some((rank, _)) = states().find(|&(_, state)| state == state::DEAD) {
+            return Err(Error::PeerLost { rank: shared.name(rank), op: op(), how: "it died" });
+        }
+        if let Some((rank, _)) = states().find(|&(_, state)| state == state::ABORTED) {
+            return Err(Error::Aborted { rank: shared.name(rank), reason: shared.map.control(rank).read_reason() });
+        }
+        if let Some((rank, _)) = states().find(|&(rank, state)| state == state::LEFT && is_late(rank)) {
+            return Err(match shared.map.control(rank).culprit() {
+                Some(culprit) if culprit != shared.name(shared.rank) => {
+                    Error::PeerLost { rank: culprit, op: op(), how: "another rank gave up on it" }
+                }
+                _ => Error::PeerLost { rank: shared.name(rank), op: op(), how: "it left early" },
+            });
+        }
+        Ok(())
+    }
+
+    /// Warns, then gives up.
+    fn judge(
+        &mut self,
+        shared: &Shared,
+        late: usize,
+        op: &dyn Fn() -> String,
+        how: &dyn Fn() -> String,
+    ) -> Result<(), Error> {
+        if !self.warned && self.waited >= shared.options.warn_after {
+            self.warned = true;
+            let seconds = self.waited.as_secs_f32();
+            let (rank, op, how) = (shared.name(shared.rank), op(), how());
+            // A closed stderr must not end the thread that says this.
+            let _ = writeln!(
+                std::io::stderr(),
+                "pillion: rank {rank} has waited {seconds:.0} s for rank {late} in {op} ({how})"
+            );
+        }
+        if self.waited >= self.limit {
+            let seconds = self.waited.as_secs();
+            return Err(Error::Timeout { op: op(), waiting_on: late, seconds, how: how() });
+        }
+        Ok(())
+    }
+}
+
+/// A heart that has not beaten for longer than this many milliseconds has stopped; it beats every 200.
+const STOPPED_AFTER: u64 = 2000;
+
+/// Milliseconds since a rank's heart last beat.
+fn pulse_age(shared: &Shared, rank: usize) -> u64 {
+    monotonic_millis().saturating_sub(shared.map.control(rank).heartbeat.load(Ordering::Relaxed))
+}
+
+fn is_running(shared: &Shared, rank: usize) -> bool {
+    shared.map.control(rank).state.load(Ordering::Acquire) == state::JOINED && pulse_age(shared, rank) <= STOPPED_AFTER
+}
+
+/// What a rank's heartbeat says about it.
+fn pulse(shared: &Shared, rank: usize) -> String {
+    if shared.map.control(rank).state.load(Ordering::Acquire) == state::ABSENT {
+        return "it has not joined".to_owned();
+    }
+    match pulse_age(shared, rank) {
+        age if age > STOPPED_AFTER => format!("it has not run for {} s: stopped?", age / 1000),
+        _ => "it is running".to_owned(),
+    }
+}

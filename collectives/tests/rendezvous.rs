@@ -1,0 +1,107 @@
+//! Jobs that start beside each other, beside strangers and with mistakes, seen through the communicator.
+
+use std::io::Write;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixStream};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use pillion_collectives::{Communicator, Launch, Options, Reduction};
+
+/// Only turns a hang into a failure.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A rank that joins and returns the sum of all ranks' values.
+fn start(launch: &Launch, value: f64) -> JoinHandle<Result<f64, String>> {
+    let launch = launch.clone();
+    thread::spawn(move || {
+        let options = Options { startup_timeout: PATIENCE, ..Options::default() };
+        let communicator = Communicator::connect(&launch, options).map_err(|error| error.to_string())?;
+        let mut values = [value];
+        communicator.all_reduce_scalars(&mut values, Reduction::Sum).map_err(|error| error.to_string())?;
+        Ok(values[0])
+    })
+}
+
+/// Connects to a job's rank 0, which is about to listen.
+fn dial(job: &str) -> UnixStream {
+    let address = SocketAddr::from_abstract_name(format!("pillion/{job}")).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect_addr(&address) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn jobs_of_different_names_do_not_meet() {
+    let jobs = [1.0, 10.0, 100.0].map(|value| (value, Launch::threads(3)));
+    // Rank by rank, so that the jobs form at the same time.
+    let ranks: Vec<_> =
+        (0..3).flat_map(|rank| jobs.each_ref().map(|(value, job)| (*value, start(&job[rank], *value)))).collect();
+    for (value, rank) in ranks {
+        assert_eq!(rank.join().unwrap(), Ok(3.0 * value));
+    }
+}
+
+#[test]
+fn strangers_at_the_door_do_not_disturb_the_job() {
+    let job = Launch::threads(3);
+    let zero = start(&job[0], 1.0);
+    let mut strangers = Vec::new();
+    for said in [&b""[..], b"pillion2\x01", b"GET / HTTP/1.1\r\n\r\n"].repeat(20) {
+        let mut stream = dial(&job[0].job);
+        stream.write_all(said).unwrap();
+        strangers.push(stream);
+        drop(dial(&job[0].job));
+    }
+    let ranks = [zero, start(&job[1], 2.0), start(&job[2], 4.0)];
+    for rank in ranks {
+        assert_eq!(rank.join().unwrap(), Ok(7.0));
+    }
+    drop(strangers);
+}
+
+#[test]
+fn a_rank_that_is_started_twice_is_told_and_the_job_goes_on() {
+    let job = Launch::threads(3);
+    let zero = start(&job[0], 1.0);
+    let twins = [start(&job[1], 2.0), start(&job[1], 2.0)];
+    let deadline = Instant::now() + PATIENCE;
+    while !twins.iter().any(JoinHandle::is_finished) {
+        assert!(Instant::now() < deadline, "neither twin is refused");
+        thread::sleep(Duration::from_millis(1));
+    }
+    let two = start(&job[2], 4.0);
+    let [refused, joined] = {
+        let mut twins = twins.map(|twin| twin.join().unwrap());
+        twins.sort_by_key(Result::is_ok);
+        twins
+    };
+    let error = refused.unwrap_err();
+    assert!(error.ends_with("rank 1 has come already: start each rank once"), "{error}");
+    assert_eq!([joined, zero.join().unwrap(), two.join().unwrap()], [Ok(7.0), Ok(7.0), Ok(7.0)]);
+}
+
+#[test]
+fn a_rank_that_expects_another_world_is_told_both_numbers() {
+    let job = Launch::threads(3);
+    let zero = start(&job[0], 1.0);
+    let error = start(&Launch { world: 2, local_world: 2, ..job[1].clone() }, 2.0).join().unwrap().unwrap_err();
+    assert!(error.contains("rank 0 expects 3 ranks here, this process 2"), "{error}");
+    let ranks = [zero, start(&job[1], 2.0), start(&job[2], 4.0)];
+    for rank in ranks {
+        assert_eq!(rank.join().unwrap(), Ok(7.0));
+    }
+}
+
+#[test]
+fn ranks_of_several_hosts_are_pointed_to_the_build_that_joins_them() {
+    let launch = Launch { local_world: 1, local_rank: 0, ..Launch::threads(2)[1].clone() };
+    let error = start(&launch, 1.0).join().unwrap().unwrap_err();
+    assert!(error.contains("only 1 of its 2 ranks are on this host"), "{error}");
+    assert!(error.contains("build with `--features mpi` and start with mpirun"), "{error}");
+}
