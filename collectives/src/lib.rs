@@ -14,6 +14,9 @@ mod error;
 mod join;
 pub mod launch;
 pub mod launcher;
+#[cfg(feature = "mpi")]
+#[cfg_attr(not(test), expect(dead_code, reason = "no communicator spans hosts yet"))]
+mod mpi;
 mod operations;
 mod options;
 mod pending;
