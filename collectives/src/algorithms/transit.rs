@@ -16,6 +16,8 @@ use crate::wire::Request;
 pub(super) struct Transit<M> {
     pub(super) memory: ManuallyDrop<M>,
     waiting: Vec<Waiting>,
+    /// A message that did not start may still have parts under way.
+    failed: bool,
 }
 
 /// A message, the other rank, and what it belongs to.
@@ -28,7 +30,7 @@ struct Waiting {
 impl<M> Drop for Transit<M> {
     /// After a failure the transport may still use the memory at any time, so it is never given back.
     fn drop(&mut self) {
-        if self.waiting.is_empty() {
+        if self.waiting.is_empty() && !self.failed {
             // SAFETY: dropped here, once.
             unsafe { ManuallyDrop::drop(&mut self.memory) };
         }
@@ -37,7 +39,7 @@ impl<M> Drop for Transit<M> {
 
 impl<M> Transit<M> {
     pub(super) fn new(memory: M) -> Transit<M> {
-        Transit { memory: ManuallyDrop::new(memory), waiting: Vec::new() }
+        Transit { memory: ManuallyDrop::new(memory), waiting: Vec::new(), failed: false }
     }
 
     /// Starts sending to a rank of another host.
@@ -54,7 +56,8 @@ impl<M> Transit<M> {
     ) -> Result<(), Error> {
         let tag = peers.channel as u8;
         // SAFETY: the caller's promise, and `Drop`.
-        let request = unsafe { peers.wire.as_deref_mut().expect(NO_WIRE).send(to, tag, data, len)? };
+        let request = unsafe { peers.wire.as_deref_mut().expect(NO_WIRE).send(to, tag, data, len) };
+        let request = request.inspect_err(|_| self.failed = true)?;
         self.waiting.push(Waiting { rank: to, request, group });
         Ok(())
     }
@@ -73,7 +76,8 @@ impl<M> Transit<M> {
     ) -> Result<(), Error> {
         let tag = peers.channel as u8;
         // SAFETY: the caller's promise, and `Drop`.
-        let request = unsafe { peers.wire.as_deref_mut().expect(NO_WIRE).receive(from, tag, data, len)? };
+        let request = unsafe { peers.wire.as_deref_mut().expect(NO_WIRE).receive(from, tag, data, len) };
+        let request = request.inspect_err(|_| self.failed = true)?;
         self.waiting.push(Waiting { rank: from, request, group });
         Ok(())
     }
