@@ -378,6 +378,8 @@ impl Operation {
         if !self.wire.started {
             self.wire.started = true;
             moves.start(&self.sides, peers, piece, transit)?;
+            // Messages travel while this rank copies.
+            transit.poll(peers, moves::GROUP)?;
             moves.pull(&self.sides, peers, piece, streams)?;
         }
         transit.poll(peers, moves::GROUP)
