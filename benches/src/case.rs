@@ -14,7 +14,6 @@ pub(crate) const BLOCK: usize = 2048;
 /// An operation with its buffers.
 pub struct Case {
     pattern: Pattern,
-    dtype: DType,
     operands: Operands,
     window: Option<Window>,
     /// Where a window's reader copies each block.
@@ -52,12 +51,7 @@ impl Case {
     ///
     /// # Errors
     /// Those of the allocations.
-    pub fn new(
-        communicator: &Communicator,
-        pattern: Pattern,
-        dtype: DType,
-        buffers: Buffers,
-    ) -> Result<Case, Error> {
+    pub fn new(communicator: &Communicator, pattern: Pattern, dtype: DType, buffers: Buffers) -> Result<Case, Error> {
         let is_window = pattern.operation == Operation::Window;
         let of_root = Pattern { rank: 0, ..pattern };
         // An arena's allocations are the same on every rank; where only the root has a buffer, the others' stay unused.
@@ -78,7 +72,7 @@ impl Case {
         }
         let scratch = Cpu.allocate(dtype, BLOCK)?;
         let operands = Operands { input, output };
-        Ok(Case { pattern, dtype, operands, window, scratch, scalar: 0.0, queue: Cpu.queue() })
+        Ok(Case { pattern, operands, window, scratch, scalar: 0.0, queue: Cpu.queue() })
     }
 
     /// Writes inputs, and poison where results go; values are those of `round`.
@@ -153,9 +147,8 @@ impl Case {
             _ => self.run(communicator)?,
         }
         let output = self.operands.output.as_ref();
-        let of_output = output.map_or(0, |output| {
-            differences(&*self.queue, output.view(), 0, |index| pattern.output_after(index))
-        });
+        let of_output =
+            output.map_or(0, |output| differences(&*self.queue, output.view(), 0, |index| pattern.output_after(index)));
         Ok(of_output + self.differing_input())
     }
 
@@ -202,9 +195,7 @@ impl Case {
             (Operation::Scatter, _) => communicator
                 .scatter(input, output.expect(has), 0, start)
                 .map(|(input, output)| Operands { input, output: Some(output) }),
-            (Operation::AllToAll, _) => {
-                communicator.all_to_all(input.expect(has), output.expect(has), start).map(both)
-            }
+            (Operation::AllToAll, _) => communicator.all_to_all(input.expect(has), output.expect(has), start).map(both),
             (Operation::SendRecv, _) => {
                 // Sent on the progress thread in any case: here it would wait for a receiver that waits for its own send.
                 let sent = communicator.send(input.expect(has), (rank + 1) % world, Event::PAST);
@@ -246,11 +237,6 @@ impl Case {
         window.release(&self.queue.record());
         self.window = Some(window);
         Ok(())
-    }
-
-    /// Type of the elements.
-    pub fn dtype(&self) -> DType {
-        self.dtype
     }
 }
 

@@ -88,10 +88,7 @@ impl Operation {
 
     /// Whether it combines elements.
     pub fn reduces(self) -> bool {
-        matches!(
-            self,
-            Operation::ReduceScatter | Operation::AllReduce | Operation::Reduce | Operation::Scalars
-        )
+        matches!(self, Operation::ReduceScatter | Operation::AllReduce | Operation::Reduce | Operation::Scalars)
     }
 
     /// Whether it moves buffers, of a size and type that can be chosen.

@@ -212,7 +212,10 @@ mod tests {
         assert!(seen(&|index| right.output_after(index + 1)) > mostly, "a shift by one");
         assert!(seen(&|index| right.input(index)) > mostly, "one rank's input");
         assert!(seen(&|index| right.output_after(index) - right.value(3, index)) > mostly, "one rank left out");
-        assert!(seen(&|index| Pattern { reduction: Reduction::Max, ..right }.output_after(index)) > mostly, "the largest");
+        assert!(
+            seen(&|index| Pattern { reduction: Reduction::Max, ..right }.output_after(index)) > mostly,
+            "the largest"
+        );
     }
 
     proptest! {

@@ -52,7 +52,9 @@ fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
                 if launch.rank == 0 { Err(Error::Usage(text)) } else { Ok(()) }
             };
             if settings.threads {
-                refuse(format!("--threads starts ranks of its own, but this is one of {world} ranks started by {source}: leave it out"))?;
+                refuse(format!(
+                    "--threads starts ranks of its own, but this is one of {world} ranks started by {source}: leave it out"
+                ))?;
                 return Ok(2);
             }
             if let Some(ranks) = settings.ranks.filter(|&ranks| ranks != world) {
@@ -97,13 +99,17 @@ fn threads(settings: &Settings, command: &[String], ranks: usize) -> i32 {
 
 /// Measures on one rank; prints its error, unless another rank prints the same.
 fn measure(settings: &Settings, launch: &Launch, command: &[String]) -> i32 {
+    use pillion_collectives::Error as Peers;
     match sweep::run(settings, launch, command) {
         Ok(0) => 0,
         Ok(_) => 1,
         Err(error) => {
-            if launch.rank == 0 || !error.is_everywhere() {
-                let who = if error.is_everywhere() { String::new() } else { format!("rank {}: ", launch.rank) };
-                complain(&format!("{who}{error}"));
+            match &error {
+                // The rank that gave up says why.
+                Error::Communication(Peers::Aborted { .. }) => {}
+                _ if error.is_everywhere() && launch.rank > 0 => {}
+                _ if error.is_everywhere() => complain(&error.to_string()),
+                _ => complain(&format!("rank {}: {error}", launch.rank)),
             }
             error.code()
         }

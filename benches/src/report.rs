@@ -80,7 +80,9 @@ impl Report {
     pub fn new(json: Option<PathBuf>, silent: bool) -> Result<Report, Error> {
         let file = match json.filter(|_| !silent) {
             Some(path) => {
-                let file = File::create(&path).map_err(Error::file(&path))?;
+                // An earlier file stays as it is until there is something to replace it.
+                let open = File::options().write(true).create(true).truncate(false).open(&path);
+                let file = open.map_err(Error::file(&path))?;
                 Some((path, file))
             }
             None => None,
@@ -200,6 +202,9 @@ impl Report {
         ])?;
         if let Some((path, file)) = self.file.take() {
             let document = Document { machine, command, results: &self.results };
+            if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+                file.set_len(0).map_err(Error::file(&path))?;
+            }
             let mut file = BufWriter::new(file);
             let written = serde_json::to_writer_pretty(&mut file, &document).map_err(std::io::Error::from);
             written.and_then(|()| file.flush()).map_err(Error::file(&path))?;

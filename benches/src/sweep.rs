@@ -25,7 +25,10 @@ const LEAST_FLUSH: usize = 64 << 20;
 pub fn run(settings: &Settings, launch: &Launch, command: &[String]) -> Result<u64, Error> {
     let mut link = Link::connect(launch, &settings.options)?;
     let result = Sweep::new(settings, &link).and_then(|mut sweep| sweep.all(&mut link, command));
-    if let Err(error) = &result {
+    // What every rank knows needs no telling, and telling might overtake the knowledge.
+    if let Err(error) = &result
+        && !error.is_everywhere()
+    {
         link.abort(error);
     }
     result
@@ -45,7 +48,8 @@ impl<'a> Sweep<'a> {
         let world = link.communicator().world();
         let sums = settings.reduction == Reduction::Sum && settings.operations.iter().any(|one| one.reduces());
         if settings.check && sums && world > LARGEST {
-            let text = format!("--check knows the sums of at most {LARGEST} ranks exactly, here are {world}: use -o max");
+            let text =
+                format!("--check knows the sums of at most {LARGEST} ranks exactly, here are {world}: use -o max");
             return Err(Error::Usage(text));
         }
         let machine = Machine::look(link.communicator())?;
@@ -115,7 +119,13 @@ impl<'a> Sweep<'a> {
             yes(settings.check),
             yes(settings.cold),
             settings.options.reduce_groups,
-            self.machine.affinity.iter().enumerate().map(|(rank, cpus)| format!("{rank}:{cpus}")).collect::<Vec<_>>().join(" "),
+            self.machine
+                .affinity
+                .iter()
+                .enumerate()
+                .map(|(rank, cpus)| format!("{rank}:{cpus}"))
+                .collect::<Vec<_>>()
+                .join(" "),
         );
         self.report.comment(&text)
     }
@@ -155,7 +165,8 @@ impl<'a> Sweep<'a> {
             self.wrong += *wrong;
         }
         let roofline = {
-            let iterations = std::mem::replace(&mut self.repeat.iterations, settings.iterations.min(roofline::MOST_ITERATIONS));
+            let iterations =
+                std::mem::replace(&mut self.repeat.iterations, settings.iterations.min(roofline::MOST_ITERATIONS));
             let roofline = roofline::measure(communicator, &pattern, dtype, &mut self.repeat);
             self.repeat.iterations = iterations;
             roofline?

@@ -135,7 +135,8 @@ mod tests {
         };
         std::thread::scope(|scope| {
             let ranks = Launch::threads(2).into_iter().map(|launch| scope.spawn(move || run(launch).unwrap()));
-            let samples: Vec<Vec<u64>> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect();
+            let samples: Vec<Vec<u64>> =
+                ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect();
             assert_eq!(samples[0], samples[1]);
             assert_eq!(samples[0].len(), 70);
             assert!(samples[0].iter().all(|&sample| sample >= 500_000), "rank 0 alone would be faster");
