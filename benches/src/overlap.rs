@@ -2,8 +2,6 @@
 //! max(0, 100 − 100 · (overall − compute) / pure) percent, where *pure* is the operation started and waited for, *compute* a computation
 //! of the same length, and *overall* both at once.
 
-use std::time::Instant;
-
 use pillion_collectives::Communicator;
 use serde::Serialize;
 
@@ -24,16 +22,8 @@ pub struct Overlap {
     pub hidden_percent: f64,
 }
 
-/// Rounds of [`compute`] that take a nanosecond on this core, measured once.
-pub fn rounds_per_nanosecond() -> f64 {
-    const ROUNDS: u64 = 1_000_000;
-    let runs = (0..5).map(|_| {
-        let started = Instant::now();
-        compute(ROUNDS);
-        started.elapsed().as_nanos().max(1)
-    });
-    ROUNDS as f64 / runs.min().expect("five runs") as f64
-}
+/// Rounds of [`compute`] whose time says how many take as long as an operation.
+const CALIBRATION: u64 = 100_000;
 
 /// Arithmetic that touches no memory: each round waits for the one before.
 fn compute(rounds: u64) {
@@ -48,19 +38,19 @@ fn compute(rounds: u64) {
 ///
 /// # Errors
 /// The communicator's.
-pub fn measure(
-    communicator: &Communicator,
-    case: &mut Case,
-    rounds_per_nanosecond: f64,
-    repeat: &mut Repeat,
-) -> Result<Overlap, Error> {
+pub fn measure(communicator: &Communicator, case: &mut Case, repeat: &mut Repeat) -> Result<Overlap, Error> {
     let median = |samples: Vec<u64>| Summary::of(&samples).p50_us;
     let pure_us = median(repeat.time(communicator, || case.run_beside(communicator, || ()))?);
-    let rounds = (pure_us * 1e3 * rounds_per_nanosecond) as u64;
-    let compute_us = median(repeat.time(communicator, || {
-        compute(rounds);
-        Ok(())
-    })?);
+    let mut computing = |rounds: u64| -> Result<f64, Error> {
+        let samples = repeat.time(communicator, || {
+            compute(rounds);
+            Ok(())
+        })?;
+        Ok(median(samples))
+    };
+    // Here and now: ranks that share a core compute more slowly than one alone.
+    let rounds = (CALIBRATION as f64 * pure_us / computing(CALIBRATION)?) as u64;
+    let compute_us = computing(rounds)?;
     let overall_us = median(repeat.time(communicator, || case.run_beside(communicator, || compute(rounds)))?);
     Ok(Overlap { pure_us, compute_us, overall_us, hidden_percent: hidden_percent(pure_us, compute_us, overall_us) })
 }

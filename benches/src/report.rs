@@ -187,7 +187,7 @@ impl Report {
     /// # Errors
     /// [`Error::Output`].
     pub fn finish(&mut self, machine: &Machine, command: &[String]) -> Result<(), Error> {
-        let moved: Vec<f64> = self.results.iter().filter(|form| form.size > 0).map(|form| form.busbw).collect();
+        let moved: Vec<f64> = self.results.iter().map(|form| form.busbw).filter(|&busbw| busbw > 0.0).collect();
         let wrong: Option<u64> = self.results.iter().filter_map(|form| form.wrong).reduce(|a, b| a + b);
         let mean = moved.iter().sum::<f64>() / moved.len().max(1) as f64;
         let verdict = match wrong {

@@ -39,7 +39,6 @@ struct Sweep<'a> {
     machine: Machine,
     report: Report,
     repeat: Repeat,
-    rounds_per_nanosecond: f64,
     wrong: u64,
 }
 
@@ -63,7 +62,6 @@ impl<'a> Sweep<'a> {
                 iterations: settings.iterations,
                 flush: settings.cold.then(|| Flush::new(flush_bytes)),
             },
-            rounds_per_nanosecond: if settings.overlap { overlap::rounds_per_nanosecond() } else { 0.0 },
             wrong: 0,
         })
     }
@@ -155,7 +153,7 @@ impl<'a> Sweep<'a> {
         case.prepare(0);
         let samples = self.repeat.time(communicator, || case.run(communicator))?;
         let overlap = match settings.overlap && operation.overlaps() && form == operation.forms()[0] {
-            true => Some(overlap::measure(communicator, &mut case, self.rounds_per_nanosecond, &mut self.repeat)?),
+            true => Some(overlap::measure(communicator, &mut case, &mut self.repeat)?),
             false => None,
         };
         if let Some(wrong) = &mut wrong {
