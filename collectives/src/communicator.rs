@@ -6,10 +6,10 @@ use std::thread::JoinHandle;
 
 use pillion_kernels::{Buffer, DType, Device, Region};
 
+use crate::join::{self, Job};
 use crate::shm::arena::available_memory;
 use crate::shm::control::state;
-use crate::shm::progress::{Hosts, Shared};
-use crate::shm::rendezvous::{self, Place};
+use crate::shm::progress::Shared;
 use crate::{Backend, Error, Launch, Options, Window};
 
 /// What a communicator has moved so far.
@@ -28,8 +28,7 @@ pub struct Traffic {
 pub struct Communicator {
     pub(crate) shared: Arc<Shared>,
     progress: Option<JoinHandle<()>>,
-    /// Who this is, for communicators split from it.
-    launch: Launch,
+    job: Job,
     splits: AtomicU64,
 }
 
@@ -53,27 +52,47 @@ impl Communicator {
             let groups = options.reduce_groups;
             return refuse(format!("{groups} groups of reduction do not divide its {world} ranks: choose a divisor"));
         }
-        if local_world != world {
+        let several = local_world != world || matches!(options.backend, Backend::Mpi | Backend::Hierarchical);
+        if several && options.simulated_hosts == 1 && !cfg!(feature = "mpi") {
             return refuse(format!(
-                "only {local_world} of its {world} ranks are on this host, and this build joins ranks of one host: start all ranks \
-                 on one host, or build with `--features mpi` and start with mpirun"
+                "{local_world} of its {world} ranks are on this host, and this build joins ranks of one host through shared memory: start \
+                 all ranks on one host, or build with `--features mpi` and start with mpirun"
             ));
         }
-        let place = Place { name: &launch.job, rank, world, global_rank: rank, global_world: world };
-        Communicator::meet(&place, Hosts::single(world), launch.clone(), options)
+        if local_world != world && options.backend == Backend::Shm {
+            return refuse(format!(
+                "only {local_world} of its {world} ranks are on this host: choose another backend than shm"
+            ));
+        }
+        if options.simulated_hosts == 0 || !world.is_multiple_of(options.simulated_hosts) {
+            return refuse(format!("{} simulated hosts do not divide its {world} ranks", options.simulated_hosts));
+        }
+        Communicator::start(
+            Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world },
+            options,
+        )
     }
 
-    /// Joins the ranks of this host at `place`.
-    fn meet(place: &Place<'_>, hosts: Hosts, launch: Launch, options: Options) -> Result<Communicator, Error> {
-        let startup = options.startup_timeout;
-        let map = rendezvous::join(place, startup)?;
-        let shared = Arc::new(Shared::new(map, place.rank, hosts, options));
-        let for_thread = shared.clone();
+    /// Starts the progress thread, which finds the other ranks.
+    fn start(job: Job, options: Options) -> Result<Communicator, Error> {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let (for_thread, startup) = (job.clone(), options.startup_timeout);
         let progress = std::thread::Builder::new()
-            .name(format!("pillion-progress-{}", launch.rank))
-            .spawn(move || for_thread.run(|| Ok(None)))
+            .name(format!("pillion-progress-{}", job.launch.rank))
+            .spawn(move || match join::join(&for_thread, options) {
+                Ok((shared, wire)) => {
+                    // Nobody listens only when this thread has been given up, which does not happen.
+                    let _ = sender.send(Ok(shared.clone()));
+                    shared.run(wire);
+                }
+                Err(error) => {
+                    let _ = sender.send(Err(error));
+                }
+            })
             .map_err(|error| Error::System { what: "starting the progress thread", reason: error.to_string() })?;
-        let communicator = Communicator { shared, progress: Some(progress), launch, splits: AtomicU64::new(0) };
+        let died = |_| Error::System { what: "starting", reason: "the progress thread panicked".to_owned() };
+        let shared = receiver.recv().map_err(died)??;
+        let communicator = Communicator { shared, progress: Some(progress), job, splits: AtomicU64::new(0) };
         let shared = &communicator.shared;
         let absent = |rank: usize| shared.map.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
         shared.wait_for_ranks("the start", startup, absent)?;
@@ -83,7 +102,7 @@ impl Communicator {
 
     /// This rank's number, from 0.
     pub fn rank(&self) -> usize {
-        self.launch.rank
+        self.job.launch.rank
     }
 
     /// Number of ranks.
@@ -124,12 +143,12 @@ impl Communicator {
         members.sort_by_key(|&rank| (all[rank][2], rank));
         let rank = members.iter().position(|&rank| rank == self.rank()).expect("this rank has this color");
         // The lowest member's number tells apart communicators that are split at once.
-        let job = format!("{}+{number}.{}", self.launch.job, members.iter().min().expect("at least this rank"));
-        let world = members.len();
-        let place = Place { name: &job, rank, world, global_rank: self.rank(), global_world: self.world() };
-        let launch = Launch { rank, world, local_rank: rank, local_world: world, job: job.clone(), ..self.launch };
+        let lowest = members.iter().min().expect("at least this rank");
+        let launch = Launch { rank, world: members.len(), ..self.job.launch.clone() };
+        let ranks = members.iter().map(|&rank| self.job.ranks[rank]).collect();
         let options = Options { reduce_groups: 1, ..self.shared.options.clone() };
-        Communicator::meet(&place, Hosts::single(world), launch, options).map(Some)
+        let name = format!("{}+{number}.{lowest}", self.job.name);
+        Communicator::start(Job { launch, name, ranks, world: self.job.world }, options).map(Some)
     }
 
     /// Zeroed memory of `device` that other ranks can read while an operation owns it. Every rank allocates the same. The memory
@@ -156,14 +175,16 @@ impl Communicator {
     pub fn window(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Window, Error> {
         assert!(len.is_multiple_of(self.world()), "a window of {len} elements over {} ranks", self.world());
         let bytes = size(dtype, len)?;
-        let (map, heap) = (&self.shared.map, self.shared.world());
+        let (map, heap, hosts) = (&self.shared.map, self.shared.world(), &self.shared.hosts);
         let words_bytes = 8 * heap as u64;
         self.agree(Memory::Window, bytes, bytes)?;
         let words = self.shared.allocator.windows(words_bytes);
         let start = self.shared.allocator.windows(bytes);
-        let share = bytes / heap as u64;
+        // This rank's shard, and those that it receives from other hosts.
+        let share = bytes / self.world() as u64;
+        let mut shards = hosts.column_of(self.rank()).chain([self.rank()]);
         map.reserve(heap, words, words_bytes)
-            .and_then(|()| map.reserve(heap, start + self.shared.rank as u64 * share, share))
+            .and_then(|()| shards.try_for_each(|rank| map.reserve(heap, start + rank as u64 * share, share)))
             .map_err(|error| self.give_up(error))?;
         Ok(Window::new(self.buffer(device, dtype, heap, start, bytes), words, self.shared.clone()))
     }

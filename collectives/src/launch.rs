@@ -46,6 +46,9 @@ pub struct Launch {
     pub job: String,
     /// Who said so.
     pub source: Source,
+    /// The host that this rank counts itself to, from `PILLION_HOST`, where that is set: ranks with different values share no memory.
+    /// Otherwise the host is what the system says.
+    pub host: Option<String>,
 }
 
 /// Longest job name, in bytes: fits the 107 bytes of a unix socket's name with room to spare.
@@ -208,10 +211,21 @@ pub(crate) const OWN_WORLD: &str = "PILLION_WORLD";
 pub(crate) const OWN_JOB: &str = "PILLION_JOB";
 pub(crate) const OWN_LAUNCHER: &str = "PILLION_LAUNCHER_PID";
 
+/// Overrides which host a rank counts itself to.
+const HOST: &str = "PILLION_HOST";
+
 impl Launch {
     /// One process that is the whole job.
     pub fn single() -> Launch {
-        Launch { rank: 0, world: 1, local_rank: 0, local_world: 1, job: fresh_job(), source: Source::Single }
+        Launch {
+            rank: 0,
+            world: 1,
+            local_rank: 0,
+            local_world: 1,
+            job: fresh_job(),
+            source: Source::Single,
+            host: None,
+        }
     }
 
     /// Reads this process's environment, as [`Launch::from_variables`] does.
@@ -227,7 +241,8 @@ impl Launch {
     /// # Errors
     /// Half-set, unreadable or contradictory variables, each by name.
     pub fn from_variables(lookup: impl Fn(&str) -> Option<String>) -> Result<Launch, LaunchError> {
-        Variables { lookup: &lookup }.read()
+        let launch = Variables { lookup: &lookup }.read()?;
+        Ok(Launch { host: lookup(HOST), ..launch })
     }
 
     /// One launch per rank for `world` ranks that are threads of this process; all carry the same
@@ -241,6 +256,7 @@ impl Launch {
             local_world: world,
             job: job.clone(),
             source: Source::Local,
+            host: None,
         };
         (0..world).map(launch).collect()
     }

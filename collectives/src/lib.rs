@@ -4,15 +4,19 @@
 //! communicator allocated. An operation takes its buffers by value and returns a [`Pending`], which gives them back once a queue is
 //! ordered after it or the host has waited: memory in flight cannot be touched by accident.
 //!
-//! The transport is shared memory between the ranks of one host, processes or threads; each rank reads its peers' buffers
-//! in place. Reductions run in order of rank and round once, so a result has the same bits in every run.
+//! Ranks of one host, processes or threads, read each other's buffers in place, in shared memory. With the feature `mpi` and started by
+//! mpirun, ranks of several hosts exchange messages besides. Reductions run in a fixed order and round once, so a result has
+//! the same bits in every run.
 
 mod algorithms;
 mod call;
 mod communicator;
 mod error;
+mod join;
 pub mod launch;
 pub mod launcher;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod operations;
 mod options;
 mod pending;

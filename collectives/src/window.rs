@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pillion_kernels::{Buffer, Event, View, ViewMut};
+use pillion_kernels::{Buffer, Event, Span, View, ViewMut};
 
 use crate::Error;
 use crate::shm::control::{CHANNELS, subject};
@@ -49,6 +49,10 @@ impl Window {
         self.buffer.view()
     }
 
+    pub(crate) fn span(&self) -> Span {
+        self.buffer.span()
+    }
+
     /// Where it lies in the windows' heap: the same on every rank.
     pub(crate) fn place(&self) -> u64 {
         self.words
@@ -67,8 +71,8 @@ impl Window {
         let (shared, gathers) = (&self.shared, self.gathers);
         let late = |rank: usize| self.released(rank).load(Ordering::Acquire) < gathers;
         shared.wait_for_ranks("writing a window", shared.options.timeout, late)?;
-        let count = self.buffer.len() / shared.world();
-        Ok(self.buffer.slice_mut(shared.rank * count..(shared.rank + 1) * count))
+        let (count, rank) = (self.buffer.len() / shared.hosts.world(), shared.name(shared.rank));
+        Ok(self.buffer.slice_mut(rank * count..(rank + 1) * count))
     }
 
     /// Ends this rank's reading: blocks until `after`, which follows the last read, then tells the others.

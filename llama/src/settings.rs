@@ -56,6 +56,30 @@ pub enum GatherKind {
     Window,
 }
 
+/// What moves the bytes between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendKind {
+    /// Shared memory on one host, hierarchical on several.
+    Auto,
+    /// Shared memory: all ranks are on one host.
+    Shm,
+    /// MPI between all ranks, in a build with the feature mpi.
+    Mpi,
+    /// Shared memory on each host and MPI between hosts, in a build with the feature mpi.
+    Hierarchical,
+}
+
+impl From<BackendKind> for pillion_collectives::Backend {
+    fn from(kind: BackendKind) -> Self {
+        match kind {
+            BackendKind::Auto => Self::Auto,
+            BackendKind::Shm => Self::Shm,
+            BackendKind::Mpi => Self::Mpi,
+            BackendKind::Hierarchical => Self::Hierarchical,
+        }
+    }
+}
+
 /// What the batch size follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ControllerKind {
@@ -222,6 +246,12 @@ pub struct TrainArgs {
     /// Samples to validate on.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub validation_samples: u64,
+    /// What moves the bytes between ranks.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub backend: BackendKind,
+    /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts gives its bits on one host.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub reduce_groups: usize,
     /// Seconds after which a rank that waits for another gives up.
     #[arg(long, value_name = "S", default_value_t = 300)]
     pub timeout: u64,

@@ -1,17 +1,34 @@
 //! All-gather: after one step each rank copies every rank's shard from where it lies. A rank reads S and writes S, of which (P−1)/P·S
 //! are read from others: the lower bound for a gather that copies. (A window's gather moves nothing.)
+//!
+//! Between hosts rank l of each exchanges shards with rank l of the others, and after one more step copies what its neighbours received:
+//! (H−1)/H·S/L a rank on the wire, the lower bound, and 2·S of copies.
 
 use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
+use super::sides::End;
 use crate::call::{Detail, Kind};
 use crate::shm::progress::Hosts;
 
 /// output\[p\] = the input of rank p, for `chunk` elements of each rank.
-pub(crate) fn all_gather(hosts: &Hosts, operands: Operands, chunk: usize) -> Operation {
+pub(crate) fn all_gather(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize) -> Operation {
     let world = hosts.world();
-    let pulls = (0..world).map(|rank| Pull { from: rank, chunk: 0, to: rank }).collect();
+    let own = hosts.local().iter().enumerate();
+    let pulls = own.map(|(from, &rank)| Pull { from, chunk: 0, to: rank }).collect();
+    let moves = Moves {
+        pulls,
+        sends: hosts.column_of(rank).map(|peer| (peer, 0)).collect(),
+        source: End::Input,
+        receives: hosts.column_of(rank).map(|peer| (peer, peer)).collect(),
+        spread: spread(hosts),
+    };
     let sent = (world - 1) * chunk * operands.dtype.bytes();
-    Operation::new(Kind::AllGather, Detail::None, operands, Work::Moves(Moves { pulls }))
+    Operation::new(Kind::AllGather, Detail::None, operands, Work::Moves(moves))
         .cut_into(chunk, world * chunk, 1, world)
         .sending(sent)
+}
+
+/// Chunks of other hosts' ranks, from the rank of this host that has their place.
+pub(super) fn spread(hosts: &Hosts) -> Vec<Pull> {
+    hosts.remote().map(|rank| Pull { from: hosts.column(rank), chunk: rank, to: rank }).collect()
 }

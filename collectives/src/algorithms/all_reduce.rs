@@ -1,20 +1,39 @@
 //! All-reduce in one pass: after one step rank r reads chunk r of all P inputs in place and stores their combination as chunk r of all P
 //! outputs. A rank reads S and writes S; a reduce-scatter followed by an all-gather would read (P−1)/P·S more and take a step more.
 //!
+//! Between hosts it is a reduce-scatter and an all-gather, as each says: 2·(H−1)/H·S/L a rank on the wire, the lower bound.
+//!
 //! It works in place, since chunk r of every buffer is read and written by rank r alone, element by element.
 
+use super::all_gather::spread;
 use super::folds::{Combination, Fold, Target};
+use super::moves::Moves;
 use super::operation::{Operands, Operation, Work};
+use super::sides::End;
 use crate::call::Kind;
 use crate::shm::progress::Hosts;
 
 /// output = combination over p of the input of rank p, `len` elements.
-pub(crate) fn all_reduce(hosts: &Hosts, operands: Operands, len: usize, combination: Combination) -> Operation {
+pub(crate) fn all_reduce(
+    hosts: &Hosts,
+    rank: usize,
+    operands: Operands,
+    len: usize,
+    combination: Combination,
+) -> Operation {
     let world = hosts.world();
     // To every other rank a chunk of the result, and from this rank's input what they combine.
     let sent = 2 * (world - 1) * (len / world) * operands.dtype.bytes();
     let fold = Fold { target: Target::All, ..combination.fold(&operands) };
-    Operation::new(Kind::AllReduce, combination.detail(None), operands, Work::Fold(fold))
+    let mut operation = Operation::new(Kind::AllReduce, combination.detail(None, false), operands, Work::Fold(fold))
         .cut_into(len.div_ceil(world), len, world, world)
-        .sending(sent)
+        .sending(sent);
+    operation.wire.then = hosts.column_of(rank).next().map(|_| Moves {
+        sends: hosts.column_of(rank).map(|peer| (peer, rank)).collect(),
+        source: End::Output,
+        receives: hosts.column_of(rank).map(|peer| (peer, peer)).collect(),
+        spread: spread(hosts),
+        ..Moves::default()
+    });
+    operation
 }

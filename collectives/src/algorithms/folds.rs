@@ -1,5 +1,7 @@
 //! Operations that combine chunks: each rank reads one chunk of all inputs once, and stores the result wherever it is wanted.
 
+use std::ops::Range;
+
 use pillion_kernels::DType;
 use pillion_kernels::cpu::reduce::{self, Reduction};
 
@@ -8,6 +10,7 @@ use super::sides::{End, Piece, Sides};
 use crate::Error;
 use crate::call::Detail;
 use crate::shm::flight::Peers;
+use crate::shm::progress::Hosts;
 
 /// Who wants a combined chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +19,7 @@ pub(super) enum Target {
     Own,
     /// Every rank, as the chunk that it was.
     All,
-    /// One rank of this host, as the chunk that it was.
+    /// One rank, as the chunk that it was; the ranks of its host combine one chunk each.
     Root(usize),
 }
 
@@ -32,8 +35,8 @@ pub(crate) struct Combination {
 
 impl Combination {
     /// Its mark in the header.
-    pub(super) fn detail(self, root: Option<usize>) -> Detail {
-        Detail::Reduction { reduction: self.reduction, output: self.output, groups: self.groups, root }
+    pub(super) fn detail(self, root: Option<usize>, sideband: bool) -> Detail {
+        Detail::Reduction { reduction: self.reduction, output: self.output, groups: self.groups, root, sideband }
     }
 
     /// A fold that stores where `Target::Own` says, without accumulating.
@@ -51,16 +54,32 @@ pub(super) struct Fold {
 }
 
 impl Fold {
+    /// The type in which elements accumulate.
+    pub(super) fn wide(&self) -> DType {
+        if self.dtype == DType::Bf16 { DType::F32 } else { self.dtype }
+    }
+
+    /// The chunk that the `rank`-th rank of a host combines to the end, if it does.
+    pub(super) fn chunk_for(&self, hosts: &Hosts, host: usize, rank: usize) -> Option<usize> {
+        match self.target {
+            Target::Own | Target::All => Some(hosts.ranks[host][rank]),
+            Target::Root(root) => (hosts.host(root) == host).then_some(rank),
+        }
+    }
+
     /// Chunks of this rank's output that its peers store.
     pub(super) fn pushed_by_others(&self, peers: &Peers<'_>) -> Vec<usize> {
+        let hosts = &peers.shared.hosts;
         let wanted = match self.target {
             Target::Own => false,
             Target::All => true,
-            Target::Root(root) => root == peers.rank(),
+            Target::Root(root) => hosts.local()[peers.rank()] == root,
         };
-        (0..peers.world()).filter(|&chunk| wanted && chunk != peers.rank()).collect()
+        let others = (0..peers.world()).filter(|&rank| wanted && rank != peers.rank());
+        others.filter_map(|rank| self.chunk_for(hosts, hosts.own, rank)).collect()
     }
 
+    /// Combines what this rank must, on one host.
     pub(super) fn run(
         &self,
         sides: &Sides,
@@ -70,52 +89,44 @@ impl Fold {
         streams: bool,
     ) -> Result<(), Error> {
         let rank = peers.rank();
-        if mode == Mode::Header {
-            // Everybody has everybody's input: each computes what it wants itself, and nothing needs to come back.
-            return match self.target {
-                Target::Own => self.combine(sides, peers, piece, rank, &[(rank, 0)], false),
-                Target::Root(root) if root != rank => Ok(()),
-                Target::All | Target::Root(_) => (0..sides.input.chunks)
-                    .try_for_each(|chunk| self.combine(sides, peers, piece, chunk, &[(rank, chunk)], false)),
-            };
+        if mode != Mode::Header {
+            // What passes through a stage is read again at once.
+            let streams = streams && (mode == Mode::Arena || self.target == Target::Own);
+            let range = sides.range(rank, piece);
+            let outputs = self.outputs(sides, peers, piece, range.clone())?;
+            return self.combine(sides, peers, piece, rank, range, &outputs, streams);
         }
-        let targets: Vec<(usize, usize)> = match self.target {
-            Target::Own => vec![(rank, 0)],
-            Target::All => (0..peers.world()).map(|target| (target, rank)).collect(),
-            Target::Root(root) => vec![(root, rank)],
+        // Everybody has everybody's input: each computes what it wants itself, and nothing needs to come back. There, chunks follow each
+        // other, so that all of them are one long chunk.
+        let (chunk, range) = match self.target {
+            Target::Own => (rank, sides.range(rank, piece)),
+            Target::Root(root) if root != rank => return Ok(()),
+            Target::All | Target::Root(_) => (0, 0..sides.len),
         };
-        // What passes through a stage is read again at once.
-        let streams = streams && (mode == Mode::Arena || self.target == Target::Own);
-        self.combine(sides, peers, piece, rank, &targets, streams)
+        let output = sides.own(End::Output, 0, range.start, range.len());
+        self.combine(sides, peers, piece, chunk, range, &[output], false)
     }
 
-    /// Combines a chunk of all inputs and stores it as chunks of outputs: `targets` are (rank, chunk).
+    /// Combines elements of a chunk of all inputs of this host, on one host, and stores them.
     fn combine(
         &self,
         sides: &Sides,
         peers: &Peers<'_>,
         piece: &Piece,
         chunk: usize,
-        targets: &[(usize, usize)],
+        range: Range<usize>,
+        outputs: &[*mut u8],
         streams: bool,
     ) -> Result<(), Error> {
-        let range = sides.range(chunk, piece);
         if range.is_empty() {
             return Ok(());
         }
-        let inputs: Result<Vec<_>, _> = (0..peers.world())
-            .map(|from| sides.of_rank(peers, from, End::Input, chunk, range.clone(), piece).map(<*mut u8>::cast_const))
-            .collect();
-        let outputs: Result<Vec<_>, _> = targets
-            .iter()
-            .map(|&(rank, to)| sides.of_rank(peers, rank, End::Output, to, range.clone(), piece))
-            .collect();
         let fold = reduce::Fold {
             dtype: self.dtype,
             reduction: self.combination.reduction,
             groups: self.combination.groups,
-            inputs: &inputs?,
-            outputs: &outputs?,
+            inputs: &self.inputs(sides, peers, piece, chunk, range.clone())?,
+            outputs,
             output: self.combination.output,
             accumulate: self.accumulate,
             count: range.len(),
@@ -124,7 +135,41 @@ impl Fold {
         // SAFETY: `Sides` checked that all ranges lie in this operation's buffers or in a peer's arena, aligned to the types that all
         // ranks agree on. In this exchange chunk c of every input is read by rank c alone, and chunk c of every output is written by rank
         // c alone; so where input and output are one buffer, what a rank writes is what it alone has just read, element by element.
+        // (Operands in headers are copies, which nobody writes; this rank's own are read and written by itself alone.)
         unsafe { reduce::fold(&fold) };
         Ok(())
+    }
+
+    /// Where a chunk of every input of this host lies.
+    pub(super) fn inputs(
+        &self,
+        sides: &Sides,
+        peers: &Peers<'_>,
+        piece: &Piece,
+        chunk: usize,
+        range: Range<usize>,
+    ) -> Result<Vec<*const u8>, Error> {
+        let input = |rank| sides.of_rank(peers, rank, End::Input, chunk, range.clone(), piece);
+        (0..peers.world()).map(|rank| input(rank).map(<*mut u8>::cast_const)).collect()
+    }
+
+    /// Where elements of the chunk that this rank combines to the end are wanted on this host.
+    pub(super) fn outputs(
+        &self,
+        sides: &Sides,
+        peers: &Peers<'_>,
+        piece: &Piece,
+        range: Range<usize>,
+    ) -> Result<Vec<*mut u8>, Error> {
+        let (rank, hosts) = (peers.rank(), &peers.shared.hosts);
+        let output = |of: usize, chunk| sides.of_rank(peers, of, End::Output, chunk, range.clone(), piece);
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        match self.target {
+            Target::Own => Ok(vec![output(rank, 0)?]),
+            Target::All => (0..peers.world()).map(|of| output(of, hosts.local()[rank])).collect(),
+            Target::Root(root) => Ok(vec![output(hosts.column(root), rank)?]),
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Gather: after one step the root copies every rank's shard. The root reads S and writes S, the lower bound; the others wait until it has.
+//! Gather: after one step the root copies every rank's shard, or receives it from another host. The root reads S and writes S, the lower
+//! bound; the others wait until it has.
 
 use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
@@ -8,10 +9,16 @@ use crate::shm::progress::Hosts;
 /// The root's output\[p\] = the input of rank p, for `chunk` elements of each rank.
 pub(crate) fn gather(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize, root: usize) -> Operation {
     let world = hosts.world();
-    let ranks = if rank == root { 0..world } else { 0..0 };
-    let pulls = ranks.map(|rank| Pull { from: rank, chunk: 0, to: rank }).collect();
+    let mut moves = Moves::default();
+    if rank == root {
+        let own = hosts.local().iter().enumerate();
+        moves.pulls = own.map(|(from, &rank)| Pull { from, chunk: 0, to: rank }).collect();
+        moves.receives = hosts.remote().map(|peer| (peer, peer)).collect();
+    } else if hosts.host(root) != hosts.own {
+        moves.sends = vec![(root, 0)];
+    }
     let sent = if rank == root { 0 } else { chunk * operands.dtype.bytes() };
-    Operation::new(Kind::Gather, Detail::Root(root), operands, Work::Moves(Moves { pulls }))
+    Operation::new(Kind::Gather, Detail::Root(root), operands, Work::Moves(moves))
         .cut_into(chunk, world * chunk, 1, world)
         .sending(sent)
 }

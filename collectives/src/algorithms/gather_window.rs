@@ -1,29 +1,77 @@
-//! A gather that moves nothing: every rank has written its part of the window when it takes its step, so after one step all of it
-//! may be read. What keeps it unchanged while it is read is `Window::shard_mut`, which waits for every rank's release.
+//! A gather that moves nothing on a host: every rank has written its part of the window when it takes its step, so after one step all of
+//! it may be read. What keeps it unchanged while it is read is `Window::shard_mut`, which waits for every rank's release.
+//!
+//! Between hosts each rank exchanges shards with its column, straight from one host's window into the other's: (H−1)/H·S/L a rank on
+//! the wire, the lower bound, and no copy on the host.
 
+use std::sync::Arc;
+
+use pillion_kernels::Span;
+
+use super::transit::{Greeting, Transit, column};
 use crate::Error;
 use crate::call::{Detail, Kind, call};
+use crate::shm::arena::Mapping;
 use crate::shm::control::Call;
 use crate::shm::flight::{Collective, Peers, Progress};
 use crate::shm::place::Place;
 
 pub(crate) struct GatherWindow {
-    pub(crate) count: usize,
+    window: Span,
     /// Where the window lies in the heap: the same on every rank for the same window.
-    pub(crate) place: u64,
+    place: u64,
+    /// This rank, as the communicator counts, and the number of ranks.
+    rank: usize,
+    world: usize,
+    greeting: Option<Greeting>,
+    transit: Option<Transit<(Span, Arc<Mapping>)>>,
+}
+
+impl GatherWindow {
+    pub(crate) fn new(window: Span, place: u64, rank: usize, world: usize) -> GatherWindow {
+        GatherWindow { window, place, rank, world, greeting: None, transit: None }
+    }
+
+    /// Exchanges shards with other hosts; a rank that is waited for, or none once all are there.
+    fn pass_wire(&mut self, peers: &mut Peers<'_>) -> Result<Option<usize>, Error> {
+        let greeting = self.greeting.get_or_insert_with(|| Greeting::new(peers.call, false, Vec::new()));
+        if self.transit.is_none() {
+            if let Some(rank) = greeting.poll(peers)? {
+                return Ok(Some(rank));
+            }
+            let mut transit = Transit::new((self.window.clone(), peers.shared.map.clone()));
+            let count = self.window.len() / self.world;
+            let bytes = count * self.window.dtype().bytes();
+            let shard = |rank: usize| self.window.range(rank * count..(rank + 1) * count).address().as_ptr();
+            for (_, peer) in column(peers) {
+                // SAFETY: the transit keeps the window. Nobody on this host reads it now: each has released it and called for this gather,
+                // and reads only once it is complete. Each of the other hosts' shards is received by one rank, and nobody writes this
+                // rank's own before it has been released again.
+                unsafe {
+                    transit.receive(peers, peer, shard(peer), bytes, 0)?;
+                    transit.send(peers, peer, shard(self.rank), bytes, 0)?;
+                }
+            }
+            self.transit = Some(transit);
+        }
+        self.transit.as_mut().expect("made above").poll(peers, 0)
+    }
 }
 
 impl Collective for GatherWindow {
     fn call(&self) -> Call {
-        call(Kind::GatherWindow, None, false, self.count, Detail::Window(self.place))
+        call(Kind::GatherWindow, None, false, self.window.len(), Detail::Window(self.place))
     }
 
     fn begin(&mut self, _peers: &mut Peers<'_>) -> Result<(Place, Place), Error> {
         Ok((Place::None, Place::None))
     }
 
-    fn exchange(&mut self, _step: u32, _peers: &mut Peers<'_>) -> Result<Progress, Error> {
-        Ok(Progress::Done)
+    fn exchange(&mut self, step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
+        if step == 1 || !peers.shared.has_wire() {
+            return Ok(Progress::Done);
+        }
+        Ok(self.pass_wire(peers)?.map_or(Progress::Step, Progress::Waiting))
     }
 
     fn bytes_sent(&self, _world: usize) -> u64 {

@@ -18,6 +18,8 @@ mod reduce_scatter;
 mod scalars;
 mod scatter;
 mod sides;
+mod transit;
+mod wire_fold;
 
 pub(crate) use all_gather::all_gather;
 pub(crate) use all_reduce::all_reduce;

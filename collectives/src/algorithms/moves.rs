@@ -1,50 +1,111 @@
-//! Operations that copy chunks: each rank takes what it wants from its peers, where they published it.
+//! Operations that copy chunks: each rank takes what it wants from the ranks of its host, where they published it, and exchanges
+//! messages with ranks of other hosts. What several ranks of a host want from another host comes to one of them, from which
+//! the others then copy it.
 
 use pillion_kernels::cpu::stream;
 
+use super::operation::Held;
 use super::sides::{End, Piece, Sides};
+use super::transit::Transit;
 use crate::Error;
 use crate::shm::flight::Peers;
+use crate::shm::place::Place;
+
+/// The group of these messages in a transit.
+pub(super) const GROUP: usize = 100;
 
 /// One chunk that a rank copies from a rank of its host to its own output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Pull {
     /// The rank that has it, among those of this host.
     pub(super) from: usize,
-    /// Which chunk of its input.
+    /// Which chunk it is there.
     pub(super) chunk: usize,
     /// Which chunk of the output it becomes.
     pub(super) to: usize,
 }
 
-/// What this rank copies.
+/// What this rank copies, sends and receives.
 #[derive(Default)]
 pub(super) struct Moves {
+    /// From inputs of ranks of this host.
     pub(super) pulls: Vec<Pull>,
+    /// (rank of another host, chunk of the operand `source`).
+    pub(super) sends: Vec<(usize, usize)>,
+    pub(super) source: End,
+    /// (rank of another host, chunk of the output).
+    pub(super) receives: Vec<(usize, usize)>,
+    /// From outputs of ranks of this host, once they have received.
+    pub(super) spread: Vec<Pull>,
 }
 
 impl Moves {
-    pub(super) fn run(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
+    /// Copies from inputs.
+    pub(super) fn pull(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
         // Each rank starts with its own chunk, so that no memory is read by everybody at once.
         let (rank, world) = (peers.rank(), peers.world());
-        let turn = |pull: &Pull| (pull.from + world - rank) % world;
-        let mut pulls = self.pulls.clone();
+        let turn = |pull: &&Pull| (pull.from + world - rank) % world;
+        let mut pulls: Vec<&Pull> = self.pulls.iter().collect();
         pulls.sort_by_key(turn);
-        for Pull { from, chunk, to } in pulls {
-            let range = sides.range(to, piece);
-            if range.is_empty() {
-                continue;
-            }
-            let count = range.len();
-            let target = sides.own(End::Output, to, range.start, count);
-            let source = sides.of_rank(peers, from, End::Input, chunk, range, piece)?;
-            if !std::ptr::eq(source, target) {
-                // SAFETY: `from` leaves the chunk as it is until its next step, which it takes after this rank has taken its own; the
-                // output is this operation's. They do not overlap: they belong to different ranks, different buffers, or,
-                // in place, are different chunks of one.
-                unsafe { stream::copy(source, target, count * sides.output.width, streams) };
-            }
+        pulls.into_iter().try_for_each(|pull| {
+            let range = sides.range(pull.to, piece);
+            let source = sides.of_rank(peers, pull.from, End::Input, pull.chunk, range, piece)?;
+            copy(sides, pull.to, piece, source, streams);
+            Ok(())
+        })
+    }
+
+    /// Starts messages to and from other hosts.
+    pub(super) fn start(
+        &self,
+        sides: &Sides,
+        peers: &mut Peers<'_>,
+        piece: &Piece,
+        transit: &mut Transit<Held>,
+    ) -> Result<(), Error> {
+        for &(rank, chunk) in &self.receives {
+            let range = sides.range(chunk, piece);
+            let bytes = range.len() * sides.output.width;
+            let staged = matches!(peers.header(peers.rank()).output(), Place::Stage(_));
+            let into = if staged {
+                sides.published(peers, peers.rank(), End::Output, chunk, range, piece)?
+            } else {
+                sides.own(End::Output, chunk, range.start, range.len())
+            };
+            // SAFETY: the output is this operation's, and `Held` keeps it and the stage. No rank of this host reads this chunk before
+            // this rank's next step; those that read an earlier piece from the same half of the stage have taken a step since.
+            unsafe { transit.receive(peers, rank, into, bytes, GROUP)? };
+        }
+        for &(rank, chunk) in &self.sends {
+            let range = sides.range(chunk, piece);
+            let from = sides.own(self.source, chunk, range.start, range.len());
+            // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this chunk before the operation is complete.
+            unsafe { transit.send(peers, rank, from, range.len() * sides.side(self.source).width, GROUP)? };
         }
         Ok(())
+    }
+
+    /// Copies what ranks of this host have received.
+    pub(super) fn spread(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
+        self.spread.iter().try_for_each(|pull| {
+            let range = sides.range(pull.to, piece);
+            if !range.is_empty() {
+                let source = sides.published(peers, pull.from, End::Output, pull.chunk, range, piece)?;
+                copy(sides, pull.to, piece, source, streams);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Copies a chunk's elements of a piece to this rank's output, unless they are there.
+fn copy(sides: &Sides, to: usize, piece: &Piece, source: *const u8, streams: bool) {
+    let range = sides.range(to, piece);
+    let target = sides.own(End::Output, to, range.start, range.len());
+    if !std::ptr::eq(source, target) {
+        // SAFETY: whose memory this is leaves the elements as they are until its next step, which it takes after this rank has taken
+        // its own; the output is this operation's. They do not overlap: they belong to different ranks, to different buffers, or, in
+        // place, are different chunks of one.
+        unsafe { stream::copy(source, target, range.len() * sides.output.width, streams) };
     }
 }

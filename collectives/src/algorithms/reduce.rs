@@ -1,5 +1,7 @@
 //! Reduce in one pass: after one step rank r reads chunk r of all P inputs in place and stores their combination as chunk r of the
 //! root's output. A rank reads S and writes S/P: no root works alone, and P·S reads and S writes in all are the lower bound.
+//!
+//! Between hosts see [`super::wire_fold`].
 
 use super::folds::{Combination, Fold, Target};
 use super::operation::{Operands, Operation, Work};
@@ -17,7 +19,7 @@ pub(crate) fn reduce(
     let ranks = hosts.local().len();
     let sent = len * operands.dtype.bytes() * (hosts.world() - 1) / hosts.world();
     let fold = Fold { target: Target::Root(root), ..combination.fold(&operands) };
-    Operation::new(Kind::Reduce, combination.detail(Some(root)), operands, Work::Fold(fold))
+    Operation::new(Kind::Reduce, combination.detail(Some(root), false), operands, Work::Fold(fold))
         .cut_into(len.div_ceil(ranks), len, ranks, ranks)
         .sending(sent)
 }

@@ -2,6 +2,8 @@
 //! reads S and writes S/P, the lower bound; nothing is staged between arenas, and each result is rounded once.
 //!
 //! The sideband travels in the header: no operation more, no buffer more.
+//!
+//! Between hosts see [`super::wire_fold`].
 
 use super::folds::{Combination, Fold, Target};
 use super::operation::{Operands, Operation, Sidebands, Work};
@@ -20,9 +22,10 @@ pub(crate) fn reduce_scatter(
     let world = hosts.world();
     let sent = (world - 1) * chunk * operands.dtype.bytes();
     let fold = Fold { target: Target::Own, accumulate, ..combination.fold(&operands) };
-    let mut operation = Operation::new(Kind::ReduceScatter, combination.detail(None), operands, Work::Fold(fold))
-        .cut_into(chunk, world * chunk, world, 1)
-        .sending(sent);
+    let mut operation =
+        Operation::new(Kind::ReduceScatter, combination.detail(None, sidebands.is_some()), operands, Work::Fold(fold))
+            .cut_into(chunk, world * chunk, world, 1)
+            .sending(sent);
     operation.sidebands = sidebands;
     operation
 }

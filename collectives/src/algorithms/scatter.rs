@@ -1,4 +1,5 @@
-//! Scatter: after one step each rank copies its chunk of the root's buffer. A rank reads S/P and writes S/P, the lower bound.
+//! Scatter: after one step each rank copies its chunk of the root's buffer, or receives it from another host. A rank reads S/P and writes
+//! S/P, the lower bound.
 
 use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
@@ -8,9 +9,17 @@ use crate::shm::progress::Hosts;
 /// output = chunk r of the root's input, at rank r, of `chunk` elements.
 pub(crate) fn scatter(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize, root: usize) -> Operation {
     let world = hosts.world();
-    let pulls = vec![Pull { from: root, chunk: rank, to: 0 }];
+    let mut moves = Moves::default();
+    if hosts.host(root) == hosts.own {
+        moves.pulls = vec![Pull { from: hosts.column(root), chunk: rank, to: 0 }];
+    } else {
+        moves.receives = vec![(root, 0)];
+    }
+    if rank == root {
+        moves.sends = hosts.remote().map(|peer| (peer, peer)).collect();
+    }
     let sent = if rank == root { (world - 1) * chunk * operands.dtype.bytes() } else { 0 };
-    Operation::new(Kind::Scatter, Detail::Root(root), operands, Work::Moves(Moves { pulls }))
+    Operation::new(Kind::Scatter, Detail::Root(root), operands, Work::Moves(moves))
         .cut_into(chunk, world * chunk, world, 1)
         .sending(sent)
 }

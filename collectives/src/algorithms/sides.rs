@@ -20,8 +20,9 @@ pub(super) const STAGE: u64 = 4 * PIECE as u64;
 pub(super) const HEAD: usize = 4;
 
 /// Which operand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum End {
+    #[default]
     Input,
     Output,
 }
@@ -55,6 +56,8 @@ pub(super) struct Sides {
     pub(super) len: usize,
     /// Elements of a chunk in one piece.
     pub(super) piece: usize,
+    /// Whether an operand in the header is so short that it travels beside the steps.
+    pub(super) brief: bool,
 }
 
 impl Sides {
@@ -99,7 +102,7 @@ impl Sides {
     /// When there are fewer than `count`, which would be a mistake of the algorithm.
     pub(super) fn own(&self, end: End, chunk: usize, at: usize, count: usize) -> *mut u8 {
         let span = self.side(end).span.as_ref().expect("an operand that this rank has");
-        let first = chunk * self.chunk + at;
+        let first = if count == 0 { 0 } else { chunk * self.chunk + at };
         assert!(first + count <= span.len(), "elements {first}..+{count} of an operand of {}", span.len());
         // SAFETY: inside the span, by the assertion.
         unsafe { span.address().as_ptr().add(first * self.side(end).width) }
@@ -129,7 +132,7 @@ impl Sides {
             }
             Place::Header => {
                 // SAFETY: operands in headers fit there, on every rank (`Operation::fits_header`).
-                return Ok(unsafe { peers.payload_address(rank, HEAD).add(whole) });
+                return Ok(unsafe { self.in_header(peers, rank).add(whole) });
             }
             Place::None => {
                 let reason = format!("rank {} published no operand", peers.shared.name(rank));
@@ -137,6 +140,11 @@ impl Sides {
             }
         };
         peers.address(rank, offset, (elements.len() * side.width) as u64, side.width).map(|address| address.as_ptr())
+    }
+
+    /// Where a rank's operand in its header starts.
+    pub(super) fn in_header(&self, peers: &Peers<'_>, rank: usize) -> *mut u8 {
+        if self.brief { peers.brief(rank)[0].as_ptr().cast() } else { peers.payload_address(rank, HEAD) }
     }
 
     /// As [`Sides::published`], but this rank's own memory for this rank.

@@ -128,7 +128,7 @@ impl Variables<'_> {
         let world = self.number(OWN_WORLD, &all, remedy)?;
         must_be_below(OWN_RANK, rank, OWN_WORLD, world)?;
         let (local_rank, local_world) = (rank, world);
-        Ok(Launch { rank, world, local_rank, local_world, job, source: Source::Local })
+        Ok(Launch { rank, world, local_rank, local_world, job, source: Source::Local, host: None })
     }
 
     fn torchrun_agent(&self) -> Result<Launch, LaunchError> {
@@ -241,7 +241,7 @@ impl Variables<'_> {
         };
         // A rank that is alone meets nobody, and any name will do.
         let job = if world == 1 { fresh_job() } else { job_name(source, &identity()?, restart) };
-        Ok(Launch { rank, world, local_rank, local_world, job, source })
+        Ok(Launch { rank, world, local_rank, local_world, job, source, host: None })
     }
 
     /// Tasks of the step on this node, from a list like `2(x3),1`.

@@ -82,6 +82,8 @@ pub(crate) struct MailFlight {
     /// Elements that have been put out or taken.
     moved: usize,
     begun: bool,
+    /// Whether messages on the wire may still use the buffer.
+    lent: bool,
     watch: Watch,
     wire: Vec<Request>,
     /// The header on the wire: length and type.
@@ -91,7 +93,7 @@ pub(crate) struct MailFlight {
 impl Drop for MailFlight {
     /// As for other operations; and what a message on the wire may still touch stays.
     fn drop(&mut self) {
-        if !self.wire.is_empty() {
+        if self.lent {
             std::mem::forget(self.buffer.clone());
             std::mem::forget(std::mem::take(&mut self.words));
         }
@@ -121,6 +123,7 @@ impl MailFlight {
             number,
             moved: 0,
             begun: false,
+            lent: false,
             watch,
             wire: Vec::new(),
             words,
@@ -157,6 +160,7 @@ impl MailFlight {
             (Some(peer), Direction::Receive) => self.receive(shared, peer)?,
             (None, _) => self.pass_wire(shared, wire.expect("a rank of another host has a wire"))?,
         };
+        self.lent &= !done;
         if done {
             completed.store(self.number + 1, Ordering::Release);
             let sent =
@@ -282,7 +286,7 @@ impl MailFlight {
         let (peer, bytes) = (self.peer, self.buffer.len() * self.buffer.dtype().bytes());
         let (data, words) = (self.buffer.address().as_ptr(), self.words.as_mut_ptr().cast::<u8>());
         if !self.begun {
-            self.begun = true;
+            (self.begun, self.lent) = (true, true);
             // SAFETY: the buffer is this flight's until it is complete, the words too; `Drop` keeps both for ever if it never is.
             // (Access to a deferring device's memory is not serialised here: such devices are for tests on one host.)
             unsafe {

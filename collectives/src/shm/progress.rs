@@ -13,15 +13,17 @@ use parking_lot::Mutex;
 
 use super::arena::{Allocator, Mapping};
 use super::control::{CHANNELS, Channel, RankControl, monotonic_millis, ring, sleep, state, subject};
-use super::flight::Flight;
+use super::flight::{Collective, Course, Flight};
 use super::mail::{MailFlight, Mailroom};
-use super::protocol::Bell;
+use super::protocol::{Bell, Word};
 use super::watch::Watch;
 use crate::wire::Wire;
 use crate::{Error, Options};
 
 /// How long a caller, which has nothing else to do, looks for news before it sleeps.
 const CALLER_SPIN: Duration = Duration::from_micros(200);
+/// After this long it lets others run between looks.
+const CALLER_POLITE: Duration = Duration::from_micros(10);
 /// How long the progress thread does, which may take a core from computation. Waking costs about as much.
 const PROGRESS_SPIN: Duration = Duration::from_micros(10);
 /// Longest sleep with operations in flight: the time to notice that a peer has died.
@@ -41,6 +43,8 @@ pub(crate) struct Shared {
     pub(crate) mail: Mailroom,
     lanes: [Mutex<Lane>; CHANNELS],
     stages: [OnceLock<u64>; CHANNELS],
+    /// What reductions between hosts work in, kept from one to the next.
+    pub(crate) work: [Mutex<Vec<u64>>; CHANNELS],
     failure: Mutex<Option<Error>>,
     failed: AtomicBool,
     stopping: AtomicBool,
@@ -73,6 +77,24 @@ impl Hosts {
     pub(crate) fn column(&self, rank: usize) -> usize {
         let place = |host: &Vec<usize>| host.iter().position(|&other| other == rank);
         self.ranks.iter().find_map(place).expect("every rank is on a host")
+    }
+
+    /// Every rank of other hosts.
+    pub(crate) fn remote(&self) -> impl Iterator<Item = usize> {
+        let others = self.ranks.iter().enumerate().filter(|&(host, _)| host != self.own);
+        others.flat_map(|(_, ranks)| ranks.iter().copied())
+    }
+
+    /// The host of a rank.
+    pub(crate) fn host(&self, rank: usize) -> usize {
+        self.ranks.iter().position(|host| host.contains(&rank)).expect("every rank is on a host")
+    }
+
+    /// The ranks with this rank's place on the other hosts.
+    pub(crate) fn column_of(&self, rank: usize) -> impl Iterator<Item = usize> {
+        let place = self.column(rank);
+        let own = self.own;
+        self.ranks.iter().enumerate().filter(move |&(host, _)| host != own).map(move |(_, ranks)| ranks[place])
     }
 
     /// Number of ranks on all hosts.
@@ -110,6 +132,7 @@ impl Shared {
             options,
             lanes: Default::default(),
             stages: Default::default(),
+            work: Default::default(),
             failure: Mutex::new(None),
             failed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -184,8 +207,9 @@ impl Shared {
         Ok(*stage.get_or_init(|| offset))
     }
 
-    /// Tells the peers of this host that this rank has taken a step on a channel, which has been published.
+    /// Tells the peers of this host that this rank has taken a step on a channel.
     pub(crate) fn ring_channel(&self, channel: Channel) {
+        <AtomicU64 as Word>::fence();
         for rank in (0..self.world()).filter(|&rank| rank != self.rank) {
             self.ring_rank(rank, channel as usize, channel.subject());
         }
@@ -227,11 +251,11 @@ impl Shared {
     }
 
     /// Puts a flight behind those of its channel.
-    pub(crate) fn submit(&self, channel: Channel, flight: Flight) {
+    pub(crate) fn submit(&self, flight: Flight) {
         if let Err(error) = self.healthy() {
             return flight.finish(Err(error));
         }
-        self.lanes[channel as usize].lock().flights.push_back(flight);
+        self.lanes[flight.channel() as usize].lock().flights.push_back(flight);
         self.ring_progress();
     }
 
@@ -244,15 +268,20 @@ impl Shared {
         self.ring_progress();
     }
 
-    /// Runs a flight on the calling thread until it is complete, when its channel is idle; puts it behind the others when not.
-    pub(crate) fn run_here(&self, channel: Channel, mut flight: Flight) {
+    /// Runs an operation on the calling thread until it is complete, when its channel is idle; none when it is not, and when messages to
+    /// other hosts belong to it, which only the progress thread can send.
+    pub(crate) fn run_here(
+        &self,
+        channel: Channel,
+        collective: &mut dyn Collective,
+        patient: bool,
+    ) -> Option<Result<(), Error>> {
         let lane = self.lanes[channel as usize].try_lock().filter(|lane| lane.flights.is_empty() && !self.has_wire());
-        let Some(mut lane) = lane else { return self.submit(channel, flight) };
+        let mut lane = lane.filter(|_| self.options.delay_of(channel).is_zero())?;
+        let mut course = Course::new(collective, channel, patient);
         let bell = &self.control().callers[channel as usize];
-        let result =
-            self.wait(bell, channel.subject(), || flight.poll(self, &mut lane, None).map(|done| done.then_some(())));
-        drop(lane);
-        flight.finish(result.map_err(|error| self.fail(error)));
+        let poll = || course.poll(collective, self, &mut lane, None).map(|done| done.then_some(()));
+        Some(self.wait(bell, channel.subject(), poll).map_err(|error| self.fail(error)))
     }
 
     /// As [`Shared::run_here`], for a message.
@@ -284,8 +313,12 @@ impl Shared {
                     }
                     self.relax();
                 }
-                if spinning.get_or_insert_with(Instant::now).elapsed() > CALLER_SPIN {
+                let spun = spinning.get_or_insert_with(Instant::now).elapsed();
+                if spun > CALLER_SPIN {
                     break;
+                } else if spun > CALLER_POLITE {
+                    // Whom this rank waits for may have been put on the same processor.
+                    std::thread::yield_now();
                 }
             }
             let seen = bell.prepare(subjects);
@@ -381,22 +414,17 @@ impl Shared {
         turn
     }
 
-    /// The progress thread: declares the rank joined, drives its operations, and leaves in order once told to stop. `open` makes the
-    /// wire to other hosts, where there are any.
-    pub(crate) fn run(&self, open: impl FnOnce() -> Result<Option<Box<dyn Wire>>, Error>) {
+    /// The progress thread: declares the rank joined, drives its operations, and leaves in order once told to stop.
+    pub(crate) fn run(&self, mut wire: Option<Box<dyn Wire>>) {
         let control = self.control();
         // SAFETY: once per rank, on fresh memory, before the state says so; the mapping outlives this thread's use of it, being
         // held by `self`.
-        let begun = unsafe { control.life.begin() }.and_then(|()| open());
-        let mut wire = match begun {
-            Ok(wire) => wire,
-            Err(error) => {
-                control.write_reason(&error.to_string());
-                self.fail(error);
-                control.state.store(state::ABORTED, Ordering::Release);
-                return self.ring_everybody();
-            }
-        };
+        if let Err(error) = unsafe { control.life.begin() } {
+            control.write_reason(&error.to_string());
+            self.fail(error);
+            control.state.store(state::ABORTED, Ordering::Release);
+            return self.ring_everybody();
+        }
         self.publish_processors();
         control.state.store(state::JOINED, Ordering::Release);
         self.ring_everybody();

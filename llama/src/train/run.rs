@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pillion_abs::{Controller, Observation};
-use pillion_collectives::{Communicator, Launch, Options, Reduction};
+use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
 use pillion_kernels::{Cpu, Device, LazyCpu};
 use pillion_runtime::{Engine, Layout, Memory, Policy, checkpoint};
 use serde::Serialize;
@@ -28,7 +28,12 @@ use crate::settings::{DeviceKind, TrainArgs};
 
 /// Joins the other ranks and trains.
 pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> Result<Ended, Error> {
-    let options = Options { timeout: Duration::from_secs(settings.timeout.max(1)), ..Options::default() };
+    let options = Options {
+        timeout: Duration::from_secs(settings.timeout.max(1)),
+        backend: settings.backend.into(),
+        reduce_groups: settings.reduce_groups,
+        ..Options::default()
+    };
     let communicator = Arc::new(Communicator::connect(launch, options)?);
     // Other ranks are told before this one's operations in flight are waited for, which would be in vain.
     let give_up = |error: Error| {
@@ -95,7 +100,12 @@ impl<'s> Run<'s> {
         let dataset = Dataset::open(TokenFile::open(&tokens)?, recipe.seq, recipe.seed)?;
         if communicator.rank() == 0 {
             let batch = recipe.controller.base;
-            let backend = format!("{}, shared memory", launch.source);
+            let between = match (communicator.backend(), communicator.hosts()) {
+                (Backend::Mpi, _) => "MPI".to_owned(),
+                (Backend::Hierarchical, hosts) => format!("shared memory on each of {hosts} hosts, MPI between them"),
+                (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
+            };
+            let backend = format!("{}, {between}", launch.source);
             let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend);
             crate::print(table);
         }

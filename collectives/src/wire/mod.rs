@@ -3,6 +3,10 @@
 //! A wire belongs to the progress thread of one rank, which makes every call. Messages between the same two ranks with the same tag
 //! arrive in the order in which they were sent.
 
+#[cfg(feature = "mpi")]
+pub(crate) mod identities;
+pub(crate) mod threads;
+
 use crate::Error;
 
 /// A message on its way. Its memory stays as it is until [`Wire::test`] has said that it is complete.

@@ -1,0 +1,105 @@
+//! How the ranks of a communicator come together: who is on which host, and what connects them.
+
+use std::sync::Arc;
+
+use crate::shm::progress::{Hosts, Shared};
+use crate::shm::rendezvous::{self, Place};
+use crate::wire::Wire;
+use crate::wire::threads::ThreadWire;
+use crate::{Backend, Error, Launch, Options};
+
+/// Who talks: the ranks of a job, or those of a communicator split from another.
+#[derive(Clone)]
+pub(crate) struct Job {
+    /// Of the job, with the rank and the world of this communicator.
+    pub(crate) launch: Launch,
+    /// Of the communicator; different for each that exists at a time.
+    pub(crate) name: String,
+    /// By rank of the communicator: the rank in the job.
+    pub(crate) ranks: Vec<usize>,
+    /// Number of ranks of the job.
+    pub(crate) world: usize,
+}
+
+/// Joins the others, on the thread that will drive this rank's operations.
+pub(crate) fn join(job: &Job, options: Options) -> Result<(Arc<Shared>, Option<Box<dyn Wire>>), Error> {
+    let Launch { rank, world, local_world, .. } = job.launch;
+    let (hosts, wire) = if options.simulated_hosts > 1 {
+        let wire: Box<dyn Wire> = Box::new(ThreadWire::open(&job.name, rank));
+        // By the rank in the job, so that a split communicator's ranks stay where they are.
+        let on_each = local_world / options.simulated_hosts;
+        let identities: Vec<String> = job.ranks.iter().map(|rank| (rank / on_each).to_string()).collect();
+        (group(&identities, rank, options.backend), Some(wire))
+    } else if local_world != job.world || matches!(options.backend, Backend::Mpi | Backend::Hierarchical) {
+        between_hosts(job, &options)?
+    } else {
+        (Hosts::single(world), None)
+    };
+    let groups = options.reduce_groups;
+    if hosts.local().len() > 1 && wire.is_some() && ![1, hosts.ranks.len()].contains(&groups) {
+        let reason =
+            format!("{groups} groups of reduction were asked for, but {} hosts are groups already", hosts.ranks.len());
+        return Err(Error::Rendezvous { rank, world, job: job.name.clone(), reason });
+    }
+    let wire = wire.filter(|_| hosts.ranks.len() > 1);
+    // Every host has a place of its own, named after its lowest rank.
+    let name = if wire.is_some() { format!("{}@{}", job.name, hosts.local()[0]) } else { job.name.clone() };
+    let local = hosts.column(rank);
+    let place = Place {
+        name: &name,
+        rank: local,
+        world: hosts.local().len(),
+        global_rank: job.ranks[rank],
+        global_world: job.world,
+    };
+    let map = rendezvous::join(&place, options.startup_timeout)?;
+    Ok((Arc::new(Shared::new(map, local, hosts, options)), wire))
+}
+
+/// Puts ranks with equal identities on one host each, if there are as many on every host; every rank on its own otherwise, and where
+/// the backend asks for that.
+fn group(identities: &[String], rank: usize, backend: Backend) -> Hosts {
+    let mut ranks: Vec<Vec<usize>> = Vec::new();
+    for (rank, identity) in identities.iter().enumerate() {
+        match ranks.iter_mut().find(|host| identities[host[0]] == *identity) {
+            Some(host) => host.push(rank),
+            None => ranks.push(vec![rank]),
+        }
+    }
+    let even = ranks.iter().all(|host| host.len() == ranks[0].len());
+    if backend == Backend::Mpi || !even {
+        if !even && rank == 0 {
+            eprintln!(
+                "pillion: hosts have different numbers of ranks, so every rank talks to every other over the network"
+            );
+        }
+        ranks = (0..identities.len()).map(|rank| vec![rank]).collect();
+    }
+    let own = ranks.iter().position(|host| host.contains(&rank)).expect("every rank has an identity");
+    Hosts { ranks, own }
+}
+
+/// Opens the wire between hosts and finds out which ranks are on which.
+#[cfg(feature = "mpi")]
+fn between_hosts(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+
+    use crate::wire::identities;
+    let mut hasher = DefaultHasher::new();
+    job.name.hash(&mut hasher);
+    // MPI guarantees tags up to 32767. The members of a communicator make one at a time, so this need not tell all apart.
+    let number = (hasher.finish() % 32_000) as u32;
+    let launch = Launch { rank: job.ranks[job.launch.rank], world: job.world, ..job.launch.clone() };
+    let mut wire: Box<dyn Wire> = Box::new(crate::mpi::MpiWire::open(&launch, &job.ranks, number)?);
+    let (rank, world) = (job.launch.rank, job.launch.world);
+    let own = identities::own(&launch);
+    let identities = identities::exchange(&mut *wire, rank, world, &own, options.startup_timeout)?;
+    Ok((group(&identities, rank, options.backend), Some(wire)))
+}
+
+/// This build has nothing between hosts; [`crate::Communicator::connect`] has said so by now.
+#[cfg(not(feature = "mpi"))]
+fn between_hosts(job: &Job, _options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
+    let reason = "its ranks are on several hosts: build with `--features mpi`".to_owned();
+    Err(Error::Rendezvous { rank: job.launch.rank, world: job.launch.world, job: job.name.clone(), reason })
+}

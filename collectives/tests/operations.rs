@@ -1,0 +1,362 @@
+//! Every operation against its definition: over worlds and hosts, in arenas and in private memory, for lengths at which pieces and
+//! chunks are ragged. The expected values are computed from all ranks' inputs, in the order that the documentation promises.
+
+use half::bf16;
+use pillion_collectives::{Communicator, Launch, Options, Pending, Reduce, Reduction, Sideband, Start};
+use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event};
+
+/// Ranks, simulated hosts, groups of reduction.
+const WORLDS: [(usize, usize, usize); 11] = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (3, 1, 1),
+    (4, 1, 2),
+    (5, 1, 1),
+    (8, 1, 4),
+    (2, 2, 1),
+    (4, 2, 1),
+    (4, 4, 2),
+    (6, 3, 3),
+    (8, 2, 2),
+];
+/// Elements of a chunk: nothing, less than a header, a cache line and a bit, and, with two ranks, several staged pieces.
+const LENGTHS: [usize; 5] = [0, 1, 5, 77, 4_099];
+const LONG: usize = 70_001;
+
+/// Lengths for a world.
+fn lengths(world: usize) -> impl Iterator<Item = usize> {
+    LENGTHS.into_iter().chain([LONG / (world * world).div_ceil(4)])
+}
+
+/// Where a rank's buffers lie.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Memory {
+    Arena,
+    Private,
+    /// Inputs of even ranks in arenas, everything else private.
+    Mixed,
+}
+
+/// A type of elements that can be reduced.
+trait Number: Element + PartialEq + std::fmt::Debug {
+    fn new(rank: usize, index: usize) -> Self;
+    fn combine(values: &[Self], reduction: Reduction, groups: usize) -> Self;
+}
+
+/// The tree of the documentation: consecutive groups in order, and their partial results in order.
+fn tree<T: Copy>(values: &[T], groups: usize, combine: impl Fn(T, T) -> T) -> T {
+    let partials = values.chunks(values.len() / groups).map(|group| group.iter().copied().reduce(&combine).unwrap());
+    partials.reduce(&combine).unwrap()
+}
+
+macro_rules! number {
+    ($type:ty, $new:expr, $wide:ty, $widen:expr, $narrow:expr, $sum:expr, $max:expr) => {
+        impl Number for $type {
+            fn new(rank: usize, index: usize) -> Self {
+                // Fractions of 53 bits, so that sums round; cheap, since there are millions.
+                let mixed = (rank as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                    ^ (index as u64).wrapping_mul(0xd6e8_feb8_6659_fd93);
+                $new((mixed.wrapping_mul(mixed | 1) >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
+            }
+            fn combine(values: &[Self], reduction: Reduction, groups: usize) -> Self {
+                let wide: Vec<$wide> = values.iter().map($widen).collect();
+                $narrow(match reduction {
+                    Reduction::Sum => tree(&wide, groups, $sum),
+                    Reduction::Max => tree(&wide, groups, $max),
+                })
+            }
+        }
+    };
+}
+number!(f32, |x: f64| x as f32, f32, |&x: &f32| x, |x: f32| x, |a, b| a + b, f32::max);
+number!(f64, |x: f64| x, f64, |&x: &f64| x, |x: f64| x, |a, b| a + b, f64::max);
+number!(i64, |x: f64| (x * 1e18) as i64, i64, |&x: &i64| x, |x: i64| x, i64::wrapping_add, i64::max);
+number!(bf16, bf16::from_f64, f32, |x: &bf16| x.to_f32(), bf16::from_f32, |a, b| a + b, f32::max);
+
+struct Rank<'a> {
+    communicator: &'a Communicator,
+    memory: Memory,
+    /// Whether operations run on this thread.
+    here: bool,
+    groups: usize,
+}
+
+impl Rank<'_> {
+    fn start(&self) -> Start {
+        if self.here { Start::Here } else { Start::After(Event::PAST) }
+    }
+
+    fn buffer<T: Number>(&self, data: &[T], is_input: bool) -> Buffer {
+        let arena = match self.memory {
+            Memory::Arena => true,
+            Memory::Private => false,
+            Memory::Mixed => is_input && self.communicator.rank().is_multiple_of(2),
+        };
+        // Everybody allocates, since that is a collective call; who wants private memory does not use it.
+        let shared = match self.memory {
+            Memory::Private => None,
+            _ => Some(self.communicator.allocate(&Cpu, T::DTYPE, data.len()).unwrap()),
+        };
+        let private = || Cpu.allocate(T::DTYPE, data.len()).unwrap();
+        let mut buffer = shared.filter(|_| arena).unwrap_or_else(private);
+        Cpu.queue().upload(buffer.view_mut(), data);
+        buffer
+    }
+
+    fn input<T: Number>(&self, len: usize) -> Buffer {
+        self.buffer(&self.values::<T>(self.communicator.rank(), len), true)
+    }
+
+    /// Filled with what no operation leaves.
+    fn output<T: Number>(&self, len: usize) -> Buffer {
+        self.buffer(&vec![T::new(999, 999); len], false)
+    }
+
+    fn values<T: Number>(&self, rank: usize, len: usize) -> Vec<T> {
+        (0..len).map(|index| T::new(rank, index)).collect()
+    }
+
+    /// Elements `first..first + len` of all ranks' values combined.
+    fn combined<T: Number>(&self, first: usize, len: usize, reduction: Reduction) -> Vec<T> {
+        let ranks = 0..self.communicator.world();
+        let all = |index| ranks.clone().map(|rank| T::new(rank, index)).collect::<Vec<T>>();
+        (first..first + len).map(|index| T::combine(&all(index), reduction, self.groups)).collect()
+    }
+
+    fn check<T: Number>(&self, what: &str, buffer: &Buffer, expected: &[T]) {
+        let found = Cpu.queue().download::<T>(buffer.view());
+        let wrong = (0..expected.len().max(found.len())).find(|&index| found.get(index) != expected.get(index));
+        if let Some(index) = wrong {
+            let (rank, found, expected) = (self.communicator.rank(), found.get(index), expected.get(index));
+            panic!(
+                "{what} of {} in {:?}, rank {rank}: element {index} is {found:?}, not {expected:?}",
+                T::DTYPE,
+                self.memory
+            );
+        }
+    }
+
+    fn done<V>(&self, pending: Pending<V>) -> V {
+        pending.wait().unwrap()
+    }
+
+    fn moves<T: Number>(&self, len: usize) {
+        let (c, rank, world) = (self.communicator, self.communicator.rank(), self.communicator.world());
+        let full: Vec<T> = (0..world).flat_map(|rank| self.values::<T>(rank, len)).collect();
+
+        let (shard, output) =
+            self.done(c.all_gather(self.input::<T>(len), self.output::<T>(world * len), self.start()));
+        self.check("all-gather", &output, &full);
+        self.check("all-gather's input", &shard, &self.values::<T>(rank, len));
+
+        let mut data = vec![T::new(999, 999); world * len];
+        data[rank * len..][..len].copy_from_slice(&self.values::<T>(rank, len));
+        let buffer = self.done(c.all_gather_in_place(self.buffer(&data, true), self.start()));
+        self.check("all-gather in place", &buffer, &full);
+
+        let parts: Vec<T> =
+            (0..world).flat_map(|from| self.values::<T>(from, world * len)[rank * len..][..len].to_vec()).collect();
+        let (_, output) =
+            self.done(c.all_to_all(self.input::<T>(world * len), self.output::<T>(world * len), self.start()));
+        self.check("all-to-all", &output, &parts);
+
+        for root in [0, world - 1] {
+            let buffer = self.done(c.broadcast(self.input::<T>(len), root, self.start()));
+            self.check("broadcast", &buffer, &self.values::<T>(root, len));
+
+            let shard = self.input::<T>(len);
+            let output = self.output::<T>(world * len);
+            let (_, output) = self.done(c.gather(shard, (rank == root).then_some(output), root, self.start()));
+            if let Some(output) = output {
+                self.check("gather", &output, &full);
+            }
+
+            let input = self.input::<T>(world * len);
+            let output = self.output::<T>(len);
+            let (_, output) = self.done(c.scatter((rank == root).then_some(input), output, root, self.start()));
+            self.check("scatter", &output, &self.values::<T>(root, world * len)[rank * len..][..len]);
+        }
+
+        // Around the ring, two messages one way and, where the neighbours differ, one the other way, all in flight at once.
+        let (next, previous) = ((rank + 1) % world, (rank + world - 1) % world);
+        let after = || Start::After(Event::PAST);
+        let forward = [len, len / 2].map(|len| c.send(self.input::<T>(len), next, after()));
+        let backward = (next != previous).then(|| c.send(self.input::<T>(len), previous, after()));
+        let from_next = (next != previous).then(|| c.receive(self.output::<T>(len), next, after()));
+        for len in [len, len / 2] {
+            let buffer = self.done(c.receive(self.output::<T>(len), previous, self.start()));
+            self.check("receive", &buffer, &self.values::<T>(previous, len));
+        }
+        if let (Some(received), Some(sent)) = (from_next, backward) {
+            self.check("receive", &self.done(received), &self.values::<T>(next, len));
+            self.check("send's buffer", &self.done(sent), &self.values::<T>(rank, len));
+        }
+        forward.into_iter().for_each(|sent| drop(self.done(sent)));
+    }
+
+    fn folds<T: Number>(&self, len: usize, reduction: Reduction) {
+        let (c, rank, world) = (self.communicator, self.communicator.rank(), self.communicator.world());
+        let mine = self.combined::<T>(rank * len, len, reduction);
+
+        let reduce = Reduce {
+            input: self.input::<T>(world * len),
+            output: self.output::<T>(len),
+            reduction,
+            accumulate: false,
+            sideband: None,
+        };
+        let reduce = self.done(c.reduce_scatter(reduce, self.start()));
+        self.check("reduce-scatter", &reduce.output, &mine);
+        self.check("reduce-scatter's input", &reduce.input, &self.values::<T>(rank, world * len));
+
+        let buffer = self.done(c.reduce_scatter_in_place(self.input::<T>(world * len), reduction, self.start()));
+        let mut expected = self.values::<T>(rank, world * len);
+        expected[rank * len..][..len].copy_from_slice(&mine);
+        self.check("reduce-scatter in place", &buffer, &expected);
+
+        // A length that the world does not divide.
+        let odd = world * len + len.min(3);
+        let all = self.combined::<T>(0, odd, reduction);
+        let buffer = self.done(c.all_reduce(self.input::<T>(odd), reduction, self.start()));
+        self.check("all-reduce", &buffer, &all);
+        let (input, output) =
+            self.done(c.all_reduce_into(self.input::<T>(odd), self.output::<T>(odd), reduction, self.start()));
+        self.check("all-reduce out of place", &output, &all);
+        self.check("all-reduce's input", &input, &self.values::<T>(rank, odd));
+
+        for root in [0, world - 1] {
+            let output = self.output::<T>(odd);
+            let output = (rank == root).then_some(output);
+            let (input, output) = self.done(c.reduce(self.input::<T>(odd), output, reduction, root, self.start()));
+            if let Some(output) = output {
+                self.check("reduce", &output, &all);
+            }
+            self.check("reduce's input", &input, &self.values::<T>(rank, odd));
+        }
+    }
+
+    /// bf16 into f32, added to what is there, with a sideband.
+    fn wide(&self, len: usize) {
+        let (c, rank, world) = (self.communicator, self.communicator.rank(), self.communicator.world());
+        let numbers = |value: f64| self.buffer(&[value, 1.0, 0.5, -value], false);
+        let sideband = Some(Sideband { own: numbers(rank as f64 + 0.25), totals: numbers(100.0) });
+        let input = self.input::<bf16>(world * len);
+        let output = self.buffer(&self.values::<f32>(50, len), false);
+        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: true, sideband };
+        let reduce = self.done(c.reduce_scatter(reduce, self.start()));
+        let expected: Vec<f32> = (0..len)
+            .map(|index| {
+                let values = (0..world).map(|from| bf16::new(from, rank * len + index).to_f32());
+                f32::new(50, index) + tree(&values.collect::<Vec<f32>>(), self.groups, |a, b| a + b)
+            })
+            .collect();
+        self.check("bf16 to f32", &reduce.output, &expected);
+        // Quarters of small numbers are exact.
+        let ranks = world as f64;
+        let sum = ranks * (ranks - 1.0) / 2.0 + ranks / 4.0;
+        let totals = [100.0 + sum, 1.0 + ranks, 0.5 + ranks / 2.0, -100.0 - sum];
+        self.check("totals", &reduce.sideband.unwrap().totals, &totals);
+    }
+}
+
+/// Runs `program` on the ranks of a world, over both kinds of start.
+fn ranks(world: usize, hosts: usize, groups: usize, program: impl Fn(&Rank<'_>) + Sync) {
+    std::thread::scope(|scope| {
+        for launch in Launch::threads(world) {
+            let program = &program;
+            scope.spawn(move || {
+                let options = Options { simulated_hosts: hosts, reduce_groups: groups, ..Options::default() };
+                let communicator = Communicator::connect(&launch, options).unwrap();
+                assert_eq!(communicator.hosts(), hosts);
+                // With several ranks on each of several hosts the hosts are the groups.
+                let groups = if hosts > 1 && world > hosts { hosts } else { groups };
+                for memory in [Memory::Arena, Memory::Private, Memory::Mixed] {
+                    for here in [false, true] {
+                        program(&Rank { communicator: &communicator, memory, here, groups });
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn what_is_moved_arrives() {
+    for (world, hosts, groups) in WORLDS {
+        ranks(world, hosts, groups, |rank| {
+            for len in lengths(world) {
+                rank.moves::<f32>(len);
+            }
+            rank.moves::<bf16>(1_001);
+            rank.moves::<f64>(333);
+            rank.moves::<i64>(3);
+        });
+    }
+}
+
+#[test]
+fn what_is_combined_is_combined_in_order_and_rounded_once() {
+    for (world, hosts, groups) in WORLDS {
+        ranks(world, hosts, groups, |rank| {
+            for len in lengths(world) {
+                rank.folds::<f32>(len, Reduction::Sum);
+            }
+            for len in [1, 130, 5_003] {
+                rank.folds::<f32>(len, Reduction::Max);
+                rank.folds::<bf16>(len, Reduction::Sum);
+                rank.folds::<bf16>(len, Reduction::Max);
+                rank.folds::<f64>(len, Reduction::Sum);
+                rank.folds::<i64>(len, Reduction::Sum);
+                rank.folds::<i64>(len, Reduction::Max);
+                rank.wide(len);
+            }
+        });
+    }
+}
+
+#[test]
+fn windows_show_what_ranks_of_all_hosts_have_written() {
+    for (world, hosts, groups) in WORLDS {
+        ranks(world, hosts, groups, |rank| {
+            let (c, queue) = (rank.communicator, Cpu.queue());
+            let mut window = c.window(&Cpu, DType::F32, world * 1000).unwrap();
+            for round in 0..10 {
+                let shard: Vec<f32> = (0..1000).map(|index| f32::new(c.rank() + 100 * round, index)).collect();
+                queue.upload(window.shard_mut().unwrap(), &shard);
+                window = c.gather_window(window, rank.start()).wait().unwrap();
+                let expected: Vec<f32> = (0..world)
+                    .flat_map(|from| (0..1000).map(move |index| f32::new(from + 100 * round, index)))
+                    .collect();
+                assert_eq!(queue.download::<f32>(window.view()), expected);
+                window.release(&Event::PAST);
+            }
+        });
+    }
+}
+
+#[test]
+fn split_communicators_number_their_ranks_by_key_and_do_not_disturb_each_other() {
+    for (world, hosts, _) in WORLDS {
+        ranks(world, hosts, 1, |rank| {
+            let c = rank.communicator;
+            if rank.here || rank.memory != Memory::Arena {
+                return;
+            }
+            // Odd and even ranks, numbered backwards; the last rank takes no part.
+            let color = (c.rank() + 1 < world).then_some((c.rank() % 2) as u64);
+            let part = c.split(color, (world - c.rank()) as u64).unwrap();
+            assert_eq!(part.is_some(), color.is_some());
+            if let Some(part) = part {
+                let mut members: Vec<usize> = (0..world - 1).filter(|member| member % 2 == c.rank() % 2).collect();
+                members.reverse();
+                assert_eq!((part.world(), members[part.rank()]), (members.len(), c.rank()));
+                let mut buffer = Cpu.allocate(DType::I64, 100).unwrap();
+                Cpu.queue().upload(buffer.view_mut(), &[c.rank() as i64; 100]);
+                let sum: i64 = members.iter().map(|&member| member as i64).sum();
+                let buffer = part.all_reduce(buffer, Reduction::Sum, Start::Here).wait().unwrap();
+                assert_eq!(Cpu.queue().download::<i64>(buffer.view()), [sum; 100]);
+            }
+            c.barrier().unwrap();
+        });
+    }
+}
