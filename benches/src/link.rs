@@ -25,7 +25,9 @@ impl Link {
         if options.backend != Backend::Auto && communicator.backend() != options.backend {
             return Err(Error::Backend { asked: options.backend, got: communicator.backend() });
         }
-        if options.simulated_hosts > 1 && communicator.hosts() != options.simulated_hosts {
+        // Over MPI alone every rank counts as a host.
+        let spread = options.simulated_hosts > 1 && communicator.backend() != Backend::Mpi;
+        if spread && communicator.hosts() != options.simulated_hosts {
             return Err(Error::Hosts { asked: options.simulated_hosts, got: communicator.hosts() });
         }
         Ok(link)

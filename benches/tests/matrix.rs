@@ -98,6 +98,13 @@ fn no_element_is_wrong_in_groups_and_with_the_largest() {
     run_matrix(3, "--threads -o max");
 }
 
+#[test]
+fn no_element_is_wrong_between_simulated_hosts() {
+    run_matrix(4, "--threads --hosts 2");
+    run_matrix(4, "--threads --hosts 2 --buffers private --backend hierarchical");
+    run_matrix(3, "--threads --hosts 3 --backend mpi");
+}
+
 /// Above the size at which stores pass by the caches, and above the one at which a communicator is replaced.
 #[test]
 fn large_buffers_cold_and_beside_a_computation() {
