@@ -197,9 +197,10 @@ impl Arguments {
             }
         }
         if let Some(Compare::Mpi) = self.compare {
-            return usage(
-                "--compare mpi needs the feature `mpi` of pillion-benches: build with `--features mpi`".into(),
-            );
+            return usage(match cfg!(feature = "mpi") {
+                true => "--compare mpi: this version compares with nothing yet: leave it out".into(),
+                false => "--compare mpi needs the feature `mpi` of pillion-benches: build with `--features mpi`".into(),
+            });
         }
         let options = Options {
             backend: match self.backend {
