@@ -334,7 +334,7 @@ mod tests {
             ("all-reduce --sizes 4 -b 4", "cannot be used with"),
             ("all-reduce --reduce-groups 0", "--reduce-groups 0"),
             ("all-reduce --hosts 2", "--threads"),
-            ("all-reduce --compare mpi", "--features mpi"),
+            ("all-reduce --compare mpi", "--compare mpi"),
             ("all-gather -o max", "all-gather has not a combination"),
             ("barrier -b 8", "barrier has not a size"),
             ("scalars -t f64", "scalars has not a type"),

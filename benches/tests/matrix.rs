@@ -162,7 +162,7 @@ fn what_cannot_be_ends_with_code_2_and_a_reason() {
         ("all-reduce --reduce-groups 2 -r 3", "--reduce-groups 2 does not divide 3"),
         ("all-reduce --hosts 2", "--threads"),
         ("all-reduce --threads -r 3 --hosts 2", "--hosts 2 does not divide 3"),
-        ("all-reduce --compare mpi", "--features mpi"),
+        ("all-reduce --compare mpi", "--compare mpi"),
         ("", "<OP>"),
     ] {
         let output = collbench(arguments);
