@@ -177,6 +177,7 @@ unsafe fn run<I: Stored<A>, O: Stored<A>, A: Wide>(job: &Fold<'_>) {
         match job.reduction {
             Reduction::Sum if job.count <= SHORT => blocks::<I, O, A, SHORT>(job, A::sum),
             Reduction::Sum => blocks::<I, O, A, BLOCK>(job, A::sum),
+            Reduction::Max if job.count <= SHORT => blocks::<I, O, A, SHORT>(job, A::max),
             Reduction::Max => blocks::<I, O, A, BLOCK>(job, A::max),
         }
     }
