@@ -7,6 +7,7 @@ use pillion_collectives::{Backend, Options, Reduction};
 use pillion_kernels::DType;
 
 use crate::Error;
+use crate::binding::Binding;
 use crate::operation::{Form, Operation};
 
 /// Times collectives as nccl-tests does: `size count type redop root time algbw busbw #wrong`, and more columns.
@@ -74,6 +75,9 @@ pub struct Arguments {
     /// Groups in which reductions are computed, as a cluster of so many hosts does; divides the number of ranks
     #[arg(long, value_name = "GROUPS", default_value_t = 1)]
     reduce_groups: usize,
+    /// Binds ranks to processors: each to its own, if there are enough, or not at all
+    #[arg(long, value_enum, default_value_t = Binding::Core)]
+    bind: Binding,
     /// Writes the machine, every sample and all figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -160,6 +164,8 @@ pub struct Settings {
     pub overlap: bool,
     /// For the communicators.
     pub options: Options,
+    /// How ranks are bound to processors.
+    pub binding: Binding,
     /// Where the results go, besides the screen.
     pub json: Option<PathBuf>,
 }
@@ -237,6 +243,7 @@ impl Arguments {
             cold: self.cold,
             overlap: self.overlap,
             options,
+            binding: self.bind,
             json: self.json,
         })
     }

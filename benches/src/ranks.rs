@@ -7,6 +7,7 @@ use pillion_collectives::launch::Source;
 use pillion_collectives::{Launch, launcher};
 
 use crate::arguments::{Arguments, Settings};
+use crate::binding::bind;
 use crate::{Error, sweep};
 
 /// Ranks where neither a launcher nor the arguments say how many.
@@ -100,7 +101,7 @@ fn threads(settings: &Settings, command: &[String], ranks: usize) -> i32 {
 /// Measures on one rank; prints its error, unless another rank prints the same.
 fn measure(settings: &Settings, launch: &Launch, command: &[String]) -> i32 {
     use pillion_collectives::Error as Peers;
-    match sweep::run(settings, launch, command) {
+    match bind(settings.binding, launch).and_then(|()| sweep::run(settings, launch, command)) {
         Ok(0) => 0,
         Ok(_) => 1,
         Err(error) => {
