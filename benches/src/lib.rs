@@ -1,3 +1,24 @@
-//! How fast: benchmarks of kernels and collectives. `cargo bench` runs them; `RESULTS.md` beside this crate's manifest records
-//! what was seen, with command and machine.
-#![forbid(unsafe_code)]
+//! How fast: benchmarks of kernels and collectives. `RESULTS.md` beside this crate's manifest records what was seen, with command
+//! and machine.
+//!
+//! `cargo bench` runs the kernels. The binary `collbench` measures collectives as nccl-tests and the OSU benchmarks do; this is its code, in the
+//! order in which a run meets it: [`arguments`], [`ranks`], [`sweep`] over operations and sizes, [`case`] for one call,
+//! [`pattern`] for what its buffers hold, [`timing`], [`roofline`], [`overlap`], [`report`].
+#![deny(unsafe_code)]
+
+pub mod arguments;
+pub mod case;
+mod error;
+mod link;
+mod local;
+pub mod machine;
+pub mod operation;
+pub mod overlap;
+pub mod pattern;
+pub mod ranks;
+pub mod report;
+pub mod roofline;
+pub mod sweep;
+pub mod timing;
+
+pub use error::Error;

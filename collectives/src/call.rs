@@ -60,7 +60,7 @@ pub(crate) enum Detail {
     None,
     Root(usize),
     Window(u64),
-    Reduction { reduction: Reduction, output: DType, groups: usize, root: Option<usize> },
+    Reduction { reduction: Reduction, output: DType, groups: usize, root: Option<usize>, sideband: bool },
 }
 
 impl Detail {
@@ -69,9 +69,12 @@ impl Detail {
             Detail::None => 0,
             Detail::Root(root) => 1 + root as u64,
             Detail::Window(place) => place,
-            Detail::Reduction { reduction, output, groups, root } => {
+            Detail::Reduction { reduction, output, groups, root, sideband } => {
                 let root = root.map_or(0, |root| 1 + root as u64);
-                root | (groups as u64) << 24 | (output as u64) << 48 | (reduction as u64) << 56
+                root | (groups as u64) << 24
+                    | (output as u64) << 48
+                    | (reduction as u64) << 56
+                    | u64::from(sideband) << 60
             }
         }
     }
@@ -101,14 +104,15 @@ pub(crate) fn describe(call: Call) -> String {
         Some(Kind::Broadcast | Kind::Gather | Kind::Scatter) => root(call.detail),
         Some(Kind::GatherWindow) => format!(" (at {})", call.detail),
         Some(Kind::ReduceScatter | Kind::AllReduce | Kind::Reduce) => {
-            let reduction = if call.detail >> 56 == Reduction::Max as u64 { "max" } else { "sum" };
+            let reduction = if call.detail >> 56 & 0xf == Reduction::Max as u64 { "max" } else { "sum" };
             let output = dtype_of(call.detail >> 48 & 0xff).filter(|&output| Some(output) != dtype);
             let groups = match call.detail >> 24 & 0xff_ffff {
                 0 | 1 => String::new(),
                 groups => format!(" in {groups} groups"),
             };
             let output = output.map_or_else(String::new, |output| format!(" to {output}"));
-            format!(" ({reduction}{output}{groups}){}", root(call.detail & 0xff_ffff))
+            let sideband = if call.detail >> 60 == 1 { " with a sideband" } else { "" };
+            format!(" ({reduction}{output}{groups}){sideband}{}", root(call.detail & 0xff_ffff))
         }
         _ => String::new(),
     };
@@ -124,13 +128,16 @@ mod tests {
 
     #[test]
     fn calls_are_described_with_what_tells_them_apart() {
-        let sum = |reduction, output, groups, root| Detail::Reduction { reduction, output, groups, root };
+        let sum = |reduction, output, groups, root| {
+            let sideband = groups == 2;
+            Detail::Reduction { reduction, output, groups, root, sideband }
+        };
         let cases = [
             (call(Kind::AllGather, Some(DType::F32), false, 8, Detail::None), "all-gather #0 of 8 × f32"),
             (call(Kind::Broadcast, Some(DType::I64), false, 1, Detail::Root(3)), "broadcast #0 of 1 × i64 (root 3)"),
             (
                 call(Kind::ReduceScatter, Some(DType::Bf16), true, 6, sum(Reduction::Sum, DType::F32, 2, None)),
-                "reduce-scatter #0 of 6 × bf16 (sum to f32 in 2 groups) on a deferring device",
+                "reduce-scatter #0 of 6 × bf16 (sum to f32 in 2 groups) with a sideband on a deferring device",
             ),
             (
                 call(Kind::Reduce, Some(DType::F64), false, 5, sum(Reduction::Max, DType::F64, 1, Some(0))),

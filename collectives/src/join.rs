@@ -21,8 +21,11 @@ pub(crate) struct Job {
     pub(crate) world: usize,
 }
 
+/// What [`join`] returns: what the rank's threads share, and the wire to other hosts where there are any.
+pub(crate) type Joined = (Arc<Shared>, Option<Box<dyn Wire>>);
+
 /// Joins the others, on the thread that will drive this rank's operations.
-pub(crate) fn join(job: &Job, options: Options) -> Result<(Arc<Shared>, Option<Box<dyn Wire>>), Error> {
+pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     let Launch { rank, world, local_world, .. } = job.launch;
     let (hosts, wire) = if options.simulated_hosts > 1 {
         let wire: Box<dyn Wire> = Box::new(ThreadWire::open(&job.name, rank));

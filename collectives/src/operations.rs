@@ -9,7 +9,7 @@ use pillion_kernels::{Buffer, DType, Event};
 use crate::algorithms::{self, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands};
 use crate::pending::{Outcome, Pending};
 use crate::shm::control::{Channel, PAYLOAD};
-use crate::shm::flight::{Collective, Flight};
+use crate::shm::flight::{Collective, Course, Flight};
 use crate::shm::mail::{Direction, MailFlight};
 use crate::{Communicator, Error, Window};
 
@@ -60,7 +60,7 @@ impl Communicator {
         self.check("all-gather", &shard, &output, output.len() >= self.world() * shard.len());
         let operation =
             algorithms::all_gather(&self.shared.hosts, self.rank(), operands(Some(&shard), Some(&output)), shard.len());
-        self.submit(Box::new(operation), Channel::Gather, start.into(), (shard, output))
+        self.run(operation, Channel::Gather, start.into(), (shard, output))
     }
 
     /// buffer\[p·n..\] = that part of rank p's buffer. `buffer: [world · n]`.
@@ -69,7 +69,7 @@ impl Communicator {
         let mut operands = operands(None, Some(&buffer));
         operands.input = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
         let operation = algorithms::all_gather(&self.shared.hosts, self.rank(), operands, chunk);
-        self.submit(Box::new(operation), Channel::Gather, start.into(), buffer)
+        self.run(operation, Channel::Gather, start.into(), buffer)
     }
 
     /// Makes all of a window readable, with what each rank wrote to its shard before `start`. Moves nothing on a host.
@@ -79,7 +79,7 @@ impl Communicator {
     pub fn gather_window(&self, mut window: Window, start: impl Into<Start>) -> Pending<Window> {
         window.begin_gather(&self.shared);
         let collective = GatherWindow::new(window.span(), window.place(), self.rank(), self.world());
-        self.submit(Box::new(collective), Channel::Gather, start.into(), window)
+        self.run(collective, Channel::Gather, start.into(), window)
     }
 
     /// Combines the inputs of all ranks, and gives each rank its part.
@@ -101,7 +101,7 @@ impl Communicator {
         let (chunk, operands) = (output.len(), operands(Some(input), Some(output)));
         let operation =
             algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, *accumulate, sidebands);
-        self.submit(Box::new(operation), Channel::Reduce, start.into(), reduce)
+        self.run(operation, Channel::Reduce, start.into(), reduce)
     }
 
     /// Part r of rank r's buffer = the ranks' parts r combined, in order of rank; the other parts are unchanged. `buffer: [world · n]`.
@@ -116,7 +116,7 @@ impl Communicator {
         let mut operands = operands(Some(&buffer), Some(&buffer));
         operands.output = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
         let operation = algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, false, None);
-        self.submit(Box::new(operation), Channel::Reduce, start.into(), buffer)
+        self.run(operation, Channel::Reduce, start.into(), buffer)
     }
 
     /// buffer = the ranks' buffers combined, in order of rank. `buffer: [n]`.
@@ -124,7 +124,7 @@ impl Communicator {
         let combination = self.combination(reduction, &buffer, &buffer);
         let operands = operands(Some(&buffer), Some(&buffer));
         let operation = algorithms::all_reduce(&self.shared.hosts, self.rank(), operands, buffer.len(), combination);
-        self.submit(Box::new(operation), Channel::Reduce, start.into(), buffer)
+        self.run(operation, Channel::Reduce, start.into(), buffer)
     }
 
     /// output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type, or f32 for bf16.
@@ -139,7 +139,7 @@ impl Communicator {
         assert!(input.len() == output.len(), "an all-reduce of {input:?} into {output:?}");
         let operands = operands(Some(&input), Some(&output));
         let operation = algorithms::all_reduce(&self.shared.hosts, self.rank(), operands, input.len(), combination);
-        self.submit(Box::new(operation), Channel::Reduce, start.into(), (input, output))
+        self.run(operation, Channel::Reduce, start.into(), (input, output))
     }
 
     /// The root's output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type on the root,
@@ -156,7 +156,7 @@ impl Communicator {
         let combination = self.combination(reduction, &input, output.as_ref().unwrap_or(&input));
         let operands = operands(Some(&input), output.as_ref());
         let operation = algorithms::reduce(&self.shared.hosts, operands, input.len(), combination, root);
-        self.submit(Box::new(operation), Channel::Reduce, start.into(), (input, output))
+        self.run(operation, Channel::Reduce, start.into(), (input, output))
     }
 
     /// buffer = that of rank `root`. `buffer: [n]`.
@@ -164,7 +164,7 @@ impl Communicator {
         assert!(root < self.world(), "a broadcast from rank {root} of {}", self.world());
         let operands = if self.rank() == root { operands(Some(&buffer), None) } else { operands(None, Some(&buffer)) };
         let operation = algorithms::broadcast(&self.shared.hosts, self.rank(), operands, buffer.len(), root);
-        self.submit(Box::new(operation), Channel::Gather, start.into(), buffer)
+        self.run(operation, Channel::Gather, start.into(), buffer)
     }
 
     /// The root's output\[p·n..\] = the shard of rank p. `shard: [n]`, unchanged; `output: [world · n]` on the root, nothing elsewhere.
@@ -178,7 +178,7 @@ impl Communicator {
         self.check_root("gather", root, &shard, output.as_ref(), self.world() * shard.len());
         let operands = operands(Some(&shard), output.as_ref());
         let operation = algorithms::gather(&self.shared.hosts, self.rank(), operands, shard.len(), root);
-        self.submit(Box::new(operation), Channel::Gather, start.into(), (shard, output))
+        self.run(operation, Channel::Gather, start.into(), (shard, output))
     }
 
     /// output = part r of the root's input, on rank r. `input: [world · n]` on the root, unchanged, nothing elsewhere; `output: [n]`.
@@ -192,7 +192,7 @@ impl Communicator {
         self.check_root("scatter", root, &output, input.as_ref(), self.world() * output.len());
         let operands = operands(input.as_ref(), Some(&output));
         let operation = algorithms::scatter(&self.shared.hosts, self.rank(), operands, output.len(), root);
-        self.submit(Box::new(operation), Channel::Gather, start.into(), (input, output))
+        self.run(operation, Channel::Gather, start.into(), (input, output))
     }
 
     /// output\[p·n..\] = part r of the input of rank p, on rank r. `input, output: [world · n]`.
@@ -200,7 +200,7 @@ impl Communicator {
         self.check("all-to-all", &input, &output, output.len() == input.len());
         let (operands, chunk) = (operands(Some(&input), Some(&output)), self.chunk_of(&input));
         let operation = algorithms::all_to_all(&self.shared.hosts, self.rank(), operands, chunk);
-        self.submit(Box::new(operation), Channel::Gather, start.into(), (input, output))
+        self.run(operation, Channel::Gather, start.into(), (input, output))
     }
 
     /// Sends `buffer` to rank `to`, which receives as many elements of the same type. Messages between two ranks arrive in order;
@@ -252,20 +252,28 @@ impl Communicator {
     /// # Panics
     /// With more than 64 values.
     pub fn all_gather_scalars(&self, values: &[u64]) -> Result<Vec<Vec<u64>>, Error> {
-        self.exchange_scalars(values, |flight| flight)
+        self.exchange_scalars(values, false)
     }
 
-    fn exchange_scalars(&self, values: &[u64], form: impl FnOnce(Flight) -> Flight) -> Result<Vec<Vec<u64>>, Error> {
+    fn exchange_scalars(&self, values: &[u64], patient: bool) -> Result<Vec<Vec<u64>>, Error> {
         assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
-        let gathered = Arc::new(Mutex::new(Vec::new()));
-        let collective = Scalars::new(values, gathered.clone());
-        let outcome = Arc::new(Outcome::default());
-        let flight = Flight::new(Box::new(collective), Channel::Control, Event::PAST, outcome.clone());
-        self.shared.run_here(Channel::Control, form(flight));
-        outcome.outcome()?;
-        let gathered = gathered.lock();
-        let ranks = 0..self.world();
-        Ok(ranks.map(|rank| gathered[rank * values.len()..][..values.len()].to_vec()).collect())
+        let mut scalars = Scalars::new(values);
+        let gathered = match self.shared.run_here(Channel::Control, &mut scalars, patient) {
+            Some(result) => {
+                result?;
+                scalars.into_gathered()
+            }
+            None => {
+                let gathered = Arc::new(Mutex::new(Vec::new()));
+                let course = Course::new(&scalars, Channel::Control, patient);
+                self.submit(Box::new(scalars.deliver_to(gathered.clone())), course, Event::PAST).outcome()?;
+                std::mem::take(&mut *gathered.lock())
+            }
+        };
+        if values.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(gathered.chunks_exact(values.len()).map(<[u64]>::to_vec).collect())
     }
 
     /// `bytes` of rank `root`, on every rank. For settings and names; large data goes through [`Communicator::broadcast`].
@@ -306,17 +314,31 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn patient_barrier(&self) -> Result<(), Error> {
-        self.exchange_scalars(&[], Flight::patiently).map(|_| ())
+        self.exchange_scalars(&[], true).map(|_| ())
     }
 
-    fn submit<T>(&self, collective: Box<dyn Collective>, channel: Channel, start: Start, value: T) -> Pending<T> {
+    fn run<T>(
+        &self,
+        mut collective: impl Collective + 'static,
+        channel: Channel,
+        start: Start,
+        value: T,
+    ) -> Pending<T> {
+        let after = match start {
+            Start::After(event) => event,
+            Start::Here => match self.shared.run_here(channel, &mut collective, false) {
+                Some(result) => return Pending::ended(result, value),
+                None => Event::PAST,
+            },
+        };
+        let course = Course::new(&collective, channel, false);
+        Pending::new(self.submit(Box::new(collective), course, after), value)
+    }
+
+    fn submit(&self, collective: Box<dyn Collective>, course: Course, after: Event) -> Arc<Outcome> {
         let outcome = Arc::new(Outcome::default());
-        let flight = |after| Flight::new(collective, channel, after, outcome.clone());
-        match start {
-            Start::After(event) => self.shared.submit(channel, flight(event)),
-            Start::Here => self.shared.run_here(channel, flight(Event::PAST)),
-        }
-        Pending::new(outcome, value)
+        self.shared.submit(Flight::new(collective, course, after, outcome.clone()));
+        outcome
     }
 
     fn combination(&self, reduction: Reduction, input: &Buffer, output: &Buffer) -> Combination {

@@ -12,13 +12,35 @@ use crate::Error;
 /// Dropping one waits for the operation, at most until the communicator's deadline, and never panics.
 #[must_use = "an operation's buffers come back through `then` or `wait`"]
 pub struct Pending<T> {
-    flight: Arc<Outcome>,
+    state: State,
     value: Option<T>,
 }
 
+#[derive(Clone)]
+enum State {
+    /// It was over when its call returned.
+    Ended(Result<(), Error>),
+    Flying(Arc<Outcome>),
+}
+
+impl State {
+    /// Blocks until the operation has ended.
+    fn outcome(&self) -> Result<(), Error> {
+        match self {
+            State::Ended(result) => result.clone(),
+            State::Flying(outcome) => outcome.outcome(),
+        }
+    }
+}
+
 impl<T> Pending<T> {
-    pub(crate) fn new(flight: Arc<Outcome>, value: T) -> Pending<T> {
-        Pending { flight, value: Some(value) }
+    pub(crate) fn new(outcome: Arc<Outcome>, value: T) -> Pending<T> {
+        Pending { state: State::Flying(outcome), value: Some(value) }
+    }
+
+    /// An operation that is over already.
+    pub(crate) fn ended(result: Result<(), Error>, value: T) -> Pending<T> {
+        Pending { state: State::Ended(result), value: Some(value) }
     }
 
     /// Orders what `queue` runs from now on after the operation, and gives the buffers back. The host waits only where the
@@ -28,8 +50,9 @@ impl<T> Pending<T> {
     /// The operation's failure where it is known by now; otherwise the communicator's next call returns it.
     pub fn then(mut self, queue: &dyn Queue) -> Result<T, Error> {
         queue.wait_for(&self.event());
-        if let Some(Err(error)) = &*self.flight.result.lock() {
-            return Err(error.clone());
+        match &self.state {
+            State::Ended(result) => result.clone()?,
+            State::Flying(outcome) => outcome.result.lock().clone().unwrap_or(Ok(()))?,
         }
         Ok(self.take())
     }
@@ -39,18 +62,21 @@ impl<T> Pending<T> {
     /// # Errors
     /// The operation's failure.
     pub fn wait(mut self) -> Result<T, Error> {
-        self.flight.outcome()?;
+        self.state.outcome()?;
         Ok(self.take())
     }
 
     /// The moment at which the operation is complete, for other operations to start after.
     pub fn event(&self) -> Event {
-        Event::new(self.flight.clone())
+        match &self.state {
+            State::Ended(_) => Event::PAST,
+            State::Flying(outcome) => Event::new(outcome.clone()),
+        }
     }
 
     /// The same operation, with its buffers in another form.
     pub fn map<U>(mut self, form: impl FnOnce(T) -> U) -> Pending<U> {
-        Pending { flight: self.flight.clone(), value: Some(form(self.take())) }
+        Pending { state: self.state.clone(), value: Some(form(self.take())) }
     }
 
     fn take(&mut self) -> T {
@@ -62,7 +88,7 @@ impl<T> Drop for Pending<T> {
     fn drop(&mut self) {
         if self.value.is_some() {
             // The error, if any, comes back from the communicator's next call.
-            let _ = self.flight.outcome();
+            let _ = self.state.outcome();
         }
     }
 }

@@ -25,7 +25,7 @@ pub(crate) fn all_reduce(
     // To every other rank a chunk of the result, and from this rank's input what they combine.
     let sent = 2 * (world - 1) * (len / world) * operands.dtype.bytes();
     let fold = Fold { target: Target::All, ..combination.fold(&operands) };
-    let mut operation = Operation::new(Kind::AllReduce, combination.detail(None), operands, Work::Fold(fold))
+    let mut operation = Operation::new(Kind::AllReduce, combination.detail(None, false), operands, Work::Fold(fold))
         .cut_into(len.div_ceil(world), len, world, world)
         .sending(sent);
     operation.wire.then = hosts.column_of(rank).next().map(|_| Moves {

@@ -35,8 +35,8 @@ pub(crate) struct Combination {
 
 impl Combination {
     /// Its mark in the header.
-    pub(super) fn detail(self, root: Option<usize>) -> Detail {
-        Detail::Reduction { reduction: self.reduction, output: self.output, groups: self.groups, root }
+    pub(super) fn detail(self, root: Option<usize>, sideband: bool) -> Detail {
+        Detail::Reduction { reduction: self.reduction, output: self.output, groups: self.groups, root, sideband }
     }
 
     /// A fold that stores where `Target::Own` says, without accumulating.
@@ -93,33 +93,31 @@ impl Fold {
             // What passes through a stage is read again at once.
             let streams = streams && (mode == Mode::Arena || self.target == Target::Own);
             let range = sides.range(rank, piece);
-            return self.combine(sides, peers, piece, rank, &self.outputs(sides, peers, piece, range)?, streams);
+            let outputs = self.outputs(sides, peers, piece, range.clone())?;
+            return self.combine(sides, peers, piece, rank, range, &outputs, streams);
         }
-        // Everybody has everybody's input: each computes what it wants itself, and nothing needs to come back.
-        let output = |chunk, of: usize| {
-            let range = sides.range(of, piece);
-            sides.own(End::Output, chunk, range.start, range.len())
+        // Everybody has everybody's input: each computes what it wants itself, and nothing needs to come back. There, chunks follow each
+        // other, so that all of them are one long chunk.
+        let (chunk, range) = match self.target {
+            Target::Own => (rank, sides.range(rank, piece)),
+            Target::Root(root) if root != rank => return Ok(()),
+            Target::All | Target::Root(_) => (0, 0..sides.len),
         };
-        match self.target {
-            Target::Own => self.combine(sides, peers, piece, rank, &[output(0, rank)], false),
-            Target::Root(root) if root != rank => Ok(()),
-            Target::All | Target::Root(_) => (0..sides.input.chunks)
-                .filter(|&chunk| !sides.range(chunk, piece).is_empty())
-                .try_for_each(|chunk| self.combine(sides, peers, piece, chunk, &[output(chunk, chunk)], false)),
-        }
+        let output = sides.own(End::Output, 0, range.start, range.len());
+        self.combine(sides, peers, piece, chunk, range, &[output], false)
     }
 
-    /// Combines a chunk of all inputs of this host, on one host, and stores it.
+    /// Combines elements of a chunk of all inputs of this host, on one host, and stores them.
     fn combine(
         &self,
         sides: &Sides,
         peers: &Peers<'_>,
         piece: &Piece,
         chunk: usize,
+        range: Range<usize>,
         outputs: &[*mut u8],
         streams: bool,
     ) -> Result<(), Error> {
-        let range = sides.range(chunk, piece);
         if range.is_empty() {
             return Ok(());
         }

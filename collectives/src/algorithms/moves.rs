@@ -63,6 +63,12 @@ impl Moves {
         piece: &Piece,
         transit: &mut Transit<Held>,
     ) -> Result<(), Error> {
+        for &(rank, chunk) in &self.sends {
+            let range = sides.range(chunk, piece);
+            let from = sides.own(self.source, chunk, range.start, range.len());
+            // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this chunk before the operation is complete.
+            unsafe { transit.send(rank, from, range.len() * sides.side(self.source).width, GROUP) };
+        }
         for &(rank, chunk) in &self.receives {
             let range = sides.range(chunk, piece);
             let bytes = range.len() * sides.output.width;
@@ -74,13 +80,7 @@ impl Moves {
             };
             // SAFETY: the output is this operation's, and `Held` keeps it and the stage. No rank of this host reads this chunk before
             // this rank's next step; those that read an earlier piece from the same half of the stage have taken a step since.
-            unsafe { transit.receive(peers, rank, into, bytes, GROUP)? };
-        }
-        for &(rank, chunk) in &self.sends {
-            let range = sides.range(chunk, piece);
-            let from = sides.own(self.source, chunk, range.start, range.len());
-            // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this chunk before the operation is complete.
-            unsafe { transit.send(peers, rank, from, range.len() * sides.side(self.source).width, GROUP)? };
+            unsafe { transit.receive(rank, into, bytes, GROUP) };
         }
         Ok(())
     }

@@ -25,7 +25,7 @@ use super::wire_fold::WireFold;
 use crate::Error;
 use crate::call::{Detail, Kind, call};
 use crate::shm::arena::Mapping;
-use crate::shm::control::{Call, PAYLOAD};
+use crate::shm::control::{BRIEF, Call, PAYLOAD};
 use crate::shm::flight::{Collective, Peers, Progress};
 use crate::shm::place::Place;
 
@@ -109,7 +109,7 @@ impl Operation {
         };
         let input = Side { span: input, chunks: 1, width: dtype.bytes(), shared: true };
         let output = Side { span: output, chunks: 1, width: to.bytes(), shared: pushed };
-        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0 };
+        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0, brief: false };
         Operation {
             kind,
             dtype,
@@ -138,8 +138,11 @@ impl Operation {
 
     /// Whether all inputs are so small that they travel in headers: the same on every rank, since it follows from the call.
     fn fits_header(&self, peers: &Peers<'_>) -> bool {
-        let bytes = self.sides.input.chunks * self.sides.chunk * self.sides.input.width;
-        bytes <= (PAYLOAD - HEAD) * 8 && !peers.shared.has_wire()
+        self.input_bytes() <= (PAYLOAD - HEAD) * 8 && !peers.shared.has_wire()
+    }
+
+    fn input_bytes(&self) -> usize {
+        self.sides.input.chunks * self.sides.chunk * self.sides.input.width
     }
 
     fn deferred(&self) -> bool {
@@ -375,6 +378,8 @@ impl Operation {
         if !self.wire.started {
             self.wire.started = true;
             moves.start(&self.sides, peers, piece, transit)?;
+            // Messages travel while this rank copies.
+            transit.poll(peers, moves::GROUP)?;
             moves.pull(&self.sides, peers, piece, streams)?;
         }
         transit.poll(peers, moves::GROUP)
@@ -395,11 +400,12 @@ impl Collective for Operation {
         }
         if self.fits_header(peers) {
             self.mode = Mode::Header;
+            self.sides.brief = self.input_bytes() <= 8 * BRIEF;
             if let Some(span) = &self.sides.input.span {
                 let bytes = span.len().min(self.sides.len) * self.sides.input.width;
                 // SAFETY: the operand is this operation's and fits (`fits_header`); nobody reads this header before the next step.
                 unsafe {
-                    let to = peers.payload_address(peers.rank(), HEAD);
+                    let to = self.sides.in_header(peers, peers.rank());
                     std::ptr::copy_nonoverlapping(span.address().as_ptr(), to, bytes);
                 }
             }

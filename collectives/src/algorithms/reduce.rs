@@ -19,7 +19,7 @@ pub(crate) fn reduce(
     let ranks = hosts.local().len();
     let sent = len * operands.dtype.bytes() * (hosts.world() - 1) / hosts.world();
     let fold = Fold { target: Target::Root(root), ..combination.fold(&operands) };
-    Operation::new(Kind::Reduce, combination.detail(Some(root)), operands, Work::Fold(fold))
+    Operation::new(Kind::Reduce, combination.detail(Some(root), false), operands, Work::Fold(fold))
         .cut_into(len.div_ceil(ranks), len, ranks, ranks)
         .sending(sent)
 }

@@ -22,9 +22,10 @@ pub(crate) fn reduce_scatter(
     let world = hosts.world();
     let sent = (world - 1) * chunk * operands.dtype.bytes();
     let fold = Fold { target: Target::Own, accumulate, ..combination.fold(&operands) };
-    let mut operation = Operation::new(Kind::ReduceScatter, combination.detail(None), operands, Work::Fold(fold))
-        .cut_into(chunk, world * chunk, world, 1)
-        .sending(sent);
+    let mut operation =
+        Operation::new(Kind::ReduceScatter, combination.detail(None, sidebands.is_some()), operands, Work::Fold(fold))
+            .cut_into(chunk, world * chunk, world, 1)
+            .sending(sent);
     operation.sidebands = sidebands;
     operation
 }

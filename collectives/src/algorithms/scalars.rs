@@ -2,13 +2,14 @@
 //! other hosts. Barriers and agreements are this with few values or none.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use super::transit::Greeting;
 use crate::Error;
 use crate::call::{Detail, Kind, call};
-use crate::shm::control::Call;
+use crate::shm::control::{BRIEF, Call};
 use crate::shm::flight::{Collective, Peers, Progress};
 use crate::shm::place::Place;
 
@@ -16,13 +17,35 @@ pub(crate) struct Scalars {
     /// At most as many values of this rank as a header holds.
     values: Vec<u64>,
     /// All ranks' values, in order of rank, once complete.
-    gathered: Arc<Mutex<Vec<u64>>>,
+    gathered: Vec<u64>,
+    /// Where they go besides.
+    deliver_to: Option<Arc<Mutex<Vec<u64>>>>,
     greeting: Option<Greeting>,
 }
 
 impl Scalars {
-    pub(crate) fn new(values: &[u64], gathered: Arc<Mutex<Vec<u64>>>) -> Scalars {
-        Scalars { values: values.to_vec(), gathered, greeting: None }
+    pub(crate) fn new(values: &[u64]) -> Scalars {
+        Scalars { values: values.to_vec(), gathered: Vec::new(), deliver_to: None, greeting: None }
+    }
+
+    /// The same, for another thread to complete.
+    pub(crate) fn deliver_to(self, place: Arc<Mutex<Vec<u64>>>) -> Scalars {
+        Scalars { deliver_to: Some(place), ..self }
+    }
+
+    /// All ranks' values, in order of rank.
+    pub(crate) fn into_gathered(self) -> Vec<u64> {
+        self.gathered
+    }
+
+    /// Where a rank's values stand.
+    fn words<'a>(&self, peers: &'a Peers<'_>, rank: usize) -> &'a [AtomicU64] {
+        if self.values.len() <= BRIEF { peers.brief(rank) } else { &peers.header(rank).payload[..] }
+    }
+
+    fn on_host(&self, peers: &Peers<'_>) -> Vec<u64> {
+        let of = |rank| self.words(peers, rank)[..self.values.len()].iter().map(|word| word.load(Ordering::Relaxed));
+        (0..peers.world()).flat_map(of).collect()
     }
 }
 
@@ -32,30 +55,32 @@ impl Collective for Scalars {
     }
 
     fn begin(&mut self, peers: &mut Peers<'_>) -> Result<(Place, Place), Error> {
-        self.values.iter().enumerate().for_each(|(index, &value)| peers.set_payload(index, value));
+        for (word, &value) in self.words(peers, peers.rank()).iter().zip(&self.values) {
+            word.store(value, Ordering::Relaxed);
+        }
         Ok((Place::Header, Place::None))
     }
 
     fn exchange(&mut self, _step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
-        let count = self.values.len();
-        let on_host = |peers: &Peers<'_>| -> Vec<u64> {
-            let values = (0..peers.world()).flat_map(|rank| (0..count).map(move |index| (rank, index)));
-            values.map(|(rank, index)| peers.payload(rank, index)).collect()
-        };
         if !peers.shared.has_wire() {
-            *self.gathered.lock() = on_host(peers);
-            return Ok(Progress::Done);
+            if !self.values.is_empty() {
+                self.gathered = self.on_host(peers);
+            }
+        } else {
+            if self.greeting.is_none() {
+                self.greeting = Some(Greeting::new(peers.call, false, self.on_host(peers)));
+            }
+            let greeting = self.greeting.as_mut().expect("made above");
+            if let Some(rank) = greeting.poll(peers)? {
+                return Ok(Progress::Waiting(rank));
+            }
+            let (hosts, count) = (&peers.shared.hosts, self.values.len());
+            let of = |rank| &greeting.body(hosts.host(rank))[hosts.column(rank) * count..][..count];
+            self.gathered = (0..hosts.world()).flat_map(of).copied().collect();
         }
-        if self.greeting.is_none() {
-            self.greeting = Some(Greeting::new(peers.call, false, on_host(peers)));
+        if let Some(place) = &self.deliver_to {
+            *place.lock() = std::mem::take(&mut self.gathered);
         }
-        let greeting = self.greeting.as_mut().expect("made above");
-        if let Some(rank) = greeting.poll(peers)? {
-            return Ok(Progress::Waiting(rank));
-        }
-        let hosts = &peers.shared.hosts;
-        let of = |rank| &greeting.body(hosts.host(rank))[hosts.column(rank) * count..][..count];
-        *self.gathered.lock() = (0..hosts.world()).flat_map(of).copied().collect();
         Ok(Progress::Done)
     }
 

@@ -4,6 +4,7 @@
 //! Before any data, the ranks of a column tell each other what they called, like headers do on a host: the hosts' own headers agree, so
 //! if columns agree, all ranks do.
 
+use std::collections::{HashMap, VecDeque};
 use std::mem::ManuallyDrop;
 
 use crate::Error;
@@ -12,20 +13,45 @@ use crate::shm::control::Call;
 use crate::shm::flight::Peers;
 use crate::wire::Request;
 
-/// Messages under way, and the memory that they use, which is not given back before they are complete.
+/// Longest message, in bytes.
+const LONGEST: usize = 1 << 20;
+/// Messages under way to one rank, and from it. The two directions keep pace: the message after the window starts once the first in it has
+/// gone and the first of the other direction has come. Left to itself, MPI over TCP tends to move one way first and then the other, in
+/// twice the time.
+const WINDOW: usize = 3;
+
+/// Messages under way or yet to be started, and the memory that they use, which is not given back before they are complete.
 pub(super) struct Transit<M> {
     pub(super) memory: ManuallyDrop<M>,
-    waiting: Vec<Waiting>,
+    queued: VecDeque<Message>,
+    waiting: Vec<(Message, Request)>,
+    /// Number of messages to each rank, and from it, so far.
+    counts: HashMap<usize, [usize; 2]>,
     /// A message that did not start may still have parts under way.
     failed: bool,
 }
 
-/// A message, the other rank, and what it belongs to.
-struct Waiting {
+/// A part of what was to be sent or received.
+struct Message {
+    /// The other rank.
     rank: usize,
-    request: Request,
+    direction: Direction,
+    data: *mut u8,
+    len: usize,
+    /// What it belongs to.
     group: usize,
+    /// Its number among those of this rank and direction.
+    index: usize,
 }
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Send,
+    Receive,
+}
+
+// SAFETY: the pointers are to memory that the transit's owner lends it (see `Transit::send`), whichever thread drives it.
+unsafe impl Send for Message {}
 
 impl<M> Drop for Transit<M> {
     /// After a failure the transport may still use the memory at any time, so it is never given back.
@@ -39,61 +65,72 @@ impl<M> Drop for Transit<M> {
 
 impl<M> Transit<M> {
     pub(super) fn new(memory: M) -> Transit<M> {
-        Transit { memory: ManuallyDrop::new(memory), waiting: Vec::new(), failed: false }
+        let (queued, counts) = (VecDeque::new(), HashMap::new());
+        Transit { memory: ManuallyDrop::new(memory), queued, waiting: Vec::new(), counts, failed: false }
     }
 
-    /// Starts sending to a rank of another host.
+    /// Will send to a rank of another host, in messages that it receives as one.
     ///
     /// # Safety
     /// The bytes lie in `memory`, or in something that it keeps alive, and nobody changes them until [`Transit::poll`] returns `None`.
-    pub(super) unsafe fn send(
-        &mut self,
-        peers: &mut Peers<'_>,
-        to: usize,
-        data: *const u8,
-        len: usize,
-        group: usize,
-    ) -> Result<(), Error> {
-        let tag = peers.channel as u8;
-        // SAFETY: the caller's promise, and `Drop`.
-        let request = unsafe { peers.wire.as_deref_mut().expect(NO_WIRE).send(to, tag, data, len) };
-        let request = request.inspect_err(|_| self.failed = true)?;
-        self.waiting.push(Waiting { rank: to, request, group });
-        Ok(())
+    pub(super) unsafe fn send(&mut self, to: usize, data: *const u8, len: usize, group: usize) {
+        self.enqueue(to, Direction::Send, data.cast_mut(), len, group);
     }
 
-    /// Starts receiving from a rank of another host.
+    /// Will receive from a rank of another host.
     ///
     /// # Safety
     /// As for [`Transit::send`], and nobody else reads the bytes either.
-    pub(super) unsafe fn receive(
-        &mut self,
-        peers: &mut Peers<'_>,
-        from: usize,
-        data: *mut u8,
-        len: usize,
-        group: usize,
-    ) -> Result<(), Error> {
-        let tag = peers.channel as u8;
-        // SAFETY: the caller's promise, and `Drop`.
-        let request = unsafe { peers.wire.as_deref_mut().expect(NO_WIRE).receive(from, tag, data, len) };
-        let request = request.inspect_err(|_| self.failed = true)?;
-        self.waiting.push(Waiting { rank: from, request, group });
-        Ok(())
+    pub(super) unsafe fn receive(&mut self, from: usize, data: *mut u8, len: usize, group: usize) {
+        self.enqueue(from, Direction::Receive, data, len, group);
     }
 
-    /// A rank whose message of a group is still under way, if there is one.
+    fn enqueue(&mut self, rank: usize, direction: Direction, data: *mut u8, len: usize, group: usize) {
+        for first in (0..len).step_by(LONGEST) {
+            let (data, len) = (data.wrapping_add(first), LONGEST.min(len - first));
+            let count = &mut self.counts.entry(rank).or_default()[direction as usize];
+            self.queued.push_back(Message { rank, direction, data, len, group, index: *count });
+            *count += 1;
+        }
+    }
+
+    /// Lets messages move; a rank whose message of a group is still under way, if there is one.
     pub(super) fn poll(&mut self, peers: &mut Peers<'_>, group: usize) -> Result<Option<usize>, Error> {
+        let tag = peers.channel as u8;
         let wire = peers.wire.as_deref_mut().expect(NO_WIRE);
         let mut index = 0;
         while index < self.waiting.len() {
-            if wire.test(&self.waiting[index].request)? {
-                self.waiting.swap_remove(index);
+            if wire.test(&self.waiting[index].1)? {
+                self.waiting.remove(index);
             } else {
                 index += 1;
             }
         }
-        Ok(self.waiting.iter().find(|waiting| waiting.group == group).map(|waiting| waiting.rank))
+        let mut first = HashMap::new();
+        for message in self.waiting.iter().map(|(message, _)| message).chain(&self.queued) {
+            let first = first.entry(message.rank).or_insert(message.index);
+            *first = message.index.min(*first);
+        }
+        for _ in 0..self.queued.len() {
+            let Some(message) = self.queued.pop_front() else { break };
+            if message.index >= first[&message.rank] + WINDOW {
+                // Goes around, behind all that were queued, so that all keep their order.
+                self.queued.push_back(message);
+                continue;
+            }
+            let Message { rank, data, len, .. } = message;
+            // SAFETY: by the promise of `send` or `receive`, and since `Drop` keeps the memory.
+            let request = unsafe {
+                match message.direction {
+                    Direction::Send => wire.send(rank, tag, data, len),
+                    Direction::Receive => wire.receive(rank, tag, data, len),
+                }
+            };
+            let request = request.inspect_err(|_| self.failed = true)?;
+            self.waiting.push((message, request));
+        }
+        let all = self.waiting.iter().map(|(message, _)| message).chain(&self.queued);
+        Ok(all.into_iter().find(|message| message.group == group).map(|message| message.rank))
     }
 }
 
@@ -150,9 +187,9 @@ impl Greeting {
                 let into = self.transit.memory.heads[host].as_mut_ptr().cast();
                 // SAFETY: the words are the transit's, and are not touched before it is complete.
                 unsafe {
-                    self.transit.receive(peers, rank, into, 8 * HEAD, 0)?;
-                    self.transit.send(peers, rank, head, 8 * HEAD, 0)?;
-                    self.transit.send(peers, rank, body, bytes, 0)?;
+                    self.transit.receive(rank, into, 8 * HEAD, 0);
+                    self.transit.send(rank, head, 8 * HEAD, 0);
+                    self.transit.send(rank, body, bytes, 0);
                 }
             }
         }
@@ -174,7 +211,7 @@ impl Greeting {
                 self.staged |= theirs[6] != 0;
                 let (into, bytes) = (words.bodies[host].as_mut_ptr().cast(), 8 * words.body.len());
                 // SAFETY: as above.
-                unsafe { self.transit.receive(peers, rank, into, bytes, 0)? };
+                unsafe { self.transit.receive(rank, into, bytes, 0) };
             }
         }
     }

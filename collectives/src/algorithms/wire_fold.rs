@@ -117,7 +117,7 @@ impl WireFold {
                 };
                 if host != hosts.own && !range.is_empty() {
                     // SAFETY: the work memory is `Held`'s and this segment's alone until `finish`; the input is this operation's.
-                    unsafe { transit.send(peers, peer, source, bytes, group)? };
+                    unsafe { transit.send(peer, source, bytes, group) };
                 }
             }
             if host != hosts.own
@@ -127,7 +127,7 @@ impl WireFold {
                 if !range.is_empty() {
                     let bytes = range.len() * self.partial.bytes();
                     // SAFETY: as above.
-                    unsafe { transit.receive(peers, peer, arriving, bytes, group)? };
+                    unsafe { transit.receive(peer, arriving, bytes, group) };
                 }
             }
         }

@@ -158,6 +158,7 @@ impl Mapping {
             let available = self.shape.size(rank).saturating_sub(offset);
             return Err(Error::OutOfMemory { bytes, available, limit: "the address space" });
         }
+        self.populate_huge(rank, offset, bytes);
         // In pieces, so that one that a signal interrupts is soon made again.
         let end = offset + bytes;
         for start in (offset..end).step_by(RESERVE_AT_ONCE as usize) {
@@ -175,6 +176,24 @@ impl Mapping {
             })?;
         }
         Ok(())
+    }
+
+    /// Asks for huge pages wherever a range has room for whole ones, and for the pages at once, which only a fault makes huge. Where the
+    /// system does not want to, the range gets small pages later.
+    fn populate_huge(&self, rank: usize, offset: u64, bytes: u64) {
+        let first = self.shape.arena(rank) + offset;
+        let (start, end) = (first.next_multiple_of(HUGE_PAGE), (first + bytes) / HUGE_PAGE * HUGE_PAGE);
+        for at in (start..end).step_by(RESERVE_AT_ONCE as usize) {
+            let size = RESERVE_AT_ONCE.min(end - at) as usize;
+            for advice in [rustix::mm::Advice::LinuxHugepage, rustix::mm::Advice::LinuxPopulateWrite] {
+                // SAFETY: inside the mapping. The one advice changes how pages are made; the other makes them, as a write of what is there
+                // would, and fails where there is no memory, as this function's caller then finds out.
+                let advised = unsafe { rustix::mm::madvise(self.start.as_ptr().add(at as usize).cast(), size, advice) };
+                if advised.is_err() {
+                    return;
+                }
+            }
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! # Memory ordering
 //!
-//! A rank writes an operation's header with relaxed stores, then its step counter with a release store; a peer that loads the
+//! A rank writes an operation's header, and its digest beside the counter, with relaxed stores, then its step counter with a release store; a peer that loads the
 //! counter with acquire sees the header and everything the rank wrote to its arena before. Headers alternate between two places: a
 //! rank writes the header of operation n+2 after it saw every rank's first step of n+1, which each takes after it has finished
 //! reading the headers of n.
@@ -13,6 +13,8 @@ use super::life::Life;
 use super::place::Place;
 use super::protocol::Bell;
 
+/// Words of an operand that travels beside the steps.
+pub(crate) const BRIEF: usize = 2;
 /// Values that travel inside a header.
 pub(crate) const PAYLOAD: usize = 64;
 
@@ -88,6 +90,11 @@ pub(crate) mod state {
 pub(crate) struct ChannelControl {
     /// Steps taken since the start.
     pub(crate) steps: AtomicU64,
+    /// [`Call::digest`] of the operation under way and of the one before, by the parity of the operation's number. On the cache line of
+    /// the steps, so that who waits for a step learns with it that both mean the same operation.
+    pub(crate) digests: [AtomicU64; 2],
+    /// The operands of the same operations, where they are so brief that they fit here.
+    pub(crate) brief: [[AtomicU64; BRIEF]; 2],
     /// Headers of the operation under way and of the one before, by the parity of the operation's number.
     pub(crate) headers: [Header; 2],
 }
@@ -128,6 +135,12 @@ impl Call {
     /// Whether two ranks have made the same call.
     pub(crate) fn agrees_with(&self, other: &Call) -> bool {
         self.words()[1..] == other.words()[1..]
+    }
+
+    /// A number that differs, but for chance of 1 in 2⁶⁴, for ranks that have not made the same call.
+    pub(crate) fn digest(&self) -> u64 {
+        let mix = |digest: u64, word: u64| (digest ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        self.words().into_iter().fold(0, mix)
     }
 
     pub(crate) fn words(&self) -> [u64; 6] {

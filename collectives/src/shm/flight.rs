@@ -12,15 +12,14 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pillion_kernels::Event;
 
-use super::control::{Call, Channel, Header, PAYLOAD};
+use super::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
 use super::place::Place;
 use super::progress::{Lane, Shared};
-use super::protocol::publish;
 use super::watch::Watch;
 use crate::Error;
 use crate::call::describe;
@@ -74,8 +73,21 @@ impl Peers<'_> {
 
     /// A rank's header.
     pub(crate) fn header(&self, rank: usize) -> &Header {
-        let channel = &self.shared.map.control(rank).channels[self.channel as usize];
-        &channel.headers[(self.call.sequence % 2) as usize]
+        &self.shared.map.control(rank).channels[self.channel as usize].headers[self.parity()]
+    }
+
+    /// Which of the two places for what belongs to an operation this one has.
+    fn parity(&self) -> usize {
+        (self.call.sequence % 2) as usize
+    }
+
+    fn own_channel(&self) -> &ChannelControl {
+        &self.shared.control().channels[self.channel as usize]
+    }
+
+    /// A rank's brief operand, which nobody writes while the operation is under way.
+    pub(crate) fn brief(&self, rank: usize) -> &[AtomicU64; BRIEF] {
+        &self.shared.map.control(rank).channels[self.channel as usize].brief[self.parity()]
     }
 
     /// A value from a rank's header.
@@ -110,21 +122,131 @@ impl Peers<'_> {
     }
 }
 
-/// An operation on its way.
-pub(crate) struct Flight {
-    collective: Box<dyn Collective>,
+/// How far an operation has come.
+pub(crate) struct Course {
     channel: Channel,
-    after: Event,
-    outcome: Arc<Outcome>,
     call: Call,
     /// The channel's steps once this rank has taken the operation's newest.
     target: u64,
     /// Steps taken.
     taken: u32,
-    /// Ranks whose headers have been compared.
+    /// Ranks known to have made the same call.
     compared: usize,
+    /// Whether peers that sleep have yet to be told of the newest step.
+    untold: bool,
     watch: Watch,
     patient: bool,
+}
+
+impl Course {
+    /// Before the start. A patient operation waits as long as the ranks that it waits for are running: the limit counts only time in
+    /// which they are not.
+    pub(crate) fn new(collective: &dyn Collective, channel: Channel, patient: bool) -> Course {
+        Course {
+            channel,
+            call: collective.call(),
+            target: 0,
+            taken: 0,
+            compared: 0,
+            untold: false,
+            watch: Watch::new(Duration::MAX, false),
+            patient,
+        }
+    }
+
+    /// Goes as far as the other ranks allow; true once complete.
+    pub(crate) fn poll(
+        &mut self,
+        collective: &mut dyn Collective,
+        shared: &Shared,
+        lane: &mut Lane,
+        mut wire: Option<&mut (dyn Wire + 'static)>,
+    ) -> Result<bool, Error> {
+        if self.taken == 0 {
+            self.start(collective, shared, lane)?;
+        }
+        loop {
+            let channel = self.channel as usize;
+            let steps = |rank: usize| shared.map.control(rank).channels[channel].steps.load(Ordering::Acquire);
+            let late = (0..shared.world()).find(|&rank| steps(rank) < self.target);
+            if self.untold {
+                // After the first look: the fence in it would otherwise wait for the step to reach memory before the look.
+                self.untold = false;
+                shared.ring_channel(self.channel);
+            }
+            if self.taken == 1 {
+                self.compare(shared, steps)?;
+            }
+            if let Some(late) = late {
+                let (target, call) = (self.target, self.call);
+                self.watch.check(shared, late, &|rank| steps(rank) < target, &|| describe(call))?;
+                return Ok(false);
+            }
+            let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: wire.as_deref_mut() };
+            match collective.exchange(self.taken - 1, &mut peers)? {
+                Progress::Step => self.step(shared, lane),
+                Progress::Waiting(rank) => {
+                    let call = self.call;
+                    let wire = wire.as_deref_mut().expect("only a wire is waited for");
+                    self.watch.check_wire(shared, rank, wire, &|| describe(call))?;
+                    return Ok(false);
+                }
+                Progress::Done => {
+                    shared.count(collective.bytes_sent(shared.hosts.world()));
+                    return Ok(true);
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, collective: &mut dyn Collective, shared: &Shared, lane: &mut Lane) -> Result<(), Error> {
+        self.call.sequence = lane.sequence + 1;
+        let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None };
+        let (input, output) = collective.begin(&mut peers)?;
+        peers.header(shared.rank).write(self.call, input, output);
+        peers.own_channel().digests[peers.parity()].store(self.call.digest(), Ordering::Relaxed);
+        lane.sequence += 1;
+        self.step(shared, lane);
+        Ok(())
+    }
+
+    fn step(&mut self, shared: &Shared, lane: &mut Lane) {
+        lane.steps += 1;
+        self.target = lane.steps;
+        self.taken += 1;
+        self.watch = Watch::new(shared.options.timeout, self.patient);
+        shared.control().channels[self.channel as usize].steps.store(lane.steps, Ordering::Release);
+        self.untold = true;
+    }
+
+    /// Compares the calls of ranks that have arrived. A rank further on may already show a mismatch while an earlier one is still
+    /// on its way: it is named now.
+    fn compare(&mut self, shared: &Shared, steps: impl Fn(usize) -> u64) -> Result<(), Error> {
+        let peers = Peers { shared, channel: self.channel, call: self.call, wire: None };
+        let digest = self.call.digest();
+        for rank in self.compared..shared.world() {
+            if steps(rank) < self.target {
+                continue;
+            }
+            let theirs = &shared.map.control(rank).channels[self.channel as usize].digests[peers.parity()];
+            if theirs.load(Ordering::Relaxed) != digest {
+                let (ours, theirs) = (describe(self.call), describe(peers.header(rank).call()));
+                return Err(Error::Mismatch { ours, theirs, peer: shared.name(rank) });
+            }
+            if rank == self.compared {
+                self.compared += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An operation that goes its course while its caller does something else.
+pub(crate) struct Flight {
+    collective: Box<dyn Collective>,
+    course: Course,
+    after: Event,
+    outcome: Arc<Outcome>,
     delay: Option<Instant>,
 }
 
@@ -137,120 +259,35 @@ impl Drop for Flight {
 }
 
 impl Flight {
-    pub(crate) fn new(
-        collective: Box<dyn Collective>,
-        channel: Channel,
-        after: Event,
-        outcome: Arc<Outcome>,
-    ) -> Flight {
-        Flight {
-            call: collective.call(),
-            collective,
-            channel,
-            after,
-            outcome,
-            target: 0,
-            taken: 0,
-            compared: 0,
-            watch: Watch::new(Duration::MAX, false),
-            patient: false,
-            delay: None,
-        }
+    pub(crate) fn new(collective: Box<dyn Collective>, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
+        Flight { collective, course, after, outcome, delay: None }
     }
 
-    /// The same operation, waiting as long as the ranks that it waits for are running: the limit counts only time in which they
-    /// are not.
-    pub(crate) fn patiently(mut self) -> Flight {
-        self.patient = true;
-        self
+    pub(crate) fn channel(&self) -> Channel {
+        self.course.channel
     }
 
     pub(crate) fn finish(self, result: Result<(), Error>) {
         self.outcome.set(result);
     }
 
-    /// Goes as far as the other ranks allow; true once complete.
+    /// Goes as far as its event and the other ranks allow; true once complete.
     pub(crate) fn poll(
         &mut self,
         shared: &Shared,
         lane: &mut Lane,
-        mut wire: Option<&mut (dyn Wire + 'static)>,
+        wire: Option<&mut (dyn Wire + 'static)>,
     ) -> Result<bool, Error> {
-        if self.taken == 0 && !self.start(shared, lane)? {
-            return Ok(false);
-        }
-        loop {
-            let channel = self.channel as usize;
-            let steps = |rank: usize| shared.map.control(rank).channels[channel].steps.load(Ordering::Acquire);
-            if self.taken == 1 {
-                self.compare(shared, steps)?;
-            }
-            if let Some(late) = (0..shared.world()).find(|&rank| steps(rank) < self.target) {
-                let (target, call) = (self.target, self.call);
-                self.watch.check(shared, late, &|rank| steps(rank) < target, &|| describe(call))?;
+        if self.course.taken == 0 {
+            if !self.after.advance() {
                 return Ok(false);
             }
-            let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: wire.as_deref_mut() };
-            match self.collective.exchange(self.taken - 1, &mut peers)? {
-                Progress::Step => self.step(shared, lane),
-                Progress::Waiting(rank) => {
-                    let call = self.call;
-                    let wire = wire.as_deref_mut().expect("only a wire is waited for");
-                    self.watch.check_wire(shared, rank, wire, &|| describe(call))?;
-                    return Ok(false);
-                }
-                Progress::Done => {
-                    shared.count(self.collective.bytes_sent(shared.hosts.world()));
-                    return Ok(true);
-                }
+            // An injected delay, for tests: the operation starts late, everything else goes on.
+            let delay = shared.options.delay_of(self.course.channel);
+            if !delay.is_zero() && self.delay.get_or_insert_with(Instant::now).elapsed() < delay {
+                return Ok(false);
             }
         }
-    }
-
-    fn start(&mut self, shared: &Shared, lane: &mut Lane) -> Result<bool, Error> {
-        if !self.after.advance() {
-            return Ok(false);
-        }
-        // An injected delay, for tests: the operation starts late, everything else goes on.
-        let delay = shared.options.delay_of(self.channel);
-        if !delay.is_zero() && self.delay.get_or_insert_with(Instant::now).elapsed() < delay {
-            return Ok(false);
-        }
-        self.call.sequence = lane.sequence + 1;
-        let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None };
-        let (input, output) = self.collective.begin(&mut peers)?;
-        peers.header(shared.rank).write(self.call, input, output);
-        lane.sequence += 1;
-        self.step(shared, lane);
-        Ok(true)
-    }
-
-    fn step(&mut self, shared: &Shared, lane: &mut Lane) {
-        lane.steps += 1;
-        self.target = lane.steps;
-        self.taken += 1;
-        self.watch = Watch::new(shared.options.timeout, self.patient);
-        publish(&shared.control().channels[self.channel as usize].steps, lane.steps);
-        shared.ring_channel(self.channel);
-    }
-
-    /// Compares the headers of ranks that have arrived. A rank further on may already show a mismatch while an earlier one is still
-    /// on its way: it is named now.
-    fn compare(&mut self, shared: &Shared, steps: impl Fn(usize) -> u64) -> Result<(), Error> {
-        let peers = Peers { shared, channel: self.channel, call: self.call, wire: None };
-        for rank in self.compared..shared.world() {
-            if steps(rank) < self.target {
-                continue;
-            }
-            let theirs = peers.header(rank).call();
-            if !theirs.agrees_with(&self.call) {
-                let (ours, theirs) = (describe(self.call), describe(theirs));
-                return Err(Error::Mismatch { ours, theirs, peer: shared.name(rank) });
-            }
-            if rank == self.compared {
-                self.compared += 1;
-            }
-        }
-        Ok(())
+        self.course.poll(&mut *self.collective, shared, lane, wire)
     }
 }

@@ -13,15 +13,17 @@ use parking_lot::Mutex;
 
 use super::arena::{Allocator, Mapping};
 use super::control::{CHANNELS, Channel, RankControl, monotonic_millis, ring, sleep, state, subject};
-use super::flight::Flight;
+use super::flight::{Collective, Course, Flight};
 use super::mail::{MailFlight, Mailroom};
-use super::protocol::Bell;
+use super::protocol::{Bell, Word};
 use super::watch::Watch;
 use crate::wire::Wire;
 use crate::{Error, Options};
 
 /// How long a caller, which has nothing else to do, looks for news before it sleeps.
 const CALLER_SPIN: Duration = Duration::from_micros(200);
+/// After this long it lets others run between looks.
+const CALLER_POLITE: Duration = Duration::from_micros(10);
 /// How long the progress thread does, which may take a core from computation. Waking costs about as much.
 const PROGRESS_SPIN: Duration = Duration::from_micros(10);
 /// Longest sleep with operations in flight: the time to notice that a peer has died.
@@ -205,8 +207,9 @@ impl Shared {
         Ok(*stage.get_or_init(|| offset))
     }
 
-    /// Tells the peers of this host that this rank has taken a step on a channel, which has been published.
+    /// Tells the peers of this host that this rank has taken a step on a channel.
     pub(crate) fn ring_channel(&self, channel: Channel) {
+        <AtomicU64 as Word>::fence();
         for rank in (0..self.world()).filter(|&rank| rank != self.rank) {
             self.ring_rank(rank, channel as usize, channel.subject());
         }
@@ -248,11 +251,11 @@ impl Shared {
     }
 
     /// Puts a flight behind those of its channel.
-    pub(crate) fn submit(&self, channel: Channel, flight: Flight) {
+    pub(crate) fn submit(&self, flight: Flight) {
         if let Err(error) = self.healthy() {
             return flight.finish(Err(error));
         }
-        self.lanes[channel as usize].lock().flights.push_back(flight);
+        self.lanes[flight.channel() as usize].lock().flights.push_back(flight);
         self.ring_progress();
     }
 
@@ -265,15 +268,20 @@ impl Shared {
         self.ring_progress();
     }
 
-    /// Runs a flight on the calling thread until it is complete, when its channel is idle; puts it behind the others when not.
-    pub(crate) fn run_here(&self, channel: Channel, mut flight: Flight) {
+    /// Runs an operation on the calling thread until it is complete, when its channel is idle; none when it is not, and when messages to
+    /// other hosts belong to it, which only the progress thread can send.
+    pub(crate) fn run_here(
+        &self,
+        channel: Channel,
+        collective: &mut dyn Collective,
+        patient: bool,
+    ) -> Option<Result<(), Error>> {
         let lane = self.lanes[channel as usize].try_lock().filter(|lane| lane.flights.is_empty() && !self.has_wire());
-        let Some(mut lane) = lane else { return self.submit(channel, flight) };
+        let mut lane = lane.filter(|_| self.options.delay_of(channel).is_zero())?;
+        let mut course = Course::new(collective, channel, patient);
         let bell = &self.control().callers[channel as usize];
-        let result =
-            self.wait(bell, channel.subject(), || flight.poll(self, &mut lane, None).map(|done| done.then_some(())));
-        drop(lane);
-        flight.finish(result.map_err(|error| self.fail(error)));
+        let poll = || course.poll(collective, self, &mut lane, None).map(|done| done.then_some(()));
+        Some(self.wait(bell, channel.subject(), poll).map_err(|error| self.fail(error)))
     }
 
     /// As [`Shared::run_here`], for a message.
@@ -305,8 +313,12 @@ impl Shared {
                     }
                     self.relax();
                 }
-                if spinning.get_or_insert_with(Instant::now).elapsed() > CALLER_SPIN {
+                let spun = spinning.get_or_insert_with(Instant::now).elapsed();
+                if spun > CALLER_SPIN {
                     break;
+                } else if spun > CALLER_POLITE {
+                    // Whom this rank waits for may have been put on the same processor.
+                    std::thread::yield_now();
                 }
             }
             let seen = bell.prepare(subjects);

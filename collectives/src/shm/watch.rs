@@ -13,12 +13,16 @@ use crate::wire::Wire;
 pub(crate) struct Watch {
     limit: Duration,
     patient: bool,
-    /// When this was last looked at; waits that are over at once never ask for the time.
+    /// Looks so far that did not ask for the time: most waits are over before any does.
+    glances: u32,
+    /// When this was last looked at.
     checked: Option<Instant>,
     waited: Duration,
     warned: bool,
 }
 
+/// Asking for the time takes as long as some looks; who waits spins for thousands of them before it sleeps.
+const GLANCES: u32 = 16;
 /// Time between two looks at the other ranks' health.
 const CHECK_EVERY: Duration = Duration::from_millis(1);
 /// A longer gap between two looks means that this rank itself did not run; only this much of it counts as waiting.
@@ -27,7 +31,7 @@ const LONGEST_GAP: Duration = Duration::from_secs(1);
 impl Watch {
     /// A wait of at most `limit`; a patient one does not count time in which the rank waited for is running.
     pub(crate) fn new(limit: Duration, patient: bool) -> Watch {
-        Watch { limit, patient, checked: None, waited: Duration::ZERO, warned: false }
+        Watch { limit, patient, glances: 0, checked: None, waited: Duration::ZERO, warned: false }
     }
 
     /// Looks, now and then, whether the wait is in vain. `late` is a rank of this host that is waited for, `is_late` tells it for each.
@@ -67,6 +71,10 @@ impl Watch {
 
     /// Whether it is time to look again, counting the time since the last look unless `excused`.
     fn passed(&mut self, excused: impl Fn() -> bool) -> bool {
+        if self.glances < GLANCES {
+            self.glances += 1;
+            return false;
+        }
         let Some(checked) = self.checked else {
             self.checked = Some(Instant::now());
             return false;

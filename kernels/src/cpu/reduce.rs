@@ -100,6 +100,8 @@ pub unsafe fn fold(job: &Fold<'_>) {
 
 /// Elements combined at a time: they stay in the first-level cache between inputs.
 const BLOCK: usize = 1024;
+/// As many, for reductions so short that clearing a longer block would take most of the time.
+const SHORT: usize = 32;
 
 /// A type in which values accumulate.
 trait Wide: Copy + Default {
@@ -173,15 +175,20 @@ unsafe fn run<I: Stored<A>, O: Stored<A>, A: Wide>(job: &Fold<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         match job.reduction {
-            Reduction::Sum => blocks::<I, O, A>(job, A::sum),
-            Reduction::Max => blocks::<I, O, A>(job, A::max),
+            Reduction::Sum if job.count <= SHORT => blocks::<I, O, A, SHORT>(job, A::sum),
+            Reduction::Sum => blocks::<I, O, A, BLOCK>(job, A::sum),
+            Reduction::Max if job.count <= SHORT => blocks::<I, O, A, SHORT>(job, A::max),
+            Reduction::Max => blocks::<I, O, A, BLOCK>(job, A::max),
         }
     }
 }
 
 /// # Safety
 /// As for [`fold`], with elements of these types.
-unsafe fn blocks<I: Stored<A>, O: Stored<A>, A: Wide>(job: &Fold<'_>, combine: impl Fn(A, A) -> A + Copy) {
+unsafe fn blocks<I: Stored<A>, O: Stored<A>, A: Wide, const BLOCK: usize>(
+    job: &Fold<'_>,
+    combine: impl Fn(A, A) -> A + Copy,
+) {
     let in_group = job.inputs.len() / job.groups;
     vectorized(
         #[inline(always)]
@@ -207,7 +214,7 @@ unsafe fn blocks<I: Stored<A>, O: Stored<A>, A: Wide>(job: &Fold<'_>, combine: i
                 for &output in job.outputs {
                     // SAFETY: elements first..first + len of an output, by the caller's promise. No reference to an input that this
                     // might be is alive.
-                    unsafe { emit::<O, A>(total, output.cast::<O>().add(first), job, combine) };
+                    unsafe { emit::<O, A, BLOCK>(total, output.cast::<O>().add(first), job, combine) };
                 }
             }
         },
@@ -268,7 +275,12 @@ unsafe fn combine_inputs<I: Stored<A>, A: Wide>(
 /// # Safety
 /// `out` is writable, and readable where the job accumulates, for `total.len()` elements that nobody else touches meanwhile.
 #[inline(always)]
-unsafe fn emit<O: Stored<A>, A: Wide>(total: &[A], out: *mut O, job: &Fold<'_>, combine: impl Fn(A, A) -> A + Copy) {
+unsafe fn emit<O: Stored<A>, A: Wide, const BLOCK: usize>(
+    total: &[A],
+    out: *mut O,
+    job: &Fold<'_>,
+    combine: impl Fn(A, A) -> A + Copy,
+) {
     if job.stream {
         let mut block = [O::default(); BLOCK];
         let block = &mut block[..total.len()];

@@ -1,0 +1,300 @@
+//! One operation at one size: its buffers, how it is called, and whether it gave what it should.
+
+use pillion_collectives::{Communicator, Pending, Reduce, Start, Window};
+use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Queue, View, ViewMut};
+
+use crate::Error;
+use crate::arguments::Buffers;
+use crate::operation::{Form, Operation};
+use crate::pattern::{Integral, Pattern, wrong};
+
+/// Elements filled, compared or consumed at a time: they stay in the first-level cache.
+pub(crate) const BLOCK: usize = 2048;
+
+/// An operation with its buffers.
+pub struct Case {
+    pattern: Pattern,
+    operands: Operands,
+    window: Option<Window>,
+    /// Where a window's reader copies each block.
+    scratch: Buffer,
+    scalar: f64,
+    queue: Box<dyn Queue>,
+}
+
+#[derive(Default)]
+struct Operands {
+    input: Option<Buffer>,
+    output: Option<Buffer>,
+}
+
+/// An operation in flight.
+enum Flight {
+    One(Pending<Operands>),
+    Messages { sent: Pending<Buffer>, received: Pending<Buffer> },
+}
+
+impl Case {
+    /// Bytes that a rank allocates from its communicator, and privately; equal on all ranks.
+    pub fn bytes(pattern: &Pattern, dtype: DType, buffers: Buffers) -> (u64, u64) {
+        let of_root = Pattern { rank: 0, ..*pattern };
+        let bytes = |len: Option<usize>| (len.unwrap_or(0) * dtype.bytes()) as u64;
+        let (input, output) = (bytes(of_root.input_len()), bytes(of_root.output_len()));
+        match (pattern.operation, buffers) {
+            (Operation::Window, _) => (output, input),
+            (_, Buffers::Arena) => (input + output, 0),
+            (_, Buffers::Private) => (0, input + output),
+        }
+    }
+
+    /// Allocates the buffers; every rank does the same.
+    ///
+    /// # Errors
+    /// Those of the allocations.
+    pub fn new(communicator: &Communicator, pattern: Pattern, dtype: DType, buffers: Buffers) -> Result<Case, Error> {
+        let is_window = pattern.operation == Operation::Window;
+        let of_root = Pattern { rank: 0, ..pattern };
+        // An arena's allocations are the same on every rank; where only the root has a buffer, the others' stay unused.
+        let allocate = |own: Option<usize>, root: Option<usize>| -> Result<Option<Buffer>, Error> {
+            match (own, root, buffers) {
+                (_, Some(len), Buffers::Arena) if !is_window => {
+                    Ok(Some(communicator.allocate(&Cpu, dtype, len)?).filter(|_| own.is_some()))
+                }
+                (Some(len), _, _) => Ok(Some(Cpu.allocate(dtype, len)?)),
+                (None, _, _) => Ok(None),
+            }
+        };
+        let input = allocate(pattern.input_len(), of_root.input_len())?;
+        let (mut output, mut window) = (None, None);
+        match pattern.output_len() {
+            Some(len) if is_window => window = Some(communicator.window(&Cpu, dtype, len)?),
+            own => output = allocate(own, of_root.output_len())?,
+        }
+        let scratch = Cpu.allocate(dtype, BLOCK)?;
+        let operands = Operands { input, output };
+        Ok(Case { pattern, operands, window, scratch, scalar: 0.0, queue: Cpu.queue() })
+    }
+
+    /// Writes inputs, and poison where results go; values are those of `round`.
+    pub fn prepare(&mut self, round: u64) {
+        self.pattern.round = round;
+        let (pattern, queue) = (self.pattern, &*self.queue);
+        if let Some(input) = &mut self.operands.input {
+            fill(queue, input.view_mut(), |index| pattern.input(index));
+        }
+        if let Some(output) = &mut self.operands.output {
+            fill(queue, output.view_mut(), |index| pattern.output_before(index));
+        }
+        self.scalar = pattern.value(pattern.rank, 0) as f64;
+    }
+
+    /// Runs the operation on this thread.
+    ///
+    /// # Errors
+    /// The communicator's first.
+    pub fn run(&mut self, communicator: &Communicator) -> Result<(), Error> {
+        match self.pattern.operation {
+            Operation::Barrier => Ok(communicator.barrier()?),
+            Operation::Scalars => {
+                let mut values = [self.scalar];
+                communicator.all_reduce_scalars(&mut values, self.pattern.reduction)?;
+                std::hint::black_box(values);
+                Ok(())
+            }
+            Operation::Window => self.run_window(communicator, |queue, block, scratch, _| {
+                queue.cast(scratch, block);
+            }),
+            _ => {
+                let flight = self.start(communicator, Start::Here);
+                self.finish(flight)
+            }
+        }
+    }
+
+    /// Runs the operation beside `compute`, which this thread calls meanwhile.
+    ///
+    /// # Errors
+    /// The communicator's first.
+    pub fn run_beside(&mut self, communicator: &Communicator, compute: impl FnOnce()) -> Result<(), Error> {
+        let flight = self.start(communicator, Start::After(Event::PAST));
+        compute();
+        self.finish(flight)
+    }
+
+    /// Prepares for `round`, runs the operation once, and counts this rank's wrong elements: of results, and of what
+    /// should not have changed.
+    ///
+    /// # Errors
+    /// The communicator's first.
+    pub fn check(&mut self, communicator: &Communicator, round: u64) -> Result<u64, Error> {
+        self.prepare(round);
+        communicator.barrier()?;
+        let pattern = self.pattern;
+        match pattern.operation {
+            Operation::Barrier => return check_barrier(communicator, round),
+            Operation::Scalars => {
+                let mut values = [self.scalar];
+                communicator.all_reduce_scalars(&mut values, pattern.reduction)?;
+                return Ok(u64::from(values[0] != pattern.combined(0) as f64));
+            }
+            Operation::Window => {
+                let mut differing = 0;
+                self.run_window(communicator, |queue, block, _, first| {
+                    differing += differences(queue, block, first, |index| pattern.output_after(index));
+                })?;
+                return Ok(differing + self.differing_input());
+            }
+            _ => self.run(communicator)?,
+        }
+        let output = self.operands.output.as_ref();
+        let of_output =
+            output.map_or(0, |output| differences(&*self.queue, output.view(), 0, |index| pattern.output_after(index)));
+        Ok(of_output + self.differing_input())
+    }
+
+    fn differing_input(&self) -> u64 {
+        let pattern = self.pattern;
+        let input = self.operands.input.as_ref();
+        input.map_or(0, |input| differences(&*self.queue, input.view(), 0, |index| pattern.input(index)))
+    }
+
+    fn start(&mut self, communicator: &Communicator, start: Start) -> Flight {
+        let Pattern { operation, form, reduction, rank, world, .. } = self.pattern;
+        let Operands { input, output } = std::mem::take(&mut self.operands);
+        let only_output = |buffer| Operands { input: None, output: Some(buffer) };
+        let both = |(input, output)| Operands { input: Some(input), output: Some(output) };
+        let has = "a rank has the buffers of its part";
+        Flight::One(match (operation, form) {
+            (Operation::ReduceScatter, Form::InPlace) => {
+                communicator.reduce_scatter_in_place(output.expect(has), reduction, start).map(only_output)
+            }
+            (Operation::ReduceScatter, Form::OutOfPlace) => {
+                let (input, output) = (input.expect(has), output.expect(has));
+                let reduce = Reduce { input, output, reduction, accumulate: false, sideband: None };
+                communicator.reduce_scatter(reduce, start).map(|reduce| both((reduce.input, reduce.output)))
+            }
+            (Operation::AllGather, Form::InPlace) => {
+                communicator.all_gather_in_place(output.expect(has), start).map(only_output)
+            }
+            (Operation::AllGather, Form::OutOfPlace) => {
+                communicator.all_gather(input.expect(has), output.expect(has), start).map(both)
+            }
+            (Operation::AllReduce, Form::InPlace) => {
+                communicator.all_reduce(output.expect(has), reduction, start).map(only_output)
+            }
+            (Operation::AllReduce, Form::OutOfPlace) => {
+                communicator.all_reduce_into(input.expect(has), output.expect(has), reduction, start).map(both)
+            }
+            (Operation::Broadcast, _) => communicator.broadcast(output.expect(has), 0, start).map(only_output),
+            (Operation::Reduce, _) => communicator
+                .reduce(input.expect(has), output, reduction, 0, start)
+                .map(|(input, output)| Operands { input: Some(input), output }),
+            (Operation::Gather, _) => communicator
+                .gather(input.expect(has), output, 0, start)
+                .map(|(input, output)| Operands { input: Some(input), output }),
+            (Operation::Scatter, _) => communicator
+                .scatter(input, output.expect(has), 0, start)
+                .map(|(input, output)| Operands { input, output: Some(output) }),
+            (Operation::AllToAll, _) => communicator.all_to_all(input.expect(has), output.expect(has), start).map(both),
+            (Operation::SendRecv, _) => {
+                // Sent on the progress thread in any case: here it would wait for a receiver that waits for its own send.
+                let sent = communicator.send(input.expect(has), (rank + 1) % world, Event::PAST);
+                let received = communicator.receive(output.expect(has), (rank + world - 1) % world, start);
+                return Flight::Messages { sent, received };
+            }
+            (Operation::Barrier | Operation::Window | Operation::Scalars, _) => {
+                unreachable!("they are run whole, in `run`")
+            }
+        })
+    }
+
+    fn finish(&mut self, flight: Flight) -> Result<(), Error> {
+        self.operands = match flight {
+            Flight::One(pending) => pending.wait()?,
+            Flight::Messages { sent, received } => {
+                let output = received.wait()?;
+                Operands { input: Some(sent.wait()?), output: Some(output) }
+            }
+        };
+        Ok(())
+    }
+
+    /// Writes this rank's shard, gathers, and gives `consume` each block, scratch memory of its size, and its first index.
+    fn run_window(
+        &mut self,
+        communicator: &Communicator,
+        mut consume: impl FnMut(&dyn Queue, View<'_>, ViewMut<'_>, usize),
+    ) -> Result<(), Error> {
+        let mut window = self.window.take().expect("a window's case has one");
+        let shard = self.operands.input.as_ref().expect("and a shard to write");
+        self.queue.cast(window.shard_mut()?, shard.view());
+        let mut window = communicator.gather_window(window, Start::Here).wait()?;
+        for first in (0..window.len()).step_by(BLOCK) {
+            let len = BLOCK.min(window.len() - first);
+            let block = window.view().slice(first..first + len);
+            consume(&*self.queue, block, self.scratch.slice_mut(0..len), first);
+        }
+        window.release(&self.queue.record());
+        self.window = Some(window);
+        Ok(())
+    }
+}
+
+/// Whether nobody left before the last had come: 1 for each other rank that was still to come when this one left. One rank comes
+/// 2 ms after the others. Ranks on one host read the same clock; those on others are not looked at.
+fn check_barrier(communicator: &Communicator, round: u64) -> Result<u64, Error> {
+    let now = || {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    };
+    if round as usize % communicator.world() == communicator.rank() {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let came = now();
+    communicator.barrier()?;
+    let left = now();
+    let all = communicator.all_gather_scalars(&[came])?;
+    Ok(if communicator.hosts() == 1 { all.iter().filter(|other| other[0] > left).count() as u64 } else { 0 })
+}
+
+fn fill(queue: &dyn Queue, view: ViewMut<'_>, value: impl Fn(usize) -> i64) {
+    match view.dtype() {
+        DType::F32 => fill_with::<f32>(queue, view, value),
+        DType::Bf16 => fill_with::<half::bf16>(queue, view, value),
+        DType::F64 => fill_with::<f64>(queue, view, value),
+        DType::I64 => fill_with::<i64>(queue, view, value),
+        DType::U32 => unreachable!("no argument asks for u32"),
+    }
+}
+
+fn fill_with<T: Integral>(queue: &dyn Queue, mut view: ViewMut<'_>, value: impl Fn(usize) -> i64) {
+    for first in (0..view.len()).step_by(BLOCK) {
+        let range = first..view.len().min(first + BLOCK);
+        let block: Vec<T> = range.clone().map(|index| T::of(value(index))).collect();
+        queue.upload(view.reborrow().slice(range), &block);
+    }
+}
+
+fn differences(queue: &dyn Queue, view: View<'_>, first: usize, expected: impl Fn(usize) -> i64) -> u64 {
+    match view.dtype() {
+        DType::F32 => differences_of::<f32>(queue, view, first, expected),
+        DType::Bf16 => differences_of::<half::bf16>(queue, view, first, expected),
+        DType::F64 => differences_of::<f64>(queue, view, first, expected),
+        DType::I64 => differences_of::<i64>(queue, view, first, expected),
+        DType::U32 => unreachable!("no argument asks for u32"),
+    }
+}
+
+fn differences_of<T: Integral>(
+    queue: &dyn Queue,
+    view: View<'_>,
+    first: usize,
+    expected: impl Fn(usize) -> i64,
+) -> u64 {
+    let blocks = (0..view.len()).step_by(BLOCK);
+    let of_block = |at: usize| {
+        let block = view.slice(at..view.len().min(at + BLOCK));
+        wrong(&queue.download::<T>(block), first + at, &expected)
+    };
+    blocks.map(of_block).sum()
+}

@@ -1,0 +1,49 @@
+//! The loops of the memory roofline, as safe functions over buffers that this rank alone has. The only unsafe code of this crate.
+#![allow(unsafe_code)]
+
+use pillion_kernels::cpu::reduce::{self, Fold, Reduction};
+use pillion_kernels::cpu::stream;
+use pillion_kernels::{Buffer, DType};
+
+/// to\[..bytes\] = from\[..bytes\].
+///
+/// # Panics
+/// When either is shorter.
+pub(crate) fn copy(from: &Buffer, to: &mut Buffer, bytes: usize, stream: bool) {
+    assert!(from.bytes() >= bytes && to.bytes() >= bytes, "a copy of {bytes} bytes from {from:?} to {to:?}");
+    // SAFETY: both are that long. They are two buffers, so they do not overlap; `from` is borrowed and `to` exclusively, and no operation
+    // owns them meanwhile.
+    unsafe { stream::copy(from.span().address().as_ptr(), to.span().address().as_ptr(), bytes, stream) }
+}
+
+/// A sum of parts, of `count` elements of `dtype` each.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sum {
+    pub(crate) dtype: DType,
+    pub(crate) count: usize,
+    /// Parts read.
+    pub(crate) inputs: usize,
+    /// Parts written, each with the whole sum.
+    pub(crate) outputs: usize,
+}
+
+/// Adds up the first parts of `from`, and stores the sum as the first parts of `to`, or of `from` itself.
+///
+/// # Panics
+/// When a buffer is shorter, in place with more outputs than inputs, for a type without sums, and without inputs.
+pub(crate) fn fold(sum: Sum, from: &mut Buffer, to: Option<&mut Buffer>, stream: bool) {
+    let Sum { dtype, count, inputs, outputs } = sum;
+    let part = count * dtype.bytes();
+    let starts = |buffer: &Buffer, parts: usize| -> Vec<*mut u8> {
+        assert!(buffer.bytes() >= parts * part, "{parts} parts of {part} bytes of {buffer:?}");
+        (0..parts).map(|index| buffer.span().address().as_ptr().wrapping_add(index * part)).collect()
+    };
+    assert!(to.is_some() || outputs <= inputs, "in place, every output is an input");
+    let inputs: Vec<*const u8> = starts(from, inputs).into_iter().map(<*mut u8>::cast_const).collect();
+    let outputs = starts(to.as_deref().unwrap_or(from), outputs);
+    let job = Fold { inputs: &inputs, outputs: &outputs, count, stream, ..Fold::new(dtype, Reduction::Sum) };
+    // SAFETY: each part lies in its buffer, at a multiple of the element's size from a page. Outputs do not overlap each other. They overlap no
+    // input when they are another buffer's parts, and are exactly one of the inputs each when they are this one's. The exclusive borrows keep
+    // everybody else away.
+    unsafe { reduce::fold(&job) }
+}

@@ -1,0 +1,217 @@
+//! A run on one rank: every operation, type and size in turn.
+
+use pillion_collectives::{Backend, Launch, Reduction, available_memory};
+use pillion_kernels::DType;
+
+use crate::Error;
+use crate::arguments::Settings;
+use crate::case::Case;
+use crate::link::Link;
+use crate::machine::{self, Machine};
+use crate::operation::{Form, Operation};
+use crate::overlap;
+use crate::pattern::{LARGEST, Pattern};
+use crate::report::{Measurement, Report};
+use crate::roofline;
+use crate::timing::{Flush, Repeat, Summary};
+
+/// Bytes that `--cold` walks at least: caches that virtual machines report mislead.
+const LEAST_FLUSH: usize = 64 << 20;
+
+/// Measures everything that the settings say; returns the number of wrong elements over all ranks. Every rank calls this.
+///
+/// # Errors
+/// Whatever keeps it from the end; the other ranks are told.
+pub fn run(settings: &Settings, launch: &Launch, command: &[String]) -> Result<u64, Error> {
+    let mut link = Link::connect(launch, &settings.options)?;
+    let result = Sweep::new(settings, &link).and_then(|mut sweep| sweep.all(&mut link, command));
+    // What every rank knows needs no telling, and telling might overtake the knowledge.
+    if let Err(error) = &result
+        && !error.is_everywhere()
+    {
+        link.abort(error);
+    }
+    result
+}
+
+struct Sweep<'a> {
+    settings: &'a Settings,
+    machine: Machine,
+    report: Report,
+    repeat: Repeat,
+    wrong: u64,
+}
+
+impl<'a> Sweep<'a> {
+    fn new(settings: &'a Settings, link: &Link) -> Result<Sweep<'a>, Error> {
+        let world = link.communicator().world();
+        let sums = settings.reduction == Reduction::Sum && settings.operations.iter().any(|one| one.reduces());
+        if settings.check && sums && world > LARGEST {
+            let text =
+                format!("--check knows the sums of at most {LARGEST} ranks exactly, here are {world}: use -o max");
+            return Err(Error::Usage(text));
+        }
+        let machine = Machine::look(link.communicator())?;
+        let flush_bytes = (2 * machine::last_level_cache()).max(LEAST_FLUSH);
+        Ok(Sweep {
+            settings,
+            machine,
+            report: Report::new(settings.json.clone(), link.launch().rank > 0)?,
+            repeat: Repeat {
+                warmup: settings.warmup,
+                iterations: settings.iterations,
+                flush: settings.cold.then(|| Flush::new(flush_bytes)),
+            },
+            wrong: 0,
+        })
+    }
+
+    fn all(&mut self, link: &mut Link, command: &[String]) -> Result<u64, Error> {
+        let settings = self.settings;
+        self.introduce(link)?;
+        for &operation in &settings.operations {
+            let forms = settings.forms(operation);
+            self.report.heading(operation.name(), forms, settings.overlap && operation.overlaps())?;
+            let once = ([DType::F64], [0]);
+            let (dtypes, sizes) = match operation.moves_buffers() {
+                true => (&settings.dtypes[..], &settings.sizes[..]),
+                false => (&once.0[..], &once.1[..]),
+            };
+            for &dtype in dtypes {
+                for &size in sizes {
+                    let world = link.communicator().world();
+                    let count = operation.count(size, world, dtype);
+                    let measured: Result<Vec<Measurement>, Error> =
+                        forms.iter().map(|&form| self.measure(link, operation, form, dtype, count)).collect();
+                    self.report.line(measured?)?;
+                }
+            }
+        }
+        self.report.finish(&self.machine, command)?;
+        // Nobody leaves while rank 0 may still fail.
+        link.communicator().barrier()?;
+        Ok(self.wrong)
+    }
+
+    fn introduce(&mut self, link: &Link) -> Result<(), Error> {
+        let (settings, communicator) = (self.settings, link.communicator());
+        let threads = if settings.threads { ", threads of one process" } else { "" };
+        let hosts = match communicator.backend() {
+            Backend::Hierarchical => format!(" over {} hosts", communicator.hosts()),
+            _ => String::new(),
+        };
+        let yes = |flag: bool| if flag { "yes" } else { "no" };
+        let Machine { cpu, cores, kernel, isa, .. } = &self.machine;
+        let text = format!(
+            "collbench {} on {cpu}, {cores} cores, {}, kernel {kernel}\n\
+             ranks {} ({}{threads}), backend {}{hosts}, buffers {}, iterations {} after {}, check {}, cold {}, reduction groups {}\n\
+             processors {}\n",
+            env!("CARGO_PKG_VERSION"),
+            isa.join(" "),
+            communicator.world(),
+            link.launch().source,
+            communicator.backend(),
+            settings.buffers.name(),
+            settings.iterations,
+            settings.warmup,
+            yes(settings.check),
+            yes(settings.cold),
+            settings.options.reduce_groups,
+            self.machine
+                .affinity
+                .iter()
+                .enumerate()
+                .map(|(rank, cpus)| format!("{rank}:{cpus}"))
+                .collect::<Vec<_>>()
+                .join(" "),
+        );
+        self.report.comment(&text)
+    }
+
+    fn measure(
+        &mut self,
+        link: &mut Link,
+        operation: Operation,
+        form: Form,
+        dtype: DType,
+        count: usize,
+    ) -> Result<Measurement, Error> {
+        let settings = self.settings;
+        let Launch { rank, world, .. } = *link.launch();
+        let pattern = Pattern { operation, form, reduction: settings.reduction, rank, world, count, round: 0 };
+        let size = operation.bytes(count, world, dtype);
+        let (shared, private) = Case::bytes(&pattern, dtype, settings.buffers);
+        link.with_room(shared)?;
+        // The roofline's loops run while the operation's own buffers are there.
+        check_memory(link, operation, size, shared + private + roofline::bytes(&pattern, dtype))?;
+        let communicator = link.communicator();
+        let mut case = Case::new(communicator, pattern, dtype, settings.buffers)?;
+        let mut wrong = settings.check.then_some(0);
+        if let Some(wrong) = &mut wrong {
+            *wrong += case.check(communicator, 1)?;
+        }
+        case.prepare(0);
+        let samples = self.repeat.time(communicator, || case.run(communicator))?;
+        let overlap = match settings.overlap && operation.overlaps() && form == operation.forms()[0] {
+            true => Some(overlap::measure(communicator, &mut case, &mut self.repeat)?),
+            false => None,
+        };
+        if let Some(wrong) = &mut wrong {
+            *wrong += case.check(communicator, 2)?;
+            let all = communicator.all_gather_scalars(&[*wrong])?;
+            *wrong = all.iter().map(|rank| rank[0]).sum();
+            self.wrong += *wrong;
+        }
+        let roofline = {
+            let iterations =
+                std::mem::replace(&mut self.repeat.iterations, settings.iterations.min(roofline::MOST_ITERATIONS));
+            let roofline = roofline::measure(communicator, &pattern, dtype, &mut self.repeat);
+            self.repeat.iterations = iterations;
+            roofline?
+        };
+        let time = Summary::of(&samples);
+        let algbw = if time.p50_us > 0.0 { size as f64 / time.p50_us / 1e3 } else { 0.0 };
+        let reduces = operation.reduces();
+        Ok(Measurement {
+            op: operation.name(),
+            dtype: if operation == Operation::Barrier { "none" } else { dtype.name() },
+            redop: match settings.reduction {
+                Reduction::Sum if reduces => "sum",
+                Reduction::Max if reduces => "max",
+                _ => "none",
+            },
+            root: operation.root().map_or(-1, |root| root as i64),
+            size,
+            count,
+            ranks: world,
+            backend: communicator.backend().to_string(),
+            hosts: communicator.hosts(),
+            in_place: form == Form::InPlace,
+            buffers: match operation {
+                Operation::Window => "window",
+                Operation::Barrier | Operation::Scalars => "none",
+                _ => settings.buffers.name(),
+            },
+            time,
+            algbw,
+            busbw: algbw * operation.bus_factor(world),
+            roofline_percent: roofline.as_ref().map(|roofline| 100.0 * roofline.p50_us / time.p50_us),
+            roofline,
+            overlap,
+            wrong,
+            samples_us: samples.iter().map(|&sample| sample as f64 / 1e3).collect(),
+        })
+    }
+}
+
+/// Refuses what would not fit, on every rank alike: exceeding the host's memory would not fail, but wake the kernel's killer.
+fn check_memory(link: &Link, operation: Operation, size: usize, of_rank: u64) -> Result<(), Error> {
+    let (available, limit) = available_memory();
+    let all = link.communicator().all_gather_scalars(&[available])?;
+    let least = all.iter().map(|rank| rank[0]).min().unwrap_or(available);
+    let needed = of_rank.saturating_mul(link.launch().local_world as u64);
+    if needed > least {
+        return Err(Error::Memory { operation: operation.name(), size, needed, available: least, limit });
+    }
+    Ok(())
+}
