@@ -279,24 +279,24 @@ pub(crate) fn make_all(rank: &Rank) -> Result<(), Error> {
 /// Communicators that end well and badly, 50 of them; what the process holds before and after.
 pub(crate) fn connect_and_drop(rank: &Rank) -> Result<(), Error> {
     const ENDS: usize = 5;
+    let [_, threads, _] = held().0;
     let round = |number: usize| {
         for end in 0..ENDS {
             let name = format!("{}.{number}.{end}", rank.job);
             if let Err(error) = come_and_go(rank, end, &name) {
                 rank.say(&format!("{} {end} {error}", parts(&error).0));
             }
+            // A communicator that could not connect ends its thread a moment later.
+            let until = Instant::now() + Duration::from_secs(10);
+            while held().0[1] != threads && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
     };
-    // The allocator's first arenas and the threads' first stacks stay for later ones.
+    // Stacks of the first threads stay for later ones.
     (0..3).for_each(round);
-    let before = held();
-    rank.say(&format!("held {before:?}"));
+    rank.say(&format!("held {:?}", held()));
     (3..13).for_each(round);
-    // A communicator that could not connect ends its thread a moment later.
-    let until = Instant::now() + Duration::from_secs(10);
-    while held() != before && Instant::now() < until {
-        std::thread::sleep(Duration::from_millis(1));
-    }
     rank.say(&format!("held {:?}", held()));
     Ok(())
 }

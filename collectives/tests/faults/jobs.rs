@@ -103,6 +103,8 @@ impl Job {
             .env("FAULTS_STARTUP", milliseconds(startup))
             .env("FAULTS_SEED", seed.to_string())
             .env("RUST_BACKTRACE", "0")
+            // One heap for all threads, so that mappings can be counted.
+            .env("MALLOC_ARENA_MAX", "1")
             .stdin(Stdio::null())
             .stdout(output("stdout"))
             .stderr(output("stderr"))
