@@ -66,16 +66,20 @@ pub(crate) struct Memory {
 
 impl Memory {
     fn new(communicator: &Communicator, in_arena: bool) -> Result<Memory, Error> {
-        let fill = 0x7fa1_1ed0 + communicator.rank() as u32;
+        // A number, so that no copy changes its bits.
+        let (queue, fill) = (Cpu.queue(), 1e6f32.to_bits() + communicator.rank() as u32);
         let mut memory = Memory { buffers: Vec::new(), windows: Vec::new(), spans: Vec::new(), fill };
         let lengths = [12, 13, PART, 2 * PART, 3 * PART, 3 * PART, 6 * PART, LONG];
         for (dtype, len) in
             lengths.map(|len| (DType::F32, len)).into_iter().chain([(DType::U32, PART), (DType::U32, 3 * PART)])
         {
             for (guard, dtype, len) in [(true, DType::U32, PART), (false, dtype, len), (true, DType::U32, PART)] {
-                let buffer =
+                let mut buffer =
                     if in_arena { communicator.allocate(&Cpu, dtype, len)? } else { Cpu.allocate(dtype, len).unwrap() };
-                words(&buffer.span()).fill(fill);
+                match dtype {
+                    DType::U32 => queue.upload(buffer.view_mut(), &vec![fill; len]),
+                    _ => queue.upload(buffer.view_mut(), &vec![f32::from_bits(fill); len]),
+                }
                 memory.spans.push(buffer.span());
                 if !guard {
                     memory.buffers.push(buffer);
@@ -100,9 +104,9 @@ impl Memory {
 }
 
 /// Elements of 4 bytes, as bits.
-fn words(span: &Span) -> &mut [u32] {
-    // SAFETY: the span keeps the memory, which is aligned to 64 bytes; nobody uses it before the call, and nobody may after its error.
-    unsafe { std::slice::from_raw_parts_mut(span.address().cast().as_ptr(), span.len()) }
+fn words(span: &Span) -> &[u32] {
+    // SAFETY: the span keeps the memory, which is aligned to 64 bytes; whoever has used it has returned an error by now.
+    unsafe { std::slice::from_raw_parts(span.address().cast().as_ptr(), span.len()) }
 }
 
 fn all_gather<T: Element>(communicator: &Communicator, memory: &mut Memory, len: usize) -> Result<(), Error> {

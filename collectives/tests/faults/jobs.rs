@@ -4,6 +4,7 @@
 //! processes share. Nothing here hangs: whatever still runs when patience ends is killed, and the test fails with all that was said.
 
 use std::fs::{self, File};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -113,11 +114,10 @@ impl Job {
         self.ranks[rank] = Some(child);
     }
 
-    /// Starts a rank inside a control group.
-    pub(crate) fn start_rank_in(&mut self, rank: usize, group: &std::path::Path) {
+    /// Starts a rank through a shell's script, whose `$0` is this path, and which ends in `exec "$@"`.
+    pub(crate) fn start_rank_through(&mut self, rank: usize, script: &str, path: &Path) {
         let mut command = Command::new("sh");
-        command.args(["-c", "echo $$ >\"$0\"/cgroup.procs && exec \"$@\""]).arg(group);
-        command.arg(std::env::current_exe().unwrap()).args(ENTRY);
+        command.args(["-c", script]).arg(path).arg(std::env::current_exe().unwrap()).args(ENTRY);
         self.start_as(rank, &mut command);
     }
 

@@ -9,6 +9,9 @@ use crate::program::{Rank, private};
 /// Elements of a rank's part: in headers, in one piece, in several pieces.
 const LENGTHS: [usize; 6] = [1, 12, 1000, 5000, 70_000, 300_000];
 
+/// Operations after which staging memory is there, and what depends on the machine has been measured.
+const WARM: usize = 60;
+
 /// Memory for operations of one size.
 struct Memory {
     part: Option<Buffer>,
@@ -45,14 +48,17 @@ pub(crate) fn draw(rank: &Rank, communicator: &Communicator, ready: impl Fn()) -
     }
     let mut window = Some(communicator.window(&Cpu, DType::F32, world * 1000)?);
     communicator.barrier()?;
-    ready();
     let mut lots = Lots { seed: rank.seed, drawn: 0 };
-    loop {
+    for turn in 0.. {
+        if turn == WARM {
+            ready();
+        }
         let size = lots.below(memories.len());
         let memory = &mut memories[size];
         let start = if lots.below(2) == 0 { Start::Here } else { Start::After(Event::PAST) };
         one(rank, communicator, &mut lots, memory, &mut window, &start)?;
     }
+    unreachable!("the loop has no end")
 }
 
 fn one(

@@ -5,6 +5,7 @@
 //! decides a test but for limits that only catch a hang; what was measured is printed.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 use std::{fs, thread};
 
@@ -267,13 +268,11 @@ fn a_reason_to_abort_reaches_every_rank() {
     }
 }
 
-#[test]
-fn an_arena_beyond_the_control_group_is_refused_on_every_rank() {
-    const LIMIT: u64 = 128 << 20;
-    let Some(group) = Group::new(LIMIT) else { return };
-    let settings = Settings::new("memory", 2, 0);
-    let mut job = Job::start_none(&settings, &format!("faults-memory-{}", std::process::id()));
-    (0..2).for_each(|rank| job.start_rank_in(rank, &group.0));
+/// Two ranks ask for more than a limit of [`GROUP_LIMIT`] allows, started by `script` (see [`Job::start_rank_through`]).
+fn a_limit_is_named(script: &str, path: &Path) {
+    let name = format!("faults-memory-{}-{}", std::process::id(), script.len());
+    let mut job = Job::start_none(&Settings::new("memory", 2, 0), &name);
+    (0..2).for_each(|rank| job.start_rank_through(rank, script, path));
     job.succeed();
     for rank in 0..2 {
         let said = job.said(rank);
@@ -285,33 +284,59 @@ fn an_arena_beyond_the_control_group_is_refused_on_every_rank() {
     }
 }
 
-/// A control group (version 2) with a memory limit, made beside or below this process's own.
+const GROUP_LIMIT: u64 = 128 << 20;
+
+#[test]
+fn an_arena_beyond_the_control_group_is_refused_on_every_rank() {
+    match Group::new() {
+        Ok(group) => a_limit_is_named("echo $$ >\"$0\"/cgroup.procs && exec \"$@\"", &group.0),
+        Err(reason) => eprintln!("SKIPPED: an_arena_beyond_the_control_group_is_refused_on_every_rank: {reason}"),
+    }
+}
+
+/// As above, where no group can be made: the files of a group, which limit nothing, in the place of the real ones.
+#[test]
+fn an_arena_beyond_what_files_say_of_the_control_group_is_refused_on_every_rank() {
+    let own_mounts = Command::new("unshare").args(["--mount", "true"]).output();
+    if !own_mounts.is_ok_and(|output| output.status.success()) {
+        eprintln!(
+            "SKIPPED: an_arena_beyond_what_files_say_of_the_control_group_is_refused_on_every_rank: `unshare --mount` is not allowed here"
+        );
+        return;
+    }
+    let group = tempfile::tempdir().unwrap();
+    // 48 MiB are in use, of which the kernel would give up 16 at once.
+    let numbers = [("max", GROUP_LIMIT.to_string()), ("current", (48 << 20).to_string())];
+    let statistics =
+        ("stat", "anon 33554432\ninactive_file 12582912\nactive_file 4194304\nslab_reclaimable 0\n".to_owned());
+    for (file, content) in numbers.into_iter().chain([statistics]) {
+        fs::write(group.path().join(format!("memory.{file}")), content).unwrap();
+    }
+    let script = "exec unshare --mount sh -c 'mount --bind \"$0\" /sys/fs/cgroup && exec \"$@\"' \"$0\" \"$@\"";
+    a_limit_is_named(script, group.path());
+}
+
+/// A control group (version 2) with a memory limit, made below this process's own or one above it.
 struct Group(PathBuf);
 
 impl Group {
-    fn new(limit: u64) -> Option<Group> {
-        let skip = |reason: String| {
-            eprintln!("SKIPPED: an_arena_beyond_the_control_group_is_refused_on_every_rank: {reason}");
-            None
-        };
+    fn new() -> Result<Group, String> {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let Some(own) = own.lines().find_map(|line| line.strip_prefix("0::/").map(str::to_owned)) else {
-            return skip("this process is in no control group of version 2".to_owned());
-        };
-        // A group that holds processes cannot hand its controllers down, so its parent may have to.
-        let own = Path::new("/sys/fs/cgroup").join(own);
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+        let own = Path::new("/sys/fs/cgroup").join(own.ok_or("this process is in no control group of version 2")?);
+        // A group that holds processes cannot hand its controllers down, so one above may have to.
         for parent in own.ancestors().filter(|path| path.join("cgroup.controllers").exists()) {
             let path = parent.join(format!("pillion-faults-{}", std::process::id()));
             if fs::create_dir(&path).is_err() {
                 continue;
             }
             let group = Group(path);
-            if fs::write(group.0.join("memory.max"), limit.to_string()).is_ok() {
-                let _ = fs::write(group.0.join("memory.swap.max"), "0");
-                return Some(group);
+            if fs::write(group.0.join("memory.max"), GROUP_LIMIT.to_string()).is_ok() {
+                return Ok(group);
             }
         }
-        skip("no control group with a memory limit can be made here (that takes root and a writable /sys/fs/cgroup of version 2)".to_owned())
+        Err("no group with a memory limit can be made (it takes root and a writable /sys/fs/cgroup of version 2)"
+            .to_owned())
     }
 }
 
