@@ -208,7 +208,8 @@ impl Job {
     pub(crate) fn errors(&mut self) -> Vec<Said> {
         let others = self.settings.others();
         for &rank in &others {
-            self.end_of(rank);
+            let status = self.end_of(rank);
+            assert_eq!(status.code(), Some(1), "rank {rank}: {status}\n{}", self.transcript());
             assert!(!self.stderr(rank).contains("panicked"), "{}", self.transcript());
         }
         let errors = others.iter().map(|&rank| self.error_of(rank)).collect();
