@@ -4,6 +4,7 @@
 //! ```text
 //! sender      while fewer than two pieces are out: describe the next, sent += 1;   done once taken = sent
 //! receiver    while taken < sent: check the description, copy, taken += 1;         done once all elements are there
+//!             where the description is of another message: say what was expected, so that both fail
 //! ```
 //!
 //! Bytes: the receiver reads S and writes S, the lower bound for a copy; from private memory the sender reads and writes S more, which
