@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::shm::progress::{Hosts, Shared};
+use crate::hosts::Hosts;
+use crate::shm::progress::Shared;
 use crate::shm::rendezvous::{self, Place};
 use crate::wire::Wire;
 use crate::wire::threads::ThreadWire;

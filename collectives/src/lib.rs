@@ -12,6 +12,7 @@ mod algorithms;
 mod call;
 mod communicator;
 mod error;
+mod hosts;
 mod join;
 pub mod launch;
 pub mod launcher;

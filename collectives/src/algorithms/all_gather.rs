@@ -8,7 +8,7 @@ use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
 use super::sides::End;
 use crate::call::{Detail, Kind};
-use crate::shm::progress::Hosts;
+use crate::hosts::Hosts;
 
 /// output\[p\] = the input of rank p, for `chunk` elements of each rank.
 pub(crate) fn all_gather(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize) -> Operation {

@@ -11,7 +11,7 @@ use super::moves::Moves;
 use super::operation::{Operands, Operation, Work};
 use super::sides::End;
 use crate::call::Kind;
-use crate::shm::progress::Hosts;
+use crate::hosts::Hosts;
 
 /// output = combination over p of the input of rank p, `len` elements.
 pub(crate) fn all_reduce(

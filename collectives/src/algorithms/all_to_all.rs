@@ -5,7 +5,7 @@ use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
 use super::sides::End;
 use crate::call::{Detail, Kind};
-use crate::shm::progress::Hosts;
+use crate::hosts::Hosts;
 
 /// output\[p\] at rank r = chunk r of the input of rank p, of `chunk` elements.
 pub(crate) fn all_to_all(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize) -> Operation {

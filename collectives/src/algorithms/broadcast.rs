@@ -6,7 +6,7 @@
 use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
 use crate::call::{Detail, Kind};
-use crate::shm::progress::Hosts;
+use crate::hosts::Hosts;
 
 /// output = the input of `root`, `len` elements.
 pub(crate) fn broadcast(hosts: &Hosts, rank: usize, operands: Operands, len: usize, root: usize) -> Operation {

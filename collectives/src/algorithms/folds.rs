@@ -9,8 +9,8 @@ use super::operation::{Mode, Operands};
 use super::sides::{End, Piece, Sides};
 use crate::Error;
 use crate::call::Detail;
+use crate::hosts::Hosts;
 use crate::shm::flight::Peers;
-use crate::shm::progress::Hosts;
 
 /// Who wants a combined chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
 use crate::call::{Detail, Kind};
-use crate::shm::progress::Hosts;
+use crate::hosts::Hosts;
 
 /// The root's output\[p\] = the input of rank p, for `chunk` elements of each rank.
 pub(crate) fn gather(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize, root: usize) -> Operation {

@@ -6,7 +6,7 @@
 use super::folds::{Combination, Fold, Target};
 use super::operation::{Operands, Operation, Work};
 use crate::call::Kind;
-use crate::shm::progress::Hosts;
+use crate::hosts::Hosts;
 
 /// The root's output = combination over p of the input of rank p, `len` elements.
 pub(crate) fn reduce(

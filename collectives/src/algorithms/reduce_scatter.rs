@@ -8,7 +8,7 @@
 use super::folds::{Combination, Fold, Target};
 use super::operation::{Operands, Operation, Sidebands, Work};
 use crate::call::Kind;
-use crate::shm::progress::Hosts;
+use crate::hosts::Hosts;
 
 /// output at rank r = combination over p of chunk r of the input of rank p, of `chunk` elements; or output combined with that.
 pub(crate) fn reduce_scatter(

@@ -4,7 +4,7 @@
 use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
 use crate::call::{Detail, Kind};
-use crate::shm::progress::Hosts;
+use crate::hosts::Hosts;
 
 /// output = chunk r of the root's input, at rank r, of `chunk` elements.
 pub(crate) fn scatter(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize, root: usize) -> Operation {
