@@ -4,6 +4,7 @@
 //! ```text
 //! sender      while fewer than two pieces are out: describe the next, sent += 1;   done once taken = sent
 //! receiver    while taken < sent: check the description, copy, taken += 1;         done once all elements are there
+//!             where the description is of another message: say what was expected, so that both fail
 //! ```
 //!
 //! Bytes: the receiver reads S and writes S, the lower bound for a copy; from private memory the sender reads and writes S more, which
@@ -39,12 +40,17 @@ pub(crate) struct Mailbox {
     sent: AtomicU64,
     /// What the last two are, by the parity of their number: length of the message, type, and the place of the piece.
     pieces: [[AtomicU64; 3]; 2],
-    /// Pieces that the receiver has taken; on a line of its own.
-    taken: Taken,
+    /// What the receiver writes, on a line of its own.
+    receiver: Receiver,
 }
 
 #[repr(C, align(128))]
-struct Taken(AtomicU64);
+struct Receiver {
+    /// Pieces that it has taken.
+    taken: AtomicU64,
+    /// Length and type of what it expected instead of the message that stands here; type 0 while it has no objection.
+    refused: [AtomicU64; 2],
+}
 
 /// Which way a message goes, seen from this rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,7 +180,7 @@ impl MailFlight {
         let mailbox = shared.map.mailbox(shared.rank, peer);
         let (len, width) = (self.buffer.len(), self.buffer.dtype().bytes());
         loop {
-            let (sent, taken) = (mailbox.sent.load(Ordering::Relaxed), mailbox.taken.0.load(Ordering::Acquire));
+            let (sent, taken) = (mailbox.sent.load(Ordering::Relaxed), mailbox.receiver.taken.load(Ordering::Acquire));
             if self.begun && self.moved == len {
                 if taken == sent {
                     return Ok(true);
@@ -210,7 +216,13 @@ impl MailFlight {
                 self.watch = Watch::new(shared.options.timeout, false);
                 continue;
             }
-            return self.wait_for(shared, peer);
+            let [theirs_len, theirs_dtype] = &mailbox.receiver.refused;
+            match theirs_dtype.load(Ordering::Acquire) {
+                0 => {}
+                dtype => return self.disagree(shared, theirs_len.load(Ordering::Relaxed), dtype),
+            }
+            let unchanged = || mailbox.receiver.taken.load(Ordering::Acquire) == taken;
+            return self.wait_for(shared, peer, &unchanged);
         }
     }
 
@@ -221,12 +233,18 @@ impl MailFlight {
             if self.begun && self.moved == len {
                 return Ok(true);
             }
-            let (sent, taken) = (mailbox.sent.load(Ordering::Acquire), mailbox.taken.0.load(Ordering::Relaxed));
+            let (sent, taken) = (mailbox.sent.load(Ordering::Acquire), mailbox.receiver.taken.load(Ordering::Relaxed));
             if taken == sent {
-                return self.wait_for(shared, peer);
+                return self.wait_for(shared, peer, &|| mailbox.sent.load(Ordering::Acquire) == sent);
             }
             let words = mailbox.pieces[(taken % 2) as usize].each_ref().map(|word| word.load(Ordering::Relaxed));
-            self.check(shared, words[0], words[1])?;
+            if let Err(error) = self.check(shared, words[0], words[1]) {
+                let ours = self.call();
+                mailbox.receiver.refused[0].store(ours.count, Ordering::Relaxed);
+                publish(&mailbox.receiver.refused[1], ours.dtype);
+                shared.ring_rank(peer, Channel::Control as usize, subject::MAIL);
+                return Err(error);
+            }
             let (offset, count) = match Place::from_word(words[2]) {
                 Place::Arena(offset) => (offset, len),
                 Place::Stage(offset) => (offset, (len - self.moved).min(PIECE / width)),
@@ -247,7 +265,7 @@ impl MailFlight {
             }
             self.moved += count;
             self.begun = true;
-            publish(&mailbox.taken.0, taken + 1);
+            publish(&mailbox.receiver.taken, taken + 1);
             shared.ring_rank(peer, Channel::Control as usize, subject::MAIL);
             self.watch = Watch::new(shared.options.timeout, false);
         }
@@ -264,20 +282,28 @@ impl MailFlight {
         Ok(offset)
     }
 
-    fn wait_for(&mut self, shared: &Shared, peer: usize) -> Result<bool, Error> {
+    /// Waits for the other rank, as long as it is `late`: asked once it is seen to have left, since its last act may have been to serve
+    /// this message.
+    fn wait_for(&mut self, shared: &Shared, peer: usize, late: &dyn Fn() -> bool) -> Result<bool, Error> {
         let op = self.describe();
-        self.watch.check(shared, peer, &|rank| rank == peer, &|| op.clone())?;
+        self.watch.check(shared, peer, &|rank| rank == peer && late(), &|| op.clone())?;
         Ok(false)
     }
 
     /// Whether sender and receiver mean the same message.
     fn check(&self, shared: &Shared, len: u64, dtype: u64) -> Result<(), Error> {
         let ours = self.call();
-        let theirs = Call { count: len, dtype, ..ours };
-        if theirs == ours {
-            return Ok(());
-        }
-        let theirs = format!("{} to rank {}", describe(theirs), shared.name(shared.rank));
+        if (len, dtype) == (ours.count, ours.dtype) { Ok(()) } else { self.disagree(shared, len, dtype).map(|_| ()) }
+    }
+
+    /// The error when the other rank means another message.
+    fn disagree(&self, shared: &Shared, len: u64, dtype: u64) -> Result<bool, Error> {
+        let theirs = describe(Call { count: len, dtype, ..self.call() });
+        let way = match self.direction {
+            Direction::Send => "from",
+            Direction::Receive => "to",
+        };
+        let theirs = format!("{theirs} {way} rank {}", shared.name(shared.rank));
         Err(Error::Mismatch { ours: self.describe(), theirs, peer: self.peer })
     }
 

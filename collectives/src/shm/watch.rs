@@ -25,8 +25,9 @@ pub(crate) struct Watch {
 const GLANCES: u32 = 16;
 /// Time between two looks at the other ranks' health.
 const CHECK_EVERY: Duration = Duration::from_millis(1);
-/// A longer gap between two looks means that this rank itself did not run; only this much of it counts as waiting.
-const LONGEST_GAP: Duration = Duration::from_secs(1);
+/// A longer gap between two looks means that this rank itself did not run; only this much of it counts as waiting. Far more than a nap,
+/// and less than any deadline, or a job that was stopped as a whole would go on into a false alarm.
+const LONGEST_GAP: Duration = Duration::from_millis(200);
 
 impl Watch {
     /// A wait of at most `limit`; a patient one does not count time in which the rank waited for is running.
@@ -106,12 +107,13 @@ impl Watch {
             return Err(Error::Aborted { rank: shared.name(rank), reason: shared.map.control(rank).read_reason() });
         }
         if let Some((rank, _)) = states().find(|&(rank, state)| state == state::LEFT && is_late(rank)) {
-            return Err(match shared.map.control(rank).culprit() {
-                Some(culprit) if culprit != shared.name(shared.rank) => {
-                    Error::PeerLost { rank: culprit, op: op(), how: "another rank gave up on it" }
-                }
-                _ => Error::PeerLost { rank: shared.name(rank), op: op(), how: "it left early" },
-            });
+            let (rank, how) = match shared.map.control(rank).culprit() {
+                Some(culprit) if culprit == shared.name(shared.rank) => (shared.name(rank), "it gave up on this rank"),
+                Some(culprit) if is_plausible(shared, culprit, is_late) => (culprit, "another rank gave up on it"),
+                Some(_) => (shared.name(rank), "it gave up"),
+                None => (shared.name(rank), "it left early"),
+            };
+            return Err(Error::PeerLost { rank, op: op(), how });
         }
         Ok(())
     }
@@ -140,6 +142,18 @@ impl Watch {
         }
         Ok(())
     }
+}
+
+/// Whether to believe a rank that has left and names this one. Not where the one named keeps pace here and is well, or has given up, too:
+/// then whoever named it went a way of its own.
+fn is_plausible(shared: &Shared, culprit: usize, is_late: &dyn Fn(usize) -> bool) -> bool {
+    let Some(rank) = shared.hosts.local().iter().position(|&local| local == culprit) else { return true };
+    is_late(rank)
+        || match shared.look_at(rank) {
+            state::JOINED => pulse_age(shared, rank) > STOPPED_AFTER,
+            state::LEFT => shared.map.control(rank).culprit().is_none(),
+            _ => true,
+        }
 }
 
 /// A heart that has not beaten for longer than this many milliseconds has stopped; it beats every 200.

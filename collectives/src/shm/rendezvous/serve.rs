@@ -6,6 +6,7 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -17,6 +18,7 @@ use super::socket::{dial, peer, socket, wait};
 use super::{Place, RETRY_EVERY};
 use crate::Error;
 use crate::shm::arena::{self, Mapping, Shape};
+use crate::shm::control::state;
 
 /// A connection that has not greeted by then is dropped. Its rank, if it is one, comes again.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
@@ -115,6 +117,24 @@ pub(super) fn serve(place: &Place<'_>, address: &SocketAddrUnix, deadline: Insta
     let listener = listen(place, address, deadline)?;
     let shape = Shape::of_host(place.world);
     let file = arena::create(shape)?;
+    let admitted = admit_all(place, &listener, &file, shape, deadline);
+    let mapping = Mapping::new(file, shape)?;
+    // Ranks that were admitted wait for this one now, and would name it at their deadline.
+    admitted.inspect_err(|error| {
+        let control = mapping.control(0);
+        control.write_reason(&error.to_string());
+        control.state.store(state::ABORTED, Ordering::Release);
+    })?;
+    Ok(mapping)
+}
+
+fn admit_all(
+    place: &Place<'_>,
+    listener: &OwnedFd,
+    file: &OwnedFd,
+    shape: Shape,
+    deadline: Instant,
+) -> Result<(), Error> {
     let mut missing: Vec<usize> = (1..place.world).collect();
     // Oldest first.
     let mut waiting: VecDeque<Connection> = VecDeque::new();
@@ -130,10 +150,10 @@ pub(super) fn serve(place: &Place<'_>, address: &SocketAddrUnix, deadline: Insta
                 place.counting()
             )));
         }
-        let sockets = std::iter::once(&listener).chain(waiting.iter().map(|connection| &connection.socket));
+        let sockets = std::iter::once(listener).chain(waiting.iter().map(|connection| &connection.socket));
         let mut events: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
         wait(&mut events, waiting.front().map_or(deadline, |first| first.until.min(deadline)))?;
-        waiting.retain_mut(|connection| match connection.admit(place, &missing, &file, shape) {
+        waiting.retain_mut(|connection| match connection.admit(place, &missing, file, shape) {
             Ok(None) => true,
             Ok(Some(rank)) => {
                 missing.retain(|&other| other != rank);
@@ -148,7 +168,7 @@ pub(super) fn serve(place: &Place<'_>, address: &SocketAddrUnix, deadline: Insta
         });
         // No more at once than may wait: one that has greeted is read before newer ones could push it out.
         for _ in 0..MOST_WAITING {
-            let socket = match rustix::net::accept_with(&listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            let socket = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(socket) => socket,
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => break,
                 // Without the older ones there is room for this one.
@@ -170,7 +190,7 @@ pub(super) fn serve(place: &Place<'_>, address: &SocketAddrUnix, deadline: Insta
             waiting.push_back(Connection { socket, until, greeting: [0; GREETING], received: 0 });
         }
     }
-    Mapping::new(file, shape)
+    Ok(())
 }
 
 /// Takes the name. Waits for a stranger to give it up, but not for another job of this user.
