@@ -147,12 +147,16 @@ impl MailFlight {
         call
     }
 
-    fn describe(&self) -> String {
-        let way = match self.direction {
-            Direction::Send => "to",
-            Direction::Receive => "from",
-        };
-        format!("{} {way} rank {}", describe(self.call()), self.peer)
+    /// This message in words, once somebody wants them: looks at the clock are far more frequent.
+    fn describe(&self) -> impl Fn() -> String + use<> {
+        let (call, direction, peer) = (self.call(), self.direction, self.peer);
+        move || {
+            let way = match direction {
+                Direction::Send => "to",
+                Direction::Receive => "from",
+            };
+            format!("{} {way} rank {peer}", describe(call))
+        }
     }
 
     /// Goes as far as the other rank allows; true once complete.
@@ -286,7 +290,7 @@ impl MailFlight {
     /// this message.
     fn wait_for(&mut self, shared: &Shared, peer: usize, late: &dyn Fn() -> bool) -> Result<bool, Error> {
         let op = self.describe();
-        self.watch.check(shared, peer, &|rank| rank == peer && late(), &|| op.clone())?;
+        self.watch.check(shared, peer, &|rank| rank == peer && late(), &op)?;
         Ok(false)
     }
 
@@ -304,7 +308,7 @@ impl MailFlight {
             Direction::Receive => "to",
         };
         let theirs = format!("{theirs} {way} rank {}", shared.name(shared.rank));
-        Err(Error::Mismatch { ours: self.describe(), theirs, peer: self.peer })
+        Err(Error::Mismatch { ours: self.describe()(), theirs, peer: self.peer })
     }
 
     /// To or from another host: the header, then, once it is there and right, the data.
@@ -329,7 +333,7 @@ impl MailFlight {
         while let Some(request) = self.wire.first() {
             if !wire.test(request)? {
                 let op = self.describe();
-                self.watch.check_wire(shared, peer, wire, &|| op.clone())?;
+                self.watch.check_wire(shared, peer, wire, &op)?;
                 return Ok(false);
             }
             self.wire.remove(0);
