@@ -64,6 +64,19 @@ static void send_recv(void) {
     int next = (rank + 1) % ranks, previous = (rank + ranks - 1) % ranks;
     MPI_Sendrecv(in, count, type, next, 0, out, count, type, previous, 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
 }
+/* Produce, gather, consume, as collbench's window does it: every rank writes its part, and reads all of them in blocks. */
+static volatile float zero = 0;
+static void window(void) {
+    static char block[4096];
+    float nothing = zero;
+    size_t bytes = (size_t)count * (f64 ? 8 : 4);
+    for (long i = 0; i < chunk; i++) if (f64) ((double *)in)[i] += nothing; else ((float *)in)[i] += nothing;
+    MPI_Allgather(in, chunk, type, out, chunk, type, MPI_COMM_WORLD);
+    for (size_t at = 0; at < bytes; at += sizeof block) {
+        memcpy(block, (char *)out + at, bytes - at < sizeof block ? bytes - at : sizeof block);
+        __asm__ volatile("" : : "r"(block) : "memory");
+    }
+}
 static void start_reduce_scatter(void) {
     MPI_Ireduce_scatter_block(from(), out, chunk, type, MPI_SUM, MPI_COMM_WORLD, &request);
 }
@@ -99,6 +112,7 @@ static const Algorithm algorithms[] = {
      CHUNK | DIVIDED | IN_PLACE | NONBLOCKING},
     {"all-gather", "MPI_Allgather", all_gather, gathered_at, FULL | DIVIDED | IN_PLACE},
     {"all-gather", "MPI_Iallgather", start_all_gather, gathered_at, FULL | DIVIDED | IN_PLACE | NONBLOCKING},
+    {"window", "MPI_Allgather", window, gathered_at, FULL | DIVIDED},
     {"broadcast", "MPI_Bcast", broadcast, of_root_at, FULL},
     {"reduce", "MPI_Reduce", reduce, sum, FULL | AT_ROOT | IN_PLACE},
     {"gather", "MPI_Gather", gather, gathered_at, FULL | AT_ROOT | DIVIDED | IN_PLACE},
