@@ -34,6 +34,11 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
 
 fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
     let launch = Launch::detect()?;
+    if settings.compare.is_some() && matches!(launch.source, Source::Single | Source::Local | Source::Torchrun) {
+        let text =
+            "--compare mpi needs ranks that MPI knows, this is none of them: start them with `mpirun -n 2 collbench …`";
+        return Err(Error::Usage(text.into()));
+    }
     match launch.source {
         Source::Single => {
             let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
