@@ -77,21 +77,6 @@ impl Case {
         Ok(Case { pattern, operands, window, scratch, scalar: 0.0, combined: 0.0, queue: Cpu.queue() })
     }
 
-    /// What it is a case of.
-    pub(crate) fn pattern(&self) -> &Pattern {
-        &self.pattern
-    }
-
-    /// Its buffers, for whoever runs the operation otherwise than [`Case::run`].
-    pub(crate) fn operands(&mut self) -> &mut Operands {
-        &mut self.operands
-    }
-
-    /// This rank's scalar, and where the combination of all goes.
-    pub(crate) fn scalars(&mut self) -> (&f64, &mut f64) {
-        (&self.scalar, &mut self.combined)
-    }
-
     /// Writes inputs, and poison where results go; values are those of `round`.
     pub fn prepare(&mut self, round: u64) {
         self.pattern.round = round;
@@ -273,6 +258,25 @@ impl Case {
         window.release(&self.queue.record());
         self.window = Some(window);
         Ok(())
+    }
+}
+
+/// For whoever runs the operation otherwise than [`Case::run`].
+#[cfg(feature = "mpi")]
+impl Case {
+    /// What it is a case of.
+    pub(crate) fn pattern(&self) -> &Pattern {
+        &self.pattern
+    }
+
+    /// Its buffers.
+    pub(crate) fn operands(&mut self) -> &mut Operands {
+        &mut self.operands
+    }
+
+    /// This rank's scalar, and where the combination of all goes.
+    pub(crate) fn scalars(&mut self) -> (&f64, &mut f64) {
+        (&self.scalar, &mut self.combined)
     }
 }
 

@@ -77,7 +77,7 @@ impl Repeat {
 const TURNS: usize = 5;
 
 /// Nanoseconds of each contender's iterations. They take turns, so that what else the machine does meets all of them: each of up to
-/// [`TURNS`] turns has a share of the iterations, after untimed ones, and begins with another contender. Every rank calls this at once.
+/// five turns has a share of the iterations, after untimed ones, and begins with another contender. Every rank calls this at once.
 ///
 /// # Errors
 /// The communicator's, and those of `run`, which runs the contender of a number once.

@@ -105,13 +105,14 @@ fn no_element_is_wrong_over_mpi_alone() {
 
 #[test]
 fn no_element_is_wrong_in_a_hierarchy() {
-    for each in [1, 2] {
+    // With one rank on each host there is nothing but messages.
+    for (each, backend) in [(1, "mpi"), (2, "hierarchical")] {
         let words = |file: &Path| {
             let collbench = format!("collbench {MATRIX} --backend hierarchical --json {}", file.display());
             format!("-n {each} -x PILLION_HOST=a {collbench} : -n {each} -x PILLION_HOST=b {collbench}")
         };
         let Some(results) = results(words) else { return };
-        none_is_wrong(&results, "hierarchical", 2 * each);
+        none_is_wrong(&results, backend, 2 * each);
         assert!(results.iter().all(|result| result["hosts"] == 2));
     }
 }
