@@ -7,7 +7,7 @@ use pillion_collectives::{Backend, Options, Reduction};
 use pillion_kernels::DType;
 
 use crate::Error;
-use crate::binding::Binding;
+use crate::binding::Bind;
 use crate::operation::{Form, Operation};
 
 /// Times collectives as nccl-tests does: `size count type redop root time algbw busbw #wrong`, and more columns.
@@ -75,13 +75,13 @@ pub struct Arguments {
     /// Groups in which reductions are computed, as a cluster of so many hosts does; divides the number of ranks
     #[arg(long, value_name = "GROUPS", default_value_t = 1)]
     reduce_groups: usize,
-    /// Binds ranks to processors: each to its own, if there are enough, or not at all
-    #[arg(long, value_enum, default_value_t = Binding::Core)]
-    bind: Binding,
     /// Writes the machine, every sample and all figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Runs another library's operation beside each of ours; needs the feature of its name
+    /// Which processors each rank runs on [default: core where there is one for each rank of the host, else none]
+    #[arg(long, value_enum, value_name = "HOW")]
+    bind: Option<Bind>,
+    /// Runs another library's operation in turn with each of ours, in the first form; needs the feature of its name, and mpirun
     #[arg(long, value_enum, value_name = "LIBRARY")]
     compare: Option<Compare>,
 }
@@ -109,8 +109,10 @@ enum BackendArgument {
     Hierarchical,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Compare {
+/// What ours is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compare {
+    /// The MPI library that this program is linked with
     Mpi,
 }
 
@@ -162,10 +164,12 @@ pub struct Settings {
     pub cold: bool,
     /// Whether overlap is measured.
     pub overlap: bool,
+    /// Which processors ranks run on, if said.
+    pub bind: Option<Bind>,
+    /// What ours is compared with.
+    pub compare: Option<Compare>,
     /// For the communicators.
     pub options: Options,
-    /// How ranks are bound to processors.
-    pub binding: Binding,
     /// Where the results go, besides the screen.
     pub json: Option<PathBuf>,
 }
@@ -203,10 +207,13 @@ impl Arguments {
             }
         }
         if let Some(Compare::Mpi) = self.compare {
-            return usage(match cfg!(feature = "mpi") {
-                true => "--compare mpi: this version compares with nothing yet: leave it out".into(),
-                false => "--compare mpi needs the feature `mpi` of pillion-benches: build with `--features mpi`".into(),
-            });
+            if cfg!(not(feature = "mpi")) {
+                let text = "--compare mpi needs the feature `mpi` of pillion-benches: build with `--features mpi`";
+                return usage(text.into());
+            }
+            if self.in_place {
+                return usage("--compare mpi compares the first form of each operation: leave --in-place out".into());
+            }
         }
         let options = Options {
             backend: match self.backend {
@@ -242,8 +249,9 @@ impl Arguments {
             check: self.check,
             cold: self.cold,
             overlap: self.overlap,
+            bind: self.bind,
+            compare: self.compare,
             options,
-            binding: self.bind,
             json: self.json,
         })
     }
@@ -257,6 +265,7 @@ impl Arguments {
             ("a type (-t)", self.dtype.is_some() && !moves),
             ("a combination (-o)", self.redop.is_some() && !operation.reduces()),
             ("a form in place (--in-place)", self.in_place && !operation.forms().contains(&Form::InPlace)),
+            ("a counterpart in MPI (--compare)", self.compare.is_some() && operation == Operation::Window),
             ("a choice of buffers (--buffers)", self.buffers.is_some() && !operation.chooses_buffers()),
             ("an overlap (--overlap)", self.overlap && !operation.overlaps()),
         ];
@@ -341,7 +350,9 @@ mod tests {
             ("all-reduce --sizes 4 -b 4", "cannot be used with"),
             ("all-reduce --reduce-groups 0", "--reduce-groups 0"),
             ("all-reduce --hosts 2", "--threads"),
-            ("all-reduce --compare mpi", "--compare mpi"),
+            ("all-reduce --compare mpi --in-place", "--compare mpi"),
+            ("all-reduce --bind socket", "socket"),
+            ("window --compare mpi", "window has not a counterpart"),
             ("all-gather -o max", "all-gather has not a combination"),
             ("barrier -b 8", "barrier has not a size"),
             ("scalars -t f64", "scalars has not a type"),

@@ -6,7 +6,7 @@ use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Queue, View, ViewMut};
 use crate::Error;
 use crate::arguments::Buffers;
 use crate::operation::{Form, Operation};
-use crate::pattern::{Integral, Pattern, wrong};
+use crate::pattern::{Integral, POISON, Pattern, wrong};
 
 /// Elements filled, compared or consumed at a time: they stay in the first-level cache.
 pub(crate) const BLOCK: usize = 2048;
@@ -19,13 +19,15 @@ pub struct Case {
     /// Where a window's reader copies each block.
     scratch: Buffer,
     scalar: f64,
+    /// What the ranks' scalars came to.
+    combined: f64,
     queue: Box<dyn Queue>,
 }
 
 #[derive(Default)]
-struct Operands {
-    input: Option<Buffer>,
-    output: Option<Buffer>,
+pub(crate) struct Operands {
+    pub(crate) input: Option<Buffer>,
+    pub(crate) output: Option<Buffer>,
 }
 
 /// An operation in flight.
@@ -72,7 +74,7 @@ impl Case {
         }
         let scratch = Cpu.allocate(dtype, BLOCK)?;
         let operands = Operands { input, output };
-        Ok(Case { pattern, operands, window, scratch, scalar: 0.0, queue: Cpu.queue() })
+        Ok(Case { pattern, operands, window, scratch, scalar: 0.0, combined: 0.0, queue: Cpu.queue() })
     }
 
     /// Writes inputs, and poison where results go; values are those of `round`.
@@ -86,6 +88,7 @@ impl Case {
             fill(queue, output.view_mut(), |index| pattern.output_before(index));
         }
         self.scalar = pattern.value(pattern.rank, 0) as f64;
+        self.combined = POISON as f64;
     }
 
     /// Runs the operation on this thread.
@@ -98,7 +101,7 @@ impl Case {
             Operation::Scalars => {
                 let mut values = [self.scalar];
                 communicator.all_reduce_scalars(&mut values, self.pattern.reduction)?;
-                std::hint::black_box(values);
+                [self.combined] = values;
                 Ok(())
             }
             Operation::Window => self.run_window(communicator, |queue, block, scratch, _| {
@@ -127,29 +130,47 @@ impl Case {
     /// # Errors
     /// The communicator's first.
     pub fn check(&mut self, communicator: &Communicator, round: u64) -> Result<u64, Error> {
+        if self.pattern.operation == Operation::Window {
+            return self.check_window(communicator, round);
+        }
+        self.check_run(communicator, round, |case| case.run(communicator))
+    }
+
+    /// The same for an operation that `run` runs.
+    ///
+    /// # Errors
+    /// The communicator's first, or that of `run`.
+    pub(crate) fn check_run(
+        &mut self,
+        communicator: &Communicator,
+        round: u64,
+        mut run: impl FnMut(&mut Case) -> Result<(), Error>,
+    ) -> Result<u64, Error> {
         self.prepare(round);
         communicator.barrier()?;
         let pattern = self.pattern;
         match pattern.operation {
-            Operation::Barrier => return check_barrier(communicator, round),
+            Operation::Barrier => return check_barrier(communicator, round, || run(self)),
             Operation::Scalars => {
-                let mut values = [self.scalar];
-                communicator.all_reduce_scalars(&mut values, pattern.reduction)?;
-                return Ok(u64::from(values[0] != pattern.combined(0) as f64));
+                run(self)?;
+                return Ok(u64::from(self.combined != pattern.combined(0) as f64));
             }
-            Operation::Window => {
-                let mut differing = 0;
-                self.run_window(communicator, |queue, block, _, first| {
-                    differing += differences(queue, block, first, |index| pattern.output_after(index));
-                })?;
-                return Ok(differing + self.differing_input());
-            }
-            _ => self.run(communicator)?,
+            _ => run(self)?,
         }
         let output = self.operands.output.as_ref();
         let of_output =
             output.map_or(0, |output| differences(&*self.queue, output.view(), 0, |index| pattern.output_after(index)));
         Ok(of_output + self.differing_input())
+    }
+
+    fn check_window(&mut self, communicator: &Communicator, round: u64) -> Result<u64, Error> {
+        self.prepare(round);
+        communicator.barrier()?;
+        let (pattern, mut differing) = (self.pattern, 0);
+        self.run_window(communicator, |queue, block, _, first| {
+            differing += differences(queue, block, first, |index| pattern.output_after(index));
+        })?;
+        Ok(differing + self.differing_input())
     }
 
     fn differing_input(&self) -> u64 {
@@ -240,9 +261,32 @@ impl Case {
     }
 }
 
+/// For whoever runs the operation otherwise than [`Case::run`].
+#[cfg(feature = "mpi")]
+impl Case {
+    /// What it is a case of.
+    pub(crate) fn pattern(&self) -> &Pattern {
+        &self.pattern
+    }
+
+    /// Its buffers.
+    pub(crate) fn operands(&mut self) -> &mut Operands {
+        &mut self.operands
+    }
+
+    /// This rank's scalar, and where the combination of all goes.
+    pub(crate) fn scalars(&mut self) -> (&f64, &mut f64) {
+        (&self.scalar, &mut self.combined)
+    }
+}
+
 /// Whether nobody left before the last had come: 1 for each other rank that was still to come when this one left. One rank comes
 /// 2 ms after the others. Ranks on one host read the same clock; those on others are not looked at.
-fn check_barrier(communicator: &Communicator, round: u64) -> Result<u64, Error> {
+fn check_barrier(
+    communicator: &Communicator,
+    round: u64,
+    barrier: impl FnOnce() -> Result<(), Error>,
+) -> Result<u64, Error> {
     let now = || {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
@@ -251,7 +295,7 @@ fn check_barrier(communicator: &Communicator, round: u64) -> Result<u64, Error> 
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
     let came = now();
-    communicator.barrier()?;
+    barrier()?;
     let left = now();
     let all = communicator.all_gather_scalars(&[came])?;
     Ok(if communicator.hosts() == 1 { all.iter().filter(|other| other[0] > left).count() as u64 } else { 0 })

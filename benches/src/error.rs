@@ -58,6 +58,17 @@ pub enum Error {
         /// What the communicator says.
         got: usize,
     },
+    /// A rank that cannot be bound to its processors.
+    #[error("this rank cannot be bound to its share of the processors: {0}: use --bind none")]
+    Binding(io::Error),
+    /// A failure of the library that ours is compared with.
+    #[error("--compare mpi: {call}: {reason}")]
+    Library {
+        /// Its function.
+        call: &'static str,
+        /// What it says.
+        reason: String,
+    },
     /// The results cannot be written.
     #[error("cannot write {what}: {source}")]
     Output {

@@ -2,7 +2,7 @@
 //! and machine.
 //!
 //! `cargo bench` runs the kernels. The binary `collbench` measures collectives as nccl-tests and the OSU benchmarks do; this is its code, in the
-//! order in which a run meets it: [`arguments`], [`ranks`] and their [`binding`], [`sweep`] over operations and sizes, [`case`] for one call,
+//! order in which a run meets it: [`arguments`], [`ranks`], [`binding`], [`sweep`] over operations and sizes, [`case`] for one call,
 //! [`pattern`] for what its buffers hold, [`timing`], [`roofline`], [`overlap`], [`report`].
 #![deny(unsafe_code)]
 
@@ -13,6 +13,8 @@ mod error;
 mod link;
 mod local;
 pub mod machine;
+#[cfg_attr(not(feature = "mpi"), path = "no_mpi.rs")]
+mod mpi;
 pub mod operation;
 pub mod overlap;
 pub mod pattern;

@@ -22,7 +22,10 @@ impl Link {
         let current = Some(Communicator::connect(launch, options.clone())?);
         let link = Link { launch: launch.clone(), options: options.clone(), current, allocated: 0, number: 0 };
         let communicator = link.communicator();
-        if options.backend != Backend::Auto && communicator.backend() != options.backend {
+        // A hierarchy of one rank on each host is messages alone.
+        let flat = communicator.backend() == Backend::Mpi && communicator.hosts() == communicator.world();
+        let same = communicator.backend() == options.backend || flat && options.backend == Backend::Hierarchical;
+        if options.backend != Backend::Auto && !same {
             return Err(Error::Backend { asked: options.backend, got: communicator.backend() });
         }
         // Over MPI alone every rank counts as a host.

@@ -1,4 +1,4 @@
-//! The loops of the memory roofline, as safe functions over buffers that this rank alone has. The only unsafe code of this crate.
+//! The loops of the memory roofline, as safe functions over buffers that this rank alone has.
 #![allow(unsafe_code)]
 
 use pillion_kernels::cpu::reduce::{self, Fold, Reduction};

@@ -7,7 +7,6 @@ use pillion_collectives::launch::Source;
 use pillion_collectives::{Launch, launcher};
 
 use crate::arguments::{Arguments, Settings};
-use crate::binding::bind;
 use crate::{Error, sweep};
 
 /// Ranks where neither a launcher nor the arguments say how many.
@@ -35,6 +34,11 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
 
 fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
     let launch = Launch::detect()?;
+    if settings.compare.is_some() && matches!(launch.source, Source::Single | Source::Local | Source::Torchrun) {
+        let text =
+            "--compare mpi needs ranks that MPI knows, this is none of them: start them with `mpirun -n 2 collbench …`";
+        return Err(Error::Usage(text.into()));
+    }
     match launch.source {
         Source::Single => {
             let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
@@ -101,7 +105,7 @@ fn threads(settings: &Settings, command: &[String], ranks: usize) -> i32 {
 /// Measures on one rank; prints its error, unless another rank prints the same.
 fn measure(settings: &Settings, launch: &Launch, command: &[String]) -> i32 {
     use pillion_collectives::Error as Peers;
-    match bind(settings.binding, launch).and_then(|()| sweep::run(settings, launch, command)) {
+    match sweep::run(settings, launch, command) {
         Ok(0) => 0,
         Ok(_) => 1,
         Err(error) => {

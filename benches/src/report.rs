@@ -30,14 +30,30 @@ pub struct Measurement {
     pub count: usize,
     /// Number of ranks.
     pub ranks: usize,
-    /// What moved the bytes.
+    /// What moved the bytes; `mpi library: ` and its name for the library that ours is compared with.
     pub backend: String,
+    /// The function of that library.
+    pub call: Option<&'static str>,
     /// Number of hosts.
     pub hosts: usize,
     /// Whether it ran in one buffer.
     pub in_place: bool,
     /// Where the buffers lay: `arena`, `private`, `window` or `none`.
     pub buffers: &'static str,
+    /// How long it took, and what follows from that.
+    #[serde(flatten)]
+    pub times: Times,
+    /// The memory roofline, where bytes move.
+    pub roofline: Option<Roofline>,
+    /// Overlap, where it was asked for and can be.
+    pub overlap: Option<Overlap>,
+    /// Wrong elements over all ranks, where they were looked for.
+    pub wrong: Option<u64>,
+}
+
+/// How long an operation took, and what follows from that.
+#[derive(Clone, Debug, Serialize)]
+pub struct Times {
     /// Percentiles of the samples.
     #[serde(flatten)]
     pub time: Summary,
@@ -45,16 +61,25 @@ pub struct Measurement {
     pub algbw: f64,
     /// That times the operation's bus factor.
     pub busbw: f64,
-    /// The memory roofline, where bytes move.
-    pub roofline: Option<Roofline>,
     /// The roofline's time as a share of the operation's.
     pub roofline_percent: Option<f64>,
-    /// Overlap, where it was asked for and can be.
-    pub overlap: Option<Overlap>,
-    /// Wrong elements over all ranks, where they were looked for.
-    pub wrong: Option<u64>,
     /// Time of each iteration.
     pub samples_us: Vec<f64>,
+}
+
+impl Times {
+    /// Of samples in nanoseconds, at least one, of an operation of `size` bytes.
+    pub fn new(samples: &[u64], size: usize, bus_factor: f64, roofline: Option<&Roofline>) -> Times {
+        let time = Summary::of(samples);
+        let algbw = if time.p50_us > 0.0 { size as f64 / time.p50_us / 1e3 } else { 0.0 };
+        Times {
+            time,
+            algbw,
+            busbw: algbw * bus_factor,
+            roofline_percent: roofline.map(|roofline| 100.0 * roofline.p50_us / time.p50_us),
+            samples_us: samples.iter().map(|&sample| sample as f64 / 1e3).collect(),
+        }
+    }
 }
 
 /// The file of a run.
@@ -69,15 +94,17 @@ struct Document<'a> {
 pub struct Report {
     file: Option<(PathBuf, File)>,
     results: Vec<Measurement>,
+    compares: bool,
     silent: bool,
 }
 
 impl Report {
-    /// Opens the file, if there is to be one, so that a wrong path fails before the measurement. `silent` on ranks other than 0.
+    /// Opens the file, if there is to be one, so that a wrong path fails before the measurement. `compares` if lines have columns of another
+    /// library; `silent` on ranks other than 0.
     ///
     /// # Errors
     /// [`Error::Output`].
-    pub fn new(json: Option<PathBuf>, silent: bool) -> Result<Report, Error> {
+    pub fn new(json: Option<PathBuf>, compares: bool, silent: bool) -> Result<Report, Error> {
         let file = match json.filter(|_| !silent) {
             Some(path) => {
                 // An earlier file stays as it is until there is something to replace it.
@@ -87,7 +114,7 @@ impl Report {
             }
             None => None,
         };
-        Ok(Report { file, results: Vec::new(), silent })
+        Ok(Report { file, results: Vec::new(), compares, silent })
     }
 
     /// Prints lines that are no results.
@@ -108,8 +135,11 @@ impl Report {
             Form::OutOfPlace => "out-of-place",
             Form::InPlace => "in-place",
         };
-        let own = |three: [&str; 4]| {
-            if overlap { three.map(|name| format!("{name:>9}")).concat() } else { String::new() }
+        let own = |four: [&str; 4], library: [&str; 3]| {
+            let overlap = if overlap { four.map(|name| format!("{name:>9}")).concat() } else { String::new() };
+            let library =
+                if self.compares { library.map(|name| format!("{name:>11}")).concat() } else { String::new() };
+            overlap + &library
         };
         self.print([
             String::new(),
@@ -128,7 +158,7 @@ impl Report {
                         "time", "algbw", "busbw", "#wrong", "p95", "p99", "min", "%mem"
                     )
                 }),
-                own(["overall", "compute", "pure", "%hidden"])
+                own(["overall", "compute", "pure", "%hidden"], ["MPI", "MPI/ours", "#MPI wrong"])
             ),
             format!(
                 "#{:>11} {:>11} {:>6} {:>7} {:>6}  {}{}",
@@ -143,16 +173,16 @@ impl Report {
                         "(us)", "(GB/s)", "(GB/s)", "", "(us)", "(us)", "(us)", ""
                     )
                 }),
-                own(["(us)", "(us)", "(us)", ""])
+                own(["(us)", "(us)", "(us)", ""], ["(us)", "", ""])
             ),
         ])
     }
 
-    /// Prints a line: the forms of one operation at one size, and keeps it for the file.
+    /// Prints a line: the forms of one operation at one size, and the fastest of what `library` did meanwhile; and keeps all for the file.
     ///
     /// # Errors
     /// [`Error::Output`].
-    pub fn line(&mut self, forms: Vec<Measurement>) -> Result<(), Error> {
+    pub fn line(&mut self, forms: Vec<Measurement>, library: Vec<Measurement>) -> Result<(), Error> {
         let Some(first) = forms.first() else { return Ok(()) };
         let mut line = format!(
             " {:>11} {:>11} {:>6} {:>7} {:>6}  ",
@@ -162,14 +192,14 @@ impl Report {
             let not_known = || "N/A".to_string();
             line += &format!(
                 "{:>10} {:>7.2} {:>7.2} {:>7} {:>10} {:>10} {:>10} {:>6} ",
-                micros(form.time.p50_us),
-                form.algbw,
-                form.busbw,
+                micros(form.times.time.p50_us),
+                form.times.algbw,
+                form.times.busbw,
                 form.wrong.map_or_else(not_known, |wrong| wrong.to_string()),
-                micros(form.time.p95_us),
-                micros(form.time.p99_us),
-                micros(form.time.min_us),
-                form.roofline_percent.map_or_else(not_known, |percent| format!("{percent:.0}")),
+                micros(form.times.time.p95_us),
+                micros(form.times.time.p99_us),
+                micros(form.times.time.min_us),
+                form.times.roofline_percent.map_or_else(not_known, |percent| format!("{percent:.0}")),
             );
         }
         if let Some(overlap) = &first.overlap {
@@ -178,7 +208,20 @@ impl Report {
             }
             line += &format!("{:>9.0}", overlap.hidden_percent);
         }
+        if self.compares {
+            let fastest = library.iter().min_by(|one, other| one.times.time.p50_us.total_cmp(&other.times.time.p50_us));
+            let cells = match fastest {
+                Some(fastest) => [
+                    micros(fastest.times.time.p50_us),
+                    format!("{:.2}", fastest.times.time.p50_us / first.times.time.p50_us),
+                    fastest.wrong.map_or("N/A".into(), |wrong| wrong.to_string()),
+                ],
+                None => ["n/a".into(), "n/a".into(), "n/a".into()],
+            };
+            line += &cells.map(|cell| format!("{cell:>11}")).concat();
+        }
         self.results.extend(forms);
+        self.results.extend(library);
         self.print([line.trim_end().to_string()])
     }
 
@@ -187,7 +230,13 @@ impl Report {
     /// # Errors
     /// [`Error::Output`].
     pub fn finish(&mut self, machine: &Machine, command: &[String]) -> Result<(), Error> {
-        let moved: Vec<f64> = self.results.iter().map(|form| form.busbw).filter(|&busbw| busbw > 0.0).collect();
+        let moved: Vec<f64> = self
+            .results
+            .iter()
+            .filter(|form| form.call.is_none())
+            .map(|form| form.times.busbw)
+            .filter(|&busbw| busbw > 0.0)
+            .collect();
         let wrong: Option<u64> = self.results.iter().filter_map(|form| form.wrong).reduce(|a, b| a + b);
         let mean = moved.iter().sum::<f64>() / moved.len().max(1) as f64;
         let verdict = match wrong {

@@ -1,19 +1,21 @@
 //! A run on one rank: every operation, type and size in turn.
 
-use pillion_collectives::{Backend, Launch, Reduction, available_memory};
+use pillion_collectives::{Backend, Communicator, Launch, Reduction, available_memory};
 use pillion_kernels::DType;
 
 use crate::Error;
-use crate::arguments::Settings;
+use crate::arguments::{Buffers, Settings};
+use crate::binding::{self, Binding};
 use crate::case::Case;
 use crate::link::Link;
 use crate::machine::{self, Machine};
+use crate::mpi::{Call, Library};
 use crate::operation::{Form, Operation};
 use crate::overlap;
 use crate::pattern::{LARGEST, Pattern};
-use crate::report::{Measurement, Report};
+use crate::report::{Measurement, Report, Times};
 use crate::roofline;
-use crate::timing::{Flush, Repeat, Summary};
+use crate::timing::{self, Flush, Repeat};
 
 /// Bytes that `--cold` walks at least: caches that virtual machines report mislead.
 const LEAST_FLUSH: usize = 64 << 20;
@@ -23,19 +25,29 @@ const LEAST_FLUSH: usize = 64 << 20;
 /// # Errors
 /// Whatever keeps it from the end; the other ranks are told.
 pub fn run(settings: &Settings, launch: &Launch, command: &[String]) -> Result<u64, Error> {
+    // Before any other thread starts, which inherits it.
+    let binding = binding::bind(launch, settings.bind)?;
+    let library = settings.compare.map(|_| Library::begin(launch)).transpose()?;
     let mut link = Link::connect(launch, &settings.options)?;
-    let result = Sweep::new(settings, &link).and_then(|mut sweep| sweep.all(&mut link, command));
+    let result =
+        Sweep::new(settings, &link, binding, library.as_ref()).and_then(|mut sweep| sweep.all(&mut link, command));
     // What every rank knows needs no telling, and telling might overtake the knowledge.
     if let Err(error) = &result
         && !error.is_everywhere()
     {
         link.abort(error);
     }
+    drop(link);
+    if let Some(library) = library.filter(|_| result.is_ok()) {
+        library.finish()?;
+    }
     result
 }
 
 struct Sweep<'a> {
     settings: &'a Settings,
+    binding: Binding,
+    library: Option<&'a Library>,
     machine: Machine,
     report: Report,
     repeat: Repeat,
@@ -43,7 +55,12 @@ struct Sweep<'a> {
 }
 
 impl<'a> Sweep<'a> {
-    fn new(settings: &'a Settings, link: &Link) -> Result<Sweep<'a>, Error> {
+    fn new(
+        settings: &'a Settings,
+        link: &Link,
+        binding: Binding,
+        library: Option<&'a Library>,
+    ) -> Result<Sweep<'a>, Error> {
         let world = link.communicator().world();
         let sums = settings.reduction == Reduction::Sum && settings.operations.iter().any(|one| one.reduces());
         if settings.check && sums && world > LARGEST {
@@ -55,8 +72,10 @@ impl<'a> Sweep<'a> {
         let flush_bytes = (2 * machine::last_level_cache()).max(LEAST_FLUSH);
         Ok(Sweep {
             settings,
+            binding,
+            library,
             machine,
-            report: Report::new(settings.json.clone(), link.launch().rank > 0)?,
+            report: Report::new(settings.json.clone(), library.is_some(), link.launch().rank > 0)?,
             repeat: Repeat {
                 warmup: settings.warmup,
                 iterations: settings.iterations,
@@ -81,9 +100,13 @@ impl<'a> Sweep<'a> {
                 for &size in sizes {
                     let world = link.communicator().world();
                     let count = operation.count(size, world, dtype);
-                    let measured: Result<Vec<Measurement>, Error> =
-                        forms.iter().map(|&form| self.measure(link, operation, form, dtype, count)).collect();
-                    self.report.line(measured?)?;
+                    let (mut measured, mut of_library) = (Vec::new(), Vec::new());
+                    for &form in forms {
+                        let (ours, library) = self.measure(link, operation, form, dtype, count)?;
+                        measured.push(ours);
+                        of_library.extend(library);
+                    }
+                    self.report.line(measured, of_library)?;
                 }
             }
         }
@@ -105,7 +128,7 @@ impl<'a> Sweep<'a> {
         let text = format!(
             "collbench {} on {cpu}, {cores} cores, {}, kernel {kernel}\n\
              ranks {} ({}{threads}), backend {}{hosts}, buffers {}, iterations {} after {}, check {}, cold {}, reduction groups {}\n\
-             processors {}\n",
+             binding {}, processors {}{}\n",
             env!("CARGO_PKG_VERSION"),
             isa.join(" "),
             communicator.world(),
@@ -117,6 +140,7 @@ impl<'a> Sweep<'a> {
             yes(settings.check),
             yes(settings.cold),
             settings.options.reduce_groups,
+            self.binding,
             self.machine
                 .affinity
                 .iter()
@@ -124,6 +148,7 @@ impl<'a> Sweep<'a> {
                 .map(|(rank, cpus)| format!("{rank}:{cpus}"))
                 .collect::<Vec<_>>()
                 .join(" "),
+            self.library.map_or(String::new(), |library| format!("\ncompared with {}, in turn", library.name())),
         );
         self.report.comment(&text)
     }
@@ -135,15 +160,19 @@ impl<'a> Sweep<'a> {
         form: Form,
         dtype: DType,
         count: usize,
-    ) -> Result<Measurement, Error> {
+    ) -> Result<(Measurement, Vec<Measurement>), Error> {
         let settings = self.settings;
         let Launch { rank, world, .. } = *link.launch();
         let pattern = Pattern { operation, form, reduction: settings.reduction, rank, world, count, round: 0 };
         let size = operation.bytes(count, world, dtype);
         let (shared, private) = Case::bytes(&pattern, dtype, settings.buffers);
         link.with_room(shared)?;
+        // MPI has no bf16.
+        let library = self.library.filter(|_| dtype != DType::Bf16);
+        let calls = library.map_or(&[][..], |library| library.calls(operation));
+        let of_library = if calls.is_empty() { 0 } else { Case::bytes(&pattern, dtype, Buffers::Private).1 };
         // The roofline's loops run while the operation's own buffers are there.
-        check_memory(link, operation, size, shared + private + roofline::bytes(&pattern, dtype))?;
+        check_memory(link, operation, size, shared + private + of_library + roofline::bytes(&pattern, dtype))?;
         let communicator = link.communicator();
         let mut case = Case::new(communicator, pattern, dtype, settings.buffers)?;
         let mut wrong = settings.check.then_some(0);
@@ -151,16 +180,36 @@ impl<'a> Sweep<'a> {
             *wrong += case.check(communicator, 1)?;
         }
         case.prepare(0);
-        let samples = self.repeat.time(communicator, || case.run(communicator))?;
+        let mut theirs = match library {
+            Some(library) if !calls.is_empty() => {
+                Some((library, Case::new(communicator, pattern, dtype, Buffers::Private)?))
+            }
+            _ => None,
+        };
+        let mut wrong_calls = vec![settings.check.then_some(0); calls.len()];
+        if let Some((library, theirs)) = &mut theirs {
+            for (&call, wrong) in calls.iter().zip(&mut wrong_calls) {
+                if let Some(wrong) = wrong {
+                    let own = theirs.check_run(communicator, 1, |case| library.run(call, case))?;
+                    *wrong = self.all_wrong(communicator, own)?;
+                }
+            }
+            theirs.prepare(0);
+        }
+        let samples = timing::alternate(&mut self.repeat, communicator, 1 + calls.len(), |contender| {
+            match (contender, &mut theirs) {
+                (1.., Some((library, theirs))) => library.run(calls[contender - 1], theirs),
+                _ => case.run(communicator),
+            }
+        })?;
+        drop(theirs);
         let overlap = match settings.overlap && operation.overlaps() && form == operation.forms()[0] {
             true => Some(overlap::measure(communicator, &mut case, &mut self.repeat)?),
             false => None,
         };
         if let Some(wrong) = &mut wrong {
             *wrong += case.check(communicator, 2)?;
-            let all = communicator.all_gather_scalars(&[*wrong])?;
-            *wrong = all.iter().map(|rank| rank[0]).sum();
-            self.wrong += *wrong;
+            *wrong = self.all_wrong(communicator, *wrong)?;
         }
         let roofline = {
             let iterations =
@@ -169,10 +218,8 @@ impl<'a> Sweep<'a> {
             self.repeat.iterations = iterations;
             roofline?
         };
-        let time = Summary::of(&samples);
-        let algbw = if time.p50_us > 0.0 { size as f64 / time.p50_us / 1e3 } else { 0.0 };
         let reduces = operation.reduces();
-        Ok(Measurement {
+        let ours = Measurement {
             op: operation.name(),
             dtype: if operation == Operation::Barrier { "none" } else { dtype.name() },
             redop: match settings.reduction {
@@ -185,6 +232,7 @@ impl<'a> Sweep<'a> {
             count,
             ranks: world,
             backend: communicator.backend().to_string(),
+            call: None,
             hosts: communicator.hosts(),
             in_place: form == Form::InPlace,
             buffers: match operation {
@@ -192,15 +240,30 @@ impl<'a> Sweep<'a> {
                 Operation::Barrier | Operation::Scalars => "none",
                 _ => settings.buffers.name(),
             },
-            time,
-            algbw,
-            busbw: algbw * operation.bus_factor(world),
-            roofline_percent: roofline.as_ref().map(|roofline| 100.0 * roofline.p50_us / time.p50_us),
+            times: Times::new(&samples[0], size, operation.bus_factor(world), roofline.as_ref()),
             roofline,
             overlap,
             wrong,
-            samples_us: samples.iter().map(|&sample| sample as f64 / 1e3).collect(),
-        })
+        };
+        let of_call = |((&call, wrong), samples): ((&Call, Option<u64>), &Vec<u64>)| Measurement {
+            backend: format!("mpi library: {}", library.map_or("", Library::name)),
+            call: Some(call.name()),
+            buffers: if operation.chooses_buffers() { Buffers::Private.name() } else { "none" },
+            times: Times::new(samples, size, operation.bus_factor(world), ours.roofline.as_ref()),
+            overlap: None,
+            wrong,
+            ..ours.clone()
+        };
+        let of_library = calls.iter().zip(wrong_calls).zip(&samples[1..]).map(of_call).collect();
+        Ok((ours, of_library))
+    }
+
+    /// Wrong elements over all ranks, which count for the run.
+    fn all_wrong(&mut self, communicator: &Communicator, own: u64) -> Result<u64, Error> {
+        let all = communicator.all_gather_scalars(&[own])?;
+        let wrong = all.iter().map(|rank| rank[0]).sum();
+        self.wrong += wrong;
+        Ok(wrong)
     }
 }
 

@@ -73,6 +73,36 @@ impl Repeat {
     }
 }
 
+/// Turns that contenders take.
+const TURNS: usize = 5;
+
+/// Nanoseconds of each contender's iterations. They take turns, so that what else the machine does meets all of them: each of up to
+/// five turns has a share of the iterations, after untimed ones, and begins with another contender. Every rank calls this at once.
+///
+/// # Errors
+/// The communicator's, and those of `run`, which runs the contender of a number once.
+pub fn alternate(
+    repeat: &mut Repeat,
+    communicator: &Communicator,
+    contenders: usize,
+    mut run: impl FnMut(usize) -> Result<(), Error>,
+) -> Result<Vec<Vec<u64>>, Error> {
+    let (iterations, warmup) = (repeat.iterations, repeat.warmup);
+    let turns = if contenders > 1 { TURNS.min(iterations) } else { 1 };
+    let mut samples = vec![Vec::new(); contenders];
+    for turn in 0..turns {
+        repeat.iterations = iterations * (turn + 1) / turns - iterations * turn / turns;
+        for place in 0..contenders {
+            let contender = (turn + place) % contenders;
+            samples[contender].extend(repeat.time(communicator, || run(contender))?);
+        }
+        // What the others left in the caches is gone sooner than what a first call sets up.
+        repeat.warmup = warmup.div_ceil(TURNS);
+    }
+    (repeat.iterations, repeat.warmup) = (iterations, warmup);
+    Ok(samples)
+}
+
 /// Percentiles in microseconds, by nearest rank: the smallest sample that so many percent of all do not exceed.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Summary {
@@ -118,6 +148,33 @@ mod tests {
         assert_eq!(summary, Summary { p50_us: 100.0, p95_us: 190.0, p99_us: 198.0, min_us: 1.0 });
         let one = Summary::of(&[7000]);
         assert_eq!(one, Summary { p50_us: 7.0, p95_us: 7.0, p99_us: 7.0, min_us: 7.0 });
+    }
+
+    #[test]
+    fn contenders_take_turns_and_each_has_all_its_iterations() {
+        let launch = Launch::single();
+        let communicator = Communicator::connect(&launch, Options::default()).unwrap();
+        for (iterations, contenders) in [(1, 3), (4, 2), (12, 3), (20, 1)] {
+            let mut repeat = Repeat { warmup: 0, iterations, flush: None };
+            let mut order = Vec::new();
+            let note = |contender| {
+                order.push(contender);
+                Ok(())
+            };
+            let samples = alternate(&mut repeat, &communicator, contenders, note).unwrap();
+            assert_eq!(samples.iter().map(Vec::len).collect::<Vec<_>>(), vec![iterations; contenders]);
+            assert_eq!((repeat.iterations, repeat.warmup), (iterations, 0), "as before");
+            let changes = order.windows(2).filter(|pair| pair[0] != pair[1]).count();
+            // Each turn begins after the one that began the turn before: no two neighbours are the same contender, but for two contenders,
+            // where the second of a turn begins the next one.
+            let turns = iterations.min(5);
+            let expected = match contenders {
+                1 => 0,
+                2 => turns,
+                _ => contenders * turns - 1,
+            };
+            assert_eq!(changes, expected, "{order:?}");
+        }
     }
 
     #[test]

@@ -138,6 +138,27 @@ fn bandwidths_follow_from_size_and_time() {
     }
 }
 
+/// Two processors or more give two ranks one or more each, and none in common.
+#[test]
+fn ranks_are_bound_apart_unless_told_otherwise() {
+    let processors = rustix::thread::sched_getaffinity(None).unwrap().count();
+    for kind in ["--threads", ""] {
+        for (flag, binding) in
+            [("", if processors > 1 { "core" } else { "none" }), ("--bind core", "core"), ("--bind none", "none")]
+        {
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join("results.json");
+            let output = collbench(&format!("barrier -n 1 -r 2 {kind} {flag} --json {}", file.display()));
+            assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+            let head = text(&output.stdout);
+            assert!(head.contains(&format!("# binding {binding}, processors 0:")), "{kind} {flag}: {head}");
+            let document: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+            let affinity = &document["machine"]["affinity"];
+            assert_eq!(affinity[0] != affinity[1], binding == "core" && processors > 1, "{kind} {flag}: {affinity}");
+        }
+    }
+}
+
 #[test]
 fn without_a_check_nothing_is_said_to_be_right() {
     let output = collbench("all-gather --sizes 64 -n 1 --threads");
@@ -163,6 +184,7 @@ fn what_cannot_be_ends_with_code_2_and_a_reason() {
         ("all-reduce --hosts 2", "--threads"),
         ("all-reduce --threads -r 3 --hosts 2", "--hosts 2 does not divide 3"),
         ("all-reduce --compare mpi", "--compare mpi"),
+        ("all-reduce --bind socket", "socket"),
         ("", "<OP>"),
     ] {
         let output = collbench(arguments);

@@ -1,0 +1,238 @@
+//! The operations as the MPI library does them that this program is linked with, for `--compare mpi`. Raw bindings, every return code checked.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_int, c_void};
+use std::ptr;
+
+use ::mpi::ffi;
+use pillion_collectives::{Launch, Reduction};
+use pillion_kernels::{Buffer, DType};
+
+use crate::Error;
+use crate::case::{Case, Operands};
+use crate::operation::Operation;
+
+/// A function of MPI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    ReduceScatterBlock,
+    ReduceScatter,
+    Allgather,
+    Allreduce,
+    Bcast,
+    Reduce,
+    Gather,
+    Scatter,
+    Alltoall,
+    Sendrecv,
+    Barrier,
+}
+
+impl Call {
+    /// Its name in MPI.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Call::ReduceScatterBlock => "MPI_Reduce_scatter_block",
+            Call::ReduceScatter => "MPI_Reduce_scatter",
+            Call::Allgather => "MPI_Allgather",
+            Call::Allreduce => "MPI_Allreduce",
+            Call::Bcast => "MPI_Bcast",
+            Call::Reduce => "MPI_Reduce",
+            Call::Gather => "MPI_Gather",
+            Call::Scatter => "MPI_Scatter",
+            Call::Alltoall => "MPI_Alltoall",
+            Call::Sendrecv => "MPI_Sendrecv",
+            Call::Barrier => "MPI_Barrier",
+        }
+    }
+}
+
+/// MPI, initialised by this program; while it exists, nobody finalises it.
+pub(crate) struct Library {
+    name: String,
+    rank: usize,
+    world: usize,
+}
+
+impl Library {
+    /// Initialises MPI for calls from many threads, so that the communicators can use it beside us.
+    pub(crate) fn begin(launch: &Launch) -> Result<Library, Error> {
+        let mut granted = 0;
+        // SAFETY: called once in the life of the process, before anybody else uses MPI. Null for argc and argv is allowed since MPI 2;
+        // the level granted is written to memory of ours. A lower one is refused by whoever needs more.
+        let code =
+            unsafe { ffi::MPI_Init_thread(ptr::null_mut(), ptr::null_mut(), ffi::RSMPI_THREAD_MULTIPLE, &mut granted) };
+        check(code, "MPI_Init_thread")?;
+        // SAFETY: MPI is initialised. Its errors would otherwise end the process without a word of ours.
+        let code = unsafe { ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN) };
+        check(code, "MPI_Comm_set_errhandler")?;
+        let (mut rank, mut size) = (0, 0);
+        // SAFETY: MPI is initialised, and both pointers are valid for the write.
+        let codes = unsafe {
+            [ffi::MPI_Comm_rank(ffi::RSMPI_COMM_WORLD, &mut rank), ffi::MPI_Comm_size(ffi::RSMPI_COMM_WORLD, &mut size)]
+        };
+        check(codes[0], "MPI_Comm_rank")?;
+        check(codes[1], "MPI_Comm_size")?;
+        let (name, world) = (version(), launch.world);
+        if (rank as usize, size as usize) != (launch.rank, world) {
+            return Err(Error::Library {
+                call: "MPI_Init_thread",
+                reason: format!(
+                    "{name} says rank {rank} of {size}, the launcher ({}) says rank {} of {world}: start the ranks with the mpirun of \
+                     {name}, which this program is linked with",
+                    launch.source, launch.rank
+                ),
+            });
+        }
+        Ok(Library { name, rank: launch.rank, world })
+    }
+
+    /// The library's own name and version, such as `Open MPI v4.1.4`.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The functions that do what an operation does; none if MPI has none.
+    pub(crate) fn calls(&self, operation: Operation) -> &'static [Call] {
+        match operation {
+            Operation::ReduceScatter => &[Call::ReduceScatterBlock, Call::ReduceScatter],
+            Operation::AllGather => &[Call::Allgather],
+            Operation::AllReduce | Operation::Scalars => &[Call::Allreduce],
+            Operation::Broadcast => &[Call::Bcast],
+            Operation::Reduce => &[Call::Reduce],
+            Operation::Gather => &[Call::Gather],
+            Operation::Scatter => &[Call::Scatter],
+            Operation::AllToAll => &[Call::Alltoall],
+            Operation::SendRecv => &[Call::Sendrecv],
+            Operation::Barrier => &[Call::Barrier],
+            Operation::Window => &[],
+        }
+    }
+
+    /// Calls the function with a case's buffers, on every rank at once.
+    ///
+    /// # Panics
+    /// If `call` is not one of `calls` for the case's operation, or the case is of a form that is not the first one.
+    pub(crate) fn run(&self, call: Call, case: &mut Case) -> Result<(), Error> {
+        let pattern = *case.pattern();
+        assert!(self.calls(pattern.operation).contains(&call), "{call:?} for {:?}", pattern.operation);
+        assert!(pattern.form == pattern.operation.forms()[0], "MPI in the form {:?}", pattern.form);
+        assert!((pattern.rank, pattern.world) == (self.rank, self.world), "a case of other ranks");
+        let count = int(pattern.count)?;
+        if pattern.operation == Operation::Scalars {
+            return self.run_scalars(case, pattern.reduction);
+        }
+        let Operands { input, output } = case.operands();
+        let dtype = input.as_ref().or(output.as_ref()).map_or(DType::F32, Buffer::dtype);
+        for (buffer, len) in [(&*input, pattern.input_len()), (&*output, pattern.output_len())] {
+            let holds = buffer.as_ref().map(|buffer| (buffer.bytes(), buffer.dtype()));
+            assert!(
+                holds == len.map(|len| (len * dtype.bytes(), dtype)),
+                "{call:?} of {len:?} elements with {holds:?}"
+            );
+        }
+        let from: *const c_void = input.as_ref().map_or(ptr::null(), |buffer| buffer.span().address().as_ptr().cast());
+        let to: *mut c_void = output.as_mut().map_or(ptr::null_mut(), |buffer| buffer.span().address().as_ptr().cast());
+        let kind = datatype(dtype)?;
+        let (next, previous) = ((self.rank + 1) % self.world, (self.rank + self.world - 1) % self.world);
+        let counts = if call == Call::ReduceScatter { vec![count; self.world] } else { Vec::new() };
+        // SAFETY: MPI is initialised while `self` exists, and every rank makes this call with the same operation, count, type and root. The
+        // buffers that this rank must have were just seen to hold `count` elements of this type, times the number of ranks where the
+        // operation is one of parts (`Pattern::input_len` and `output_len` are MPI's own rules for them); a buffer that only the root has may be
+        // null elsewhere. Input and output are two buffers, borrowed for the length of this blocking call. `counts` has one number for
+        // each rank.
+        let code = unsafe {
+            let (world, combine) = (ffi::RSMPI_COMM_WORLD, combination(pattern.reduction));
+            match call {
+                Call::ReduceScatterBlock => ffi::MPI_Reduce_scatter_block(from, to, count, kind, combine, world),
+                Call::ReduceScatter => ffi::MPI_Reduce_scatter(from, to, counts.as_ptr(), kind, combine, world),
+                Call::Allgather => ffi::MPI_Allgather(from, count, kind, to, count, kind, world),
+                Call::Allreduce => ffi::MPI_Allreduce(from, to, count, kind, combine, world),
+                Call::Bcast => ffi::MPI_Bcast(to, count, kind, 0, world),
+                Call::Reduce => ffi::MPI_Reduce(from, to, count, kind, combine, 0, world),
+                Call::Gather => ffi::MPI_Gather(from, count, kind, to, count, kind, 0, world),
+                Call::Scatter => ffi::MPI_Scatter(from, count, kind, to, count, kind, 0, world),
+                Call::Alltoall => ffi::MPI_Alltoall(from, count, kind, to, count, kind, world),
+                Call::Sendrecv => {
+                    let (next, previous, status) = (next as c_int, previous as c_int, ffi::RSMPI_STATUS_IGNORE);
+                    ffi::MPI_Sendrecv(from, count, kind, next, 0, to, count, kind, previous, 0, world, status)
+                }
+                Call::Barrier => ffi::MPI_Barrier(world),
+            }
+        };
+        check(code, call.name())
+    }
+
+    fn run_scalars(&self, case: &mut Case, reduction: Reduction) -> Result<(), Error> {
+        let (own, combined) = case.scalars();
+        // SAFETY: MPI is initialised while `self` exists; one double is read and another one written; both live through the call.
+        let code = unsafe {
+            let (kind, world) = (ffi::RSMPI_DOUBLE, ffi::RSMPI_COMM_WORLD);
+            let (from, to) = (ptr::from_ref(own).cast(), ptr::from_mut(combined).cast());
+            ffi::MPI_Allreduce(from, to, 1, kind, combination(reduction), world)
+        };
+        check(code, Call::Allreduce.name())
+    }
+
+    /// Finalises MPI, once every rank does. No communicator uses it any more.
+    pub(crate) fn finish(self) -> Result<(), Error> {
+        // SAFETY: this program initialised MPI and finalises it once, `self` being the only right to; nobody calls it later.
+        check(unsafe { ffi::MPI_Finalize() }, "MPI_Finalize")
+    }
+}
+
+/// MPI's name for a type that it has.
+fn datatype(dtype: DType) -> Result<ffi::MPI_Datatype, Error> {
+    // SAFETY: reads constants that the bindings' C code defines.
+    let (float, double, int64) = unsafe { (ffi::RSMPI_FLOAT, ffi::RSMPI_DOUBLE, ffi::RSMPI_INT64_T) };
+    match dtype {
+        DType::F32 => Ok(float),
+        DType::F64 => Ok(double),
+        DType::I64 => Ok(int64),
+        _ => Err(Error::Usage(format!("MPI has no type for {}: compare f32, f64 or i64", dtype.name()))),
+    }
+}
+
+fn combination(reduction: Reduction) -> ffi::MPI_Op {
+    // SAFETY: reads constants that the bindings' C code defines.
+    let (sum, max) = unsafe { (ffi::RSMPI_SUM, ffi::RSMPI_MAX) };
+    match reduction {
+        Reduction::Sum => sum,
+        Reduction::Max => max,
+    }
+}
+
+fn int(count: usize) -> Result<c_int, Error> {
+    let too_many = || format!("MPI counts with an int, {count} elements are more: choose a smaller maximum with -e");
+    c_int::try_from(count).map_err(|_| Error::Usage(too_many()))
+}
+
+fn check(code: c_int, call: &'static str) -> Result<(), Error> {
+    if code == ffi::MPI_SUCCESS as c_int {
+        return Ok(());
+    }
+    let mut text = [0u8; ffi::MPI_MAX_ERROR_STRING as usize];
+    let mut length = 0;
+    // SAFETY: the standard has callers provide MPI_MAX_ERROR_STRING bytes, which `text` has; `length` is valid for the write.
+    let known = unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr().cast(), &mut length) };
+    let reason = match text.get(..length as usize) {
+        Some(text) if known == ffi::MPI_SUCCESS as c_int => String::from_utf8_lossy(text).into_owned(),
+        _ => format!("MPI error {code}"),
+    };
+    Err(Error::Library { call, reason })
+}
+
+/// The first words of what the library says of itself; the rest tells how it was built.
+fn version() -> String {
+    let mut text = vec![0u8; ffi::MPI_MAX_LIBRARY_VERSION_STRING as usize];
+    let mut length = 0;
+    // SAFETY: the standard has callers provide MPI_MAX_LIBRARY_VERSION_STRING bytes, which `text` has; `length` is valid for the write.
+    let known = unsafe { ffi::MPI_Get_library_version(text.as_mut_ptr().cast(), &mut length) };
+    match text.get(..length as usize) {
+        Some(text) if known == ffi::MPI_SUCCESS as c_int => {
+            let text = String::from_utf8_lossy(text);
+            text.split([',', '\n', '\0']).next().unwrap_or_default().trim().replace(" Version:\t", " ")
+        }
+        _ => "an unknown library".to_string(),
+    }
+}
