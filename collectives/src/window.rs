@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pillion_kernels::{Buffer, Event, Span, View, ViewMut};
 
 use crate::Error;
-use crate::shm::control::{CHANNELS, subject};
+use crate::shm::control::{WINDOW_BELL, subject};
 use crate::shm::progress::Shared;
 use crate::shm::protocol::publish;
 
@@ -82,7 +82,7 @@ impl Window {
             self.gathered = false;
             publish(self.released(self.shared.rank), self.gathers);
             for rank in (0..self.shared.world()).filter(|&rank| rank != self.shared.rank) {
-                self.shared.ring_rank(rank, CHANNELS, subject::WINDOW);
+                self.shared.ring_rank(rank, WINDOW_BELL, subject::WINDOW);
             }
         }
     }

@@ -30,6 +30,9 @@ pub(crate) enum Channel {
 }
 
 pub(crate) const CHANNELS: usize = 3;
+/// Bells of callers that wait for no channel.
+pub(crate) const WINDOW_BELL: usize = CHANNELS;
+pub(crate) const MAIL_BELL: usize = CHANNELS + 1;
 
 /// What a thread can wait for, as bits of a bell's interest: news on a channel (its bit), and these.
 pub(crate) mod subject {
@@ -67,8 +70,8 @@ pub(crate) struct RankControl {
     pub(crate) processors: [AtomicU64; 16],
     /// Where the progress thread sleeps.
     pub(crate) progress: Bell<AtomicU32>,
-    /// Where a calling thread sleeps, one for each channel and one for windows; whoever drives a channel holds its lane's lock.
-    pub(crate) callers: [Bell<AtomicU32>; CHANNELS + 1],
+    /// Where calling threads sleep, one bell for each channel, one for windows and one for messages; whoever drives a channel holds its lane's lock.
+    pub(crate) callers: [Bell<AtomicU32>; CHANNELS + 2],
     /// One per [`Channel`].
     pub(crate) channels: [ChannelControl; CHANNELS],
 }

@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use pillion_kernels::cpu::stream;
 use pillion_kernels::{DType, Event, Span, exclusive};
 
-use super::control::{Call, Channel, subject};
+use super::control::{Call, MAIL_BELL, subject};
 use super::place::Place;
 use super::progress::Shared;
 use super::protocol::publish;
@@ -216,7 +216,7 @@ impl MailFlight {
                 }
                 self.begun = true;
                 publish(&mailbox.sent, sent + 1);
-                shared.ring_rank(peer, Channel::Control as usize, subject::MAIL);
+                shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
                 self.watch = Watch::new(shared.options.timeout, false);
                 continue;
             }
@@ -246,7 +246,7 @@ impl MailFlight {
                 let ours = self.call();
                 mailbox.receiver.refused[0].store(ours.count, Ordering::Relaxed);
                 publish(&mailbox.receiver.refused[1], ours.dtype);
-                shared.ring_rank(peer, Channel::Control as usize, subject::MAIL);
+                shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
                 return Err(error);
             }
             let (offset, count) = match Place::from_word(words[2]) {
@@ -270,7 +270,7 @@ impl MailFlight {
             self.moved += count;
             self.begun = true;
             publish(&mailbox.receiver.taken, taken + 1);
-            shared.ring_rank(peer, Channel::Control as usize, subject::MAIL);
+            shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
             self.watch = Watch::new(shared.options.timeout, false);
         }
     }

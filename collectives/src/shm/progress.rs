@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::arena::{Allocator, Mapping};
-use super::control::{CHANNELS, Channel, RankControl, monotonic_millis, ring, sleep, state, subject};
+use super::control::{
+    CHANNELS, Channel, MAIL_BELL, RankControl, WINDOW_BELL, monotonic_millis, ring, sleep, state, subject,
+};
 use super::flight::{Collective, Course, Flight};
 use super::mail::{MailFlight, Mailroom};
 use super::protocol::{Bell, Word};
@@ -118,10 +120,14 @@ impl Shared {
         if self.failed.load(Ordering::Acquire) { self.failure.lock().clone().map_or(Ok(()), Err) } else { Ok(()) }
     }
 
-    /// Remembers the first error, and for other ranks, whom it names.
+    /// Remembers the first error, and for other ranks, whom it names. What went wrong here alone they are told as an abort: nothing else
+    /// would tell them before their deadlines.
     pub(crate) fn fail(&self, error: Error) -> Error {
         let mut failure = self.failure.lock();
         if failure.is_none() {
+            if matches!(error, Error::System { .. } | Error::OutOfMemory { .. }) {
+                self.say_aborted(&error.to_string());
+            }
             let culprit = match error {
                 Error::PeerLost { rank, .. }
                 | Error::Timeout { waiting_on: rank, .. }
@@ -148,14 +154,14 @@ impl Shared {
     /// Where this rank's stage of a channel starts; made when it is first needed.
     ///
     /// # Errors
-    /// When there is no memory for it, which every rank then learns.
+    /// When there is no memory for it.
     pub(crate) fn stage(&self, channel: Channel, bytes: u64) -> Result<u64, Error> {
         let stage = &self.stages[channel as usize];
         if let Some(&offset) = stage.get() {
             return Ok(offset);
         }
         let offset = self.allocator.arena(bytes);
-        self.map.reserve(self.rank, offset, bytes).inspect_err(|error| self.abort(&error.to_string()))?;
+        self.map.reserve(self.rank, offset, bytes)?;
         Ok(*stage.get_or_init(|| offset))
     }
 
@@ -241,7 +247,7 @@ impl Shared {
         if self.has_wire() {
             return self.submit_mail(flight);
         }
-        let bell = &self.control().callers[Channel::Control as usize];
+        let bell = &self.control().callers[MAIL_BELL];
         let result = self.wait(bell, subject::MAIL, || flight.poll(self, None).map(|done| done.then_some(())));
         flight.finish(result.map_err(|error| self.fail(error)));
     }
@@ -308,7 +314,7 @@ impl Shared {
             None => Ok(Some(())),
             Some(rank) => watch.check(self, rank, &late, &|| op.to_owned()).map(|()| None),
         };
-        let bell = &self.control().callers[CHANNELS];
+        let bell = &self.control().callers[WINDOW_BELL];
         self.wait(bell, subject::WINDOW, poll).map_err(|error| self.fail(error))
     }
 
@@ -446,10 +452,14 @@ impl Shared {
 
     /// Tells every rank that this one gives up.
     pub(crate) fn abort(&self, reason: &str) {
+        self.say_aborted(reason);
+        self.fail(Error::Aborted { rank: self.name(self.rank), reason: reason.to_owned() });
+    }
+
+    fn say_aborted(&self, reason: &str) {
         let control = self.control();
         control.write_reason(reason);
         control.state.store(state::ABORTED, Ordering::Release);
-        self.fail(Error::Aborted { rank: self.name(self.rank), reason: reason.to_owned() });
         self.ring_everybody();
     }
 }
