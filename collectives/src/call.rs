@@ -54,12 +54,40 @@ impl Kind {
     }
 }
 
+/// What scalars are exchanged for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(crate) enum Purpose {
+    Barrier,
+    PatientBarrier,
+    Sum,
+    Max,
+    Gather,
+    Bytes,
+    Allocate,
+    Split,
+}
+
+impl Purpose {
+    const ALL: [(Purpose, &str); 8] = [
+        (Purpose::Barrier, "barrier"),
+        (Purpose::PatientBarrier, "patient barrier"),
+        (Purpose::Sum, "sum of scalars"),
+        (Purpose::Max, "maximum of scalars"),
+        (Purpose::Gather, "all-gather of scalars"),
+        (Purpose::Bytes, "broadcast of bytes"),
+        (Purpose::Allocate, "allocation"),
+        (Purpose::Split, "split"),
+    ];
+}
+
 /// What tells operations of one kind apart, packed into a word: a root, a window's place, or how elements are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Detail {
     None,
     Root(usize),
     Window(u64),
+    Purpose(Purpose),
     Reduction { reduction: Reduction, output: DType, groups: usize, root: Option<usize>, sideband: bool },
 }
 
@@ -69,6 +97,7 @@ impl Detail {
             Detail::None => 0,
             Detail::Root(root) => 1 + root as u64,
             Detail::Window(place) => place,
+            Detail::Purpose(purpose) => purpose as u64,
             Detail::Reduction { reduction, output, groups, root, sideband } => {
                 let root = root.map_or(0, |root| 1 + root as u64);
                 root | (groups as u64) << 24
@@ -102,6 +131,10 @@ pub(crate) fn describe(call: Call) -> String {
     let root = |word: u64| if word == 0 { String::new() } else { format!(" (root {})", word - 1) };
     let detail = match kind {
         Some(Kind::Broadcast | Kind::Gather | Kind::Scatter) => root(call.detail),
+        Some(Kind::Scalars) => {
+            let purpose = Purpose::ALL.iter().find(|&&(purpose, _)| purpose as u64 == call.detail);
+            purpose.map_or_else(String::new, |(_, name)| format!(" ({name})"))
+        }
         Some(Kind::GatherWindow) => format!(" (at {})", call.detail),
         Some(Kind::ReduceScatter | Kind::AllReduce | Kind::Reduce) => {
             let reduction = if call.detail >> 56 & 0xf == Reduction::Max as u64 { "max" } else { "sum" };
@@ -143,7 +176,10 @@ mod tests {
                 call(Kind::Reduce, Some(DType::F64), false, 5, sum(Reduction::Max, DType::F64, 1, Some(0))),
                 "reduce #0 of 5 × f64 (max) (root 0)",
             ),
-            (call(Kind::Scalars, None, false, 3, Detail::None), "scalar exchange #0 of 3"),
+            (
+                call(Kind::Scalars, None, false, 3, Detail::Purpose(Purpose::Max)),
+                "scalar exchange #0 of 3 (maximum of scalars)",
+            ),
         ];
         for (call, expected) in cases {
             assert_eq!(describe(call), expected);

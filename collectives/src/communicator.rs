@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread::JoinHandle;
 
 use pillion_kernels::{Buffer, DType, Device, Region};
 
+use crate::call::Purpose;
 use crate::join::{self, Job};
 use crate::shm::arena::available_memory;
 use crate::shm::control::state;
@@ -64,7 +66,7 @@ impl Communicator {
                 "only {local_world} of its {world} ranks are on this host: choose another backend than shm"
             ));
         }
-        if options.simulated_hosts == 0 || !world.is_multiple_of(options.simulated_hosts) {
+        if options.simulated_hosts == 0 || !local_world.is_multiple_of(options.simulated_hosts) {
             return refuse(format!("{} simulated hosts do not divide its {world} ranks", options.simulated_hosts));
         }
         Communicator::start(
@@ -81,17 +83,27 @@ impl Communicator {
             .name(format!("pillion-progress-{}", job.launch.rank))
             .spawn(move || match join::join(&for_thread, options) {
                 Ok((shared, wire)) => {
-                    // Nobody listens only when this thread has been given up, which does not happen.
-                    let _ = sender.send(Ok(shared.clone()));
-                    shared.run(wire);
+                    // Where nobody listens any more, this thread has been given up, and the rank has failed.
+                    if sender.send(Ok(shared.clone())).is_ok() {
+                        shared.run(wire);
+                    }
                 }
                 Err(error) => {
                     let _ = sender.send(Err(error));
                 }
             })
             .map_err(|error| Error::System { what: "starting the progress thread", reason: error.to_string() })?;
-        let died = |_| Error::System { what: "starting", reason: "the progress thread panicked".to_owned() };
-        let shared = receiver.recv().map_err(died)??;
+        // Every phase of joining has the limit of its own, but for what MPI does, which has none; then the thread is left behind.
+        let shared = receiver.recv_timeout(3 * startup).map_err(|error| {
+            let reason = match error {
+                RecvTimeoutError::Timeout => {
+                    "the other ranks did not answer MPI: were they all started by the same mpirun?"
+                }
+                RecvTimeoutError::Disconnected => "the progress thread panicked",
+            };
+            let Launch { rank, world, .. } = job.launch;
+            Error::Rendezvous { rank, world, job: job.name.clone(), reason: reason.to_owned() }
+        })??;
         let communicator = Communicator { shared, progress: Some(progress), job, splits: AtomicU64::new(0) };
         let shared = &communicator.shared;
         let absent = |rank: usize| shared.map.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
@@ -137,7 +149,12 @@ impl Communicator {
     /// This communicator's first error, and those of [`Communicator::connect`].
     pub fn split(&self, color: Option<u64>, key: u64) -> Result<Option<Communicator>, Error> {
         let number = self.splits.fetch_add(1, Ordering::Relaxed);
-        let all = self.all_gather_scalars(&[u64::from(color.is_some()), color.unwrap_or(0), key, number])?;
+        let words = [u64::from(color.is_some()), color.unwrap_or(0), key, number];
+        let all = self.exchange_scalars(&words, Purpose::Split, false)?;
+        if let Some(peer) = all.iter().position(|other| other[3] != number) {
+            let call = |number| format!("split #{number}");
+            return Err(self.shared.fail(Error::Mismatch { ours: call(number), theirs: call(all[peer][3]), peer }));
+        }
         let Some(color) = color else { return Ok(None) };
         let mut members: Vec<usize> = (0..self.world()).filter(|&rank| all[rank][..2] == [1, color]).collect();
         members.sort_by_key(|&rank| (all[rank][2], rank));
@@ -159,7 +176,7 @@ impl Communicator {
     pub fn allocate(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
         let bytes = size(dtype, len)?;
         let shared = &self.shared;
-        self.agree(Memory::Arena, bytes, bytes * shared.world() as u64)?;
+        self.agree(Memory::Arena, bytes, bytes.saturating_mul(shared.world() as u64))?;
         let offset = shared.allocator.arena(bytes);
         shared.map.reserve(shared.rank, offset, bytes).map_err(|error| self.give_up(error))?;
         Ok(self.buffer(device, dtype, shared.rank, offset, bytes))
@@ -204,7 +221,7 @@ impl Communicator {
     /// wake the kernel's killer. Asked before any rank takes its part, so that the answers do not race.
     fn agree(&self, memory: Memory, bytes: u64, on_this_host: u64) -> Result<(), Error> {
         let (available, limit) = available_memory();
-        let values = self.all_gather_scalars(&[memory as u64, bytes, available])?;
+        let values = self.exchange_scalars(&[memory as u64, bytes, available], Purpose::Allocate, false)?;
         if let Some(peer) = values.iter().position(|other| (other[0], other[1]) != (memory as u64, bytes)) {
             let name = |memory| ["an allocation", "a window"][usize::from(memory == Memory::Window as u64)];
             let call = |memory, bytes| format!("{} of {bytes} bytes", name(memory));

@@ -39,13 +39,13 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     } else {
         (Hosts::single(world), None)
     };
+    let wire = wire.filter(|_| hosts.ranks.len() > 1);
     let groups = options.reduce_groups;
     if hosts.local().len() > 1 && wire.is_some() && ![1, hosts.ranks.len()].contains(&groups) {
         let reason =
             format!("{groups} groups of reduction were asked for, but {} hosts are groups already", hosts.ranks.len());
         return Err(Error::Rendezvous { rank, world, job: job.name.clone(), reason });
     }
-    let wire = wire.filter(|_| hosts.ranks.len() > 1);
     // Every host has a place of its own, named after its lowest rank.
     let name = if wire.is_some() { format!("{}@{}", job.name, hosts.local()[0]) } else { job.name.clone() };
     let local = hosts.column(rank);
@@ -78,6 +78,13 @@ fn group(identities: &[String], rank: usize, backend: Backend) -> Hosts {
             );
         }
         ranks = (0..identities.len()).map(|rank| vec![rank]).collect();
+    }
+    let consecutive = |host: &Vec<usize>| host.windows(2).all(|pair| pair[0] + 1 == pair[1]);
+    if !ranks.iter().all(consecutive) && rank == 0 {
+        eprintln!(
+            "pillion: the ranks of a host are not consecutive, so sums run in an order that one host cannot reproduce; \
+             place ranks in blocks (mpirun --map-by slot) where that matters"
+        );
     }
     let own = ranks.iter().position(|host| host.contains(&rank)).expect("every rank has an identity");
     Hosts { ranks, own }

@@ -7,6 +7,7 @@ use pillion_kernels::cpu::reduce::{Fold, Reduction};
 use pillion_kernels::{Buffer, DType, Event};
 
 use crate::algorithms::{self, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands};
+use crate::call::Purpose;
 use crate::pending::{Outcome, Pending};
 use crate::shm::control::{Channel, PAYLOAD};
 use crate::shm::flight::{Collective, Course, Flight};
@@ -18,7 +19,8 @@ use crate::{Communicator, Error, Window};
 pub enum Start {
     /// After this event, on the progress thread, while the caller goes on.
     After(Event),
-    /// Now, on the calling thread: complete when the call returns. Saves handing it over to another thread and back.
+    /// Now: complete when the call returns. On the calling thread where that can be, on one host with nothing else in flight, which saves
+    /// handing it over to another thread and back.
     Here,
 }
 
@@ -52,6 +54,7 @@ pub struct Sideband {
     pub totals: Buffer,
 }
 
+/// Reductions run in order of rank; on several hosts in order of rank on each, and then in order of hosts.
 /// Buffers come from [`Communicator::allocate`], where peers use them in place, or from anywhere, and are then copied through a stage.
 /// Every operation takes the same arguments on every rank unless it says otherwise, and panics when shapes or types disagree.
 impl Communicator {
@@ -220,7 +223,11 @@ impl Communicator {
         let flight = |after| MailFlight::new(&self.shared, direction, peer, buffer.span(), after, outcome.clone());
         match start {
             Start::After(event) => self.shared.submit_mail(flight(event)),
-            Start::Here => self.shared.run_mail_here(flight(Event::PAST)),
+            Start::Here => {
+                self.shared.run_mail_here(flight(Event::PAST));
+                let result = outcome.outcome();
+                return Pending::ended(result, buffer);
+            }
         }
         Pending::new(outcome, buffer)
     }
@@ -232,7 +239,9 @@ impl Communicator {
     /// The communicator's first error.
     pub fn all_reduce_scalars(&self, values: &mut [f64], reduction: Reduction) -> Result<(), Error> {
         for chunk in values.chunks_mut(PAYLOAD) {
-            let words = self.all_gather_scalars(&chunk.iter().map(|value| value.to_bits()).collect::<Vec<u64>>())?;
+            let words: Vec<u64> = chunk.iter().map(|value| value.to_bits()).collect();
+            let purpose = if reduction == Reduction::Sum { Purpose::Sum } else { Purpose::Max };
+            let words = self.exchange_scalars(&words, purpose, false)?;
             for (index, value) in chunk.iter_mut().enumerate() {
                 let all = words.iter().map(|rank| f64::from_bits(rank[index]));
                 *value = match reduction {
@@ -252,12 +261,17 @@ impl Communicator {
     /// # Panics
     /// With more than 64 values.
     pub fn all_gather_scalars(&self, values: &[u64]) -> Result<Vec<Vec<u64>>, Error> {
-        self.exchange_scalars(values, false)
+        self.exchange_scalars(values, Purpose::Gather, false)
     }
 
-    fn exchange_scalars(&self, values: &[u64], patient: bool) -> Result<Vec<Vec<u64>>, Error> {
+    pub(crate) fn exchange_scalars(
+        &self,
+        values: &[u64],
+        purpose: Purpose,
+        patient: bool,
+    ) -> Result<Vec<Vec<u64>>, Error> {
         assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
-        let mut scalars = Scalars::new(values);
+        let mut scalars = Scalars::new(values, purpose);
         let gathered = match self.shared.run_here(Channel::Control, &mut scalars, patient) {
             Some(result) => {
                 result?;
@@ -282,7 +296,7 @@ impl Communicator {
     /// The communicator's first error.
     pub fn broadcast_bytes(&self, root: usize, bytes: &[u8]) -> Result<Vec<u8>, Error> {
         const PIECE: usize = PAYLOAD * 8;
-        let len = self.all_gather_scalars(&[bytes.len() as u64])?[root][0] as usize;
+        let len = self.exchange_scalars(&[bytes.len() as u64], Purpose::Bytes, false)?[root][0] as usize;
         let mut received = Vec::with_capacity(len);
         while received.len() < len {
             let mut piece = [0; PIECE];
@@ -293,7 +307,7 @@ impl Communicator {
             }
             let words: Vec<u64> =
                 piece.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes"))).collect();
-            let words = &self.all_gather_scalars(&words)?[root];
+            let words = &self.exchange_scalars(&words, Purpose::Bytes, false)?[root];
             let count = (len - received.len()).min(PIECE);
             received.extend(words.iter().flat_map(|word| word.to_le_bytes()).take(count));
         }
@@ -305,7 +319,7 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn barrier(&self) -> Result<(), Error> {
-        self.all_gather_scalars(&[]).map(|_| ())
+        self.exchange_scalars(&[], Purpose::Barrier, false).map(|_| ())
     }
 
     /// Blocks until every rank has called, however long that takes, as long as the ranks waited for are running: for phases in
@@ -314,7 +328,7 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn patient_barrier(&self) -> Result<(), Error> {
-        self.exchange_scalars(&[], true).map(|_| ())
+        self.exchange_scalars(&[], Purpose::PatientBarrier, true).map(|_| ())
     }
 
     fn run<T>(
@@ -326,10 +340,14 @@ impl Communicator {
     ) -> Pending<T> {
         let after = match start {
             Start::After(event) => event,
-            Start::Here => match self.shared.run_here(channel, &mut collective, false) {
-                Some(result) => return Pending::ended(result, value),
-                None => Event::PAST,
-            },
+            Start::Here => {
+                if let Some(result) = self.shared.run_here(channel, &mut collective, false) {
+                    return Pending::ended(result, value);
+                }
+                let course = Course::new(&collective, channel, false);
+                let result = self.submit(Box::new(collective), course, Event::PAST).outcome();
+                return Pending::ended(result, value);
+            }
         };
         let course = Course::new(&collective, channel, false);
         Pending::new(self.submit(Box::new(collective), course, after), value)

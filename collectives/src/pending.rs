@@ -13,7 +13,13 @@ use crate::Error;
 #[must_use = "an operation's buffers come back through `then` or `wait`"]
 pub struct Pending<T> {
     state: State,
-    value: Option<T>,
+    value: Option<Value<T>>,
+}
+
+/// The buffers, or how to make what they become: only once the operation is complete does anybody get hold of them.
+enum Value<T> {
+    Ready(T),
+    Later(Box<dyn FnOnce() -> T + Send>),
 }
 
 #[derive(Clone)]
@@ -35,12 +41,12 @@ impl State {
 
 impl<T> Pending<T> {
     pub(crate) fn new(outcome: Arc<Outcome>, value: T) -> Pending<T> {
-        Pending { state: State::Flying(outcome), value: Some(value) }
+        Pending { state: State::Flying(outcome), value: Some(Value::Ready(value)) }
     }
 
     /// An operation that is over already.
     pub(crate) fn ended(result: Result<(), Error>, value: T) -> Pending<T> {
-        Pending { state: State::Ended(result), value: Some(value) }
+        Pending { state: State::Ended(result), value: Some(Value::Ready(value)) }
     }
 
     /// Orders what `queue` runs from now on after the operation, and gives the buffers back. The host waits only where the
@@ -74,13 +80,28 @@ impl<T> Pending<T> {
         }
     }
 
-    /// The same operation, with its buffers in another form.
-    pub fn map<U>(mut self, form: impl FnOnce(T) -> U) -> Pending<U> {
-        Pending { state: self.state.clone(), value: Some(form(self.take())) }
+    /// The same operation, with its buffers in another form, which `form` makes once it is complete.
+    pub fn map<U>(mut self, form: impl FnOnce(T) -> U + Send + 'static) -> Pending<U>
+    where
+        T: Send + 'static,
+    {
+        let value = self.value.take().expect(HELD);
+        Pending { state: self.state.clone(), value: Some(Value::Later(Box::new(move || form(value.get())))) }
     }
 
     fn take(&mut self) -> T {
-        self.value.take().expect("a pending operation holds its buffers until it is consumed")
+        self.value.take().expect(HELD).get()
+    }
+}
+
+const HELD: &str = "a pending operation holds its buffers until it is consumed";
+
+impl<T> Value<T> {
+    fn get(self) -> T {
+        match self {
+            Value::Ready(value) => value,
+            Value::Later(make) => make(),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::transit::Greeting;
 use crate::Error;
-use crate::call::{Detail, Kind, call};
+use crate::call::{Detail, Kind, Purpose, call};
 use crate::shm::control::{BRIEF, Call};
 use crate::shm::flight::{Collective, Peers, Progress};
 use crate::shm::place::Place;
@@ -16,6 +16,7 @@ use crate::shm::place::Place;
 pub(crate) struct Scalars {
     /// At most as many values of this rank as a header holds.
     values: Vec<u64>,
+    purpose: Purpose,
     /// All ranks' values, in order of rank, once complete.
     gathered: Vec<u64>,
     /// Where they go besides.
@@ -24,8 +25,8 @@ pub(crate) struct Scalars {
 }
 
 impl Scalars {
-    pub(crate) fn new(values: &[u64]) -> Scalars {
-        Scalars { values: values.to_vec(), gathered: Vec::new(), deliver_to: None, greeting: None }
+    pub(crate) fn new(values: &[u64], purpose: Purpose) -> Scalars {
+        Scalars { values: values.to_vec(), purpose, gathered: Vec::new(), deliver_to: None, greeting: None }
     }
 
     /// The same, for another thread to complete.
@@ -51,7 +52,7 @@ impl Scalars {
 
 impl Collective for Scalars {
     fn call(&self) -> Call {
-        call(Kind::Scalars, None, false, self.values.len(), Detail::None)
+        call(Kind::Scalars, None, false, self.values.len(), Detail::Purpose(self.purpose))
     }
 
     fn begin(&mut self, peers: &mut Peers<'_>) -> Result<(Place, Place), Error> {

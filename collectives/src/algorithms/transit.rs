@@ -102,6 +102,7 @@ impl<M> Transit<M> {
         while index < self.waiting.len() {
             if wire.test(&self.waiting[index].1)? {
                 self.waiting.remove(index);
+                peers.moved = true;
             } else {
                 index += 1;
             }

@@ -122,7 +122,7 @@ pub(crate) struct Header {
 pub(crate) struct Call {
     /// Number of the operation on its channel, from 1.
     pub(crate) sequence: u64,
-    /// A [`super::flight::Kind`].
+    /// A [`crate::call::Kind`].
     pub(crate) kind: u64,
     /// Type of the elements, as a number; 0 for none.
     pub(crate) dtype: u64,
@@ -140,7 +140,7 @@ impl Call {
         self.words()[1..] == other.words()[1..]
     }
 
-    /// A number that differs, but for chance of 1 in 2⁶⁴, for ranks that have not made the same call.
+    /// A number that is the same for the same call, and hardly ever for another.
     pub(crate) fn digest(&self) -> u64 {
         let mix = |digest: u64, word: u64| (digest ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
         self.words().into_iter().fold(0, mix)

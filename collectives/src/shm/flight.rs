@@ -58,6 +58,8 @@ pub(crate) struct Peers<'a> {
     pub(crate) channel: Channel,
     pub(crate) call: Call,
     pub(crate) wire: Option<&'a mut (dyn Wire + 'static)>,
+    /// Whether a message to or from another host has become complete.
+    pub(crate) moved: bool,
 }
 
 impl Peers<'_> {
@@ -182,8 +184,14 @@ impl Course {
                 self.watch.check(shared, late, &|rank| steps(rank) < target, &|| describe(call))?;
                 return Ok(false);
             }
-            let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: wire.as_deref_mut() };
-            match collective.exchange(self.taken - 1, &mut peers)? {
+            let mut peers =
+                Peers { shared, channel: self.channel, call: self.call, wire: wire.as_deref_mut(), moved: false };
+            let progress = collective.exchange(self.taken - 1, &mut peers)?;
+            if peers.moved {
+                // Limits are for silence, not for large buffers.
+                self.watch = Watch::new(shared.options.timeout, self.patient);
+            }
+            match progress {
                 Progress::Step => self.step(shared, lane),
                 Progress::Waiting(rank) => {
                     let call = self.call;
@@ -201,7 +209,7 @@ impl Course {
 
     fn start(&mut self, collective: &mut dyn Collective, shared: &Shared, lane: &mut Lane) -> Result<(), Error> {
         self.call.sequence = lane.sequence + 1;
-        let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None };
+        let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };
         let (input, output) = collective.begin(&mut peers)?;
         peers.header(shared.rank).write(self.call, input, output);
         peers.own_channel().digests[peers.parity()].store(self.call.digest(), Ordering::Relaxed);
@@ -222,7 +230,7 @@ impl Course {
     /// Compares the calls of ranks that have arrived. A rank further on may already show a mismatch while an earlier one is still
     /// on its way: it is named now.
     fn compare(&mut self, shared: &Shared, steps: impl Fn(usize) -> u64) -> Result<(), Error> {
-        let peers = Peers { shared, channel: self.channel, call: self.call, wire: None };
+        let peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };
         let digest = self.call.digest();
         for rank in self.compared..shared.world() {
             if steps(rank) < self.target {

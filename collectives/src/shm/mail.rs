@@ -172,7 +172,9 @@ impl MailFlight {
         };
         self.lent &= !done;
         if done {
-            completed.store(self.number + 1, Ordering::Release);
+            publish(completed, self.number + 1);
+            // The next message of this line may be another thread's.
+            shared.ring_rank(shared.rank, MAIL_BELL, subject::MAIL);
             let sent =
                 if self.direction == Direction::Send { self.buffer.len() * self.buffer.dtype().bytes() } else { 0 };
             shared.count(sent as u64);
@@ -337,6 +339,7 @@ impl MailFlight {
                 return Ok(false);
             }
             self.wire.remove(0);
+            self.watch = Watch::new(shared.options.timeout, false);
             if self.direction == Direction::Receive && self.moved == 0 {
                 self.check(shared, self.words[0], self.words[1])?;
                 self.moved = self.buffer.len().max(1);

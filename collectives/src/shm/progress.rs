@@ -67,6 +67,17 @@ pub(crate) struct Lane {
     pub(crate) steps: u64,
 }
 
+/// Tells the other ranks when the thread that drives an operation panics: they would wait for its steps.
+struct AbortOnPanic<'a>(&'a Shared);
+
+impl Drop for AbortOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.abort("it panicked");
+        }
+    }
+}
+
 /// What one turn of the progress thread found.
 #[derive(Default)]
 struct Turn {
@@ -213,7 +224,14 @@ impl Shared {
         if let Err(error) = self.healthy() {
             return flight.finish(Err(error));
         }
-        self.lanes[flight.channel() as usize].lock().flights.push_back(flight);
+        let mut lane = self.lanes[flight.channel() as usize].lock();
+        // Again, now that the lane cannot be given up in between.
+        if let Err(error) = self.healthy() {
+            drop(lane);
+            return flight.finish(Err(error));
+        }
+        lane.flights.push_back(flight);
+        drop(lane);
         self.ring_progress();
     }
 
@@ -222,7 +240,13 @@ impl Shared {
         if let Err(error) = self.healthy() {
             return flight.finish(Err(error));
         }
-        self.mail.flights.lock().push(flight);
+        let mut flights = self.mail.flights.lock();
+        if let Err(error) = self.healthy() {
+            drop(flights);
+            return flight.finish(Err(error));
+        }
+        flights.push(flight);
+        drop(flights);
         self.ring_progress();
     }
 
@@ -237,6 +261,7 @@ impl Shared {
         let lane = self.lanes[channel as usize].try_lock().filter(|lane| lane.flights.is_empty() && !self.has_wire());
         let mut lane = lane.filter(|_| self.options.delay_of(channel).is_zero())?;
         let mut course = Course::new(collective, channel, patient);
+        let _guard = AbortOnPanic(self);
         let bell = &self.control().callers[channel as usize];
         let poll = || course.poll(collective, self, &mut lane, None).map(|done| done.then_some(()));
         Some(self.wait(bell, channel.subject(), poll).map_err(|error| self.fail(error)))
@@ -247,6 +272,7 @@ impl Shared {
         if self.has_wire() {
             return self.submit_mail(flight);
         }
+        let _guard = AbortOnPanic(self);
         let bell = &self.control().callers[MAIL_BELL];
         let result = self.wait(bell, subject::MAIL, || flight.poll(self, None).map(|done| done.then_some(())));
         flight.finish(result.map_err(|error| self.fail(error)));
@@ -390,7 +416,10 @@ impl Shared {
         if driven.is_err() {
             // The panic has been printed. Nothing may wait for this thread any more, here or elsewhere.
             self.abort("its progress thread panicked");
-            self.drive(&mut wire);
+            for lane in &self.lanes {
+                lane.lock().flights.drain(..).for_each(|flight| flight.finish(self.healthy()));
+            }
+            self.mail.flights.lock().drain(..).for_each(|flight| flight.finish(self.healthy()));
         }
         if let (Some(wire), Err(error)) = (&mut wire, self.healthy()) {
             wire.abort(&error.to_string());
@@ -425,10 +454,14 @@ impl Shared {
                 continue;
             }
             spinning = None;
-            let seen = control.progress.prepare(turn.waiting_for | subject::WORK);
-            // A last look, now that who has news would ring.
+            let declared = turn.waiting_for | subject::WORK;
+            let seen = control.progress.prepare(declared);
+            // A last look, now that who has news would ring. What it starts to wait for has not been declared.
             let turn = self.drive(wire);
-            if turn.moved || (turn.waiting_for == 0 && self.stopping.load(Ordering::Acquire)) {
+            if turn.moved
+                || turn.waiting_for & !declared != 0
+                || (turn.waiting_for == 0 && self.stopping.load(Ordering::Acquire))
+            {
                 control.progress.awake();
                 continue;
             }
