@@ -192,7 +192,7 @@ impl Case {
             (Operation::ReduceScatter, Form::OutOfPlace) => {
                 let (input, output) = (input.expect(has), output.expect(has));
                 let reduce = Reduce { input, output, reduction, accumulate: false, sideband: None };
-                communicator.reduce_scatter(reduce, start).map(|reduce| both((reduce.input, reduce.output)))
+                communicator.reduce_scatter(reduce, start).map(move |reduce| both((reduce.input, reduce.output)))
             }
             (Operation::AllGather, Form::InPlace) => {
                 communicator.all_gather_in_place(output.expect(has), start).map(only_output)
