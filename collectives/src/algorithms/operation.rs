@@ -205,12 +205,14 @@ impl Operation {
         Ok(())
     }
 
-    /// The only rank of this host that reads a chunk of this rank's input, if there is only one.
+    /// The only rank of this host that may read a chunk of this rank's input, if there is only one.
     fn reader(&self, peers: &Peers<'_>, chunk: usize) -> Option<usize> {
         let hosts = &peers.shared.hosts;
         match self.kind {
             Kind::AllGather | Kind::Broadcast | Kind::Gather => None,
             Kind::Reduce => Some(chunk),
+            // What goes to another host is sent from where it lies.
+            Kind::Scatter | Kind::AllToAll if hosts.host(chunk) != hosts.own => Some(peers.rank()),
             _ => Some(hosts.column(chunk)),
         }
     }

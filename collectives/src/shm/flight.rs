@@ -261,7 +261,7 @@ pub(crate) struct Flight {
 impl Drop for Flight {
     /// Nobody waits for ever for an operation that a panic has ended; any other end has been set before.
     fn drop(&mut self) {
-        let reason = "the progress thread panicked".to_owned();
+        let reason = "the thread that drove it panicked".to_owned();
         self.outcome.set(Err(Error::System { what: "an operation", reason }));
     }
 }

@@ -103,7 +103,7 @@ impl Drop for MailFlight {
             std::mem::forget(self.buffer.clone());
             std::mem::forget(std::mem::take(&mut self.words));
         }
-        let reason = "the progress thread panicked".to_owned();
+        let reason = "the thread that drove it panicked".to_owned();
         self.outcome.set(Err(Error::System { what: "a message", reason }));
     }
 }
