@@ -11,9 +11,8 @@
 //! | gather, scatter | S/n | S/n |
 //! | window | S/n, then S block by block | S/n |
 //!
-//! In place, sums are stored where they were read, as the operation's are.
+//! The loops take turns with the operation, so that what else the machine does meets both. In place, sums are stored where they were read, as the operation's are.
 
-use pillion_collectives::Communicator;
 use pillion_kernels::{Buffer, Cpu, DType, Device};
 use serde::Serialize;
 
@@ -22,7 +21,7 @@ use crate::case::BLOCK;
 use crate::local::{self, Sum};
 use crate::operation::{Form, Operation};
 use crate::pattern::Pattern;
-use crate::timing::{Repeat, Summary};
+use crate::timing::Summary;
 
 /// Iterations are at most so many: the loops vary less than what they bound.
 pub const MOST_ITERATIONS: usize = 20;
@@ -103,7 +102,7 @@ impl Work {
     }
 }
 
-/// Private bytes that [`measure`] needs on each rank.
+/// Private bytes that [`Loops`] need on each rank.
 pub fn bytes(pattern: &Pattern, dtype: DType) -> u64 {
     Work::of(pattern, dtype).map_or(0, |work| {
         let (read, written) = work.traffic(dtype);
@@ -111,43 +110,57 @@ pub fn bytes(pattern: &Pattern, dtype: DType) -> u64 {
     })
 }
 
-/// Measures the roofline of an operation; nothing where it moves no bytes. Every rank calls this at once.
-///
-/// # Errors
-/// The communicator's, and those of the allocation.
-pub fn measure(
-    communicator: &Communicator,
-    pattern: &Pattern,
+/// The local loops that bound an operation, with their memory.
+pub struct Loops {
+    work: Work,
     dtype: DType,
-    repeat: &mut Repeat,
-) -> Result<Option<Roofline>, Error> {
-    let Some(work) = Work::of(pattern, dtype) else { return Ok(None) };
-    let (bytes_read, bytes_written) = work.traffic(dtype);
-    let touched = |bytes: usize| -> Result<Buffer, Error> {
-        let mut buffer = Cpu.allocate(dtype, bytes / dtype.bytes())?;
-        // Pages that were never written are all one page.
-        Cpu.queue().zero(buffer.view_mut());
-        Ok(buffer)
-    };
-    let (mut from, mut to) = (touched(bytes_read)?, touched(bytes_written)?);
-    let mut scratch = touched(BLOCK * dtype.bytes())?;
-    // A broadcast's root has nothing to read.
-    let idle = pattern.operation == Operation::Broadcast && pattern.rank == 0;
-    let mut fastest: Option<Roofline> = None;
-    for streaming in [false, true] {
-        let samples = repeat.time(communicator, || {
-            if !idle {
-                work.run(dtype, &mut from, &mut to, &mut scratch, streaming);
-            }
-            Ok(())
-        })?;
-        let p50_us = Summary::of(&samples).p50_us;
-        if fastest.as_ref().is_none_or(|fastest| p50_us < fastest.p50_us) {
-            fastest = Some(Roofline { p50_us, streaming, bytes_read, bytes_written });
+    from: Buffer,
+    to: Buffer,
+    scratch: Buffer,
+    /// A broadcast's root has nothing to read.
+    idle: bool,
+}
+
+impl Loops {
+    /// Number of loops: storing through the caches, and past them.
+    pub const COUNT: usize = 2;
+
+    /// Nothing where an operation moves no bytes.
+    ///
+    /// # Errors
+    /// Those of the allocation.
+    pub fn new(pattern: &Pattern, dtype: DType) -> Result<Option<Loops>, Error> {
+        let Some(work) = Work::of(pattern, dtype) else { return Ok(None) };
+        let touched = |bytes: usize| -> Result<Buffer, Error> {
+            let mut buffer = Cpu.allocate(dtype, bytes / dtype.bytes())?;
+            // Pages that were never written are all one page.
+            Cpu.queue().zero(buffer.view_mut());
+            Ok(buffer)
+        };
+        let (read, written) = work.traffic(dtype);
+        let (from, to, scratch) = (touched(read)?, touched(written)?, touched(BLOCK * dtype.bytes())?);
+        let idle = pattern.operation == Operation::Broadcast && pattern.rank == 0;
+        Ok(Some(Loops { work, dtype, from, to, scratch, idle }))
+    }
+
+    /// Runs a loop once. Every rank does at once.
+    pub fn run(&mut self, index: usize) {
+        if !self.idle {
+            self.work.run(self.dtype, &mut self.from, &mut self.to, &mut self.scratch, STREAMING[index]);
         }
     }
-    Ok(fastest)
+
+    /// The fastest of the loops, given the times of each in nanoseconds.
+    pub fn roofline(&self, samples: &[Vec<u64>]) -> Roofline {
+        let (bytes_read, bytes_written) = self.work.traffic(self.dtype);
+        let timed = samples.iter().map(|samples| Summary::of(samples).p50_us).zip(STREAMING);
+        let fastest = timed.min_by(|one, other| one.0.total_cmp(&other.0));
+        let (p50_us, streaming) = fastest.expect("there are two loops");
+        Roofline { p50_us, streaming, bytes_read, bytes_written }
+    }
 }
+
+const STREAMING: [bool; Loops::COUNT] = [false, true];
 
 #[cfg(test)]
 mod tests {

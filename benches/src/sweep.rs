@@ -14,7 +14,7 @@ use crate::operation::{Form, Operation};
 use crate::overlap;
 use crate::pattern::{LARGEST, Pattern};
 use crate::report::{Measurement, Report, Times};
-use crate::roofline;
+use crate::roofline::{self, Loops};
 use crate::timing::{self, Flush, Repeat};
 
 /// Bytes that `--cold` walks at least: caches that virtual machines report mislead.
@@ -171,7 +171,7 @@ impl<'a> Sweep<'a> {
         let library = self.library.filter(|_| dtype != DType::Bf16);
         let calls = library.map_or(&[][..], |library| library.calls(operation));
         let of_library = if calls.is_empty() { 0 } else { Case::bytes(&pattern, dtype, Buffers::Private).1 };
-        // The roofline's loops run while the operation's own buffers are there.
+        // The roofline's loops take turns with the operation.
         check_memory(link, operation, size, shared + private + of_library + roofline::bytes(&pattern, dtype))?;
         let communicator = link.communicator();
         let mut case = Case::new(communicator, pattern, dtype, settings.buffers)?;
@@ -196,12 +196,24 @@ impl<'a> Sweep<'a> {
             }
             theirs.prepare(0);
         }
-        let samples = timing::alternate(&mut self.repeat, communicator, 1 + calls.len(), |contender| {
-            match (contender, &mut theirs) {
-                (1.., Some((library, theirs))) => library.run(calls[contender - 1], theirs),
+        let mut loops = Loops::new(&pattern, dtype)?;
+        // This, each of the library's calls, and the loops.
+        let mut contenders = vec![settings.iterations; 1 + calls.len()];
+        if loops.is_some() {
+            contenders.extend([settings.iterations.min(roofline::MOST_ITERATIONS); Loops::COUNT]);
+        }
+        let samples = timing::alternate(&mut self.repeat, communicator, &contenders, |contender| {
+            match (contender.checked_sub(1), &mut theirs, &mut loops) {
+                (Some(call), Some((library, theirs)), _) if call < calls.len() => library.run(calls[call], theirs),
+                (Some(call), _, Some(loops)) => {
+                    loops.run(call - calls.len());
+                    Ok(())
+                }
                 _ => case.run(communicator),
             }
         })?;
+        let (samples, of_loops) = samples.split_at(1 + calls.len());
+        let roofline = loops.map(|loops| loops.roofline(of_loops));
         drop(theirs);
         let overlap = match settings.overlap && operation.overlaps() && form == operation.forms()[0] {
             true => Some(overlap::measure(communicator, &mut case, &mut self.repeat)?),
@@ -211,13 +223,6 @@ impl<'a> Sweep<'a> {
             *wrong += case.check(communicator, 2)?;
             *wrong = self.all_wrong(communicator, *wrong)?;
         }
-        let roofline = {
-            let iterations =
-                std::mem::replace(&mut self.repeat.iterations, settings.iterations.min(roofline::MOST_ITERATIONS));
-            let roofline = roofline::measure(communicator, &pattern, dtype, &mut self.repeat);
-            self.repeat.iterations = iterations;
-            roofline?
-        };
         let reduces = operation.reduces();
         let ours = Measurement {
             op: operation.name(),

@@ -76,24 +76,27 @@ impl Repeat {
 /// Turns that contenders take.
 const TURNS: usize = 5;
 
-/// Nanoseconds of each contender's iterations. They take turns, so that what else the machine does meets all of them: each of up to
-/// five turns has a share of the iterations, after untimed ones, and begins with another contender. Every rank calls this at once.
+/// Nanoseconds of each contender's iterations, as many as `contenders` says. They take turns, so that what else the machine does meets all of
+/// them: each of up to five turns has a share of the iterations, after untimed ones, and begins with another contender. Every
+/// rank calls this at once.
 ///
 /// # Errors
 /// The communicator's, and those of `run`, which runs the contender of a number once.
 pub fn alternate(
     repeat: &mut Repeat,
     communicator: &Communicator,
-    contenders: usize,
+    contenders: &[usize],
     mut run: impl FnMut(usize) -> Result<(), Error>,
 ) -> Result<Vec<Vec<u64>>, Error> {
     let (iterations, warmup) = (repeat.iterations, repeat.warmup);
-    let turns = if contenders > 1 { TURNS.min(iterations) } else { 1 };
-    let mut samples = vec![Vec::new(); contenders];
+    let fewest = contenders.iter().copied().min().unwrap_or(0);
+    let turns = if contenders.len() > 1 { TURNS.min(fewest) } else { 1 };
+    let mut samples = vec![Vec::new(); contenders.len()];
     for turn in 0..turns {
-        repeat.iterations = iterations * (turn + 1) / turns - iterations * turn / turns;
-        for place in 0..contenders {
-            let contender = (turn + place) % contenders;
+        for place in 0..contenders.len() {
+            let contender = (turn + place) % contenders.len();
+            let all = contenders[contender];
+            repeat.iterations = all * (turn + 1) / turns - all * turn / turns;
             samples[contender].extend(repeat.time(communicator, || run(contender))?);
         }
         // What the others left in the caches is gone sooner than what a first call sets up.
@@ -161,7 +164,7 @@ mod tests {
                 order.push(contender);
                 Ok(())
             };
-            let samples = alternate(&mut repeat, &communicator, contenders, note).unwrap();
+            let samples = alternate(&mut repeat, &communicator, &vec![iterations; contenders], note).unwrap();
             assert_eq!(samples.iter().map(Vec::len).collect::<Vec<_>>(), vec![iterations; contenders]);
             assert_eq!((repeat.iterations, repeat.warmup), (iterations, 0), "as before");
             let changes = order.windows(2).filter(|pair| pair[0] != pair[1]).count();

@@ -11,7 +11,7 @@ use crate::call::Purpose;
 use crate::join::{self, Job};
 use crate::shm::arena::available_memory;
 use crate::shm::control::state;
-use crate::shm::progress::Shared;
+use crate::shm::shared::Shared;
 use crate::{Backend, Error, Launch, Options, Window};
 
 /// What a communicator has moved so far.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::hosts::Hosts;
-use crate::shm::progress::Shared;
 use crate::shm::rendezvous::{self, Place};
+use crate::shm::shared::Shared;
 use crate::wire::Wire;
 use crate::wire::threads::ThreadWire;
 use crate::{Backend, Error, Launch, Options};

@@ -6,7 +6,9 @@ use parking_lot::Mutex;
 use pillion_kernels::cpu::reduce::{Fold, Reduction};
 use pillion_kernels::{Buffer, DType, Event};
 
-use crate::algorithms::{self, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands};
+use crate::algorithms::{
+    self, BriefAllReduce, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands,
+};
 use crate::call::Purpose;
 use crate::pending::{Outcome, Pending};
 use crate::shm::control::{Channel, PAYLOAD};
@@ -126,8 +128,7 @@ impl Communicator {
     pub fn all_reduce(&self, buffer: Buffer, reduction: Reduction, start: impl Into<Start>) -> Pending<Buffer> {
         let combination = self.combination(reduction, &buffer, &buffer);
         let operands = operands(Some(&buffer), Some(&buffer));
-        let operation = algorithms::all_reduce(&self.shared.hosts, self.rank(), operands, buffer.len(), combination);
-        self.run(operation, Channel::Reduce, start.into(), buffer)
+        self.run_all_reduce(operands, buffer.len(), combination, start.into(), buffer)
     }
 
     /// output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type, or f32 for bf16.
@@ -141,8 +142,23 @@ impl Communicator {
         let combination = self.combination(reduction, &input, &output);
         assert!(input.len() == output.len(), "an all-reduce of {input:?} into {output:?}");
         let operands = operands(Some(&input), Some(&output));
-        let operation = algorithms::all_reduce(&self.shared.hosts, self.rank(), operands, input.len(), combination);
-        self.run(operation, Channel::Reduce, start.into(), (input, output))
+        self.run_all_reduce(operands, input.len(), combination, start.into(), (input, output))
+    }
+
+    fn run_all_reduce<T>(
+        &self,
+        operands: Operands,
+        len: usize,
+        combination: Combination,
+        start: Start,
+        value: T,
+    ) -> Pending<T> {
+        let hosts = &self.shared.hosts;
+        if BriefAllReduce::fits(hosts, len * operands.dtype.bytes()) {
+            return self.run(BriefAllReduce::new(operands, len, combination), Channel::Reduce, start, value);
+        }
+        let operation = algorithms::all_reduce(hosts, self.rank(), operands, len, combination);
+        self.run(operation, Channel::Reduce, start, value)
     }
 
     /// The root's output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type on the root,
@@ -207,7 +223,8 @@ impl Communicator {
     }
 
     /// Sends `buffer` to rank `to`, which receives as many elements of the same type. Messages between two ranks arrive in order;
-    /// complete once it has been received, or has left this host. Only these two ranks call.
+    /// complete once `buffer` is no longer
+    /// needed: at the latest when it has been received. Only these two ranks call.
     pub fn send(&self, buffer: Buffer, to: usize, start: impl Into<Start>) -> Pending<Buffer> {
         self.message(Direction::Send, buffer, to, start.into())
     }
@@ -222,7 +239,7 @@ impl Communicator {
         let outcome = Arc::new(Outcome::default());
         let flight = |after| MailFlight::new(&self.shared, direction, peer, buffer.span(), after, outcome.clone());
         match start {
-            Start::After(event) => self.shared.submit_mail(flight(event)),
+            Start::After(event) => self.shared.start_mail(flight(event)),
             Start::Here => {
                 self.shared.run_mail_here(flight(Event::PAST));
                 let result = outcome.outcome();

@@ -24,8 +24,8 @@ enum Value<T> {
 
 #[derive(Clone)]
 enum State {
-    /// It was over when its call returned.
-    Ended(Result<(), Error>),
+    /// It was over when its call returned. (Errors are large, and rare.)
+    Ended(Result<(), Box<Error>>),
     Flying(Arc<Outcome>),
 }
 
@@ -33,7 +33,7 @@ impl State {
     /// Blocks until the operation has ended.
     fn outcome(&self) -> Result<(), Error> {
         match self {
-            State::Ended(result) => result.clone(),
+            State::Ended(result) => result.clone().map_err(|error| *error),
             State::Flying(outcome) => outcome.outcome(),
         }
     }
@@ -46,7 +46,7 @@ impl<T> Pending<T> {
 
     /// An operation that is over already.
     pub(crate) fn ended(result: Result<(), Error>, value: T) -> Pending<T> {
-        Pending { state: State::Ended(result), value: Some(Value::Ready(value)) }
+        Pending { state: State::Ended(result.map_err(Box::new)), value: Some(Value::Ready(value)) }
     }
 
     /// Orders what `queue` runs from now on after the operation, and gives the buffers back. The host waits only where the
@@ -57,7 +57,7 @@ impl<T> Pending<T> {
     pub fn then(mut self, queue: &dyn Queue) -> Result<T, Error> {
         queue.wait_for(&self.event());
         match &self.state {
-            State::Ended(result) => result.clone()?,
+            State::Ended(result) => result.clone().map_err(|error| *error)?,
             State::Flying(outcome) => outcome.result.lock().clone().unwrap_or(Ok(()))?,
         }
         Ok(self.take())
@@ -80,13 +80,17 @@ impl<T> Pending<T> {
         }
     }
 
-    /// The same operation, with its buffers in another form, which `form` makes once it is complete.
+    /// The same operation, with its buffers in another form, which `form` makes once it is complete: at once if it is.
     pub fn map<U>(mut self, form: impl FnOnce(T) -> U + Send + 'static) -> Pending<U>
     where
         T: Send + 'static,
     {
         let value = self.value.take().expect(HELD);
-        Pending { state: self.state.clone(), value: Some(Value::Later(Box::new(move || form(value.get())))) }
+        let value = match &self.state {
+            State::Ended(_) => Value::Ready(form(value.get())),
+            State::Flying(_) => Value::Later(Box::new(move || form(value.get()))),
+        };
+        Pending { state: self.state.clone(), value: Some(value) }
     }
 
     fn take(&mut self) -> T {

@@ -7,8 +7,8 @@ use pillion_kernels::{Buffer, Event, Span, View, ViewMut};
 
 use crate::Error;
 use crate::shm::control::{WINDOW_BELL, subject};
-use crate::shm::progress::Shared;
 use crate::shm::protocol::publish;
+use crate::shm::shared::Shared;
 
 /// A full-length buffer that every rank of the host can read and whose own shard each rank writes.
 ///

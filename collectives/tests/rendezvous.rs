@@ -98,6 +98,7 @@ fn a_rank_that_expects_another_world_is_told_both_numbers() {
     }
 }
 
+#[cfg(not(feature = "mpi"))]
 #[test]
 fn ranks_of_several_hosts_are_pointed_to_the_build_that_joins_them() {
     let launch = Launch { local_world: 1, local_rank: 0, ..Launch::threads(2)[1].clone() };

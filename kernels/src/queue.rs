@@ -43,7 +43,12 @@ pub struct AdamW {
 }
 
 /// An ordered stream of work on one device.
-pub trait Queue: Send {
+///
+/// # Safety
+/// Whoever lends memory to an operation in flight trusts a queue with it: work that is enqueued after [`Queue::wait_for`] must not touch
+/// any memory before the event has happened, and an event of [`Queue::record`] must not happen before all work enqueued earlier has
+/// finished with its memory.
+pub unsafe trait Queue: Send {
     /// An event that happens once everything enqueued so far has run.
     fn record(&self) -> Event;
 

@@ -28,12 +28,14 @@ pub(crate) fn all_reduce(
     let mut operation = Operation::new(Kind::AllReduce, combination.detail(None, false), operands, Work::Fold(fold))
         .cut_into(len.div_ceil(world), len, world, world)
         .sending(sent);
-    operation.wire.then = hosts.column_of(rank).next().map(|_| Moves {
-        sends: hosts.column_of(rank).map(|peer| (peer, rank)).collect(),
-        source: End::Output,
-        receives: hosts.column_of(rank).map(|peer| (peer, peer)).collect(),
-        spread: spread(hosts),
-        ..Moves::default()
+    operation.then = hosts.column_of(rank).next().map(|_| {
+        Box::new(Moves {
+            sends: hosts.column_of(rank).map(|peer| (peer, rank)).collect(),
+            source: End::Output,
+            receives: hosts.column_of(rank).map(|peer| (peer, peer)).collect(),
+            spread: spread(hosts),
+            ..Moves::default()
+        })
     });
     operation
 }

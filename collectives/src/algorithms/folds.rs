@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use pillion_kernels::DType;
 use pillion_kernels::cpu::reduce::{self, Reduction};
+use smallvec::{SmallVec, smallvec};
 
 use super::operation::{Mode, Operands};
 use super::sides::{End, Piece, Sides};
@@ -11,6 +12,9 @@ use crate::Error;
 use crate::call::Detail;
 use crate::hosts::Hosts;
 use crate::shm::flight::Peers;
+
+/// One for each rank of a host: no allocation as long as there are few, which is much of a short reduction's time.
+pub(super) type Addresses<A> = SmallVec<[A; 8]>;
 
 /// Who wants a combined chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +152,7 @@ impl Fold {
         piece: &Piece,
         chunk: usize,
         range: Range<usize>,
-    ) -> Result<Vec<*const u8>, Error> {
+    ) -> Result<Addresses<*const u8>, Error> {
         let input = |rank| sides.of_rank(peers, rank, End::Input, chunk, range.clone(), piece);
         (0..peers.world()).map(|rank| input(rank).map(<*mut u8>::cast_const)).collect()
     }
@@ -160,16 +164,16 @@ impl Fold {
         peers: &Peers<'_>,
         piece: &Piece,
         range: Range<usize>,
-    ) -> Result<Vec<*mut u8>, Error> {
+    ) -> Result<Addresses<*mut u8>, Error> {
         let (rank, hosts) = (peers.rank(), &peers.shared.hosts);
         let output = |of: usize, chunk| sides.of_rank(peers, of, End::Output, chunk, range.clone(), piece);
         if range.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Addresses::new());
         }
         match self.target {
-            Target::Own => Ok(vec![output(rank, 0)?]),
+            Target::Own => Ok(smallvec![output(rank, 0)?]),
             Target::All => (0..peers.world()).map(|of| output(of, hosts.local()[rank])).collect(),
-            Target::Root(root) => Ok(vec![output(hosts.column(root), rank)?]),
+            Target::Root(root) => Ok(smallvec![output(hosts.column(root), rank)?]),
         }
     }
 }

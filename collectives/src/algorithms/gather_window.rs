@@ -13,7 +13,7 @@ use crate::Error;
 use crate::call::{Detail, Kind, call};
 use crate::shm::arena::Mapping;
 use crate::shm::control::Call;
-use crate::shm::flight::{Collective, Peers, Progress};
+use crate::shm::flight::{Collective, Opening, Peers, Progress};
 use crate::shm::place::Place;
 
 pub(crate) struct GatherWindow {
@@ -63,8 +63,8 @@ impl Collective for GatherWindow {
         call(Kind::GatherWindow, None, false, self.window.len(), Detail::Window(self.place))
     }
 
-    fn begin(&mut self, _peers: &mut Peers<'_>) -> Result<(Place, Place), Error> {
-        Ok((Place::None, Place::None))
+    fn begin(&mut self, _peers: &mut Peers<'_>) -> Result<Opening, Error> {
+        Ok(Opening::new(Place::None, Place::None))
     }
 
     fn exchange(&mut self, step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {

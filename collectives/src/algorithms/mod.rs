@@ -7,6 +7,8 @@
 mod all_gather;
 mod all_reduce;
 mod all_to_all;
+mod between_hosts;
+mod brief;
 mod broadcast;
 mod folds;
 mod gather;
@@ -24,6 +26,7 @@ mod wire_fold;
 pub(crate) use all_gather::all_gather;
 pub(crate) use all_reduce::all_reduce;
 pub(crate) use all_to_all::all_to_all;
+pub(crate) use brief::BriefAllReduce;
 pub(crate) use broadcast::broadcast;
 pub(crate) use folds::Combination;
 pub(crate) use gather::gather;

@@ -4,7 +4,7 @@
 
 use pillion_kernels::cpu::stream;
 
-use super::operation::Held;
+use super::between_hosts::Held;
 use super::sides::{End, Piece, Sides};
 use super::transit::Transit;
 use crate::Error;

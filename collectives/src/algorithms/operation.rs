@@ -12,21 +12,17 @@
 //! any more, and its half of the stages is free for piece k+1; after the last exchange nobody touches anybody's memory.
 //! With other hosts an exchange has a second half, in which ranks copy from each other what came over the wire.
 
-use std::sync::Arc;
-
 use pillion_kernels::cpu::stream;
 use pillion_kernels::{DType, Span, exclusive};
 
+use super::between_hosts::OnWire;
 use super::folds::{Fold, Target};
-use super::moves::{self, Moves};
+use super::moves::Moves;
 use super::sides::{End, HEAD, Piece, STAGE, Side, Sides};
-use super::transit::{Greeting, Transit};
-use super::wire_fold::WireFold;
 use crate::Error;
 use crate::call::{Detail, Kind, call};
-use crate::shm::arena::Mapping;
-use crate::shm::control::{BRIEF, Call, PAYLOAD};
-use crate::shm::flight::{Collective, Peers, Progress};
+use crate::shm::control::{Call, PAYLOAD};
+use crate::shm::flight::{Collective, Opening, Peers, Progress};
 use crate::shm::place::Place;
 
 /// Numbers in a sideband.
@@ -65,28 +61,10 @@ pub(crate) struct Operation {
     /// Bytes that other ranks take from this one.
     pub(super) sent: u64,
     pub(super) mode: Mode,
-    /// What is under way between hosts.
-    pub(super) wire: OnWire,
-}
-
-/// What an operation has under way between hosts.
-#[derive(Default)]
-pub(super) struct OnWire {
-    greeting: Option<Greeting>,
-    greeted: bool,
-    transit: Option<Transit<Held>>,
-    fold: Option<WireFold>,
-    /// Whether the messages of `moves`, or of what follows the fold, have been started.
-    started: bool,
-    /// What follows a fold.
-    pub(super) then: Option<Moves>,
-}
-
-/// Memory that messages use: the operands, the mapping that holds the stage, and what partial results are made in.
-pub(super) struct Held {
-    pub(super) work: Vec<u64>,
-    _operands: [Option<Span>; 2],
-    _map: Arc<Mapping>,
+    /// What follows a fold between hosts.
+    pub(super) then: Option<Box<Moves>>,
+    /// What is under way between hosts; on one host there is nothing, and operations are moved about.
+    pub(super) wire: Option<Box<OnWire>>,
 }
 
 /// How the operands pass, the same on every rank.
@@ -109,7 +87,7 @@ impl Operation {
         };
         let input = Side { span: input, chunks: 1, width: dtype.bytes(), shared: true };
         let output = Side { span: output, chunks: 1, width: to.bytes(), shared: pushed };
-        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0, brief: false };
+        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0 };
         Operation {
             kind,
             dtype,
@@ -119,7 +97,8 @@ impl Operation {
             sidebands: None,
             sent: 0,
             mode: Mode::Arena,
-            wire: OnWire::default(),
+            then: None,
+            wire: None,
         }
     }
 
@@ -166,7 +145,7 @@ impl Operation {
     }
 
     /// Copies this rank's part of a piece into its stage: the chunks that others read.
-    fn copy_in(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
+    pub(super) fn copy_in(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
         if !matches!(peers.header(peers.rank()).input(), Place::Stage(_)) {
             return Ok(());
         }
@@ -185,7 +164,7 @@ impl Operation {
     }
 
     /// Copies what other ranks have put into this rank's stage to where it belongs.
-    fn copy_out(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
+    pub(super) fn copy_out(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
         let Work::Fold(fold) = &self.work else { return Ok(()) };
         if !matches!(peers.header(peers.rank()).output(), Place::Stage(_)) {
             return Ok(());
@@ -225,7 +204,7 @@ impl Operation {
     }
 
     /// Sums the sidebands of all ranks, in order of rank. `words` are those of a rank, given by its number.
-    fn add_sidebands(&self, world: usize, words: impl Fn(usize, usize) -> u64) {
+    pub(super) fn add_sidebands(&self, world: usize, words: impl Fn(usize, usize) -> u64) {
         let Some(Sidebands { totals, accumulate, .. }) = &self.sidebands else { return };
         // SAFETY: this operation owns the totals.
         let totals = unsafe { totals.as_mut_slice::<f64>() };
@@ -236,7 +215,7 @@ impl Operation {
     }
 
     /// Whether a rank of this host stages an operand.
-    fn somebody_stages(&self, peers: &Peers<'_>) -> bool {
+    pub(super) fn somebody_stages(&self, peers: &Peers<'_>) -> bool {
         let places = |rank| [peers.header(rank).input(), peers.header(rank).output()];
         (0..peers.world()).flat_map(places).any(|place| matches!(place, Place::Stage(_)))
     }
@@ -274,117 +253,9 @@ impl Operation {
         Ok(Progress::Step)
     }
 
-    fn decide(&mut self, staged: bool) {
+    pub(super) fn decide(&mut self, staged: bool) {
         self.mode = if staged { Mode::Staged } else { Mode::Arena };
         self.sides.cut(staged);
-    }
-
-    fn exchange_between_hosts(&mut self, step: usize, peers: &mut Peers<'_>) -> Result<Progress, Error> {
-        if !self.wire.greeted {
-            if let Some(rank) = self.greet(peers)? {
-                return Ok(Progress::Waiting(rank));
-            }
-            self.wire.greeted = true;
-        }
-        let halves =
-            if self.spreading().is_some_and(|moves| !moves.spread.is_empty()) && peers.world() > 1 { 2 } else { 1 };
-        let (index, second) = (step / halves, step % halves == 1);
-        let piece = self.sides.piece(index);
-        if second {
-            self.copy_out(peers, &piece)?;
-            let streams = self.streams(peers);
-            self.spreading().expect("halved above").spread(&self.sides, peers, &piece, streams)?;
-            return Ok(Progress::Step);
-        }
-        if self.wire.transit.is_none() {
-            if halves == 1 && index > 0 {
-                self.copy_out(peers, &self.sides.piece(index - 1))?;
-            }
-            let pieces = self.sides.pieces();
-            if index == pieces {
-                return Ok(Progress::Done);
-            }
-            if index + 1 < pieces {
-                self.copy_in(peers, &self.sides.piece(index + 1))?;
-            }
-            self.open_transit(peers);
-        }
-        if let Some(rank) = self.pass_wire(peers, &piece)? {
-            return Ok(Progress::Waiting(rank));
-        }
-        let mut transit = self.wire.transit.take().expect("opened above");
-        *peers.shared.work[peers.channel as usize].lock() = std::mem::take(&mut transit.memory.work);
-        Ok(Progress::Step)
-    }
-
-    /// The moves after which ranks of a host copy from each other what came over the wire. (Broadcasts spread on some hosts only, but
-    /// all ranks of a host do the same.)
-    fn spreading(&self) -> Option<&Moves> {
-        match &self.work {
-            Work::Moves(moves) => Some(moves),
-            Work::Fold(_) => self.wire.then.as_ref(),
-        }
-    }
-
-    /// Tells the column what this rank called; a rank that is waited for, or none once all agree.
-    fn greet(&mut self, peers: &mut Peers<'_>) -> Result<Option<usize>, Error> {
-        let words = if self.sidebands.is_some() { SIDEBAND } else { 0 };
-        if self.wire.greeting.is_none() {
-            let own = (0..peers.world()).flat_map(|rank| (0..words).map(move |index| (rank, index)));
-            let body = own.map(|(rank, index)| peers.payload(rank, index)).collect();
-            self.wire.greeting = Some(Greeting::new(peers.call, self.somebody_stages(peers), body));
-        }
-        let greeting = self.wire.greeting.as_mut().expect("made above");
-        if let Some(rank) = greeting.poll(peers)? {
-            return Ok(Some(rank));
-        }
-        let (greeting, hosts) = (self.wire.greeting.as_ref().expect("made above"), &peers.shared.hosts);
-        self.add_sidebands(hosts.world(), |rank, index| {
-            greeting.body(hosts.host(rank))[hosts.column(rank) * words + index]
-        });
-        let staged = greeting.staged();
-        self.decide(staged);
-        Ok(None)
-    }
-
-    fn open_transit(&mut self, peers: &Peers<'_>) {
-        let mut work = std::mem::take(&mut *peers.shared.work[peers.channel as usize].lock());
-        if let Work::Fold(fold) = &self.work {
-            let fold = WireFold::new(fold, peers);
-            let words = fold.work_bytes(peers.shared.hosts.ranks.len()).div_ceil(8);
-            if work.len() < words {
-                work.resize(words, 0);
-            }
-            self.wire.fold = Some(fold);
-        }
-        self.wire.started = false;
-        let operands = [self.sides.input.span.clone(), self.sides.output.span.clone()];
-        self.wire.transit = Some(Transit::new(Held { work, _operands: operands, _map: peers.shared.map.clone() }));
-    }
-
-    /// Moves a piece between hosts; a rank that is waited for, or none once it is done.
-    fn pass_wire(&mut self, peers: &mut Peers<'_>, piece: &Piece) -> Result<Option<usize>, Error> {
-        let streams = self.streams(peers);
-        let transit = self.wire.transit.as_mut().expect("opened by the caller");
-        let moves = match &self.work {
-            Work::Moves(moves) => Some(moves),
-            Work::Fold(fold) => {
-                let on_wire = self.wire.fold.as_mut().expect("made with the transit");
-                if let Some(rank) = on_wire.poll(fold, &self.sides, peers, piece, transit, streams)? {
-                    return Ok(Some(rank));
-                }
-                self.wire.then.as_ref()
-            }
-        };
-        let Some(moves) = moves else { return Ok(None) };
-        if !self.wire.started {
-            self.wire.started = true;
-            moves.start(&self.sides, peers, piece, transit)?;
-            // Messages travel while this rank copies.
-            transit.poll(peers, moves::GROUP)?;
-            moves.pull(&self.sides, peers, piece, streams)?;
-        }
-        transit.poll(peers, moves::GROUP)
     }
 }
 
@@ -393,7 +264,7 @@ impl Collective for Operation {
         call(self.kind, Some(self.dtype), self.deferred(), self.sides.len, self.detail)
     }
 
-    fn begin(&mut self, peers: &mut Peers<'_>) -> Result<(Place, Place), Error> {
+    fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error> {
         let _access = exclusive(self.deferred());
         if let Some(sidebands) = &self.sidebands {
             // SAFETY: this operation owns the sideband, and its event has happened.
@@ -402,25 +273,22 @@ impl Collective for Operation {
         }
         if self.fits_header(peers) {
             self.mode = Mode::Header;
-            self.sides.brief = self.input_bytes() <= 8 * BRIEF;
             if let Some(span) = &self.sides.input.span {
                 let bytes = span.len().min(self.sides.len) * self.sides.input.width;
+                let to = peers.payload_address(peers.rank(), HEAD);
                 // SAFETY: the operand is this operation's and fits (`fits_header`); nobody reads this header before the next step.
-                unsafe {
-                    let to = self.sides.in_header(peers, peers.rank());
-                    std::ptr::copy_nonoverlapping(span.address().as_ptr(), to, bytes);
-                }
+                unsafe { std::ptr::copy_nonoverlapping(span.address().as_ptr(), to, bytes) };
             }
-            return Ok((Place::Header, Place::None));
+            return Ok(Opening::new(Place::Header, Place::None));
         }
-        let places = (self.place(End::Input, peers)?, self.place(End::Output, peers)?);
-        if let (Place::Stage(_), _) = places {
+        let (input, output) = (self.place(End::Input, peers)?, self.place(End::Output, peers)?);
+        if let Place::Stage(_) = input {
             // The first piece, as long as it will be cut once the others have said that somebody stages: this rank does.
             self.sides.cut(true);
-            peers.header(peers.rank()).write(self.call(), places.0, places.1);
+            peers.header(peers.rank()).write(self.call(), input, output);
             self.copy_in(peers, &self.sides.piece(0))?;
         }
-        Ok(places)
+        Ok(Opening::new(input, output))
     }
 
     fn exchange(&mut self, step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {

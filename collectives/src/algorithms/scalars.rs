@@ -10,7 +10,7 @@ use super::transit::Greeting;
 use crate::Error;
 use crate::call::{Detail, Kind, Purpose, call};
 use crate::shm::control::{BRIEF, Call};
-use crate::shm::flight::{Collective, Peers, Progress};
+use crate::shm::flight::{Collective, Opening, Peers, Progress};
 use crate::shm::place::Place;
 
 pub(crate) struct Scalars {
@@ -55,11 +55,14 @@ impl Collective for Scalars {
         call(Kind::Scalars, None, false, self.values.len(), Detail::Purpose(self.purpose))
     }
 
-    fn begin(&mut self, peers: &mut Peers<'_>) -> Result<(Place, Place), Error> {
-        for (word, &value) in self.words(peers, peers.rank()).iter().zip(&self.values) {
-            word.store(value, Ordering::Relaxed);
+    fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error> {
+        let mut opening = Opening::new(Place::Header, Place::None);
+        if let Some(brief) = opening.brief.get_mut(..self.values.len()) {
+            brief.copy_from_slice(&self.values);
+        } else {
+            self.values.iter().enumerate().for_each(|(index, &value)| peers.set_payload(index, value));
         }
-        Ok((Place::Header, Place::None))
+        Ok(opening)
     }
 
     fn exchange(&mut self, _step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {

@@ -56,8 +56,6 @@ pub(super) struct Sides {
     pub(super) len: usize,
     /// Elements of a chunk in one piece.
     pub(super) piece: usize,
-    /// Whether an operand in the header is so short that it travels beside the steps.
-    pub(super) brief: bool,
 }
 
 impl Sides {
@@ -132,7 +130,7 @@ impl Sides {
             }
             Place::Header => {
                 // SAFETY: operands in headers fit there, on every rank (`Operation::fits_header`).
-                return Ok(unsafe { self.in_header(peers, rank).add(whole) });
+                return Ok(unsafe { peers.payload_address(rank, HEAD).add(whole) });
             }
             Place::None => {
                 let reason = format!("rank {} published no operand", peers.shared.name(rank));
@@ -140,11 +138,6 @@ impl Sides {
             }
         };
         peers.address(rank, offset, (elements.len() * side.width) as u64, side.width).map(|address| address.as_ptr())
-    }
-
-    /// Where a rank's operand in its header starts.
-    pub(super) fn in_header(&self, peers: &Peers<'_>, rank: usize) -> *mut u8 {
-        if self.brief { peers.brief(rank)[0].as_ptr().cast() } else { peers.payload_address(rank, HEAD) }
     }
 
     /// As [`Sides::published`], but this rank's own memory for this rank.

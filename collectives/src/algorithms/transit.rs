@@ -11,7 +11,7 @@ use crate::Error;
 use crate::call::describe;
 use crate::shm::control::Call;
 use crate::shm::flight::Peers;
-use crate::wire::Request;
+use crate::wire::{Request, Wire};
 
 /// Longest message, in bytes.
 const LONGEST: usize = 1 << 20;
@@ -23,31 +23,36 @@ const WINDOW: usize = 3;
 /// Messages under way or yet to be started, and the memory that they use, which is not given back before they are complete.
 pub(super) struct Transit<M> {
     pub(super) memory: ManuallyDrop<M>,
-    queued: VecDeque<Message>,
-    waiting: Vec<(Message, Request)>,
-    /// Number of messages to each rank, and from it, so far.
-    counts: HashMap<usize, [usize; 2]>,
+    lines: Vec<Line>,
     /// A message that did not start may still have parts under way.
     failed: bool,
 }
 
+/// The messages to and from one rank.
+struct Line {
+    rank: usize,
+    ways: [Way; 2],
+    /// Messages of each group that are not complete.
+    open: HashMap<usize, usize>,
+}
+
+/// The messages of one line in one direction, from first to last.
+#[derive(Default)]
+struct Way {
+    waiting: Vec<(Message, Request)>,
+    queued: VecDeque<Message>,
+    /// Number of messages so far.
+    count: usize,
+}
+
 /// A part of what was to be sent or received.
 struct Message {
-    /// The other rank.
-    rank: usize,
-    direction: Direction,
     data: *mut u8,
     len: usize,
     /// What it belongs to.
     group: usize,
-    /// Its number among those of this rank and direction.
+    /// Its number among those of its way.
     index: usize,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
-    Send,
-    Receive,
 }
 
 // SAFETY: the pointers are to memory that the transit's owner lends it (see `Transit::send`), whichever thread drives it.
@@ -56,7 +61,8 @@ unsafe impl Send for Message {}
 impl<M> Drop for Transit<M> {
     /// After a failure the transport may still use the memory at any time, so it is never given back.
     fn drop(&mut self) {
-        if self.waiting.is_empty() && !self.failed {
+        let waiting = self.lines.iter().flat_map(|line| &line.ways).any(|way| !way.waiting.is_empty());
+        if !waiting && !self.failed {
             // SAFETY: dropped here, once.
             unsafe { ManuallyDrop::drop(&mut self.memory) };
         }
@@ -65,8 +71,7 @@ impl<M> Drop for Transit<M> {
 
 impl<M> Transit<M> {
     pub(super) fn new(memory: M) -> Transit<M> {
-        let (queued, counts) = (VecDeque::new(), HashMap::new());
-        Transit { memory: ManuallyDrop::new(memory), queued, waiting: Vec::new(), counts, failed: false }
+        Transit { memory: ManuallyDrop::new(memory), lines: Vec::new(), failed: false }
     }
 
     /// Will send to a rank of another host, in messages that it receives as one.
@@ -74,7 +79,7 @@ impl<M> Transit<M> {
     /// # Safety
     /// The bytes lie in `memory`, or in something that it keeps alive, and nobody changes them until [`Transit::poll`] returns `None`.
     pub(super) unsafe fn send(&mut self, to: usize, data: *const u8, len: usize, group: usize) {
-        self.enqueue(to, Direction::Send, data.cast_mut(), len, group);
+        self.enqueue(to, SENDS, data.cast_mut(), len, group);
     }
 
     /// Will receive from a rank of another host.
@@ -82,15 +87,22 @@ impl<M> Transit<M> {
     /// # Safety
     /// As for [`Transit::send`], and nobody else reads the bytes either.
     pub(super) unsafe fn receive(&mut self, from: usize, data: *mut u8, len: usize, group: usize) {
-        self.enqueue(from, Direction::Receive, data, len, group);
+        self.enqueue(from, RECEIVES, data, len, group);
     }
 
-    fn enqueue(&mut self, rank: usize, direction: Direction, data: *mut u8, len: usize, group: usize) {
+    fn enqueue(&mut self, rank: usize, way: usize, data: *mut u8, len: usize, group: usize) {
+        let known = self.lines.iter().position(|line| line.rank == rank);
+        let line = known.unwrap_or_else(|| {
+            self.lines.push(Line { rank, ways: Default::default(), open: HashMap::new() });
+            self.lines.len() - 1
+        });
+        let line = &mut self.lines[line];
+        let way = &mut line.ways[way];
         for first in (0..len).step_by(LONGEST) {
             let (data, len) = (data.wrapping_add(first), LONGEST.min(len - first));
-            let count = &mut self.counts.entry(rank).or_default()[direction as usize];
-            self.queued.push_back(Message { rank, direction, data, len, group, index: *count });
-            *count += 1;
+            way.queued.push_back(Message { data, len, group, index: way.count });
+            way.count += 1;
+            *line.open.entry(group).or_default() += 1;
         }
     }
 
@@ -98,42 +110,63 @@ impl<M> Transit<M> {
     pub(super) fn poll(&mut self, peers: &mut Peers<'_>, group: usize) -> Result<Option<usize>, Error> {
         let tag = peers.channel as u8;
         let wire = peers.wire.as_deref_mut().expect(NO_WIRE);
-        let mut index = 0;
-        while index < self.waiting.len() {
-            if wire.test(&self.waiting[index].1)? {
-                self.waiting.remove(index);
-                peers.moved = true;
-            } else {
-                index += 1;
-            }
+        for line in &mut self.lines {
+            peers.moved |= line.finish(wire)?;
+            line.start(wire, tag).inspect_err(|_| self.failed = true)?;
         }
-        let mut first = HashMap::new();
-        for message in self.waiting.iter().map(|(message, _)| message).chain(&self.queued) {
-            let first = first.entry(message.rank).or_insert(message.index);
-            *first = message.index.min(*first);
-        }
-        for _ in 0..self.queued.len() {
-            let Some(message) = self.queued.pop_front() else { break };
-            if message.index >= first[&message.rank] + WINDOW {
-                // Goes around, behind all that were queued, so that all keep their order.
-                self.queued.push_back(message);
-                continue;
-            }
-            let Message { rank, data, len, .. } = message;
-            // SAFETY: by the promise of `send` or `receive`, and since `Drop` keeps the memory.
-            let request = unsafe {
-                match message.direction {
-                    Direction::Send => wire.send(rank, tag, data, len),
-                    Direction::Receive => wire.receive(rank, tag, data, len),
-                }
-            };
-            let request = request.inspect_err(|_| self.failed = true)?;
-            self.waiting.push((message, request));
-        }
-        let all = self.waiting.iter().map(|(message, _)| message).chain(&self.queued);
-        Ok(all.into_iter().find(|message| message.group == group).map(|message| message.rank))
+        let is_open = |line: &&Line| line.open.get(&group).is_some_and(|&open| open > 0);
+        Ok(self.lines.iter().find(is_open).map(|line| line.rank))
     }
 }
+
+impl Line {
+    /// Forgets messages that are complete; whether there were any.
+    fn finish(&mut self, wire: &mut dyn Wire) -> Result<bool, Error> {
+        let mut moved = false;
+        for way in &mut self.ways {
+            let mut index = 0;
+            while let Some((message, request)) = way.waiting.get(index) {
+                if wire.test(request)? {
+                    *self.open.get_mut(&message.group).expect("counted when enqueued") -= 1;
+                    way.waiting.remove(index);
+                    moved = true;
+                } else {
+                    index += 1;
+                }
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Starts the messages that are inside the window.
+    fn start(&mut self, wire: &mut dyn Wire, tag: u8) -> Result<(), Error> {
+        let Some(first) = self.ways.iter().filter_map(Way::first).min() else { return Ok(()) };
+        for (direction, way) in self.ways.iter_mut().enumerate() {
+            while let Some(message) = way.queued.pop_front_if(|message| message.index < first + WINDOW) {
+                // SAFETY: by the promise of `send` or `receive`, and since `Drop` keeps the memory.
+                let request = unsafe {
+                    match direction {
+                        SENDS => wire.send(self.rank, tag, message.data, message.len),
+                        _ => wire.receive(self.rank, tag, message.data, message.len),
+                    }
+                };
+                way.waiting.push((message, request?));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Way {
+    /// The number of its first message that is not complete.
+    fn first(&self) -> Option<usize> {
+        self.waiting.first().map(|(message, _)| message).or(self.queued.front()).map(|message| message.index)
+    }
+}
+
+/// Places in [`Line::ways`].
+const SENDS: usize = 0;
+const RECEIVES: usize = 1;
 
 const NO_WIRE: &str = "an operation between hosts runs on the thread that owns the wire";
 

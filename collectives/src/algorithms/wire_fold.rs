@@ -12,8 +12,8 @@ use std::ops::Range;
 use pillion_kernels::DType;
 use pillion_kernels::cpu::reduce;
 
-use super::folds::{Fold, Target};
-use super::operation::Held;
+use super::between_hosts::Held;
+use super::folds::{Addresses, Fold, Target};
 use super::sides::{End, Piece, Sides};
 use super::transit::Transit;
 use crate::Error;
@@ -178,7 +178,7 @@ impl WireFold {
         if range.is_empty() {
             return Ok(());
         }
-        let mut inputs = Vec::with_capacity(hosts.ranks.len());
+        let mut inputs = Addresses::with_capacity(hosts.ranks.len());
         for host in 0..hosts.ranks.len() {
             let [made, arriving] = self.work(transit, self.finished, host, hosts.ranks.len());
             inputs.push(match host == hosts.own {

@@ -19,7 +19,7 @@ use pillion_kernels::Event;
 
 use super::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
 use super::place::Place;
-use super::progress::{Lane, Shared};
+use super::shared::{Lane, Shared};
 use super::watch::Watch;
 use crate::Error;
 use crate::call::describe;
@@ -37,13 +37,28 @@ pub(crate) enum Progress {
     Done,
 }
 
+/// What a rank shows the others with its first step.
+pub(crate) struct Opening {
+    pub(crate) input: Place,
+    pub(crate) output: Place,
+    /// An operand so brief that it travels beside the steps.
+    pub(crate) brief: [u64; BRIEF],
+}
+
+impl Opening {
+    /// Operands at these places.
+    pub(crate) fn new(input: Place, output: Place) -> Opening {
+        Opening { input, output, brief: [0; BRIEF] }
+    }
+}
+
 /// An algorithm: what its header says, and what it does once every rank is there.
 pub(crate) trait Collective: Send {
     /// What every rank must have called; the sequence number is filled in.
     fn call(&self) -> Call;
 
     /// Writes what peers will read, and says where they find it.
-    fn begin(&mut self, peers: &mut Peers<'_>) -> Result<(Place, Place), Error>;
+    fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error>;
 
     /// Moves data; all ranks of this host have taken `step + 1` steps of this operation.
     fn exchange(&mut self, step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error>;
@@ -210,8 +225,12 @@ impl Course {
     fn start(&mut self, collective: &mut dyn Collective, shared: &Shared, lane: &mut Lane) -> Result<(), Error> {
         self.call.sequence = lane.sequence + 1;
         let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };
-        let (input, output) = collective.begin(&mut peers)?;
+        let Opening { input, output, brief } = collective.begin(&mut peers)?;
         peers.header(shared.rank).write(self.call, input, output);
+        // What lies beside the steps is stored together with them: a peer that looks in between would take the cache line away.
+        for (word, value) in peers.brief(shared.rank).iter().zip(brief) {
+            word.store(value, Ordering::Relaxed);
+        }
         peers.own_channel().digests[peers.parity()].store(self.call.digest(), Ordering::Relaxed);
         lane.sequence += 1;
         self.step(shared, lane);

@@ -20,8 +20,8 @@ use pillion_kernels::{DType, Event, Span, exclusive};
 
 use super::control::{Call, MAIL_BELL, subject};
 use super::place::Place;
-use super::progress::Shared;
 use super::protocol::publish;
+use super::shared::{Inbox, Shared};
 use super::watch::Watch;
 use crate::Error;
 use crate::call::{Detail, Kind, call, describe};
@@ -30,6 +30,8 @@ use crate::wire::{Request, Wire};
 
 /// Bytes of a staged piece; the stage holds two.
 const PIECE: usize = 256 << 10;
+/// Messages up to this many bytes are staged even where the receiver could read them in place: the sender need not wait for it then.
+const SHORT: usize = 64 << 10;
 /// The tag of messages on the wire.
 const TAG: u8 = 16;
 
@@ -48,8 +50,8 @@ pub(crate) struct Mailbox {
 struct Receiver {
     /// Pieces that it has taken.
     taken: AtomicU64,
-    /// Length and type of what it expected instead of the message that stands here; type 0 while it has no objection.
-    refused: [AtomicU64; 2],
+    /// What it expected instead of the message whose piece is next: length, number and type; type 0 while it has no objection.
+    refused: [AtomicU64; 3],
 }
 
 /// Which way a message goes, seen from this rank.
@@ -59,9 +61,19 @@ pub(crate) enum Direction {
     Receive,
 }
 
+impl Direction {
+    /// How messages say it of this rank, and of the other.
+    fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Direction::Send => ("to", "from"),
+            Direction::Receive => ("from", "to"),
+        }
+    }
+}
+
 /// This rank's messages.
 pub(crate) struct Mailroom {
-    pub(crate) flights: Mutex<Vec<MailFlight>>,
+    pub(super) inbox: Inbox<MailFlight>,
     /// For each rank and direction: messages submitted, and messages complete. A message's turn comes once those before it are complete.
     lines: Vec<[(AtomicU64, AtomicU64); 2]>,
     /// Where pieces for each rank of this host are staged.
@@ -72,7 +84,7 @@ impl Mailroom {
     /// For a communicator of `world` ranks.
     pub(crate) fn new(world: usize) -> Mailroom {
         let lines = (0..world).map(|_| Default::default()).collect();
-        Mailroom { flights: Mutex::default(), lines, stages: Mutex::default() }
+        Mailroom { inbox: Inbox::default(), lines, stages: Mutex::default() }
     }
 }
 
@@ -88,6 +100,8 @@ pub(crate) struct MailFlight {
     /// Elements that have been put out or taken.
     moved: usize,
     begun: bool,
+    /// Whether the receiver reads the buffer itself.
+    in_place: bool,
     /// Whether messages on the wire may still use the buffer.
     lent: bool,
     watch: Watch,
@@ -129,6 +143,7 @@ impl MailFlight {
             number,
             moved: 0,
             begun: false,
+            in_place: false,
             lent: false,
             watch,
             wire: Vec::new(),
@@ -138,6 +153,11 @@ impl MailFlight {
 
     pub(crate) fn finish(self, result: Result<(), Error>) {
         self.outcome.set(result);
+    }
+
+    /// Whether it fits into one piece and takes no time to copy.
+    pub(super) fn is_short(&self) -> bool {
+        self.buffer.len() * self.buffer.dtype().bytes() <= SHORT
     }
 
     fn call(&self) -> Call {
@@ -151,10 +171,7 @@ impl MailFlight {
     fn describe(&self) -> impl Fn() -> String + use<> {
         let (call, direction, peer) = (self.call(), self.direction, self.peer);
         move || {
-            let way = match direction {
-                Direction::Send => "to",
-                Direction::Receive => "from",
-            };
+            let (way, _) = direction.words();
             format!("{} {way} rank {peer}", describe(call))
         }
     }
@@ -186,18 +203,28 @@ impl MailFlight {
         let mailbox = shared.map.mailbox(shared.rank, peer);
         let (len, width) = (self.buffer.len(), self.buffer.dtype().bytes());
         loop {
+            let [refused_len, refused_number, refused_dtype] = &mailbox.receiver.refused;
+            let dtype = refused_dtype.load(Ordering::Acquire);
             let (sent, taken) = (mailbox.sent.load(Ordering::Relaxed), mailbox.receiver.taken.load(Ordering::Acquire));
+            if dtype != 0 {
+                // The piece that was refused has not been taken. It may be that of an earlier message.
+                let ours = mailbox.pieces[(taken % 2) as usize].each_ref().map(|word| word.load(Ordering::Relaxed));
+                let expected = (refused_len.load(Ordering::Relaxed), dtype);
+                let number = refused_number.load(Ordering::Relaxed);
+                return Err(self.disagreement(shared, number, (ours[0], ours[1]), expected));
+            }
             if self.begun && self.moved == len {
-                if taken == sent {
+                // What is staged needs the buffer no more.
+                if !self.in_place || taken == sent {
                     return Ok(true);
                 }
             } else if sent - taken < 2 {
                 let place = match shared.map.offset_of(shared.rank, self.buffer.address()) {
-                    Some(offset) => {
-                        self.moved = len;
+                    Some(offset) if !self.is_short() => {
+                        (self.moved, self.in_place) = (len, true);
                         Place::Arena(offset)
                     }
-                    None => {
+                    _ => {
                         let at = self.stage(shared, peer)? + (sent % 2) * PIECE as u64;
                         let count = (len - self.moved).min(PIECE / width);
                         let _access = exclusive(self.buffer.deferred());
@@ -222,11 +249,6 @@ impl MailFlight {
                 self.watch = Watch::new(shared.options.timeout, false);
                 continue;
             }
-            let [theirs_len, theirs_dtype] = &mailbox.receiver.refused;
-            match theirs_dtype.load(Ordering::Acquire) {
-                0 => {}
-                dtype => return self.disagree(shared, theirs_len.load(Ordering::Relaxed), dtype),
-            }
             let unchanged = || mailbox.receiver.taken.load(Ordering::Acquire) == taken;
             return self.wait_for(shared, peer, &unchanged);
         }
@@ -245,9 +267,10 @@ impl MailFlight {
             }
             let words = mailbox.pieces[(taken % 2) as usize].each_ref().map(|word| word.load(Ordering::Relaxed));
             if let Err(error) = self.check(shared, words[0], words[1]) {
-                let ours = self.call();
-                mailbox.receiver.refused[0].store(ours.count, Ordering::Relaxed);
-                publish(&mailbox.receiver.refused[1], ours.dtype);
+                let (ours, refused) = (self.call(), &mailbox.receiver.refused);
+                refused[0].store(ours.count, Ordering::Relaxed);
+                refused[1].store(self.number, Ordering::Relaxed);
+                publish(&refused[2], ours.dtype);
                 shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
                 return Err(error);
             }
@@ -299,18 +322,19 @@ impl MailFlight {
     /// Whether sender and receiver mean the same message.
     fn check(&self, shared: &Shared, len: u64, dtype: u64) -> Result<(), Error> {
         let ours = self.call();
-        if (len, dtype) == (ours.count, ours.dtype) { Ok(()) } else { self.disagree(shared, len, dtype).map(|_| ()) }
+        let ours = (ours.count, ours.dtype);
+        if (len, dtype) == ours { Ok(()) } else { Err(self.disagreement(shared, self.number, ours, (len, dtype))) }
     }
 
-    /// The error when the other rank means another message.
-    fn disagree(&self, shared: &Shared, len: u64, dtype: u64) -> Result<bool, Error> {
-        let theirs = describe(Call { count: len, dtype, ..self.call() });
-        let way = match self.direction {
-            Direction::Send => "from",
-            Direction::Receive => "to",
-        };
-        let theirs = format!("{theirs} {way} rank {}", shared.name(shared.rank));
-        Err(Error::Mismatch { ours: self.describe()(), theirs, peer: self.peer })
+    /// The error when the other rank means another message, each given by length and type.
+    fn disagreement(&self, shared: &Shared, number: u64, ours: (u64, u64), theirs: (u64, u64)) -> Error {
+        let message = |(count, dtype)| describe(Call { count, dtype, sequence: number + 1, ..self.call() });
+        let (way, back) = self.direction.words();
+        Error::Mismatch {
+            ours: format!("{} {way} rank {}", message(ours), self.peer),
+            theirs: format!("{} {back} rank {}", message(theirs), shared.name(shared.rank)),
+            peer: self.peer,
+        }
     }
 
     /// To or from another host: the header, then, once it is there and right, the data.

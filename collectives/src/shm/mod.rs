@@ -6,9 +6,11 @@
 //!
 //! An operation is a sequence of synchronised steps ([`flight`]): a rank publishes what it called, waits until every rank has published the
 //! same, then reads its peers' memory in place, and keeps its own memory still until all have read it. A progress
-//! thread drives the operations in flight ([`progress`]) and watches the other ranks ([`life`]).
+//! thread drives the operations in flight ([`progress`]), unless their callers wait for them and do ([`caller`]); whoever waits watches
+//! the other ranks ([`life`], [`watch`]).
 
 pub(crate) mod arena;
+mod caller;
 pub(crate) mod control;
 pub(crate) mod flight;
 pub(crate) mod life;
@@ -17,4 +19,5 @@ pub(crate) mod place;
 pub(crate) mod progress;
 pub(crate) mod protocol;
 pub(crate) mod rendezvous;
+pub(crate) mod shared;
 pub(crate) mod watch;

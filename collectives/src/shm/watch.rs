@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::control::{monotonic_millis, state};
-use super::progress::Shared;
+use super::shared::Shared;
 use crate::Error;
 use crate::wire::Wire;
 

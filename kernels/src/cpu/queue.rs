@@ -34,7 +34,9 @@ fn same(what: &str, lens: &[usize]) {
     assert!(lens.iter().all(|&len| len == lens[0]), "{what}: lengths {lens:?} should be equal");
 }
 
-impl Queue for HostQueue {
+// SAFETY: a host queue runs its work in order: at once, after blocking for the event, or in its thread, where an event is work like any other
+// and waiting for one holds up what follows.
+unsafe impl Queue for HostQueue {
     fn record(&self) -> Event {
         self.lazy.as_ref().map_or(Event::PAST, |lazy| lazy.record())
     }

@@ -1,0 +1,161 @@
+//! What operations on buffers do between hosts.
+//!
+//! ```text
+//! greet           the ranks of a column tell each other what they called
+//! for each piece: messages, and the folds that wait for them | spread: ranks of a host copy from each other what came
+//! ```
+
+use std::sync::Arc;
+
+use pillion_kernels::Span;
+
+use super::moves::{self, Moves};
+use super::operation::{Operation, SIDEBAND, Work};
+use super::sides::Piece;
+use super::transit::{Greeting, Transit};
+use super::wire_fold::WireFold;
+use crate::Error;
+use crate::shm::arena::Mapping;
+use crate::shm::flight::{Peers, Progress};
+
+/// What an operation has under way between hosts.
+pub(super) enum OnWire {
+    /// Its column learns what it is.
+    Greeting(Greeting),
+    /// Nothing at the moment: all agree.
+    Agreed,
+    /// The messages of a piece.
+    Passing(Passing),
+}
+
+/// A piece between hosts.
+pub(super) struct Passing {
+    transit: Transit<Held>,
+    fold: Option<WireFold>,
+    /// Whether the messages of the moves, which may follow a fold, have been started.
+    started: bool,
+}
+
+/// Memory that messages use: the operands, the mapping that holds the stage, and what partial results are made in.
+pub(super) struct Held {
+    pub(super) work: Vec<u64>,
+    _operands: [Option<Span>; 2],
+    _map: Arc<Mapping>,
+}
+
+impl Operation {
+    /// One exchange; a step may take several calls.
+    pub(super) fn exchange_between_hosts(&mut self, step: usize, peers: &mut Peers<'_>) -> Result<Progress, Error> {
+        let mut wire = self.wire.take().unwrap_or_else(|| Box::new(OnWire::Greeting(self.greeting(peers))));
+        let progress = self.go_on(&mut wire, step, peers)?;
+        self.wire = Some(wire);
+        Ok(progress)
+    }
+
+    fn go_on(&mut self, wire: &mut OnWire, step: usize, peers: &mut Peers<'_>) -> Result<Progress, Error> {
+        if let OnWire::Greeting(greeting) = wire {
+            if let Some(rank) = greeting.poll(peers)? {
+                return Ok(Progress::Waiting(rank));
+            }
+            self.agree(greeting, peers);
+            *wire = OnWire::Agreed;
+        }
+        let spreads = self.moves().is_some_and(|moves| !moves.spread.is_empty()) && peers.world() > 1;
+        let halves = if spreads { 2 } else { 1 };
+        let (index, second) = (step / halves, step % halves == 1);
+        let piece = self.sides.piece(index);
+        if second {
+            self.copy_out(peers, &piece)?;
+            let streams = self.streams(peers);
+            self.moves().expect("halved above").spread(&self.sides, peers, &piece, streams)?;
+            return Ok(Progress::Step);
+        }
+        if let OnWire::Agreed = wire {
+            if halves == 1 && index > 0 {
+                self.copy_out(peers, &self.sides.piece(index - 1))?;
+            }
+            let pieces = self.sides.pieces();
+            if index == pieces {
+                return Ok(Progress::Done);
+            }
+            if index + 1 < pieces {
+                self.copy_in(peers, &self.sides.piece(index + 1))?;
+            }
+            *wire = OnWire::Passing(self.open(peers));
+        }
+        if let OnWire::Passing(passing) = wire {
+            if let Some(rank) = self.pass(passing, peers, &piece)? {
+                return Ok(Progress::Waiting(rank));
+            }
+            *peers.shared.work[peers.channel as usize].lock() = std::mem::take(&mut passing.transit.memory.work);
+            *wire = OnWire::Agreed;
+        }
+        Ok(Progress::Step)
+    }
+
+    /// What is copied and sent, after the fold if there is one; last, ranks of a host copy from each other what came over the wire. (Broadcasts spread on some hosts only, but
+    /// all ranks of a host do the same.)
+    fn moves(&self) -> Option<&Moves> {
+        match &self.work {
+            Work::Moves(moves) => Some(moves),
+            Work::Fold(_) => self.then.as_deref(),
+        }
+    }
+
+    fn sideband_words(&self) -> usize {
+        if self.sidebands.is_some() { SIDEBAND } else { 0 }
+    }
+
+    /// What this rank called, and the numbers of its host that ride along.
+    fn greeting(&self, peers: &Peers<'_>) -> Greeting {
+        let own = (0..peers.world()).flat_map(|rank| (0..self.sideband_words()).map(move |index| (rank, index)));
+        let body = own.map(|(rank, index)| peers.payload(rank, index)).collect();
+        Greeting::new(peers.call, self.somebody_stages(peers), body)
+    }
+
+    /// Takes from the column's greetings what rode along, and whether somebody stages.
+    fn agree(&mut self, greeting: &Greeting, peers: &Peers<'_>) {
+        let (hosts, words) = (&peers.shared.hosts, self.sideband_words());
+        self.add_sidebands(hosts.world(), |rank, index| {
+            greeting.body(hosts.host(rank))[hosts.column(rank) * words + index]
+        });
+        self.decide(greeting.staged());
+    }
+
+    fn open(&self, peers: &Peers<'_>) -> Passing {
+        let mut work = std::mem::take(&mut *peers.shared.work[peers.channel as usize].lock());
+        let fold = match &self.work {
+            Work::Moves(_) => None,
+            Work::Fold(fold) => {
+                let fold = WireFold::new(fold, peers);
+                let words = fold.work_bytes(peers.shared.hosts.ranks.len()).div_ceil(8);
+                if work.len() < words {
+                    work.resize(words, 0);
+                }
+                Some(fold)
+            }
+        };
+        let operands = [self.sides.input.span.clone(), self.sides.output.span.clone()];
+        let transit = Transit::new(Held { work, _operands: operands, _map: peers.shared.map.clone() });
+        Passing { transit, fold, started: false }
+    }
+
+    /// Moves a piece between hosts; a rank that is waited for, or none once it is done.
+    fn pass(&self, passing: &mut Passing, peers: &mut Peers<'_>, piece: &Piece) -> Result<Option<usize>, Error> {
+        let (streams, transit) = (self.streams(peers), &mut passing.transit);
+        if let (Work::Fold(fold), Some(on_wire)) = (&self.work, &mut passing.fold)
+            && let Some(rank) = on_wire.poll(fold, &self.sides, peers, piece, transit, streams)?
+        {
+            return Ok(Some(rank));
+        }
+        let Some(moves) = self.moves() else { return Ok(None) };
+        if !passing.started {
+            passing.started = true;
+            moves.start(&self.sides, peers, piece, transit)?;
+            // Messages travel while this rank copies.
+            transit.poll(peers, moves::GROUP)?;
+            moves.pull(&self.sides, peers, piece, streams)?;
+        }
+        transit.poll(peers, moves::GROUP)
+    }
+}

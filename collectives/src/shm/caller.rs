@@ -1,0 +1,138 @@
+//! Threads that wait for their own operation drive it themselves: handing it over to the progress thread would cost two switches.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use super::control::{Channel, MAIL_BELL, WINDOW_BELL, sleep, subject};
+use super::flight::{Collective, Course};
+use super::mail::MailFlight;
+use super::progress::AbortOnPanic;
+use super::protocol::Bell;
+use super::shared::{Lane, Shared};
+use super::watch::Watch;
+use crate::Error;
+
+/// How long a caller, which has nothing else to do, looks for news before it sleeps.
+const CALLER_SPIN: Duration = Duration::from_micros(200);
+/// After this long it lets others run between looks.
+const CALLER_POLITE: Duration = Duration::from_micros(10);
+/// Longest sleep with operations in flight: the time to notice that a peer has died.
+pub(super) const NAP: Duration = Duration::from_millis(5);
+impl Shared {
+    /// Runs an operation on the calling thread until it is complete, when its channel is idle; none when it is not, and when messages to
+    /// other hosts belong to it, which only the progress thread can send.
+    pub(crate) fn run_here(
+        &self,
+        channel: Channel,
+        collective: &mut dyn Collective,
+        patient: bool,
+    ) -> Option<Result<(), Error>> {
+        if self.has_wire() || !self.options.delay_of(channel).is_zero() {
+            return None;
+        }
+        let inbox = &self.inboxes[channel as usize];
+        let idle = |lane: &Lane| lane.flights.is_empty() && inbox.is_empty();
+        let mut lane = self.lanes[channel as usize].try_lock().filter(|lane| idle(lane))?;
+        let mut course = Course::new(collective, channel, patient);
+        let _guard = AbortOnPanic(self);
+        let bell = &self.control().callers[channel as usize];
+        let poll = || course.poll(collective, self, &mut lane, None).map(|done| done.then_some(()));
+        let result = self.wait(bell, channel.subject(), poll).map_err(|error| self.fail(error));
+        drop(lane);
+        if !inbox.is_empty() {
+            // The progress thread could not have this lane when they came.
+            self.ring_progress();
+        }
+        Some(result)
+    }
+
+    /// Starts a message, which then goes on by itself. A short one is put out or taken at once, if it can be.
+    pub(crate) fn start_mail(&self, mut flight: MailFlight) {
+        if flight.is_short() && !self.has_wire() {
+            let _guard = AbortOnPanic(self);
+            match self.healthy().and_then(|()| flight.poll(self, None)) {
+                Ok(false) => {}
+                Ok(true) => return flight.finish(Ok(())),
+                Err(error) => return flight.finish(Err(self.fail(error))),
+            }
+        }
+        self.submit_mail(flight);
+    }
+
+    /// As [`Shared::run_here`], for a message.
+    pub(crate) fn run_mail_here(&self, mut flight: MailFlight) {
+        if self.has_wire() {
+            return self.submit_mail(flight);
+        }
+        let _guard = AbortOnPanic(self);
+        let bell = &self.control().callers[MAIL_BELL];
+        let result = self.wait(bell, subject::MAIL, || flight.poll(self, None).map(|done| done.then_some(())));
+        flight.finish(result.map_err(|error| self.fail(error)));
+    }
+
+    /// Polls until `poll` has a value: spins for a moment, then sleeps between polls until there is news about `subjects`.
+    ///
+    /// Two threads that sleep at one bell can hide each other's interest; each then looks again after a nap.
+    fn wait<T>(
+        &self,
+        bell: &Bell<AtomicU32>,
+        subjects: u64,
+        mut poll: impl FnMut() -> Result<Option<T>, Error>,
+    ) -> Result<T, Error> {
+        let mut poll = || self.healthy().and_then(|()| poll());
+        loop {
+            let mut spinning = None;
+            loop {
+                for _ in 0..32 {
+                    if let Some(value) = poll()? {
+                        return Ok(value);
+                    }
+                    self.relax();
+                }
+                let spun = spinning.get_or_insert_with(Instant::now).elapsed();
+                if spun > CALLER_SPIN {
+                    break;
+                } else if spun > CALLER_POLITE {
+                    // Whom this rank waits for may have been put on the same processor.
+                    std::thread::yield_now();
+                }
+            }
+            let seen = bell.prepare(subjects);
+            match poll() {
+                Ok(None) => sleep(bell, seen, NAP),
+                Ok(Some(value)) => {
+                    bell.awake();
+                    return Ok(value);
+                }
+                Err(error) => {
+                    bell.awake();
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// A moment of spinning: with more ranks than processors, whom this one waits for may need this one.
+    pub(super) fn relax(&self) {
+        if self.crowded.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Blocks until no rank of this host is `late` any more.
+    ///
+    /// # Errors
+    /// When the rank waited for is lost, or does not come before the deadline.
+    pub(crate) fn wait_for_ranks(&self, op: &str, limit: Duration, late: impl Fn(usize) -> bool) -> Result<(), Error> {
+        self.healthy()?;
+        let mut watch = Watch::new(limit, false);
+        let poll = || match (0..self.world()).find(|&rank| late(rank)) {
+            None => Ok(Some(())),
+            Some(rank) => watch.check(self, rank, &late, &|| op.to_owned()).map(|()| None),
+        };
+        let bell = &self.control().callers[WINDOW_BELL];
+        self.wait(bell, subject::WINDOW, poll).map_err(|error| self.fail(error))
+    }
+}
