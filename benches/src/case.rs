@@ -218,7 +218,7 @@ impl Case {
                 .map(|(input, output)| Operands { input, output: Some(output) }),
             (Operation::AllToAll, _) => communicator.all_to_all(input.expect(has), output.expect(has), start).map(both),
             (Operation::SendRecv, _) => {
-                // Sent on the progress thread in any case: here it would wait for a receiver that waits for its own send.
+                // Not sent with `Here`: a long message would wait for a receiver that waits for its own send.
                 let sent = communicator.send(input.expect(has), (rank + 1) % world, Event::PAST);
                 let received = communicator.receive(output.expect(has), (rank + world - 1) % world, start);
                 return Flight::Messages { sent, received };

@@ -87,8 +87,8 @@ impl<T> Pending<T> {
     {
         let value = self.value.take().expect(HELD);
         let value = match &self.state {
-            State::Ended(_) => Value::Ready(form(value.get())),
-            State::Flying(_) => Value::Later(Box::new(move || form(value.get()))),
+            State::Ended(Ok(())) => Value::Ready(form(value.get())),
+            State::Ended(Err(_)) | State::Flying(_) => Value::Later(Box::new(move || form(value.get()))),
         };
         Pending { state: self.state.clone(), value: Some(value) }
     }
@@ -151,5 +151,22 @@ impl Completion for Outcome {
 
     fn wait(&self) {
         let _ = self.outcome();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_failed_operation_had_is_never_formed() {
+        let failure = || Error::System { what: "a test", reason: "made up".to_owned() };
+        let never = |()| unreachable!("peers may still write to this memory");
+        assert!(Pending::ended(Err(failure()), ()).map(never).wait().is_err());
+        let flying = Arc::new(Outcome::default());
+        let pending = Pending::new(flying.clone(), ()).map(never);
+        flying.set(Err(failure()));
+        assert!(pending.wait().is_err());
+        assert_eq!(Pending::ended(Ok(()), 1).map(|one| one + 1).wait().unwrap(), 2);
     }
 }

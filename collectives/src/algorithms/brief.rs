@@ -61,8 +61,7 @@ impl Collective for BriefAllReduce {
         };
         assert!(self.len <= output.len() && self.len * self.operands.dtype.bytes() <= 8 * BRIEF);
         let _access = exclusive(self.deferred());
-        let inputs: Addresses<*const u8> =
-            (0..peers.world()).map(|rank| peers.brief(rank)[0].as_ptr().cast_const().cast()).collect();
+        let inputs: Addresses<*const u8> = (0..peers.world()).map(|rank| peers.brief(rank).as_ptr().cast()).collect();
         let job = reduce::Fold {
             output: self.combination.output,
             groups: self.combination.groups,
@@ -71,8 +70,8 @@ impl Collective for BriefAllReduce {
             count: self.len,
             ..reduce::Fold::new(self.operands.dtype, self.combination.reduction)
         };
-        // SAFETY: every rank's operand lies beside its steps, whole by the assertion, and nobody writes there while the operation is under way; the
-        // output is this operation's.
+        // SAFETY: every rank's operand lies beside its steps, whole by the assertion. A rank writes there again for the operation after the next,
+        // which it starts once all ranks have taken their first step of the next, after this. The output is this operation's.
         unsafe { reduce::fold(&job) };
         Ok(Progress::Done)
     }

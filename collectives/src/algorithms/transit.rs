@@ -138,7 +138,8 @@ impl Line {
         Ok(moved)
     }
 
-    /// Starts the messages that are inside the window.
+    /// Starts the messages that are inside the window, those that are sent first: with receives first, Open MPI over TCP moved one way and then
+    /// the other.
     fn start(&mut self, wire: &mut dyn Wire, tag: u8) -> Result<(), Error> {
         let Some(first) = self.ways.iter().filter_map(Way::first).min() else { return Ok(()) };
         for (direction, way) in self.ways.iter_mut().enumerate() {
@@ -170,6 +171,9 @@ const RECEIVES: usize = 1;
 
 const NO_WIRE: &str = "an operation between hosts runs on the thread that owns the wire";
 
+/// The groups of a greeting's messages.
+const HEADS: usize = 0;
+const BODIES: usize = 1;
 /// Words of a greeting's head: the call, whether this host stages, and the number of words that follow.
 const HEAD: usize = 8;
 
@@ -221,14 +225,16 @@ impl Greeting {
                 let into = self.transit.memory.heads[host].as_mut_ptr().cast();
                 // SAFETY: the words are the transit's, and are not touched before it is complete.
                 unsafe {
-                    self.transit.receive(rank, into, 8 * HEAD, 0);
-                    self.transit.send(rank, head, 8 * HEAD, 0);
-                    self.transit.send(rank, body, bytes, 0);
+                    self.transit.receive(rank, into, 8 * HEAD, HEADS);
+                    self.transit.send(rank, head, 8 * HEAD, HEADS);
+                    // Not complete before the other rank receives it, which it does once it has the head.
+                    self.transit.send(rank, body, bytes, BODIES);
                 }
             }
         }
         loop {
-            if let Some(rank) = self.transit.poll(peers, 0)? {
+            let group = if self.phase == Phase::Bodies { BODIES } else { HEADS };
+            if let Some(rank) = self.transit.poll(peers, group)? {
                 return Ok(Some(rank));
             }
             if self.phase == Phase::Bodies {
@@ -245,7 +251,7 @@ impl Greeting {
                 self.staged |= theirs[6] != 0;
                 let (into, bytes) = (words.bodies[host].as_mut_ptr().cast(), 8 * words.body.len());
                 // SAFETY: as above.
-                unsafe { self.transit.receive(rank, into, bytes, 0) };
+                unsafe { self.transit.receive(rank, into, bytes, BODIES) };
             }
         }
     }

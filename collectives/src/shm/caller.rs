@@ -34,13 +34,13 @@ impl Shared {
         let idle = |lane: &Lane| lane.flights.is_empty() && inbox.is_empty();
         let mut lane = self.lanes[channel as usize].try_lock().filter(|lane| idle(lane))?;
         let mut course = Course::new(collective, channel, patient);
-        let _guard = AbortOnPanic(self);
+        let _guard = AbortOnPanic::new(self);
         let bell = &self.control().callers[channel as usize];
         let poll = || course.poll(collective, self, &mut lane, None).map(|done| done.then_some(()));
         let result = self.wait(bell, channel.subject(), poll).map_err(|error| self.fail(error));
         drop(lane);
         if !inbox.is_empty() {
-            // The progress thread could not have this lane when they came.
+            // The progress thread could not have this lane when they came. (Where this look may overtake the unlocking, it finds out after a nap.)
             self.ring_progress();
         }
         Some(result)
@@ -49,7 +49,7 @@ impl Shared {
     /// Starts a message, which then goes on by itself. A short one is put out or taken at once, if it can be.
     pub(crate) fn start_mail(&self, mut flight: MailFlight) {
         if flight.is_short() && !self.has_wire() {
-            let _guard = AbortOnPanic(self);
+            let _guard = AbortOnPanic::new(self);
             match self.healthy().and_then(|()| flight.poll(self, None)) {
                 Ok(false) => {}
                 Ok(true) => return flight.finish(Ok(())),
@@ -64,7 +64,7 @@ impl Shared {
         if self.has_wire() {
             return self.submit_mail(flight);
         }
-        let _guard = AbortOnPanic(self);
+        let _guard = AbortOnPanic::new(self);
         let bell = &self.control().callers[MAIL_BELL];
         let result = self.wait(bell, subject::MAIL, || flight.poll(self, None).map(|done| done.then_some(())));
         flight.finish(result.map_err(|error| self.fail(error)));

@@ -120,7 +120,7 @@ impl Peers<'_> {
     /// Where the payload of a rank's header starts, in bytes that nobody writes while the operation is under way.
     pub(crate) fn payload_address(&self, rank: usize, first: usize) -> *mut u8 {
         assert!(first < PAYLOAD);
-        self.header(rank).payload[first].as_ptr().cast()
+        self.header(rank).payload[first..].as_ptr().cast_mut().cast()
     }
 
     /// The address of bytes of a rank's arena.
@@ -143,6 +143,8 @@ impl Peers<'_> {
 pub(crate) struct Course {
     channel: Channel,
     call: Call,
+    /// That of the call, which peers compare.
+    digest: u64,
     /// The channel's steps once this rank has taken the operation's newest.
     target: u64,
     /// Steps taken.
@@ -162,6 +164,7 @@ impl Course {
         Course {
             channel,
             call: collective.call(),
+            digest: 0,
             target: 0,
             taken: 0,
             compared: 0,
@@ -224,6 +227,7 @@ impl Course {
 
     fn start(&mut self, collective: &mut dyn Collective, shared: &Shared, lane: &mut Lane) -> Result<(), Error> {
         self.call.sequence = lane.sequence + 1;
+        self.digest = self.call.digest();
         let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };
         let Opening { input, output, brief } = collective.begin(&mut peers)?;
         peers.header(shared.rank).write(self.call, input, output);
@@ -231,7 +235,7 @@ impl Course {
         for (word, value) in peers.brief(shared.rank).iter().zip(brief) {
             word.store(value, Ordering::Relaxed);
         }
-        peers.own_channel().digests[peers.parity()].store(self.call.digest(), Ordering::Relaxed);
+        peers.own_channel().digests[peers.parity()].store(self.digest, Ordering::Relaxed);
         lane.sequence += 1;
         self.step(shared, lane);
         Ok(())
@@ -250,13 +254,12 @@ impl Course {
     /// on its way: it is named now.
     fn compare(&mut self, shared: &Shared, steps: impl Fn(usize) -> u64) -> Result<(), Error> {
         let peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };
-        let digest = self.call.digest();
         for rank in self.compared..shared.world() {
             if steps(rank) < self.target {
                 continue;
             }
             let theirs = &shared.map.control(rank).channels[self.channel as usize].digests[peers.parity()];
-            if theirs.load(Ordering::Relaxed) != digest {
+            if theirs.load(Ordering::Relaxed) != self.digest {
                 let (ours, theirs) = (describe(self.call), describe(peers.header(rank).call()));
                 return Err(Error::Mismatch { ours, theirs, peer: shared.name(rank) });
             }

@@ -1,13 +1,13 @@
-//! Messages between two ranks: a mailbox for each ordered pair, through which a message passes in one piece where it lies in the
-//! sender's arena, and in pieces through a stage of the sender where it lies in private memory.
+//! Messages between two ranks: a mailbox for each ordered pair, through which a message passes in one piece where it is long and lies in the
+//! sender's arena, and otherwise in pieces through a stage of the sender, who then need not wait for the receiver.
 //!
 //! ```text
-//! sender      while fewer than two pieces are out: describe the next, sent += 1;   done once taken = sent
+//! sender      while fewer than two pieces are out: describe the next, sent += 1;   done once all is staged, or taken = sent
 //! receiver    while taken < sent: check the description, copy, taken += 1;         done once all elements are there
 //!             where the description is of another message: say what was expected, so that both fail
 //! ```
 //!
-//! Bytes: the receiver reads S and writes S, the lower bound for a copy; from private memory the sender reads and writes S more, which
+//! Bytes: the receiver reads S and writes S, the lower bound for a copy; through a stage the sender reads and writes S more, which
 //! stays in the cache. To another host: S on the wire, after a header of three words.
 
 use std::collections::HashMap;
@@ -28,8 +28,10 @@ use crate::call::{Detail, Kind, call, describe};
 use crate::pending::Outcome;
 use crate::wire::{Request, Wire};
 
-/// Bytes of a staged piece; the stage holds two.
+/// Bytes of a staged piece at most; a stage holds two.
 const PIECE: usize = 256 << 10;
+/// And at least: a page.
+const SMALLEST_PIECE: usize = 4096;
 /// Messages up to this many bytes are staged even where the receiver could read them in place: the sender need not wait for it then.
 const SHORT: usize = 64 << 10;
 /// The tag of messages on the wire.
@@ -76,8 +78,8 @@ pub(crate) struct Mailroom {
     pub(super) inbox: Inbox<MailFlight>,
     /// For each rank and direction: messages submitted, and messages complete. A message's turn comes once those before it are complete.
     lines: Vec<[(AtomicU64, AtomicU64); 2]>,
-    /// Where pieces for each rank of this host are staged.
-    stages: Mutex<HashMap<usize, u64>>,
+    /// Where pieces for each rank of this host are staged, by the rank and the bytes of a piece: messages of a few bytes take little memory.
+    stages: Mutex<HashMap<(usize, usize), u64>>,
 }
 
 impl Mailroom {
@@ -225,7 +227,8 @@ impl MailFlight {
                         Place::Arena(offset)
                     }
                     _ => {
-                        let at = self.stage(shared, peer)? + (sent % 2) * PIECE as u64;
+                        let piece = (len * width).next_power_of_two().clamp(SMALLEST_PIECE, PIECE);
+                        let at = self.stage(shared, peer, piece)? + (sent % 2) * piece as u64;
                         let count = (len - self.moved).min(PIECE / width);
                         let _access = exclusive(self.buffer.deferred());
                         // SAFETY: the range lies in the buffer, which this flight owns, and in this rank's stage for the peer; the
@@ -300,14 +303,15 @@ impl MailFlight {
         }
     }
 
-    fn stage(&self, shared: &Shared, peer: usize) -> Result<u64, Error> {
+    /// A stage for two pieces of `piece` bytes.
+    fn stage(&self, shared: &Shared, peer: usize, piece: usize) -> Result<u64, Error> {
         let mut stages = shared.mail.stages.lock();
-        if let Some(&offset) = stages.get(&peer) {
+        if let Some(&offset) = stages.get(&(peer, piece)) {
             return Ok(offset);
         }
-        let offset = shared.allocator.arena(2 * PIECE as u64);
-        shared.map.reserve(shared.rank, offset, 2 * PIECE as u64)?;
-        stages.insert(peer, offset);
+        let offset = shared.allocator.arena(2 * piece as u64);
+        shared.map.reserve(shared.rank, offset, 2 * piece as u64)?;
+        stages.insert((peer, piece), offset);
         Ok(offset)
     }
 

@@ -10,7 +10,7 @@ use super::caller::NAP;
 use super::control::{Channel, monotonic_millis, sleep, state, subject};
 use super::flight::Flight;
 use super::mail::MailFlight;
-use super::shared::Shared;
+use super::shared::{Shared, left};
 use crate::wire::Wire;
 
 /// How long this thread looks for news before it sleeps, which may take a core from computation. Waking costs about as much.
@@ -21,12 +21,22 @@ const WIRE_NAP: Duration = Duration::from_micros(30);
 const REST: Duration = Duration::from_millis(200);
 
 /// Tells the other ranks when the thread that drives an operation panics: they would wait for its steps.
-pub(super) struct AbortOnPanic<'a>(pub(super) &'a Shared);
+pub(super) struct AbortOnPanic<'a> {
+    shared: &'a Shared,
+    /// Whether the thread was panicking before.
+    panicking: bool,
+}
+
+impl AbortOnPanic<'_> {
+    pub(super) fn new(shared: &Shared) -> AbortOnPanic<'_> {
+        AbortOnPanic { shared, panicking: std::thread::panicking() }
+    }
+}
 
 impl Drop for AbortOnPanic<'_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.abort("it panicked");
+        if std::thread::panicking() && !self.panicking {
+            self.shared.abort("it panicked");
         }
     }
 }
@@ -56,17 +66,18 @@ impl Shared {
         self.ring_everybody();
         let mut driver = Driver { shared: self, wire, mail: Vec::new() };
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive())).is_err() {
-            // The panic has been printed. Nothing may wait for this thread any more, here or elsewhere.
+            // The panic has been printed.
             self.abort("its progress thread panicked");
-            let finish = |flight: Flight| flight.finish(self.healthy());
-            for (lane, inbox) in self.lanes.iter().zip(&self.inboxes) {
-                lane.lock().flights.drain(..).for_each(finish);
-                inbox.drain(finish);
-            }
-            let mut mail = std::mem::take(&mut driver.mail);
-            self.mail.inbox.drain(|flight| mail.push(flight));
-            mail.into_iter().for_each(|flight| flight.finish(self.healthy()));
         }
+        // Nothing may wait for what nobody drives any more.
+        let result = || Err(self.healthy().err().unwrap_or_else(left));
+        for (lane, inbox) in self.lanes.iter().zip(&self.inboxes) {
+            let arrived = inbox.close();
+            let flights: Vec<Flight> = lane.lock().flights.drain(..).chain(arrived).collect();
+            flights.into_iter().for_each(|flight| flight.finish(result()));
+        }
+        let mail = std::mem::take(&mut driver.mail).into_iter().chain(self.mail.inbox.close());
+        mail.for_each(|flight| flight.finish(result()));
         if let (Some(wire), Err(error)) = (&mut driver.wire, self.healthy()) {
             wire.abort(&error.to_string());
         }
@@ -135,6 +146,8 @@ impl Driver<'_> {
         let mut told = false;
         loop {
             control.heartbeat.store(monotonic_millis(), Ordering::Relaxed);
+            // Before the inboxes are looked at: what was handed over before the end was asked for is still driven.
+            let stopping = shared.stopping.load(Ordering::Acquire);
             let turn = self.turn();
             if let (Some(wire), Err(error), false) = (self.wire.as_mut(), shared.healthy(), told) {
                 wire.abort(&error.to_string());
@@ -144,7 +157,7 @@ impl Driver<'_> {
                 spinning = None;
                 continue;
             }
-            if turn.waiting_for == 0 && shared.stopping.load(Ordering::Acquire) {
+            if turn.waiting_for == 0 && stopping {
                 break;
             }
             let in_flight = turn.waiting_for != 0;

@@ -50,16 +50,22 @@ pub(crate) struct Lane {
     pub(crate) steps: u64,
 }
 
+/// Why what nobody drives any more has failed.
+pub(super) fn left() -> Error {
+    Error::System { what: "an operation", reason: "this communicator's progress thread has ended".to_owned() }
+}
+
 /// What has been handed over and not yet been taken.
 pub(super) struct Inbox<F> {
-    flights: Mutex<Vec<F>>,
+    /// None once nobody looks any more.
+    flights: Mutex<Option<Vec<F>>>,
     /// Whether there may be any; written with the lock held.
     some: AtomicBool,
 }
 
 impl<F> Default for Inbox<F> {
     fn default() -> Inbox<F> {
-        Inbox { flights: Mutex::default(), some: AtomicBool::default() }
+        Inbox { flights: Mutex::new(Some(Vec::new())), some: AtomicBool::default() }
     }
 }
 
@@ -76,9 +82,14 @@ impl<F> Inbox<F> {
         }
         let mut flights = self.flights.lock();
         self.some.store(false, Ordering::Relaxed);
-        let arrived = std::mem::take(&mut *flights);
+        let arrived = flights.as_mut().map(std::mem::take);
         drop(flights);
-        arrived.into_iter().for_each(take);
+        arrived.into_iter().flatten().for_each(take);
+    }
+
+    /// Takes out what has arrived; from now on nothing is accepted.
+    pub(super) fn close(&self) -> Vec<F> {
+        self.flights.lock().take().unwrap_or_default()
     }
 }
 
@@ -230,15 +241,20 @@ impl Shared {
 
     fn hand_over<F>(&self, inbox: &Inbox<F>, flight: F, refuse: impl FnOnce(F, Error)) {
         let mut flights = inbox.flights.lock();
-        // With the inbox locked: what it holds when the communicator fails is still looked at.
-        if let Err(error) = self.healthy() {
-            drop(flights);
-            return refuse(flight, error);
-        }
-        flights.push(flight);
-        inbox.some.store(true, Ordering::Release);
+        let error = match (self.healthy(), flights.as_mut()) {
+            (Ok(()), Some(flights)) => {
+                flights.push(flight);
+                inbox.some.store(true, Ordering::Release);
+                None
+            }
+            (Err(error), _) => Some((flight, error)),
+            (Ok(()), None) => Some((flight, left())),
+        };
         drop(flights);
-        self.ring_progress();
+        match error {
+            None => self.ring_progress(),
+            Some((flight, error)) => refuse(flight, error),
+        }
     }
 
     /// Once all have joined: whether they must share processors.
