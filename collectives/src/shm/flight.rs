@@ -218,7 +218,7 @@ impl Course {
                     return Ok(false);
                 }
                 Progress::Done => {
-                    shared.count(collective.bytes_sent(shared.hosts.world()));
+                    shared.count(self.channel, collective.bytes_sent(shared.hosts.world()));
                     return Ok(true);
                 }
             }

@@ -196,7 +196,7 @@ impl MailFlight {
             shared.ring_rank(shared.rank, MAIL_BELL, subject::MAIL);
             let sent =
                 if self.direction == Direction::Send { self.buffer.len() * self.buffer.dtype().bytes() } else { 0 };
-            shared.count(sent as u64);
+            shared.count_message(sent as u64);
         }
         Ok(done)
     }

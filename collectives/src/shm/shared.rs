@@ -36,6 +36,13 @@ pub(crate) struct Shared {
     pub(super) stopping: AtomicBool,
     /// Whether there are more ranks than processors, so that who waits must let others run.
     pub(super) crowded: AtomicBool,
+    /// One for each channel, and one for messages.
+    traffic: [Traffic; CHANNELS + 1],
+}
+
+/// What has been completed.
+#[derive(Default)]
+struct Traffic {
     operations: AtomicU64,
     bytes: AtomicU64,
 }
@@ -110,8 +117,7 @@ impl Shared {
             failed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             crowded: AtomicBool::new(false),
-            operations: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
+            traffic: Default::default(),
         }
     }
 
@@ -160,14 +166,25 @@ impl Shared {
         error
     }
 
-    pub(crate) fn count(&self, bytes: u64) {
-        self.operations.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    /// Counts an operation of a channel; the caller holds its lane, and nobody else counts there.
+    pub(crate) fn count(&self, channel: Channel, bytes: u64) {
+        let Traffic { operations, bytes: sum } = &self.traffic[channel as usize];
+        operations.store(operations.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        sum.store(sum.load(Ordering::Relaxed) + bytes, Ordering::Relaxed);
+    }
+
+    /// Counts a message, which any thread may have driven.
+    pub(crate) fn count_message(&self, bytes: u64) {
+        let Traffic { operations, bytes: sum } = &self.traffic[CHANNELS];
+        operations.fetch_add(1, Ordering::Relaxed);
+        sum.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// (operations completed, bytes that other ranks took from this one).
     pub(crate) fn traffic(&self) -> (u64, u64) {
-        (self.operations.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
+        let sum =
+            |count: fn(&Traffic) -> &AtomicU64| self.traffic.iter().map(|t| count(t).load(Ordering::Relaxed)).sum();
+        (sum(|traffic| &traffic.operations), sum(|traffic| &traffic.bytes))
     }
 
     /// Where this rank's stage of a channel starts; made when it is first needed.
