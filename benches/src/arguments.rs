@@ -182,6 +182,9 @@ impl Settings {
     }
 }
 
+/// Iterations at most: eight bytes are kept for each.
+const MOST_ITERATIONS: usize = 100_000_000;
+
 impl Arguments {
     /// The run that they describe.
     ///
@@ -193,6 +196,15 @@ impl Arguments {
             Operation::ALL.into_iter().filter(|one| self.operation == "all" || one.name() == self.operation).collect();
         if let [operation] = operations[..] {
             self.check_effect(operation)?;
+        }
+        if self.iters > MOST_ITERATIONS || self.warmup > MOST_ITERATIONS {
+            return usage(format!("-n and -w are at most {MOST_ITERATIONS}, since every sample is kept"));
+        }
+        if matches!(self.backend, BackendArgument::Mpi | BackendArgument::Hierarchical)
+            && !cfg!(feature = "mpi")
+            && self.hosts.is_none()
+        {
+            return usage("this backend needs MPI, which this build has not: build with --features mpi".into());
         }
         if self.iters == 0 {
             return usage("-n 0 measures nothing: ask for at least 1 iteration".into());

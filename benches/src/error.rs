@@ -25,7 +25,7 @@ pub enum Error {
     /// The buffers of a line exceed the host's memory.
     #[error(
         "{operation} of {size} bytes needs {needed} bytes on this host for its ranks' buffers, {limit} allows {available}: \
-         choose a smaller maximum with -e, or fewer ranks"
+         choose smaller sizes, or fewer ranks"
     )]
     Memory {
         /// The operation.

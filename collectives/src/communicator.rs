@@ -54,8 +54,14 @@ impl Communicator {
             let groups = options.reduce_groups;
             return refuse(format!("{groups} groups of reduction do not divide its {world} ranks: choose a divisor"));
         }
-        let several = local_world != world || matches!(options.backend, Backend::Mpi | Backend::Hierarchical);
-        if several && options.simulated_hosts == 1 && !cfg!(feature = "mpi") {
+        let backend = options.backend;
+        let wants_mpi = matches!(backend, Backend::Mpi | Backend::Hierarchical) && options.simulated_hosts == 1;
+        if wants_mpi && !cfg!(feature = "mpi") {
+            return refuse(format!(
+                "the backend {backend} needs MPI, which this build has not: build with `--features mpi`, or choose another backend"
+            ));
+        }
+        if local_world != world && options.simulated_hosts == 1 && !cfg!(feature = "mpi") {
             return refuse(format!(
                 "{local_world} of its {world} ranks are on this host, and this build joins ranks of one host through shared memory: start \
                  all ranks on one host, or build with `--features mpi` and start with mpirun"

@@ -6,7 +6,7 @@
 pub enum Error {
     /// A rank died, or left while others still needed it.
     #[error(
-        "lost rank {rank} ({how}) during {op}: look at that rank's own message, then resume from the last checkpoint"
+        "lost rank {rank} ({how}) during {op}: look at that rank's own message, then start again, from the last checkpoint where there is one"
     )]
     PeerLost {
         /// The lost rank.

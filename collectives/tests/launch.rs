@@ -190,6 +190,8 @@ fn numbers_that_cannot_be_are_refused_by_name_and_value() {
         (TORCHRUN, "RANK", "-1", "a whole number"),
         (TORCHRUN, "RANK", "", "a whole number"),
         (TORCHRUN, "WORLD_SIZE", "0", "below WORLD_SIZE, which is 0"),
+        (TORCHRUN, "WORLD_SIZE", "99999999999", "a number of ranks up to 1048576"),
+        (OWN, "PILLION_WORLD", "18446744073709551615", "a number of ranks up to 1048576"),
         (TORCHRUN, "LOCAL_RANK", "4", "below LOCAL_WORLD_SIZE, which is 4"),
         (TORCHRUN, "LOCAL_WORLD_SIZE", "9", "at most WORLD_SIZE, which is 8"),
         (TORCHRUN, "TORCHELASTIC_RESTART_COUNT", "x", "a whole number"),

@@ -10,6 +10,9 @@ use std::{fs, io};
 
 use super::{JOB_LENGTH, Launch, LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_RANK, OWN_WORLD, Source, fresh_job};
 
+/// More than any machine has, and few enough that a list of them fits into memory.
+const MOST_RANKS: usize = 1 << 20;
+
 /// The names under which a launcher gives a rank's place.
 struct Names {
     rank: &'static str,
@@ -125,7 +128,7 @@ impl Variables<'_> {
             return Err(LaunchError::Malformed { variable: OWN_JOB.into(), value: job, expected });
         }
         let rank = self.number(OWN_RANK, &all, remedy)?;
-        let world = self.number(OWN_WORLD, &all, remedy)?;
+        let world = self.world(OWN_WORLD, &all, remedy)?;
         must_be_below(OWN_RANK, rank, OWN_WORLD, world)?;
         let (local_rank, local_world) = (rank, world);
         Ok(Launch { rank, world, local_rank, local_world, job, source: Source::Local, host: None })
@@ -203,6 +206,16 @@ impl Variables<'_> {
         self.launch(Source::Slurm, &SLURM, Some("SLURM_RESTART_COUNT"), identity)
     }
 
+    /// A number of ranks.
+    fn world(&self, name: &str, all: &[&str], remedy: &'static str) -> Result<usize, LaunchError> {
+        let world = self.number(name, all, remedy)?;
+        if world > MOST_RANKS {
+            let expected = "a number of ranks up to 1048576";
+            return Err(LaunchError::Malformed { variable: name.into(), value: world.to_string(), expected });
+        }
+        Ok(world)
+    }
+
     /// Reads the place under `names`, checks it, and names the job after `identity` and the count
     /// in the variable `restarts`, if the launcher has one.
     fn launch(
@@ -214,7 +227,7 @@ impl Variables<'_> {
     ) -> Result<Launch, LaunchError> {
         let all = names.all();
         let rank = self.number(names.rank, &all, names.remedy)?;
-        let world = self.number(names.world, &all, names.remedy)?;
+        let world = self.world(names.world, &all, names.remedy)?;
         must_be_below(names.rank, rank, names.world, world)?;
         if world == 1 && source != Source::Slurm && !self.any(&all[2..]) {
             // Alone in the world, so alone on the host.
