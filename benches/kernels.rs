@@ -14,7 +14,7 @@ fn filled(len: usize) -> Buffer {
 fn linear(criterion: &mut Criterion) {
     let queue = Cpu.queue();
     let mut group = criterion.benchmark_group("linear");
-    for (rows, inputs, outputs) in [(512, 256, 256), (512, 256, 704), (512, 704, 256), (1024, 512, 1408)] {
+    for (rows, inputs, outputs) in [(1024, 512, 512), (1024, 512, 1408), (1024, 1408, 512), (1024, 512, 4096)] {
         let (x, w, grad_y) = (filled(rows * inputs), filled(inputs * outputs), filled(rows * outputs));
         let (mut y, mut grad_x, mut grad_w) = (filled(rows * outputs), filled(rows * inputs), filled(inputs * outputs));
         group.throughput(Throughput::Elements((2 * rows * inputs * outputs) as u64));

@@ -2,7 +2,7 @@
 //! device) panics with the reason.
 
 /// Failures of devices.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The allocator refused.
@@ -12,5 +12,13 @@ pub enum Error {
         device: &'static str,
         /// Size of the refused allocation in bytes.
         bytes: usize,
+    },
+    /// `PILLION_ISA` asks for what there is not.
+    #[error("PILLION_ISA is {wanted:?}: this processor has {widest} and what is below it (portable, avx2, avx512)")]
+    Isa {
+        /// What it says.
+        wanted: String,
+        /// The widest set of instructions here.
+        widest: &'static str,
     },
 }

@@ -5,6 +5,7 @@
 mod adamw;
 mod attention;
 mod embedding;
+mod isa;
 mod lazy;
 mod loss;
 mod maths;
@@ -16,9 +17,11 @@ pub mod reduce;
 mod rope;
 pub mod stream;
 
+pub use isa::Isa;
 pub use lazy::LazyCpu;
 
 use crate::{Buffer, DType, Device, Element, Error, Queue, Span, View, ViewMut};
+use isa::vectorized;
 use lazy::LazyQueue;
 
 /// The processor; a kernel has run when its call returns.
@@ -125,10 +128,4 @@ impl<'a> Input<'a> {
             other => panic!("weights are f32 or bf16, not {other}"),
         }
     }
-}
-
-/// Runs `kernel` with the widest vectors this processor has. Arithmetic is the same on each: no fused multiply-add is
-/// introduced, and sums name their lanes.
-fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(kernel)
 }

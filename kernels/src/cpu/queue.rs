@@ -162,23 +162,27 @@ unsafe impl Queue for HostQueue {
     fn linear(&self, y: ViewMut<'_>, x: View<'_>, w: View<'_>, rows: usize) {
         let (outputs, inputs) = (columns("linear y", y.len(), rows), columns("linear x", x.len(), rows));
         same("linear w", &[w.len(), outputs * inputs]);
+        let dtype = w.dtype();
         self.run([y], [x, w], move |[y], [x, w]| {
-            with_scratch(|widened, _| {
-                let weights = Matrix::dense(w.widened(widened), outputs, inputs).transposed();
-                product(Matrix::dense(y.of(), rows, outputs), Matrix::dense(x.of(), rows, inputs), weights, 1.0, false);
-            });
+            let (y, x) = (Matrix::dense(y.of(), rows, outputs), Matrix::dense(x.of::<f32>(), rows, inputs));
+            match dtype {
+                DType::Bf16 => product(y, x, Matrix::dense(w.of::<bf16>(), outputs, inputs).transposed(), 1.0, false),
+                _ => product(y, x, Matrix::dense(w.of::<f32>(), outputs, inputs).transposed(), 1.0, false),
+            }
         });
     }
 
     fn linear_backward_input(&self, grad_x: ViewMut<'_>, grad_y: View<'_>, w: View<'_>, rows: usize, accumulate: bool) {
         let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", grad_x.len(), rows));
         same("linear w", &[w.len(), outputs * inputs]);
+        let dtype = w.dtype();
         self.run([grad_x], [grad_y, w], move |[grad_x], [grad_y, w]| {
-            with_scratch(|widened, _| {
-                let weights = Matrix::dense(w.widened(widened), outputs, inputs);
-                let grad_y = Matrix::dense(grad_y.of(), rows, outputs);
-                product(Matrix::dense(grad_x.of(), rows, inputs), grad_y, weights, 1.0, accumulate);
-            });
+            let (grad_x, grad_y) =
+                (Matrix::dense(grad_x.of(), rows, inputs), Matrix::dense(grad_y.of::<f32>(), rows, outputs));
+            match dtype {
+                DType::Bf16 => product(grad_x, grad_y, Matrix::dense(w.of::<bf16>(), outputs, inputs), 1.0, accumulate),
+                _ => product(grad_x, grad_y, Matrix::dense(w.of::<f32>(), outputs, inputs), 1.0, accumulate),
+            }
         });
     }
 
@@ -186,14 +190,9 @@ unsafe impl Queue for HostQueue {
         let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", x.len(), rows));
         same("linear w", &[grad_w.len(), outputs * inputs]);
         self.run([grad_w], [grad_y, x], move |[grad_w], [grad_y, x]| {
-            let grad_y = Matrix::dense(grad_y.of(), rows, outputs).transposed();
-            product(
-                Matrix::dense(grad_w.of(), outputs, inputs),
-                grad_y,
-                Matrix::dense(x.of(), rows, inputs),
-                1.0,
-                true,
-            );
+            let grad_y = Matrix::dense(grad_y.of::<f32>(), rows, outputs).transposed();
+            let x = Matrix::dense(x.of::<f32>(), rows, inputs);
+            product(Matrix::dense(grad_w.of(), outputs, inputs), grad_y, x, 1.0, true);
         });
     }
 
