@@ -60,10 +60,11 @@ const fn preset(
     Preset { name, vocab, width, ffn, layers, heads, kv_heads }
 }
 
-/// Every preset: two for a laptop, the three of Lau et al. 2025, and Llama 2 itself.
-pub const PRESETS: [Preset; 8] = [
+/// Every preset: two for a laptop, one that benchmarks compare with other frameworks, the three of Lau et al. 2025, and Llama 2 itself.
+pub const PRESETS: [Preset; 9] = [
     preset("tiny", crate::data::tokenizer::VOCAB, 64, 192, 2, 4, 2),
     preset("small", crate::data::tokenizer::VOCAB, 256, 704, 4, 4, 4),
+    preset("peer-30m", 4096, 512, 1408, 8, 8, 8),
     preset("micro-llama-300m", 32_000, 1024, 5632, 12, 16, 4),
     preset("tiny-llama-1.1b", 32_000, 2048, 5632, 22, 32, 4),
     preset("open-llama-3b", 32_000, 3200, 8640, 26, 32, 32),

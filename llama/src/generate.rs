@@ -3,6 +3,7 @@
 use pillion_kernels::random;
 use pillion_runtime::{Engine, Error};
 
+use crate::data::tokenizer;
 use crate::model::Model;
 
 /// Goes on from `prompt` for `count` tokens; `model` is one of batch 1 and `seq` tokens. Every rank calls it alike and gets
@@ -35,7 +36,9 @@ pub fn generate(
         let logits = model.logits(&mut step, &inputs)?;
         step.end()?;
         let vocab = logits.len() / seq;
-        let chosen = choose(&logits[last * vocab..][..vocab], temperature, random::uniform(seed, 0, index as u64));
+        // A model may know more tokens than the tokenizer has.
+        let known = &logits[last * vocab..][..vocab.min(tokenizer::VOCAB)];
+        let chosen = choose(known, temperature, random::uniform(seed, 0, index as u64));
         tokens.push(chosen as u16);
     }
     Ok(tokens.split_off(prompt.len()))

@@ -168,7 +168,8 @@ pub struct TrainArgs {
     /// File of settings in TOML, with the names of these flags as keys; flags win.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Text to train on, a file or a folder; default: the sources of the crates this program is built from.
+    /// Text to train on, a file or a folder, or `synthetic` for random tokens; default: the sources of the crates this program is built
+    /// from.
     #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
     /// Folder for everything the run writes; an earlier run in it is moved aside, unless it is resumed.

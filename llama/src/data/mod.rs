@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `sources` | files under a path that the user gives |
 //! | `corpus` | the default text: sources of the crates we are built from |
+//! | `synthetic` | random tokens instead, to measure speed with |
 //! | `tokenizer` | bytes to tokens and back |
 //! | `tokenize` | files of text to a token file, and where train and validation divide |
 //! | `tokens` | the token file |
@@ -20,6 +21,7 @@ mod dataset;
 mod error;
 mod order;
 mod sources;
+pub mod synthetic;
 mod tokenize;
 pub mod tokenizer;
 mod tokens;
@@ -81,23 +83,31 @@ pub fn prepare(data: Option<&Path>, cache: &Path) -> Result<Prepared> {
     if !path.exists() {
         tokenize::tokenize(&sources, &path)?;
     }
-    let tokens = TokenFile::open(&path)?;
+    let tokens = TokenFile::open(&path, tokenizer::VOCAB)?;
     let origin = tokens.origin();
     let skipped = Skipped { not_text: origin.not_text, ..sources.skipped };
     if let (Some(data), 0) = (data, origin.files) {
         return Err(sources::no_text(data, &skipped));
     }
-    let summary = Summary {
-        description,
-        missing,
-        files: origin.files,
-        bytes: origin.bytes,
-        skipped,
-        train_tokens: tokens.len(Split::Train),
-        validation_tokens: tokens.len(Split::Validation),
-        fingerprint: tokens.fingerprint(),
-        path,
-    };
+    let summary = Summary { missing, skipped, ..Summary::of(&tokens, description) };
+    Ok(Prepared { tokens, summary })
+}
+
+/// Random tokens of a vocabulary of `vocab`, made once and kept in `cache`.
+///
+/// # Errors
+/// As for [`prepare`].
+///
+/// # Panics
+/// For a vocabulary beyond [`synthetic::LARGEST_VOCAB`].
+pub fn prepare_synthetic(vocab: usize, cache: &Path) -> Result<Prepared> {
+    fs::create_dir_all(cache).map_err(|source| Error::Write { path: cache.to_owned(), source })?;
+    let path = cache.join(format!("synthetic-{vocab}.tokens"));
+    if !path.exists() {
+        synthetic::write(vocab, &path)?;
+    }
+    let tokens = TokenFile::open(&path, vocab)?;
+    let summary = Summary::of(&tokens, format!("random tokens, each of {vocab} as likely as the others"));
     Ok(Prepared { tokens, summary })
 }
 
@@ -126,16 +136,32 @@ pub struct Summary {
     pub path: PathBuf,
 }
 
+impl Summary {
+    fn of(tokens: &TokenFile, description: String) -> Summary {
+        let Origin { files, bytes, not_text } = tokens.origin();
+        Summary {
+            description,
+            missing: Vec::new(),
+            files,
+            bytes,
+            skipped: Skipped { not_text, ..Skipped::default() },
+            train_tokens: tokens.len(Split::Train),
+            validation_tokens: tokens.len(Split::Validation),
+            fingerprint: tokens.fingerprint(),
+            path: tokens.path().to_owned(),
+        }
+    }
+}
+
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "data: {}: {} files, {:.1} MB; skipped: {}",
-            self.description,
-            self.files,
-            self.bytes as f64 / 1e6,
-            self.skipped
-        )?;
+        match self.files {
+            0 => writeln!(f, "data: {}", self.description)?,
+            files => {
+                let megabytes = self.bytes as f64 / 1e6;
+                writeln!(f, "data: {}: {files} files, {megabytes:.1} MB; skipped: {}", self.description, self.skipped)?;
+            }
+        }
         let all = self.train_tokens + self.validation_tokens;
         write!(
             f,
@@ -237,6 +263,24 @@ mod tests {
         assert_ne!(one.path, two.path);
         assert_eq!(one.fingerprint, two.fingerprint);
         assert_eq!(fs::read(one.path).unwrap(), fs::read(two.path).unwrap());
+    }
+
+    #[test]
+    fn synthetic_tokens_are_all_of_the_vocabulary_equally_often() {
+        let cache = tempfile::tempdir().unwrap();
+        let prepared = prepare_synthetic(300, cache.path()).unwrap();
+        let mut counts = vec![0u64; 300];
+        prepared
+            .tokens
+            .for_each_chunk(Split::Train, |tokens| tokens.iter().for_each(|&token| counts[token as usize] += 1))
+            .unwrap();
+        let mean = prepared.summary.train_tokens as f64 / 300.0;
+        // Pearson's statistic has mean 299 and variance 598: ten standard deviations.
+        let statistic: f64 = counts.iter().map(|&count| (count as f64 - mean).powi(2) / mean).sum();
+        assert!((299.0 - 250.0..299.0 + 250.0).contains(&statistic), "{statistic}");
+        let again = prepare_synthetic(300, cache.path()).unwrap();
+        assert_eq!(again.summary, prepared.summary);
+        assert!(prepared.summary.to_string().starts_with("data: random tokens, each of 300"));
     }
 
     #[test]

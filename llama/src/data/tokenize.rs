@@ -11,7 +11,7 @@ use std::path::Path;
 
 use super::error::{Error, Result};
 use super::sources::{Division, SourceFile, Sources};
-use super::tokenizer::{END, encode};
+use super::tokenizer::{END, VOCAB, encode};
 use super::tokens::{Origin, Split, TokenWriter};
 
 /// Tokenizes `sources` into a token file at `destination`; each document is followed by [`END`].
@@ -45,7 +45,7 @@ pub(super) fn tokenize(sources: &Sources, destination: &Path) -> Result<()> {
     // Stable, so files keep their order within a split.
     pieces.sort_by_key(|piece| piece.split == Split::Validation);
 
-    let mut writer = TokenWriter::create(destination)?;
+    let mut writer = TokenWriter::create(destination, VOCAB)?;
     let mut tokens = Vec::new();
     for piece in &pieces {
         for_each_chunk(piece.file, piece.range.clone(), |text| {
@@ -200,7 +200,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let destination = folder.path().join("tokens");
         tokenize(&sources::under(path)?, &destination)?;
-        let file = TokenFile::open(&destination)?;
+        let file = TokenFile::open(&destination, VOCAB)?;
         Ok([Split::Train, Split::Validation].map(|split| {
             let mut tokens = vec![0; file.len(split) as usize];
             file.read(split, 0, &mut tokens).unwrap();

@@ -28,7 +28,6 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::error::{Error, Result};
-use super::tokenizer::VOCAB;
 
 /// Version of the token file's layout.
 pub(super) const VERSION: u32 = 1;
@@ -75,8 +74,8 @@ impl TokenFile {
     ///
     /// # Errors
     /// [`Error::Read`] if it cannot be read; [`Error::Tokens`], naming the file, if it is not a
-    /// token file of this version and vocabulary, is cut short, or its checksum does not match.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// token file of this version and a vocabulary of `vocab`, is cut short, or its checksum does not match.
+    pub fn open(path: &Path, vocab: usize) -> Result<Self> {
         let read = |source| Error::Read { path: path.to_owned(), source };
         let wrong = |problem| Error::Tokens { path: path.to_owned(), problem };
         let file = File::open(path).map_err(read)?;
@@ -86,7 +85,7 @@ impl TokenFile {
         }
         let mut bytes = [0; Header::BYTES];
         file.read_exact_at(&mut bytes, 0).map_err(read)?;
-        let header = Header::parse(&bytes).map_err(wrong)?;
+        let header = Header::parse(&bytes, vocab).map_err(wrong)?;
         let expected = u128::from(header.train) + u128::from(header.validation);
         let expected = expected * 2 + Header::BYTES as u128;
         if u128::from(found) != expected {
@@ -98,12 +97,12 @@ impl TokenFile {
         let mut foreign = None;
         for split in [Split::Train, Split::Validation] {
             tokens.for_each_chunk(split, |chunk| {
-                foreign = foreign.or(chunk.iter().copied().find(|&t| usize::from(t) >= VOCAB));
+                foreign = foreign.or(chunk.iter().copied().find(|&t| usize::from(t) >= vocab));
                 hash.update(little_endian(chunk));
             })?;
         }
         if let Some(token) = foreign {
-            return Err(wrong(format!("damaged: token {token} is outside the vocabulary of {VOCAB}")));
+            return Err(wrong(format!("damaged: token {token} is outside the vocabulary of {vocab}")));
         }
         tokens.header.hash_counts(&mut hash);
         if hash.digest() != tokens.header.fingerprint {
@@ -189,12 +188,14 @@ pub(super) struct TokenWriter {
     temporary: PathBuf,
     out: BufWriter<File>,
     hash: Xxh3,
+    vocab: u32,
     train: u64,
     validation: u64,
 }
 
 impl TokenWriter {
-    pub(super) fn create(destination: &Path) -> Result<Self> {
+    /// For tokens below `vocab`, of which there are at most 2¹⁶.
+    pub(super) fn create(destination: &Path, vocab: usize) -> Result<Self> {
         // A random name, since process numbers repeat between the hosts that share a file system.
         let mut name = OsString::from(destination);
         let random = RandomState::new().build_hasher().finish();
@@ -204,7 +205,15 @@ impl TokenWriter {
         let file = File::create_new(&temporary).map_err(write)?;
         let mut out = BufWriter::with_capacity(1 << 20, file);
         out.write_all(&[0; Header::BYTES]).map_err(write)?;
-        Ok(Self { destination: destination.to_owned(), temporary, out, hash: Xxh3::new(), train: 0, validation: 0 })
+        Ok(Self {
+            destination: destination.to_owned(),
+            temporary,
+            out,
+            hash: Xxh3::new(),
+            vocab: vocab as u32,
+            train: 0,
+            validation: 0,
+        })
     }
 
     /// Appends tokens to a split. All of the train split comes before the validation split.
@@ -223,7 +232,8 @@ impl TokenWriter {
     }
 
     pub(super) fn finish(mut self, origin: Origin) -> Result<()> {
-        let mut header = Header { train: self.train, validation: self.validation, origin, fingerprint: 0 };
+        let mut header =
+            Header { vocab: self.vocab, train: self.train, validation: self.validation, origin, fingerprint: 0 };
         header.hash_counts(&mut self.hash);
         header.fingerprint = self.hash.digest();
 
@@ -259,6 +269,7 @@ impl Drop for TokenWriter {
 /// The numbers at the head of a token file.
 #[derive(Debug)]
 struct Header {
+    vocab: u32,
     train: u64,
     validation: u64,
     origin: Origin,
@@ -273,7 +284,7 @@ impl Header {
         let mut bytes = Vec::with_capacity(Self::BYTES);
         bytes.extend(Self::MAGIC);
         bytes.extend(VERSION.to_le_bytes());
-        bytes.extend((VOCAB as u32).to_le_bytes());
+        bytes.extend(self.vocab.to_le_bytes());
         for number in
             [self.train, self.validation, self.origin.files, self.origin.bytes, self.origin.not_text, self.fingerprint]
         {
@@ -284,7 +295,7 @@ impl Header {
     }
 
     /// The header, or what is wrong with it.
-    fn parse(bytes: &[u8; Self::BYTES]) -> std::result::Result<Self, String> {
+    fn parse(bytes: &[u8; Self::BYTES], vocab: usize) -> std::result::Result<Self, String> {
         let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
         let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         if bytes[..8] != Self::MAGIC {
@@ -304,10 +315,11 @@ impl Header {
                 xxh3_64(&bytes[..64])
             ));
         }
-        if u32_at(12) as usize != VOCAB {
-            return Err(format!("expected a vocabulary of {VOCAB}, found {}", u32_at(12)));
+        if u32_at(12) as usize != vocab {
+            return Err(format!("expected a vocabulary of {vocab}, found {}", u32_at(12)));
         }
         Ok(Self {
+            vocab: u32_at(12),
             train: u64_at(16),
             validation: u64_at(24),
             origin: Origin { files: u64_at(32), bytes: u64_at(40), not_text: u64_at(48) },
@@ -332,23 +344,24 @@ fn little_endian(tokens: &mut [u16]) -> &[u8] {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::tokenizer::VOCAB;
     use super::*;
     use proptest::prelude::*;
 
     /// A token file with these splits, for the tests of this module's siblings.
     pub(in crate::data) fn token_file(folder: &Path, train: &[u16], validation: &[u16]) -> TokenFile {
         let path = folder.join("tokens.bin");
-        let mut writer = TokenWriter::create(&path).unwrap();
+        let mut writer = TokenWriter::create(&path, VOCAB).unwrap();
         writer.push(Split::Train, &mut train.to_vec()).unwrap();
         writer.push(Split::Validation, &mut validation.to_vec()).unwrap();
         writer.finish(ORIGIN).unwrap();
-        TokenFile::open(&path).unwrap()
+        TokenFile::open(&path, VOCAB).unwrap()
     }
 
     const ORIGIN: Origin = Origin { files: 3, bytes: 1234, not_text: 1 };
 
     fn problem(path: &Path) -> String {
-        let error = TokenFile::open(path).unwrap_err();
+        let error = TokenFile::open(path, VOCAB).unwrap_err();
         assert!(matches!(error, Error::Tokens { .. }), "{error:?}");
         let text = error.to_string();
         assert!(text.contains(&path.display().to_string()), "{text}");
@@ -424,7 +437,7 @@ pub(super) mod tests {
         whole[8] = 9;
         fs::write(&path, &whole).unwrap();
         assert!(problem(&path).contains("expected version 1, found 9"));
-        let error = TokenFile::open(&folder.path().join("none")).unwrap_err();
+        let error = TokenFile::open(&folder.path().join("none"), VOCAB).unwrap_err();
         assert!(matches!(error, Error::Read { .. }));
     }
 
@@ -432,16 +445,18 @@ pub(super) mod tests {
     fn a_token_outside_the_vocabulary_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tokens.bin");
-        let mut writer = TokenWriter::create(&path).unwrap();
+        let mut writer = TokenWriter::create(&path, VOCAB).unwrap();
         writer.push(Split::Train, &mut [257]).unwrap();
         writer.finish(ORIGIN).unwrap();
         assert!(problem(&path).contains("token 257"));
+        let error = TokenFile::open(&path, 300).unwrap_err().to_string();
+        assert!(error.contains("expected a vocabulary of 300, found 257"), "{error}");
     }
 
     #[test]
     fn an_abandoned_writer_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        drop(TokenWriter::create(&folder.path().join("tokens.bin")).unwrap());
+        drop(TokenWriter::create(&folder.path().join("tokens.bin"), VOCAB).unwrap());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

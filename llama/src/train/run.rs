@@ -1,7 +1,7 @@
 //! The loop of one rank. Every decision is taken from numbers that are the same on every rank.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use super::recipe::{self, Recipe};
 use super::screen::{self, Screen};
 use super::{Ended, plan_table, stopping};
 use crate::Error;
-use crate::data::{self, Dataset, TokenFile, tokenizer, trigram};
+use crate::data::{self, Dataset, TokenFile, synthetic, tokenizer, trigram};
 use crate::generate::generate;
 use crate::model::Model;
 use crate::settings::{DeviceKind, TrainArgs};
@@ -77,7 +77,13 @@ struct Counters {
 struct Output {
     screen: Screen,
     metrics: Metrics,
-    trigram: f64,
+    mark: Mark,
+}
+
+/// The loss to beat, and what has it.
+struct Mark {
+    loss: f64,
+    of: &'static str,
 }
 
 /// What rank 0 finds out before the start.
@@ -97,7 +103,8 @@ impl<'s> Run<'s> {
         let start = on_rank_zero(&communicator, || start(settings, world, &mut lock))?;
         let Start { resume, recipe, tokens, validation_samples } = start;
         let policy = recipe::policy(&settings.policy, settings.clip)?;
-        let dataset = Dataset::open(TokenFile::open(&tokens)?, recipe.seq, recipe.seed)?;
+        let vocab = if is_synthetic(settings) { recipe.model.vocab_size } else { tokenizer::VOCAB };
+        let dataset = Dataset::open(TokenFile::open(&tokens, vocab)?, recipe.seq, recipe.seed)?;
         if communicator.rank() == 0 {
             let batch = recipe.controller.base;
             let between = match (communicator.backend(), communicator.hosts()) {
@@ -132,8 +139,11 @@ impl<'s> Run<'s> {
         }
         let output = on_rank_zero_alone(&communicator, || {
             let metrics = Metrics::open(&settings.out, progress.step)?;
-            let trigram = trigram::loss(&dataset, validation_samples)?;
-            Ok(Output { screen: Screen::new(recipe.schedule.samples, progress.samples), metrics, trigram })
+            let mark = match is_synthetic(settings) {
+                true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
+                false => Mark { loss: trigram::loss(&dataset, validation_samples)?, of: "a trigram model" },
+            };
+            Ok(Output { screen: Screen::new(recipe.schedule.samples, progress.samples), metrics, mark })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
         Ok(Run {
@@ -155,11 +165,9 @@ impl<'s> Run<'s> {
 
     fn train(&mut self, stop: &AtomicBool) -> Result<Ended, Error> {
         let mut validation = self.validate()?;
-        if let Some(Output { screen, trigram, .. }) = &self.output {
+        if let Some(Output { screen, mark: Mark { loss, of }, .. }) = &self.output {
             let samples = self.validation_samples;
-            screen.say(format!(
-                "validation loss {validation:.4} on {samples} samples; a trigram model reaches {trigram:.4}"
-            ));
+            screen.say(format!("validation loss {validation:.4} on {samples} samples; {of} reaches {loss:.4}"));
         }
         if self.is_asked_to_stop(stop)? {
             self.say(|| match self.progress.saved {
@@ -300,25 +308,17 @@ impl<'s> Run<'s> {
         }
     }
 
-    /// What was reached, a sample of text, and the paths of what was written.
+    /// What was reached, a sample of text where that was learned, and the paths of what was written.
     fn summary(&mut self, validation: f64) -> Result<(), Error> {
-        const PROMPT: &str = "pub fn ";
-        const LENGTH: usize = 240;
-        let device = self.engine.device().clone();
-        let mut model = Model::new(&*device, &self.recipe.model, 1, self.recipe.seq)?;
-        let mut prompt = Vec::new();
-        tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
-        prompt.truncate(PROMPT.len());
-        let (seq, seed) = (self.recipe.seq, self.recipe.seed);
-        let text = generate(&mut self.engine, &mut model, seq, &prompt, LENGTH, 0.7, seed)?;
-        let Some(Output { screen, metrics, trigram }) = &self.output else { return Ok(()) };
+        let sample = if is_synthetic(self.settings) { None } else { Some(self.sample()?) };
+        let Some(Output { screen, metrics, mark: Mark { loss, of } }) = &self.output else { return Ok(()) };
         screen.close();
-        let text = String::from_utf8_lossy(&tokenizer::decode(&text)).into_owned();
-        let against = if validation < *trigram { "below" } else { "not below" };
+        let against = if validation < *loss { "below" } else { "not below" };
+        let sample = sample.map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
         screen.say(format!(
             "\n{} steps, {} samples in {}; batch {} at the end\n\
-             validation loss {validation:.4}, {against} the trigram model's {trigram:.4}\n\
-             \n{PROMPT}{text}\n\n\
+             validation loss {validation:.4}, {against} that of {of}, {loss:.4}\n\
+             {sample}\
              metrics     {}\ncheckpoint  {}",
             self.progress.step,
             self.progress.samples,
@@ -329,6 +329,24 @@ impl<'s> Run<'s> {
         ));
         Ok(())
     }
+
+    /// Text by the model.
+    fn sample(&mut self) -> Result<String, Error> {
+        const PROMPT: &str = "pub fn ";
+        const LENGTH: usize = 240;
+        let device = self.engine.device().clone();
+        let mut model = Model::new(&*device, &self.recipe.model, 1, self.recipe.seq)?;
+        let mut prompt = Vec::new();
+        tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
+        let (seq, seed) = (self.recipe.seq, self.recipe.seed);
+        let text = generate(&mut self.engine, &mut model, seq, &prompt, LENGTH, 0.7, seed)?;
+        Ok(format!("{PROMPT}{}", String::from_utf8_lossy(&tokenizer::decode(&text))))
+    }
+}
+
+/// Whether random tokens stand for text.
+fn is_synthetic(settings: &TrainArgs) -> bool {
+    settings.data.as_deref() == Some(Path::new(synthetic::NAME))
 }
 
 /// Checks that every rank was given the same settings: a launcher can start each with others.
@@ -359,7 +377,14 @@ fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>) -> Result<
         settings.max_batch.get_or_insert(controller.cap);
     }
     let recipe = Recipe::new(&settings, world)?;
-    if recipe.model.vocab_size < tokenizer::VOCAB {
+    let synthetic = is_synthetic(&settings);
+    if synthetic && recipe.model.vocab_size > synthetic::LARGEST_VOCAB {
+        let (vocab, most) = (recipe.model.vocab_size, synthetic::LARGEST_VOCAB);
+        return Err(Error::Setting(format!(
+            "synthetic data has at most {most} different tokens, but the model knows {vocab}: choose another --model"
+        )));
+    }
+    if !synthetic && recipe.model.vocab_size < tokenizer::VOCAB {
         let (vocab, needed) = (recipe.model.vocab_size, tokenizer::VOCAB);
         return Err(Error::Setting(format!(
             "the model knows {vocab} tokens, but the text needs {needed}: choose another --model"
@@ -372,7 +397,10 @@ fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>) -> Result<
     let tokens = checkpoints::make_tokens_folder(&settings.out)?;
     *lock = Some(checkpoints::lock(&settings.out)?);
     // All that can be wrong is found here, so that it is said once, and before an earlier run is touched.
-    let prepared = data::prepare(settings.data.as_deref(), &tokens)?;
+    let prepared = match synthetic {
+        true => data::prepare_synthetic(recipe.model.vocab_size, &tokens)?,
+        false => data::prepare(settings.data.as_deref(), &tokens)?,
+    };
     let fingerprint = fingerprint(&prepared.tokens);
     let dataset = Dataset::open(prepared.tokens, recipe.seq, recipe.seed)?;
     let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
