@@ -186,6 +186,7 @@ impl<'s> Run<'s> {
                 line.validation_loss = Some(validation);
             }
             if let Some(Output { screen, metrics, .. }) = &mut self.output {
+                line.memory = screen.memory();
                 metrics.write(&line)?;
                 screen.step(&line);
                 if let Some(loss) = line.validation_loss {
@@ -277,6 +278,7 @@ impl<'s> Run<'s> {
             wanted_batch: decision.wanted,
             validation_loss: None,
             flops: tokens_per_s * self.recipe.model.flops_per_token(self.recipe.seq),
+            memory: None,
         };
         Ok((line, report.requests[0] > 0.0))
     }

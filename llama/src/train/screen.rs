@@ -14,7 +14,7 @@ pub(crate) struct Screen {
     first_sample: u64,
     samples: u64,
     lines: u64,
-    memory: u64,
+    memory: Option<u64>,
 }
 
 /// Steps between two headings.
@@ -31,7 +31,7 @@ impl Screen {
         } else {
             ProgressBar::hidden()
         };
-        Screen { bar, started: Instant::now(), first_sample: seen, samples, lines: 0, memory: 0 }
+        Screen { bar, started: Instant::now(), first_sample: seen, samples, lines: 0, memory: None }
     }
 
     /// Prints anything above the bar.
@@ -39,11 +39,16 @@ impl Screen {
         self.bar.suspend(|| crate::print(text));
     }
 
+    /// Memory in use, looked at now and then. The first step is not like the others: it allocates.
+    pub(crate) fn memory(&mut self) -> Option<u64> {
+        if self.lines == 1 || self.lines.is_multiple_of(MEMORY_EVERY) {
+            self.memory = proportional_memory();
+        }
+        self.memory
+    }
+
     /// Prints a step.
     pub(crate) fn step(&mut self, line: &Line) {
-        if self.lines.is_multiple_of(MEMORY_EVERY) {
-            self.memory = proportional_memory().unwrap_or(0);
-        }
         if self.lines.is_multiple_of(HEADING_EVERY) {
             self.say(format!(
                 "{:>6} {:>7} {:>7} {:>8} {:>6} {:>7} {:>8} {:>8} {:>9} {:>10} {:>8}",
@@ -63,7 +68,7 @@ impl Screen {
             line.tokens_per_s,
             line.flops / 1e9,
             line.exposed_ms,
-            bytes(self.memory),
+            line.memory.map_or("-".to_owned(), bytes),
             self.remaining(line.samples_seen),
         ));
         self.bar.set_position(line.samples_seen);
