@@ -1,9 +1,12 @@
 //! Llama's forward and backward pass, unit by unit, on any device.
 //!
 //! Shapes: N = B·T tokens of a micro-batch, C width, F feed-forward width, H·D = C query width, K·D key and value width, V vocabulary. Activations are
-//! kept for the backward pass; every buffer is allocated once.
+//! kept for the backward pass, but for those that one pass over memory makes again (norms, SwiGLU); logits and their gradient exist for
+//! some tokens at a time. Every buffer is allocated once.
 
-use pillion_kernels::{AttentionShape, Buffer, DType, Device, Queue};
+use std::ops::Range;
+
+use pillion_kernels::{AttentionShape, Buffer, DType, Device, Queue, View};
 use pillion_runtime::{Backward, Error, Forward, Step};
 
 use crate::config::Config;
@@ -32,7 +35,8 @@ pub struct Model {
     residual: Vec<Buffer>,
     blocks: Vec<Block>,
     head: Head,
-    gradients: Scratch,
+    recomputed: Recomputed,
+    gradients: Gradients,
     inputs: Buffer,
     targets: Buffer,
     cos: Buffer,
@@ -43,7 +47,6 @@ pub struct Model {
 
 /// What a block keeps for its backward pass.
 struct Block {
-    normed_input: Buffer,
     input_inverse_rms: Buffer,
     q: Buffer,
     k: Buffer,
@@ -52,22 +55,28 @@ struct Block {
     log_sum: Buffer,
     /// The residual stream between attention and feed-forward.
     middle: Buffer,
-    normed_middle: Buffer,
     middle_inverse_rms: Buffer,
     gate: Buffer,
     up: Buffer,
+}
+
+/// What a block makes in its forward pass, and again in its backward pass.
+struct Recomputed {
+    /// A norm's output, `[N, C]`.
+    normed: Buffer,
+    /// Of SwiGLU, `[N, F]`.
     activated: Buffer,
 }
 
 struct Head {
     normed: Buffer,
     inverse_rms: Buffer,
-    /// `[N, V]`; after the loss, its gradient.
+    /// Of at most [`HEAD_ROWS`] tokens, `[·, V]`; after the loss, its gradient.
     logits: Buffer,
 }
 
 /// Gradients of activations, shared by all blocks.
-struct Scratch {
+struct Gradients {
     /// Of the residual stream, `[N, C]`.
     residual: Buffer,
     /// Of a norm's output, `[N, C]`.
@@ -97,7 +106,6 @@ impl Model {
         let allocate = |len: usize| device.allocate(DType::F32, len);
         let block = |_| {
             Ok::<_, Error>(Block {
-                normed_input: allocate(tokens * width)?,
                 input_inverse_rms: allocate(tokens)?,
                 q: allocate(tokens * width)?,
                 k: allocate(tokens * kv_width)?,
@@ -105,11 +113,9 @@ impl Model {
                 attended: allocate(tokens * width)?,
                 log_sum: allocate(tokens * heads)?,
                 middle: allocate(tokens * width)?,
-                normed_middle: allocate(tokens * width)?,
                 middle_inverse_rms: allocate(tokens)?,
                 gate: allocate(tokens * ffn)?,
                 up: allocate(tokens * ffn)?,
-                activated: allocate(tokens * ffn)?,
             })
         };
         let (mut cos, mut sin) = (allocate(seq * config.head_dim() / 2)?, allocate(seq * config.head_dim() / 2)?);
@@ -131,9 +137,10 @@ impl Model {
             head: Head {
                 normed: allocate(tokens * width)?,
                 inverse_rms: allocate(tokens)?,
-                logits: allocate(tokens * config.vocab_size)?,
+                logits: allocate(tokens.min(HEAD_ROWS) * config.vocab_size)?,
             },
-            gradients: Scratch {
+            recomputed: Recomputed { normed: allocate(tokens * width)?, activated: allocate(tokens * ffn)? },
+            gradients: Gradients {
                 residual: allocate(tokens * width)?,
                 normed: allocate(tokens * width)?,
                 attended: allocate(tokens * width)?,
@@ -157,11 +164,11 @@ impl Model {
     pub fn activation_bytes(config: &Config, batch: usize, seq: usize) -> u64 {
         let (width, ffn) = (config.hidden_size, config.intermediate_size);
         let kv_width = config.num_key_value_heads * config.head_dim();
-        let block = 6 * width + 2 * kv_width + 3 * ffn + config.num_attention_heads + 2;
-        let others = (config.num_hidden_layers + 1) * width + width + 1 + config.vocab_size;
-        let gradients = 4 * width + 2 * kv_width + 3 * ffn;
-        let token = config.num_hidden_layers * block + others + gradients + 2;
-        4 * (batch * seq * token + seq * config.head_dim()) as u64
+        let block = 4 * width + 2 * kv_width + 2 * ffn + config.num_attention_heads + 2;
+        let others = (config.num_hidden_layers + 1) * width + width + 1;
+        let scratch = 5 * width + 2 * kv_width + 4 * ffn;
+        let (tokens, token) = (batch * seq, config.num_hidden_layers * block + others + scratch + 2);
+        4 * (tokens * token + tokens.min(HEAD_ROWS) * config.vocab_size + seq * config.head_dim()) as u64
     }
 
     /// One round of a training step: forward and backward of a micro-batch. `inputs, targets: [B, T]`.
@@ -172,8 +179,10 @@ impl Model {
         step.round(inputs.len());
         let queue = step.queue();
         queue.upload(self.targets.view_mut(), targets);
-        self.forward(step, inputs)?;
+        self.blocks_forward(step, inputs)?;
         let layers = self.blocks.len();
+        let Forward { queue, weights } = step.forward(layers + 1)?;
+        self.norm_forward(queue, weights.tensor(tensor::FINAL_NORM));
         self.head_backward(step.backward(layers + 1)?);
         for layer in (0..layers).rev() {
             self.block_backward(layer, step.backward(layer + 1)?);
@@ -189,8 +198,15 @@ impl Model {
     /// As for [`Model::train`].
     pub fn evaluate(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
         step.queue().upload(self.targets.view_mut(), targets);
-        self.forward(step, inputs)?;
-        step.queue().cross_entropy(self.head.logits.view_mut(), self.targets.view(), self.sums.view_mut());
+        self.blocks_forward(step, inputs)?;
+        let Forward { queue, weights } = step.forward(self.blocks.len() + 1)?;
+        self.norm_forward(queue, weights.tensor(tensor::FINAL_NORM));
+        let vocab = self.config.vocab_size;
+        for rows in self.head_parts() {
+            let (logits, targets) = (0..rows.len() * vocab, self.targets.slice(rows.clone()));
+            self.head.multiply(queue, weights.tensor(tensor::LM_HEAD), rows, vocab);
+            queue.cross_entropy(self.head.logits.slice_mut(logits), targets, self.sums.view_mut());
+        }
         Ok(())
     }
 
@@ -206,19 +222,25 @@ impl Model {
     /// # Errors
     /// As for [`Model::train`].
     pub fn logits(&mut self, step: &mut Step<'_>, inputs: &[u32]) -> Result<Vec<f32>, Error> {
-        self.forward(step, inputs)?;
-        Ok(step.queue().download(self.head.logits.view()))
+        self.blocks_forward(step, inputs)?;
+        let Forward { queue, weights } = step.forward(self.blocks.len() + 1)?;
+        self.norm_forward(queue, weights.tensor(tensor::FINAL_NORM));
+        let (vocab, mut all) = (self.config.vocab_size, Vec::new());
+        for rows in self.head_parts() {
+            self.head.multiply(queue, weights.tensor(tensor::LM_HEAD), rows.clone(), vocab);
+            all.extend(queue.download::<f32>(self.head.logits.slice(0..rows.len() * vocab)));
+        }
+        Ok(all)
     }
 
-    /// Through all units, to the logits.
-    fn forward(&mut self, step: &mut Step<'_>, inputs: &[u32]) -> Result<(), Error> {
+    /// Through all units but the head.
+    fn blocks_forward(&mut self, step: &mut Step<'_>, inputs: &[u32]) -> Result<(), Error> {
         let Forward { queue, weights } = step.forward(0)?;
         queue.upload(self.inputs.view_mut(), inputs);
         queue.embedding(self.residual[0].view_mut(), weights.tensor(0), self.inputs.view());
         for layer in 0..self.blocks.len() {
             self.block_forward(layer, step.forward(layer + 1)?);
         }
-        self.head_forward(step.forward(self.blocks.len() + 1)?);
         Ok(())
     }
 
@@ -227,26 +249,26 @@ impl Model {
         let rows = self.attention.batch * self.attention.seq;
         let (before, after) = self.residual.split_at_mut(layer + 1);
         let (x, out) = (&before[layer], &mut after[0]);
-        let block = &mut self.blocks[layer];
+        let (block, recomputed) = (&mut self.blocks[layer], &mut self.recomputed);
         let epsilon = self.config.rms_norm_eps;
 
-        let (normed, inverse) = (block.normed_input.view_mut(), block.input_inverse_rms.view_mut());
+        let (normed, inverse) = (recomputed.normed.view_mut(), block.input_inverse_rms.view_mut());
         queue.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
-        queue.linear(block.q.view_mut(), block.normed_input.view(), weights.tensor(tensor::Q), rows);
-        queue.linear(block.k.view_mut(), block.normed_input.view(), weights.tensor(tensor::K), rows);
-        queue.linear(block.v.view_mut(), block.normed_input.view(), weights.tensor(tensor::V), rows);
+        queue.linear(block.q.view_mut(), recomputed.normed.view(), weights.tensor(tensor::Q), rows);
+        queue.linear(block.k.view_mut(), recomputed.normed.view(), weights.tensor(tensor::K), rows);
+        queue.linear(block.v.view_mut(), recomputed.normed.view(), weights.tensor(tensor::V), rows);
         rotate(queue, &mut block.q, &mut block.k, &self.cos, &self.sin, self.attention, false);
         let (attended, log_sum) = (block.attended.view_mut(), block.log_sum.view_mut());
         queue.attention(attended, log_sum, block.q.view(), block.k.view(), block.v.view(), self.attention);
         queue.linear(block.middle.view_mut(), block.attended.view(), weights.tensor(tensor::O), rows);
         queue.add(block.middle.view_mut(), x.view());
 
-        let (normed, inverse) = (block.normed_middle.view_mut(), block.middle_inverse_rms.view_mut());
+        let (normed, inverse) = (recomputed.normed.view_mut(), block.middle_inverse_rms.view_mut());
         queue.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
-        queue.linear(block.gate.view_mut(), block.normed_middle.view(), weights.tensor(tensor::GATE), rows);
-        queue.linear(block.up.view_mut(), block.normed_middle.view(), weights.tensor(tensor::UP), rows);
-        queue.swiglu(block.activated.view_mut(), block.gate.view(), block.up.view());
-        queue.linear(out.view_mut(), block.activated.view(), weights.tensor(tensor::DOWN), rows);
+        queue.linear(block.gate.view_mut(), recomputed.normed.view(), weights.tensor(tensor::GATE), rows);
+        queue.linear(block.up.view_mut(), recomputed.normed.view(), weights.tensor(tensor::UP), rows);
+        queue.swiglu(recomputed.activated.view_mut(), block.gate.view(), block.up.view());
+        queue.linear(out.view_mut(), recomputed.activated.view(), weights.tensor(tensor::DOWN), rows);
         queue.add(out.view_mut(), block.middle.view());
     }
 
@@ -254,16 +276,21 @@ impl Model {
     fn block_backward(&mut self, layer: usize, unit: Backward<'_>) {
         let Backward { queue, weights, mut gradients, .. } = unit;
         let rows = self.attention.batch * self.attention.seq;
-        let (x, block, d) = (&self.residual[layer], &self.blocks[layer], &mut self.gradients);
+        let (x, block, d) = (&self.residual[layer], &mut self.blocks[layer], &mut self.gradients);
+        let (recomputed, epsilon) = (&mut self.recomputed, self.config.rms_norm_eps);
 
         let down = weights.tensor(tensor::DOWN);
         queue.linear_backward_input(d.activated.view_mut(), d.residual.view(), down, rows, false);
-        queue.linear_backward_weight(gradients.tensor(tensor::DOWN), d.residual.view(), block.activated.view(), rows);
         let (gate, up) = (block.gate.view(), block.up.view());
+        queue.swiglu(recomputed.activated.view_mut(), gate.clone(), up.clone());
+        let activated = recomputed.activated.view();
+        queue.linear_backward_weight(gradients.tensor(tensor::DOWN), d.residual.view(), activated, rows);
         queue.swiglu_backward(d.gate.view_mut(), d.up.view_mut(), d.activated.view(), gate, up);
+        let (normed, inverse) = (recomputed.normed.view_mut(), block.middle_inverse_rms.view_mut());
+        queue.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
         for (index, grad, first) in [(tensor::GATE, &d.gate, true), (tensor::UP, &d.up, false)] {
             queue.linear_backward_input(d.normed.view_mut(), grad.view(), weights.tensor(index), rows, !first);
-            queue.linear_backward_weight(gradients.tensor(index), grad.view(), block.normed_middle.view(), rows);
+            queue.linear_backward_weight(gradients.tensor(index), grad.view(), recomputed.normed.view(), rows);
         }
         queue.rms_norm_backward(
             d.residual.view_mut(),
@@ -290,10 +317,12 @@ impl Model {
             self.attention,
         );
         rotate(queue, &mut d.q, &mut d.k, &self.cos, &self.sin, self.attention, true);
+        let (normed, inverse) = (recomputed.normed.view_mut(), block.input_inverse_rms.view_mut());
+        queue.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
         let projections = [(tensor::Q, &d.q, true), (tensor::K, &d.k, false), (tensor::V, &d.v, false)];
         for (index, grad, first) in projections {
             queue.linear_backward_input(d.normed.view_mut(), grad.view(), weights.tensor(index), rows, !first);
-            queue.linear_backward_weight(gradients.tensor(index), grad.view(), block.normed_input.view(), rows);
+            queue.linear_backward_weight(gradients.tensor(index), grad.view(), recomputed.normed.view(), rows);
         }
         queue.rms_norm_backward(
             d.residual.view_mut(),
@@ -305,26 +334,41 @@ impl Model {
         );
     }
 
-    fn head_forward(&mut self, unit: Forward<'_>) {
-        let Forward { queue, weights } = unit;
-        let rows = self.attention.batch * self.attention.seq;
+    /// The norm before the head.
+    fn norm_forward(&mut self, queue: &dyn Queue, weight: View<'_>) {
         let x = self.residual.last().expect("the stream has a last part");
-        let head = &mut self.head;
-        let (normed, inverse) = (head.normed.view_mut(), head.inverse_rms.view_mut());
-        queue.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::FINAL_NORM), self.config.rms_norm_eps);
-        queue.linear(head.logits.view_mut(), head.normed.view(), weights.tensor(tensor::LM_HEAD), rows);
+        let (normed, inverse) = (self.head.normed.view_mut(), self.head.inverse_rms.view_mut());
+        queue.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
+    }
+
+    /// The tokens in parts whose logits exist at a time.
+    fn head_parts(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let rows = self.attention.batch * self.attention.seq;
+        (0..rows).step_by(HEAD_ROWS).map(move |first| first..(first + HEAD_ROWS).min(rows))
     }
 
     /// The loss, and the gradient of the residual stream after the last block.
     fn head_backward(&mut self, unit: Backward<'_>) {
-        let Backward { queue, weights, mut gradients, loss } = unit;
-        let rows = self.attention.batch * self.attention.seq;
+        let Backward { queue, weights, mut gradients, mut loss } = unit;
+        let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
+        for rows in self.head_parts() {
+            let (count, lm_head) = (rows.len(), weights.tensor(tensor::LM_HEAD));
+            self.head.multiply(queue, lm_head.clone(), rows.clone(), vocab);
+            let (head, d) = (&mut self.head, &mut self.gradients);
+            let logits = 0..count * vocab;
+            queue.cross_entropy(
+                head.logits.slice_mut(logits.clone()),
+                self.targets.slice(rows.clone()),
+                loss.reborrow(),
+            );
+            let of_rows = rows.start * width..rows.end * width;
+            let (normed, gradient) = (head.normed.slice(of_rows.clone()), d.normed.slice_mut(of_rows));
+            queue.linear_backward_input(gradient, head.logits.slice(logits.clone()), lm_head, count, false);
+            let of_weight = gradients.tensor(tensor::LM_HEAD);
+            queue.linear_backward_weight(of_weight, head.logits.slice(logits), normed, count);
+        }
         let x = self.residual.last().expect("the stream has a last part");
         let (head, d) = (&mut self.head, &mut self.gradients);
-        queue.cross_entropy(head.logits.view_mut(), self.targets.view(), loss);
-        let lm_head = weights.tensor(tensor::LM_HEAD);
-        queue.linear_backward_input(d.normed.view_mut(), head.logits.view(), lm_head, rows, false);
-        queue.linear_backward_weight(gradients.tensor(tensor::LM_HEAD), head.logits.view(), head.normed.view(), rows);
         queue.zero(d.residual.view_mut());
         queue.rms_norm_backward(
             d.residual.view_mut(),
@@ -334,6 +378,18 @@ impl Model {
             head.inverse_rms.view(),
             weights.tensor(tensor::FINAL_NORM),
         );
+    }
+}
+
+/// Tokens whose logits exist at a time.
+const HEAD_ROWS: usize = 512;
+
+impl Head {
+    /// The logits of some tokens.
+    fn multiply(&mut self, queue: &dyn Queue, lm_head: View<'_>, rows: Range<usize>, vocab: usize) {
+        let (count, width) = (rows.len(), lm_head.len() / vocab);
+        let normed = self.normed.slice(rows.start * width..rows.end * width);
+        queue.linear(self.logits.slice_mut(0..count * vocab), normed, lm_head, count);
     }
 }
 

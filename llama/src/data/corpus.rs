@@ -33,16 +33,15 @@ use super::tokens::Split;
 pub(super) const CRATES: &[&str] = &[
     "allocator-api2", "anstream", "anstyle", "anstyle-parse", "anstyle-query", "bitflags",
     "bytemuck", "bytemuck_derive", "cfg-if", "clap", "clap_builder", "clap_derive", "clap_lex",
-    "colorchoice", "comfy-table", "console", "crossterm", "dyn-stack", "dyn-stack-macros",
-    "equivalent", "errno", "fastrand", "foldhash", "gemm", "gemm-c32", "gemm-c64", "gemm-common",
-    "gemm-f32", "gemm-f64", "getrandom", "half", "heck", "indicatif", "is_terminal_polyfill",
-    "itoa", "libm", "litrs", "lock_api", "memchr", "num-complex", "num-traits", "once_cell",
-    "parking_lot", "parking_lot_core", "paste", "portable-atomic", "proc-macro2", "quote",
-    "reborrow", "rustix", "safetensors", "scopeguard", "seq-macro", "serde", "serde_core",
-    "serde_derive", "serde_json", "serde_spanned", "signal-hook", "signal-hook-registry",
-    "smallvec", "strsim", "syn", "tempfile", "terminal_size", "thiserror", "thiserror-impl", "toml",
-    "toml_datetime", "toml_parser", "toml_writer", "unit-prefix", "utf8parse", "winnow",
-    "xxhash-rust", "zerocopy", "zmij",
+    "colorchoice", "comfy-table", "console", "crossterm", "equivalent", "errno", "fastrand",
+    "foldhash", "getrandom", "half", "heck", "indicatif", "is_terminal_polyfill", "itoa", "libm",
+    "litrs", "lock_api", "memchr", "num-complex", "num-traits", "once_cell", "parking_lot",
+    "parking_lot_core", "paste", "portable-atomic", "proc-macro2", "quote", "reborrow", "rustix",
+    "safetensors", "scopeguard", "serde", "serde_core", "serde_derive", "serde_json",
+    "serde_spanned", "signal-hook", "signal-hook-registry", "smallvec", "strsim", "syn",
+    "tempfile", "terminal_size", "thiserror", "thiserror-impl", "toml", "toml_datetime",
+    "toml_parser", "toml_writer", "unit-prefix", "utf8parse", "winnow", "xxhash-rust", "zerocopy",
+    "zmij",
 ];
 
 /// Bytes of one crate that are used at most.
