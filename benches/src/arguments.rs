@@ -69,7 +69,7 @@ pub struct Arguments {
     /// What moves the bytes
     #[arg(long, value_enum, default_value_t = BackendArgument::Auto)]
     backend: BackendArgument,
-    /// Behaves as if the ranks were spread over this many hosts; needs --threads
+    /// Behaves as if the ranks were spread over this many hosts, between which memory stands for MPI; needs --threads
     #[arg(long, value_name = "HOSTS", requires = "threads")]
     hosts: Option<usize>,
     /// Groups in which reductions are computed, as a cluster of so many hosts does; divides the number of ranks
@@ -197,6 +197,11 @@ impl Arguments {
         if let [operation] = operations[..] {
             self.check_effect(operation)?;
         }
+        if self.hosts.is_some_and(|hosts| hosts > 1) && matches!(self.backend, BackendArgument::Shm) {
+            return usage(
+                "--hosts spreads ranks over hosts, which shm does not connect: choose another --backend".into(),
+            );
+        }
         if self.iters > MOST_ITERATIONS || self.warmup > MOST_ITERATIONS {
             return usage(format!("-n and -w are at most {MOST_ITERATIONS}, since every sample is kept"));
         }
@@ -273,16 +278,16 @@ impl Arguments {
         let moves = operation.moves_buffers();
         let sized = self.sizes.is_some() || self.min.is_some() || self.max.is_some() || self.factor.is_some();
         let idle = [
-            ("a size (-b, -e, -f, --sizes)", sized && !moves),
-            ("a type (-t)", self.dtype.is_some() && !moves),
-            ("a combination (-o)", self.redop.is_some() && !operation.reduces()),
-            ("a form in place (--in-place)", self.in_place && !operation.forms().contains(&Form::InPlace)),
-            ("a counterpart in MPI (--compare)", self.compare.is_some() && operation == Operation::Window),
-            ("a choice of buffers (--buffers)", self.buffers.is_some() && !operation.chooses_buffers()),
-            ("an overlap (--overlap)", self.overlap && !operation.overlaps()),
+            ("size (-b, -e, -f, --sizes)", sized && !moves),
+            ("type (-t)", self.dtype.is_some() && !moves),
+            ("combination (-o)", self.redop.is_some() && !operation.reduces()),
+            ("form in place (--in-place)", self.in_place && !operation.forms().contains(&Form::InPlace)),
+            ("counterpart in MPI (--compare)", self.compare.is_some() && operation == Operation::Window),
+            ("choice of buffers (--buffers)", self.buffers.is_some() && !operation.chooses_buffers()),
+            ("overlap (--overlap)", self.overlap && !operation.overlaps()),
         ];
         match idle.iter().find(|(_, given)| *given) {
-            Some((what, _)) => Err(Error::Usage(format!("{} has not {what}: leave it out", operation.name()))),
+            Some((what, _)) => Err(Error::Usage(format!("{} has no {what}: leave it out", operation.name()))),
             None => Ok(()),
         }
     }
@@ -364,13 +369,13 @@ mod tests {
             ("all-reduce --hosts 2", "--threads"),
             ("all-reduce --compare mpi --in-place", "--compare mpi"),
             ("all-reduce --bind socket", "socket"),
-            ("window --compare mpi", "window has not a counterpart"),
-            ("all-gather -o max", "all-gather has not a combination"),
-            ("barrier -b 8", "barrier has not a size"),
-            ("scalars -t f64", "scalars has not a type"),
-            ("gather --in-place", "gather has not a form in place"),
-            ("window --buffers arena", "window has not a choice of buffers"),
-            ("window --overlap", "window has not an overlap"),
+            ("window --compare mpi", "window has no counterpart"),
+            ("all-gather -o max", "all-gather has no combination"),
+            ("barrier -b 8", "barrier has no size"),
+            ("scalars -t f64", "scalars has no type"),
+            ("gather --in-place", "gather has no form in place"),
+            ("window --buffers arena", "window has no choice of buffers"),
+            ("window --overlap", "window has no overlap"),
         ] {
             let error = parse(line).expect_err(line);
             assert!(error.contains(words), "{line}: {error}");

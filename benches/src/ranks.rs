@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use clap::Parser;
 use pillion_collectives::launch::Source;
 use pillion_collectives::{Launch, launcher};
+use pillion_kernels::cpu::Isa;
 
 use crate::arguments::{Arguments, Settings};
 use crate::{Error, sweep};
@@ -33,6 +34,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
 }
 
 fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
+    // Kernels cannot say that they are asked for instructions that there are not.
+    Isa::of_process().map_err(|error| Error::Usage(error.to_string()))?;
     let launch = Launch::detect()?;
     if settings.compare.is_some() && matches!(launch.source, Source::Single | Source::Local | Source::Torchrun) {
         let text =

@@ -25,6 +25,7 @@ pub use generate::generate;
 
 use std::io::Write;
 
+use pillion_kernels::cpu::Isa;
 use settings::{Cli, Command};
 
 /// Runs the program with its arguments, the first of which is its name; returns the exit code: 0 when done, 1 after a failure, 2 for
@@ -42,11 +43,13 @@ pub fn main(arguments: &[String]) -> i32 {
             return code;
         }
     };
-    let result = match &cli.command {
+    // Kernels cannot say that they are asked for instructions that there are not.
+    let instructions = Isa::of_process().map_err(|error| Error::Setting(error.to_string()));
+    let result = instructions.and_then(|_| match &cli.command {
         Command::Train(settings) => train::train(settings),
         Command::Generate(settings) => commands::generate(settings),
         Command::Plan(settings) => commands::plan(settings),
-    };
+    });
     result.unwrap_or_else(|error| {
         complain(&error);
         error.code()
