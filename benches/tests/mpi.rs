@@ -184,7 +184,7 @@ fn without_mpirun_or_with_two_forms_nothing_is_compared() {
         ("all-reduce --compare mpi", "start them with `mpirun"),
         ("all-reduce --compare mpi --threads", "start them with `mpirun"),
         ("all-reduce --compare mpi --in-place", "leave --in-place out"),
-        ("window --compare mpi", "window has not a counterpart"),
+        ("window --compare mpi", "window has no counterpart"),
     ] {
         let output = run(words);
         let error = text(&output.stderr);

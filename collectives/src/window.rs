@@ -1,5 +1,6 @@
 //! Memory that all ranks of a host read in place.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -58,6 +59,16 @@ impl Window {
         self.words
     }
 
+    /// This rank's shard, for reading: nobody else writes it.
+    pub fn shard(&self) -> View<'_> {
+        self.buffer.slice(self.own())
+    }
+
+    fn own(&self) -> Range<usize> {
+        let (count, rank) = (self.buffer.len() / self.shared.hosts.world(), self.shared.name(self.shared.rank));
+        rank * count..(rank + 1) * count
+    }
+
     /// This rank's shard, for writing; blocks until every rank has released the last gather. The next gather starts after an
     /// event that follows the writes.
     ///
@@ -71,8 +82,8 @@ impl Window {
         let (shared, gathers) = (&self.shared, self.gathers);
         let late = |rank: usize| self.released(rank).load(Ordering::Acquire) < gathers;
         shared.wait_for_ranks("writing a window", shared.options.timeout, late)?;
-        let (count, rank) = (self.buffer.len() / shared.hosts.world(), shared.name(shared.rank));
-        Ok(self.buffer.slice_mut(rank * count..(rank + 1) * count))
+        let own = self.own();
+        Ok(self.buffer.slice_mut(own))
     }
 
     /// Ends this rank's reading: blocks until `after`, which follows the last read, then tells the others.

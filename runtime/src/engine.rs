@@ -53,7 +53,8 @@ pub(crate) enum Health {
 
 /// One rank's optimizer state of one unit; each `[shard]` f32.
 pub(crate) struct OptimizerShard {
-    pub(crate) master: Buffer,
+    /// None where the weights that are gathered are f32: they are the master weights.
+    pub(crate) master: Option<Buffer>,
     pub(crate) m: Buffer,
     pub(crate) v: Buffer,
 }
@@ -86,7 +87,8 @@ impl Engine {
         assert_eq!(layout.world, communicator.world(), "a layout is made for its communicator's world");
         let optimizer = layout.units.iter().map(|unit| {
             let allocate = || device.allocate(DType::F32, unit.shard);
-            Ok(OptimizerShard { master: allocate()?, m: allocate()?, v: allocate()? })
+            let master = if policy.weights == DType::F32 { None } else { Some(allocate()?) };
+            Ok(OptimizerShard { master, m: allocate()?, v: allocate()? })
         });
         let optimizer = optimizer.collect::<Result<_, Error>>()?;
         Ok(Engine {
@@ -224,8 +226,9 @@ impl Engine {
     pub fn state(&self, unit: usize) -> Result<State, Error> {
         self.check_health()?;
         let shard = &self.optimizer[unit];
-        let download = |buffer: &Buffer| self.queue.download(buffer.view());
-        Ok(State { master: download(&shard.master), m: download(&shard.m), v: download(&shard.v) })
+        let master = shard.master.as_ref().map_or_else(|| self.weights.shard(unit), Buffer::view);
+        let [master, m, v] = [master, shard.m.view(), shard.v.view()].map(|part| self.queue.download(part));
+        Ok(State { master, m, v })
     }
 
     /// Replaces this rank's state of a unit, and rounds its weights.
@@ -237,10 +240,16 @@ impl Engine {
     /// When the lengths are not those of the shard.
     pub fn set_state(&mut self, unit: usize, state: &State) -> Result<(), Error> {
         let shard = &mut self.optimizer[unit];
-        self.queue.upload(shard.master.view_mut(), &state.master);
         self.queue.upload(shard.m.view_mut(), &state.m);
         self.queue.upload(shard.v.view_mut(), &state.v);
-        self.queue.cast(self.weights.shard_mut(unit)?, shard.master.view());
+        let weights = self.weights.shard_mut(unit)?;
+        match &mut shard.master {
+            Some(master) => {
+                self.queue.upload(master.view_mut(), &state.master);
+                self.queue.cast(weights, master.view());
+            }
+            None => self.queue.upload(weights, &state.master),
+        }
         self.written[unit] = self.queue.record();
         Ok(())
     }

@@ -15,7 +15,7 @@ pub struct Memory {
     pub gradients: u64,
     /// This rank's shard of the summed gradient.
     pub gradient_shard: u64,
-    /// Master weights in f32.
+    /// Master weights in f32; none where the weights themselves are f32.
     pub master: u64,
     /// Adam's two moments in f32.
     pub moments: u64,
@@ -32,7 +32,7 @@ impl Memory {
             gathered: if policy.gather == Gather::Copy { slots * longest * weights } else { 0 },
             gradients: slots * longest * f32,
             gradient_shard: shards * f32,
-            master: shards * f32,
+            master: if policy.weights == DType::F32 { 0 } else { shards * f32 },
             moments: 2 * shards * f32,
         }
     }

@@ -144,6 +144,14 @@ impl WeightStore {
         }
     }
 
+    /// This rank's shard of a unit.
+    pub(crate) fn shard(&self, unit: usize) -> View<'_> {
+        match self {
+            WeightStore::Copy { shards, .. } => shards[unit].as_ref().expect(LOST).view(),
+            WeightStore::Window(windows) => windows[unit].get().shard(),
+        }
+    }
+
     /// This rank's shard of a unit, for writing.
     pub(crate) fn shard_mut(&mut self, unit: usize) -> Result<ViewMut<'_>, Error> {
         match self {

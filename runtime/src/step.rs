@@ -318,9 +318,14 @@ impl<'e> Step<'e> {
             let range = piece.in_shard;
             let decay = engine.layout.units[unit].tensors[piece.tensor].decay;
             let settings = AdamW { weight_decay: if decay { settings.weight_decay } else { 0.0 }, ..settings };
+            let weights = weights.reborrow().slice(range.clone());
+            let (weights, master) = match &mut state.master {
+                Some(master) => (Some(weights), master.slice_mut(range.clone())),
+                None => (None, weights),
+            };
             engine.queue.adamw(
-                weights.reborrow().slice(range.clone()),
-                state.master.slice_mut(range.clone()),
+                weights,
+                master,
                 state.m.slice_mut(range.clone()),
                 state.v.slice_mut(range.clone()),
                 gradient.slice(range),

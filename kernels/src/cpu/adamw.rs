@@ -1,4 +1,4 @@
-//! AdamW in one pass: 16 bytes a parameter read, 12 written, plus the copy for the next gather.
+//! AdamW in one pass: 16 bytes a parameter read, 12 written; and the copy for the next gather, where that is narrower.
 //!
 //! The operations and their order are fixed, so another device can reproduce every bit: no reciprocal, no fused multiply-add.
 
@@ -26,8 +26,45 @@ impl Weight for bf16 {
     }
 }
 
+/// Constants of one update.
+struct Update {
+    settings: AdamW,
+    keep: f32,
+    rate: f32,
+    root: f32,
+}
+
+impl Update {
+    fn new(settings: AdamW) -> Update {
+        let AdamW { lr, beta1, beta2, weight_decay, step, .. } = settings;
+        let correction = |beta: f32| 1.0 - f64::from(beta).powf(step as f64);
+        let rate = (f64::from(lr) / correction(beta1)) as f32;
+        Update { settings, keep: 1.0 - lr * weight_decay, rate, root: correction(beta2).sqrt() as f32 }
+    }
+
+    /// Updates one element; returns the new master weight.
+    #[inline(always)]
+    fn element(&self, master: &mut f32, m: &mut f32, v: &mut f32, grad: f32) -> f32 {
+        let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = self.settings;
+        let g = grad * gradient_scale;
+        *m = beta1 * *m + (1.0 - beta1) * g;
+        *v = beta2 * *v + (1.0 - beta2) * g * g;
+        *master = *master * self.keep - self.rate * (*m / (v.sqrt() / self.root + epsilon));
+        *master
+    }
+}
+
 #[inline(always)]
-pub(super) fn update<W: Weight>(
+pub(super) fn update(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], settings: AdamW) {
+    let update = Update::new(settings);
+    for (((master, m), v), &grad) in master.iter_mut().zip(m).zip(v).zip(grad) {
+        update.element(master, m, v, grad);
+    }
+}
+
+/// The same, with a rounded copy of the result.
+#[inline(always)]
+pub(super) fn update_copied<W: Weight>(
     weights: &mut [W],
     master: &mut [f32],
     m: &mut [f32],
@@ -35,18 +72,8 @@ pub(super) fn update<W: Weight>(
     grad: &[f32],
     settings: AdamW,
 ) {
-    let AdamW { lr, beta1, beta2, epsilon, weight_decay, step, gradient_scale } = settings;
-    let keep = 1.0 - lr * weight_decay;
-    let correction = |beta: f32| 1.0 - f64::from(beta).powf(step as f64);
-    let rate = (f64::from(lr) / correction(beta1)) as f32;
-    let root = correction(beta2).sqrt() as f32;
-    let (one_minus_beta1, one_minus_beta2) = (1.0 - beta1, 1.0 - beta2);
-    let elements = weights.iter_mut().zip(master).zip(m).zip(v).zip(grad);
-    for ((((weight, master), m), v), &grad) in elements {
-        let g = grad * gradient_scale;
-        *m = beta1 * *m + one_minus_beta1 * g;
-        *v = beta2 * *v + one_minus_beta2 * g * g;
-        *master = *master * keep - rate * (*m / (v.sqrt() / root + epsilon));
-        *weight = W::round(*master);
+    let update = Update::new(settings);
+    for ((((weight, master), m), v), &grad) in weights.iter_mut().zip(master).zip(m).zip(v).zip(grad) {
+        *weight = W::round(update.element(master, m, v, grad));
     }
 }

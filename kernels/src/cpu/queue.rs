@@ -290,25 +290,32 @@ unsafe impl Queue for HostQueue {
 
     fn adamw(
         &self,
-        weights: ViewMut<'_>,
+        weights: Option<ViewMut<'_>>,
         master: ViewMut<'_>,
         m: ViewMut<'_>,
         v: ViewMut<'_>,
         grad: View<'_>,
         settings: AdamW,
     ) {
-        same("adamw", &[weights.len(), master.len(), m.len(), v.len(), grad.len()]);
+        same("adamw", &[master.len(), m.len(), v.len(), grad.len()]);
+        let Some(weights) = weights else {
+            return self.run([master, m, v], [grad], move |[master, m, v], [grad]| {
+                let (master, m, v, grad) = (master.of(), m.of(), v.of(), grad.of());
+                vectorized(|| adamw::update(master, m, v, grad, settings));
+            });
+        };
+        same("adamw weights", &[weights.len(), master.len()]);
         let dtype = weights.dtype();
         self.run([weights, master, m, v], [grad], move |[weights, master, m, v], [grad]| {
             let (master, m, v, grad) = (master.of(), m.of(), v.of(), grad.of());
             match dtype {
                 DType::Bf16 => {
                     let weights = weights.of::<bf16>();
-                    vectorized(|| adamw::update(weights, master, m, v, grad, settings));
+                    vectorized(|| adamw::update_copied(weights, master, m, v, grad, settings));
                 }
                 _ => {
                     let weights = weights.of::<f32>();
-                    vectorized(|| adamw::update(weights, master, m, v, grad, settings));
+                    vectorized(|| adamw::update_copied(weights, master, m, v, grad, settings));
                 }
             }
         });

@@ -28,7 +28,7 @@ impl State {
             let [mut master, mut m, mut v, grad] = self.0.each_ref().map(|x| stage.buffer(x));
             let state = [master.view_mut(), m.view_mut(), v.view_mut()];
             let [master_view, m_view, v_view] = state;
-            stage.queue.adamw(weights.view_mut(), master_view, m_view, v_view, grad.view(), settings);
+            stage.queue.adamw(Some(weights.view_mut()), master_view, m_view, v_view, grad.view(), settings);
             [weights, master, m, v]
         });
         let weights = match dtype {
@@ -37,6 +37,21 @@ impl State {
         };
         (weights, [master, m, v].map(|x| x.of()))
     }
+}
+
+#[test]
+fn an_update_without_a_copy_gives_the_same_state() {
+    let state = State::random(77);
+    let settings =
+        AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 3, gradient_scale: 0.5 };
+    let alone = run(|stage| {
+        let [mut master, mut m, mut v, grad] = state.0.each_ref().map(|x| stage.buffer(x));
+        stage.queue.adamw(None, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
+        [master, m, v]
+    });
+    let (weights, copied) = state.updated(DType::F32, settings);
+    assert_eq!(alone.map(|x| x.of::<f32>()), copied);
+    assert_eq!(weights, copied[0]);
 }
 
 /// [master, m, v] of one element after an update: the formula, with each setting and result rounded to f32.

@@ -77,7 +77,7 @@ fn embedding_backward_refuses_a_table_with_part_of_a_row() {
 }
 
 #[test]
-#[should_panic(expected = "adamw: lengths [3, 3, 3, 3, 4] should be equal")]
+#[should_panic(expected = "adamw: lengths [3, 3, 3, 4] should be equal")]
 fn adamw_refuses_a_longer_gradient() {
     let stage = lazy();
     let [mut weights, mut master, mut m, mut v] = [3; 4].map(|len| stage.output(len));
@@ -85,7 +85,7 @@ fn adamw_refuses_a_longer_gradient() {
     let settings =
         AdamW { lr: 0.1, beta1: 0.9, beta2: 0.9, epsilon: 0.1, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
     let [master, m, v] = [&mut master, &mut m, &mut v].map(|x| x.view_mut());
-    stage.queue.adamw(weights.view_mut(), master, m, v, grad.view(), settings);
+    stage.queue.adamw(Some(weights.view_mut()), master, m, v, grad.view(), settings);
 }
 
 #[test]

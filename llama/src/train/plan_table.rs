@@ -72,7 +72,12 @@ pub(crate) fn plan_table(
     );
     row(
         "optimizer",
-        format!("{} a rank of AdamW moments, {} of f32 master weights", bytes(memory.moments), bytes(memory.master)),
+        match memory.master {
+            0 => format!("{} a rank of AdamW moments; the weights are f32", bytes(memory.moments)),
+            master => {
+                format!("{} a rank of AdamW moments, {} of f32 master weights", bytes(memory.moments), bytes(master))
+            }
+        },
     );
     row("activations", format!("{} a rank", bytes(activations)));
     row("memory", format!("{} a rank in all", bytes(memory.total() + activations)));
