@@ -29,7 +29,9 @@ impl Isa {
 
     /// The same inside a kernel, which cannot report an error: programs ask [`Isa::of_process`] first.
     pub(super) fn current() -> Isa {
-        Isa::of_process().unwrap_or_else(|error| panic!("{error}"))
+        // Apart, since a copy of a result that may be an error takes longer than some kernels.
+        static CURRENT: OnceLock<Isa> = OnceLock::new();
+        *CURRENT.get_or_init(|| Isa::of_process().unwrap_or_else(|error| panic!("{error}")))
     }
 
     fn choose(wanted: Option<std::ffi::OsString>, widest: Isa) -> Result<Isa, Error> {
