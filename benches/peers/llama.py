@@ -4,8 +4,6 @@ Started by torchrun for the one, as it is (--single) for the other. Rank 0 write
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import time
 
@@ -44,7 +42,6 @@ def main():
                          num_key_value_heads=8, vocab_size=4096, max_position_embeddings=given.seq,
                          tie_word_embeddings=False, attn_implementation="sdpa")
     model = LlamaForCausalLM(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     narrow = given.dtype == "bf16"
     if not given.single:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if narrow else None,
@@ -68,9 +65,7 @@ def main():
     # The first step allocates.
     step = statistics.median(times[1:])
     if rank == 0:
-        result = {"tokens_per_s": world * given.batch * given.seq / step, "step_ms": step * 1e3, "pss": peak,
-                  "imports": imported, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                  "parameters": parameters, "torch": torch.__version__}
+        result = {"tokens_per_s": world * given.batch * given.seq / step, "pss": peak, "imports": imported}
         with open(given.json, "w") as file:
             json.dump(result, file)
     if not given.single:
@@ -78,5 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -209,7 +209,7 @@ impl Arguments {
             && !cfg!(feature = "mpi")
             && self.hosts.is_none()
         {
-            return usage("this backend needs MPI, which this build has not: build with --features mpi".into());
+            return usage("this backend needs MPI, which this build does not have: build with --features mpi".into());
         }
         if self.iters == 0 {
             return usage("-n 0 measures nothing: ask for at least 1 iteration".into());

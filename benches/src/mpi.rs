@@ -73,7 +73,7 @@ impl Library {
         };
         check(codes[0], "MPI_Comm_rank")?;
         check(codes[1], "MPI_Comm_size")?;
-        let (name, world) = (version(), launch.world);
+        let (name, world) = (pillion_collectives::mpi_library(), launch.world);
         if (rank as usize, size as usize) != (launch.rank, world) {
             return Err(Error::Library {
                 call: "MPI_Init_thread",
@@ -220,19 +220,4 @@ fn check(code: c_int, call: &'static str) -> Result<(), Error> {
         _ => format!("MPI error {code}"),
     };
     Err(Error::Library { call, reason })
-}
-
-/// The first words of what the library says of itself; the rest tells how it was built.
-fn version() -> String {
-    let mut text = vec![0u8; ffi::MPI_MAX_LIBRARY_VERSION_STRING as usize];
-    let mut length = 0;
-    // SAFETY: the standard has callers provide MPI_MAX_LIBRARY_VERSION_STRING bytes, which `text` has; `length` is valid for the write.
-    let known = unsafe { ffi::MPI_Get_library_version(text.as_mut_ptr().cast(), &mut length) };
-    match text.get(..length as usize) {
-        Some(text) if known == ffi::MPI_SUCCESS as c_int => {
-            let text = String::from_utf8_lossy(text);
-            text.split([',', '\n', '\0']).next().unwrap_or_default().trim().replace(" Version:\t", " ")
-        }
-        _ => "an unknown library".to_string(),
-    }
 }

@@ -58,7 +58,7 @@ impl Communicator {
         let wants_mpi = matches!(backend, Backend::Mpi | Backend::Hierarchical) && options.simulated_hosts == 1;
         if wants_mpi && !cfg!(feature = "mpi") {
             return refuse(format!(
-                "the backend {backend} needs MPI, which this build has not: build with `--features mpi`, or choose another backend"
+                "the backend {backend} needs MPI, which this build does not have: build with `--features mpi`, or choose another backend"
             ));
         }
         if local_world != world && options.simulated_hosts == 1 && !cfg!(feature = "mpi") {

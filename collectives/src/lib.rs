@@ -28,6 +28,8 @@ mod wire;
 pub use communicator::{Communicator, Traffic};
 pub use error::Error;
 pub use launch::Launch;
+#[cfg(feature = "mpi")]
+pub use mpi::library as mpi_library;
 pub use operations::{Reduce, Sideband, Start};
 pub use options::{Backend, Options};
 pub use pending::Pending;

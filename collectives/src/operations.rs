@@ -223,9 +223,8 @@ impl Communicator {
     }
 
     /// Sends `buffer` to rank `to`, which receives as many elements of the same type. Messages between two ranks arrive in order;
-    /// complete once `buffer` is no longer
-    /// needed, which may be before it has been received: that it is refused, or never received, a later call says. How much is held for a receiver
-    /// that does not come is not for programs to rely on. Only these two ranks call.
+    /// complete once `buffer` is no longer needed, which may be before it has been received: that it is refused, or never received, a
+    /// later call says. How much is held for a receiver that does not come is not for programs to rely on. Only these two ranks call.
     pub fn send(&self, buffer: Buffer, to: usize, start: impl Into<Start>) -> Pending<Buffer> {
         self.message(Direction::Send, buffer, to, start.into())
     }

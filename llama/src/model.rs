@@ -179,10 +179,8 @@ impl Model {
         step.round(inputs.len());
         let queue = step.queue();
         queue.upload(self.targets.view_mut(), targets);
-        self.blocks_forward(step, inputs)?;
+        self.forward(step, inputs)?;
         let layers = self.blocks.len();
-        let Forward { queue, weights } = step.forward(layers + 1)?;
-        self.norm_forward(queue, weights.tensor(tensor::FINAL_NORM));
         self.head_backward(step.backward(layers + 1)?);
         for layer in (0..layers).rev() {
             self.block_backward(layer, step.backward(layer + 1)?);
@@ -198,9 +196,7 @@ impl Model {
     /// As for [`Model::train`].
     pub fn evaluate(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
         step.queue().upload(self.targets.view_mut(), targets);
-        self.blocks_forward(step, inputs)?;
-        let Forward { queue, weights } = step.forward(self.blocks.len() + 1)?;
-        self.norm_forward(queue, weights.tensor(tensor::FINAL_NORM));
+        let Forward { queue, weights } = self.forward(step, inputs)?;
         let vocab = self.config.vocab_size;
         for rows in self.head_parts() {
             let (logits, targets) = (0..rows.len() * vocab, self.targets.slice(rows.clone()));
@@ -222,9 +218,7 @@ impl Model {
     /// # Errors
     /// As for [`Model::train`].
     pub fn logits(&mut self, step: &mut Step<'_>, inputs: &[u32]) -> Result<Vec<f32>, Error> {
-        self.blocks_forward(step, inputs)?;
-        let Forward { queue, weights } = step.forward(self.blocks.len() + 1)?;
-        self.norm_forward(queue, weights.tensor(tensor::FINAL_NORM));
+        let Forward { queue, weights } = self.forward(step, inputs)?;
         let (vocab, mut all) = (self.config.vocab_size, Vec::new());
         for rows in self.head_parts() {
             self.head.multiply(queue, weights.tensor(tensor::LM_HEAD), rows.clone(), vocab);
@@ -233,15 +227,20 @@ impl Model {
         Ok(all)
     }
 
-    /// Through all units but the head.
-    fn blocks_forward(&mut self, step: &mut Step<'_>, inputs: &[u32]) -> Result<(), Error> {
+    /// Through all units, to the norm before the logits; returns what the head needs.
+    fn forward<'s>(&mut self, step: &'s mut Step<'_>, inputs: &[u32]) -> Result<Forward<'s>, Error> {
         let Forward { queue, weights } = step.forward(0)?;
         queue.upload(self.inputs.view_mut(), inputs);
         queue.embedding(self.residual[0].view_mut(), weights.tensor(0), self.inputs.view());
         for layer in 0..self.blocks.len() {
             self.block_forward(layer, step.forward(layer + 1)?);
         }
-        Ok(())
+        let head = step.forward(self.blocks.len() + 1)?;
+        let x = self.residual.last().expect("the stream has a last part");
+        let (normed, inverse) = (self.head.normed.view_mut(), self.head.inverse_rms.view_mut());
+        let weight = head.weights.tensor(tensor::FINAL_NORM);
+        head.queue.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
+        Ok(head)
     }
 
     fn block_forward(&mut self, layer: usize, unit: Forward<'_>) {
@@ -332,13 +331,6 @@ impl Model {
             block.input_inverse_rms.view(),
             weights.tensor(tensor::INPUT_NORM),
         );
-    }
-
-    /// The norm before the head.
-    fn norm_forward(&mut self, queue: &dyn Queue, weight: View<'_>) {
-        let x = self.residual.last().expect("the stream has a last part");
-        let (normed, inverse) = (self.head.normed.view_mut(), self.head.inverse_rms.view_mut());
-        queue.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
     }
 
     /// The tokens in parts whose logits exist at a time.

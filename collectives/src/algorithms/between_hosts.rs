@@ -71,15 +71,9 @@ impl Operation {
             return Ok(Progress::Step);
         }
         if let OnWire::Agreed = wire {
-            if halves == 1 && index > 0 {
-                self.copy_out(peers, &self.sides.piece(index - 1))?;
-            }
-            let pieces = self.sides.pieces();
-            if index == pieces {
+            // Where pieces spread, that has copied the one before out.
+            if !self.pass_stage(peers, index, !spreads)? {
                 return Ok(Progress::Done);
-            }
-            if index + 1 < pieces {
-                self.copy_in(peers, &self.sides.piece(index + 1))?;
             }
             *wire = OnWire::Passing(self.open(peers));
         }
@@ -93,8 +87,8 @@ impl Operation {
         Ok(Progress::Step)
     }
 
-    /// What is copied and sent, after the fold if there is one; last, ranks of a host copy from each other what came over the wire. (Broadcasts spread on some hosts only, but
-    /// all ranks of a host do the same.)
+    /// What is copied and sent, after the fold if there is one; last, ranks of a host copy from each other what came over the wire.
+    /// (Broadcasts spread on some hosts only, but all ranks of a host do the same.)
     fn moves(&self) -> Option<&Moves> {
         match &self.work {
             Work::Moves(moves) => Some(moves),

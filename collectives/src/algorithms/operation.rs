@@ -145,7 +145,7 @@ impl Operation {
     }
 
     /// Copies this rank's part of a piece into its stage: the chunks that others read.
-    pub(super) fn copy_in(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
+    fn copy_in(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
         if !matches!(peers.header(peers.rank()).input(), Place::Stage(_)) {
             return Ok(());
         }
@@ -239,18 +239,23 @@ impl Operation {
             }
             self.decide(self.somebody_stages(peers));
         }
-        if step > 0 {
-            self.copy_out(peers, &self.sides.piece(step - 1))?;
-        }
-        let pieces = self.sides.pieces();
-        if step == pieces {
+        if !self.pass_stage(peers, step, true)? {
             return Ok(Progress::Done);
-        }
-        if step + 1 < pieces {
-            self.copy_in(peers, &self.sides.piece(step + 1))?;
         }
         self.run(peers, &self.sides.piece(step))?;
         Ok(Progress::Step)
+    }
+
+    /// Before work on piece `index`: copies the one before it out, where that is still to be done, and the one after it in. False where there is
+    /// no such piece: all are done.
+    pub(super) fn pass_stage(&self, peers: &Peers<'_>, index: usize, out: bool) -> Result<bool, Error> {
+        if out && index > 0 {
+            self.copy_out(peers, &self.sides.piece(index - 1))?;
+        }
+        if index + 1 < self.sides.pieces() {
+            self.copy_in(peers, &self.sides.piece(index + 1))?;
+        }
+        Ok(index < self.sides.pieces())
     }
 
     pub(super) fn decide(&mut self, staged: bool) {

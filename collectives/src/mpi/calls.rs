@@ -38,7 +38,7 @@ pub(super) fn error_text(code: c_int) -> String {
 }
 
 /// Name and version of the MPI library that this program is linked with, such as `Open MPI v4.1.4`.
-pub(super) fn library() -> String {
+pub fn library() -> String {
     let mut text = vec![0u8; ffi::MPI_MAX_LIBRARY_VERSION_STRING as usize];
     let mut length = 0;
     // SAFETY: the standard has callers provide MPI_MAX_LIBRARY_VERSION_STRING bytes, which `text` has; `length` is valid for the

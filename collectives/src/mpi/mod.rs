@@ -24,6 +24,7 @@ use ::mpi::ffi;
 
 use crate::wire::{Request, Wire};
 use crate::{Error, Launch};
+pub use calls::library;
 use process::Session;
 
 /// Messages between some ranks of a job that MPI connects.
