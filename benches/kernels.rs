@@ -20,7 +20,7 @@ fn linear(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements((2 * rows * inputs * outputs) as u64));
         let name = |pass: &str| format!("{pass} {rows}x{inputs}x{outputs}");
         group.bench_function(name("forward"), |bench| {
-            bench.iter(|| queue.linear(y.view_mut(), x.view(), w.view(), rows));
+            bench.iter(|| queue.linear(y.view_mut(), x.view(), w.view(), None, rows));
         });
         group.bench_function(name("input gradient"), |bench| {
             bench.iter(|| queue.linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), rows, false));

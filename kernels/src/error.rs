@@ -13,8 +13,18 @@ pub enum Error {
         /// Size of the refused allocation in bytes.
         bytes: usize,
     },
+    /// The system starts no threads.
+    #[error("{threads} threads cannot be started ({reason}): ask for fewer")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// What the system says.
+        reason: String,
+    },
     /// `PILLION_ISA` asks for what there is not.
-    #[error("PILLION_ISA is {wanted:?}: this processor has {widest} and what is below it (portable, avx2, avx512)")]
+    #[error(
+        "PILLION_ISA is {wanted:?}: this processor has {widest} and what is below it (portable, avx2, avx512, amx)"
+    )]
     Isa {
         /// What it says.
         wanted: String,

@@ -4,7 +4,7 @@
 //! enqueued; an [`Event`] orders one queue after another, or after a collective. Everything above this crate is
 //! written against these two traits, so the same engine and the same model run on
 //!
-//! * [`Cpu`]: a kernel has run when its call returns;
+//! * [`Cpu`], and [`Cores`] with several threads: a kernel has run when its call returns;
 //! * [`LazyCpu`]: a test device. Work runs as late as the events allow and otherwise in random order, so a
 //!   dependency that somebody forgot shows as wrong bits on any machine.
 //!
@@ -23,7 +23,7 @@ mod queue;
 pub mod random;
 
 pub use buffer::{Buffer, Region, Span, View, ViewMut, exclusive};
-pub use cpu::{Cpu, LazyCpu};
+pub use cpu::{Cores, Cpu, LazyCpu};
 pub use device::{Completion, Device, Event};
 pub use dtype::{DType, Element};
 pub use error::Error;

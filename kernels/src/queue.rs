@@ -1,8 +1,11 @@
 //! What a queue can run: the contract that every device fulfils.
 //!
 //! Shapes are row-major. N = B·T is the number of tokens of a micro-batch (B sequences of T tokens), C the width of the model, F that of
-//! the feed-forward layer, V the vocabulary, H the query heads, K the key/value heads, D = C/H the width of a head. Activations and gradients are f32;
-//! weights are f32 or bf16 and widened on the way in. A gradient written with `+=` accumulates; with `=` it overwrites.
+//! the feed-forward layer, V the vocabulary, H the query heads, K the key/value heads, D = C/H the width of a head.
+//!
+//! Types: where nothing else is said, activations and their gradients (A) are f32 or bf16, all of a call alike; weights (W) are f32 or
+//! bf16; gradients of weights, sums and everything of the residual stream are f32. What is bf16 is widened when it is read, computed with
+//! in f32, and rounded to the nearest when it is written. A gradient written with `+=` accumulates; with `=` it overwrites.
 //!
 //! Every function returns once the work is enqueued, and panics when shapes disagree: that is a programmer's error.
 
@@ -72,24 +75,21 @@ pub unsafe trait Queue: Send {
     /// out = x, rounded to the nearest even where `out` is narrower. f32 ↔ bf16, or equal types.
     fn cast(&self, out: ViewMut<'_>, x: View<'_>);
 
-    /// x += y. `x, y: [n]` f32.
-    fn add(&self, x: ViewMut<'_>, y: View<'_>);
-
     /// out\[0\] = weight · Σ xᵢ² over the finite xᵢ, out\[1\] = number of non-finite xᵢ. `out: [2]` f64, `x: [n]` f32. Products and sums are f64.
     fn square_norm(&self, out: ViewMut<'_>, x: View<'_>, weight: f64);
 
-    /// out\[n\] = table\[tokens\[n\]\]. `out: [N, C]`, `table: [V, C]`, `tokens: [N]` u32 below V.
+    /// out\[n\] = table\[tokens\[n\]\]. `out: [N, C]` f32, `table: [V, C]` W, `tokens: [N]` u32 below V.
     fn embedding(&self, out: ViewMut<'_>, table: View<'_>, tokens: View<'_>);
 
     /// grad_table\[tokens\[n\]\] += grad_out\[n\]. `grad_table: [V, C]`, `grad_out: [N, C]`, `tokens: [N]` u32.
     fn embedding_backward(&self, grad_table: ViewMut<'_>, grad_out: View<'_>, tokens: View<'_>);
 
     /// inverse_rms = 1/√(mean(x²) + ε), out = x · inverse_rms · weight (Zhang and Sennrich 2019).
-    /// `out, x: [N, C]`, `inverse_rms: [N]`, `weight: [C]`.
+    /// `out: [N, C]` A, `x: [N, C]` f32, `inverse_rms: [N]`, `weight: [C]` W.
     fn rms_norm(&self, out: ViewMut<'_>, inverse_rms: ViewMut<'_>, x: View<'_>, weight: View<'_>, epsilon: f32);
 
-    /// grad_x += and grad_weight += the gradients of [`Queue::rms_norm`] at grad_out. `grad_x, grad_out, x: [N, C]`,
-    /// `grad_weight, weight: [C]`, `inverse_rms: [N]`.
+    /// grad_x += and grad_weight += the gradients of [`Queue::rms_norm`] at grad_out. `grad_x, grad_out, x: [N, C]` f32,
+    /// `grad_weight: [C]`, `weight: [C]` W, `inverse_rms: [N]`.
     fn rms_norm_backward(
         &self,
         grad_x: ViewMut<'_>,
@@ -100,13 +100,15 @@ pub unsafe trait Queue: Send {
         weight: View<'_>,
     );
 
-    /// y = x · wᵀ. `y: [N, out]`, `x: [N, in]`, `w: [out, in]`.
-    fn linear(&self, y: ViewMut<'_>, x: View<'_>, w: View<'_>, rows: usize);
+    /// y = x · wᵀ, or addend + x · wᵀ. `y: [N, out]` f32 or bf16, with an addend f32; `x: [N, in]` A, `w: [out, in]` W;
+    /// `addend: [N, out]` f32. Where both operands are bf16 the processor may multiply them as such.
+    fn linear(&self, y: ViewMut<'_>, x: View<'_>, w: View<'_>, addend: Option<View<'_>>, rows: usize);
 
-    /// grad_x (+)= grad_y · w. `grad_x: [N, in]`, `grad_y: [N, out]`, `w: [out, in]`.
+    /// grad_x = grad_y · w, or += if `accumulate`. `grad_x: [N, in]` f32 or bf16, to accumulate f32; `grad_y: [N, out]` A,
+    /// `w: [out, in]` W.
     fn linear_backward_input(&self, grad_x: ViewMut<'_>, grad_y: View<'_>, w: View<'_>, rows: usize, accumulate: bool);
 
-    /// grad_w += grad_yᵀ · x. `grad_w: [out, in]`, `grad_y: [N, out]`, `x: [N, in]`.
+    /// grad_w += grad_yᵀ · x. `grad_w: [out, in]` f32; `grad_y: [N, out]`, `x: [N, in]` A.
     fn linear_backward_weight(&self, grad_w: ViewMut<'_>, grad_y: View<'_>, x: View<'_>, rows: usize);
 
     /// Rotates each head of each token by its position (Su et al. 2021), in Hugging Face's half-split convention:
@@ -144,9 +146,11 @@ pub unsafe trait Queue: Send {
     /// out = silu(gate) · up, silu(x) = x/(1+e⁻ˣ) (Shazeer 2020). All `[N, F]`.
     fn swiglu(&self, out: ViewMut<'_>, gate: View<'_>, up: View<'_>);
 
-    /// grad_gate =, grad_up = the gradients of [`Queue::swiglu`] at grad_out. All `[N, F]`.
+    /// grad_gate =, grad_up = the gradients of [`Queue::swiglu`] at grad_out, and out = what it made: a caller need not have kept it.
+    /// All `[N, F]`.
     fn swiglu_backward(
         &self,
+        out: ViewMut<'_>,
         grad_gate: ViewMut<'_>,
         grad_up: ViewMut<'_>,
         grad_out: View<'_>,
@@ -155,8 +159,9 @@ pub unsafe trait Queue: Send {
     );
 
     /// sums\[0\] += Σₙ −log softmax(logits)\[n, targets\[n\]\], sums\[1\] += N; then logits become the gradient of that sum,
-    /// softmax(logits) − onehot(targets). `logits: [N, V]`, `targets: [N]` u32 below V, `sums: [2]` f64.
-    fn cross_entropy(&self, logits: ViewMut<'_>, targets: View<'_>, sums: ViewMut<'_>);
+    /// softmax(logits) − onehot(targets), or `rounded` does, and logits are undefined. `logits: [N, V]` f32, `rounded: [N, V]` A,
+    /// `targets: [N]` u32 below V, `sums: [2]` f64.
+    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, sums: ViewMut<'_>);
 
     /// One AdamW update in one pass: with g = gradient_scale · grad,
     /// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², master ← master·(1 − lr·decay) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε),

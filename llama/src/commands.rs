@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
-use pillion_kernels::{Cpu, Device};
+use pillion_kernels::{Cores, Device};
 use pillion_runtime::{Engine, Layout, Plan, Policy, checkpoint};
 
 use crate::Error;
@@ -26,11 +26,13 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
     let (path, progress) = checkpoints::newest(&settings.checkpoint)?;
     let recipe = progress.recipe;
     let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default())?);
-    let device: Arc<dyn Device> = Arc::new(Cpu);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let device: Arc<dyn Device> = Arc::new(Cores::new(threads).map_err(pillion_runtime::Error::from)?);
     let layout = Layout::new(&recipe.model.units(), 1);
     let mut engine = Engine::new(communicator, device.clone(), layout, Policy::default())?;
     checkpoint::open(&path)?.load(&mut engine)?;
-    let mut model = Model::new(&*device, &recipe.model, 1, recipe.seq)?;
+    let dtype = engine.policy().weights;
+    let mut model = Model::new(&*device, &recipe.model, dtype, 1, recipe.seq)?;
     // Without the end that follows a document.
     let mut prompt = Vec::new();
     tokenizer::encode(settings.prompt.as_bytes(), &mut prompt);

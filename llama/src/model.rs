@@ -3,10 +3,13 @@
 //! Shapes: N = B·T tokens of a micro-batch, C width, F feed-forward width, H·D = C query width, K·D key and value width, V vocabulary. Activations are
 //! kept for the backward pass, but for those that one pass over memory makes again (norms, SwiGLU); logits and their gradient exist for
 //! some tokens at a time. Every buffer is allocated once.
+//!
+//! Types: what enters a matrix product has the type of the weights (A below); the residual stream, what is added to its gradient, and the logits
+//! are f32.
 
 use std::ops::Range;
 
-use pillion_kernels::{AttentionShape, Buffer, DType, Device, Queue, View};
+use pillion_kernels::{AttentionShape, Buffer, DType, Device, Queue, View, ViewMut};
 use pillion_runtime::{Backward, Error, Forward, Step};
 
 use crate::config::Config;
@@ -31,7 +34,7 @@ mod tensor {
 pub struct Model {
     config: Config,
     attention: AttentionShape,
-    /// The residual stream before each block and after the last, `[N, C]` each.
+    /// The residual stream before each block and after the last, `[N, C]` f32 each.
     residual: Vec<Buffer>,
     blocks: Vec<Block>,
     head: Head,
@@ -45,22 +48,25 @@ pub struct Model {
     sums: Buffer,
 }
 
-/// What a block keeps for its backward pass.
+/// What a block keeps for its backward pass, A but where it says f32.
 struct Block {
+    /// f32.
     input_inverse_rms: Buffer,
     q: Buffer,
     k: Buffer,
     v: Buffer,
     attended: Buffer,
+    /// f32.
     log_sum: Buffer,
-    /// The residual stream between attention and feed-forward.
+    /// The residual stream between attention and feed-forward, f32.
     middle: Buffer,
+    /// f32.
     middle_inverse_rms: Buffer,
     gate: Buffer,
     up: Buffer,
 }
 
-/// What a block makes in its forward pass, and again in its backward pass.
+/// What a block makes in its forward pass, and again in its backward pass; A.
 struct Recomputed {
     /// A norm's output, `[N, C]`.
     normed: Buffer,
@@ -69,17 +75,22 @@ struct Recomputed {
 }
 
 struct Head {
+    /// A.
     normed: Buffer,
     inverse_rms: Buffer,
-    /// Of at most [`HEAD_ROWS`] tokens, `[·, V]`; after the loss, its gradient.
+    /// Of at most [`HEAD_ROWS`] tokens, `[·, V]` f32.
     logits: Buffer,
+    /// Their gradient, where A is not f32, for which the logits make way.
+    narrow: Option<Buffer>,
 }
 
-/// Gradients of activations, shared by all blocks.
+/// Gradients of activations, shared by all blocks; A but where it says f32.
 struct Gradients {
-    /// Of the residual stream, `[N, C]`.
+    /// Of the residual stream, `[N, C]` f32.
     residual: Buffer,
-    /// Of a norm's output, `[N, C]`.
+    /// The same in A, where that is not f32.
+    narrow: Option<Buffer>,
+    /// Of a norm's output, `[N, C]` f32.
     normed: Buffer,
     attended: Buffer,
     q: Buffer,
@@ -91,34 +102,36 @@ struct Gradients {
 }
 
 impl Model {
-    /// Allocates the activations of micro-batches of `batch` sequences of `seq` tokens.
+    /// Allocates the activations of micro-batches of `batch` sequences of `seq` tokens, for weights that are gathered as `dtype`.
     ///
     /// # Errors
     /// When the device has no memory.
     ///
     /// # Panics
     /// When the shape has not been validated.
-    pub fn new(device: &dyn Device, config: &Config, batch: usize, seq: usize) -> Result<Model, Error> {
+    pub fn new(device: &dyn Device, config: &Config, dtype: DType, batch: usize, seq: usize) -> Result<Model, Error> {
         config.validate().expect("a validated shape");
         let tokens = batch * seq;
         let (width, ffn, heads) = (config.hidden_size, config.intermediate_size, config.num_attention_heads);
         let kv_width = config.num_key_value_heads * config.head_dim();
-        let allocate = |len: usize| device.allocate(DType::F32, len);
+        let wide = |len: usize| device.allocate(DType::F32, len);
+        let allocate = |len: usize| device.allocate(dtype, len);
+        let narrow = |len: usize| if dtype == DType::F32 { Ok(None) } else { allocate(len).map(Some) };
         let block = |_| {
             Ok::<_, Error>(Block {
-                input_inverse_rms: allocate(tokens)?,
+                input_inverse_rms: wide(tokens)?,
                 q: allocate(tokens * width)?,
                 k: allocate(tokens * kv_width)?,
                 v: allocate(tokens * kv_width)?,
                 attended: allocate(tokens * width)?,
-                log_sum: allocate(tokens * heads)?,
-                middle: allocate(tokens * width)?,
-                middle_inverse_rms: allocate(tokens)?,
+                log_sum: wide(tokens * heads)?,
+                middle: wide(tokens * width)?,
+                middle_inverse_rms: wide(tokens)?,
                 gate: allocate(tokens * ffn)?,
                 up: allocate(tokens * ffn)?,
             })
         };
-        let (mut cos, mut sin) = (allocate(seq * config.head_dim() / 2)?, allocate(seq * config.head_dim() / 2)?);
+        let (mut cos, mut sin) = (wide(seq * config.head_dim() / 2)?, wide(seq * config.head_dim() / 2)?);
         let (cos_table, sin_table) = rotary_tables(config, seq);
         let queue = device.queue();
         queue.upload(cos.view_mut(), &cos_table);
@@ -132,17 +145,19 @@ impl Model {
                 kv_heads: config.num_key_value_heads,
                 head_dim: config.head_dim(),
             },
-            residual: (0..=config.num_hidden_layers).map(|_| allocate(tokens * width)).collect::<Result<_, _>>()?,
+            residual: (0..=config.num_hidden_layers).map(|_| wide(tokens * width)).collect::<Result<_, _>>()?,
             blocks: (0..config.num_hidden_layers).map(block).collect::<Result<_, _>>()?,
             head: Head {
                 normed: allocate(tokens * width)?,
-                inverse_rms: allocate(tokens)?,
-                logits: allocate(tokens.min(HEAD_ROWS) * config.vocab_size)?,
+                inverse_rms: wide(tokens)?,
+                logits: wide(tokens.min(HEAD_ROWS) * config.vocab_size)?,
+                narrow: narrow(tokens.min(HEAD_ROWS) * config.vocab_size)?,
             },
             recomputed: Recomputed { normed: allocate(tokens * width)?, activated: allocate(tokens * ffn)? },
             gradients: Gradients {
-                residual: allocate(tokens * width)?,
-                normed: allocate(tokens * width)?,
+                residual: wide(tokens * width)?,
+                narrow: narrow(tokens * width)?,
+                normed: wide(tokens * width)?,
                 attended: allocate(tokens * width)?,
                 q: allocate(tokens * width)?,
                 k: allocate(tokens * kv_width)?,
@@ -160,15 +175,22 @@ impl Model {
         })
     }
 
-    /// Bytes of all activations, f32.
-    pub fn activation_bytes(config: &Config, batch: usize, seq: usize) -> u64 {
-        let (width, ffn) = (config.hidden_size, config.intermediate_size);
+    /// Bytes of all activations, for weights that are gathered as `dtype`.
+    pub fn activation_bytes(config: &Config, dtype: DType, batch: usize, seq: usize) -> u64 {
+        let (layers, width, ffn) = (config.num_hidden_layers, config.hidden_size, config.intermediate_size);
         let kv_width = config.num_key_value_heads * config.head_dim();
-        let block = 4 * width + 2 * kv_width + 2 * ffn + config.num_attention_heads + 2;
-        let others = (config.num_hidden_layers + 1) * width + width + 1;
-        let scratch = 5 * width + 2 * kv_width + 4 * ffn;
-        let (tokens, token) = (batch * seq, config.num_hidden_layers * block + others + scratch + 2);
-        4 * (tokens * token + tokens.min(HEAD_ROWS) * config.vocab_size + seq * config.head_dim()) as u64
+        let is_narrow = usize::from(dtype != DType::F32);
+        // Elements a token: of blocks, of the head, shared.
+        let wide = layers * (width + config.num_attention_heads + 2) + (layers + 1) * width + 1 + 2 * width + 2;
+        let typed = layers * (2 * width + 2 * kv_width + 2 * ffn)
+            + width
+            + (1 + 2 + is_narrow) * width
+            + 2 * kv_width
+            + 4 * ffn;
+        let (tokens, logits) = (batch * seq, (batch * seq).min(HEAD_ROWS) * config.vocab_size);
+        let wide = tokens * wide + logits + seq * config.head_dim();
+        let typed = tokens * typed + is_narrow * logits;
+        (DType::F32.bytes() * wide + dtype.bytes() * typed) as u64
     }
 
     /// One round of a training step: forward and backward of a micro-batch. `inputs, targets: [B, T]`.
@@ -201,7 +223,7 @@ impl Model {
         for rows in self.head_parts() {
             let (logits, targets) = (0..rows.len() * vocab, self.targets.slice(rows.clone()));
             self.head.multiply(queue, weights.tensor(tensor::LM_HEAD), rows, vocab);
-            queue.cross_entropy(self.head.logits.slice_mut(logits), targets, self.sums.view_mut());
+            queue.cross_entropy(self.head.logits.slice_mut(logits), None, targets, self.sums.view_mut());
         }
         Ok(())
     }
@@ -253,22 +275,22 @@ impl Model {
 
         let (normed, inverse) = (recomputed.normed.view_mut(), block.input_inverse_rms.view_mut());
         queue.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
-        queue.linear(block.q.view_mut(), recomputed.normed.view(), weights.tensor(tensor::Q), rows);
-        queue.linear(block.k.view_mut(), recomputed.normed.view(), weights.tensor(tensor::K), rows);
-        queue.linear(block.v.view_mut(), recomputed.normed.view(), weights.tensor(tensor::V), rows);
+        queue.linear(block.q.view_mut(), recomputed.normed.view(), weights.tensor(tensor::Q), None, rows);
+        queue.linear(block.k.view_mut(), recomputed.normed.view(), weights.tensor(tensor::K), None, rows);
+        queue.linear(block.v.view_mut(), recomputed.normed.view(), weights.tensor(tensor::V), None, rows);
         rotate(queue, &mut block.q, &mut block.k, &self.cos, &self.sin, self.attention, false);
         let (attended, log_sum) = (block.attended.view_mut(), block.log_sum.view_mut());
         queue.attention(attended, log_sum, block.q.view(), block.k.view(), block.v.view(), self.attention);
-        queue.linear(block.middle.view_mut(), block.attended.view(), weights.tensor(tensor::O), rows);
-        queue.add(block.middle.view_mut(), x.view());
+        let (middle, o) = (block.middle.view_mut(), weights.tensor(tensor::O));
+        queue.linear(middle, block.attended.view(), o, Some(x.view()), rows);
 
         let (normed, inverse) = (recomputed.normed.view_mut(), block.middle_inverse_rms.view_mut());
         queue.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
-        queue.linear(block.gate.view_mut(), recomputed.normed.view(), weights.tensor(tensor::GATE), rows);
-        queue.linear(block.up.view_mut(), recomputed.normed.view(), weights.tensor(tensor::UP), rows);
+        queue.linear(block.gate.view_mut(), recomputed.normed.view(), weights.tensor(tensor::GATE), None, rows);
+        queue.linear(block.up.view_mut(), recomputed.normed.view(), weights.tensor(tensor::UP), None, rows);
         queue.swiglu(recomputed.activated.view_mut(), block.gate.view(), block.up.view());
-        queue.linear(out.view_mut(), recomputed.activated.view(), weights.tensor(tensor::DOWN), rows);
-        queue.add(out.view_mut(), block.middle.view());
+        let (down, middle) = (weights.tensor(tensor::DOWN), block.middle.view());
+        queue.linear(out.view_mut(), recomputed.activated.view(), down, Some(middle), rows);
     }
 
     /// Turns the gradient of the residual stream after the block into that before it.
@@ -278,13 +300,11 @@ impl Model {
         let (x, block, d) = (&self.residual[layer], &mut self.blocks[layer], &mut self.gradients);
         let (recomputed, epsilon) = (&mut self.recomputed, self.config.rms_norm_eps);
 
-        let down = weights.tensor(tensor::DOWN);
-        queue.linear_backward_input(d.activated.view_mut(), d.residual.view(), down, rows, false);
-        let (gate, up) = (block.gate.view(), block.up.view());
-        queue.swiglu(recomputed.activated.view_mut(), gate.clone(), up.clone());
-        let activated = recomputed.activated.view();
-        queue.linear_backward_weight(gradients.tensor(tensor::DOWN), d.residual.view(), activated, rows);
-        queue.swiglu_backward(d.gate.view_mut(), d.up.view_mut(), d.activated.view(), gate, up);
+        let stream = narrowed(queue, &d.residual, &mut d.narrow);
+        queue.linear_backward_input(d.activated.view_mut(), stream.clone(), weights.tensor(tensor::DOWN), rows, false);
+        let (activated, grad_gate, grad_up) = (recomputed.activated.view_mut(), d.gate.view_mut(), d.up.view_mut());
+        queue.swiglu_backward(activated, grad_gate, grad_up, d.activated.view(), block.gate.view(), block.up.view());
+        queue.linear_backward_weight(gradients.tensor(tensor::DOWN), stream, recomputed.activated.view(), rows);
         let (normed, inverse) = (recomputed.normed.view_mut(), block.middle_inverse_rms.view_mut());
         queue.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
         for (index, grad, first) in [(tensor::GATE, &d.gate, true), (tensor::UP, &d.up, false)] {
@@ -300,9 +320,9 @@ impl Model {
             weights.tensor(tensor::MLP_NORM),
         );
 
-        let o = weights.tensor(tensor::O);
-        queue.linear_backward_input(d.attended.view_mut(), d.residual.view(), o, rows, false);
-        queue.linear_backward_weight(gradients.tensor(tensor::O), d.residual.view(), block.attended.view(), rows);
+        let stream = narrowed(queue, &d.residual, &mut d.narrow);
+        queue.linear_backward_input(d.attended.view_mut(), stream.clone(), weights.tensor(tensor::O), rows, false);
+        queue.linear_backward_weight(gradients.tensor(tensor::O), stream, block.attended.view(), rows);
         queue.attention_backward(
             d.q.view_mut(),
             d.k.view_mut(),
@@ -348,16 +368,11 @@ impl Model {
             self.head.multiply(queue, lm_head.clone(), rows.clone(), vocab);
             let (head, d) = (&mut self.head, &mut self.gradients);
             let logits = 0..count * vocab;
-            queue.cross_entropy(
-                head.logits.slice_mut(logits.clone()),
-                self.targets.slice(rows.clone()),
-                loss.reborrow(),
-            );
+            head.loss(queue, logits.clone(), self.targets.slice(rows.clone()), loss.reborrow());
+            let grad = head.grad_logits(logits);
             let of_rows = rows.start * width..rows.end * width;
-            let (normed, gradient) = (head.normed.slice(of_rows.clone()), d.normed.slice_mut(of_rows));
-            queue.linear_backward_input(gradient, head.logits.slice(logits.clone()), lm_head, count, false);
-            let of_weight = gradients.tensor(tensor::LM_HEAD);
-            queue.linear_backward_weight(of_weight, head.logits.slice(logits), normed, count);
+            queue.linear_backward_input(d.normed.slice_mut(of_rows.clone()), grad.clone(), lm_head, count, false);
+            queue.linear_backward_weight(gradients.tensor(tensor::LM_HEAD), grad, head.normed.slice(of_rows), count);
         }
         let x = self.residual.last().expect("the stream has a last part");
         let (head, d) = (&mut self.head, &mut self.gradients);
@@ -381,7 +396,29 @@ impl Head {
     fn multiply(&mut self, queue: &dyn Queue, lm_head: View<'_>, rows: Range<usize>, vocab: usize) {
         let (count, width) = (rows.len(), lm_head.len() / vocab);
         let normed = self.normed.slice(rows.start * width..rows.end * width);
-        queue.linear(self.logits.slice_mut(0..count * vocab), normed, lm_head, count);
+        queue.linear(self.logits.slice_mut(0..count * vocab), normed, lm_head, None, count);
+    }
+
+    /// Adds the loss of some tokens, and makes the gradient of their logits.
+    fn loss(&mut self, queue: &dyn Queue, logits: Range<usize>, targets: View<'_>, sums: ViewMut<'_>) {
+        let narrow = self.narrow.as_mut().map(|narrow| narrow.slice_mut(logits.clone()));
+        queue.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sums);
+    }
+
+    /// What [`Head::loss`] has made.
+    fn grad_logits(&self, logits: Range<usize>) -> View<'_> {
+        self.narrow.as_ref().unwrap_or(&self.logits).slice(logits)
+    }
+}
+
+/// What products take of an f32 tensor: itself, or a copy in their type.
+fn narrowed<'a>(queue: &dyn Queue, wide: &'a Buffer, narrow: &'a mut Option<Buffer>) -> View<'a> {
+    match narrow {
+        None => wide.view(),
+        Some(narrow) => {
+            queue.cast(narrow.view_mut(), wide.view());
+            narrow.view()
+        }
     }
 }
 

@@ -43,7 +43,7 @@ pub enum LaunchKind {
 pub enum Precision {
     /// 32-bit floating point.
     F32,
-    /// bfloat16 weights, widened as they are used; everything else stays f32.
+    /// bfloat16 weights and operands of matrix products; sums, the residual stream, gradients of weights and their update stay f32.
     Bf16,
 }
 
@@ -253,6 +253,12 @@ pub struct TrainArgs {
     /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts gives its bits on one host.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub reduce_groups: usize,
+    /// Threads of each rank; default: the processors that it may run on, divided among the ranks of its host.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Print where the time of the steps went, kernel by kernel.
+    #[arg(long)]
+    pub profile: bool,
     /// Seconds after which a rank that waits for another gives up.
     #[arg(long, value_name = "S", default_value_t = 300)]
     pub timeout: u64,
@@ -356,6 +362,10 @@ fn flags_of_file(file: &Path) -> Result<Vec<String>, String> {
     let command = Cli::command();
     let train = command.find_subcommand("train").expect("defined above");
     let known: Vec<&str> = train.get_arguments().filter_map(|argument| argument.get_long()).collect();
+    let is_switch = |key: &str| {
+        let argument = train.get_arguments().find(|argument| argument.get_long() == Some(key));
+        argument.is_some_and(|argument| !argument.get_action().takes_values())
+    };
     let mut flags = Vec::new();
     for (key, value) in table {
         if !known.contains(&key.as_str()) || key == "config" {
@@ -363,6 +373,12 @@ fn flags_of_file(file: &Path) -> Result<Vec<String>, String> {
             let nearest = known.iter().copied().filter(|known| *known != "config").min_by_key(distance);
             let hint = nearest.map_or(String::new(), |name| format!("; the nearest is `{name}`"));
             return Err(format!("{}: there is no setting `{key}`{hint}", file.display()));
+        }
+        if let (true, toml::Value::Boolean(on)) = (is_switch(&key), &value) {
+            if *on {
+                flags.push(format!("--{key}"));
+            }
+            continue;
         }
         let value = match value {
             toml::Value::String(text) => text,
@@ -406,6 +422,14 @@ mod tests {
             (settings.lr, settings.micro_batch, settings.model.model.name, settings.seq),
             (0.25, 8, "tiny", 128)
         );
+    }
+
+    #[test]
+    fn switches_are_true_or_false() {
+        assert!(train("profile = true", &[]).unwrap().profile);
+        assert!(!train("profile = false", &[]).unwrap().profile);
+        assert!(train("profile = false", &["--profile"]).unwrap().profile);
+        assert!(train("profile = 1", &[]).unwrap_err().contains("profile"));
     }
 
     #[test]

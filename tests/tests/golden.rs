@@ -89,7 +89,7 @@ fn train(
                 let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
                 engine.initialize(|name, _, index| parameters[name][index] as f32).unwrap();
                 let seq = batches[0].seq;
-                let mut model = Model::new(&*device, config, 1, seq).unwrap();
+                let mut model = Model::new(&*device, config, policy.weights, 1, seq).unwrap();
                 let mut result = Result::default();
                 for sequence in batches[0].tokens.chunks_exact(seq) {
                     let mut step = engine.begin_evaluation(1).unwrap();

@@ -2,29 +2,8 @@
 //!
 //! The operations and their order are fixed, so another device can reproduce every bit: no reciprocal, no fused multiply-add.
 
-use half::bf16;
-
-use super::maths::narrow_one;
+use super::value::Value;
 use crate::AdamW;
-
-/// A type that weights can be gathered in.
-pub(super) trait Weight: Copy {
-    fn round(x: f32) -> Self;
-}
-
-impl Weight for f32 {
-    #[inline(always)]
-    fn round(x: f32) -> f32 {
-        x
-    }
-}
-
-impl Weight for bf16 {
-    #[inline(always)]
-    fn round(x: f32) -> bf16 {
-        narrow_one(x)
-    }
-}
 
 /// Constants of one update.
 struct Update {
@@ -64,7 +43,7 @@ pub(super) fn update(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f
 
 /// The same, with a rounded copy of the result.
 #[inline(always)]
-pub(super) fn update_copied<W: Weight>(
+pub(super) fn update_copied<W: Value>(
     weights: &mut [W],
     master: &mut [f32],
     m: &mut [f32],
@@ -74,6 +53,6 @@ pub(super) fn update_copied<W: Weight>(
 ) {
     let update = Update::new(settings);
     for ((((weight, master), m), v), &grad) in weights.iter_mut().zip(master).zip(m).zip(v).zip(grad) {
-        *weight = W::round(update.element(master, m, v, grad));
+        *weight = W::narrow(update.element(master, m, v, grad));
     }
 }

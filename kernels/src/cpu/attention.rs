@@ -1,146 +1,337 @@
-//! Causal attention, forward and backward, a tile of query rows at a time: the scores of a whole sequence never exist, so
-//! memory is linear in its length. Keys after a tile's last row are never touched.
+//! Causal grouped-query attention, forward and backward, over tiles of queries and blocks of keys. Blocks in the future are skipped, and no
+//! more than one tile's scores exist at a time, so memory grows with the sequence and not with its square.
+//!
+//! Forward (Dao 2023, algorithm 1): block by block of keys, each row keeps its largest score and the sum of its exponentials, and what it
+//! has added up is rescaled when a larger score comes.
 //!
 //! Backward (Dao et al. 2022, section 3.1): with P rebuilt from the kept logarithms of the row sums,
 //! ∂V += Pᵀ·∂O, ∂P = ∂O·Vᵀ, ∂S = P∘(∂P − rowsum(∂O∘O)), ∂Q = ∂S·K/√D, ∂K += ∂Sᵀ·Q/√D.
+//!
+//! Query heads that share keys and values are one task, so keys and values are packed once, and a thread alone adds to their gradients.
 
-use super::maths::{exp, sum_of};
-use super::matmul::{Matrix, product};
+use std::cell::RefCell;
+use std::marker::PhantomData;
+
+use super::maths::{exp, max_of, sum_of};
+use super::matmul::{Matrix, Panels, Right, Start, product};
+use super::team::Team;
+use super::value::Value;
+use super::vectorized;
 use crate::AttentionShape;
 
-/// Query rows in a tile: its scores against a thousand keys fit the second-level cache.
+/// Query rows in a tile.
 const ROWS: usize = 64;
+/// Keys in a block: a tile's scores fit the second-level cache.
+const KEYS: usize = 512;
 
-/// One head of one sequence: where its rows start and how far apart they are.
-struct Head {
-    queries: usize,
-    query_stride: usize,
-    keys: usize,
-    key_stride: usize,
-    log_sums: usize,
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
 }
 
-fn heads(shape: AttentionShape) -> impl Iterator<Item = Head> {
-    let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
-    (0..batch * heads).map(move |index| {
-        let (sequence, head) = (index / heads, index % heads);
-        Head {
-            queries: (sequence * seq * heads + head) * head_dim,
-            query_stride: heads * head_dim,
-            keys: (sequence * seq * kv_heads + head / (heads / kv_heads)) * head_dim,
-            key_stride: kv_heads * head_dim,
-            log_sums: index * seq,
+/// This thread's working memory.
+struct Scratch {
+    /// Kᵀ, [D, T].
+    keys_across: Panels,
+    /// K, [T, D].
+    keys: Panels,
+    /// V forward, [T, D]; Vᵀ backward, [D, T].
+    values: Panels,
+    /// Of a tile and a block, in f32 and in the type of the operands.
+    scores: Vec<f32>,
+    grad_scores: Vec<f32>,
+    narrow: [Vec<f32>; 2],
+    /// A tile of the output or of the gradient of the queries, [rows, D].
+    tile: Vec<f32>,
+    /// Largest score and sum of exponentials of a tile's rows.
+    softmax: Vec<(f32, f32)>,
+    /// Gradients of keys and values, [T, D].
+    grad_keys: Vec<f32>,
+    grad_values: Vec<f32>,
+}
+
+impl Scratch {
+    const fn new() -> Scratch {
+        Scratch {
+            keys_across: Panels::new(),
+            keys: Panels::new(),
+            values: Panels::new(),
+            scores: Vec::new(),
+            grad_scores: Vec::new(),
+            narrow: [Vec::new(), Vec::new()],
+            tile: Vec::new(),
+            softmax: Vec::new(),
+            grad_keys: Vec::new(),
+            grad_values: Vec::new(),
         }
-    })
+    }
 }
 
+/// The rows of a tensor `[B, T, heads, D]` in parts, one for each head of each sequence.
+struct Heads<'a, T> {
+    data: *mut T,
+    shape: AttentionShape,
+    heads: usize,
+    _borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: `row` is the only access, and its caller sees to it that a row has one user.
+unsafe impl<T: Send> Sync for Heads<'_, T> {}
+
+impl<'a, T> Heads<'a, T> {
+    fn new(data: &'a mut [T], shape: AttentionShape, heads: usize) -> Heads<'a, T> {
+        assert_eq!(data.len(), shape.batch * shape.seq * heads * shape.head_dim);
+        Heads { data: data.as_mut_ptr(), shape, heads, _borrow: PhantomData }
+    }
+
+    /// One token of one head.
+    ///
+    /// # Safety
+    /// Nobody else uses this row meanwhile.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn row(&self, sequence: usize, head: usize, token: usize) -> &mut [T] {
+        let AttentionShape { batch, seq, head_dim, .. } = self.shape;
+        assert!(sequence < batch && head < self.heads && token < seq);
+        let row = (sequence * seq + token) * self.heads + head;
+        // SAFETY: inside the tensor, as checked; the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * head_dim), head_dim) }
+    }
+}
+
+/// One head of one sequence in a tensor `[B, T, heads, D]`, `[T, D]`.
+fn head<T>(data: &[T], shape: AttentionShape, heads: usize, sequence: usize, head: usize) -> Matrix<&[T]> {
+    let AttentionShape { seq, head_dim, .. } = shape;
+    Matrix::strided(&data[(sequence * seq * heads + head) * head_dim..], seq, head_dim, heads * head_dim)
+}
+
+/// Some rows of a head.
+fn rows<'a, T>(head: &Matrix<&'a [T]>, first: usize, count: usize) -> Matrix<&'a [T]> {
+    Matrix::strided(&head.data[first * head.row_stride..], count, head.columns, head.row_stride)
+}
+
+/// (first query, number of queries) of each tile.
 fn tiles(seq: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..seq).step_by(ROWS).map(move |first| (first, ROWS.min(seq - first)))
+}
+
+/// (first key, number of keys) of each block that a tile sees.
+fn blocks(first: usize, rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    let seen = first + rows;
+    (0..seen).step_by(KEYS).map(move |key| (key, KEYS.min(seen - key)))
 }
 
 fn scale(shape: AttentionShape) -> f32 {
     1.0 / (shape.head_dim as f32).sqrt()
 }
 
-#[inline(always)]
-pub(super) fn forward(
-    out: &mut [f32],
+/// Working memory of exactly this length.
+fn take(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if memory.len() < len {
+        memory.resize(len, 0.0);
+    }
+    &mut memory[..len]
+}
+
+/// The same of another type.
+fn take_as<T: Value>(memory: &mut Vec<f32>, len: usize) -> &mut [T] {
+    &mut bytemuck::cast_slice_mut(take(memory, len.div_ceil(4 / size_of::<T>())))[..len]
+}
+
+pub(super) fn forward<T: Value>(
+    team: &Team,
+    out: &mut [T],
     log_sum: &mut [f32],
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    [q, k, v]: [&[T]; 3],
     shape: AttentionShape,
-    scratch: &mut Vec<f32>,
 ) {
-    let (seq, dim) = (shape.seq, shape.head_dim);
-    scratch.resize(ROWS * seq, 0.0);
-    for head in heads(shape) {
-        for (first, rows) in tiles(seq) {
-            let keys = first + rows;
-            let start = head.queries + first * head.query_stride;
-            let scores = &mut scratch[..rows * keys];
-            product(
-                Matrix::dense(scores, rows, keys),
-                Matrix::strided(&q[start..], rows, dim, head.query_stride),
-                Matrix::strided(&k[head.keys..], keys, dim, head.key_stride).transposed(),
-                scale(shape),
-                false,
-            );
-            for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-                let (seen, future) = scores.split_at_mut(first + row + 1);
-                let largest = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                for x in seen.iter_mut() {
-                    *x = exp(*x - largest);
+    let (group, seq) = (shape.heads / shape.kv_heads, shape.seq);
+    let out = Heads::new(out, shape, shape.heads);
+    // A head's logarithms lie side by side, like the rows of a tensor with one head.
+    let of_heads = AttentionShape { batch: shape.batch * shape.heads, seq: 1, head_dim: seq, ..shape };
+    let log_sum = Heads::new(log_sum, of_heads, 1);
+    team.run(shape.batch * shape.kv_heads, |task| {
+        let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.keys_across.pack(head(k, shape, shape.kv_heads, sequence, kv_head).transposed());
+            scratch.values.pack(head(v, shape, shape.kv_heads, sequence, kv_head));
+            for index in kv_head * group..(kv_head + 1) * group {
+                let q = head(q, shape, shape.heads, sequence, index);
+                // SAFETY: a query head belongs to one task.
+                let log_sum = unsafe { log_sum.row(sequence * shape.heads + index, 0, 0) };
+                for (first, count) in tiles(seq) {
+                    vectorized(|| forward_tile(scratch, rows(&q, first, count), first, scale(shape)));
+                    for row in 0..count {
+                        let (largest, total) = scratch.softmax[row];
+                        // SAFETY: as above.
+                        let out = unsafe { out.row(sequence, index, first + row) };
+                        let inverse = 1.0 / total;
+                        for (out, &x) in out.iter_mut().zip(&scratch.tile[row * shape.head_dim..]) {
+                            *out = T::narrow(x * inverse);
+                        }
+                        log_sum[first + row] = largest + total.ln();
+                    }
                 }
-                let total = sum_of(seen, seen, |x, _| x);
-                let inverse = 1.0 / total;
-                for x in seen {
-                    *x *= inverse;
-                }
-                future.fill(0.0);
-                log_sum[head.log_sums + first + row] = largest + total.ln();
             }
-            product(
-                Matrix::strided(&mut out[start..], rows, dim, head.query_stride),
-                Matrix::dense(scores, rows, keys),
-                Matrix::strided(&v[head.keys..], keys, dim, head.key_stride),
-                1.0,
-                false,
-            );
+        });
+    });
+}
+
+/// Fills `tile` with Σ exp(score − largest)·value, and `softmax`.
+#[inline(always)]
+fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, scale: f32) {
+    let Scratch { keys_across, values, scores, narrow, tile, softmax, .. } = scratch;
+    let (alone, count, dim) = (Team::default(), q.rows, q.columns);
+    let tile = take(tile, count * dim);
+    tile.fill(0.0);
+    softmax.clear();
+    softmax.resize(count, (f32::NEG_INFINITY, 0.0));
+    for (key, keys) in blocks(first, count) {
+        let scores = take(scores, count * keys);
+        let across = keys_across.part::<T>(0, key);
+        product(&alone, Matrix::dense(&mut *scores, count, keys), Start::Zero, q, across, scale);
+        let p = take_as::<T>(&mut narrow[0], count * keys);
+        for (row, (scores, p)) in scores.chunks_exact_mut(keys).zip(p.chunks_exact_mut(keys)).enumerate() {
+            let seen = keys.min(first + row + 1 - key);
+            let (largest, total) = &mut softmax[row];
+            let larger = max_of(&scores[..seen]).max(*largest);
+            let rescale = exp(*largest - larger);
+            for (p, score) in p.iter_mut().zip(&mut scores[..seen]) {
+                *p = T::narrow(exp(*score - larger));
+                // What is summed is what values are multiplied with.
+                *score = p.widen();
+            }
+            p[seen..].fill(T::ZERO);
+            *total = *total * rescale + sum_of(&scores[..seen], &scores[..seen], |x, _| x);
+            *largest = larger;
+            if key > 0 {
+                tile[row * dim..][..dim].iter_mut().for_each(|x| *x *= rescale);
+            }
         }
+        let values = values.part::<T>(key, 0);
+        product(
+            &alone,
+            Matrix::dense(&mut *tile, count, dim),
+            Start::Output,
+            Matrix::dense(&*p, count, keys),
+            values,
+            1.0,
+        );
     }
 }
 
-#[inline(always)]
-pub(super) fn backward(
-    grads: [&mut [f32]; 3],
-    grad_out: &[f32],
-    qkv: [&[f32]; 3],
-    out: &[f32],
-    log_sum: &[f32],
-    shape: AttentionShape,
-    scratch: &mut Vec<f32>,
-) {
+/// What the backward pass reads.
+#[derive(Clone, Copy)]
+pub(super) struct Saved<'a, T> {
+    pub(super) grad_out: &'a [T],
+    pub(super) q: &'a [T],
+    pub(super) k: &'a [T],
+    pub(super) v: &'a [T],
+    pub(super) out: &'a [T],
+    pub(super) log_sum: &'a [f32],
+}
+
+pub(super) fn backward<T: Value>(team: &Team, grads: [&mut [T]; 3], saved: Saved<'_, T>, shape: AttentionShape) {
     let [grad_q, grad_k, grad_v] = grads;
-    let [q, k, v] = qkv;
-    let (seq, dim, scale) = (shape.seq, shape.head_dim, scale(shape));
-    grad_k.fill(0.0);
-    grad_v.fill(0.0);
-    scratch.resize(2 * ROWS * seq, 0.0);
-    for head in heads(shape) {
-        for (first, rows) in tiles(seq) {
-            let keys = first + rows;
-            let start = head.queries + first * head.query_stride;
-            let (p, grad_p) = scratch.split_at_mut(ROWS * seq);
-            let (p, grad_p) = (&mut p[..rows * keys], &mut grad_p[..rows * keys]);
-            let queries = Matrix::strided(&q[start..], rows, dim, head.query_stride);
-            let grad_rows = Matrix::strided(&grad_out[start..], rows, dim, head.query_stride);
-            let key_rows = Matrix::strided(&k[head.keys..], keys, dim, head.key_stride);
-            let value_rows = Matrix::strided(&v[head.keys..], keys, dim, head.key_stride);
-            product(Matrix::dense(&mut *p, rows, keys), queries, key_rows.transposed(), scale, false);
-            for (row, p) in p.chunks_exact_mut(keys).enumerate() {
-                let (seen, future) = p.split_at_mut(first + row + 1);
-                let log_sum = log_sum[head.log_sums + first + row];
-                for x in seen {
-                    *x = exp(*x - log_sum);
+    let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
+    let group = heads / kv_heads;
+    let grad_q = Heads::new(grad_q, shape, heads);
+    let (grad_k, grad_v) = (Heads::new(grad_k, shape, kv_heads), Heads::new(grad_v, shape, kv_heads));
+    team.run(batch * kv_heads, |task| {
+        let (sequence, kv_head) = (task / kv_heads, task % kv_heads);
+        SCRATCH.with_borrow_mut(|scratch| {
+            let (k, v) =
+                (head(saved.k, shape, kv_heads, sequence, kv_head), head(saved.v, shape, kv_heads, sequence, kv_head));
+            scratch.keys_across.pack(k.transposed());
+            scratch.keys.pack(k);
+            scratch.values.pack(v.transposed());
+            take(&mut scratch.grad_keys, seq * head_dim).fill(0.0);
+            take(&mut scratch.grad_values, seq * head_dim).fill(0.0);
+            for index in kv_head * group..(kv_head + 1) * group {
+                let of_head = |data| head(data, shape, heads, sequence, index);
+                let (q, out, grad_out) = (of_head(saved.q), of_head(saved.out), of_head(saved.grad_out));
+                let log_sum = &saved.log_sum[(sequence * heads + index) * seq..][..seq];
+                for (first, count) in tiles(seq) {
+                    let tile = Tile {
+                        first,
+                        q: rows(&q, first, count),
+                        out: rows(&out, first, count),
+                        grad_out: rows(&grad_out, first, count),
+                        log_sum: &log_sum[first..],
+                        scale: scale(shape),
+                    };
+                    vectorized(|| backward_tile(scratch, tile));
+                    for row in 0..count {
+                        // SAFETY: a query head belongs to one task.
+                        let to = unsafe { grad_q.row(sequence, index, first + row) };
+                        T::round(to, &scratch.tile[row * head_dim..][..head_dim]);
+                    }
                 }
-                future.fill(0.0);
             }
-            let grad_values = Matrix::strided(&mut grad_v[head.keys..], keys, dim, head.key_stride);
-            product(grad_values, Matrix::dense(&*p, rows, keys).transposed(), grad_rows, 1.0, true);
-            product(Matrix::dense(&mut *grad_p, rows, keys), grad_rows, value_rows.transposed(), 1.0, false);
-            for (row, (p, grad_p)) in p.chunks_exact(keys).zip(grad_p.chunks_exact_mut(keys)).enumerate() {
-                let at = start + row * head.query_stride;
-                let projection = sum_of(&grad_out[at..at + dim], &out[at..at + dim], |a, b| a * b);
-                for (grad_s, &p) in grad_p.iter_mut().zip(p) {
-                    *grad_s = p * (*grad_s - projection);
-                }
+            for token in 0..seq {
+                // SAFETY: a key head is one task.
+                let (to_k, to_v) =
+                    unsafe { (grad_k.row(sequence, kv_head, token), grad_v.row(sequence, kv_head, token)) };
+                T::round(to_k, &scratch.grad_keys[token * head_dim..][..head_dim]);
+                T::round(to_v, &scratch.grad_values[token * head_dim..][..head_dim]);
             }
-            let grad_s = Matrix::dense(&*grad_p, rows, keys);
-            let grad_queries = Matrix::strided(&mut grad_q[start..], rows, dim, head.query_stride);
-            product(grad_queries, grad_s, key_rows, scale, false);
-            let grad_keys = Matrix::strided(&mut grad_k[head.keys..], keys, dim, head.key_stride);
-            product(grad_keys, grad_s.transposed(), queries, scale, true);
+        });
+    });
+}
+
+/// Some queries, `[rows, D]` each.
+struct Tile<'a, T> {
+    first: usize,
+    q: Matrix<&'a [T]>,
+    out: Matrix<&'a [T]>,
+    grad_out: Matrix<&'a [T]>,
+    log_sum: &'a [f32],
+    scale: f32,
+}
+
+/// Fills `tile` with the gradient of the queries; adds to `grad_keys` and `grad_values`.
+#[inline(always)]
+fn backward_tile<T: Value>(scratch: &mut Scratch, of: Tile<'_, T>) {
+    let Scratch { keys_across, keys, values, scores, grad_scores, narrow, tile, softmax, grad_keys, grad_values } =
+        scratch;
+    let Tile { first, q, out, grad_out, log_sum, scale } = of;
+    let (alone, count, dim) = (Team::default(), q.rows, q.columns);
+    softmax.clear();
+    for row in 0..count {
+        let (out, grad_out) =
+            (&out.data[row * out.row_stride..][..dim], &grad_out.data[row * grad_out.row_stride..][..dim]);
+        softmax.push((log_sum[row], sum_of(grad_out, out, |a: T, b| a.widen() * b.widen())));
+    }
+    let [narrow_p, narrow_grad] = narrow;
+    let tile = take(tile, count * dim);
+    for (key, seen) in blocks(first, count) {
+        let across = keys_across.part::<T>(0, key);
+        let scores = take(scores, count * seen);
+        product(&alone, Matrix::dense(&mut *scores, count, seen), Start::Zero, q, across, scale);
+        let grad_scores = take(grad_scores, count * seen);
+        let across = values.part::<T>(0, key);
+        product(&alone, Matrix::dense(&mut *grad_scores, count, seen), Start::Zero, grad_out, across, 1.0);
+        let (p, grad) = (take_as::<T>(narrow_p, count * seen), take_as::<T>(narrow_grad, count * seen));
+        for row in 0..count {
+            let (log_sum, projection) = softmax[row];
+            let past = seen.min(first + row + 1 - key);
+            let of_row = row * seen..(row + 1) * seen;
+            let (p, grad) = (&mut p[of_row.clone()], &mut grad[of_row.clone()]);
+            let inputs = scores[of_row.clone()][..past].iter().zip(&grad_scores[of_row]);
+            for ((p, grad), (&score, &grad_p)) in p.iter_mut().zip(&mut *grad).zip(inputs) {
+                let exact = exp(score - log_sum);
+                *p = T::narrow(exact);
+                *grad = T::narrow(exact * (grad_p - projection));
+            }
+            p[past..].fill(T::ZERO);
+            grad[past..].fill(T::ZERO);
         }
+        let (p, grad) = (Matrix::dense(&*p, count, seen), Matrix::dense(&*grad, count, seen));
+        let of_block = key * dim..(key + seen) * dim;
+        let grad_values = Matrix::dense(&mut grad_values[of_block.clone()], seen, dim);
+        product(&alone, grad_values, Start::Output, p.transposed(), Right::Matrix(grad_out), 1.0);
+        let grad_keys = Matrix::dense(&mut grad_keys[of_block], seen, dim);
+        product(&alone, grad_keys, Start::Output, grad.transposed(), Right::Matrix(q), scale);
+        let start = if key == 0 { Start::Zero } else { Start::Output };
+        let keys = keys.part::<T>(key, 0);
+        product(&alone, Matrix::dense(&mut *tile, count, dim), start, grad, keys, scale);
     }
 }

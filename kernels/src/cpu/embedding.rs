@@ -1,11 +1,17 @@
-//! Rows of a table by token, and the gradient of that.
+//! Rows of a table by token, and the gradient of that. Both move little: one thread does.
 
-/// `out: [N, C]`; `row` writes one row of the table as f32.
-pub(super) fn forward(out: &mut [f32], tokens: &[u32], vocab: usize, row: impl Fn(&mut [f32], usize)) {
+use super::value::Value;
+
+/// `out: [N, C]`, `table: [V, C]`.
+#[inline(always)]
+pub(super) fn forward<W: Value>(out: &mut [f32], table: &[W], tokens: &[u32]) {
     let width = out.len() / tokens.len().max(1);
+    let vocab = table.len() / width.max(1);
     for (out, &token) in out.chunks_exact_mut(width.max(1)).zip(tokens) {
         assert!((token as usize) < vocab, "token {token} in a vocabulary of {vocab}");
-        row(out, token as usize);
+        for (out, &value) in out.iter_mut().zip(&table[token as usize * width..][..width]) {
+            *out = value.widen();
+        }
     }
 }
 

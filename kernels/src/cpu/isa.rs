@@ -13,10 +13,13 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, CD, DQ and VL: sixteen f32 at a time.
     Avx512,
+    /// AMX for bf16: products of tiles of 16 × 32 and 32 × 16.
+    Amx,
 }
 
 impl Isa {
-    const NAMES: [(&str, Isa); 3] = [("portable", Isa::Portable), ("avx2", Isa::Avx2), ("avx512", Isa::Avx512)];
+    const NAMES: [(&str, Isa); 4] =
+        [("portable", Isa::Portable), ("avx2", Isa::Avx2), ("avx512", Isa::Avx512), ("amx", Isa::Amx)];
 
     /// The set that all kernels of this process use.
     ///
@@ -49,7 +52,7 @@ impl Isa {
         let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         let avx512 = pulp::x86::V4::try_new().is_some();
         if avx2 && avx512 {
-            Isa::Avx512
+            if tiles_are_allowed() { Isa::Amx } else { Isa::Avx512 }
         } else if avx2 && pulp::x86::V3::try_new().is_some() {
             Isa::Avx2
         } else {
@@ -63,10 +66,28 @@ impl Isa {
         Isa::Portable
     }
 
+    /// Every set that this processor has.
+    pub fn available() -> impl Iterator<Item = Isa> {
+        let widest = Isa::widest();
+        Isa::NAMES.into_iter().map(|(_, isa)| isa).filter(move |&isa| isa <= widest)
+    }
+
     /// As `PILLION_ISA` names it.
     pub fn name(self) -> &'static str {
         Isa::NAMES[self as usize].0
     }
+}
+
+/// Whether the processor has AMX-BF16, and the system lets this process use tile registers: their state is large, so a process
+/// asks once (Linux, x86/xstate.rst).
+#[cfg(target_arch = "x86_64")]
+fn tiles_are_allowed() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    let features = std::arch::x86_64::__cpuid_count(7, 0).edx;
+    let (bf16, tile) = (features >> 22 & 1 == 1, features >> 24 & 1 == 1);
+    // SAFETY: takes numbers, and changes nothing but this permission. Other systems and older kernels refuse.
+    bf16 && tile && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) } == 0
 }
 
 /// Runs `kernel` with the widest vectors in use. Arithmetic is the same on each: no fused multiply-add is introduced, and sums name
@@ -75,7 +96,7 @@ impl Isa {
 pub(super) fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     match Isa::current() {
-        Isa::Avx512 => {
+        Isa::Avx512 | Isa::Amx => {
             if let Some(simd) = pulp::x86::V4::try_new() {
                 return simd.vectorize(Kernel(kernel));
             }
@@ -112,12 +133,12 @@ mod tests {
         let choose = |wanted: &str, widest| Isa::choose(Some(wanted.into()), widest);
         assert_eq!(Isa::choose(None, Isa::Avx2).unwrap(), Isa::Avx2);
         for (name, isa) in Isa::NAMES {
-            assert_eq!(choose(name, Isa::Avx512).unwrap(), isa);
+            assert_eq!(choose(name, Isa::Amx).unwrap(), isa);
             assert_eq!(isa.name(), name);
         }
         let error = choose("avx512", Isa::Avx2).unwrap_err().to_string();
         assert!(error.contains("avx512") && error.contains("avx2"), "{error}");
-        assert!(choose("sse", Isa::Avx512).is_err());
-        assert!(choose("", Isa::Avx512).is_err());
+        assert!(choose("sse", Isa::Amx).is_err());
+        assert!(choose("", Isa::Amx).is_err());
     }
 }

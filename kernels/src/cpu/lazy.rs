@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 
 use super::HostQueue;
+use super::team::Team;
 use crate::{Buffer, Completion, DType, Device, Error, Event, Queue, exclusive, random};
 
 /// A processor that runs work as late as its events allow and otherwise in random order.
@@ -52,7 +53,8 @@ impl Device for LazyCpu {
         let mut state = self.state.lock();
         state.queues.push(VecDeque::new());
         let index = state.queues.len() - 1;
-        Box::new(HostQueue { lazy: Some(LazyQueue { state: self.state.clone(), index }) })
+        let lazy = Some(LazyQueue { state: self.state.clone(), index });
+        Box::new(HostQueue { lazy, team: Team::default(), profile: None })
     }
 
     fn deferred(&self) -> bool {

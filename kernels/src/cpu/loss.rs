@@ -1,15 +1,16 @@
 //! Softmax cross-entropy and the sums of squares behind norms and statistics.
 
-use super::maths::{exp, sum_of};
+use super::maths::{exp, max_of, sum_of};
+use super::value::Value;
 
-/// Adds the loss and the count to `sums`; `logits: [N, V]` become their gradient.
+/// Each row's loss; `logits: [N, V]` become their gradient.
 #[inline(always)]
-pub(super) fn cross_entropy(logits: &mut [f32], targets: &[u32], sums: &mut [f64]) {
+pub(super) fn cross_entropy(losses: &mut [f64], logits: &mut [f32], targets: &[u32]) {
     let vocab = logits.len() / targets.len().max(1);
-    for (row, &target) in logits.chunks_exact_mut(vocab.max(1)).zip(targets) {
+    for ((loss, row), &target) in losses.iter_mut().zip(logits.chunks_exact_mut(vocab.max(1))).zip(targets) {
         let target = target as usize;
         assert!(target < vocab, "target {target} in a vocabulary of {vocab}");
-        let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let largest = max_of(row);
         let shifted = row[target] - largest;
         for x in row.iter_mut() {
             *x = exp(*x - largest);
@@ -20,33 +21,49 @@ pub(super) fn cross_entropy(logits: &mut [f32], targets: &[u32], sums: &mut [f64
             *x *= inverse;
         }
         row[target] -= 1.0;
-        sums[0] += f64::from(total.ln() - shifted);
-        sums[1] += 1.0;
+        *loss = f64::from(total.ln() - shifted);
     }
 }
 
-/// (Σ xᵢ² over the finite xᵢ, number of the others). Squares of f32 are exact in f64, and eight lanes of f64 keep the sum's error
-/// below n/8·2⁻⁵³ of it: the gradient statistic subtracts nearly equal sums, where f32 would not do.
+/// The same with the gradient rounded into `grad`; `logits` are left as they may be.
 #[inline(always)]
-pub(super) fn square_norm(x: &[f32]) -> (f64, u64) {
+pub(super) fn cross_entropy_rounded<T: Value>(losses: &mut [f64], grad: &mut [T], logits: &mut [f32], targets: &[u32]) {
+    let vocab = logits.len() / targets.len().max(1);
+    let rows = grad.chunks_exact_mut(vocab.max(1)).zip(logits.chunks_exact_mut(vocab.max(1)));
+    for ((loss, (grad, logits)), target) in losses.chunks_exact_mut(1).zip(rows).zip(targets.chunks_exact(1)) {
+        cross_entropy(loss, logits, target);
+        T::round(grad, logits);
+    }
+}
+
+/// Elements whose squares are summed before they meet the others': the sum does not depend on who computes which.
+pub(super) const PART: usize = 1 << 16;
+
+/// (Σ xᵢ² over the finite xᵢ, number of the others) of each [`PART`] elements. Squares of f32 are exact in f64, and eight lanes of f64 keep
+/// the sum's error below n/8·2⁻⁵³ of it: the gradient statistic subtracts nearly equal sums, where f32 would not do.
+#[inline(always)]
+pub(super) fn square_norms(sums: &mut [(f64, u64)], x: &[f32]) {
+    for (sum, x) in sums.iter_mut().zip(x.chunks(PART)) {
+        *sum = square_norm(x);
+    }
+}
+
+#[inline(always)]
+fn square_norm(x: &[f32]) -> (f64, u64) {
     const LANES: usize = 8;
     let mut lanes = [0.0f64; LANES];
+    // 32 bits wide for the vectors' sake; a part is shorter.
     let mut bad = [0u32; LANES];
     let (blocks, tail) = x.as_chunks::<LANES>();
-    let mut count = 0u64;
-    // The counters are 32 bits wide for the vectors' sake, so they are emptied in time.
-    for blocks in blocks.chunks(1 << 20) {
-        for block in blocks {
-            for lane in 0..LANES {
-                let finite = block[lane].is_finite();
-                let value = if finite { f64::from(block[lane]) } else { 0.0 };
-                lanes[lane] += value * value;
-                bad[lane] += u32::from(!finite);
-            }
+    for block in blocks {
+        for lane in 0..LANES {
+            let finite = block[lane].is_finite();
+            let value = if finite { f64::from(block[lane]) } else { 0.0 };
+            lanes[lane] += value * value;
+            bad[lane] += u32::from(!finite);
         }
-        count += std::mem::take(&mut bad).iter().map(|&n| u64::from(n)).sum::<u64>();
     }
-    let mut sum = lanes.iter().sum::<f64>();
+    let (mut sum, mut count) = (lanes.iter().sum::<f64>(), bad.iter().map(|&n| u64::from(n)).sum());
     for &x in tail {
         if x.is_finite() {
             sum += f64::from(x) * f64::from(x);

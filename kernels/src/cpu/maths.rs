@@ -62,10 +62,26 @@ pub(super) fn narrow(out: &mut [bf16], x: &[f32]) {
     });
 }
 
+/// Elements that sums and maxima take at a time, whatever the vectors' width.
+const LANES: usize = 16;
+
+/// The largest; −∞ of none. NaN counts as smaller than everything.
+#[inline(always)]
+pub(super) fn max_of(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    let larger = |x: f32, y: f32| if y > x { y } else { x };
+    for block in blocks {
+        for lane in 0..LANES {
+            lanes[lane] = larger(lanes[lane], block[lane]);
+        }
+    }
+    lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |x, &y| larger(x, y))
+}
+
 /// Σ f(aᵢ, bᵢ) over equally long slices, in sixteen lanes that are added at the end: the same sum whatever the vectors' width.
 #[inline(always)]
-pub(super) fn sum_of(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
-    const LANES: usize = 16;
+pub(super) fn sum_of<A: Copy, B: Copy>(a: &[A], b: &[B], f: impl Fn(A, B) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (a_blocks, a_tail) = a.as_chunks::<LANES>();
     let (b_blocks, b_tail) = b.as_chunks::<LANES>();

@@ -1,21 +1,25 @@
 //! SwiGLU, forward and backward. With s = 1/(1+e⁻ᵍ): silu(g) = g·s and silu′(g) = s·(1 + g·(1 − s)).
 
 use super::maths::sigmoid;
+use super::value::Value;
 
 #[inline(always)]
-pub(super) fn forward(out: &mut [f32], gate: &[f32], up: &[f32]) {
+pub(super) fn forward<T: Value>(out: &mut [T], gate: &[T], up: &[T]) {
     for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate * sigmoid(gate) * up;
+        let (gate, up) = (gate.widen(), up.widen());
+        *out = T::narrow(gate * sigmoid(gate) * up);
     }
 }
 
+/// `out` is that of the forward pass, made again.
 #[inline(always)]
-pub(super) fn backward(grad_gate: &mut [f32], grad_up: &mut [f32], grad_out: &[f32], gate: &[f32], up: &[f32]) {
-    for ((((grad_gate, grad_up), &grad), &gate), &up) in
-        grad_gate.iter_mut().zip(grad_up).zip(grad_out).zip(gate).zip(up)
-    {
+pub(super) fn backward<T: Value>([out, grad_gate, grad_up]: [&mut [T]; 3], grad_out: &[T], gate: &[T], up: &[T]) {
+    let outputs = out.iter_mut().zip(grad_gate).zip(grad_up);
+    for (((out, grad_gate), grad_up), ((&grad, &gate), &up)) in outputs.zip(grad_out.iter().zip(gate).zip(up)) {
+        let (grad, gate, up) = (grad.widen(), gate.widen(), up.widen());
         let s = sigmoid(gate);
-        *grad_gate = grad * up * s * (1.0 + gate * (1.0 - s));
-        *grad_up = grad * gate * s;
+        *out = T::narrow(gate * s * up);
+        *grad_gate = T::narrow(grad * up * s * (1.0 + gate * (1.0 - s)));
+        *grad_up = T::narrow(grad * gate * s);
     }
 }

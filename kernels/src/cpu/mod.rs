@@ -1,4 +1,5 @@
-//! The processor as a device, once running work at once ([`Cpu`]) and once as late as allowed ([`LazyCpu`]).
+//! The processor as a device: running work at once, on the caller's thread ([`Cpu`]) or on several ([`Cores`]), and as late as
+//! allowed ([`LazyCpu`]).
 //!
 //! Each subject is a file of plain functions on slices; `queue.rs` here binds them to the trait [`Queue`].
 
@@ -12,19 +13,25 @@ mod maths;
 mod matmul;
 mod mlp;
 mod norm;
+mod profile;
 mod queue;
 pub mod reduce;
 mod rope;
 pub mod stream;
+mod team;
+mod value;
 
 pub use isa::Isa;
 pub use lazy::LazyCpu;
+pub use profile::{KernelTime, Profile};
 
 use crate::{Buffer, DType, Device, Element, Error, Queue, Span, View, ViewMut};
 use isa::vectorized;
 use lazy::LazyQueue;
+use std::sync::Arc;
+use team::Team;
 
-/// The processor; a kernel has run when its call returns.
+/// The processor; a kernel has run when its call returns, on the thread that calls.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cpu;
 
@@ -38,7 +45,59 @@ impl Device for Cpu {
     }
 
     fn queue(&self) -> Box<dyn Queue> {
-        Box::new(HostQueue { lazy: None })
+        Cores::default().queue()
+    }
+
+    fn deferred(&self) -> bool {
+        false
+    }
+}
+
+/// As [`Cpu`], with several threads for a kernel, and a record of how long each takes.
+#[derive(Clone, Default)]
+pub struct Cores {
+    team: Team,
+    profile: Option<Arc<Profile>>,
+}
+
+impl Cores {
+    /// A device that starts and keeps this many threads; with one, kernels run on the thread that calls. They run on the processors that
+    /// the calling thread may run on. Results do not depend on their number.
+    ///
+    /// # Errors
+    /// [`Error::Threads`].
+    pub fn new(threads: usize) -> Result<Cores, Error> {
+        Ok(Cores { team: Team::new(threads)?, profile: None })
+    }
+
+    /// Floating-point operations a second that the device's threads reach together in products of numbers of `dtype`, f32 or bf16,
+    /// that lie in registers: the measure for what kernels reach. Takes some ten milliseconds.
+    pub fn peak(&self, dtype: DType) -> f64 {
+        matmul::peak::measure(&self.team, dtype)
+    }
+
+    /// Threads that run a kernel.
+    pub fn threads(&self) -> usize {
+        self.team.threads()
+    }
+
+    /// The same device, whose queues add the time of each kernel to `profile`.
+    pub fn profiled(self, profile: Arc<Profile>) -> Cores {
+        Cores { profile: Some(profile), ..self }
+    }
+}
+
+impl Device for Cores {
+    fn name(&self) -> &'static str {
+        Cpu.name()
+    }
+
+    fn allocate(&self, dtype: DType, len: usize) -> Result<Buffer, Error> {
+        Cpu.allocate(dtype, len)
+    }
+
+    fn queue(&self) -> Box<dyn Queue> {
+        Box::new(HostQueue { lazy: None, team: self.team.clone(), profile: self.profile.clone() })
     }
 
     fn deferred(&self) -> bool {
@@ -49,6 +108,27 @@ impl Device for Cpu {
 /// A queue of the host: runs its work now, or hands it to the [`LazyCpu`].
 struct HostQueue {
     lazy: Option<LazyQueue>,
+    team: Team,
+    profile: Option<Arc<Profile>>,
+}
+
+/// What a kernel is called and does.
+#[derive(Clone, Copy)]
+struct Work {
+    name: &'static str,
+    /// Floating-point operations of matrix products; other kernels are bound by memory.
+    flops: u64,
+}
+
+impl Work {
+    fn moves(name: &'static str) -> Work {
+        Work { name, flops: 0 }
+    }
+
+    /// A product takes a multiplication and an addition.
+    fn products(name: &'static str, products: usize) -> Work {
+        Work { name, flops: 2 * products as u64 }
+    }
 }
 
 /// Elements a kernel writes.
@@ -61,26 +141,54 @@ impl HostQueue {
     /// Enqueues `kernel` with its outputs and inputs as slices.
     fn run<const W: usize, const R: usize>(
         &self,
+        work: Work,
         writes: [ViewMut<'_>; W],
         reads: [View<'_>; R],
-        kernel: impl FnOnce([Output<'_>; W], [Input<'_>; R]) + Send + 'static,
+        kernel: impl FnOnce(&Team, [Output<'_>; W], [Input<'_>; R]) + Send + 'static,
     ) {
-        let writes = writes.map(ViewMut::into_span);
-        let reads = reads.map(View::into_span);
+        let Some(lazy) = &self.lazy else { return self.run_now(work, writes, reads, kernel) };
+        let (writes, reads) = self.spans(writes, reads);
+        lazy.push(Box::new(move || {
+            kernel(&Team::default(), writes.each_ref().map(Output), reads.each_ref().map(Input))
+        }));
+    }
+
+    /// Runs `kernel` before it returns, on a queue that does not defer.
+    fn run_now<const W: usize, const R: usize>(
+        &self,
+        work: Work,
+        writes: [ViewMut<'_>; W],
+        reads: [View<'_>; R],
+        kernel: impl FnOnce(&Team, [Output<'_>; W], [Input<'_>; R]),
+    ) {
+        assert!(self.lazy.is_none(), "a queue that defers runs nothing at once");
+        let (writes, reads) = self.spans(writes, reads);
+        let run = || kernel(&self.team, writes.each_ref().map(Output), reads.each_ref().map(Input));
+        match &self.profile {
+            None => run(),
+            Some(profile) => {
+                let bytes = writes.iter().chain(&reads).map(|span| (span.len() * span.dtype().bytes()) as u64).sum();
+                profile.time(work, bytes, run);
+            }
+        }
+    }
+
+    fn spans<const W: usize, const R: usize>(
+        &self,
+        writes: [ViewMut<'_>; W],
+        reads: [View<'_>; R],
+    ) -> ([Span; W], [Span; R]) {
+        let (writes, reads) = (writes.map(ViewMut::into_span), reads.map(View::into_span));
         for span in writes.iter().chain(&reads) {
             assert_eq!(span.deferred(), self.lazy.is_some(), "a queue was given a buffer of another device");
         }
-        let work = move || kernel(writes.each_ref().map(Output), reads.each_ref().map(Input));
-        match &self.lazy {
-            None => work(),
-            Some(lazy) => lazy.push(Box::new(work)),
-        }
+        (writes, reads)
     }
 }
 
 impl<'a> Output<'a> {
     fn of<T: Element>(self) -> &'a mut [T] {
-        // SAFETY: `Output` is made only in `HostQueue::run`, from a `ViewMut`: while the views lived, the borrow checker excluded every
+        // SAFETY: `Output` is made only in `HostQueue::run` and `run_now`, from a `ViewMut`: while the views lived, the borrow checker excluded every
         // other view of these elements, and the kernel's other arguments with them.
         // On `Cpu` the views outlive the kernel. On `LazyCpu` the kernel runs later, but spans of a deferring device are only ever
         // accessed under `exclusive` (by `LazyQueue` around each kernel, by collectives around each access), and `Cpu` refuses them
@@ -113,19 +221,6 @@ impl<'a> Input<'a> {
             DType::F64 => bytemuck::cast_slice(self.of::<f64>()),
             DType::U32 => bytemuck::cast_slice(self.of::<u32>()),
             DType::I64 => bytemuck::cast_slice(self.of::<i64>()),
-        }
-    }
-
-    /// Weights as f32: in place when they are, else widened into `scratch`.
-    fn widened(self, scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        match self.0.dtype() {
-            DType::F32 => self.of(),
-            DType::Bf16 => {
-                scratch.resize(self.0.len(), 0.0);
-                maths::widen(scratch, self.of());
-                scratch
-            }
-            other => panic!("weights are f32 or bf16, not {other}"),
         }
     }
 }

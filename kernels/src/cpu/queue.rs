@@ -4,17 +4,55 @@ use std::cell::RefCell;
 
 use half::bf16;
 
-use super::matmul::{Matrix, product};
-use super::{HostQueue, adamw, attention, embedding, loss, maths, mlp, norm, rope, vectorized};
+use super::matmul::{Matrix, Right, Start, product};
+use super::team::{Read, Write};
+use super::{HostQueue, Work, adamw, attention, embedding, loss, maths, mlp, norm, rope, vectorized};
 use crate::{AdamW, AttentionShape, DType, Event, Queue, View, ViewMut};
 
-thread_local! {
-    /// Working memory of the kernels on this thread: the first for weights widened to f32, the second for everything else.
-    static SCRATCH: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+/// Bytes below which a thread more does not pay for one that only moves them.
+const SHARE: usize = 1 << 16;
+
+/// Working memory of the kernels on this thread.
+#[derive(Default)]
+struct Scratch {
+    grad_weight: Vec<f32>,
+    losses: Vec<f64>,
+    norms: Vec<(f64, u64)>,
 }
 
-fn with_scratch<R>(kernel: impl FnOnce(&mut Vec<f32>, &mut Vec<f32>) -> R) -> R {
-    SCRATCH.with_borrow_mut(|(weights, work)| kernel(weights, work))
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Working memory of exactly this length.
+fn take<T: Clone + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
+    if memory.len() < len {
+        memory.resize(len, T::default());
+    }
+    &mut memory[..len]
+}
+
+/// `$body` with `$T` the type of activations or weights.
+macro_rules! with_type {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            DType::Bf16 => {
+                type $T = bf16;
+                $body
+            }
+            other => panic!("activations and weights are f32 or bf16, not {other}"),
+        }
+    };
+}
+
+/// All types equal the first, which is returned.
+fn same_type(what: &str, types: &[DType]) -> DType {
+    assert!(types.iter().all(|dtype| dtype == &types[0]), "{what}: types {types:?} should be equal");
+    types[0]
 }
 
 /// `len = rows · columns` with known rows gives the columns.
@@ -50,13 +88,18 @@ unsafe impl Queue for HostQueue {
 
     fn upload_bytes(&self, out: ViewMut<'_>, bytes: &[u8]) {
         assert_eq!(out.len() * out.dtype().bytes(), bytes.len(), "an upload fills its buffer");
-        let bytes = bytes.to_vec();
-        self.run([out], [], move |[out], []| out.bytes().copy_from_slice(&bytes));
+        match self.lazy {
+            None => self.run_now(Work::moves("upload"), [out], [], |_, [out], []| out.bytes().copy_from_slice(bytes)),
+            Some(_) => {
+                let bytes = bytes.to_vec();
+                self.run(Work::moves("upload"), [out], [], move |_, [out], []| out.bytes().copy_from_slice(&bytes));
+            }
+        }
     }
 
     fn download_bytes(&self, x: View<'_>) -> Vec<u8> {
         let (sender, receiver) = std::sync::mpsc::channel();
-        self.run([], [x], move |[], [x]| {
+        self.run(Work::moves("download"), [], [x], move |_, [], [x]| {
             // The receiver lives until the value has arrived, below.
             let _ = sender.send(x.bytes().to_vec());
         });
@@ -65,64 +108,63 @@ unsafe impl Queue for HostQueue {
     }
 
     fn zero(&self, out: ViewMut<'_>) {
-        self.run([out], [], |[out], []| out.bytes().fill(0));
+        self.run(Work::moves("zero"), [out], [], |team, [out], []| {
+            team.split(Write(out.bytes(), 1), SHARE, |Write(out, _)| out.fill(0));
+        });
     }
 
     fn cast(&self, out: ViewMut<'_>, x: View<'_>) {
         same("cast", &[out.len(), x.len()]);
         let types = (out.dtype(), x.dtype());
-        self.run([out], [x], move |[out], [x]| match types {
-            (DType::F32, DType::Bf16) => maths::widen(out.of(), x.of()),
-            (DType::Bf16, DType::F32) => maths::narrow(out.of(), x.of()),
+        self.run(Work::moves("cast"), [out], [x], move |team, [out], [x]| match types {
+            (DType::F32, DType::Bf16) => {
+                let rows = (Write(out.of(), 1), Read(x.of(), 1));
+                team.split(rows, SHARE, |(out, x)| maths::widen(out.0, x.0));
+            }
+            (DType::Bf16, DType::F32) => {
+                let rows = (Write(out.of(), 1), Read(x.of(), 1));
+                team.split(rows, SHARE, |(out, x)| maths::narrow(out.0, x.0));
+            }
             (to, from) if to == from => out.bytes().copy_from_slice(x.bytes()),
             (to, from) => panic!("no cast from {from} to {to}"),
         });
     }
 
-    fn add(&self, x: ViewMut<'_>, y: View<'_>) {
-        same("add", &[x.len(), y.len()]);
-        self.run([x], [y], |[x], [y]| {
-            let (x, y) = (x.of::<f32>(), y.of::<f32>());
-            vectorized(|| x.iter_mut().zip(y).for_each(|(x, &y)| *x += y));
-        });
-    }
-
     fn square_norm(&self, out: ViewMut<'_>, x: View<'_>, weight: f64) {
         assert_eq!(out.len(), 2, "square_norm writes a sum and a count");
-        self.run([out], [x], move |[out], [x]| {
+        self.run(Work::moves("square_norm"), [out], [x], move |team, [out], [x]| {
             let x = x.of::<f32>();
-            let (sum, non_finite) = vectorized(|| loss::square_norm(x));
-            out.of().copy_from_slice(&[weight * sum, non_finite as f64]);
+            SCRATCH.with_borrow_mut(|scratch| {
+                let norms = take(&mut scratch.norms, x.len().div_ceil(loss::PART));
+                // The last part may be shorter, so it is apart.
+                let whole = x.len() / loss::PART;
+                let (parts, rest) = norms.split_at_mut(whole);
+                let rows = (Write(parts, 1), Read(&x[..whole * loss::PART], loss::PART));
+                team.split(rows, 1, |(norms, x)| vectorized(|| loss::square_norms(norms.0, x.0)));
+                vectorized(|| loss::square_norms(rest, &x[whole * loss::PART..]));
+                let (sum, non_finite) = norms.iter().fold((0.0, 0), |sums, norm| (sums.0 + norm.0, sums.1 + norm.1));
+                out.of().copy_from_slice(&[weight * sum, non_finite as f64]);
+            });
         });
     }
 
     fn embedding(&self, out: ViewMut<'_>, table: View<'_>, tokens: View<'_>) {
         let width = columns("embedding", out.len(), tokens.len());
-        let vocab = rows("embedding table", table.len(), width);
+        rows("embedding table", table.len(), width);
         let dtype = table.dtype();
-        self.run([out], [table, tokens], move |[out], [table, tokens]| {
-            let (out, tokens) = (out.of(), tokens.of());
-            match dtype {
-                DType::F32 => {
-                    let table = table.of::<f32>();
-                    embedding::forward(out, tokens, vocab, |out, row| {
-                        out.copy_from_slice(&table[row * width..][..width])
-                    });
-                }
-                _ => {
-                    let table = table.of::<bf16>();
-                    embedding::forward(out, tokens, vocab, |out, row| {
-                        maths::widen(out, &table[row * width..][..width])
-                    });
-                }
-            }
+        self.run(Work::moves("embedding"), [out], [table, tokens], move |_, [out], [table, tokens]| {
+            with_type!(dtype, W => {
+                let (out, table, tokens) = (out.of(), table.of::<W>(), tokens.of());
+                vectorized(|| embedding::forward(out, table, tokens));
+            });
         });
     }
 
     fn embedding_backward(&self, grad_table: ViewMut<'_>, grad_out: View<'_>, tokens: View<'_>) {
         let width = columns("embedding", grad_out.len(), tokens.len());
         rows("embedding table", grad_table.len(), width);
-        self.run([grad_table], [grad_out, tokens], |[grad_table], [grad_out, tokens]| {
+        let work = Work::moves("embedding_backward");
+        self.run(work, [grad_table], [grad_out, tokens], |_, [grad_table], [grad_out, tokens]| {
             let (grad_table, grad_out, tokens) = (grad_table.of(), grad_out.of(), tokens.of());
             vectorized(|| embedding::backward(grad_table, grad_out, tokens));
         });
@@ -130,11 +172,17 @@ unsafe impl Queue for HostQueue {
 
     fn rms_norm(&self, out: ViewMut<'_>, inverse_rms: ViewMut<'_>, x: View<'_>, weight: View<'_>, epsilon: f32) {
         same("rms_norm", &[out.len(), x.len(), inverse_rms.len() * weight.len()]);
-        self.run([out, inverse_rms], [x, weight], move |[out, inverse_rms], [x, weight]| {
-            with_scratch(|widened, _| {
-                let (out, inverse_rms, x, weight) = (out.of(), inverse_rms.of(), x.of(), weight.widened(widened));
-                vectorized(|| norm::forward(out, inverse_rms, x, weight, epsilon));
-            });
+        let types = (out.dtype(), weight.dtype());
+        let work = Work::moves("rms_norm");
+        self.run(work, [out, inverse_rms], [x, weight], move |team, [out, inverse_rms], [x, weight]| {
+            with_type!(types.0, T => with_type!(types.1, W => {
+                let weight = weight.of::<W>();
+                let width = weight.len();
+                let rows = (Write(out.of::<T>(), width), Write(inverse_rms.of(), 1), Read(x.of(), width));
+                team.split(rows, SHARE / width.max(1), |(out, inverse_rms, x)| {
+                    vectorized(|| norm::forward(out.0, inverse_rms.0, x.0, weight, epsilon));
+                });
+            }));
         });
     }
 
@@ -149,50 +197,97 @@ unsafe impl Queue for HostQueue {
     ) {
         same("rms_norm", &[grad_x.len(), grad_out.len(), x.len(), inverse_rms.len() * weight.len()]);
         same("rms_norm weight", &[grad_weight.len(), weight.len()]);
+        let (work, dtype) = (Work::moves("rms_norm_backward"), weight.dtype());
         let reads = [grad_out, x, inverse_rms, weight];
-        self.run([grad_x, grad_weight], reads, |[grad_x, grad_weight], [grad_out, x, inverse_rms, weight]| {
-            with_scratch(|widened, scratch| {
-                let (grad_x, grad_weight, weight) = (grad_x.of(), grad_weight.of(), weight.widened(widened));
-                let (grad_out, x, inverse_rms) = (grad_out.of(), x.of(), inverse_rms.of());
-                vectorized(|| norm::backward(grad_x, grad_weight, grad_out, x, inverse_rms, weight, scratch));
+        self.run(work, [grad_x, grad_weight], reads, move |team, [grad_x, grad_weight], reads| {
+            let [grad_out, x, inverse_rms, weight] = reads;
+            with_type!(dtype, W => {
+                let (grad_x, grad_weight, weight) = (grad_x.of::<f32>(), grad_weight.of::<f32>(), weight.of::<W>());
+                let (grad_out, x, inverse_rms) = (grad_out.of::<f32>(), x.of::<f32>(), inverse_rms.of::<f32>());
+                let width = weight.len();
+                SCRATCH.with_borrow_mut(|scratch| {
+                    let parts = inverse_rms.len().div_ceil(norm::ROWS);
+                    let shares = take(&mut scratch.grad_weight, parts * width);
+                    // The last part may have fewer rows, so it is apart.
+                    let whole = inverse_rms.len() / norm::ROWS;
+                    let (rows, of_rows) = (whole * norm::ROWS, norm::ROWS * width);
+                    let (shares_whole, shares_rest) = shares.split_at_mut(whole * width);
+                    let (grad_x_whole, grad_x_rest) = grad_x.split_at_mut(rows * width);
+                    let whole = (
+                        Write(grad_x_whole, of_rows),
+                        Write(shares_whole, width),
+                        Read(&grad_out[..rows * width], of_rows),
+                        Read(&x[..rows * width], of_rows),
+                        Read(&inverse_rms[..rows], norm::ROWS),
+                    );
+                    team.split(whole, 1, |(grad_x, shares, grad_out, x, inverse_rms)| {
+                        vectorized(|| norm::backward(grad_x.0, shares.0, grad_out.0, x.0, inverse_rms.0, weight));
+                    });
+                    let (grad_out, x) = (&grad_out[rows * width..], &x[rows * width..]);
+                    let inverse_rms = &inverse_rms[rows..];
+                    vectorized(|| norm::backward(grad_x_rest, shares_rest, grad_out, x, inverse_rms, weight));
+                    vectorized(|| {
+                        for share in shares.chunks_exact(width) {
+                            grad_weight.iter_mut().zip(share).for_each(|(sum, &share)| *sum += share);
+                        }
+                    });
+                });
             });
         });
     }
 
-    fn linear(&self, y: ViewMut<'_>, x: View<'_>, w: View<'_>, rows: usize) {
+    fn linear(&self, y: ViewMut<'_>, x: View<'_>, w: View<'_>, addend: Option<View<'_>>, rows: usize) {
         let (outputs, inputs) = (columns("linear y", y.len(), rows), columns("linear x", x.len(), rows));
         same("linear w", &[w.len(), outputs * inputs]);
-        let dtype = w.dtype();
-        self.run([y], [x, w], move |[y], [x, w]| {
-            let (y, x) = (Matrix::dense(y.of(), rows, outputs), Matrix::dense(x.of::<f32>(), rows, inputs));
-            match dtype {
-                DType::Bf16 => product(y, x, Matrix::dense(w.of::<bf16>(), outputs, inputs).transposed(), 1.0, false),
-                _ => product(y, x, Matrix::dense(w.of::<f32>(), outputs, inputs).transposed(), 1.0, false),
-            }
+        let types = (y.dtype(), x.dtype(), w.dtype());
+        let work = Work::products("linear", rows * inputs * outputs);
+        let Some(addend) = addend else {
+            return self.run(work, [y], [x, w], move |team, [y], [x, w]| {
+                with_type!(types.0, O => with_type!(types.1, A => with_type!(types.2, W => {
+                    let (x, w) = (Matrix::dense(x.of::<A>(), rows, inputs), Matrix::dense(w.of::<W>(), outputs, inputs));
+                    let y = Matrix::dense(y.of::<O>(), rows, outputs);
+                    product(team, y, Start::Zero, x, Right::Matrix(w.transposed()), 1.0);
+                })));
+            });
+        };
+        same("linear addend", &[addend.len(), y.len()]);
+        self.run(work, [y], [x, w, addend], move |team, [y], [x, w, addend]| {
+            with_type!(types.1, A => with_type!(types.2, W => {
+                let (x, w) = (Matrix::dense(x.of::<A>(), rows, inputs), Matrix::dense(w.of::<W>(), outputs, inputs));
+                let y = Matrix::dense(y.of::<f32>(), rows, outputs);
+                product(team, y, Start::From(addend.of()), x, Right::Matrix(w.transposed()), 1.0);
+            }));
         });
     }
 
     fn linear_backward_input(&self, grad_x: ViewMut<'_>, grad_y: View<'_>, w: View<'_>, rows: usize, accumulate: bool) {
         let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", grad_x.len(), rows));
         same("linear w", &[w.len(), outputs * inputs]);
-        let dtype = w.dtype();
-        self.run([grad_x], [grad_y, w], move |[grad_x], [grad_y, w]| {
-            let (grad_x, grad_y) =
-                (Matrix::dense(grad_x.of(), rows, inputs), Matrix::dense(grad_y.of::<f32>(), rows, outputs));
-            match dtype {
-                DType::Bf16 => product(grad_x, grad_y, Matrix::dense(w.of::<bf16>(), outputs, inputs), 1.0, accumulate),
-                _ => product(grad_x, grad_y, Matrix::dense(w.of::<f32>(), outputs, inputs), 1.0, accumulate),
-            }
+        let types = (grad_x.dtype(), grad_y.dtype(), w.dtype());
+        let work = Work::products("linear_backward_input", rows * inputs * outputs);
+        self.run(work, [grad_x], [grad_y, w], move |team, [grad_x], [grad_y, w]| {
+            with_type!(types.0, O => with_type!(types.1, A => with_type!(types.2, W => {
+                let grad_y = Matrix::dense(grad_y.of::<A>(), rows, outputs);
+                let w = Matrix::dense(w.of::<W>(), outputs, inputs);
+                let start = if accumulate { Start::Output } else { Start::Zero };
+                let grad_x = Matrix::dense(grad_x.of::<O>(), rows, inputs);
+                product(team, grad_x, start, grad_y, Right::Matrix(w), 1.0);
+            })));
         });
     }
 
     fn linear_backward_weight(&self, grad_w: ViewMut<'_>, grad_y: View<'_>, x: View<'_>, rows: usize) {
         let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", x.len(), rows));
         same("linear w", &[grad_w.len(), outputs * inputs]);
-        self.run([grad_w], [grad_y, x], move |[grad_w], [grad_y, x]| {
-            let grad_y = Matrix::dense(grad_y.of::<f32>(), rows, outputs).transposed();
-            let x = Matrix::dense(x.of::<f32>(), rows, inputs);
-            product(Matrix::dense(grad_w.of(), outputs, inputs), grad_y, x, 1.0, true);
+        let dtype = same_type("linear", &[grad_y.dtype(), x.dtype()]);
+        let work = Work::products("linear_backward_weight", rows * inputs * outputs);
+        self.run(work, [grad_w], [grad_y, x], move |team, [grad_w], [grad_y, x]| {
+            with_type!(dtype, T => {
+                let grad_y = Matrix::dense(grad_y.of::<T>(), rows, outputs).transposed();
+                let x = Matrix::dense(x.of::<T>(), rows, inputs);
+                let grad_w = Matrix::dense(grad_w.of::<f32>(), outputs, inputs);
+                product(team, grad_w, Start::Output, grad_y, Right::Matrix(x), 1.0);
+            });
         });
     }
 
@@ -206,9 +301,14 @@ unsafe impl Queue for HostQueue {
             x.len()
         );
         let sign = if inverse { -1.0 } else { 1.0 };
-        self.run([x], [cos, sin], move |[x], [cos, sin]| {
-            let (x, cos, sin) = (x.of(), cos.of(), sin.of());
-            vectorized(|| rope::rotate(x, cos, sin, heads, half, sign));
+        let dtype = x.dtype();
+        self.run(Work::moves("rope"), [x], [cos, sin], move |team, [x], [cos, sin]| {
+            with_type!(dtype, T => {
+                let (cos, sin, of_sequence) = (cos.of::<f32>(), sin.of::<f32>(), seq * heads * head_dim);
+                team.split(Write(x.of::<T>(), of_sequence), 1, |x| {
+                    vectorized(|| rope::rotate(x.0, cos, sin, (heads, half), sign));
+                });
+            });
         });
     }
 
@@ -222,10 +322,12 @@ unsafe impl Queue for HostQueue {
         shape: AttentionShape,
     ) {
         check_attention(shape, &[out.len(), q.len()], &[k.len(), v.len()], log_sum.len());
-        self.run([out, log_sum], [q, k, v], move |[out, log_sum], [q, k, v]| {
-            with_scratch(|_, scratch| {
-                let (out, log_sum, q, k, v) = (out.of(), log_sum.of(), q.of(), k.of(), v.of());
-                vectorized(|| attention::forward(out, log_sum, q, k, v, shape, scratch));
+        let dtype = same_type("attention", &[out.dtype(), q.dtype(), k.dtype(), v.dtype()]);
+        // q·kᵀ and p·v, for the pairs that see each other.
+        let work = Work::products("attention", 2 * pairs(shape) * shape.head_dim);
+        self.run(work, [out, log_sum], [q, k, v], move |team, [out, log_sum], qkv| {
+            with_type!(dtype, T => {
+                attention::forward(team, out.of::<T>(), log_sum.of(), qkv.map(|x| x.of::<T>()), shape);
             });
         });
     }
@@ -245,46 +347,90 @@ unsafe impl Queue for HostQueue {
     ) {
         let queries = [grad_q.len(), grad_out.len(), q.len(), out.len()];
         check_attention(shape, &queries, &[grad_k.len(), grad_v.len(), k.len(), v.len()], log_sum.len());
+        let types = [&grad_out, &q, &k, &v, &out].map(View::dtype);
+        let dtype = same_type("attention", &types);
+        same_type("attention", &[dtype, grad_q.dtype(), grad_k.dtype(), grad_v.dtype()]);
         let reads = [grad_out, q, k, v, out, log_sum];
-        self.run([grad_q, grad_k, grad_v], reads, move |grads, [grad_out, q, k, v, out, log_sum]| {
-            with_scratch(|_, scratch| {
-                let (grads, qkv) = (grads.map(|grad| grad.of()), [q.of(), k.of(), v.of()]);
-                let (grad_out, out, log_sum) = (grad_out.of(), out.of(), log_sum.of());
-                vectorized(|| attention::backward(grads, grad_out, qkv, out, log_sum, shape, scratch));
+        // The scores once more, and two products for each of those of the forward pass.
+        let work = Work::products("attention_backward", 5 * pairs(shape) * shape.head_dim);
+        self.run(work, [grad_q, grad_k, grad_v], reads, move |team, grads, [grad_out, q, k, v, out, log_sum]| {
+            with_type!(dtype, T => {
+                let (q, k, v, out) = (q.of::<T>(), k.of::<T>(), v.of::<T>(), out.of::<T>());
+                let saved = attention::Saved { grad_out: grad_out.of::<T>(), q, k, v, out, log_sum: log_sum.of() };
+                attention::backward(team, grads.map(|grad| grad.of::<T>()), saved, shape);
             });
         });
     }
 
     fn swiglu(&self, out: ViewMut<'_>, gate: View<'_>, up: View<'_>) {
         same("swiglu", &[out.len(), gate.len(), up.len()]);
-        self.run([out], [gate, up], |[out], [gate, up]| {
-            let (out, gate, up) = (out.of(), gate.of(), up.of());
-            vectorized(|| mlp::forward(out, gate, up));
+        let dtype = same_type("swiglu", &[out.dtype(), gate.dtype(), up.dtype()]);
+        self.run(Work::moves("swiglu"), [out], [gate, up], move |team, [out], [gate, up]| {
+            with_type!(dtype, T => {
+                let rows = (Write(out.of::<T>(), 1), Read(gate.of::<T>(), 1), Read(up.of::<T>(), 1));
+                team.split(rows, SHARE / 8, |(out, gate, up)| vectorized(|| mlp::forward(out.0, gate.0, up.0)));
+            });
         });
     }
 
     fn swiglu_backward(
         &self,
+        out: ViewMut<'_>,
         grad_gate: ViewMut<'_>,
         grad_up: ViewMut<'_>,
         grad_out: View<'_>,
         gate: View<'_>,
         up: View<'_>,
     ) {
-        same("swiglu", &[grad_gate.len(), grad_up.len(), grad_out.len(), gate.len(), up.len()]);
-        self.run([grad_gate, grad_up], [grad_out, gate, up], |[grad_gate, grad_up], [grad_out, gate, up]| {
-            let (grad_gate, grad_up) = (grad_gate.of(), grad_up.of());
-            let (grad_out, gate, up) = (grad_out.of(), gate.of(), up.of());
-            vectorized(|| mlp::backward(grad_gate, grad_up, grad_out, gate, up));
+        same("swiglu", &[out.len(), grad_gate.len(), grad_up.len(), grad_out.len(), gate.len(), up.len()]);
+        let dtype = same_type("swiglu", &[grad_out.dtype(), gate.dtype(), up.dtype()]);
+        same_type("swiglu", &[dtype, out.dtype(), grad_gate.dtype(), grad_up.dtype()]);
+        let writes = [out, grad_gate, grad_up];
+        self.run(Work::moves("swiglu_backward"), writes, [grad_out, gate, up], move |team, writes, reads| {
+            with_type!(dtype, T => {
+                let [out, grad_gate, grad_up] = writes.map(|x| Write(x.of::<T>(), 1));
+                let [grad_out, gate, up] = reads.map(|x| Read(x.of::<T>(), 1));
+                team.split((out, grad_gate, grad_up, grad_out, gate, up), SHARE / 8, |(out, dg, du, grad, gate, up)| {
+                    vectorized(|| mlp::backward([out.0, dg.0, du.0], grad.0, gate.0, up.0));
+                });
+            });
         });
     }
 
-    fn cross_entropy(&self, logits: ViewMut<'_>, targets: View<'_>, sums: ViewMut<'_>) {
-        columns("cross_entropy", logits.len(), targets.len());
+    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, sums: ViewMut<'_>) {
+        let vocab = columns("cross_entropy", logits.len(), targets.len());
         assert_eq!(sums.len(), 2, "cross_entropy adds to a loss and a count");
-        self.run([logits, sums], [targets], |[logits, sums], [targets]| {
-            let (logits, sums, targets) = (logits.of(), sums.of(), targets.of());
-            vectorized(|| loss::cross_entropy(logits, targets, sums));
+        let work = Work::moves("cross_entropy");
+        let add = |sums: &mut [f64], losses: &[f64]| {
+            losses.iter().for_each(|loss| sums[0] += loss);
+            sums[1] += losses.len() as f64;
+        };
+        let Some(rounded) = rounded else {
+            return self.run(work, [logits, sums], [targets], move |team, [logits, sums], [targets]| {
+                SCRATCH.with_borrow_mut(|scratch| {
+                    let targets = targets.of::<u32>();
+                    let losses = take(&mut scratch.losses, targets.len());
+                    let rows = (Write(&mut *losses, 1), Write(logits.of(), vocab), Read(targets, 1));
+                    team.split(rows, 1, |(losses, logits, targets)| {
+                        vectorized(|| loss::cross_entropy(losses.0, logits.0, targets.0));
+                    });
+                    add(sums.of(), losses);
+                });
+            });
+        };
+        same("cross_entropy gradient", &[rounded.len(), logits.len()]);
+        let dtype = rounded.dtype();
+        self.run(work, [logits, rounded, sums], [targets], move |team, [logits, rounded, sums], [targets]| {
+            with_type!(dtype, T => SCRATCH.with_borrow_mut(|scratch| {
+                let targets = targets.of::<u32>();
+                let losses = take(&mut scratch.losses, targets.len());
+                let logits = Write(logits.of(), vocab);
+                let rows = (Write(&mut *losses, 1), Write(rounded.of::<T>(), vocab), logits, Read(targets, 1));
+                team.split(rows, 1, |(losses, grad, logits, targets)| {
+                    vectorized(|| loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0));
+                });
+                add(sums.of(), losses);
+            }));
         });
     }
 
@@ -298,28 +444,32 @@ unsafe impl Queue for HostQueue {
         settings: AdamW,
     ) {
         same("adamw", &[master.len(), m.len(), v.len(), grad.len()]);
+        let work = Work::moves("adamw");
         let Some(weights) = weights else {
-            return self.run([master, m, v], [grad], move |[master, m, v], [grad]| {
-                let (master, m, v, grad) = (master.of(), m.of(), v.of(), grad.of());
-                vectorized(|| adamw::update(master, m, v, grad, settings));
+            return self.run(work, [master, m, v], [grad], move |team, [master, m, v], [grad]| {
+                let rows = (Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), Read(grad.of(), 1));
+                team.split(rows, SHARE, |(master, m, v, grad)| {
+                    vectorized(|| adamw::update(master.0, m.0, v.0, grad.0, settings));
+                });
             });
         };
         same("adamw weights", &[weights.len(), master.len()]);
         let dtype = weights.dtype();
-        self.run([weights, master, m, v], [grad], move |[weights, master, m, v], [grad]| {
-            let (master, m, v, grad) = (master.of(), m.of(), v.of(), grad.of());
-            match dtype {
-                DType::Bf16 => {
-                    let weights = weights.of::<bf16>();
-                    vectorized(|| adamw::update_copied(weights, master, m, v, grad, settings));
-                }
-                _ => {
-                    let weights = weights.of::<f32>();
-                    vectorized(|| adamw::update_copied(weights, master, m, v, grad, settings));
-                }
-            }
+        self.run(work, [weights, master, m, v], [grad], move |team, [weights, master, m, v], [grad]| {
+            with_type!(dtype, W => {
+                let weights = Write(weights.of::<W>(), 1);
+                let rows = (weights, Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), Read(grad.of(), 1));
+                team.split(rows, SHARE, |(weights, master, m, v, grad)| {
+                    vectorized(|| adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, settings));
+                });
+            });
         });
     }
+}
+
+/// Pairs of a query and a key that it sees.
+fn pairs(shape: AttentionShape) -> usize {
+    shape.batch * shape.heads * (shape.seq * (shape.seq + 1) / 2)
 }
 
 fn check_attention(shape: AttentionShape, queries: &[usize], keys: &[usize], log_sums: usize) {

@@ -2,7 +2,7 @@
 //!
 //! A reference written with [`Bounded`] reads like the formula. Each operation takes the errors of its arguments through, and adds
 //! the rounding of its own result, |fl(x) − x| ≤ u·|x| with u = 2⁻²⁴ (section 2.2). Bounds are worst cases, and so
-//! are a small multiple of n·u·Σ|terms|; a kernel that rounds to bf16 somewhere (2⁻⁹) or forgets a term is far outside.
+//! are a small multiple of n·u·Σ|terms|; a kernel that rounds to bf16 where it should not (2⁻⁸) or forgets a term is far outside.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 

@@ -51,21 +51,6 @@ fn new_memory_is_zero_and_zero_makes_it_so_again() {
 }
 
 #[test]
-fn add_rounds_once() {
-    for len in LENGTHS {
-        let (x, y) = (normals(len, 1), normals(len, 2));
-        let [sum] = run(|stage| {
-            let (mut x, y) = (stage.buffer(&x), stage.buffer(&y));
-            stage.queue.add(x.view_mut(), y.view());
-            [x]
-        });
-        // f64 has more than 2·24 + 2 bits, so rounding to it first changes no f32 sum (Figueroa 1995).
-        let expected: Vec<f32> = x.iter().zip(&y).map(|(&x, &y)| (f64::from(x) + f64::from(y)) as f32).collect();
-        assert_eq!(sum.of::<f32>(), expected);
-    }
-}
-
-#[test]
 fn casts_round_to_the_nearest_even_and_widen_exactly() {
     for len in LENGTHS {
         let mut x = normals(len, 1);

@@ -44,7 +44,7 @@ fn check_forward((rows, inputs, outputs): (usize, usize, usize), dtype: DType) {
     let (x, w) = (normals(rows * inputs, 1), weights(dtype, outputs * inputs, 2));
     let [y] = run(|stage| {
         let (mut y, x, w) = (stage.output(rows * outputs), stage.buffer(&x), stage.weights(dtype, &w));
-        stage.queue.linear(y.view_mut(), x.view(), w.view(), rows);
+        stage.queue.linear(y.view_mut(), x.view(), w.view(), None, rows);
         [y]
     });
     assert_within("y", &y.of(), &forward(&exact(&x), &exact(&w), inputs));

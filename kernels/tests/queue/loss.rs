@@ -28,7 +28,7 @@ fn cross_entropy_by_kernel(logits: &[f32], targets: &[u32]) -> (Vec<f64>, Vec<f3
     let [sums, gradients] = run(|stage| {
         let (mut logits, targets, mut sums) =
             (stage.buffer(logits), stage.buffer(targets), stage.buffer(&[3.5f64, 2.0]));
-        stage.queue.cross_entropy(logits.view_mut(), targets.view(), sums.view_mut());
+        stage.queue.cross_entropy(logits.view_mut(), None, targets.view(), sums.view_mut());
         [sums, logits]
     });
     (sums.of(), gradients.of())

@@ -33,13 +33,22 @@ fn forward_by_kernel(gate: &[f32], up: &[f32]) -> Vec<f32> {
 }
 
 fn backward_by_kernel(grad_out: &[f32], gate: &[f32], up: &[f32]) -> [Vec<f32>; 2] {
-    let grads: [Values; 2] = run(|stage| {
-        let (mut grad_gate, mut grad_up) = (stage.output(gate.len()), stage.output(gate.len()));
+    let [out, grad_gate, grad_up]: [Values; 3] = run(|stage| {
+        let (mut out, mut grad_gate, mut grad_up) =
+            (stage.output(gate.len()), stage.output(gate.len()), stage.output(gate.len()));
         let (grad_out, gate, up) = (stage.buffer(grad_out), stage.buffer(gate), stage.buffer(up));
-        stage.queue.swiglu_backward(grad_gate.view_mut(), grad_up.view_mut(), grad_out.view(), gate.view(), up.view());
-        [grad_gate, grad_up]
+        stage.queue.swiglu_backward(
+            out.view_mut(),
+            grad_gate.view_mut(),
+            grad_up.view_mut(),
+            grad_out.view(),
+            gate.view(),
+            up.view(),
+        );
+        [out, grad_gate, grad_up]
     });
-    grads.map(|grad| grad.of())
+    assert!(out.of::<f32>() == forward_by_kernel(gate, up), "the backward pass makes what the forward pass made");
+    [grad_gate.of(), grad_up.of()]
 }
 
 fn check_backward(grad_out: &[f32], gate: &[f32], up: &[f32]) -> (Vec<Bounded>, Vec<Bounded>) {

@@ -13,7 +13,7 @@ fn lazy() -> Stage {
 fn linear_refuses_a_weight_of_another_shape() {
     let stage = lazy();
     let (mut y, x, w) = (stage.output(6), stage.output(10), stage.output(14));
-    stage.queue.linear(y.view_mut(), x.view(), w.view(), 2);
+    stage.queue.linear(y.view_mut(), x.view(), w.view(), None, 2);
 }
 
 #[test]
@@ -21,7 +21,7 @@ fn linear_refuses_a_weight_of_another_shape() {
 fn linear_refuses_ragged_rows() {
     let stage = lazy();
     let (mut y, x, w) = (stage.output(6), stage.output(10), stage.output(14));
-    stage.queue.linear(y.view_mut(), x.view(), w.view(), 3);
+    stage.queue.linear(y.view_mut(), x.view(), w.view(), None, 3);
 }
 
 #[test]
@@ -124,5 +124,5 @@ fn embedding_refuses_a_token_beyond_the_vocabulary() {
 fn cross_entropy_refuses_a_target_beyond_the_vocabulary() {
     let stage = Stage::new(Cpu);
     let (mut logits, targets, mut sums) = (stage.output(3), stage.buffer(&[3u32]), stage.buffer(&[0.0f64; 2]));
-    stage.queue.cross_entropy(logits.view_mut(), targets.view(), sums.view_mut());
+    stage.queue.cross_entropy(logits.view_mut(), None, targets.view(), sums.view_mut());
 }

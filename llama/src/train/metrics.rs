@@ -38,6 +38,9 @@ pub(crate) struct Line {
     pub(crate) validation_loss: Option<f64>,
     /// Floating-point operations a second, over all ranks.
     pub(crate) flops: f64,
+    /// `flops` as a share of what the processors make in products of numbers in registers, measured at the start.
+    #[serde(default)]
+    pub(crate) mfu: Option<f64>,
     /// Bytes of memory of rank 0, pages shared between processes counted in parts, at the last look, which is not at every step.
     #[serde(default)]
     pub(crate) memory: Option<u64>,

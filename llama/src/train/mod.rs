@@ -1,6 +1,8 @@
 //! `pillion train`: finds or starts the ranks, and has each run the loop.
 
+mod breakdown;
 pub(crate) mod checkpoints;
+mod cores;
 mod evaluation;
 mod metrics;
 mod plan_table;

@@ -18,7 +18,7 @@ pub(crate) fn plan_table(
 ) -> Table {
     let layout = Layout::new(&model.units(), world);
     let memory = Memory::of(&layout, policy);
-    let activations = Model::activation_bytes(model, micro_batch as usize, seq);
+    let activations = Model::activation_bytes(model, policy.weights, micro_batch as usize, seq);
     let rounds = batch.div_ceil(micro_batch).div_ceil(world as u64) as usize;
     let plan = Plan::step(slots(&layout, policy), rounds);
     let mut table = Table::new();

@@ -8,18 +8,20 @@ use std::time::{Duration, Instant};
 
 use pillion_abs::{Controller, Observation};
 use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
-use pillion_kernels::{Cpu, Device, LazyCpu};
+use pillion_kernels::cpu::{Isa, Profile};
+use pillion_kernels::{Cores, Device, LazyCpu};
 use pillion_runtime::{Engine, Layout, Memory, Policy, checkpoint};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::breakdown::Breakdown;
 use super::checkpoints::{self, Progress};
 use super::evaluation::validate;
 use super::metrics::{Line, Metrics};
 use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
 use super::screen::{self, Screen};
-use super::{Ended, plan_table, stopping};
+use super::{Ended, cores, plan_table, stopping};
 use crate::Error;
 use crate::data::{self, Dataset, TokenFile, synthetic, tokenizer, trigram};
 use crate::generate::generate;
@@ -59,6 +61,11 @@ struct Run<'s> {
     validation_samples: u64,
     /// On rank 0 alone.
     output: Option<Output>,
+    /// On rank 0 alone, where asked for.
+    breakdown: Option<Breakdown>,
+    /// Floating-point operations a second that this rank's processors could make, and all ranks' together.
+    own_peak: f64,
+    peak: f64,
     /// Keeps other runs out of the folder; on rank 0 alone.
     _lock: Option<File>,
     inputs: Vec<u32>,
@@ -116,13 +123,34 @@ impl<'s> Run<'s> {
             let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend);
             crate::print(table);
         }
+        let threads = cores::threads(settings.threads, launch)?;
+        let mut device = Cores::new(threads).map_err(pillion_runtime::Error::from)?;
+        // All ranks at once, as they compute at once.
+        communicator.barrier()?;
+        let own_peak = device.peak(policy.weights);
+        let mut peak = [own_peak];
+        communicator.all_reduce_scalars(&mut peak, Reduction::Sum)?;
+        if communicator.rank() == 0 {
+            let isa = Isa::of_process().map_err(pillion_runtime::Error::from)?.name();
+            let plural = if threads == 1 { "" } else { "s" };
+            let peak = peak[0] / 1e9;
+            crate::print(format_args!(
+                "processor     {isa}, {threads} thread{plural} a rank; at most {peak:.0} GFLOP/s in {} products",
+                policy.weights
+            ));
+        }
+        let breakdown = (settings.profile && communicator.rank() == 0).then(|| {
+            let profile = Arc::new(Profile::default());
+            device = device.clone().profiled(profile.clone());
+            Breakdown::new(profile)
+        });
         let device: Arc<dyn Device> = match settings.device {
-            DeviceKind::Cpu => Arc::new(Cpu),
+            DeviceKind::Cpu => Arc::new(device),
             DeviceKind::LazyCpu => Arc::new(LazyCpu::new(recipe.seed)),
         };
         let layout = Layout::new(&recipe.model.units(), world);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy)?;
-        let model = Model::new(&*device, &recipe.model, recipe.micro_batch as usize, recipe.seq)?;
+        let model = Model::new(&*device, &recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq)?;
         let mut progress = Counters::default();
         let mut controller = Controller::new(recipe.controller.clone())?;
         match &resume {
@@ -156,6 +184,9 @@ impl<'s> Run<'s> {
             progress,
             validation_samples,
             output,
+            breakdown,
+            own_peak,
+            peak: peak[0],
             _lock: lock,
             inputs: vec![0; tokens],
             targets: vec![0; tokens],
@@ -226,6 +257,9 @@ impl<'s> Run<'s> {
 
     /// One optimizer step: micro-batches are dealt to ranks in turn.
     fn step(&mut self, stop: &AtomicBool) -> Result<(Line, bool), Error> {
+        if let Some(breakdown) = &self.breakdown {
+            breakdown.begin_step();
+        }
         let started = Instant::now();
         let (rank, world) = (self.communicator.rank() as u64, self.communicator.world() as u64);
         let micro_batch = self.recipe.micro_batch;
@@ -259,8 +293,13 @@ impl<'s> Run<'s> {
         });
         self.progress.step += 1;
         self.progress.samples += batch;
-        let seconds = started.elapsed().as_secs_f64();
+        let elapsed = started.elapsed();
+        if let Some(breakdown) = &mut self.breakdown {
+            breakdown.end_step(elapsed, report.exposed);
+        }
+        let seconds = elapsed.as_secs_f64();
         let tokens_per_s = report.tokens / seconds;
+        let flops = tokens_per_s * self.recipe.model.flops_per_token(self.recipe.seq);
         let line = Line {
             step: self.progress.step,
             loss: report.loss_sum / report.tokens,
@@ -277,7 +316,8 @@ impl<'s> Run<'s> {
             noise_scale: decision.noise_scale,
             wanted_batch: decision.wanted,
             validation_loss: None,
-            flops: tokens_per_s * self.recipe.model.flops_per_token(self.recipe.seq),
+            flops,
+            mfu: Some(flops / self.peak),
             memory: None,
         };
         Ok((line, report.requests[0] > 0.0))
@@ -315,6 +355,9 @@ impl<'s> Run<'s> {
         let sample = if is_synthetic(self.settings) { None } else { Some(self.sample()?) };
         let Some(Output { screen, metrics, mark: Mark { loss, of } }) = &self.output else { return Ok(()) };
         screen.close();
+        if let Some(breakdown) = self.breakdown.take() {
+            screen.say(format!("\n{}", breakdown.table(self.own_peak)));
+        }
         let against = if validation < *loss { "below" } else { "not below" };
         let sample = sample.map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
         screen.say(format!(
@@ -337,7 +380,7 @@ impl<'s> Run<'s> {
         const PROMPT: &str = "pub fn ";
         const LENGTH: usize = 240;
         let device = self.engine.device().clone();
-        let mut model = Model::new(&*device, &self.recipe.model, 1, self.recipe.seq)?;
+        let mut model = Model::new(&*device, &self.recipe.model, self.engine.policy().weights, 1, self.recipe.seq)?;
         let mut prompt = Vec::new();
         tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
         let (seq, seed) = (self.recipe.seq, self.recipe.seed);
@@ -423,7 +466,7 @@ fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>) -> Result<
 /// Whether the host has the memory that its `world` ranks will come to use; found out late, it would be the kernel that ends them.
 fn check_memory(recipe: &Recipe, policy: &Policy, world: usize) -> Result<(), Error> {
     let state = Memory::of(&Layout::new(&recipe.model.units(), world), policy).total();
-    let activations = Model::activation_bytes(&recipe.model, recipe.micro_batch as usize, recipe.seq);
+    let activations = Model::activation_bytes(&recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq);
     let needed = (state + activations).saturating_mul(world as u64);
     let (available, limit) = pillion_collectives::available_memory();
     if needed <= available {

@@ -51,14 +51,14 @@ impl Screen {
     pub(crate) fn step(&mut self, line: &Line) {
         if self.lines.is_multiple_of(HEADING_EVERY) {
             self.say(format!(
-                "{:>6} {:>7} {:>7} {:>8} {:>6} {:>7} {:>8} {:>8} {:>9} {:>10} {:>8}",
-                "step", "loss", "norm", "lr", "batch", "noise", "tok/s", "GFLOP/s", "exposed", "memory", "to go"
+                "{:>6} {:>7} {:>7} {:>8} {:>6} {:>7} {:>8} {:>8} {:>5} {:>9} {:>10} {:>8}",
+                "step", "loss", "norm", "lr", "batch", "noise", "tok/s", "GFLOP/s", "mfu", "exposed", "memory", "to go"
             ));
         }
         self.lines += 1;
         let noise = line.noise_scale.map_or("-".to_owned(), |scale| format!("{scale:.0}"));
         self.say(format!(
-            "{:>6} {:>7.4} {:>7.3} {:>8.2e} {:>6} {:>7} {:>8.0} {:>8.1} {:>7.1}ms {:>10} {:>8}",
+            "{:>6} {:>7.4} {:>7.3} {:>8.2e} {:>6} {:>7} {:>8.0} {:>8.1} {:>5} {:>7.1}ms {:>10} {:>8}",
             line.step,
             line.loss,
             line.grad_norm,
@@ -67,6 +67,7 @@ impl Screen {
             noise,
             line.tokens_per_s,
             line.flops / 1e9,
+            line.mfu.map_or("-".to_owned(), |mfu| format!("{:.0}%", 100.0 * mfu)),
             line.exposed_ms,
             line.memory.map_or("-".to_owned(), bytes),
             self.remaining(line.samples_seen),

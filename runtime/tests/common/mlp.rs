@@ -64,8 +64,8 @@ pub(crate) struct Mlp {
     grad_gate: Buffer,
     grad_up: Buffer,
     grad_act: Buffer,
-    /// What a block adds to the residual stream.
-    added: Buffer,
+    /// What the backward pass makes again.
+    act_again: Buffer,
     sums: Buffer,
     /// Tokens of the present micro-batch.
     rows: usize,
@@ -104,7 +104,7 @@ impl Mlp {
             grad_gate: f32(HIDDEN)?,
             grad_up: f32(HIDDEN)?,
             grad_act: f32(HIDDEN)?,
-            added: f32(WIDTH)?,
+            act_again: f32(HIDDEN)?,
             sums: device.allocate(DType::F64, 2)?,
             rows: 0,
         })
@@ -131,7 +131,7 @@ impl Mlp {
                 let (out, inverse) = (self.normed.slice_mut(wide.clone()), self.inverse_rms.slice_mut(0..rows));
                 queue.rms_norm(out, inverse, self.residual[BLOCKS].slice(wide.clone()), weight(0), NORM_EPSILON);
                 let logits = self.logits.slice_mut(0..rows * VOCAB);
-                queue.linear(logits, self.normed.slice(wide), weight(1), rows);
+                queue.linear(logits, self.normed.slice(wide), weight(1), None, rows);
             }
             _ => {
                 let block = &mut self.blocks[unit - 1];
@@ -140,13 +140,12 @@ impl Mlp {
                 let (normed, inverse) = (block.normed.slice_mut(wide.clone()), block.inverse_rms.slice_mut(0..rows));
                 queue.rms_norm(normed, inverse, x.slice(wide.clone()), weight(0), NORM_EPSILON);
                 let normed = block.normed.slice(wide.clone());
-                queue.linear(block.gate.slice_mut(deep.clone()), normed.clone(), weight(1), rows);
-                queue.linear(block.up.slice_mut(deep.clone()), normed, weight(2), rows);
+                queue.linear(block.gate.slice_mut(deep.clone()), normed.clone(), weight(1), None, rows);
+                queue.linear(block.up.slice_mut(deep.clone()), normed, weight(2), None, rows);
                 let (gate, up) = (block.gate.slice(deep.clone()), block.up.slice(deep.clone()));
                 queue.swiglu(block.act.slice_mut(deep.clone()), gate, up);
-                queue.linear(self.added.slice_mut(wide.clone()), block.act.slice(deep), weight(3), rows);
-                queue.cast(out.slice_mut(wide.clone()), x.slice(wide.clone()));
-                queue.add(out.slice_mut(wide.clone()), self.added.slice(wide));
+                let out = out.slice_mut(wide.clone());
+                queue.linear(out, block.act.slice(deep), weight(3), Some(x.slice(wide)), rows);
             }
         }
     }
@@ -188,6 +187,7 @@ impl Mlp {
                 queue.linear_backward_weight(gradients.tensor(3), grad.clone(), block.act.slice(deep.clone()), rows);
                 queue.linear_backward_input(self.grad_act.slice_mut(deep.clone()), grad, weight(3), rows, false);
                 queue.swiglu_backward(
+                    self.act_again.slice_mut(deep.clone()),
                     self.grad_gate.slice_mut(deep.clone()),
                     self.grad_up.slice_mut(deep.clone()),
                     self.grad_act.slice(deep.clone()),
@@ -223,5 +223,5 @@ impl Mlp {
 }
 
 fn cross_entropy(queue: &dyn Queue, logits: &mut Buffer, targets: &Buffer, rows: usize, sums: ViewMut<'_>) {
-    queue.cross_entropy(logits.slice_mut(0..rows * VOCAB), targets.slice(0..rows), sums);
+    queue.cross_entropy(logits.slice_mut(0..rows * VOCAB), None, targets.slice(0..rows), sums);
 }

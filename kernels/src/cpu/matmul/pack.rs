@@ -4,51 +4,7 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use half::bf16;
-
-/// An operand's element.
-pub(in crate::cpu) trait Source: Copy + Send + Sync {
-    /// Its value.
-    fn widen(self) -> f32;
-
-    /// Eight of them.
-    ///
-    /// # Safety
-    /// `from` is readable for eight elements, and the processor has AVX2.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn load8(from: *const Self) -> __m256;
-}
-
-impl Source for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    unsafe fn load8(from: *const f32) -> __m256 {
-        // SAFETY: the caller's promise.
-        unsafe { _mm256_loadu_ps(from) }
-    }
-}
-
-impl Source for bf16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    unsafe fn load8(from: *const bf16) -> __m256 {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let narrow = _mm_loadu_si128(from.cast());
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(narrow)))
-        }
-    }
-}
+use crate::cpu::value::Value;
 
 /// Some rows of the left operand, or columns of the right one.
 #[derive(Clone, Copy)]
@@ -71,7 +27,7 @@ pub(super) const SLACK: usize = 8;
 ///
 /// # Safety
 /// The lines are readable, and the panel is writable for depth · WIDTH + [`SLACK`] elements.
-pub(super) unsafe fn panel<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
+pub(super) unsafe fn panel<T: Value, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
     // SAFETY: the caller's promise.
     unsafe { elements::<T, WIDTH>(lines, panel, 0) }
 }
@@ -81,7 +37,7 @@ pub(super) unsafe fn panel<T: Source, const WIDTH: usize>(lines: Lines<T>, panel
 /// # Safety
 /// As for [`panel`].
 #[inline(always)]
-unsafe fn elements<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32, first: usize) {
+unsafe fn elements<T: Value, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32, first: usize) {
     for step in first..lines.depth {
         for line in 0..WIDTH {
             // SAFETY: line < WIDTH, step < depth; a line that does not exist is not read.
@@ -103,7 +59,7 @@ unsafe fn elements<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *mut f
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) unsafe fn panel_avx2<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
+pub(super) unsafe fn panel_avx2<T: Value, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
     // SAFETY: the caller's promise; the functions below say what they touch.
     unsafe {
         if lines.count == WIDTH && lines.step == 1 {
@@ -123,7 +79,7 @@ pub(super) unsafe fn panel_avx2<T: Source, const WIDTH: usize>(lines: Lines<T>, 
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn transposed<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
+unsafe fn transposed<T: Value, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
     let mut step = 0;
     while step + 8 <= lines.depth {
         // A square that is wider than what is left of the panel writes into the next step's first elements, which are written after it:
@@ -153,7 +109,7 @@ unsafe fn transposed<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *mut
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn side_by_side<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
+unsafe fn side_by_side<T: Value, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
     for step in 0..lines.depth {
         // SAFETY: WIDTH elements of a step of the lines, and of the panel.
         unsafe {
@@ -172,7 +128,7 @@ unsafe fn side_by_side<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *m
 #[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
-fn transpose(columns: [__m256; 8]) -> [__m256; 8] {
+pub(super) fn transpose(columns: [__m256; 8]) -> [__m256; 8] {
     let c = columns;
     // Pairs of lines, then fours, then eights.
     let pairs = [0, 2, 4, 6].map(|i| [_mm256_unpacklo_ps(c[i], c[i + 1]), _mm256_unpackhi_ps(c[i], c[i + 1])]);

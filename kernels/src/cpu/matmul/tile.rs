@@ -7,41 +7,62 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use super::pack::{self, Lines, Source};
+use super::pack::{self, Lines};
+use crate::cpu::value::Value;
 
-/// Instructions that are known to exist, and the shape of the tile that suits their registers.
-pub(super) trait Tile: Copy {
+/// Instructions that are known to exist, the shape of the tile that suits their registers, and blocks that suit their caches.
+pub(super) trait Tile: Copy + Send + Sync {
     /// Rows of the output.
     const ROWS: usize;
     /// Columns of the output.
     const COLUMNS: usize;
+    /// Element of a packed panel.
+    type Panel: Value;
+    /// Steps of a panel come in multiples of this; those behind the last are zero.
+    const STEPS: usize = 1;
+    /// Steps of the inner dimension in a block: a tile's panels stay in the first-level cache.
+    const DEPTH: usize = 256;
+    /// Rows in a block of the left operand, which stays in the second-level cache.
+    const LEFT: usize = 144;
+    /// Columns in a block of the right one, which stays in the third-level one.
+    const RIGHT: usize = 2048;
 
-    /// out\[i\]\[j\] = alpha · Σₖ left\[k\]\[i\] · right\[k\]\[j\], or out += that; rows of `out` are `stride` elements apart.
+    /// What must live while tiles are multiplied on this thread.
+    type Running;
+
+    /// Before the first tile.
+    fn start(self) -> Self::Running;
+
+    /// out\[i\]\[j\] = add\[i\]\[j\] + alpha · Σₖ left\[k\]\[i\] · right\[k\]\[j\].
     ///
     /// # Safety
-    /// The panels are readable for `depth` steps, the tile's rows are writable, and nobody else touches them.
-    unsafe fn multiply(self, depth: usize, left: *const f32, right: *const f32, out: Out);
+    /// The panels have been packed for `depth` steps, a multiple of [`Tile::STEPS`]. The tile's rows are writable, and readable where it is
+    /// added to; nobody else touches them. [`Tile::Running`] lives.
+    unsafe fn multiply(self, depth: usize, left: *const Self::Panel, right: *const Self::Panel, out: Out);
 
     /// Writes a panel of the left operand (see [`pack`]).
     ///
     /// # Safety
     /// As for [`pack::panel`].
-    unsafe fn pack_left<T: Source>(self, lines: Lines<T>, panel: *mut f32);
+    unsafe fn pack_left<T: Value>(self, lines: Lines<T>, panel: *mut Self::Panel);
 
     /// Writes a panel of the right operand.
     ///
     /// # Safety
     /// As for [`pack::panel`].
-    unsafe fn pack_right<T: Source>(self, lines: Lines<T>, panel: *mut f32);
+    unsafe fn pack_right<T: Value>(self, lines: Lines<T>, panel: *mut Self::Panel);
 }
 
 /// Where a tile goes, and how.
 #[derive(Clone, Copy)]
 pub(super) struct Out {
     pub(super) data: *mut f32,
+    /// Elements from one row to the next.
     pub(super) stride: usize,
+    /// What is added; null for nothing.
+    pub(super) add: *const f32,
+    pub(super) add_stride: usize,
     pub(super) alpha: f32,
-    pub(super) accumulate: bool,
 }
 
 /// Any processor.
@@ -51,6 +72,10 @@ pub(super) struct Portable;
 impl Tile for Portable {
     const ROWS: usize = 4;
     const COLUMNS: usize = 8;
+    type Panel = f32;
+    type Running = ();
+
+    fn start(self) {}
 
     unsafe fn multiply(self, depth: usize, left: *const f32, right: *const f32, out: Out) {
         let mut sums = [[0.0f32; 8]; 4];
@@ -65,20 +90,25 @@ impl Tile for Portable {
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            // SAFETY: a row of the tile.
-            let out_row = unsafe { &mut *out.data.add(row * out.stride).cast::<[f32; 8]>() };
-            for (value, &sum) in out_row.iter_mut().zip(sums) {
-                *value = if out.accumulate { *value + out.alpha * sum } else { out.alpha * sum };
+            for (column, &sum) in sums.iter().enumerate() {
+                let product = out.alpha * sum;
+                // SAFETY: an element of the tile.
+                unsafe {
+                    *out.data.add(row * out.stride + column) = match out.add.is_null() {
+                        true => product,
+                        false => *out.add.add(row * out.add_stride + column) + product,
+                    };
+                }
             }
         }
     }
 
-    unsafe fn pack_left<T: Source>(self, lines: Lines<T>, panel: *mut f32) {
+    unsafe fn pack_left<T: Value>(self, lines: Lines<T>, panel: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { pack::panel::<T, 4>(lines, panel) }
     }
 
-    unsafe fn pack_right<T: Source>(self, lines: Lines<T>, panel: *mut f32) {
+    unsafe fn pack_right<T: Value>(self, lines: Lines<T>, panel: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { pack::panel::<T, 8>(lines, panel) }
     }
@@ -107,9 +137,10 @@ macro_rules! tile {
                 // SAFETY: the caller's promise (`Tile::multiply`): every access is at one of `depth` steps of a panel or in the tile.
                 unsafe {
                     for row in 0..$rows {
-                        // The tile is on its way while the sums are made.
-                        _mm_prefetch(out.data.add(row * out.stride).cast(), _MM_HINT_T0);
-                        _mm_prefetch(out.data.add(row * out.stride + $vectors * $lanes - 1).cast(), _MM_HINT_T0);
+                        // What is added is on its way while the sums are made.
+                        let add = out.add.wrapping_add(row * out.add_stride);
+                        _mm_prefetch(add.cast(), _MM_HINT_T0);
+                        _mm_prefetch(add.wrapping_add($vectors * $lanes - 1).cast(), _MM_HINT_T0);
                     }
                     let mut sums = [[$zero(); $vectors]; $rows];
                     for _ in 0..depth {
@@ -130,9 +161,12 @@ macro_rules! tile {
                     for row in 0..$rows {
                         for vector in 0..$vectors {
                             let to = out.data.add(row * out.stride + vector * $lanes);
-                            let value = match out.accumulate {
-                                true => $fma(alpha, sums[row][vector], $load(to)),
-                                false => $mul(alpha, sums[row][vector]),
+                            let value = match out.add.is_null() {
+                                true => $mul(alpha, sums[row][vector]),
+                                false => {
+                                    let add = $load(out.add.add(row * out.add_stride + vector * $lanes));
+                                    $fma(alpha, sums[row][vector], add)
+                                }
                             };
                             $store(to, value);
                         }
@@ -141,7 +175,7 @@ macro_rules! tile {
             }
 
             #[target_feature(enable = "avx2,fma")]
-            unsafe fn pack<T: Source, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
+            unsafe fn pack<T: Value, const WIDTH: usize>(lines: Lines<T>, panel: *mut f32) {
                 // SAFETY: the caller's promise; AVX2 is among the features.
                 unsafe { pack::panel_avx2::<T, WIDTH>(lines, panel) }
             }
@@ -150,6 +184,11 @@ macro_rules! tile {
         impl Tile for $name {
             const ROWS: usize = $rows;
             const COLUMNS: usize = $vectors * $lanes;
+            type Panel = f32;
+            type Running = ();
+
+            #[inline(always)]
+            fn start(self) {}
 
             #[inline(always)]
             unsafe fn multiply(self, depth: usize, left: *const f32, right: *const f32, out: Out) {
@@ -158,13 +197,13 @@ macro_rules! tile {
             }
 
             #[inline(always)]
-            unsafe fn pack_left<T: Source>(self, lines: Lines<T>, panel: *mut f32) {
+            unsafe fn pack_left<T: Value>(self, lines: Lines<T>, panel: *mut f32) {
                 // SAFETY: as above.
                 unsafe { $name::pack::<T, $rows>(lines, panel) }
             }
 
             #[inline(always)]
-            unsafe fn pack_right<T: Source>(self, lines: Lines<T>, panel: *mut f32) {
+            unsafe fn pack_right<T: Value>(self, lines: Lines<T>, panel: *mut f32) {
                 // SAFETY: as above.
                 unsafe { $name::pack::<T, { $vectors * $lanes }>(lines, panel) }
             }

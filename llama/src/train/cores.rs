@@ -1,0 +1,60 @@
+//! How many threads a rank computes with.
+
+use std::thread::available_parallelism;
+
+use pillion_collectives::Launch;
+use pillion_collectives::launch::Source;
+
+use crate::Error;
+
+/// Threads of this rank: as many as asked for, else the processors that it may run on, divided among the ranks of this host that may have
+/// to share them.
+///
+/// # Errors
+/// When more threads are asked for than there are processors for them.
+pub(super) fn threads(asked: Option<usize>, launch: &Launch) -> Result<usize, Error> {
+    let processors = available_parallelism().map_or(1, usize::from);
+    choose(asked, processors, launch.local_world, launch.source == Source::Local)
+}
+
+/// `ours`: whether we started the ranks, so that they run on the same processors. Other launchers may have given each rank its own.
+fn choose(asked: Option<usize>, processors: usize, ranks: usize, ours: bool) -> Result<usize, Error> {
+    let Some(asked) = asked else { return Ok((processors / ranks.max(1)).max(1)) };
+    let sharing = if ours { ranks } else { 1 };
+    // One thread a rank is no choice of threads: more ranks than processors have been asked for elsewhere.
+    if asked > 1 && asked.saturating_mul(sharing) > processors {
+        let ranks = if sharing > 1 { format!("{sharing} ranks with ") } else { String::new() };
+        return Err(Error::Setting(format!(
+            "--threads {asked}: {ranks}{asked} threads each would share {processors} processors; leave --threads out, or lend more processors"
+        )));
+    }
+    if asked == 0 {
+        return Err(Error::Setting("--threads is 0: it must be at least 1".to_owned()));
+    }
+    Ok(asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_are_divided_among_ranks_and_never_shared_by_threads() {
+        for (asked, processors, ranks, ours, expected) in [
+            (None, 8, 1, true, Some(8)),
+            (None, 8, 3, true, Some(2)),
+            (None, 8, 3, false, Some(2)),
+            (None, 2, 8, true, Some(1)),
+            (Some(2), 4, 2, true, Some(2)),
+            (Some(1), 1, 8, true, Some(1)),
+            (Some(3), 4, 2, true, None),
+            // Whoever started these may have bound each to four processors.
+            (Some(3), 4, 2, false, Some(3)),
+            (Some(5), 4, 2, false, None),
+            (Some(0), 4, 1, true, None),
+        ] {
+            let chosen = choose(asked, processors, ranks, ours);
+            assert_eq!(chosen.as_ref().ok().copied(), expected, "{asked:?} {processors} {ranks} {ours}: {chosen:?}");
+        }
+    }
+}
