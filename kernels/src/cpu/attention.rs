@@ -19,7 +19,7 @@ use super::value::Value;
 use super::vectorized;
 use crate::AttentionShape;
 
-/// Query rows in a tile.
+/// Query rows in a tile: a multiple of what panels are grouped by. Of 32 to 96 this is as good as any.
 const ROWS: usize = 64;
 /// Keys in a block: a tile's scores fit the second-level cache.
 const KEYS: usize = 512;
@@ -194,13 +194,8 @@ fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, 
             let (largest, total) = &mut softmax[row];
             let larger = max_of(&scores[..seen]).max(*largest);
             let rescale = exp(*largest - larger);
-            for (p, score) in p.iter_mut().zip(&mut scores[..seen]) {
-                *p = T::narrow(exp(*score - larger));
-                // What is summed is what values are multiplied with.
-                *score = p.widen();
-            }
+            *total = *total * rescale + exponentials(&mut p[..seen], &scores[..seen], larger);
             p[seen..].fill(T::ZERO);
-            *total = *total * rescale + sum_of(&scores[..seen], &scores[..seen], |x, _| x);
             *largest = larger;
             if key > 0 {
                 tile[row * dim..][..dim].iter_mut().for_each(|x| *x *= rescale);
@@ -216,6 +211,25 @@ fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, 
             1.0,
         );
     }
+}
+
+/// p = exp(score − largest), rounded; returns their sum: what is summed is what values are multiplied with.
+#[inline(always)]
+fn exponentials<T: Value>(p: &mut [T], scores: &[f32], largest: f32) -> f32 {
+    const LANES: usize = 16;
+    let mut lanes = [0.0f32; LANES];
+    let one = |p: &mut T, score: f32| {
+        *p = T::narrow(exp(score - largest));
+        p.widen()
+    };
+    let ((blocks, tail), (score_blocks, score_tail)) = (p.as_chunks_mut::<LANES>(), scores.as_chunks::<LANES>());
+    for (p, scores) in blocks.iter_mut().zip(score_blocks) {
+        for lane in 0..LANES {
+            lanes[lane] += one(&mut p[lane], scores[lane]);
+        }
+    }
+    let tail: f32 = tail.iter_mut().zip(score_tail).map(|(p, &score)| one(p, score)).sum();
+    lanes.iter().sum::<f32>() + tail
 }
 
 /// What the backward pass reads.

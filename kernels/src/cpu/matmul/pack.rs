@@ -114,6 +114,10 @@ unsafe fn side_by_side<T: Value, const WIDTH: usize>(lines: Lines<T>, panel: *mu
         // SAFETY: WIDTH elements of a step of the lines, and of the panel.
         unsafe {
             let (from, to) = (lines.data.add(step * lines.step), panel.add(step * WIDTH));
+            if !T::NARROW {
+                std::ptr::copy_nonoverlapping(from.cast(), to, WIDTH);
+                continue;
+            }
             for index in (0..WIDTH / 8 * 8).step_by(8) {
                 _mm256_storeu_ps(to.add(index), T::load8(from.add(index)));
             }
