@@ -44,7 +44,7 @@ impl Bounded {
     pub(crate) fn exp(self) -> Bounded {
         let value = self.value.exp();
         let propagated = value * self.error.exp_m1();
-        // The kernels' exponential is within 2 units in the last place, 4u, and 0 below e^−87.3 < 2⁻¹²⁵ (its unit test).
+        // The kernels' exponential is within 2 units in the last place, 4u, and 0 below e^−86.9 < 2⁻¹²⁵ (its unit test).
         Bounded { value, error: propagated + 4.0 * U * (value + propagated) + 2f64.powi(-125) }
     }
 
