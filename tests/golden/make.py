@@ -8,7 +8,9 @@ script. Two runs on one machine give equal bytes; another CPU or another version
 bits, because its matrix products add in another order.
 
 Every tensor comes from an f32 run. The same weights are also run in f64, and each file's metadata says how far f32
-lies from it ("distance"): a correct f32 implementation lies about as far, so tolerances follow from it.
+lies from it ("distance"): a correct f32 implementation lies about as far, so tolerances follow from it. The forward and
+backward passes are also run in bf16, with the weights rounded to it, and the metadata says how far that lies from
+f64 with the same rounded weights ("bf16_distance").
 """
 
 import copy
@@ -150,9 +152,14 @@ def write_forward_backward(path, config, model, batch):
     results = forward_backward_results(model, tokens, targets)
     with AllFloat64():
         exact = forward_backward_results(in_float64(model), tokens, targets)
+    rounded_weights = copy.deepcopy(model).bfloat16()
+    narrow = forward_backward_results(rounded_weights, tokens, targets)
+    with AllFloat64():
+        of_rounded = forward_backward_results(in_float64(rounded_weights.float()), tokens, targets)
+    bf16_distance = {name: distance(narrow[name], of_rounded[name]) for name in narrow}
     inputs = {f"param.{name}": parameter for name, parameter in model.named_parameters()}
     inputs |= {"tokens": tokens, "targets": targets, "loss.f64": exact["loss"]}
-    write(path, config, inputs, results, exact, {})
+    write(path, config, inputs, results, exact, {"bf16_distance": json.dumps(bf16_distance)})
 
 
 def adamw_results(model, batches, wide):

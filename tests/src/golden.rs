@@ -44,7 +44,7 @@ impl Golden {
         Golden { bytes, metadata }
     }
 
-    /// A value of the metadata: `config`, `versions`, `distance`, `optimizer`.
+    /// A value of the metadata: `config`, `versions`, `distance`, `bf16_distance`, `optimizer`.
     pub fn metadata(&self, key: &str) -> &Value {
         self.metadata.get(key).unwrap_or_else(|| panic!("no metadata {key}"))
     }
@@ -68,7 +68,16 @@ impl Golden {
 
     /// How far a tensor of results lies from its f64 value.
     pub fn distance(&self, tensor: &str) -> Distance {
-        let distance = &self.metadata("distance")[tensor];
+        self.distance_in("distance", tensor)
+    }
+
+    /// How far a tensor of PyTorch's bf16 run lies from its f64 value with the same rounded weights.
+    pub fn bf16_distance(&self, tensor: &str) -> Distance {
+        self.distance_in("bf16_distance", tensor)
+    }
+
+    fn distance_in(&self, run: &str, tensor: &str) -> Distance {
+        let distance = &self.metadata(run)[tensor];
         let number = |key: &str| distance[key].as_f64().unwrap_or_else(|| panic!("no distance {key} of {tensor}"));
         Distance { max_abs: number("max_abs"), relative: number("relative"), rms: number("rms") }
     }
