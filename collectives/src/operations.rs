@@ -7,7 +7,7 @@ use pillion_kernels::cpu::reduce::{Fold, Reduction};
 use pillion_kernels::{Buffer, DType, Event};
 
 use crate::algorithms::{
-    self, BriefAllReduce, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands,
+    self, Any, BriefAllReduce, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands,
 };
 use crate::call::Purpose;
 use crate::pending::{Outcome, Pending};
@@ -256,16 +256,17 @@ impl Communicator {
     /// The communicator's first error.
     pub fn all_reduce_scalars(&self, values: &mut [f64], reduction: Reduction) -> Result<(), Error> {
         for chunk in values.chunks_mut(PAYLOAD) {
-            let words: Vec<u64> = chunk.iter().map(|value| value.to_bits()).collect();
             let purpose = if reduction == Reduction::Sum { Purpose::Sum } else { Purpose::Max };
-            let words = self.exchange_scalars(&words, purpose, false)?;
+            let count = chunk.len();
+            let all = self.exchange(chunk.iter().map(|value| value.to_bits()), purpose, false)?;
             for (index, value) in chunk.iter_mut().enumerate() {
-                let all = words.iter().map(|rank| f64::from_bits(rank[index]));
+                let all = all.iter().skip(index).step_by(count).map(|&bits| f64::from_bits(bits));
                 *value = match reduction {
                     Reduction::Sum => all.sum(),
                     Reduction::Max => all.fold(f64::NEG_INFINITY, |a, b| if a >= b || a.is_nan() { a } else { b }),
                 };
             }
+            self.shared.words.put_back(all);
         }
         Ok(())
     }
@@ -287,24 +288,34 @@ impl Communicator {
         purpose: Purpose,
         patient: bool,
     ) -> Result<Vec<Vec<u64>>, Error> {
-        assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
-        let mut scalars = Scalars::new(values, purpose);
-        let gathered = match self.shared.run_here(Channel::Control, &mut scalars, patient) {
-            Some(result) => {
-                result?;
-                scalars.into_gathered()
-            }
-            None => {
-                let gathered = Arc::new(Mutex::new(Vec::new()));
-                let course = Course::new(&scalars, Channel::Control, patient);
-                self.submit(Box::new(scalars.deliver_to(gathered.clone())), course, Event::PAST).outcome()?;
-                std::mem::take(&mut *gathered.lock())
-            }
-        };
+        let gathered = self.exchange(values.iter().copied(), purpose, patient)?;
         if values.is_empty() {
             return Ok(Vec::new());
         }
         Ok(gathered.chunks_exact(values.len()).map(<[u64]>::to_vec).collect())
+    }
+
+    /// All ranks' values, one rank after the other; for `Words::put_back`, where this is done often.
+    fn exchange(
+        &self,
+        values: impl ExactSizeIterator<Item = u64>,
+        purpose: Purpose,
+        patient: bool,
+    ) -> Result<Vec<u64>, Error> {
+        assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
+        let mut scalars = Scalars::new(values, purpose, self.shared.words.take());
+        match self.shared.run_here(Channel::Control, &mut scalars, patient) {
+            Some(result) => {
+                result?;
+                Ok(scalars.into_gathered())
+            }
+            None => {
+                let gathered = Arc::new(Mutex::new(Vec::new()));
+                let course = Course::new(&scalars, Channel::Control, patient);
+                self.submit(scalars.deliver_to(gathered.clone()).into(), course, Event::PAST).outcome()?;
+                Ok(std::mem::take(&mut *gathered.lock()))
+            }
+        }
     }
 
     /// `bytes` of rank `root`, on every rank. For settings and names; large data goes through [`Communicator::broadcast`].
@@ -350,7 +361,7 @@ impl Communicator {
 
     fn run<T>(
         &self,
-        mut collective: impl Collective + 'static,
+        mut collective: impl Collective + Into<Any>,
         channel: Channel,
         start: Start,
         value: T,
@@ -362,16 +373,16 @@ impl Communicator {
                     return Pending::ended(result, value);
                 }
                 let course = Course::new(&collective, channel, false);
-                let result = self.submit(Box::new(collective), course, Event::PAST).outcome();
+                let result = self.submit(collective.into(), course, Event::PAST).outcome();
                 return Pending::ended(result, value);
             }
         };
         let course = Course::new(&collective, channel, false);
-        Pending::new(self.submit(Box::new(collective), course, after), value)
+        Pending::new(self.submit(collective.into(), course, after), value)
     }
 
-    fn submit(&self, collective: Box<dyn Collective>, course: Course, after: Event) -> Arc<Outcome> {
-        let outcome = Arc::new(Outcome::default());
+    fn submit(&self, collective: Any, course: Course, after: Event) -> Arc<Outcome> {
+        let outcome = self.shared.outcomes.get();
         self.shared.submit(Flight::new(collective, course, after, outcome.clone()));
         outcome
     }

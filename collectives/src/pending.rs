@@ -6,6 +6,7 @@ use parking_lot::{Condvar, Mutex};
 use pillion_kernels::{Completion, Event, Queue};
 
 use crate::Error;
+use crate::shm::shared::AT_A_TIME;
 
 /// An operation in flight, and the buffers that it needs until it is complete.
 ///
@@ -141,6 +142,30 @@ impl Outcome {
                 None => self.changed.wait(&mut result),
             }
         }
+    }
+}
+
+/// Outcomes that nobody holds any more, to be used again: a new operation needs no memory.
+pub(crate) struct Outcomes(Mutex<Vec<Arc<Outcome>>>);
+
+impl Default for Outcomes {
+    fn default() -> Outcomes {
+        Outcomes(Mutex::new((0..2 * AT_A_TIME).map(|_| Arc::default()).collect()))
+    }
+}
+
+impl Outcomes {
+    /// One of an operation that has not ended.
+    pub(crate) fn get(&self) -> Arc<Outcome> {
+        let mut all = self.0.lock();
+        let unused = all.iter_mut().find_map(|outcome| {
+            Arc::get_mut(outcome)?.result.get_mut().take();
+            Some(outcome.clone())
+        });
+        unused.unwrap_or_else(|| {
+            all.push(Arc::default());
+            all[all.len() - 1].clone()
+        })
     }
 }
 

@@ -66,8 +66,8 @@ pub unsafe trait Queue: Send {
     /// Copies bytes of the host into `out`: exactly its size.
     fn upload_bytes(&self, out: ViewMut<'_>, bytes: &[u8]);
 
-    /// Copies `x` to the host, after everything enqueued before; blocks until then.
-    fn download_bytes(&self, x: View<'_>) -> Vec<u8>;
+    /// Copies `x` to the host, after everything enqueued before; blocks until then. `out` has exactly its size.
+    fn read_bytes(&self, x: View<'_>, out: &mut [u8]);
 
     /// out = 0.
     fn zero(&self, out: ViewMut<'_>);
@@ -186,10 +186,24 @@ impl dyn Queue + '_ {
 
     /// Copies `x` to the host; blocks until everything enqueued before has run.
     pub fn download<T: Element>(&self, x: View<'_>) -> Vec<T> {
-        check(x.dtype(), x.len(), T::DTYPE, x.len());
         let mut data = vec![T::zeroed(); x.len()];
-        bytemuck::cast_slice_mut(&mut data).copy_from_slice(&self.download_bytes(x));
+        self.read(x, &mut data);
         data
+    }
+
+    /// The bytes of `x`, copied to the host; blocks until everything enqueued before has run.
+    pub fn download_bytes(&self, x: View<'_>) -> Vec<u8> {
+        let mut data = vec![0; x.len() * x.dtype().bytes()];
+        self.read_bytes(x, &mut data);
+        data
+    }
+
+    /// As [`Queue::download`], into memory of the caller's: same type, same length.
+    ///
+    /// [`Queue::download`]: #method.download
+    pub fn read<T: Element>(&self, x: View<'_>, out: &mut [T]) {
+        check(x.dtype(), x.len(), T::DTYPE, out.len());
+        self.read_bytes(x, bytemuck::cast_slice_mut(out));
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Engine {
     pub(crate) written: Vec<Event>,
     /// `[2 · units]` f64: square norms and counts of non-finite values.
     pub(crate) norms: Buffer,
+    /// Of the step under way: for each computation, the moment at which it has run.
+    pub(crate) events: Vec<Event>,
     /// Updates made so far.
     pub(crate) updates: u64,
     pub(crate) health: Health,
@@ -102,6 +104,7 @@ impl Engine {
             device,
             layout: Arc::new(layout),
             policy,
+            events: Vec::new(),
             updates: 0,
             health: Health::Good,
             plans: HashMap::new(),

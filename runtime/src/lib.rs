@@ -32,4 +32,4 @@ pub use layout::{Layout, Piece, Tensor, TensorSpec, Unit, UnitSpec};
 pub use memory::Memory;
 pub use plan::{Action, Operation, Pass, Plan, PlanError, Slots, Verified};
 pub use policy::{Gather, Policy};
-pub use step::{Backward, Forward, Gradients, Step, StepReport, Weights};
+pub use step::{Backward, Forward, Gradients, REQUESTS, Step, StepReport, Weights};

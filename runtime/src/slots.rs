@@ -6,21 +6,21 @@ use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
 
 use crate::{Error, Gather, Layout, Policy, Unit};
 
-/// Something that a collective may have.
-pub(crate) enum Held<T> {
+/// Something that a collective may have, which gives it back as an `M`.
+pub(crate) enum Held<T, M = T> {
     Here(T),
-    Moving(Pending<T>),
+    Moving(Pending<M>),
     /// While a function replaces it, and after a collective has failed with it.
     Lost,
 }
 
 const LOST: &str = "a buffer is lost after an error, which the caller was told";
 
-impl<T> Held<T> {
+impl<T: From<M>, M> Held<T, M> {
     /// Orders `queue` after the collective that has it, if one does.
     fn bring(&mut self, queue: &dyn Queue) -> Result<(), Error> {
         *self = match std::mem::replace(self, Held::Lost) {
-            Held::Moving(pending) => Held::Here(pending.then(queue)?),
+            Held::Moving(pending) => Held::Here(pending.then(queue)?.into()),
             here => here,
         };
         Ok(())
@@ -56,10 +56,21 @@ pub(crate) enum WeightStore {
     Window(Vec<Held<Window>>),
 }
 
-/// A slot, and on its way the shard that fills it.
 pub(crate) struct WeightSlot {
-    buffer: Held<(Option<Buffer>, Buffer)>,
+    held: Held<Gathered, (Buffer, Buffer)>,
     unit: usize,
+}
+
+/// A slot's buffer, and the shard that has filled it, until it is put back.
+struct Gathered {
+    shard: Option<Buffer>,
+    buffer: Buffer,
+}
+
+impl From<(Buffer, Buffer)> for Gathered {
+    fn from((shard, buffer): (Buffer, Buffer)) -> Gathered {
+        Gathered { shard: Some(shard), buffer }
+    }
 }
 
 impl WeightStore {
@@ -78,7 +89,7 @@ impl WeightStore {
                 let shard = |unit: &Unit| Ok(Some(communicator.allocate(device, policy.weights, unit.shard)?));
                 let slot = |_| {
                     let buffer = device.allocate(policy.weights, layout.longest_unit())?;
-                    Ok(WeightSlot { buffer: Held::Here((None, buffer)), unit: 0 })
+                    Ok(WeightSlot { held: Held::Here(Gathered { shard: None, buffer }), unit: 0 })
                 };
                 Ok(WeightStore::Copy {
                     shards: layout.units.iter().map(shard).collect::<Result<_, Error>>()?,
@@ -102,10 +113,8 @@ impl WeightStore {
             WeightStore::Copy { shards, slots } => {
                 let slot = &mut slots[slot];
                 let shard = shards[unit].take().expect(LOST);
-                let (_, buffer) = slot.buffer.take();
                 slot.unit = unit;
-                let pending = communicator.all_gather(shard, buffer, after);
-                slot.buffer = Held::Moving(pending.map(|(shard, buffer)| (Some(shard), buffer)));
+                slot.held = Held::Moving(communicator.all_gather(shard, slot.held.take().buffer, after));
             }
             WeightStore::Window(windows) => {
                 let window = windows[unit].take();
@@ -119,8 +128,8 @@ impl WeightStore {
         match self {
             WeightStore::Copy { shards, slots } => {
                 let slot = &mut slots[slot];
-                slot.buffer.bring(queue)?;
-                if let Some(shard) = slot.buffer.get_mut().0.take() {
+                slot.held.bring(queue)?;
+                if let Some(shard) = slot.held.get_mut().shard.take() {
                     shards[slot.unit] = Some(shard);
                 }
                 Ok(())
@@ -132,7 +141,7 @@ impl WeightStore {
     /// A gathered unit, with padding.
     pub(crate) fn gathered(&self, unit: usize, slot: usize) -> View<'_> {
         match self {
-            WeightStore::Copy { slots, .. } => slots[slot].buffer.get().1.view(),
+            WeightStore::Copy { slots, .. } => slots[slot].held.get().buffer.view(),
             WeightStore::Window(windows) => windows[unit].get().view(),
         }
     }
@@ -180,7 +189,7 @@ pub(crate) struct GradientStore {
 }
 
 struct GradientSlot {
-    held: Held<Filled>,
+    held: Held<Filled, Reduce>,
     unit: usize,
 }
 
@@ -189,6 +198,13 @@ struct Filled {
     gradient: Buffer,
     sideband: Buffer,
     sums: Option<(Buffer, Buffer)>,
+}
+
+impl From<Reduce> for Filled {
+    fn from(reduce: Reduce) -> Filled {
+        let Sideband { own, totals } = reduce.sideband.expect("a gradient is reduced with its sideband");
+        Filled { gradient: reduce.input, sideband: own, sums: Some((reduce.output, totals)) }
+    }
 }
 
 impl GradientStore {
@@ -250,12 +266,8 @@ impl GradientStore {
         let Filled { gradient, sideband, .. } = self.slots[slot].held.take();
         let sideband = Some(Sideband { own: sideband, totals });
         let reduce = Reduce { input: gradient, output, reduction: Reduction::Sum, accumulate, sideband };
-        let pending = communicator.reduce_scatter(reduce, after);
         self.slots[slot].unit = unit;
-        self.slots[slot].held = Held::Moving(pending.map(|reduce| {
-            let Sideband { own, totals } = reduce.sideband.expect(LOST);
-            Filled { gradient: reduce.input, sideband: own, sums: Some((reduce.output, totals)) }
-        }));
+        self.slots[slot].held = Held::Moving(communicator.reduce_scatter(reduce, after));
         Ok(())
     }
 

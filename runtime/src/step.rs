@@ -19,8 +19,6 @@ pub struct Step<'e> {
     plan: Arc<Verified>,
     /// The next operation.
     next: usize,
-    /// For each operation on the compute queue that has been enqueued: when it is complete.
-    events: Vec<Event>,
     /// The computation that the caller is enqueuing.
     open: Option<usize>,
     /// 1/tokens of the round's micro-batch, or 0 without one.
@@ -89,8 +87,6 @@ pub struct StepReport {
     pub square_norm: f64,
     /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k.
     pub group_square_norms: f64,
-    /// The requests, summed over ranks.
-    pub requests: Vec<f64>,
     /// Time for which this rank's host waited for a collective.
     pub exposed: Duration,
     /// Collective operations of this rank.
@@ -99,12 +95,16 @@ pub struct StepReport {
     pub bytes: u64,
 }
 
+/// Most numbers that the ranks can ask each other for with a step.
+pub const REQUESTS: usize = 32;
+
 impl<'e> Step<'e> {
     pub(crate) fn new(engine: &'e mut Engine, kind: Kind, plan: Arc<Verified>) -> Step<'e> {
         engine.health = Health::Unfinished;
         let traffic = engine.communicator.traffic();
-        let events = vec![Event::PAST; plan.operations.len()];
-        Step { engine, kind, plan, next: 0, events, open: None, weight: 0.0, exposed: Duration::ZERO, traffic }
+        engine.events.clear();
+        engine.events.resize(plan.operations.len(), Event::PAST);
+        Step { engine, kind, plan, next: 0, open: None, weight: 0.0, exposed: Duration::ZERO, traffic }
     }
 
     /// Begins a round whose micro-batch on this rank has `tokens` tokens.
@@ -158,14 +158,14 @@ impl<'e> Step<'e> {
         Ok(Backward { queue: &**queue, weights, gradients: Gradients { view, unit: unit_layout }, loss })
     }
 
-    /// Ends a training step: agrees with every rank on the norm and on `requests` (at most 32 numbers, summed over ranks), then updates the
-    /// parameters with the gradient averaged over tokens and clipped. `settings.step` and `settings.gradient_scale` are set here.
+    /// Ends a training step: agrees with every rank on the norm and on `requests` (at most [`REQUESTS`] numbers, which become their sums over
+    /// ranks), then updates the parameters with the gradient averaged over tokens and clipped. `settings.step` and `settings.gradient_scale` are set here.
     /// Weight decay applies to the tensors whose specification says so.
     ///
     /// # Errors
     /// [`Error::NonFinite`] with the parameters as they were; another rank's failure, after which they may be invalid.
-    pub fn finish(mut self, settings: AdamW, requests: &[f64]) -> Result<StepReport, Error> {
-        self.issue_until(|action| action == Action::Agree, "the agreement")?;
+    pub fn finish(mut self, settings: AdamW, requests: &mut [f64]) -> Result<StepReport, Error> {
+        self.issue_until(|action| action == Action::Agree, |_| "the agreement".to_owned())?;
         let mut report = self.agree(requests)?;
         self.next += 1;
         let mean = 1.0 / report.tokens.max(1.0);
@@ -213,7 +213,7 @@ impl<'e> Step<'e> {
     /// Starts what the plan wants before a computation, and opens it; returns its weight and gradient slots.
     fn enter(&mut self, unit: usize, pass: Pass) -> Result<(usize, Option<usize>), Error> {
         let wanted = |action| matches!(action, Action::Compute { unit: u, pass: p, .. } if (u, p) == (unit, pass));
-        self.issue_until(wanted, &format!("the {pass:?} pass of {}", self.engine.layout.units[unit].name))?;
+        self.issue_until(wanted, |step| format!("the {pass:?} pass of {}", step.engine.layout.units[unit].name))?;
         let Action::Compute { weights, gradients, .. } = self.plan.operations[self.next].action else {
             unreachable!("issue_until stops at what was wanted");
         };
@@ -230,12 +230,14 @@ impl<'e> Step<'e> {
     }
 
     /// Starts collectives up to the operation that is wanted.
-    fn issue_until(&mut self, wanted: impl Fn(Action) -> bool, what: &str) -> Result<(), Error> {
+    fn issue_until(&mut self, wanted: impl Fn(Action) -> bool, what: impl Fn(&Self) -> String) -> Result<(), Error> {
         self.close();
         let plan = self.plan.clone();
         loop {
-            let Some(operation) = plan.operations.get(self.next) else { return Err(self.off_plan(what)) };
-            let after = Event::all(operation.after.iter().map(|&earlier| self.events[earlier].clone()));
+            let Some(operation) = plan.operations.get(self.next) else {
+                return Err(self.off_plan(&what(self)));
+            };
+            let after = Event::all(operation.after.iter().map(|&earlier| self.engine.events[earlier].clone()));
             let engine = &mut *self.engine;
             match operation.action {
                 action if wanted(action) => return Ok(()),
@@ -246,7 +248,7 @@ impl<'e> Step<'e> {
                 Action::Reduce { unit, slot, round } => {
                     engine.gradients.reduce(&engine.communicator, unit, slot, round > 0, after, &*engine.queue)?;
                 }
-                _ => return Err(self.off_plan(what)),
+                _ => return Err(self.off_plan(&what(self))),
             }
             self.next += 1;
         }
@@ -261,29 +263,37 @@ impl<'e> Step<'e> {
             let gradient = gradient.as_view().slice(0..engine.layout.units[unit].len);
             engine.queue.square_norm(sideband.slice(sideband::SQUARE_NORM), gradient, self.weight);
         }
-        self.events[index] = engine.queue.record();
+        engine.events[index] = engine.queue.record();
     }
 
     /// The one scalar all-reduce of a step.
-    fn agree(&mut self, requests: &[f64]) -> Result<StepReport, Error> {
+    fn agree(&mut self, requests: &mut [f64]) -> Result<StepReport, Error> {
         let waiting = Instant::now();
         let Engine { queue, gradients, layout, norms, weights, communicator, .. } = &mut *self.engine;
         gradients.bring_all(&**queue)?;
         self.exposed += waiting.elapsed();
-        let mut totals = [0.0; sideband::LEN];
+        let mut totals = [0.0f64; sideband::LEN];
         for unit in 0..layout.units.len() {
             let (gradient, unit_totals) = gradients.sums(unit);
             queue.square_norm(norms.slice_mut(2 * unit..2 * unit + 2), gradient, 1.0);
-            let unit_totals = queue.download::<f64>(unit_totals);
-            totals.iter_mut().zip(unit_totals).for_each(|(total, value)| *total += value);
+            let mut values = [0.0; sideband::LEN];
+            queue.read(unit_totals, &mut values);
+            totals.iter_mut().zip(values).for_each(|(total, value)| *total += value);
         }
-        let norms = queue.download::<f64>(norms.view());
+        // The square norm, the number of values that are not finite, and the requests.
+        let mut values = [0.0; 2 + REQUESTS];
+        for unit in 0..layout.units.len() {
+            let mut norm = [0.0; 2];
+            queue.read(norms.slice(2 * unit..2 * unit + 2), &mut norm);
+            values.iter_mut().zip(norm).for_each(|(value, norm)| *value += norm);
+        }
         weights.release(&queue.record());
-        let mut values = vec![norms.iter().step_by(2).sum(), norms.iter().skip(1).step_by(2).sum()];
-        values.extend_from_slice(requests);
+        assert!(requests.len() <= REQUESTS, "{} requests of at most {REQUESTS}", requests.len());
+        values[2..2 + requests.len()].copy_from_slice(requests);
         let waiting = Instant::now();
-        communicator.all_reduce_scalars(&mut values, Reduction::Sum)?;
+        communicator.all_reduce_scalars(&mut values[..2 + requests.len()], Reduction::Sum)?;
         self.exposed += waiting.elapsed();
+        requests.copy_from_slice(&values[2..2 + requests.len()]);
         let [group_square_norms, _, loss_sum, tokens] = totals;
         // What is not finite in a micro-batch is not finite in the sum either, which can be infinite where its terms were not.
         let non_finite = values[1];
@@ -301,7 +311,6 @@ impl<'e> Step<'e> {
             gradient_norm: 0.0,
             square_norm: values[0],
             group_square_norms,
-            requests: values[2..].to_vec(),
             exposed: Duration::ZERO,
             operations: 0,
             bytes: 0,

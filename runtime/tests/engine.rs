@@ -264,7 +264,6 @@ fn every_world_agrees_with_training_in_f64() {
                 let norm = theirs.square_norm.sqrt() / theirs.tokens;
                 near(&named("mean gradient's norm"), ours.gradient_norm, norm, NORM_BOUND);
                 assert!(norm > 0.5, "the limit of the norm is reached");
-                assert_eq!(ours.requests, [world as f64, (world * (world - 1) / 2) as f64], "{}", named("requests"));
             }
             let mut moved = 0.0f64;
             for (unit, state) in training.states.iter().enumerate() {
@@ -340,7 +339,7 @@ impl Mistake {
             Mistake::MissingBackward => {
                 (0..UNITS).for_each(|unit| drop(step.forward(unit).unwrap()));
                 (1..UNITS).rev().for_each(|unit| drop(step.backward(unit).unwrap()));
-                return step.finish(ADAMW, &[]).expect_err("unit 0 has no gradient");
+                return step.finish(ADAMW, &mut []).expect_err("unit 0 has no gradient");
             }
             Mistake::TooManyRounds => {
                 step.idle_round().unwrap();

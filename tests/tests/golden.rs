@@ -108,7 +108,7 @@ fn train(
                         let rows = index * seq..(index + 1) * seq;
                         model.train(&mut step, &batch.tokens[rows.clone()], &batch.targets[rows]).unwrap();
                     }
-                    let report = step.finish(settings, &[]).unwrap();
+                    let report = step.finish(settings, &mut []).unwrap();
                     result.losses.push(report.loss_sum / report.tokens);
                     result.norms.push(report.gradient_norm);
                 }

@@ -23,6 +23,8 @@ mod sides;
 mod transit;
 mod wire_fold;
 
+use crate::shm::flight::Collective;
+
 pub(crate) use all_gather::all_gather;
 pub(crate) use all_reduce::all_reduce;
 pub(crate) use all_to_all::all_to_all;
@@ -36,3 +38,46 @@ pub(crate) use reduce::reduce;
 pub(crate) use reduce_scatter::reduce_scatter;
 pub(crate) use scalars::Scalars;
 pub(crate) use scatter::scatter;
+
+/// Any algorithm, for a flight to carry: one size, so that a new flight needs no memory.
+pub(crate) enum Any {
+    Operation(Operation),
+    Brief(BriefAllReduce),
+    Window(GatherWindow),
+    Scalars(Scalars),
+}
+
+impl Any {
+    pub(crate) fn as_dyn(&mut self) -> &mut dyn Collective {
+        match self {
+            Any::Operation(collective) => collective,
+            Any::Brief(collective) => collective,
+            Any::Window(collective) => collective,
+            Any::Scalars(collective) => collective,
+        }
+    }
+}
+
+impl From<Operation> for Any {
+    fn from(collective: Operation) -> Any {
+        Any::Operation(collective)
+    }
+}
+
+impl From<BriefAllReduce> for Any {
+    fn from(collective: BriefAllReduce) -> Any {
+        Any::Brief(collective)
+    }
+}
+
+impl From<GatherWindow> for Any {
+    fn from(collective: GatherWindow) -> Any {
+        Any::Window(collective)
+    }
+}
+
+impl From<Scalars> for Any {
+    fn from(collective: Scalars) -> Any {
+        Any::Scalars(collective)
+    }
+}

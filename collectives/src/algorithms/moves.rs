@@ -3,6 +3,7 @@
 //! the others then copy it.
 
 use pillion_kernels::cpu::stream;
+use smallvec::SmallVec;
 
 use super::between_hosts::Held;
 use super::sides::{End, Piece, Sides};
@@ -25,11 +26,14 @@ pub(super) struct Pull {
     pub(super) to: usize,
 }
 
+/// With up to eight ranks on a host, no memory is asked for.
+pub(super) type Pulls = SmallVec<[Pull; 8]>;
+
 /// What this rank copies, sends and receives.
 #[derive(Default)]
 pub(super) struct Moves {
     /// From inputs of ranks of this host.
-    pub(super) pulls: Vec<Pull>,
+    pub(super) pulls: Pulls,
     /// (rank of another host, chunk of the operand `source`).
     pub(super) sends: Vec<(usize, usize)>,
     pub(super) source: End,
@@ -40,14 +44,15 @@ pub(super) struct Moves {
 }
 
 impl Moves {
+    /// Has each rank start with its own chunk, so that no memory is read by everybody at once.
+    pub(super) fn take_turns(&mut self, peers: &Peers<'_>) {
+        let (rank, world) = (peers.rank(), peers.world());
+        self.pulls.sort_unstable_by_key(|pull| ((pull.from + world - rank) % world, pull.to));
+    }
+
     /// Copies from inputs.
     pub(super) fn pull(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
-        // Each rank starts with its own chunk, so that no memory is read by everybody at once.
-        let (rank, world) = (peers.rank(), peers.world());
-        let turn = |pull: &&Pull| (pull.from + world - rank) % world;
-        let mut pulls: Vec<&Pull> = self.pulls.iter().collect();
-        pulls.sort_by_key(turn);
-        pulls.into_iter().try_for_each(|pull| {
+        self.pulls.iter().try_for_each(|pull| {
             let range = sides.range(pull.to, piece);
             let source = sides.of_rank(peers, pull.from, End::Input, pull.chunk, range, piece)?;
             copy(sides, pull.to, piece, source, streams);

@@ -271,6 +271,9 @@ impl Collective for Operation {
 
     fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error> {
         let _access = exclusive(self.deferred());
+        if let Work::Moves(moves) = &mut self.work {
+            moves.take_turns(peers);
+        }
         if let Some(sidebands) = &self.sidebands {
             // SAFETY: this operation owns the sideband, and its event has happened.
             let own = unsafe { sidebands.own.as_slice::<f64>() };

@@ -2,20 +2,21 @@
 //! other hosts. Barriers and agreements are this with few values or none.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
 
 use super::transit::Greeting;
 use crate::Error;
 use crate::call::{Detail, Kind, Purpose, call};
-use crate::shm::control::{BRIEF, Call};
+use crate::shm::control::{BRIEF, Call, PAYLOAD};
 use crate::shm::flight::{Collective, Opening, Peers, Progress};
 use crate::shm::place::Place;
 
 pub(crate) struct Scalars {
     /// At most as many values of this rank as a header holds.
-    values: Vec<u64>,
+    values: [u64; PAYLOAD],
+    count: usize,
     purpose: Purpose,
     /// All ranks' values, in order of rank, once complete.
     gathered: Vec<u64>,
@@ -25,8 +26,16 @@ pub(crate) struct Scalars {
 }
 
 impl Scalars {
-    pub(crate) fn new(values: &[u64], purpose: Purpose) -> Scalars {
-        Scalars { values: values.to_vec(), purpose, gathered: Vec::new(), deliver_to: None, greeting: None }
+    /// `memory` is for all ranks' values.
+    pub(crate) fn new(own: impl ExactSizeIterator<Item = u64>, purpose: Purpose, mut memory: Vec<u64>) -> Scalars {
+        let (mut values, count) = ([0; PAYLOAD], own.len());
+        values.iter_mut().zip(own).for_each(|(value, own)| *value = own);
+        memory.clear();
+        Scalars { values, count, purpose, gathered: memory, deliver_to: None, greeting: None }
+    }
+
+    fn values(&self) -> &[u64] {
+        &self.values[..self.count]
     }
 
     /// The same, for another thread to complete.
@@ -39,46 +48,44 @@ impl Scalars {
         self.gathered
     }
 
-    /// Where a rank's values stand.
-    fn words<'a>(&self, peers: &'a Peers<'_>, rank: usize) -> &'a [AtomicU64] {
-        if self.values.len() <= BRIEF { peers.brief(rank) } else { &peers.header(rank).payload[..] }
-    }
-
-    fn on_host(&self, peers: &Peers<'_>) -> Vec<u64> {
-        let of = |rank| self.words(peers, rank)[..self.values.len()].iter().map(|word| word.load(Ordering::Relaxed));
-        (0..peers.world()).flat_map(of).collect()
+    /// Values of this host's ranks.
+    fn on_host<'a>(&self, peers: &'a Peers<'_>) -> impl Iterator<Item = u64> + use<'a> {
+        let count = self.count;
+        let words = move |rank| if count <= BRIEF { peers.brief(rank) } else { &peers.header(rank).payload[..] };
+        (0..peers.world()).flat_map(move |rank| words(rank)[..count].iter().map(|word| word.load(Ordering::Relaxed)))
     }
 }
 
 impl Collective for Scalars {
     fn call(&self) -> Call {
-        call(Kind::Scalars, None, false, self.values.len(), Detail::Purpose(self.purpose))
+        call(Kind::Scalars, None, false, self.count, Detail::Purpose(self.purpose))
     }
 
     fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error> {
         let mut opening = Opening::new(Place::Header, Place::None);
-        if let Some(brief) = opening.brief.get_mut(..self.values.len()) {
-            brief.copy_from_slice(&self.values);
+        if let Some(brief) = opening.brief.get_mut(..self.count) {
+            brief.copy_from_slice(self.values());
         } else {
-            self.values.iter().enumerate().for_each(|(index, &value)| peers.set_payload(index, value));
+            self.values().iter().enumerate().for_each(|(index, &value)| peers.set_payload(index, value));
         }
         Ok(opening)
     }
 
     fn exchange(&mut self, _step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
         if !peers.shared.has_wire() {
-            if !self.values.is_empty() {
-                self.gathered = self.on_host(peers);
+            if !self.count == 0 {
+                let values = self.on_host(peers);
+                self.gathered.extend(values);
             }
         } else {
             if self.greeting.is_none() {
-                self.greeting = Some(Greeting::new(peers.call, false, self.on_host(peers)));
+                self.greeting = Some(Greeting::new(peers.call, false, self.on_host(peers).collect()));
             }
             let greeting = self.greeting.as_mut().expect("made above");
             if let Some(rank) = greeting.poll(peers)? {
                 return Ok(Progress::Waiting(rank));
             }
-            let (hosts, count) = (&peers.shared.hosts, self.values.len());
+            let (hosts, count) = (&peers.shared.hosts, self.count);
             let of = |rank| &greeting.body(hosts.host(rank))[hosts.column(rank) * count..][..count];
             self.gathered = (0..hosts.world()).flat_map(of).copied().collect();
         }
@@ -89,6 +96,6 @@ impl Collective for Scalars {
     }
 
     fn bytes_sent(&self, world: usize) -> u64 {
-        ((world - 1) * self.values.len() * 8) as u64
+        ((world - 1) * self.count * 8) as u64
     }
 }

@@ -1,6 +1,8 @@
 //! Scatter: after one step each rank copies its chunk of the root's buffer, or receives it from another host. A rank reads S/P and writes
 //! S/P, the lower bound.
 
+use smallvec::smallvec;
+
 use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
 use crate::call::{Detail, Kind};
@@ -11,7 +13,7 @@ pub(crate) fn scatter(hosts: &Hosts, rank: usize, operands: Operands, chunk: usi
     let world = hosts.world();
     let mut moves = Moves::default();
     if hosts.host(root) == hosts.own {
-        moves.pulls = vec![Pull { from: hosts.column(root), chunk: rank, to: 0 }];
+        moves.pulls = smallvec![Pull { from: hosts.column(root), chunk: rank, to: 0 }];
     } else {
         moves.receives = vec![(root, 0)];
     }

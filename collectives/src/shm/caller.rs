@@ -36,7 +36,7 @@ impl Shared {
         let mut course = Course::new(collective, channel, patient);
         let _guard = AbortOnPanic::new(self);
         let bell = &self.control().callers[channel as usize];
-        let poll = || course.poll(collective, self, &mut lane, None).map(|done| done.then_some(()));
+        let poll = || course.poll(collective, self, &mut lane.count, None).map(|done| done.then_some(()));
         let result = self.wait(bell, channel.subject(), poll).map_err(|error| self.fail(error));
         drop(lane);
         if !inbox.is_empty() {

@@ -15,13 +15,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pillion_kernels::Event;
+use pillion_kernels::{Completion, Event};
 
 use super::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
 use super::place::Place;
-use super::shared::{Lane, Shared};
+use super::shared::{Count, Shared};
 use super::watch::Watch;
 use crate::Error;
+use crate::algorithms::Any;
 use crate::call::describe;
 use crate::pending::Outcome;
 use crate::wire::Wire;
@@ -179,11 +180,11 @@ impl Course {
         &mut self,
         collective: &mut dyn Collective,
         shared: &Shared,
-        lane: &mut Lane,
+        count: &mut Count,
         mut wire: Option<&mut (dyn Wire + 'static)>,
     ) -> Result<bool, Error> {
         if self.taken == 0 {
-            self.start(collective, shared, lane)?;
+            self.start(collective, shared, count)?;
         }
         loop {
             let channel = self.channel as usize;
@@ -210,7 +211,7 @@ impl Course {
                 self.watch = Watch::new(shared.options.timeout, self.patient);
             }
             match progress {
-                Progress::Step => self.step(shared, lane),
+                Progress::Step => self.step(shared, count),
                 Progress::Waiting(rank) => {
                     let call = self.call;
                     let wire = wire.as_deref_mut().expect("only a wire is waited for");
@@ -225,8 +226,8 @@ impl Course {
         }
     }
 
-    fn start(&mut self, collective: &mut dyn Collective, shared: &Shared, lane: &mut Lane) -> Result<(), Error> {
-        self.call.sequence = lane.sequence + 1;
+    fn start(&mut self, collective: &mut dyn Collective, shared: &Shared, count: &mut Count) -> Result<(), Error> {
+        self.call.sequence = count.sequence + 1;
         self.digest = self.call.digest();
         let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };
         let Opening { input, output, brief } = collective.begin(&mut peers)?;
@@ -236,17 +237,17 @@ impl Course {
             word.store(value, Ordering::Relaxed);
         }
         peers.own_channel().digests[peers.parity()].store(self.digest, Ordering::Relaxed);
-        lane.sequence += 1;
-        self.step(shared, lane);
+        count.sequence += 1;
+        self.step(shared, count);
         Ok(())
     }
 
-    fn step(&mut self, shared: &Shared, lane: &mut Lane) {
-        lane.steps += 1;
-        self.target = lane.steps;
+    fn step(&mut self, shared: &Shared, count: &mut Count) {
+        count.steps += 1;
+        self.target = count.steps;
         self.taken += 1;
         self.watch = Watch::new(shared.options.timeout, self.patient);
-        shared.control().channels[self.channel as usize].steps.store(lane.steps, Ordering::Release);
+        shared.control().channels[self.channel as usize].steps.store(count.steps, Ordering::Release);
         self.untold = true;
     }
 
@@ -273,7 +274,7 @@ impl Course {
 
 /// An operation that goes its course while its caller does something else.
 pub(crate) struct Flight {
-    collective: Box<dyn Collective>,
+    collective: Any,
     course: Course,
     after: Event,
     outcome: Arc<Outcome>,
@@ -283,13 +284,15 @@ pub(crate) struct Flight {
 impl Drop for Flight {
     /// Nobody waits for ever for an operation that a panic has ended; any other end has been set before.
     fn drop(&mut self) {
-        let reason = "the thread that drove it panicked".to_owned();
-        self.outcome.set(Err(Error::System { what: "an operation", reason }));
+        if !self.outcome.is_complete() {
+            let reason = "the thread that drove it panicked".to_owned();
+            self.outcome.set(Err(Error::System { what: "an operation", reason }));
+        }
     }
 }
 
 impl Flight {
-    pub(crate) fn new(collective: Box<dyn Collective>, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
+    pub(crate) fn new(collective: Any, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
         Flight { collective, course, after, outcome, delay: None }
     }
 
@@ -305,7 +308,7 @@ impl Flight {
     pub(crate) fn poll(
         &mut self,
         shared: &Shared,
-        lane: &mut Lane,
+        count: &mut Count,
         wire: Option<&mut (dyn Wire + 'static)>,
     ) -> Result<bool, Error> {
         if self.course.taken == 0 {
@@ -318,6 +321,6 @@ impl Flight {
                 return Ok(false);
             }
         }
-        self.course.poll(&mut *self.collective, shared, lane, wire)
+        self.course.poll(self.collective.as_dyn(), shared, count, wire)
     }
 }

@@ -10,7 +10,7 @@ use super::caller::NAP;
 use super::control::{Channel, monotonic_millis, sleep, state, subject};
 use super::flight::Flight;
 use super::mail::MailFlight;
-use super::shared::{Shared, left};
+use super::shared::{Lane, Shared, left};
 use crate::wire::Wire;
 
 /// How long this thread looks for news before it sleeps, which may take a core from computation. Waking costs about as much.
@@ -110,15 +110,19 @@ impl Driver<'_> {
                 continue;
             };
             inbox.drain(|flight| lane.flights.push_back(flight));
-            while let Some(mut flight) = lane.flights.pop_front() {
-                match shared.healthy().and_then(|()| flight.poll(shared, &mut lane, self.wire.as_deref_mut())) {
+            let Lane { flights, count } = &mut *lane;
+            while let Some(flight) = flights.front_mut() {
+                let result = match shared.healthy().and_then(|()| flight.poll(shared, count, self.wire.as_deref_mut()))
+                {
                     Ok(false) => {
-                        lane.flights.push_front(flight);
                         turn.waiting_for |= channel.subject();
                         break;
                     }
-                    Ok(true) => flight.finish(Ok(())),
-                    Err(error) => flight.finish(Err(shared.fail(error))),
+                    Ok(true) => Ok(()),
+                    Err(error) => Err(shared.fail(error)),
+                };
+                if let Some(flight) = flights.pop_front() {
+                    flight.finish(result);
                 }
                 turn.moved = true;
             }

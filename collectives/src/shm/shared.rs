@@ -16,6 +16,7 @@ use super::flight::Flight;
 use super::mail::{MailFlight, Mailroom};
 use super::protocol::Word;
 use crate::hosts::Hosts;
+use crate::pending::Outcomes;
 use crate::{Error, Options};
 
 /// What the threads of one rank share. Ranks are counted as those of this host here; `Hosts` knows the others.
@@ -31,6 +32,9 @@ pub(crate) struct Shared {
     stages: [OnceLock<u64>; CHANNELS],
     /// What reductions between hosts work in, kept from one to the next.
     pub(crate) work: [Mutex<Vec<u64>>; CHANNELS],
+    /// What operations used that have ended, for the next ones.
+    pub(crate) outcomes: Outcomes,
+    pub(crate) words: Words,
     failure: Mutex<Option<Error>>,
     failed: AtomicBool,
     pub(super) stopping: AtomicBool,
@@ -48,13 +52,41 @@ struct Traffic {
 }
 
 /// One channel as this rank drives it.
-#[derive(Default)]
 pub(crate) struct Lane {
     pub(super) flights: VecDeque<Flight>,
+    pub(super) count: Count,
+}
+
+/// Operations in flight on a channel at a time for which there is memory from the start.
+pub(crate) const AT_A_TIME: usize = 8;
+
+impl Default for Lane {
+    fn default() -> Lane {
+        Lane { flights: VecDeque::with_capacity(AT_A_TIME), count: Count::default() }
+    }
+}
+
+/// How far this rank is on a channel.
+#[derive(Default)]
+pub(crate) struct Count {
     /// Operations started.
     pub(crate) sequence: u64,
     /// Steps taken.
     pub(crate) steps: u64,
+}
+
+/// Memory for scalars, kept from one operation to the next.
+#[derive(Default)]
+pub(crate) struct Words(Mutex<Vec<u64>>);
+
+impl Words {
+    pub(crate) fn take(&self) -> Vec<u64> {
+        std::mem::take(&mut self.0.lock())
+    }
+
+    pub(crate) fn put_back(&self, words: Vec<u64>) {
+        *self.0.lock() = words;
+    }
 }
 
 /// Why what nobody drives any more has failed.
@@ -72,7 +104,7 @@ pub(super) struct Inbox<F> {
 
 impl<F> Default for Inbox<F> {
     fn default() -> Inbox<F> {
-        Inbox { flights: Mutex::new(Some(Vec::new())), some: AtomicBool::default() }
+        Inbox { flights: Mutex::new(Some(Vec::with_capacity(AT_A_TIME))), some: AtomicBool::default() }
     }
 }
 
@@ -89,9 +121,8 @@ impl<F> Inbox<F> {
         }
         let mut flights = self.flights.lock();
         self.some.store(false, Ordering::Relaxed);
-        let arrived = flights.as_mut().map(std::mem::take);
-        drop(flights);
-        arrived.into_iter().flatten().for_each(take);
+        // Emptied in place: what comes next needs no memory.
+        flights.iter_mut().flat_map(|flights| flights.drain(..)).for_each(take);
     }
 
     /// Takes out what has arrived; from now on nothing is accepted.
@@ -117,6 +148,8 @@ impl Shared {
             failed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             crowded: AtomicBool::new(false),
+            outcomes: Outcomes::default(),
+            words: Words::default(),
             traffic: Default::default(),
         }
     }

@@ -282,7 +282,8 @@ impl<'s> Run<'s> {
             }
             self.model.train(&mut step, &self.inputs, &self.targets)?;
         }
-        let report = step.finish(self.recipe.adamw(lr), &[f64::from(u8::from(stopping(stop)))])?;
+        let mut asked = [f64::from(u8::from(stopping(stop)))];
+        let report = step.finish(self.recipe.adamw(lr), &mut asked)?;
         let decision = self.controller.observe(&Observation {
             groups: micro_batches,
             samples: batch,
@@ -320,7 +321,7 @@ impl<'s> Run<'s> {
             mfu: Some(flops / self.peak),
             memory: None,
         };
-        Ok((line, report.requests[0] > 0.0))
+        Ok((line, asked[0] > 0.0))
     }
 
     fn validate(&mut self) -> Result<f64, Error> {

@@ -170,5 +170,5 @@ fn train(engine: &mut Engine) {
         }
     }
     let (lr, beta1, beta2, epsilon, weight_decay) = (0.01, 0.9, 0.95, 1e-8, 0.1);
-    step.finish(AdamW { lr, beta1, beta2, epsilon, weight_decay, step: 0, gradient_scale: 1.0 }, &[]).unwrap();
+    step.finish(AdamW { lr, beta1, beta2, epsilon, weight_decay, step: 0, gradient_scale: 1.0 }, &mut []).unwrap();
 }

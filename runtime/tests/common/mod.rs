@@ -149,7 +149,10 @@ impl Rank {
                 step.idle_round()?;
             }
         }
-        step.finish(ADAMW, &[1.0, rank as f64])
+        let mut requests = [1.0, rank as f64];
+        let report = step.finish(ADAMW, &mut requests)?;
+        assert_eq!(requests, [world as f64, (world * (world - 1) / 2) as f64], "requests are summed over ranks");
+        Ok(report)
     }
 
     /// The sum of the losses of some samples, from forward passes alone.
@@ -244,9 +247,9 @@ pub(crate) fn joined<R>(ranks: &[R], states: impl Fn(&R) -> &Vec<State>) -> Vec<
 
 /// The bits of a report's numbers, but for those of traffic and time.
 pub(crate) fn bits_of(report: &StepReport) -> Vec<u64> {
-    let StepReport { loss_sum, tokens, gradient_norm, square_norm, group_square_norms, requests, .. } = report;
+    let StepReport { loss_sum, tokens, gradient_norm, square_norm, group_square_norms, .. } = report;
     let numbers = [loss_sum, tokens, gradient_norm, square_norm, group_square_norms];
-    numbers.into_iter().chain(requests).map(|x| x.to_bits()).collect()
+    numbers.into_iter().map(|x| x.to_bits()).collect()
 }
 
 impl Training {

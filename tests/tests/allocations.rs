@@ -1,0 +1,101 @@
+//! Once a run is under way, a step allocates nothing: neither the model nor the engine nor the communicator, on any thread.
+
+use std::alloc::System;
+use std::sync::{Arc, Barrier};
+
+use pillion_collectives::{Communicator, Launch, Options};
+use pillion_kernels::{AdamW, Cpu, DType};
+use pillion_llama::config::Config;
+use pillion_llama::model::Model;
+use pillion_runtime::{Engine, Gather, Layout, Policy};
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+const WORLD: usize = 2;
+const SEQ: usize = 16;
+/// Steps before all working memory has its size, and counted ones.
+const WARM_UP: usize = 3;
+const COUNTED: usize = 5;
+
+fn config() -> Config {
+    Config {
+        vocab_size: 61,
+        hidden_size: 32,
+        intermediate_size: 48,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        rms_norm_eps: 1e-5,
+        rope_theta: 1e4,
+    }
+}
+
+/// Allocations and reallocations of all threads during [`COUNTED`] steps of `rounds` rounds; `more` runs in each of them.
+fn allocations(policy: Policy, rounds: usize, more: impl Fn() + Sync) -> usize {
+    let barrier = Barrier::new(WORLD + 1);
+    let wait = || barrier.wait();
+    std::thread::scope(|scope| {
+        for launch in Launch::threads(WORLD) {
+            let (wait, more) = (&wait, &more);
+            scope.spawn(move || {
+                let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
+                let (config, device) = (config(), Arc::new(Cpu));
+                let layout = Layout::new(&config.units(), WORLD);
+                let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
+                engine.initialize(|name, shape, index| config.initial_value(1, name, shape, index)).unwrap();
+                let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ).unwrap();
+                let tokens: Vec<u32> = (0..=SEQ as u32).map(|index| (index * 7) % 61).collect();
+                let settings = AdamW {
+                    lr: 1e-3,
+                    beta1: 0.9,
+                    beta2: 0.95,
+                    epsilon: 1e-8,
+                    weight_decay: 0.1,
+                    step: 0,
+                    gradient_scale: 0.0,
+                };
+                let mut train = || {
+                    let mut step = engine.begin(rounds).unwrap();
+                    for _ in 0..rounds {
+                        model.train(&mut step, &tokens[..SEQ], &tokens[1..]).unwrap();
+                    }
+                    step.finish(settings, &mut [0.0]).unwrap();
+                };
+                (0..WARM_UP).for_each(|_| train());
+                wait();
+                wait();
+                for _ in 0..COUNTED {
+                    train();
+                    more();
+                }
+                wait();
+                wait();
+            });
+        }
+        wait();
+        let region = Region::new(ALLOCATOR);
+        wait();
+        wait();
+        let change = region.change();
+        wait();
+        change.allocations + change.reallocations
+    })
+}
+
+#[test]
+fn a_step_allocates_nothing() {
+    for weights in [DType::F32, DType::Bf16] {
+        for gather in [Gather::Window, Gather::Copy] {
+            for rounds in [1, 2] {
+                let policy = Policy { weights, gather, ..Policy::default() };
+                let count = allocations(policy, rounds, || ());
+                assert_eq!(count, 0, "in {COUNTED} steps of {rounds} rounds with {weights}, {gather}");
+            }
+        }
+    }
+    // That the counter counts: the same once more, with one allocation in each step of each rank.
+    let count = allocations(Policy::default(), 1, || drop(std::hint::black_box(Box::new(0u8))));
+    assert_eq!(count, WORLD * COUNTED);
+}
