@@ -73,10 +73,8 @@ impl Collective for Scalars {
 
     fn exchange(&mut self, _step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
         if !peers.shared.has_wire() {
-            if !self.count == 0 {
-                let values = self.on_host(peers);
-                self.gathered.extend(values);
-            }
+            let values = self.on_host(peers);
+            self.gathered.extend(values);
         } else {
             if self.greeting.is_none() {
                 self.greeting = Some(Greeting::new(peers.call, false, self.on_host(peers).collect()));
