@@ -26,7 +26,10 @@ pub(super) fn exp(x: f32) -> f32 {
     if x < -86.9 { 0.0 } else { value }
 }
 
-/// 1/(1+e⁻ˣ).
+/// 1/(1+e⁻ˣ), where that is a normal number within 6 ulps, and x · sigmoid(x) within 7.
+///
+/// With u = 2⁻²⁴: the exponential is off by 2 ulps or 4u of it, the sum and the quotient by u each, so together by 6u of the result, and
+/// the product with x by one more; u of a number is at most one ulp of it.
 #[inline(always)]
 pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
@@ -105,6 +108,80 @@ mod tests {
             let error = (f64::from(exp(x)) - exact).abs() / ulp;
             assert!(error < 2.0, "exp({x}) is {error} ulps off");
         }
+    }
+
+    /// Distance in units in the last place of the exact number's binade. No number tested here is subnormal.
+    fn ulps(got: f32, exact: f64) -> f64 {
+        assert!(exact.abs() >= f64::from(f32::MIN_POSITIVE), "{exact:e} is no normal f32");
+        (f64::from(got) - exact).abs() / 2f64.powi(exact.abs().log2().floor() as i32 - 23)
+    }
+
+    #[test]
+    fn sigmoid_and_silu_are_within_their_ulps_of_f64() {
+        // From where 1/(1+e⁻ˣ) is a normal number to far beyond where it is 1.
+        for index in -873_000..1_000_000 {
+            let x = index as f32 * 1e-4;
+            let exact = 1.0 / (1.0 + (-f64::from(x)).exp());
+            let error = ulps(sigmoid(x), exact);
+            assert!(error < 6.0, "sigmoid({x}) is {error} ulps off");
+            if x != 0.0 {
+                let error = ulps(x * sigmoid(x), f64::from(x) * exact);
+                assert!(error < 7.0, "silu({x}) is {error} ulps off");
+            }
+        }
+    }
+
+    #[test]
+    fn the_reciprocal_of_a_root_is_within_one_and_a_half_ulps_of_f64() {
+        // As RMSNorm computes it, from correctly rounded operations. With √x = m·2ᵏ and 1 < m < 2, the root is off by half an ulp, 2ᵏ⁻²⁴,
+        // which changes 2⁻ᵏ/m by 2⁻ᵏ⁻²⁴/m², less than its ulp 2⁻ᵏ⁻²⁴; the quotient's rounding is half an ulp more.
+        for index in 0..1_000_000u32 {
+            let x = f32::from_bits(f32::MIN_POSITIVE.to_bits() + 2120 * index);
+            let error = ulps(1.0 / x.sqrt(), 1.0 / f64::from(x).sqrt());
+            assert!(error <= 1.5, "1/√{x} is {error} ulps off");
+        }
+    }
+
+    #[test]
+    fn the_largest_is_that_of_a_plain_fold_without_what_is_no_number() {
+        let random = |index: u64| crate::random::normal(1, 7, index) as f32;
+        for len in (0usize..=50).chain([257]) {
+            for nan in [None, Some(0), Some(len / 2), Some(len.saturating_sub(1))] {
+                for sign in [1.0, -1.0] {
+                    let mut x: Vec<f32> = (0..len as u64).map(|index| sign * random(index).abs()).collect();
+                    if let Some(place) = nan.and_then(|place| x.get_mut(place)) {
+                        *place = f32::NAN;
+                    }
+                    let numbers = x.iter().copied().filter(|x| !x.is_nan());
+                    assert_eq!(max_of(&x), numbers.fold(f32::NEG_INFINITY, f32::max), "of {x:?}");
+                }
+            }
+            assert_eq!(max_of(&vec![f32::NAN; len]), f32::NEG_INFINITY);
+        }
+        assert_eq!(max_of(&[1.0, f32::INFINITY, f32::NAN, 2.0]), f32::INFINITY);
+    }
+
+    #[test]
+    fn sums_are_those_of_a_plain_fold() {
+        let random = |stream: u64, index: u64| crate::random::normal(1, stream, index);
+        for len in (0usize..=50).chain([257]) {
+            // Integers below 2⁶, 257 products of two: every partial sum is an integer below 2²⁴.
+            let integers = |stream: u64| {
+                let integer = |index: u64| (16.0 * random(stream, index)).round().clamp(-63.0, 63.0) as f32;
+                (0..len as u64).map(integer).collect::<Vec<f32>>()
+            };
+            let (a, b) = (integers(1), integers(2));
+            let exact: f32 = a.iter().zip(&b).map(|(a, b)| a * b).sum();
+            assert_eq!(sum_of(&a, &b, |a, b| a * b), exact);
+
+            let x: Vec<f32> = (0..len as u64).map(|index| random(3, index) as f32).collect();
+            let exact: f64 = x.iter().map(|&x| f64::from(x)).sum();
+            // At most n − 1 additions meet a term (Higham 2002, section 4.2).
+            let magnitude: f64 = x.iter().map(|&x| f64::from(x).abs()).sum();
+            let bound = len as f64 * 2f64.powi(-24) * magnitude;
+            assert!((f64::from(sum_of(&x, &x, |x, _| x)) - exact).abs() <= bound);
+        }
+        assert!(sum_of(&[1.0, f32::NAN], &[1.0, 1.0], |a, b| a * b).is_nan());
     }
 
     #[test]

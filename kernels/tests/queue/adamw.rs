@@ -1,12 +1,13 @@
 //! The fused AdamW update.
 
-use half::bf16;
 use pillion_kernels::{AdamW, DType};
 
 use crate::bounded::Bounded;
-use crate::common::{WEIGHT_TYPES, assert_within, normals, run};
+use crate::common::{TYPES, assert_within, normals, rounded_as, run};
 
-const LENGTHS: [usize; 6] = [1, 3, 15, 33, 7 * 15, 1025];
+const LENGTHS: [usize; 7] = [1, 3, 15, 33, 7 * 15, 257, 1025];
+/// So many that three threads share them.
+const MANY: usize = (3 << 16) + 7;
 
 fn settings(step: u64, weight_decay: f32) -> AdamW {
     AdamW { lr: 3e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay, step, gradient_scale: 0.37 }
@@ -24,34 +25,30 @@ impl State {
     /// (weights as f32, [master, m, v]) after an update by the kernel.
     fn updated(&self, dtype: DType, settings: AdamW) -> (Vec<f32>, [Vec<f32>; 3]) {
         let [weights, master, m, v] = run(|stage| {
-            let mut weights = stage.weights(dtype, &vec![f32::NAN; self.0[0].len()]);
+            let mut weights = stage.output_as(dtype, self.0[0].len());
             let [mut master, mut m, mut v, grad] = self.0.each_ref().map(|x| stage.buffer(x));
             let state = [master.view_mut(), m.view_mut(), v.view_mut()];
             let [master_view, m_view, v_view] = state;
             stage.queue.adamw(Some(weights.view_mut()), master_view, m_view, v_view, grad.view(), settings);
             [weights, master, m, v]
         });
-        let weights = match dtype {
-            DType::Bf16 => weights.of::<bf16>().iter().map(|x| x.to_f32()).collect(),
-            _ => weights.of(),
-        };
-        (weights, [master, m, v].map(|x| x.of()))
+        (weights.wide(), [master, m, v].map(|x| x.of()))
     }
 }
 
 #[test]
 fn an_update_without_a_copy_gives_the_same_state() {
-    let state = State::random(77);
-    let settings =
-        AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 3, gradient_scale: 0.5 };
-    let alone = run(|stage| {
-        let [mut master, mut m, mut v, grad] = state.0.each_ref().map(|x| stage.buffer(x));
-        stage.queue.adamw(None, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
-        [master, m, v]
-    });
-    let (weights, copied) = state.updated(DType::F32, settings);
-    assert_eq!(alone.map(|x| x.of::<f32>()), copied);
-    assert_eq!(weights, copied[0]);
+    for len in [77, MANY] {
+        let (state, settings) = (State::random(len), settings(3, 0.1));
+        let alone = run(|stage| {
+            let [mut master, mut m, mut v, grad] = state.0.each_ref().map(|x| stage.buffer(x));
+            stage.queue.adamw(None, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
+            [master, m, v]
+        });
+        let (weights, copied) = state.updated(DType::F32, settings);
+        assert_eq!(alone.map(|x| x.of::<f32>()), copied);
+        assert_eq!(weights, copied[0]);
+    }
 }
 
 /// [master, m, v] of one element after an update: the formula, with each setting and result rounded to f32.
@@ -70,23 +67,26 @@ fn updated(before: [f32; 4], settings: AdamW) -> [Bounded; 3] {
     [master * (one - lr * decay) - rate * (m / (v.sqrt() / root + epsilon)), m, v]
 }
 
+fn check(len: usize, dtype: DType, settings: AdamW) {
+    let state = State::random(len);
+    let (weights, after) = state.updated(dtype, settings);
+    let expected: Vec<[Bounded; 3]> = (0..len).map(|i| updated(state.0.each_ref().map(|x| x[i]), settings)).collect();
+    for (which, name) in ["master", "m", "v"].iter().enumerate() {
+        let expected: Vec<Bounded> = expected.iter().map(|element| element[which]).collect();
+        assert_within(name, &after[which], &expected);
+    }
+    assert_eq!(weights, rounded_as(dtype, &after[0]));
+}
+
 #[test]
 fn an_update_is_within_its_bound_and_weights_are_the_rounded_master() {
-    for len in LENGTHS {
-        for dtype in WEIGHT_TYPES {
+    for dtype in TYPES {
+        for len in LENGTHS {
             for (step, decay) in [(1, 0.0), (2, 0.1), (1000, 0.1), (1_000_000, 0.1)] {
-                let (state, settings) = (State::random(len), settings(step, decay));
-                let (weights, after) = state.updated(dtype, settings);
-                let expected: Vec<[Bounded; 3]> =
-                    (0..len).map(|i| updated(state.0.each_ref().map(|x| x[i]), settings)).collect();
-                for (which, name) in ["master", "m", "v"].iter().enumerate() {
-                    let expected: Vec<Bounded> = expected.iter().map(|element| element[which]).collect();
-                    assert_within(name, &after[which], &expected);
-                }
-                let round = |&x: &f32| if dtype == DType::Bf16 { bf16::from_f32(x).to_f32() } else { x };
-                assert_eq!(weights, after[0].iter().map(round).collect::<Vec<_>>());
+                check(len, dtype, settings(step, decay));
             }
         }
+        check(MANY, dtype, settings(2, 0.1));
     }
 }
 

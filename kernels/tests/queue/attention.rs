@@ -1,25 +1,35 @@
 //! Causal grouped-query attention.
 
-use pillion_kernels::AttentionShape;
+use pillion_kernels::{AttentionShape, DType};
 use proptest::prelude::*;
 
-use crate::bounded::{Bounded, dot, exact, max, sum};
-use crate::common::{Values, assert_gradient, assert_within, normals, run};
+use crate::bounded::{Bounded, dot, exact, max, sum, to};
+use crate::common::{TYPES, Values, assert_certain, assert_gradient, assert_within, normals_as, rounded_as, run};
 
 const fn shape(batch: usize, seq: usize, heads: usize, kv_heads: usize, head_dim: usize) -> AttentionShape {
     AttentionShape { batch, seq, heads, kv_heads, head_dim }
 }
 
-/// Lengths around one and two tiles of 64 rows; heads of their own, in groups, and all on one key head.
-const SHAPES: [AttentionShape; 7] = [
+/// Lengths around one and two tiles of 64 rows and beyond a block of 512 keys; heads of their own, in groups, and all on one key head.
+/// Threads share sequences and key heads.
+const SHAPES: [AttentionShape; 13] = [
     shape(1, 1, 1, 1, 2),
     shape(3, 3, 2, 1, 4),
+    shape(7, 15, 3, 3, 2),
+    shape(1, 33, 4, 1, 2),
     shape(2, 63, 2, 2, 6),
     shape(2, 64, 4, 2, 4),
     shape(1, 65, 6, 2, 10),
     shape(1, 130, 3, 1, 8),
     shape(2, 130, 2, 2, 4),
+    shape(1, 257, 2, 1, 4),
+    shape(1, 513, 2, 1, 2),
+    shape(1, 600, 1, 1, 4),
+    shape(1, 600, 2, 2, 2),
 ];
+
+/// Keys in a block of the kernel. A block's exponentials are relative to the largest score so far, and are rounded as such.
+const BLOCK: usize = 512;
 
 fn queries(shape: AttentionShape) -> usize {
     shape.batch * shape.seq * shape.heads * shape.head_dim
@@ -63,19 +73,32 @@ fn scores(q: &[Bounded], k: &[Bounded], shape: AttentionShape, b: usize, t: usiz
     (0..=t).map(score).collect()
 }
 
-/// (out, log_sum)
-fn forward(q: &[Bounded], k: &[Bounded], v: &[Bounded], shape: AttentionShape) -> (Vec<Bounded>, Vec<Bounded>) {
+/// (out, log_sum) of activations of this type. Exponentials are rounded before they are summed and multiplied with values.
+fn forward(
+    dtype: DType,
+    q: &[Bounded],
+    k: &[Bounded],
+    v: &[Bounded],
+    shape: AttentionShape,
+) -> (Vec<Bounded>, Vec<Bounded>) {
     let mut out = vec![Bounded::exact(0.0); queries(shape)];
     let mut log_sum = vec![Bounded::exact(0.0); shape.batch * shape.heads * shape.seq];
     for (b, t, head) in rows(shape) {
         let scores = scores(q, k, shape, b, t, head);
-        let largest = max(&scores);
-        let exponentials: Vec<Bounded> = scores.iter().map(|&score| (score - largest).exp()).collect();
+        let mut largest = max(&scores[..scores.len().min(BLOCK)]);
+        let mut exponentials: Vec<Bounded> = Vec::new();
+        for block in scores.chunks(BLOCK) {
+            let larger = max(&[largest, max(block)]);
+            let rescale = (largest - larger).exp();
+            exponentials.iter_mut().for_each(|x| *x = *x * rescale);
+            exponentials.extend(block.iter().map(|&score| (score - larger).exp().to(dtype)));
+            largest = larger;
+        }
         let total = sum(exponentials.iter().copied());
         let inverse = Bounded::exact(1.0) / total;
         for (column, at) in query(shape, b, t, head).enumerate() {
-            let term = |(s, &p): (usize, &Bounded)| p * inverse * v[key(shape, b, s, head)][column];
-            out[at] = sum(exponentials.iter().enumerate().map(term));
+            let term = |(s, &p): (usize, &Bounded)| p * v[key(shape, b, s, head)][column];
+            out[at] = (sum(exponentials.iter().enumerate().map(term)) * inverse).to(dtype);
         }
         log_sum[(b * shape.heads + head) * shape.seq + t] = largest + total.ln();
     }
@@ -83,9 +106,16 @@ fn forward(q: &[Bounded], k: &[Bounded], v: &[Bounded], shape: AttentionShape) -
 }
 
 /// [grad_q, grad_k, grad_v]: with P the softmax, ∂V = Pᵀ·∂O, ∂P = ∂O·Vᵀ, ∂S = P∘(∂P − rowsum(∂O∘O)), ∂Q = ∂S·K/√D, ∂K = ∂Sᵀ·Q/√D.
-fn backward(grad_out: &[Bounded], [q, k, v]: [&[Bounded]; 3], shape: AttentionShape) -> [Vec<Bounded>; 3] {
-    let (out, log_sum) = forward(q, k, v, shape);
-    let mut grad_q = Vec::new();
+/// P and ∂S are rounded before they are multiplied.
+fn backward(
+    dtype: DType,
+    grad_out: &[Bounded],
+    [q, k, v]: [&[Bounded]; 3],
+    shape: AttentionShape,
+) -> [Vec<Bounded>; 3] {
+    let (out, log_sum) = forward(dtype, q, k, v, shape);
+    let scale = scale(shape);
+    let mut grad_q = vec![Bounded::exact(0.0); queries(shape)];
     let (mut terms_k, mut terms_v) = (vec![Vec::new(); keys(shape)], vec![Vec::new(); keys(shape)]);
     for (b, t, head) in rows(shape) {
         let row = query(shape, b, t, head);
@@ -95,38 +125,41 @@ fn backward(grad_out: &[Bounded], [q, k, v]: [&[Bounded]; 3], shape: AttentionSh
         let mut grad_scores = Vec::new();
         for (s, &score) in scores(q, k, shape, b, t, head).iter().enumerate() {
             let p = (score - log_sum).exp();
-            let grad_score = p * (dot(grad_out, &v[key(shape, b, s, head)]) - projection);
+            let grad_score = (p * (dot(grad_out, &v[key(shape, b, s, head)]) - projection)).to(dtype);
             for (column, at) in key(shape, b, s, head).enumerate() {
-                terms_v[at].push(p * grad_out[column]);
-                terms_k[at].push(grad_score * q[row.clone()][column] * scale(shape));
+                terms_v[at].push(p.to(dtype) * grad_out[column]);
+                terms_k[at].push(grad_score * q[row.clone()][column] * scale);
             }
             grad_scores.push(grad_score);
         }
-        let grad = |column: usize| {
-            let term = |(s, &grad): (usize, &Bounded)| grad * k[key(shape, b, s, head)][column] * scale(shape);
-            sum(grad_scores.iter().enumerate().map(term))
-        };
-        grad_q.extend((0..shape.head_dim).map(grad));
+        for (column, at) in row.enumerate() {
+            let term = |(s, &grad): (usize, &Bounded)| grad * k[key(shape, b, s, head)][column] * scale;
+            grad_q[at] = sum(grad_scores.iter().enumerate().map(term));
+        }
     }
-    let sums = |terms: Vec<Vec<Bounded>>| terms.into_iter().map(sum).collect();
-    [grad_q, sums(terms_k), sums(terms_v)]
+    let sums = |terms: Vec<Vec<Bounded>>| terms.into_iter().map(sum).collect::<Vec<_>>();
+    [grad_q, sums(terms_k), sums(terms_v)].map(|grad| to(dtype, &grad))
 }
 
-fn forward_by_kernel([q, k, v]: [&[f32]; 3], shape: AttentionShape) -> [Values; 2] {
+/// [out, log_sum]
+fn forward_by_kernel(dtype: DType, qkv: [&[f32]; 3], shape: AttentionShape) -> [Values; 2] {
     run(|stage| {
-        let (mut out, mut log_sum) = (stage.output(q.len()), stage.output(shape.batch * shape.heads * shape.seq));
-        let (q, k, v) = (stage.buffer(q), stage.buffer(k), stage.buffer(v));
+        let (mut out, mut log_sum) =
+            (stage.output_as(dtype, qkv[0].len()), stage.output(shape.batch * shape.heads * shape.seq));
+        let [q, k, v] = qkv.map(|x| stage.buffer_as(dtype, x));
         stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
         [out, log_sum]
     })
 }
 
-fn backward_by_kernel(grad_out: &[f32], [q, k, v]: [&[f32]; 3], shape: AttentionShape) -> [Values; 3] {
+/// [grad_q, grad_k, grad_v]
+fn backward_by_kernel(dtype: DType, grad_out: &[f32], qkv: [&[f32]; 3], shape: AttentionShape) -> [Values; 3] {
     run(|stage| {
-        let (mut out, mut log_sum) = (stage.output(q.len()), stage.output(shape.batch * shape.heads * shape.seq));
-        let (mut grad_q, mut grad_k, mut grad_v) =
-            (stage.output(q.len()), stage.output(k.len()), stage.output(v.len()));
-        let (q, k, v, grad_out) = (stage.buffer(q), stage.buffer(k), stage.buffer(v), stage.buffer(grad_out));
+        let (mut out, mut log_sum) =
+            (stage.output_as(dtype, qkv[0].len()), stage.output(shape.batch * shape.heads * shape.seq));
+        let [mut grad_q, mut grad_k, mut grad_v] = qkv.map(|x| stage.output_as(dtype, x.len()));
+        let [q, k, v] = qkv.map(|x| stage.buffer_as(dtype, x));
+        let grad_out = stage.buffer_as(dtype, grad_out);
         stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
         stage.queue.attention_backward(
             grad_q.view_mut(),
@@ -144,19 +177,27 @@ fn backward_by_kernel(grad_out: &[f32], [q, k, v]: [&[f32]; 3], shape: Attention
     })
 }
 
-fn check_forward(qkv: [&[f32]; 3], shape: AttentionShape) {
-    let [out, log_sum] = forward_by_kernel(qkv, shape);
-    let (expected, expected_log_sum) = forward(&exact(qkv[0]), &exact(qkv[1]), &exact(qkv[2]), shape);
-    assert_within("out", &out.of(), &expected);
-    assert_within("log_sum", &log_sum.of(), &expected_log_sum);
+fn inputs(dtype: DType, shape: AttentionShape) -> [Vec<f32>; 3] {
+    [(queries(shape), 1), (keys(shape), 2), (keys(shape), 3)].map(|(len, stream)| normals_as(dtype, len, stream))
 }
 
-fn check_backward(grad_out: &[f32], qkv: [&[f32]; 3], shape: AttentionShape) -> [Vec<Bounded>; 3] {
+/// Returns the output that is expected.
+fn check_forward(dtype: DType, qkv: [&[f32]; 3], shape: AttentionShape) -> Vec<Bounded> {
+    let [out, log_sum] = forward_by_kernel(dtype, qkv, shape);
+    let [q, k, v] = qkv.map(exact);
+    let (expected, expected_log_sum) = forward(dtype, &q, &k, &v, shape);
+    assert_within("out", &out.wide(), &expected);
+    assert_within("log_sum", &log_sum.of(), &expected_log_sum);
+    expected
+}
+
+/// Returns the gradients that are expected.
+fn check_backward(dtype: DType, grad_out: &[f32], qkv: [&[f32]; 3], shape: AttentionShape) -> [Vec<Bounded>; 3] {
     let wide = qkv.map(exact);
-    let expected = backward(&exact(grad_out), wide.each_ref().map(|x| &x[..]), shape);
-    let got = backward_by_kernel(grad_out, qkv, shape);
+    let expected = backward(dtype, &exact(grad_out), wide.each_ref().map(|x| &x[..]), shape);
+    let got = backward_by_kernel(dtype, grad_out, qkv, shape);
     for ((name, got), expected) in ["grad_q", "grad_k", "grad_v"].iter().zip(&got).zip(&expected) {
-        assert_within(name, &got.of(), expected);
+        assert_within(name, &got.wide(), expected);
     }
     expected
 }
@@ -164,62 +205,80 @@ fn check_backward(grad_out: &[f32], qkv: [&[f32]; 3], shape: AttentionShape) -> 
 #[test]
 fn forward_is_within_its_bound() {
     for shape in SHAPES {
-        check_forward([&normals(queries(shape), 1), &normals(keys(shape), 2), &normals(keys(shape), 3)], shape);
+        for dtype in TYPES {
+            let [q, k, v] = inputs(dtype, shape);
+            let expected = check_forward(dtype, [&q, &k, &v], shape);
+            if dtype == DType::Bf16 && expected.len() > 100 {
+                assert_certain("out", &expected);
+            }
+        }
     }
 }
 
 #[test]
 fn backward_is_within_its_bound() {
     for shape in SHAPES {
-        let (q, k, v) = (normals(queries(shape), 1), normals(keys(shape), 2), normals(keys(shape), 3));
-        let grad_out = normals(queries(shape), 4);
-        let [grad_q, grad_k, grad_v] = check_backward(&grad_out, [&q, &k, &v], shape);
-        let direction = exact(&grad_out);
-        assert_gradient(&[&q, &k, &v], &[&grad_q, &grad_k, &grad_v], |inputs| {
-            dot(&forward(&inputs[0], &inputs[1], &inputs[2], shape).0, &direction)
-        });
+        for dtype in TYPES {
+            let ([q, k, v], grad_out) = (inputs(dtype, shape), normals_as(dtype, queries(shape), 4));
+            let grads = check_backward(dtype, &grad_out, [&q, &k, &v], shape);
+            if dtype == DType::F32 {
+                let direction = exact(&grad_out);
+                assert_gradient(&[&q, &k, &v], &grads.each_ref().map(|x| &x[..]), |inputs| {
+                    dot(&forward(dtype, &inputs[0], &inputs[1], &inputs[2], shape).0, &direction)
+                });
+            } else if queries(shape) > 100 {
+                grads.iter().for_each(|grad| assert_certain("a gradient", grad));
+            }
+        }
     }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
-    fn any_shape_is_within_its_bound(batch in 1usize..4, seq in 1usize..70, kv_heads in 1usize..4, group in 1usize..4, half in 1usize..5) {
-        let shape = shape(batch, seq, kv_heads * group, kv_heads, 2 * half);
-        let (q, k, v) = (normals(queries(shape), 1), normals(keys(shape), 2), normals(keys(shape), 3));
-        check_forward([&q, &k, &v], shape);
-        check_backward(&normals(queries(shape), 4), [&q, &k, &v], shape);
+    fn any_shape_is_within_its_bound(batch in 1usize..4, seq in 1usize..70, kv_heads in 1usize..4, group in 1usize..4, half in 1usize..5, narrow: bool) {
+        let (shape, dtype) = (shape(batch, seq, kv_heads * group, kv_heads, 2 * half), TYPES[usize::from(narrow)]);
+        let [q, k, v] = inputs(dtype, shape);
+        check_forward(dtype, [&q, &k, &v], shape);
+        check_backward(dtype, &normals_as(dtype, queries(shape), 4), [&q, &k, &v], shape);
     }
 }
 
 #[test]
 fn scores_of_hundreds_neither_overflow_nor_lose_the_bound() {
     let shape = shape(1, 65, 2, 1, 8);
-    let large = |len, stream| normals(len, stream).iter().map(|x| 15.0 * x).collect::<Vec<f32>>();
-    let (q, k, v) = (large(queries(shape), 1), large(keys(shape), 2), normals(keys(shape), 3));
-    let largest = max(&scores(&exact(&q), &exact(&k), shape, 0, 64, 0)).value;
-    assert!(largest > 89.0, "e^{largest} would not overflow f32");
-    check_forward([&q, &k, &v], shape);
-    check_backward(&normals(queries(shape), 4), [&q, &k, &v], shape);
+    for dtype in TYPES {
+        let [q, k, v] = inputs(dtype, shape);
+        let [q, k] = [q, k].map(|x| rounded_as(dtype, &x.iter().map(|x| 15.0 * x).collect::<Vec<_>>()));
+        let largest = max(&scores(&exact(&q), &exact(&k), shape, 0, 64, 0)).value;
+        assert!(largest > 89.0, "e^{largest} would not overflow f32");
+        check_forward(dtype, [&q, &k, &v], shape);
+        check_backward(dtype, &normals_as(dtype, queries(shape), 4), [&q, &k, &v], shape);
+    }
 }
 
 #[test]
 fn later_tokens_change_no_bit_of_earlier_outputs() {
-    let shape = shape(1, 130, 2, 1, 4);
-    let (q, k, v) = (normals(queries(shape), 1), normals(keys(shape), 2), normals(keys(shape), 3));
-    let [out, log_sum] = forward_by_kernel([&q, &k, &v], shape);
-    for past in [1, 63, 64, 100, 129] {
-        let replaced = |x: &[f32], width: usize| {
-            let mut x = x.to_vec();
-            x[past * width..].copy_from_slice(&normals(shape.seq * width, 9)[past * width..]);
-            x
-        };
-        let (q, k, v) = (replaced(&q, 8), replaced(&k, 4), replaced(&v, 4));
-        let [changed, changed_log_sum] = forward_by_kernel([&q, &k, &v], shape);
-        assert_eq!(changed.of::<f32>()[..past * 8], out.of::<f32>()[..past * 8]);
-        assert_ne!(changed.of::<f32>()[past * 8..], out.of::<f32>()[past * 8..]);
-        for (changed, was) in changed_log_sum.of::<f32>().chunks(shape.seq).zip(log_sum.of::<f32>().chunks(shape.seq)) {
-            assert_eq!(changed[..past], was[..past]);
+    for (seq, pasts) in [(130, [1, 63, 64, 100, 129]), (600, [1, 511, 512, 513, 599])] {
+        let shape = shape(1, seq, 2, 1, 4);
+        for dtype in TYPES {
+            let [q, k, v] = inputs(dtype, shape);
+            let [out, log_sum] = forward_by_kernel(dtype, [&q, &k, &v], shape);
+            for past in pasts {
+                let replaced = |x: &[f32], width: usize| {
+                    let mut x = x.to_vec();
+                    x[past * width..].copy_from_slice(&normals_as(dtype, seq * width, 9)[past * width..]);
+                    x
+                };
+                let (q, k, v) = (replaced(&q, 8), replaced(&k, 4), replaced(&v, 4));
+                let [changed, changed_log_sum] = forward_by_kernel(dtype, [&q, &k, &v], shape);
+                assert_eq!(changed.wide()[..past * 8], out.wide()[..past * 8]);
+                assert_ne!(changed.wide()[past * 8..], out.wide()[past * 8..]);
+                let (changed, was) = (changed_log_sum.of::<f32>(), log_sum.of::<f32>());
+                for (changed, was) in changed.chunks(seq).zip(was.chunks(seq)) {
+                    assert_eq!(changed[..past], was[..past]);
+                }
+            }
         }
     }
 }

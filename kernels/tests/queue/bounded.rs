@@ -3,8 +3,12 @@
 //! A reference written with [`Bounded`] reads like the formula. Each operation takes the errors of its arguments through, and adds
 //! the rounding of its own result, |fl(x) − x| ≤ u·|x| with u = 2⁻²⁴ (section 2.2). Bounds are worst cases, and so
 //! are a small multiple of n·u·Σ|terms|; a kernel that rounds to bf16 where it should not (2⁻⁸) or forgets a term is far outside.
+//! Where a kernel does round to bf16, so does the reference ([`Bounded::to`]), and the error does not grow to 2⁻⁸.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
+
+use half::bf16;
+use pillion_kernels::DType;
 
 /// Half the distance from 1 to the next f32. The excess covers the reference's own f64 arithmetic, 2²⁹ times finer.
 const U: f64 = (1.0 + 1.0 / 65536.0) / (1u64 << 24) as f64;
@@ -33,6 +37,21 @@ impl Bounded {
     /// The rounding of a result whose arguments' errors come through as `propagated`.
     fn with(value: f64, propagated: f64) -> Bounded {
         Bounded { value, error: propagated + U * (value.abs() + propagated) + UNDERFLOW }
+    }
+
+    /// What the kernel has as f32 is rounded to this type of activations here.
+    ///
+    /// The f32 lies between value − error and value + error. Rounding to the nearest is monotone, so the bf16 lies between those of the
+    /// two ends. A bound on an f32 is finer than the spacing of bf16 by some 2¹⁴: nearly always the ends round to the same number, which
+    /// then is what the kernel must have, without an error; else to neighbours, subnormal ones too.
+    pub(crate) fn to(self, dtype: DType) -> Bounded {
+        if dtype == DType::F32 {
+            return self;
+        }
+        // Rounding to f32 first is monotone as well, and leaves what the kernel has as it is.
+        let round = |x: f64| f64::from(bf16::from_f32(x as f32));
+        let (low, value, high) = (round(self.value - self.error), round(self.value), round(self.value + self.error));
+        Bounded { value, error: f64::max(high - value, value - low) }
     }
 
     pub(crate) fn sqrt(self) -> Bounded {
@@ -90,6 +109,11 @@ pub(crate) fn exact(values: &[f32]) -> Vec<Bounded> {
     values.iter().map(|&value| Bounded::exact(value)).collect()
 }
 
+/// Results that a kernel rounds to this type of activations.
+pub(crate) fn to(dtype: DType, results: &[Bounded]) -> Vec<Bounded> {
+    results.iter().map(|x| x.to(dtype)).collect()
+}
+
 impl Neg for Bounded {
     type Output = Bounded;
     fn neg(self) -> Bounded {
@@ -126,4 +150,21 @@ impl Div for Bounded {
         assert!(divisor > other.error, "the divisor {other:?} may be 0");
         Bounded::with(value, (self.error + value.abs() * other.error) / (divisor - other.error))
     }
+}
+
+#[test]
+fn a_rounding_to_bf16_is_certain_unless_both_neighbours_are_in_reach() {
+    let spacing = 2f64.powi(-7);
+    let near = |value: f64, error: f64| {
+        let rounded = Bounded { value, error }.to(DType::Bf16);
+        (rounded.value, rounded.error)
+    };
+    assert_eq!(near(1.0 + 0.4 * spacing, 1e-6), (1.0, 0.0));
+    assert_eq!(near(1.0 + 0.6 * spacing, 1e-6), (1.0 + spacing, 0.0));
+    assert_eq!(near(1.0 + 0.499_99 * spacing, 1e-6), (1.0, spacing));
+    assert_eq!(near(1.0 + 0.500_01 * spacing, 1e-6), (1.0 + spacing, spacing));
+    // The smallest bf16 is 2⁻¹³³.
+    assert_eq!(near(0.7 * 2f64.powi(-133), 0.1 * 2f64.powi(-133)), (2f64.powi(-133), 0.0));
+    assert_eq!(near(1.0 + 0.499_99 * spacing, 0.0), (1.0, 0.0));
+    assert_eq!(Bounded { value: 1.001, error: 1e-6 }.to(DType::F32).value, 1.001);
 }

@@ -1,12 +1,14 @@
 //! Running a kernel on every device, and comparing what it computed.
 
+use std::sync::OnceLock;
+
 use half::bf16;
-use pillion_kernels::{Buffer, Cpu, DType, Device, Element, LazyCpu, Queue, random};
+use pillion_kernels::{Buffer, Cores, Cpu, DType, Device, Element, LazyCpu, Queue, random};
 
 use crate::bounded::{Bounded, sum};
 
-/// The types in which weights come.
-pub(crate) const WEIGHT_TYPES: [DType; 2] = [DType::F32, DType::Bf16];
+/// The types in which activations and weights come.
+pub(crate) const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
 
 /// A device with one queue for the kernel under test and another for its inputs.
 pub(crate) struct Stage {
@@ -28,40 +30,69 @@ impl Stage {
         buffer
     }
 
-    /// A buffer that a kernel overwrites.
-    pub(crate) fn output(&self, len: usize) -> Buffer {
-        self.buffer(&vec![f32::NAN; len])
-    }
-
-    /// A buffer with weights, which [`weights`] has rounded to their type.
-    pub(crate) fn weights(&self, dtype: DType, data: &[f32]) -> Buffer {
+    /// A buffer with these numbers as a type of activations or weights, which holds them exactly.
+    pub(crate) fn buffer_as(&self, dtype: DType, data: &[f32]) -> Buffer {
         match dtype {
             DType::Bf16 => self.buffer(&data.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()),
             _ => self.buffer(data),
         }
     }
+
+    /// A buffer that a kernel overwrites.
+    pub(crate) fn output(&self, len: usize) -> Buffer {
+        self.output_as(DType::F32, len)
+    }
+
+    /// The same of this type.
+    pub(crate) fn output_as(&self, dtype: DType, len: usize) -> Buffer {
+        self.buffer_as(dtype, &vec![f32::NAN; len])
+    }
 }
 
 /// What a kernel wrote.
-pub(crate) struct Values(Vec<u8>);
+pub(crate) struct Values {
+    bytes: Vec<u8>,
+    dtype: DType,
+}
 
 impl Values {
     pub(crate) fn of<T: Element>(&self) -> Vec<T> {
-        let mut values = vec![T::zeroed(); self.0.len() / T::DTYPE.bytes()];
-        bytemuck::cast_slice_mut(&mut values).copy_from_slice(&self.0);
+        assert_eq!(self.dtype, T::DTYPE);
+        let mut values = vec![T::zeroed(); self.bytes.len() / T::DTYPE.bytes()];
+        bytemuck::cast_slice_mut(&mut values).copy_from_slice(&self.bytes);
         values
+    }
+
+    /// Numbers of a type of activations or weights.
+    pub(crate) fn wide(&self) -> Vec<f32> {
+        match self.dtype {
+            DType::Bf16 => self.of::<bf16>().iter().map(|x| x.to_f32()).collect(),
+            _ => self.of(),
+        }
     }
 }
 
-/// Runs a kernel on `Cpu` and on `LazyCpu` in several orders, asserts that all bits agree, and returns what it wrote.
+/// Devices with two and with three threads.
+fn cores() -> [Cores; 2] {
+    static CORES: OnceLock<[Cores; 2]> = OnceLock::new();
+    CORES.get_or_init(|| [2, 3].map(|threads| Cores::new(threads).unwrap())).clone()
+}
+
+/// Runs a kernel on `Cpu`, on `Cores`, and on `LazyCpu` in several orders, asserts that all bits agree, and returns what it wrote.
 pub(crate) fn run<const N: usize>(kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Values; N] {
-    let on = |stage: Stage| kernel(&stage).map(|buffer| Values(stage.queue.download_bytes(buffer.view())));
+    let on = |stage: Stage| {
+        kernel(&stage).map(|buffer| Values { bytes: stage.queue.download_bytes(buffer.view()), dtype: buffer.dtype() })
+    };
     let expected = on(Stage::new(Cpu));
-    for seed in 0..3 {
-        for (index, (lazy, cpu)) in on(Stage::new(LazyCpu::new(seed))).iter().zip(&expected).enumerate() {
-            assert!(lazy.0 == cpu.0, "output {index} differs on LazyCpu::new({seed})");
+    let compare = |name: String, stage: Stage| {
+        for (index, (other, cpu)) in on(stage).iter().zip(&expected).enumerate() {
+            assert!(other.bytes == cpu.bytes, "output {index} differs on {name}");
         }
+    };
+    for cores in cores() {
+        compare(format!("Cores::new({})", cores.threads()), Stage::new(cores));
     }
+    (0..3).for_each(|seed| compare(format!("LazyCpu::new({seed})"), Stage::new(LazyCpu::new(seed))));
     expected
 }
 
@@ -70,10 +101,15 @@ pub(crate) fn normals(len: usize, stream: u64) -> Vec<f32> {
     (0..len as u64).map(|index| random::normal(1, stream, index) as f32).collect()
 }
 
-/// Standard normal numbers that a type of weights holds exactly.
-pub(crate) fn weights(dtype: DType, len: usize, stream: u64) -> Vec<f32> {
-    let round = |x| if dtype == DType::Bf16 { bf16::from_f32(x).to_f32() } else { x };
-    normals(len, stream).into_iter().map(round).collect()
+/// Standard normal numbers that a type of activations or weights holds exactly.
+pub(crate) fn normals_as(dtype: DType, len: usize, stream: u64) -> Vec<f32> {
+    rounded_as(dtype, &normals(len, stream))
+}
+
+/// The nearest numbers that this type holds.
+pub(crate) fn rounded_as(dtype: DType, numbers: &[f32]) -> Vec<f32> {
+    let round = |&x: &f32| if dtype == DType::Bf16 { bf16::from_f32(x).to_f32() } else { x };
+    numbers.iter().map(round).collect()
 }
 
 /// Integers below `bound`.
@@ -89,6 +125,12 @@ pub(crate) fn assert_within(what: &str, got: &[f32], expected: &[Bounded]) {
         let error = (f64::from(got) - expected.value).abs();
         assert!(error <= expected.error, "{what}[{index}] = {got:e} is {error:e} away from {expected:?}");
     }
+}
+
+/// Asserts that a tenth of these roundings to bf16 or more are certain: were none, a rounding too many would go unseen.
+pub(crate) fn assert_certain(what: &str, expected: &[Bounded]) {
+    let certain = expected.iter().filter(|x| x.error == 0.0).count();
+    assert!(10 * certain >= expected.len(), "{what}: of {} results, {certain} are certain", expected.len());
 }
 
 /// `before` with one more number added to each.

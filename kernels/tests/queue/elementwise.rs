@@ -5,7 +5,8 @@ use pillion_kernels::{Cpu, DType, Device, Element, LazyCpu};
 
 use crate::common::{Stage, integers, normals, run};
 
-const LENGTHS: [usize; 7] = [0, 1, 3, 15, 33, 7 * 15, 4097];
+/// The last is one that three threads share.
+const LENGTHS: [usize; 9] = [0, 1, 3, 15, 33, 7 * 15, 257, 4097, (3 << 16) + 5];
 
 #[test]
 fn what_was_uploaded_is_downloaded() {
@@ -47,6 +48,20 @@ fn new_memory_is_zero_and_zero_makes_it_so_again() {
         queue.upload_bytes(buffer.view_mut(), &vec![0xa5; zeros.len()]);
         queue.zero(buffer.view_mut());
         assert_eq!(queue.download_bytes(buffer.view()), zeros);
+    }
+}
+
+#[test]
+fn threads_leave_nothing_that_is_not_zero() {
+    for len in LENGTHS {
+        let [buffer] = run(|stage| {
+            let mut buffer = stage.buffer(&integers(len + 2, 1 << 32, 1));
+            stage.queue.zero(buffer.slice_mut(1..len + 1));
+            [buffer]
+        });
+        let mut expected = integers(len + 2, 1 << 32, 1);
+        expected[1..=len].fill(0);
+        assert_eq!(buffer.of::<u32>(), expected);
     }
 }
 

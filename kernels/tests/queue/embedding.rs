@@ -1,19 +1,20 @@
 //! Rows of a table.
 
 use crate::bounded::{Bounded, dot, exact, sum};
-use crate::common::{WEIGHT_TYPES, assert_gradient, assert_within, integers, normals, run, weights};
+use crate::common::{TYPES, assert_gradient, assert_within, integers, normals, normals_as, run};
 
 /// N, V, C: more tokens than rows, so that tokens repeat, and fewer.
-const SHAPES: [(usize, usize, usize); 5] = [(1, 1, 1), (3, 15, 7), (33, 3, 15), (64, 65, 33), (7, 300, 64)];
+const SHAPES: [(usize, usize, usize); 7] =
+    [(1, 1, 1), (3, 15, 7), (33, 3, 15), (7 * 15, 33, 3), (257, 64, 3), (64, 65, 257), (7, 300, 64)];
 
 #[test]
 fn forward_copies_rows_exactly() {
     for (tokens, vocab, width) in SHAPES {
-        for dtype in WEIGHT_TYPES {
-            let (table, ids) = (weights(dtype, vocab * width, 1), integers(tokens, vocab, 2));
+        for dtype in TYPES {
+            let (table, ids) = (normals_as(dtype, vocab * width, 1), integers(tokens, vocab, 2));
             let [out] = run(|stage| {
                 let (mut out, table, ids) =
-                    (stage.output(tokens * width), stage.weights(dtype, &table), stage.buffer(&ids));
+                    (stage.output(tokens * width), stage.buffer_as(dtype, &table), stage.buffer(&ids));
                 stage.queue.embedding(out.view_mut(), table.view(), ids.view());
                 [out]
             });

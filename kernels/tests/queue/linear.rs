@@ -4,15 +4,23 @@ use pillion_kernels::DType;
 use proptest::prelude::*;
 
 use crate::bounded::{Bounded, dot, exact, sum};
-use crate::common::{WEIGHT_TYPES, assert_gradient, assert_within, normals, run, weights};
+use crate::common::{TYPES, assert_gradient, assert_within, normals, normals_as, rounded_as, run};
 
 /// N, in, out.
-const SHAPES: [(usize, usize, usize); 7] =
-    [(1, 1, 1), (3, 1, 7), (1, 15, 3), (7, 15, 33), (33, 64, 65), (2, 600, 3), (130, 5, 17)];
+const SHAPES: [(usize, usize, usize); 8] =
+    [(1, 1, 1), (3, 1, 7), (1, 15, 3), (7, 15, 33), (33, 64, 65), (2, 600, 3), (130, 5, 17), (3, 257, 7 * 15)];
 
-/// y = x·wᵀ.
-fn forward(x: &[Bounded], w: &[Bounded], inputs: usize) -> Vec<Bounded> {
-    x.chunks(inputs).flat_map(|x| w.chunks(inputs).map(move |w| dot(x, w))).collect()
+/// Products of which three threads get parts, by rows and by columns; their sums take several blocks of steps along each dimension.
+const SHARED: [(usize, usize, usize); 3] = [(1030, 300, 4), (4, 300, 1030), (33, 750, 50)];
+
+/// y = addend + x·wᵀ.
+fn forward(addend: Option<&[f32]>, x: &[Bounded], w: &[Bounded], inputs: usize) -> Vec<Bounded> {
+    let outputs = w.len() / inputs;
+    let element = |index: usize| {
+        let (x, w) = (&x[index / outputs * inputs..], &w[index % outputs * inputs..]);
+        accumulated(addend.map(|addend| addend[index]), inputs, |i| x[i] * w[i])
+    };
+    (0..x.len() / inputs * outputs).map(element).collect()
 }
 
 /// Σ over `len` products, and what was there before.
@@ -40,31 +48,46 @@ fn backward_weight(before: Option<&[f32]>, grad_y: &[Bounded], x: &[Bounded], ro
     (0..outputs * inputs).map(element).collect()
 }
 
-fn check_forward((rows, inputs, outputs): (usize, usize, usize), dtype: DType) {
-    let (x, w) = (normals(rows * inputs, 1), weights(dtype, outputs * inputs, 2));
-    let [y] = run(|stage| {
-        let (mut y, x, w) = (stage.output(rows * outputs), stage.buffer(&x), stage.weights(dtype, &w));
-        stage.queue.linear(y.view_mut(), x.view(), w.view(), None, rows);
-        [y]
+fn check_forward((rows, inputs, outputs): (usize, usize, usize), x_type: DType, w_type: DType) {
+    let (x, w) = (normals_as(x_type, rows * inputs, 1), normals_as(w_type, outputs * inputs, 2));
+    let addend = normals(rows * outputs, 6);
+    let [wide, narrow, added] = run(|stage| {
+        let (x, w, addend) = (stage.buffer_as(x_type, &x), stage.buffer_as(w_type, &w), stage.buffer(&addend));
+        let [mut wide, mut narrow, mut added] =
+            [DType::F32, DType::Bf16, DType::F32].map(|dtype| stage.output_as(dtype, rows * outputs));
+        stage.queue.linear(wide.view_mut(), x.view(), w.view(), None, rows);
+        stage.queue.linear(narrow.view_mut(), x.view(), w.view(), None, rows);
+        stage.queue.linear(added.view_mut(), x.view(), w.view(), Some(addend.view()), rows);
+        [wide, narrow, added]
     });
-    assert_within("y", &y.of(), &forward(&exact(&x), &exact(&w), inputs));
+    let [x, w] = [exact(&x), exact(&w)];
+    check_both("y", &wide.of(), &narrow.wide(), &forward(None, &x, &w, inputs));
+    assert_within("y with addend", &added.of(), &forward(Some(&addend), &x, &w, inputs));
 }
 
-fn check_backward((rows, inputs, outputs): (usize, usize, usize), dtype: DType) {
-    let (x, w) = (normals(rows * inputs, 1), weights(dtype, outputs * inputs, 2));
+/// A product as f32, and the same sums rounded.
+fn check_both(what: &str, wide: &[f32], narrow: &[f32], expected: &[Bounded]) {
+    assert_within(what, wide, expected);
+    assert_eq!(narrow, rounded_as(DType::Bf16, wide), "{what} in bf16 is not what it is in f32, rounded");
+}
+
+fn check_backward((rows, inputs, outputs): (usize, usize, usize), dtype: DType, w_type: DType) {
+    let (x, w) = (normals_as(dtype, rows * inputs, 1), normals_as(w_type, outputs * inputs, 2));
     let (grad_y, before_x, before_w) =
-        (normals(rows * outputs, 3), normals(rows * inputs, 4), normals(outputs * inputs, 5));
-    let [grad_x, accumulated_x, grad_w] = run(|stage| {
-        let (mut grad_x, mut accumulated_x) = (stage.output(rows * inputs), stage.buffer(&before_x));
-        let (mut grad_w, grad_y) = (stage.buffer(&before_w), stage.buffer(&grad_y));
-        let (x, w) = (stage.buffer(&x), stage.weights(dtype, &w));
+        (normals_as(dtype, rows * outputs, 3), normals(rows * inputs, 4), normals(outputs * inputs, 5));
+    let [grad_x, narrow_x, accumulated_x, grad_w] = run(|stage| {
+        let (mut grad_x, mut narrow_x) = (stage.output(rows * inputs), stage.output_as(DType::Bf16, rows * inputs));
+        let (mut accumulated_x, mut grad_w) = (stage.buffer(&before_x), stage.buffer(&before_w));
+        let (x, grad_y) = (stage.buffer_as(dtype, &x), stage.buffer_as(dtype, &grad_y));
+        let w = stage.buffer_as(w_type, &w);
         stage.queue.linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), rows, false);
+        stage.queue.linear_backward_input(narrow_x.view_mut(), grad_y.view(), w.view(), rows, false);
         stage.queue.linear_backward_input(accumulated_x.view_mut(), grad_y.view(), w.view(), rows, true);
         stage.queue.linear_backward_weight(grad_w.view_mut(), grad_y.view(), x.view(), rows);
-        [grad_x, accumulated_x, grad_w]
+        [grad_x, narrow_x, accumulated_x, grad_w]
     });
     let (wide_x, wide_w, direction) = (exact(&x), exact(&w), exact(&grad_y));
-    assert_within("grad_x", &grad_x.of(), &backward_input(None, &direction, &wide_w, inputs));
+    check_both("grad_x", &grad_x.of(), &narrow_x.wide(), &backward_input(None, &direction, &wide_w, inputs));
     assert_within(
         "accumulated grad_x",
         &accumulated_x.of(),
@@ -73,17 +96,22 @@ fn check_backward((rows, inputs, outputs): (usize, usize, usize), dtype: DType) 
     assert_within("grad_w", &grad_w.of(), &backward_weight(Some(&before_w), &direction, &wide_x, rows));
 }
 
+/// All types of two operands.
+fn type_pairs() -> impl Iterator<Item = (DType, DType)> {
+    TYPES.into_iter().flat_map(|x| TYPES.map(|w| (x, w)))
+}
+
 #[test]
 fn forward_is_within_its_bound() {
-    for shape in SHAPES {
-        WEIGHT_TYPES.iter().for_each(|&dtype| check_forward(shape, dtype));
+    for shape in SHAPES.into_iter().chain(SHARED) {
+        type_pairs().for_each(|(x, w)| check_forward(shape, x, w));
     }
 }
 
 #[test]
 fn backward_is_within_its_bound() {
-    for shape in SHAPES {
-        WEIGHT_TYPES.iter().for_each(|&dtype| check_backward(shape, dtype));
+    for shape in SHAPES.into_iter().chain(SHARED) {
+        type_pairs().for_each(|(grad_y, w)| check_backward(shape, grad_y, w));
     }
 }
 
@@ -95,7 +123,7 @@ fn the_references_gradients_are_those_of_its_forward_pass() {
         let grad_x = backward_input(None, &direction, &exact(&w), inputs);
         let grad_w = backward_weight(None, &direction, &exact(&x), rows);
         assert_gradient(&[&x, &w], &[&grad_x, &grad_w], |moved| {
-            dot(&forward(&moved[0], &moved[1], inputs), &direction)
+            dot(&forward(None, &moved[0], &moved[1], inputs), &direction)
         });
     }
 }
@@ -103,9 +131,9 @@ fn the_references_gradients_are_those_of_its_forward_pass() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
-    fn any_shape_is_within_its_bound(rows in 1usize..70, inputs in 1usize..70, outputs in 1usize..70, half: bool) {
-        let dtype = WEIGHT_TYPES[usize::from(half)];
-        check_forward((rows, inputs, outputs), dtype);
-        check_backward((rows, inputs, outputs), dtype);
+    fn any_shape_is_within_its_bound(rows in 1usize..70, inputs in 1usize..70, outputs in 1usize..70, types in 0usize..4) {
+        let (activations, weights) = (TYPES[types / 2], TYPES[types % 2]);
+        check_forward((rows, inputs, outputs), activations, weights);
+        check_backward((rows, inputs, outputs), activations, weights);
     }
 }

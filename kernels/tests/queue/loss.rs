@@ -1,10 +1,12 @@
 //! Cross-entropy, and sums of squares.
 
-use crate::bounded::{Bounded, exact, max, sum};
-use crate::common::{assert_gradient, assert_within, integers, normals, run};
+use pillion_kernels::DType;
 
-/// N, V.
-const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 3), (3, 15), (7, 33), (33, 64), (5, 257)];
+use crate::bounded::{Bounded, exact, max, sum, to};
+use crate::common::{TYPES, assert_certain, assert_gradient, assert_within, integers, normals, run};
+
+/// N, V: threads share rows.
+const SHAPES: [(usize, usize); 8] = [(1, 1), (1, 3), (3, 15), (7, 15), (7, 33), (33, 64), (5, 257), (257, 3)];
 
 /// (the rows' losses, gradients)
 fn cross_entropy(logits: &[Bounded], targets: &[u32]) -> (Vec<Bounded>, Vec<Bounded>) {
@@ -23,25 +25,33 @@ fn cross_entropy(logits: &[Bounded], targets: &[u32]) -> (Vec<Bounded>, Vec<Boun
     (losses, gradients)
 }
 
-/// (sums, gradients), where sums start at 3.5 and 2.
-fn cross_entropy_by_kernel(logits: &[f32], targets: &[u32]) -> (Vec<f64>, Vec<f32>) {
+/// (sums, gradients), where sums start at 3.5 and 2; the gradients in place of the logits, or of this type.
+fn cross_entropy_by_kernel(rounded: Option<DType>, logits: &[f32], targets: &[u32]) -> (Vec<f64>, Vec<f32>) {
     let [sums, gradients] = run(|stage| {
+        let mut rounded = rounded.map(|dtype| stage.output_as(dtype, logits.len()));
         let (mut logits, targets, mut sums) =
             (stage.buffer(logits), stage.buffer(targets), stage.buffer(&[3.5f64, 2.0]));
-        stage.queue.cross_entropy(logits.view_mut(), None, targets.view(), sums.view_mut());
-        [sums, logits]
+        let rounded_view = rounded.as_mut().map(|x| x.view_mut());
+        stage.queue.cross_entropy(logits.view_mut(), rounded_view, targets.view(), sums.view_mut());
+        [sums, rounded.unwrap_or(logits)]
     });
-    (sums.of(), gradients.of())
+    (sums.of(), gradients.wide())
 }
 
+/// Returns the gradients before they are rounded.
 fn check_cross_entropy(logits: &[f32], targets: &[u32]) -> Vec<Bounded> {
     let (losses, expected) = cross_entropy(&exact(logits), targets);
-    let (sums, gradients) = cross_entropy_by_kernel(logits, targets);
+    let (sums, gradients) = cross_entropy_by_kernel(None, logits, targets);
     assert_within("gradients", &gradients, &expected);
     // The rows' losses are f32; their sum is f64, whose rounding the slack in the bounds covers.
     let (loss, bound) = losses.iter().fold((3.5, 0.0), |(sum, bound), loss| (sum + loss.value, bound + loss.error));
     assert!((sums[0] - loss).abs() <= bound, "{} against {loss}, bound {bound:e}", sums[0]);
     assert_eq!(sums[1], 2.0 + targets.len() as f64);
+    for dtype in TYPES {
+        let (sums_beside, gradients) = cross_entropy_by_kernel(Some(dtype), logits, targets);
+        assert_eq!(sums_beside, sums, "where the gradients go does not change the loss");
+        assert_within("rounded gradients", &gradients, &to(dtype, &expected));
+    }
     expected
 }
 
@@ -51,6 +61,9 @@ fn loss_and_gradient_are_within_their_bounds() {
         let (logits, targets) = (normals(rows * vocab, 1), integers(rows, vocab, 2));
         let gradients = check_cross_entropy(&logits, &targets);
         assert_gradient(&[&logits], &[&gradients], |inputs| sum(cross_entropy(&inputs[0], &targets).0));
+        if rows * vocab > 100 {
+            assert_certain("rounded gradients", &to(DType::Bf16, &gradients));
+        }
     }
 }
 
@@ -65,17 +78,21 @@ fn logits_of_hundreds_neither_overflow_nor_lose_the_bound() {
 #[test]
 fn equal_logits_lose_the_logarithm_of_the_vocabulary() {
     let vocab = 64;
-    let (sums, gradients) = cross_entropy_by_kernel(&vec![7.0; vocab], &[5]);
+    let (sums, gradients) = cross_entropy_by_kernel(None, &vec![7.0; vocab], &[5]);
     // ln 64 in f32 is one rounding and one of logf away: 3u·ln 64.
     assert!((sums[0] - 3.5 - 64f64.ln()).abs() <= 3.0 * 2f64.powi(-24) * 64f64.ln());
     assert!(gradients.iter().enumerate().all(|(i, &x)| x == if i == 5 { 1.0 / 64.0 - 1.0 } else { 1.0 / 64.0 }));
 }
 
 #[test]
-fn a_nan_among_the_logits_reaches_the_loss() {
+fn a_nan_among_the_logits_reaches_the_loss_and_its_rows_gradient() {
     let mut logits = normals(3 * 15, 1);
     logits[20] = f32::NAN;
-    assert!(cross_entropy_by_kernel(&logits, &[0, 1, 2]).0[0].is_nan());
+    for rounded in [None, Some(DType::F32), Some(DType::Bf16)] {
+        let (sums, gradients) = cross_entropy_by_kernel(rounded, &logits, &[0, 1, 2]);
+        assert!(sums[0].is_nan());
+        assert!(gradients.iter().enumerate().all(|(index, x)| x.is_nan() == (index / 15 == 1)));
+    }
 }
 
 fn square_norm_by_kernel(x: &[f32], weight: f64) -> Vec<f64> {
@@ -89,9 +106,10 @@ fn square_norm_by_kernel(x: &[f32], weight: f64) -> Vec<f64> {
 
 #[test]
 fn squares_of_integers_are_summed_exactly() {
-    for len in [0, 1, 3, 7 * 15, 33, 100_003] {
+    // The last is one that three threads share.
+    for len in [0, 1, 3, 7 * 15, 33, 257, 100_003, (3 << 16) + 17] {
         let x: Vec<f32> = integers(len, 4096, 1).iter().map(|&x| x as f32).collect();
-        // Squares below 2²⁴, fewer than 2¹⁷ of them: every partial sum is an integer below 2⁵³.
+        // Squares below 2²⁴, fewer than 2¹⁸ of them: every partial sum is an integer below 2⁵³.
         let exact: u64 = x.iter().map(|&x| (x as u64).pow(2)).sum();
         assert_eq!(square_norm_by_kernel(&x, 0.25), [0.25 * exact as f64, 0.0]);
     }
@@ -108,7 +126,7 @@ fn squares_are_summed_in_f64() {
 
 #[test]
 fn numbers_that_are_not_finite_are_counted_and_left_out() {
-    for len in [3, 16, 33] {
+    for len in [3, 16, 33, (3 << 16) + 17] {
         let mut x = vec![2.0; len];
         (x[0], x[1], x[len - 1]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
         assert_eq!(square_norm_by_kernel(&x, 1.0), [4.0 * (len - 3) as f64, 3.0]);

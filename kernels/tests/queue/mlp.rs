@@ -1,9 +1,12 @@
 //! SwiGLU.
 
-use crate::bounded::{Bounded, dot, exact};
-use crate::common::{Values, assert_gradient, assert_within, normals, run};
+use pillion_kernels::DType;
 
-const LENGTHS: [usize; 6] = [1, 3, 15, 33, 7 * 15, 1000];
+use crate::bounded::{Bounded, dot, exact, to};
+use crate::common::{TYPES, assert_certain, assert_gradient, assert_within, normals_as, rounded_as, run};
+
+/// The last is one that three threads share.
+const LENGTHS: [usize; 8] = [1, 3, 15, 33, 7 * 15, 257, 1000, 25_001];
 
 fn sigmoid(x: Bounded) -> Bounded {
     Bounded::exact(1.0) / (Bounded::exact(1.0) + (-x).exp())
@@ -23,20 +26,21 @@ fn backward(grad_out: &[Bounded], gate: &[Bounded], up: &[Bounded]) -> (Vec<Boun
     grads.unzip()
 }
 
-fn forward_by_kernel(gate: &[f32], up: &[f32]) -> Vec<f32> {
+fn forward_by_kernel(dtype: DType, gate: &[f32], up: &[f32]) -> Vec<f32> {
     let [out] = run(|stage| {
-        let (mut out, gate, up) = (stage.output(gate.len()), stage.buffer(gate), stage.buffer(up));
+        let (mut out, gate, up) =
+            (stage.output_as(dtype, gate.len()), stage.buffer_as(dtype, gate), stage.buffer_as(dtype, up));
         stage.queue.swiglu(out.view_mut(), gate.view(), up.view());
         [out]
     });
-    out.of()
+    out.wide()
 }
 
-fn backward_by_kernel(grad_out: &[f32], gate: &[f32], up: &[f32]) -> [Vec<f32>; 2] {
-    let [out, grad_gate, grad_up]: [Values; 3] = run(|stage| {
-        let (mut out, mut grad_gate, mut grad_up) =
-            (stage.output(gate.len()), stage.output(gate.len()), stage.output(gate.len()));
-        let (grad_out, gate, up) = (stage.buffer(grad_out), stage.buffer(gate), stage.buffer(up));
+/// [grad_gate, grad_up]
+fn backward_by_kernel(dtype: DType, grad_out: &[f32], gate: &[f32], up: &[f32]) -> [Vec<f32>; 2] {
+    let outputs = run(|stage| {
+        let [mut out, mut grad_gate, mut grad_up] = [(); 3].map(|()| stage.output_as(dtype, gate.len()));
+        let [grad_out, gate, up] = [grad_out, gate, up].map(|x| stage.buffer_as(dtype, x));
         stage.queue.swiglu_backward(
             out.view_mut(),
             grad_gate.view_mut(),
@@ -47,35 +51,54 @@ fn backward_by_kernel(grad_out: &[f32], gate: &[f32], up: &[f32]) -> [Vec<f32>; 
         );
         [out, grad_gate, grad_up]
     });
-    assert!(out.of::<f32>() == forward_by_kernel(gate, up), "the backward pass makes what the forward pass made");
-    [grad_gate.of(), grad_up.of()]
+    let [out, grad_gate, grad_up] = outputs.map(|x| x.wide());
+    assert!(out == forward_by_kernel(dtype, gate, up), "the backward pass makes what the forward pass made");
+    [grad_gate, grad_up]
 }
 
-fn check_backward(grad_out: &[f32], gate: &[f32], up: &[f32]) -> (Vec<Bounded>, Vec<Bounded>) {
+/// Returns the roundings, for bf16.
+fn check_forward(dtype: DType, gate: &[f32], up: &[f32]) -> Vec<Bounded> {
+    let expected = to(dtype, &forward(&exact(gate), &exact(up)));
+    assert_within("out", &forward_by_kernel(dtype, gate, up), &expected);
+    expected
+}
+
+/// Returns (grad_gate, grad_up) before they are rounded.
+fn check_backward(dtype: DType, grad_out: &[f32], gate: &[f32], up: &[f32]) -> (Vec<Bounded>, Vec<Bounded>) {
     let expected = backward(&exact(grad_out), &exact(gate), &exact(up));
-    let [grad_gate, grad_up] = backward_by_kernel(grad_out, gate, up);
-    assert_within("grad_gate", &grad_gate, &expected.0);
-    assert_within("grad_up", &grad_up, &expected.1);
+    let [grad_gate, grad_up] = backward_by_kernel(dtype, grad_out, gate, up);
+    assert_within("grad_gate", &grad_gate, &to(dtype, &expected.0));
+    assert_within("grad_up", &grad_up, &to(dtype, &expected.1));
     expected
 }
 
 #[test]
 fn forward_is_within_its_bound() {
     for len in LENGTHS {
-        let (gate, up) = (normals(len, 1), normals(len, 2));
-        assert_within("out", &forward_by_kernel(&gate, &up), &forward(&exact(&gate), &exact(&up)));
+        for dtype in TYPES {
+            let expected = check_forward(dtype, &normals_as(dtype, len, 1), &normals_as(dtype, len, 2));
+            if dtype == DType::Bf16 && len > 100 {
+                assert_certain("out", &expected);
+            }
+        }
     }
 }
 
 #[test]
 fn backward_is_within_its_bound() {
     for len in LENGTHS {
-        let (gate, up, grad_out) = (normals(len, 1), normals(len, 2), normals(len, 3));
-        let (grad_gate, grad_up) = check_backward(&grad_out, &gate, &up);
-        let direction = exact(&grad_out);
-        assert_gradient(&[&gate, &up], &[&grad_gate, &grad_up], |inputs| {
-            dot(&forward(&inputs[0], &inputs[1]), &direction)
-        });
+        for dtype in TYPES {
+            let [gate, up, grad_out] = [1, 2, 3].map(|stream| normals_as(dtype, len, stream));
+            let (grad_gate, grad_up) = check_backward(dtype, &grad_out, &gate, &up);
+            let direction = exact(&grad_out);
+            assert_gradient(&[&gate, &up], &[&grad_gate, &grad_up], |inputs| {
+                dot(&forward(&inputs[0], &inputs[1]), &direction)
+            });
+            if dtype == DType::Bf16 && len > 100 {
+                assert_certain("grad_gate", &to(dtype, &grad_gate));
+                assert_certain("grad_up", &to(dtype, &grad_up));
+            }
+        }
     }
 }
 
@@ -83,17 +106,24 @@ fn backward_is_within_its_bound() {
 fn saturated_gates_are_within_the_bound() {
     // As far as e^−gate is a normal f32.
     let gate: Vec<f32> = (-348..=348).map(|quarter| quarter as f32 / 4.0).collect();
-    let (up, grad_out) = (normals(gate.len(), 2), normals(gate.len(), 3));
-    assert_within("out", &forward_by_kernel(&gate, &up), &forward(&exact(&gate), &exact(&up)));
-    check_backward(&grad_out, &gate, &up);
+    for dtype in TYPES {
+        let gate = rounded_as(dtype, &gate);
+        let (up, grad_out) = (normals_as(dtype, gate.len(), 2), normals_as(dtype, gate.len(), 3));
+        check_forward(dtype, &gate, &up);
+        check_backward(dtype, &grad_out, &gate, &up);
+    }
 }
 
 #[test]
 fn gates_beyond_the_exponential_pass_all_or_nothing() {
-    let (gate, up) = ([100.0, 1e30, -100.0, -1e30], [3.0; 4]);
-    // silu(−100) = −100·e^−100 = −4e-42 is no normal f32.
-    assert_eq!(forward_by_kernel(&gate, &up), [300.0, 1e30 * 3.0, 0.0, 0.0]);
-    let [grad_gate, grad_up] = backward_by_kernel(&[2.0; 4], &gate, &up);
-    assert_eq!(grad_gate, [6.0, 6.0, 0.0, 0.0]);
-    assert_eq!(grad_up, [200.0, 2e30, 0.0, 0.0]);
+    for dtype in TYPES {
+        let large = rounded_as(dtype, &[1e30])[0];
+        let (gate, up) = ([100.0, large, -100.0, -large], [3.0; 4]);
+        // silu(−100) = −100·e^−100 = −4e-42 is no normal f32.
+        let expected = rounded_as(dtype, &[300.0, 3.0 * large, 0.0, 0.0]);
+        assert_eq!(forward_by_kernel(dtype, &gate, &up), expected);
+        let [grad_gate, grad_up] = backward_by_kernel(dtype, &[2.0; 4], &gate, &up);
+        assert_eq!(grad_gate, [6.0, 6.0, 0.0, 0.0]);
+        assert_eq!(grad_up, [200.0, 2.0 * large, 0.0, 0.0]);
+    }
 }

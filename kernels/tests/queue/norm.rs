@@ -1,10 +1,14 @@
 //! RMSNorm.
 
-use crate::bounded::{Bounded, dot, exact, sum};
-use crate::common::{WEIGHT_TYPES, added, assert_gradient, assert_within, normals, run, weights};
+use pillion_kernels::DType;
+
+use crate::bounded::{Bounded, dot, exact, sum, to};
+use crate::common::{TYPES, Values, added, assert_certain, assert_gradient, assert_within, normals, normals_as, run};
 
 const EPSILON: f32 = 1e-5;
-const SHAPES: [(usize, usize); 7] = [(1, 1), (3, 1), (1, 15), (7, 15), (3, 33), (33, 64), (5, 130)];
+/// N, C. The last has so many rows that three threads share them.
+const SHAPES: [(usize, usize); 10] =
+    [(1, 1), (3, 1), (1, 15), (7, 15), (3, 33), (33, 64), (5, 130), (2, 257), (257, 3), (2000, 7 * 15)];
 
 /// (out, inverse_rms)
 fn forward(x: &[Bounded], weight: &[Bounded]) -> (Vec<Bounded>, Vec<Bounded>) {
@@ -32,20 +36,29 @@ fn backward(grad_out: &[Bounded], x: &[Bounded], weight: &[Bounded]) -> (Vec<Bou
     (grad_x, grad_weight)
 }
 
+/// [out, inverse_rms]
+fn forward_by_kernel(x: &[f32], weight: &[f32], types: (DType, DType)) -> [Values; 2] {
+    run(|stage| {
+        let (mut out, mut inverse_rms) = (stage.output_as(types.0, x.len()), stage.output(x.len() / weight.len()));
+        let (x, weight) = (stage.buffer(x), stage.buffer_as(types.1, weight));
+        stage.queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), EPSILON);
+        [out, inverse_rms]
+    })
+}
+
 #[test]
 fn forward_is_within_its_bound() {
     for (rows, width) in SHAPES {
-        for dtype in WEIGHT_TYPES {
-            let (x, weight) = (normals(rows * width, 1), weights(dtype, width, 2));
-            let [out, inverse_rms] = run(|stage| {
-                let (mut out, mut inverse_rms) = (stage.output(rows * width), stage.output(rows));
-                let (x, weight) = (stage.buffer(&x), stage.weights(dtype, &weight));
-                stage.queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), EPSILON);
-                [out, inverse_rms]
-            });
+        for types in TYPES.iter().flat_map(|&out| TYPES.map(|weight| (out, weight))) {
+            let (x, weight) = (normals(rows * width, 1), normals_as(types.1, width, 2));
+            let [out, inverse_rms] = forward_by_kernel(&x, &weight, types);
             let (expected, expected_inverse) = forward(&exact(&x), &exact(&weight));
-            assert_within("out", &out.of(), &expected);
+            let expected = to(types.0, &expected);
+            assert_within("out", &out.wide(), &expected);
             assert_within("inverse_rms", &inverse_rms.of(), &expected_inverse);
+            if types.0 == DType::Bf16 && rows * width > 100 {
+                assert_certain("out", &expected);
+            }
         }
     }
 }
@@ -53,13 +66,15 @@ fn forward_is_within_its_bound() {
 #[test]
 fn backward_is_within_its_bound() {
     for (rows, width) in SHAPES {
-        for dtype in WEIGHT_TYPES {
-            let (x, weight, grad_out) = (normals(rows * width, 1), weights(dtype, width, 2), normals(rows * width, 3));
+        for dtype in TYPES {
+            let (x, weight, grad_out) =
+                (normals(rows * width, 1), normals_as(dtype, width, 2), normals(rows * width, 3));
             let (before_x, before_weight) = (normals(rows * width, 4), normals(width, 5));
             let [grad_x, grad_weight] = run(|stage| {
                 let (mut out, mut inverse_rms) = (stage.output(rows * width), stage.output(rows));
                 let (mut grad_x, mut grad_weight) = (stage.buffer(&before_x), stage.buffer(&before_weight));
-                let (x, weight, grad_out) = (stage.buffer(&x), stage.weights(dtype, &weight), stage.buffer(&grad_out));
+                let (x, weight, grad_out) =
+                    (stage.buffer(&x), stage.buffer_as(dtype, &weight), stage.buffer(&grad_out));
                 stage.queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), EPSILON);
                 stage.queue.rms_norm_backward(
                     grad_x.view_mut(),
@@ -90,12 +105,9 @@ fn backward_is_within_its_bound() {
 
 #[test]
 fn a_row_of_zeros_stays_zero() {
-    let [out, inverse_rms] = run(|stage| {
-        let (mut out, mut inverse_rms) = (stage.output(33), stage.output(1));
-        let (x, weight) = (stage.buffer(&[0.0f32; 33]), stage.buffer(&normals(33, 1)));
-        stage.queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), EPSILON);
-        [out, inverse_rms]
-    });
-    assert!(out.of::<f32>().iter().all(|&x| x == 0.0));
-    assert_within("inverse_rms", &inverse_rms.of(), &[Bounded::exact(1.0) / Bounded::exact(EPSILON).sqrt()]);
+    for dtype in TYPES {
+        let [out, inverse_rms] = forward_by_kernel(&[0.0; 33], &normals(33, 1), (dtype, DType::F32));
+        assert!(out.wide().iter().all(|&x| x == 0.0));
+        assert_within("inverse_rms", &inverse_rms.of(), &[Bounded::exact(1.0) / Bounded::exact(EPSILON).sqrt()]);
+    }
 }

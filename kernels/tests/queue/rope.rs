@@ -1,11 +1,21 @@
 //! Rotary position embedding.
 
-use crate::bounded::{Bounded, dot, exact};
-use crate::common::{assert_gradient, assert_within, normals, run};
+use pillion_kernels::DType;
 
-/// B, T, heads, D.
-const SHAPES: [(usize, usize, usize, usize); 5] =
-    [(1, 1, 1, 2), (3, 7, 1, 6), (2, 15, 3, 8), (1, 33, 2, 4), (2, 3, 5, 34)];
+use crate::bounded::{Bounded, dot, exact, to};
+use crate::common::{TYPES, assert_certain, assert_gradient, assert_within, normals, normals_as, run};
+
+/// B, T, heads, D: one sequence, and several, which threads share.
+const SHAPES: [(usize, usize, usize, usize); 8] = [
+    (1, 1, 1, 2),
+    (3, 7, 1, 6),
+    (2, 15, 3, 8),
+    (7, 15, 1, 2),
+    (1, 33, 2, 4),
+    (2, 3, 5, 34),
+    (1, 257, 2, 4),
+    (257, 3, 33, 2),
+];
 
 /// cos and sin of t·θᵢ, θᵢ = 10000^(−2i/D), as `[T, D/2]`.
 fn tables(seq: usize, dim: usize) -> (Vec<f32>, Vec<f32>) {
@@ -27,22 +37,34 @@ fn rotate(x: &[Bounded], cos: &[f32], sin: &[f32], heads: usize, dim: usize, inv
     (0..x.len()).map(turned).collect()
 }
 
-fn rotated_by_kernel(x: &[f32], cos: &[f32], sin: &[f32], heads: usize, dim: usize, inverse: bool) -> Vec<f32> {
+fn rotated_by_kernel(
+    dtype: DType,
+    x: &[f32],
+    (cos, sin): (&[f32], &[f32]),
+    heads: usize,
+    dim: usize,
+    inverse: bool,
+) -> Vec<f32> {
     let [out] = run(|stage| {
-        let (mut x, cos, sin) = (stage.buffer(x), stage.buffer(cos), stage.buffer(sin));
+        let (mut x, cos, sin) = (stage.buffer_as(dtype, x), stage.buffer(cos), stage.buffer(sin));
         stage.queue.rope(x.view_mut(), cos.view(), sin.view(), heads, dim, inverse);
         [x]
     });
-    out.of()
+    out.wide()
 }
 
 #[test]
 fn both_directions_are_within_their_bounds() {
     for (batch, seq, heads, dim) in SHAPES {
-        let (x, (cos, sin)) = (normals(batch * seq * heads * dim, 1), tables(seq, dim));
-        for inverse in [false, true] {
-            let expected = rotate(&exact(&x), &cos, &sin, heads, dim, inverse);
-            assert_within("x", &rotated_by_kernel(&x, &cos, &sin, heads, dim, inverse), &expected);
+        for dtype in TYPES {
+            let (x, (cos, sin)) = (normals_as(dtype, batch * seq * heads * dim, 1), tables(seq, dim));
+            for inverse in [false, true] {
+                let expected = to(dtype, &rotate(&exact(&x), &cos, &sin, heads, dim, inverse));
+                assert_within("x", &rotated_by_kernel(dtype, &x, (&cos, &sin), heads, dim, inverse), &expected);
+                if dtype == DType::Bf16 && x.len() > 100 {
+                    assert_certain("x", &expected);
+                }
+            }
         }
     }
 }
@@ -57,7 +79,7 @@ fn the_inverse_is_the_gradient() {
         assert_gradient(&[&x], &[&gradient], |inputs| {
             dot(&rotate(&inputs[0], &cos, &sin, heads, dim, false), &direction)
         });
-        assert_within("grad_x", &rotated_by_kernel(&grad_out, &cos, &sin, heads, dim, true), &gradient);
+        assert_within("grad_x", &rotated_by_kernel(DType::F32, &grad_out, (&cos, &sin), heads, dim, true), &gradient);
     }
 }
 
@@ -66,6 +88,8 @@ fn the_first_position_does_not_turn_and_a_quarter_turn_swaps_the_halves() {
     // One head of width 4; position 0 has angle 0, position 1 a quarter turn.
     let (cos, sin) = ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]);
     let x = [1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0];
-    let turned = rotated_by_kernel(&x, &cos, &sin, 1, 4, false);
-    assert_eq!(turned, [1.0, 2.0, 3.0, 4.0, -3.0, -4.0, 1.0, 2.0]);
+    for dtype in TYPES {
+        let turned = rotated_by_kernel(dtype, &x, (&cos, &sin), 1, 4, false);
+        assert_eq!(turned, [1.0, 2.0, 3.0, 4.0, -3.0, -4.0, 1.0, 2.0]);
+    }
 }

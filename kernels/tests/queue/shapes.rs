@@ -1,6 +1,6 @@
 //! Wrong shapes, types and ids panic with a reason; what the shapes show, at the call, even where the kernel runs later.
 
-use pillion_kernels::{AdamW, AttentionShape, Cpu, LazyCpu};
+use pillion_kernels::{AdamW, AttentionShape, Cpu, DType, LazyCpu};
 
 use crate::common::Stage;
 
@@ -22,6 +22,32 @@ fn linear_refuses_ragged_rows() {
     let stage = lazy();
     let (mut y, x, w) = (stage.output(6), stage.output(10), stage.output(14));
     stage.queue.linear(y.view_mut(), x.view(), w.view(), None, 3);
+}
+
+#[test]
+#[should_panic(expected = "a kernel asked for another dtype")]
+fn linear_adds_to_no_narrow_output() {
+    let stage = Stage::new(Cpu);
+    let (mut y, x, w, addend) = (stage.output_as(DType::Bf16, 6), stage.output(10), stage.output(15), stage.output(6));
+    stage.queue.linear(y.view_mut(), x.view(), w.view(), Some(addend.view()), 2);
+}
+
+#[test]
+#[should_panic(expected = "sums are not kept in narrow elements")]
+fn linear_backward_input_accumulates_in_no_narrow_gradient() {
+    let stage = Stage::new(Cpu);
+    let (mut grad_x, grad_y, w) = (stage.output_as(DType::Bf16, 10), stage.output(6), stage.output(15));
+    stage.queue.linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), 2, true);
+}
+
+#[test]
+#[should_panic(expected = "attention: types")]
+fn attention_refuses_activations_of_two_types() {
+    let stage = lazy();
+    let (mut out, mut log_sum) = (stage.output(2), stage.output(1));
+    let (q, k, v) = (stage.output_as(DType::Bf16, 2), stage.output(2), stage.output(2));
+    let shape = AttentionShape { batch: 1, seq: 1, heads: 1, kv_heads: 1, head_dim: 2 };
+    stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
 }
 
 #[test]
