@@ -45,6 +45,8 @@ pub(crate) struct Sidebands {
 }
 
 /// What is done with the operands.
+// A box would be an allocation for each operation.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Work {
     Moves(Moves),
     Fold(Fold),

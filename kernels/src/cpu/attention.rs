@@ -309,10 +309,10 @@ fn backward_tile<T: Value>(scratch: &mut Scratch, of: Tile<'_, T>) {
     let Tile { first, q, out, grad_out, log_sum, scale } = of;
     let (alone, count, dim) = (Team::default(), q.rows, q.columns);
     softmax.clear();
-    for row in 0..count {
+    for (row, &log_sum) in log_sum[..count].iter().enumerate() {
         let (out, grad_out) =
             (&out.data[row * out.row_stride..][..dim], &grad_out.data[row * grad_out.row_stride..][..dim]);
-        softmax.push((log_sum[row], sum_of(grad_out, out, |a: T, b| a.widen() * b.widen())));
+        softmax.push((log_sum, sum_of(grad_out, out, |a: T, b| a.widen() * b.widen())));
     }
     let [narrow_p, narrow_grad] = narrow;
     let tile = take(tile, count * dim);
@@ -324,8 +324,7 @@ fn backward_tile<T: Value>(scratch: &mut Scratch, of: Tile<'_, T>) {
         let across = values.part::<T>(0, key);
         product(&alone, Matrix::dense(&mut *grad_scores, count, seen), Start::Zero, grad_out, across, 1.0);
         let (p, grad) = (take_as::<T>(narrow_p, count * seen), take_as::<T>(narrow_grad, count * seen));
-        for row in 0..count {
-            let (log_sum, projection) = softmax[row];
+        for (row, &(log_sum, projection)) in softmax.iter().enumerate() {
             let past = seen.min(first + row + 1 - key);
             let of_row = row * seen..(row + 1) * seen;
             let (p, grad) = (&mut p[of_row.clone()], &mut grad[of_row.clone()]);

@@ -51,7 +51,9 @@ macro_rules! with_type {
 
 /// All types equal the first, which is returned.
 fn same_type(what: &str, types: &[DType]) -> DType {
-    assert!(types.iter().all(|dtype| dtype == &types[0]), "{what}: types {types:?} should be equal");
+    for &other in types {
+        assert!(other == types[0], "{what}: {} and {other} should be one type", types[0]);
+    }
     types[0]
 }
 
@@ -256,6 +258,7 @@ unsafe impl Queue for HostQueue {
             });
         };
         same("linear addend", &[addend.len(), y.len()]);
+        same_type("linear with an addend", &[DType::F32, y.dtype(), addend.dtype()]);
         self.run(work, [y], [x, w, addend], move |team, [y], [x, w, addend]| {
             with_type!(types.1, A => with_type!(types.2, W => {
                 let (x, w) = (Matrix::dense(x.of::<A>(), rows, inputs), Matrix::dense(w.of::<W>(), outputs, inputs));
@@ -269,6 +272,7 @@ unsafe impl Queue for HostQueue {
         let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", grad_x.len(), rows));
         same("linear w", &[w.len(), outputs * inputs]);
         let types = (grad_x.dtype(), grad_y.dtype(), w.dtype());
+        assert!(!accumulate || types.0 == DType::F32, "gradients accumulate in f32, not in {}", types.0);
         let work = Work::products("linear_backward_input", rows * inputs * outputs);
         self.run(work, [grad_x], [grad_y, w], move |team, [grad_x], [grad_y, w]| {
             with_type!(types.0, O => with_type!(types.1, A => with_type!(types.2, W => {

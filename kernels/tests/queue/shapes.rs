@@ -25,7 +25,7 @@ fn linear_refuses_ragged_rows() {
 }
 
 #[test]
-#[should_panic(expected = "a kernel asked for another dtype")]
+#[should_panic(expected = "should be one type")]
 fn linear_adds_to_no_narrow_output() {
     let stage = Stage::new(Cpu);
     let (mut y, x, w, addend) = (stage.output_as(DType::Bf16, 6), stage.output(10), stage.output(15), stage.output(6));
@@ -33,7 +33,7 @@ fn linear_adds_to_no_narrow_output() {
 }
 
 #[test]
-#[should_panic(expected = "sums are not kept in narrow elements")]
+#[should_panic(expected = "gradients accumulate in f32")]
 fn linear_backward_input_accumulates_in_no_narrow_gradient() {
     let stage = Stage::new(Cpu);
     let (mut grad_x, grad_y, w) = (stage.output_as(DType::Bf16, 10), stage.output(6), stage.output(15));
@@ -41,7 +41,7 @@ fn linear_backward_input_accumulates_in_no_narrow_gradient() {
 }
 
 #[test]
-#[should_panic(expected = "attention: types")]
+#[should_panic(expected = "should be one type")]
 fn attention_refuses_activations_of_two_types() {
     let stage = lazy();
     let (mut out, mut log_sum) = (stage.output(2), stage.output(1));

@@ -6,9 +6,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::pack::{self, Lines};
-use super::tile::{Out, Portable, Tile};
-#[cfg(target_arch = "x86_64")]
-use super::{Amx, Avx2, Avx512};
+use super::tile::{self, Out, Tile};
 use super::{Isa, Matrix, Start};
 use crate::cpu::value::Value;
 
@@ -320,18 +318,7 @@ impl Panels {
     pub(super) fn pack_on<T: Value>(&mut self, isa: Isa, b: Matrix<&[T]>) {
         assert!(b.extent() <= b.data.len(), "a matrix reaches beyond its slice");
         (self.isa, self.narrow, self.rows, self.columns) = (isa, T::NARROW, b.rows, b.columns);
-        match isa {
-            Isa::Portable => self.pack_with(Portable, b),
-            // SAFETY (here and below): the processor has these instructions.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => self.pack_with(unsafe { Avx2::new() }, b),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Amx if T::NARROW => self.pack_with(unsafe { Amx::new() }, b),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Amx => self.pack_with(unsafe { Avx512::new() }, b),
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Amx => unreachable!("a processor of another architecture"),
-        }
+        tile::with_tile!(isa, T::NARROW, tile => self.pack_with(tile, b));
     }
 
     fn pack_with<L: Tile, T: Value>(&mut self, tile: L, b: Matrix<&[T]>) {

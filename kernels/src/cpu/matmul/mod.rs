@@ -18,14 +18,10 @@ mod tile;
 use super::isa::{Isa, vectorized};
 use super::team::Team;
 use super::value::Value;
-#[cfg(target_arch = "x86_64")]
-use amx::Amx;
 pub(super) use blocks::{Panels, Right};
 use blocks::{Region, blocks};
 use pack::Lines;
-#[cfg(target_arch = "x86_64")]
-use tile::{Avx2, Avx512};
-use tile::{Portable, Tile};
+use tile::Tile;
 
 /// A matrix inside a slice: element (i, j) at `i·row_stride + j·column_stride`.
 #[derive(Clone, Copy)]
@@ -142,18 +138,7 @@ fn product_on<O: Value, A: Value, B: Value>(
     );
     assert!(!O::NARROW || matches!(start, Start::Zero), "sums are not kept in narrow elements");
     let region = Region::new(out, start, alpha);
-    match isa {
-        Isa::Portable => cut(team, Portable, region, a, b),
-        // SAFETY (here and below): the processor has these instructions.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => cut(team, unsafe { Avx2::new() }, region, a, b),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Amx if A::NARROW && B::NARROW => cut(team, unsafe { Amx::new() }, region, a, b),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Amx => cut(team, unsafe { Avx512::new() }, region, a, b),
-        #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 | Isa::Amx => unreachable!("a processor of another architecture"),
-    }
+    tile::with_tile!(isa, A::NARROW && B::NARROW, tile => cut(team, tile, region, a, b));
 }
 
 /// Gives each thread a part of the output, of whole tiles. What a part's rows and columns need of the operands is packed by each

@@ -55,7 +55,8 @@ mod x86 {
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
-    use crate::cpu::matmul::{Amx, Tile};
+    use crate::cpu::matmul::amx::Amx;
+    use crate::cpu::matmul::tile::Tile;
 
     macro_rules! multiply_adds {
         ($name:ident, $inner:ident, $features:literal, $registers:literal, $set:ident, $fma:ident) => {

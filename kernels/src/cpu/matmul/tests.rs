@@ -1,6 +1,7 @@
 use half::bf16;
 use proptest::prelude::*;
 
+use super::tile::Portable;
 use super::*;
 
 /// Awkward lengths, and whatever is around the sizes of tiles and blocks.
@@ -164,7 +165,7 @@ mod emulated {
     #[test]
     fn whole_tiles_in_several_blocks_agree_with_f64() {
         for transpose in [(false, false), (false, true), (true, false), (true, true)] {
-            let (rows, inner, columns) = (64, Amx::DEPTH + 64, 96);
+            let (rows, inner, columns) = (64, amx::Amx::DEPTH + 64, 96);
             let case = Case { rows, inner, columns, gap: 0, transpose, before: Before::Zero, packed: transpose.0 };
             check_on_tiles::<f32>(Case { before: Before::Output, gap: 1, ..case }).unwrap();
             check_on_tiles::<bf16>(case).unwrap();

@@ -65,6 +65,39 @@ pub(super) struct Out {
     pub(super) alpha: f32,
 }
 
+/// `$body` with `$tile` that of a set of instructions, which the processor has; `$narrow`: whether both operands are bf16.
+macro_rules! with_tile {
+    ($isa:expr, $narrow:expr, $tile:ident => $body:expr) => {
+        match $isa {
+            $crate::cpu::Isa::Portable => {
+                let $tile = $crate::cpu::matmul::tile::Portable;
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx2 => {
+                // SAFETY: the processor has these instructions.
+                let $tile = unsafe { $crate::cpu::matmul::tile::Avx2::new() };
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Amx if $narrow => {
+                // SAFETY: as above, and the process has the permission.
+                let $tile = unsafe { $crate::cpu::matmul::amx::Amx::new() };
+                $body
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::cpu::Isa::Avx512 | $crate::cpu::Isa::Amx => {
+                // SAFETY: as above.
+                let $tile = unsafe { $crate::cpu::matmul::tile::Avx512::new() };
+                $body
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("a processor of another architecture"),
+        }
+    };
+}
+pub(super) use with_tile;
+
 /// Any processor.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
