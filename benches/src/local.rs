@@ -26,6 +26,12 @@ pub(crate) fn store(from: &[f32], to: &mut [f32], stream: bool) {
     unsafe { stream::copy(from.as_ptr().cast(), to.as_mut_ptr().cast(), size_of_val(from), stream) }
 }
 
+/// to = 0.
+pub(crate) fn clear(to: &mut [f32]) {
+    // SAFETY: the slice holds that many f32, of which 0 is all bits zero. A loop over them is not always made the call that this is.
+    unsafe { std::ptr::write_bytes(to.as_mut_ptr(), 0, to.len()) }
+}
+
 /// The elements of a buffer of the host.
 ///
 /// # Panics
