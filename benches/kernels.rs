@@ -1,69 +1,81 @@
-//! Kernels of a training step, on one core. Elements a second are floating-point operations for products, bytes for the rest.
+//! Every kernel of a training step on one core, beside what the core could do at most. After criterion's own lines comes a table of
+//! medians.
+//!
+//!     cargo bench --bench kernels                    # all
+//!     cargo bench --bench kernels -- 'linear/f32'    # those whose name matches
 #![allow(missing_docs)]
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use pillion_kernels::{AdamW, AttentionShape, Buffer, Cpu, DType, Device, random};
+use std::time::{Duration, Instant};
 
-fn filled(len: usize) -> Buffer {
-    let mut buffer = Cpu.allocate(DType::F32, len).expect("memory");
-    let values: Vec<f32> = (0..len as u64).map(|index| random::normal(1, 1, index) as f32).collect();
-    Cpu.queue().upload(buffer.view_mut(), &values);
-    buffer
+use criterion::{Criterion, SamplingMode, Throughput};
+use pillion_benches::kernels::{self, Case, Work};
+use pillion_benches::timing::Summary;
+use pillion_kernels::{Cores, Cpu, DType, Device};
+
+const HEADING: &str = "One core, operands of random numbers; medians. The roof of products and attention (GFLOP/s) is what
+multiply-adds of registers reach, that of everything else (GB/s) a plain loop that reads, updates and writes as many bytes, of
+arrays of 32 to 192 MiB. Each roof is measured right after its kernel, and is the best of several runs.";
+
+struct Row {
+    name: String,
+    milliseconds: f64,
+    rate: f64,
+    unit: &'static str,
+    roof: f64,
 }
 
-fn linear(criterion: &mut Criterion) {
-    let queue = Cpu.queue();
-    let mut group = criterion.benchmark_group("linear");
-    for (rows, inputs, outputs) in [(1024, 512, 512), (1024, 512, 1408), (1024, 1408, 512), (1024, 512, 4096)] {
-        let (x, w, grad_y) = (filled(rows * inputs), filled(inputs * outputs), filled(rows * outputs));
-        let (mut y, mut grad_x, mut grad_w) = (filled(rows * outputs), filled(rows * inputs), filled(inputs * outputs));
-        group.throughput(Throughput::Elements((2 * rows * inputs * outputs) as u64));
-        let name = |pass: &str| format!("{pass} {rows}x{inputs}x{outputs}");
-        group.bench_function(name("forward"), |bench| {
-            bench.iter(|| queue.linear(y.view_mut(), x.view(), w.view(), None, rows));
-        });
-        group.bench_function(name("input gradient"), |bench| {
-            bench.iter(|| queue.linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), rows, false));
-        });
-        group.bench_function(name("weight gradient"), |bench| {
-            bench.iter(|| queue.linear_backward_weight(grad_w.view_mut(), grad_y.view(), x.view(), rows));
-        });
+fn main() {
+    let mut criterion =
+        Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(1)).configure_from_args();
+    let rows: Vec<Row> = kernels::all().iter().filter_map(|case| measured(&mut criterion, case)).collect();
+    criterion.final_summary();
+    if rows.is_empty() {
+        return;
+    }
+    println!("{HEADING}\n");
+    println!("{:<44} {:>9} {:>8}         {:>8} {:>7}", "kernel", "ms", "rate", "roof", "of roof");
+    for Row { name, milliseconds, rate, unit, roof } in rows {
+        println!("{name:<44} {milliseconds:>9.2} {rate:>8.1} {unit:<7} {roof:>8.1} {:>6.0}%", 100.0 * rate / roof);
     }
 }
 
-fn attention(criterion: &mut Criterion) {
-    let queue = Cpu.queue();
-    let mut group = criterion.benchmark_group("attention");
-    for seq in [128, 1024] {
-        let shape = AttentionShape { batch: 1, seq, heads: 4, kv_heads: 4, head_dim: 64 };
-        let len = seq * 256;
-        let (q, k, v, mut out) = (filled(len), filled(len), filled(len), filled(len));
-        let mut log_sum = filled(4 * seq);
-        // Two products over half the scores.
-        group.throughput(Throughput::Elements((2 * 2 * seq * seq * 256 / 2) as u64));
-        group.bench_function(format!("forward, {seq} tokens"), |bench| {
-            bench.iter(|| queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape));
-        });
-    }
-}
-
-fn adamw(criterion: &mut Criterion) {
-    const LEN: usize = 16 << 20;
-    let queue = Cpu.queue();
-    let (mut master, mut m, mut v, grad) = (filled(LEN), filled(LEN), filled(LEN), filled(LEN));
-    let settings =
-        AdamW { lr: 1e-6, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 10, gradient_scale: 1.0 };
-    queue.zero(v.view_mut());
-    let mut group = criterion.benchmark_group("adamw");
-    group.sample_size(10);
-    // Gradient, master, m and v read; master, m and v written.
-    group.throughput(Throughput::Bytes(28 * LEN as u64));
-    group.bench_function("16 M parameters", |bench| {
-        bench.iter(|| {
-            queue.adamw(None, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
+/// Runs a case if the filter lets it; its kernel is then called at least eleven times.
+fn measured(criterion: &mut Criterion, case: &Case) -> Option<Row> {
+    // Criterion warns where the time does not suffice for its samples, so this is the time of a slow core.
+    let (throughput, seconds) = match case.work {
+        Work::Products { operations, .. } => (Throughput::Elements(operations as u64), operations / 40e9),
+        Work::Stream(stream) => (Throughput::Bytes(stream.bytes() as u64), stream.bytes() as f64 / 5e9),
+    };
+    let (queue, mut call, mut samples) = (Cpu.queue(), None, Vec::new());
+    let mut group = criterion.benchmark_group(case.kernel);
+    group.sampling_mode(SamplingMode::Flat).throughput(throughput);
+    group.measurement_time(Duration::from_secs_f64(10.0 * seconds));
+    group.bench_function(&case.variant, |bench| {
+        let call = call.get_or_insert_with(|| case.operands().expect("memory"));
+        bench.iter_custom(|iterations| {
+            let before = samples.len();
+            for _ in 0..iterations {
+                let started = Instant::now();
+                call(&*queue);
+                samples.push(started.elapsed().as_nanos() as u64);
+            }
+            Duration::from_nanos(samples[before..].iter().sum())
         });
     });
+    group.finish();
+    drop(call);
+    if samples.is_empty() {
+        return None;
+    }
+    let microseconds = Summary::of(&samples).p50_us;
+    let (work, unit, roof) = match case.work {
+        Work::Products { operations, dtype } => (operations, "GFLOP/s", peak(dtype)),
+        Work::Stream(stream) => (stream.bytes() as f64, "GB/s", stream.bandwidth().expect("memory")),
+    };
+    let (rate, roof) = (work / microseconds / 1e3, roof / 1e9);
+    Some(Row { name: case.name(), milliseconds: microseconds / 1e3, rate, unit, roof })
 }
 
-criterion_group!(benches, linear, attention, adamw);
-criterion_main!(benches);
+fn peak(dtype: DType) -> f64 {
+    Cores::new(1).expect("the caller's thread").peak(dtype)
+}

@@ -1,7 +1,8 @@
 //! How fast: benchmarks of kernels and collectives. `RESULTS.md` beside this crate's manifest records what was seen, with command
 //! and machine.
 //!
-//! `cargo bench` runs the kernels. The binary `collbench` measures collectives as nccl-tests and the OSU benchmarks do; this is its code, in the
+//! `cargo bench` runs the [`kernels`] beside the [`stream`] that bounds them; `kernelbench` times them on request, for a comparison
+//! with PyTorch's. The binary `collbench` measures collectives as nccl-tests and the OSU benchmarks do; this is its code, in the
 //! order in which a run meets it: [`arguments`], [`ranks`], [`binding`], [`sweep`] over operations and sizes, [`case`] for one call,
 //! [`pattern`] for what its buffers hold, [`timing`], [`roofline`], [`overlap`], [`report`].
 #![deny(unsafe_code)]
@@ -10,6 +11,7 @@ pub mod arguments;
 pub mod binding;
 pub mod case;
 mod error;
+pub mod kernels;
 mod link;
 mod local;
 pub mod machine;
@@ -21,6 +23,7 @@ pub mod pattern;
 pub mod ranks;
 pub mod report;
 pub mod roofline;
+pub mod stream;
 pub mod sweep;
 pub mod timing;
 

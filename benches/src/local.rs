@@ -16,6 +16,34 @@ pub(crate) fn copy(from: &Buffer, to: &mut Buffer, bytes: usize, stream: bool) {
     unsafe { stream::copy(from.span().address().as_ptr(), to.span().address().as_ptr(), bytes, stream) }
 }
 
+/// to = from.
+///
+/// # Panics
+/// When their lengths differ.
+pub(crate) fn store(from: &[f32], to: &mut [f32], stream: bool) {
+    assert_eq!(from.len(), to.len(), "a copy between different lengths");
+    // SAFETY: both are that long, and a shared and an exclusive borrow do not overlap.
+    unsafe { stream::copy(from.as_ptr().cast(), to.as_mut_ptr().cast(), size_of_val(from), stream) }
+}
+
+/// to = 0.
+pub(crate) fn clear(to: &mut [f32]) {
+    // SAFETY: the slice holds that many f32, of which 0 is all bits zero. A loop over them is not always made the call that this is.
+    unsafe { std::ptr::write_bytes(to.as_mut_ptr(), 0, to.len()) }
+}
+
+/// The elements of a buffer of the host.
+///
+/// # Panics
+/// For another type than f32, and for memory that work may still use.
+pub(crate) fn numbers(buffer: &mut Buffer) -> &mut [f32] {
+    let span = buffer.span();
+    assert!(span.dtype() == DType::F32 && !span.deferred(), "{buffer:?} is not f32 that is at rest");
+    // SAFETY: the buffer holds that many f32, at a multiple of their size; it is borrowed exclusively for as long as the slice is, and no
+    // operation owns it meanwhile.
+    unsafe { std::slice::from_raw_parts_mut(span.address().as_ptr().cast(), span.len()) }
+}
+
 /// A sum of parts, of `count` elements of `dtype` each.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sum {

@@ -1,0 +1,73 @@
+//! Times kernels on request, so that they can take turns with another program's: reads the name of a case on a line, answers with the
+//! median seconds of a call. `benches/peers/kernels` is what asks.
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::io::{BufRead, Write};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use pillion_benches::kernels::{self, Call, Case, Product};
+use pillion_kernels::{Cores, Device, Queue};
+
+/// Reads names of cases on lines, and answers each with the median seconds of a call; the first call does not count
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Threads of a kernel
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Calls last so long together
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    milliseconds: u64,
+    /// Prints the names of all cases
+    #[arg(long)]
+    list: bool,
+}
+
+fn main() {
+    let arguments = Arguments::parse();
+    if let Err(error) = serve(&arguments) {
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+}
+
+fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let cases: Vec<Case> =
+        Product::ALL.into_iter().flat_map(kernels::products).chain([kernels::adamw(64 << 20, false)]).collect();
+    if arguments.list {
+        cases.iter().for_each(|case| println!("{}", case.name()));
+        return Ok(());
+    }
+    let cases: HashMap<String, Case> = cases.into_iter().map(|case| (case.name(), case)).collect();
+    let queue = Cores::new(arguments.threads)?.queue();
+    let shortest = Duration::from_millis(arguments.milliseconds);
+    let mut ready: Option<(String, Call)> = None;
+    for name in std::io::stdin().lock().lines() {
+        let name = name?;
+        if ready.as_ref().is_none_or(|(before, _)| *before != name) {
+            // Two cases' operands together may be more than there is memory.
+            drop(ready.take());
+            let case = cases.get(&name).ok_or_else(|| format!("no case is called '{name}': --list names all"))?;
+            ready = Some((name, case.operands()?));
+        }
+        let call = &mut ready.as_mut().expect("it was just made").1;
+        println!("{}", median(call, &*queue, shortest));
+        std::io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+/// Seconds of a call, of three at least.
+fn median(call: &mut Call, queue: &dyn Queue, shortest: Duration) -> f64 {
+    call(queue);
+    let (began, mut samples) = (Instant::now(), Vec::new());
+    while samples.len() < 3 || began.elapsed() < shortest {
+        let started = Instant::now();
+        call(queue);
+        samples.push(started.elapsed().as_secs_f64());
+    }
+    samples.sort_by(f64::total_cmp);
+    samples[samples.len() / 2]
+}
