@@ -158,7 +158,10 @@ pub(super) fn forward<T: Value>(
                 // SAFETY: a query head belongs to one task.
                 let log_sum = unsafe { log_sum.row(sequence * shape.heads + index, 0, 0) };
                 for (first, count) in tiles(seq) {
-                    vectorized(|| forward_tile(scratch, rows(&q, first, count), first, scale(shape)));
+                    vectorized(
+                        #[inline(always)]
+                        || forward_tile(scratch, rows(&q, first, count), first, scale(shape)),
+                    );
                     for row in 0..count {
                         let (largest, total) = scratch.softmax[row];
                         // SAFETY: as above.
@@ -272,7 +275,10 @@ pub(super) fn backward<T: Value>(team: &Team, grads: [&mut [T]; 3], saved: Saved
                         log_sum: &log_sum[first..],
                         scale: scale(shape),
                     };
-                    vectorized(|| backward_tile(scratch, tile));
+                    vectorized(
+                        #[inline(always)]
+                        || backward_tile(scratch, tile),
+                    );
                     for row in 0..count {
                         // SAFETY: a query head belongs to one task.
                         let to = unsafe { grad_q.row(sequence, index, first + row) };

@@ -92,6 +92,9 @@ fn tiles_are_allowed() -> bool {
 
 /// Runs `kernel` with the widest vectors in use. Arithmetic is the same on each: no fused multiply-add is introduced, and sums name
 /// their lanes.
+///
+/// The closure needs `#[inline(always)]`, and so does what it calls: it is called from three places, and would otherwise be compiled once,
+/// for what every processor has.
 #[inline(always)]
 pub(super) fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]

@@ -46,20 +46,26 @@ pub(super) fn narrow_one(x: f32) -> bf16 {
 
 /// out = x, exactly.
 pub(super) fn widen(out: &mut [f32], x: &[bf16]) {
-    super::vectorized(|| {
-        for (out, x) in out.iter_mut().zip(x) {
-            *out = f32::from_bits(u32::from(x.to_bits()) << 16);
-        }
-    });
+    super::vectorized(
+        #[inline(always)]
+        || {
+            for (out, x) in out.iter_mut().zip(x) {
+                *out = f32::from_bits(u32::from(x.to_bits()) << 16);
+            }
+        },
+    );
 }
 
 /// out = x, rounded to the nearest, ties to even.
 pub(super) fn narrow(out: &mut [bf16], x: &[f32]) {
-    super::vectorized(|| {
-        for (out, x) in out.iter_mut().zip(x) {
-            *out = narrow_one(*x);
-        }
-    });
+    super::vectorized(
+        #[inline(always)]
+        || {
+            for (out, x) in out.iter_mut().zip(x) {
+                *out = narrow_one(*x);
+            }
+        },
+    );
 }
 
 /// Elements that sums and maxima take at a time, whatever the vectors' width.

@@ -147,8 +147,16 @@ unsafe impl Queue for HostQueue {
                 let whole = x.len() / loss::PART;
                 let (parts, rest) = norms.split_at_mut(whole);
                 let rows = (Write(parts, 1), Read(&x[..whole * loss::PART], loss::PART));
-                team.split(rows, 1, |(norms, x)| vectorized(|| loss::square_norms(norms.0, x.0)));
-                vectorized(|| loss::square_norms(rest, &x[whole * loss::PART..]));
+                team.split(rows, 1, |(norms, x)| {
+                    vectorized(
+                        #[inline(always)]
+                        || loss::square_norms(norms.0, x.0),
+                    )
+                });
+                vectorized(
+                    #[inline(always)]
+                    || loss::square_norms(rest, &x[whole * loss::PART..]),
+                );
                 let (sum, non_finite) = norms.iter().fold((0.0, 0), |sums, norm| (sums.0 + norm.0, sums.1 + norm.1));
                 out.of().copy_from_slice(&[weight * sum, non_finite as f64]);
             });
@@ -162,7 +170,7 @@ unsafe impl Queue for HostQueue {
         self.run(Work::moves("embedding"), [out], [table, tokens], move |_, [out], [table, tokens]| {
             with_type!(dtype, W => {
                 let (out, table, tokens) = (out.of(), table.of::<W>(), tokens.of());
-                vectorized(|| embedding::forward(out, table, tokens));
+                vectorized(#[inline(always)] || embedding::forward(out, table, tokens));
             });
         });
     }
@@ -173,7 +181,10 @@ unsafe impl Queue for HostQueue {
         let work = Work::moves("embedding_backward");
         self.run(work, [grad_table], [grad_out, tokens], |_, [grad_table], [grad_out, tokens]| {
             let (grad_table, grad_out, tokens) = (grad_table.of(), grad_out.of(), tokens.of());
-            vectorized(|| embedding::backward(grad_table, grad_out, tokens));
+            vectorized(
+                #[inline(always)]
+                || embedding::backward(grad_table, grad_out, tokens),
+            );
         });
     }
 
@@ -187,7 +198,7 @@ unsafe impl Queue for HostQueue {
                 let width = weight.len();
                 let rows = (Write(out.of::<T>(), width), Write(inverse_rms.of(), 1), Read(x.of(), width));
                 team.split(rows, SHARE / width.max(1), |(out, inverse_rms, x)| {
-                    vectorized(|| norm::forward(out.0, inverse_rms.0, x.0, weight, epsilon));
+                    vectorized(#[inline(always)] || norm::forward(out.0, inverse_rms.0, x.0, weight, epsilon));
                 });
             }));
         });
@@ -228,12 +239,12 @@ unsafe impl Queue for HostQueue {
                         Read(&inverse_rms[..rows], norm::ROWS),
                     );
                     team.split(whole, 1, |(grad_x, shares, grad_out, x, inverse_rms)| {
-                        vectorized(|| norm::backward(grad_x.0, shares.0, grad_out.0, x.0, inverse_rms.0, weight));
+                        vectorized(#[inline(always)] || norm::backward(grad_x.0, shares.0, grad_out.0, x.0, inverse_rms.0, weight));
                     });
                     let (grad_out, x) = (&grad_out[rows * width..], &x[rows * width..]);
                     let inverse_rms = &inverse_rms[rows..];
-                    vectorized(|| norm::backward(grad_x_rest, shares_rest, grad_out, x, inverse_rms, weight));
-                    vectorized(|| {
+                    vectorized(#[inline(always)] || norm::backward(grad_x_rest, shares_rest, grad_out, x, inverse_rms, weight));
+                    vectorized(#[inline(always)] || {
                         for share in shares.chunks_exact(width) {
                             grad_weight.iter_mut().zip(share).for_each(|(sum, &share)| *sum += share);
                         }
@@ -315,7 +326,7 @@ unsafe impl Queue for HostQueue {
             with_type!(dtype, T => {
                 let (cos, sin, of_sequence) = (cos.of::<f32>(), sin.of::<f32>(), seq * heads * head_dim);
                 team.split(Write(x.of::<T>(), of_sequence), 1, |x| {
-                    vectorized(|| rope::rotate(x.0, cos, sin, (heads, half), sign));
+                    vectorized(#[inline(always)] || rope::rotate(x.0, cos, sin, (heads, half), sign));
                 });
             });
         });
@@ -377,7 +388,7 @@ unsafe impl Queue for HostQueue {
         self.run(Work::moves("swiglu"), [out], [gate, up], move |team, [out], [gate, up]| {
             with_type!(dtype, T => {
                 let rows = (Write(out.of::<T>(), 1), Read(gate.of::<T>(), 1), Read(up.of::<T>(), 1));
-                team.split(rows, SHARE / 8, |(out, gate, up)| vectorized(|| mlp::forward(out.0, gate.0, up.0)));
+                team.split(rows, SHARE / 8, |(out, gate, up)| vectorized(#[inline(always)] || mlp::forward(out.0, gate.0, up.0)));
             });
         });
     }
@@ -400,7 +411,7 @@ unsafe impl Queue for HostQueue {
                 let [out, grad_gate, grad_up] = writes.map(|x| Write(x.of::<T>(), 1));
                 let [grad_out, gate, up] = reads.map(|x| Read(x.of::<T>(), 1));
                 team.split((out, grad_gate, grad_up, grad_out, gate, up), SHARE / 8, |(out, dg, du, grad, gate, up)| {
-                    vectorized(|| mlp::backward([out.0, dg.0, du.0], grad.0, gate.0, up.0));
+                    vectorized(#[inline(always)] || mlp::backward([out.0, dg.0, du.0], grad.0, gate.0, up.0));
                 });
             });
         });
@@ -421,7 +432,10 @@ unsafe impl Queue for HostQueue {
                     let losses = take(&mut scratch.losses, targets.len());
                     let rows = (Write(&mut *losses, 1), Write(logits.of(), vocab), Read(targets, 1));
                     team.split(rows, 1, |(losses, logits, targets)| {
-                        vectorized(|| loss::cross_entropy(losses.0, logits.0, targets.0));
+                        vectorized(
+                            #[inline(always)]
+                            || loss::cross_entropy(losses.0, logits.0, targets.0),
+                        );
                     });
                     add(sums.of(), losses);
                 });
@@ -436,7 +450,7 @@ unsafe impl Queue for HostQueue {
                 let logits = Write(logits.of(), vocab);
                 let rows = (Write(&mut *losses, 1), Write(rounded.of::<T>(), vocab), logits, Read(targets, 1));
                 team.split(rows, 1, |(losses, grad, logits, targets)| {
-                    vectorized(|| loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0));
+                    vectorized(#[inline(always)] || loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0));
                 });
                 add(sums.of(), losses);
             }));
@@ -458,7 +472,10 @@ unsafe impl Queue for HostQueue {
             return self.run(work, [master, m, v], [grad], move |team, [master, m, v], [grad]| {
                 let rows = (Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), Read(grad.of(), 1));
                 team.split(rows, SHARE, |(master, m, v, grad)| {
-                    vectorized(|| adamw::update(master.0, m.0, v.0, grad.0, settings));
+                    vectorized(
+                        #[inline(always)]
+                        || adamw::update(master.0, m.0, v.0, grad.0, settings),
+                    );
                 });
             });
         };
@@ -469,7 +486,7 @@ unsafe impl Queue for HostQueue {
                 let weights = Write(weights.of::<W>(), 1);
                 let rows = (weights, Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), Read(grad.of(), 1));
                 team.split(rows, SHARE, |(weights, master, m, v, grad)| {
-                    vectorized(|| adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, settings));
+                    vectorized(#[inline(always)] || adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, settings));
                 });
             });
         });

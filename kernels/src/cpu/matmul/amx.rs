@@ -16,6 +16,7 @@ use half::bf16;
 
 use super::pack::{Lines, transpose};
 use super::tile::{Out, Tile};
+use super::vectorized;
 use crate::cpu::value::Value;
 
 /// A processor with AMX for bf16, which this process may use.
@@ -82,15 +83,10 @@ impl Tile for Amx {
         // SAFETY: the stage holds a tile, which `sums` fills; the rest is the caller's promise.
         unsafe {
             sums(steps, left, right, Out { data: stage, stride: 32, add: std::ptr::null(), add_stride: 0, alpha: 1.0 });
-            for row in 0..32 {
-                for column in 0..32 {
-                    let product = out.alpha * *stage.add(row * 32 + column);
-                    *out.data.add(row * out.stride + column) = match out.add.is_null() {
-                        true => product,
-                        false => *out.add.add(row * out.add_stride + column) + product,
-                    };
-                }
-            }
+            vectorized(
+                #[inline(always)]
+                || scale(stage, out),
+            );
         }
     }
 
@@ -106,6 +102,26 @@ impl Tile for Amx {
         assert!(T::NARROW, "tiles multiply bf16");
         // SAFETY: as above.
         unsafe { pack_right(lines.cast(), panel) }
+    }
+}
+
+/// out = add + alpha · stage.
+///
+/// # Safety
+/// The stage is a tile without gaps; of `out` as for [`Tile::multiply`].
+#[inline(always)]
+unsafe fn scale(stage: *const f32, out: Out) {
+    for row in 0..32 {
+        for column in 0..32 {
+            // SAFETY: an element of the tile.
+            unsafe {
+                let product = out.alpha * *stage.add(row * 32 + column);
+                *out.data.add(row * out.stride + column) = match out.add.is_null() {
+                    true => product,
+                    false => *out.add.add(row * out.add_stride + column) + product,
+                };
+            }
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::pack::{self, Lines};
 use super::tile::{self, Out, Tile};
-use super::{Isa, Matrix, Start};
+use super::{Isa, Matrix, Start, vectorized};
 use crate::cpu::value::Value;
 
 /// The right operand of a product.
@@ -116,7 +116,6 @@ fn reserve<T>(memory: &mut Vec<Line>, elements: usize) -> *mut T {
 const PARTIAL_ROWS: usize = 1024;
 
 /// Computes a region. `a` and `b` are the whole operands.
-#[inline(always)]
 pub(super) fn blocks<L: Tile, O: Value, A: Value, B: Value>(
     tile: L,
     region: Region<'_, O>,
@@ -256,10 +255,15 @@ unsafe fn one<L: Tile, O: Value>(
             (out.add, out.add_stride) = (stage, L::COLUMNS);
         }
         tile.multiply(depth, left, right, out);
-        for row in 0..shape.0 {
-            let from = std::slice::from_raw_parts(stage.add(row * L::COLUMNS), shape.1);
-            O::round(std::slice::from_raw_parts_mut(to.add(row * stride), shape.1), from);
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for row in 0..shape.0 {
+                    let from = std::slice::from_raw_parts(stage.add(row * L::COLUMNS), shape.1);
+                    O::round(std::slice::from_raw_parts_mut(to.add(row * stride), shape.1), from);
+                }
+            },
+        );
     }
 }
 

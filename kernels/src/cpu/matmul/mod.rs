@@ -167,6 +167,6 @@ fn cut<L: Tile, O: Value, A: Value, B: Value>(
         let part = unsafe {
             region.part(part(row, down, tall, L::ROWS, rows), part(column, across, wide, L::COLUMNS, columns))
         };
-        vectorized(|| blocks(tile, part, a, b));
+        blocks(tile, part, a, b);
     });
 }

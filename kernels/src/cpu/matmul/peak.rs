@@ -39,13 +39,16 @@ fn fastest(isa: Isa, dtype: DType) -> Loop {
 
 fn portable(steps: usize) {
     let (mut sums, factor) = (black_box([0.5f32; 64]), black_box(0.999f32));
-    vectorized(|| {
-        for _ in 0..steps {
-            for sum in &mut sums {
-                *sum = *sum * factor + factor;
+    vectorized(
+        #[inline(always)]
+        || {
+            for _ in 0..steps {
+                for sum in &mut sums {
+                    *sum = *sum * factor + factor;
+                }
             }
-        }
-    });
+        },
+    );
     black_box(sums);
 }
 
