@@ -289,13 +289,13 @@ impl Communicator {
         patient: bool,
     ) -> Result<Vec<Vec<u64>>, Error> {
         let gathered = self.exchange(values.iter().copied(), purpose, patient)?;
-        if values.is_empty() {
-            return Ok(Vec::new());
-        }
-        Ok(gathered.chunks_exact(values.len()).map(<[u64]>::to_vec).collect())
+        // Of no values there is nothing to cut.
+        let all = gathered.chunks_exact(values.len().max(1)).map(<[u64]>::to_vec).collect();
+        self.shared.words.put_back(gathered);
+        Ok(all)
     }
 
-    /// All ranks' values, one rank after the other; for `Words::put_back`, where this is done often.
+    /// All ranks' values, one rank after the other, in memory for `Words::put_back`.
     fn exchange(
         &self,
         values: impl ExactSizeIterator<Item = u64>,

@@ -116,6 +116,11 @@ fn models_and_numbers_that_cannot_be() {
         1,
         &[("--ranks 0", &["0 ranks", "at least 1"]), ("--ranks 100000", &["100000 ranks", "at most", "ask for fewer"])],
     );
+    refused(
+        &place,
+        2,
+        &[("--threads 0", &["--threads is 0"]), ("--threads 100000", &["--threads 100000", "processors"])],
+    );
     assert!(!place.path("out").exists(), "nothing was begun");
 }
 

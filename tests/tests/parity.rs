@@ -1,6 +1,6 @@
 //! The same run gives the same numbers however it is spread: over ranks, threads or processes, by whichever gather, on either device.
 
-use pillion_tests::program::{Step, Workplace};
+use pillion_tests::program::{Step, TINY, Workplace};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 
@@ -75,6 +75,43 @@ fn every_way_of_running_two_ranks_is_bitwise_equal_in_bf16() {
 }
 
 #[test]
+fn threads_change_no_bit() {
+    let place = Workplace::new(PROGRAM);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    if processors < 2 {
+        println!("SKIPPED: this process may run on one processor only");
+        return;
+    }
+    for precision in ["f32", "bf16"] {
+        let flags = format!("{GROWING} --ranks 1 --seq 64 --micro-batch 8 --precision {precision}");
+        let one = place.train("one", &format!("{flags} --threads 1"));
+        for threads in [2, processors.min(5)] {
+            assert_eq!(one, place.train("several", &format!("{flags} --threads {threads}")), "{threads} threads");
+        }
+    }
+}
+
+#[test]
+fn a_profile_tells_where_the_time_goes_and_changes_no_bit() {
+    let place = Workplace::new(PROGRAM);
+    let plain = place.train("plain", "--steps 3 --ranks 2");
+    let ended = place.run(&format!("train {TINY} --out profiled --steps 3 --ranks 2 --profile")).succeeded();
+    assert_eq!(plain, place.steps("profiled"));
+    let share = |name: &str| {
+        let line = ended.stdout.lines().rev().find(|line| line.trim_start().starts_with(name));
+        let line = line.unwrap_or_else(|| panic!("no {name}\n{ended}"));
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let percent = words.iter().position(|word| *word == "%").expect("a share");
+        words[percent - 1].parse::<f64>().expect("a number")
+    };
+    let kernels =
+        ["linear ", "linear_backward_input", "linear_backward_weight", "attention ", "attention_backward", "adamw"];
+    let sum: f64 = kernels.into_iter().map(share).sum();
+    assert!(sum > 0.0 && sum <= 100.5, "{sum} %\n{ended}");
+    assert_eq!(share("step"), 100.0);
+}
+
+#[test]
 fn another_seed_is_another_run() {
     let place = Workplace::new(PROGRAM);
     let a = place.train("a", "--steps 2 --ranks 1");
@@ -112,7 +149,7 @@ fn metrics_hold_every_promised_key() {
     place.train("out", "--steps 2 --ranks 2");
     for line in place.lines("out") {
         let keys = "step loss lr grad_norm batch_samples batch_tokens samples_seen tokens_per_s step_ms exposed_ms bytes_sent \
-                    noise_scale";
+                    noise_scale flops mfu";
         for key in keys.split_whitespace() {
             assert!(line.get(key).is_some(), "{key} in {line}");
         }

@@ -32,7 +32,8 @@ impl Shared {
         }
         let inbox = &self.inboxes[channel as usize];
         let idle = |lane: &Lane| lane.flights.is_empty() && inbox.is_empty();
-        let mut lane = self.lanes[channel as usize].try_lock().filter(|lane| idle(lane))?;
+        // Who has the lane is looking at it, or has an operation of its own, which this one follows in any case.
+        let mut lane = Some(self.lanes[channel as usize].lock()).filter(|lane| idle(lane))?;
         let mut course = Course::new(collective, channel, patient);
         let _guard = AbortOnPanic::new(self);
         let bell = &self.control().callers[channel as usize];

@@ -13,8 +13,20 @@ use crate::Error;
 /// # Errors
 /// When more threads are asked for than there are processors for them.
 pub(super) fn threads(asked: Option<usize>, launch: &Launch) -> Result<usize, Error> {
-    let processors = available_parallelism().map_or(1, usize::from);
-    choose(asked, processors, launch.local_world, launch.source == Source::Local)
+    choose(asked, processors(), launch.local_world, matches!(launch.source, Source::Local | Source::Single))
+}
+
+/// Checks the same before `ranks` ranks are started here.
+///
+/// # Errors
+/// As for [`threads`].
+pub(super) fn check(asked: Option<usize>, ranks: usize) -> Result<(), Error> {
+    choose(asked, processors(), ranks, true).map(|_| ())
+}
+
+/// That this process may run on.
+fn processors() -> usize {
+    available_parallelism().map_or(1, usize::from)
 }
 
 /// `ours`: whether we started the ranks, so that they run on the same processors. Other launchers may have given each rank its own.

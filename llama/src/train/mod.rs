@@ -54,6 +54,7 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
     } else if nobody || settings.ranks.is_some() {
         let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
         launcher::check_ranks(ranks)?;
+        cores::check(settings.threads, ranks)?;
         return match settings.launch {
             LaunchKind::Processes if ranks > 1 => Ok(launcher::run_processes(ranks)?),
             _ => threads(settings, Launch::threads(ranks)),
