@@ -165,7 +165,7 @@ pub unsafe trait Queue: Send {
 
     /// One AdamW update in one pass: with g = gradient_scale · grad,
     /// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², master ← master·(1 − lr·decay) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε),
-    /// and `weights`, if given, ← master, rounded to its type. All `[n]`; all but `weights` f32.
+    /// and `weights`, if given, ← master, rounded to its type. All `[n]`; `weights` and `grad` f32 or bf16, the others f32.
     fn adamw(
         &self,
         weights: Option<ViewMut<'_>>,

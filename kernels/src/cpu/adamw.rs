@@ -34,25 +34,25 @@ impl Update {
 }
 
 #[inline(always)]
-pub(super) fn update(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[f32], settings: AdamW) {
+pub(super) fn update<G: Value>(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[G], settings: AdamW) {
     let update = Update::new(settings);
     for (((master, m), v), &grad) in master.iter_mut().zip(m).zip(v).zip(grad) {
-        update.element(master, m, v, grad);
+        update.element(master, m, v, grad.widen());
     }
 }
 
 /// The same, with a rounded copy of the result.
 #[inline(always)]
-pub(super) fn update_copied<W: Value>(
+pub(super) fn update_copied<W: Value, G: Value>(
     weights: &mut [W],
     master: &mut [f32],
     m: &mut [f32],
     v: &mut [f32],
-    grad: &[f32],
+    grad: &[G],
     settings: AdamW,
 ) {
     let update = Update::new(settings);
     for ((((weight, master), m), v), &grad) in weights.iter_mut().zip(master).zip(m).zip(v).zip(grad) {
-        *weight = W::narrow(update.element(master, m, v, grad));
+        *weight = W::narrow(update.element(master, m, v, grad.widen()));
     }
 }

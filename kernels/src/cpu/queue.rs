@@ -467,28 +467,31 @@ unsafe impl Queue for HostQueue {
         settings: AdamW,
     ) {
         same("adamw", &[master.len(), m.len(), v.len(), grad.len()]);
-        let work = Work::moves("adamw");
+        let (work, gradient) = (Work::moves("adamw"), grad.dtype());
         let Some(weights) = weights else {
             return self.run(work, [master, m, v], [grad], move |team, [master, m, v], [grad]| {
-                let rows = (Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), Read(grad.of(), 1));
-                team.split(rows, SHARE, |(master, m, v, grad)| {
-                    vectorized(
-                        #[inline(always)]
-                        || adamw::update(master.0, m.0, v.0, grad.0, settings),
-                    );
+                with_type!(gradient, G => {
+                    let grad = Read(grad.of::<G>(), 1);
+                    let rows = (Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), grad);
+                    team.split(rows, SHARE, |(master, m, v, grad)| {
+                        vectorized(#[inline(always)] || adamw::update(master.0, m.0, v.0, grad.0, settings));
+                    });
                 });
             });
         };
         same("adamw weights", &[weights.len(), master.len()]);
         let dtype = weights.dtype();
         self.run(work, [weights, master, m, v], [grad], move |team, [weights, master, m, v], [grad]| {
-            with_type!(dtype, W => {
-                let weights = Write(weights.of::<W>(), 1);
-                let rows = (weights, Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), Read(grad.of(), 1));
+            with_type!(dtype, W => with_type!(gradient, G => {
+                let (weights, grad) = (Write(weights.of::<W>(), 1), Read(grad.of::<G>(), 1));
+                let rows = (weights, Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), grad);
                 team.split(rows, SHARE, |(weights, master, m, v, grad)| {
-                    vectorized(#[inline(always)] || adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, settings));
+                    vectorized(
+                        #[inline(always)]
+                        || adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, settings),
+                    );
                 });
-            });
+            }));
         });
     }
 }

@@ -97,6 +97,28 @@ fn the_type_of_the_weights_changes_no_bit_of_the_state() {
 }
 
 #[test]
+fn a_bf16_gradient_is_what_it_says_in_f32() {
+    for len in [33, MANY] {
+        let State([master, m, v, grad]) = State::random(len);
+        let state = State([master, m, v, rounded_as(DType::Bf16, &grad)]);
+        let settings = settings(3, 0.1);
+        let expected = state.updated(DType::Bf16, settings);
+        for copied in [false, true] {
+            let [weights, master, m, v] = run(|stage| {
+                let mut weights = stage.output_as(DType::Bf16, len);
+                let [mut master, mut m, mut v, _] = state.0.each_ref().map(|x| stage.buffer(x));
+                let grad = stage.buffer_as(DType::Bf16, &state.0[3]);
+                let copy = copied.then(|| weights.view_mut());
+                stage.queue.adamw(copy, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
+                [weights, master, m, v]
+            });
+            assert_eq!([master, m, v].map(|x| x.of::<f32>()), expected.1);
+            assert!(!copied || weights.wide() == expected.0);
+        }
+    }
+}
+
+#[test]
 fn the_first_step_from_rest_moves_by_the_learning_rate() {
     let len = 33;
     let gradient: Vec<f32> = normals(len, 4).iter().map(|x| x + x.signum()).collect();
