@@ -7,7 +7,7 @@ use pillion_kernels::cpu::reduce::{Fold, Reduction};
 use pillion_kernels::{Buffer, DType, Event};
 
 use crate::algorithms::{
-    self, Any, BriefAllReduce, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands,
+    self, AnyCollective, BriefAllReduce, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands,
 };
 use crate::call::Purpose;
 use crate::pending::{Outcome, Pending};
@@ -361,7 +361,7 @@ impl Communicator {
 
     fn run<T>(
         &self,
-        mut collective: impl Collective + Into<Any>,
+        mut collective: impl Collective + Into<AnyCollective>,
         channel: Channel,
         start: Start,
         value: T,
@@ -381,7 +381,7 @@ impl Communicator {
         Pending::new(self.submit(collective.into(), course, after), value)
     }
 
-    fn submit(&self, collective: Any, course: Course, after: Event) -> Arc<Outcome> {
+    fn submit(&self, collective: AnyCollective, course: Course, after: Event) -> Arc<Outcome> {
         let outcome = self.shared.outcomes.get();
         self.shared.submit(Flight::new(collective, course, after, outcome.clone()));
         outcome

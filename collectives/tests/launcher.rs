@@ -194,6 +194,12 @@ fn state(process: Pid) -> Option<char> {
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
+/// Whether a process has ended so that its parent can see it: the leader is a zombie while other threads are still on their way out, too.
+fn has_ended(process: Pid) -> bool {
+    let threads = fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero())).map_or(0, Iterator::count);
+    state(process) == Some('Z') && threads <= 1
+}
+
 #[test]
 fn all_ranks_of_a_good_job_share_its_name_and_give_zero() {
     let mut job = start("0 0 0", LONG_GRACE);
@@ -255,9 +261,9 @@ fn among_failures_found_together_a_kill_is_the_cause() {
     job.signal(Signal::STOP);
     wait_for("the launcher to stop", || state(Pid::from_child(&job.launcher)) == Some('T'));
     kill_process(failing, Signal::ALARM).unwrap();
-    wait_for("rank 0 to fail", || state(failing) == Some('Z'));
+    wait_for("rank 0 to fail", || has_ended(failing));
     kill_process(victim, Signal::KILL).unwrap();
-    wait_for("rank 1 to die", || state(victim) == Some('Z'));
+    wait_for("rank 1 to die", || has_ended(victim));
     job.signal(Signal::CONT);
     let ended = job.finish();
     assert_eq!(ended.status.code(), Some(128 + 9));

@@ -163,8 +163,9 @@ impl<'e> Step<'e> {
     /// Weight decay applies to the tensors whose specification says so.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] with the parameters as they were; another rank's failure, after which they may be invalid.
+    /// [`Error::NonFinite`] with the parameters as they were and the requests summed; another rank's failure, after which they may be invalid.
     pub fn finish(mut self, settings: AdamW, requests: &mut [f64]) -> Result<StepReport, Error> {
+        assert!(requests.len() <= REQUESTS, "{} requests of at most {REQUESTS}", requests.len());
         self.issue_until(|action| action == Action::Agree, |_| "the agreement".to_owned())?;
         let mut report = self.agree(requests)?;
         self.next += 1;
@@ -288,7 +289,6 @@ impl<'e> Step<'e> {
             values.iter_mut().zip(norm).for_each(|(value, norm)| *value += norm);
         }
         weights.release(&queue.record());
-        assert!(requests.len() <= REQUESTS, "{} requests of at most {REQUESTS}", requests.len());
         values[2..2 + requests.len()].copy_from_slice(requests);
         let waiting = Instant::now();
         communicator.all_reduce_scalars(&mut values[..2 + requests.len()], Reduction::Sum)?;

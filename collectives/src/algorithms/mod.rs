@@ -39,45 +39,45 @@ pub(crate) use reduce_scatter::reduce_scatter;
 pub(crate) use scalars::Scalars;
 pub(crate) use scatter::scatter;
 
-/// Any algorithm, for a flight to carry: one size, so that a new flight needs no memory.
-pub(crate) enum Any {
+/// AnyCollective algorithm, for a flight to carry: one size, so that a new flight needs no memory.
+pub(crate) enum AnyCollective {
     Operation(Operation),
     Brief(BriefAllReduce),
     Window(GatherWindow),
     Scalars(Scalars),
 }
 
-impl Any {
+impl AnyCollective {
     pub(crate) fn as_dyn(&mut self) -> &mut dyn Collective {
         match self {
-            Any::Operation(collective) => collective,
-            Any::Brief(collective) => collective,
-            Any::Window(collective) => collective,
-            Any::Scalars(collective) => collective,
+            AnyCollective::Operation(collective) => collective,
+            AnyCollective::Brief(collective) => collective,
+            AnyCollective::Window(collective) => collective,
+            AnyCollective::Scalars(collective) => collective,
         }
     }
 }
 
-impl From<Operation> for Any {
-    fn from(collective: Operation) -> Any {
-        Any::Operation(collective)
+impl From<Operation> for AnyCollective {
+    fn from(collective: Operation) -> AnyCollective {
+        AnyCollective::Operation(collective)
     }
 }
 
-impl From<BriefAllReduce> for Any {
-    fn from(collective: BriefAllReduce) -> Any {
-        Any::Brief(collective)
+impl From<BriefAllReduce> for AnyCollective {
+    fn from(collective: BriefAllReduce) -> AnyCollective {
+        AnyCollective::Brief(collective)
     }
 }
 
-impl From<GatherWindow> for Any {
-    fn from(collective: GatherWindow) -> Any {
-        Any::Window(collective)
+impl From<GatherWindow> for AnyCollective {
+    fn from(collective: GatherWindow) -> AnyCollective {
+        AnyCollective::Window(collective)
     }
 }
 
-impl From<Scalars> for Any {
-    fn from(collective: Scalars) -> Any {
-        Any::Scalars(collective)
+impl From<Scalars> for AnyCollective {
+    fn from(collective: Scalars) -> AnyCollective {
+        AnyCollective::Scalars(collective)
     }
 }

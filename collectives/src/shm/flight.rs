@@ -22,7 +22,7 @@ use super::place::Place;
 use super::shared::{Count, Shared};
 use super::watch::Watch;
 use crate::Error;
-use crate::algorithms::Any;
+use crate::algorithms::AnyCollective;
 use crate::call::describe;
 use crate::pending::Outcome;
 use crate::wire::Wire;
@@ -274,7 +274,7 @@ impl Course {
 
 /// An operation that goes its course while its caller does something else.
 pub(crate) struct Flight {
-    collective: Any,
+    collective: AnyCollective,
     course: Course,
     after: Event,
     outcome: Arc<Outcome>,
@@ -292,7 +292,7 @@ impl Drop for Flight {
 }
 
 impl Flight {
-    pub(crate) fn new(collective: Any, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
+    pub(crate) fn new(collective: AnyCollective, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
         Flight { collective, course, after, outcome, delay: None }
     }
 

@@ -143,6 +143,9 @@ pub(super) fn forward<T: Value>(
     [q, k, v]: [&[T]; 3],
     shape: AttentionShape,
 ) {
+    if out.is_empty() {
+        return;
+    }
     let (group, seq) = (shape.heads / shape.kv_heads, shape.seq);
     let out = Heads::new(out, shape, shape.heads);
     // A head's logarithms lie side by side, like the rows of a tensor with one head.
@@ -196,8 +199,10 @@ fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, 
             let seen = keys.min(first + row + 1 - key);
             let (largest, total) = &mut softmax[row];
             let larger = max_of(&scores[..seen]).max(*largest);
-            let rescale = exp(*largest - larger);
-            *total = *total * rescale + exponentials(&mut p[..seen], &scores[..seen], larger);
+            // As long as all scores are −∞ nothing has been added, and none of them counts more than the others will.
+            let shift = if larger == f32::NEG_INFINITY { 0.0 } else { larger };
+            let rescale = exp(*largest - shift);
+            *total = *total * rescale + exponentials(&mut p[..seen], &scores[..seen], shift);
             p[seen..].fill(T::ZERO);
             *largest = larger;
             if key > 0 {
@@ -247,6 +252,9 @@ pub(super) struct Saved<'a, T> {
 }
 
 pub(super) fn backward<T: Value>(team: &Team, grads: [&mut [T]; 3], saved: Saved<'_, T>, shape: AttentionShape) {
+    if saved.out.is_empty() {
+        return;
+    }
     let [grad_q, grad_k, grad_v] = grads;
     let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
     let group = heads / kv_heads;

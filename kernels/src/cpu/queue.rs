@@ -1,6 +1,7 @@
 //! Binds the functions of this folder to the trait [`Queue`]: checks shapes, and enqueues.
 
-use std::cell::RefCell;
+use std::cell::Cell;
+use std::thread::LocalKey;
 
 use half::bf16;
 
@@ -9,19 +10,21 @@ use super::team::{Read, Write};
 use super::{HostQueue, Work, adamw, attention, embedding, loss, maths, mlp, norm, rope, vectorized};
 use crate::{AdamW, AttentionShape, DType, Event, Queue, View, ViewMut};
 
-/// Bytes below which a thread more does not pay for one that only moves them.
+/// Elements below which a thread more does not pay for a kernel that does little with each.
 const SHARE: usize = 1 << 16;
 
-/// Working memory of the kernels on this thread.
-#[derive(Default)]
-struct Scratch {
-    grad_weight: Vec<f32>,
-    losses: Vec<f64>,
-    norms: Vec<(f64, u64)>,
+thread_local! {
+    static GRAD_WEIGHT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static LOSSES: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
+    static NORMS: Cell<Vec<(f64, u64)>> = const { Cell::new(Vec::new()) };
 }
 
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+/// Runs a kernel with working memory that this thread keeps from one to the next. It is out of its place meanwhile, so a thread that waits
+/// for others and takes up another kernel finds none, and makes some.
+fn with_memory<T: Clone + Default>(place: &'static LocalKey<Cell<Vec<T>>>, len: usize, kernel: impl FnOnce(&mut [T])) {
+    let mut memory = place.take();
+    kernel(take(&mut memory, len));
+    place.set(memory);
 }
 
 /// Working memory of exactly this length.
@@ -141,8 +144,7 @@ unsafe impl Queue for HostQueue {
         assert_eq!(out.len(), 2, "square_norm writes a sum and a count");
         self.run(Work::moves("square_norm"), [out], [x], move |team, [out], [x]| {
             let x = x.of::<f32>();
-            SCRATCH.with_borrow_mut(|scratch| {
-                let norms = take(&mut scratch.norms, x.len().div_ceil(loss::PART));
+            with_memory(&NORMS, x.len().div_ceil(loss::PART), |norms| {
                 // The last part may be shorter, so it is apart.
                 let whole = x.len() / loss::PART;
                 let (parts, rest) = norms.split_at_mut(whole);
@@ -223,9 +225,7 @@ unsafe impl Queue for HostQueue {
                 let (grad_x, grad_weight, weight) = (grad_x.of::<f32>(), grad_weight.of::<f32>(), weight.of::<W>());
                 let (grad_out, x, inverse_rms) = (grad_out.of::<f32>(), x.of::<f32>(), inverse_rms.of::<f32>());
                 let width = weight.len();
-                SCRATCH.with_borrow_mut(|scratch| {
-                    let parts = inverse_rms.len().div_ceil(norm::ROWS);
-                    let shares = take(&mut scratch.grad_weight, parts * width);
+                with_memory(&GRAD_WEIGHT, inverse_rms.len().div_ceil(norm::ROWS) * width, |shares| {
                     // The last part may have fewer rows, so it is apart.
                     let whole = inverse_rms.len() / norm::ROWS;
                     let (rows, of_rows) = (whole * norm::ROWS, norm::ROWS * width);
@@ -427,9 +427,8 @@ unsafe impl Queue for HostQueue {
         };
         let Some(rounded) = rounded else {
             return self.run(work, [logits, sums], [targets], move |team, [logits, sums], [targets]| {
-                SCRATCH.with_borrow_mut(|scratch| {
-                    let targets = targets.of::<u32>();
-                    let losses = take(&mut scratch.losses, targets.len());
+                let targets = targets.of::<u32>();
+                with_memory(&LOSSES, targets.len(), |losses| {
                     let rows = (Write(&mut *losses, 1), Write(logits.of(), vocab), Read(targets, 1));
                     team.split(rows, 1, |(losses, logits, targets)| {
                         vectorized(
@@ -444,9 +443,8 @@ unsafe impl Queue for HostQueue {
         same("cross_entropy gradient", &[rounded.len(), logits.len()]);
         let dtype = rounded.dtype();
         self.run(work, [logits, rounded, sums], [targets], move |team, [logits, rounded, sums], [targets]| {
-            with_type!(dtype, T => SCRATCH.with_borrow_mut(|scratch| {
-                let targets = targets.of::<u32>();
-                let losses = take(&mut scratch.losses, targets.len());
+            let targets = targets.of::<u32>();
+            with_type!(dtype, T => with_memory(&LOSSES, targets.len(), |losses| {
                 let logits = Write(logits.of(), vocab);
                 let rows = (Write(&mut *losses, 1), Write(rounded.of::<T>(), vocab), logits, Read(targets, 1));
                 team.split(rows, 1, |(losses, grad, logits, targets)| {

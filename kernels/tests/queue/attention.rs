@@ -282,3 +282,22 @@ fn later_tokens_change_no_bit_of_earlier_outputs() {
         }
     }
 }
+
+#[test]
+fn keys_that_score_minus_infinity_in_a_whole_block_count_nothing() {
+    let shape = shape(1, 600, 1, 1, 2);
+    let q = vec![1e20; queries(shape)];
+    let k: Vec<f32> = (0..keys(shape)).map(|index| if index / 2 < 512 { -1e20 } else { 0.0 }).collect();
+    let v: Vec<f32> = (0..keys(shape)).map(|index| if index / 2 < 512 { 5.0 } else { 3.0 }).collect();
+    let [out, _] = forward_by_kernel(DType::F32, [&q, &k, &v], shape);
+    // Of the keys that the last query sees only those that score 0 have weight, and their values are equal.
+    let last = &out.of::<f32>()[queries(shape) - 2..];
+    assert!(last.iter().all(|x| (x - 3.0).abs() < 1e-5), "{last:?}");
+}
+
+#[test]
+fn no_tokens_have_no_attention() {
+    let shape = shape(2, 0, 4, 2, 4);
+    let [out, log_sum] = forward_by_kernel(DType::F32, [&[], &[], &[]], shape);
+    assert!(out.of::<f32>().is_empty() && log_sum.of::<f32>().is_empty());
+}

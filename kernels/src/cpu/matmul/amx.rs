@@ -11,6 +11,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use half::bf16;
 
@@ -35,11 +36,11 @@ impl Amx {
 const STEP: usize = 32 * 32;
 
 /// While this lives, the thread's tile registers are in use.
-pub(super) struct Configured(());
+pub(super) struct Configured(PhantomData<*const ()>);
 
 impl Drop for Configured {
     fn drop(&mut self) {
-        // SAFETY: made by `start` alone, on this thread: it is neither `Send` nor stored. Frees what `ldtilecfg` took.
+        // SAFETY: made by `start` alone, on this thread, which it cannot leave. Frees what `ldtilecfg` took.
         unsafe { asm!("tilerelease", options(nomem, nostack)) }
     }
 }
@@ -68,7 +69,7 @@ impl Tile for Amx {
         }
         // SAFETY: whoever made `self` knew that tiles exist and may be used; the configuration is palette 1, 16 rows of 64 bytes each.
         unsafe { asm!("ldtilecfg [{}]", in(reg) configuration.0.as_ptr(), options(readonly, nostack)) };
-        Configured(())
+        Configured(PhantomData)
     }
 
     #[inline(always)]

@@ -151,13 +151,19 @@ fn cut<L: Tile, O: Value, A: Value, B: Value>(
     b: Right<'_, B>,
 ) {
     let (rows, columns) = (region.rows, region.columns);
+    if rows == 0 || columns == 0 {
+        return;
+    }
     let (tall, wide) = (rows.div_ceil(L::ROWS), columns.div_ceil(L::COLUMNS));
     // Below a million multiplications a hand-over takes longer than it saves.
     let threads = if rows * columns * a.columns < 1 << 20 { 1 } else { team.threads() };
-    let grids = (1..=threads).filter(|down| threads.is_multiple_of(*down)).map(|down| (down, threads / down));
-    let (down, across) = grids
-        .min_by_key(|&(down, across)| tall.div_ceil(down) * L::ROWS + wide.div_ceil(across) * L::COLUMNS)
-        .unwrap_or((1, 1));
+    // As many threads as have a tile each, in rows and columns of parts.
+    let grids = (1..=threads.min(tall)).map(|down| (down, (threads / down).min(wide)));
+    let border = |&(down, across): &(usize, usize)| {
+        let unused = threads - down * across;
+        (unused, tall.div_ceil(down) * L::ROWS + wide.div_ceil(across) * L::COLUMNS)
+    };
+    let (down, across) = grids.min_by_key(border).unwrap_or((1, 1));
     let part = |index: usize, parts: usize, tiles: usize, size: usize, most: usize| {
         (index * tiles / parts * size).min(most)..((index + 1) * tiles / parts * size).min(most)
     };

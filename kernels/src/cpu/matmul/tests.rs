@@ -42,7 +42,8 @@ struct Case {
 fn case() -> impl Strategy<Value = Case> {
     let before = prop_oneof![Just(Before::Zero), Just(Before::Output), Just(Before::From)];
     let inner = prop_oneof![1 => Just(0), 9 => length()];
-    (length(), inner, length(), 0usize..3, any::<(bool, bool)>(), before, any::<bool>()).prop_map(
+    let columns = prop_oneof![1 => Just(0), 19 => length()];
+    (length(), inner, columns, 0usize..3, any::<(bool, bool)>(), before, any::<bool>()).prop_map(
         |(rows, inner, columns, gap, transpose, before, packed)| Case {
             rows,
             inner,
@@ -188,6 +189,29 @@ fn a_part_of_an_output_has_the_bits_that_it_has_in_the_whole() {
         assert_eq!(part, whole[first * columns..][..count * columns]);
     }
 }
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    for isa in Isa::available() {
+        for dim in [16, 32, 48, 64, 96, 128, 192, 256] {
+            let inner = (1 << 20) / (dim * dim) + 1;
+            let (a, b) = (random::<f32>(dim * inner, 1), random::<f32>(inner * dim, 2));
+            let (a, b) = (Matrix::dense(&a[..], dim, inner), Right::Matrix(Matrix::dense(&b[..], inner, dim)));
+            let product = |threads: usize| {
+                let mut out = vec![0.0f32; dim * dim];
+                let team = &TEAMS.get_or_init(|| (1..=24).map(|n| Team::new(n).unwrap()).collect())[threads - 1];
+                product_on(isa, team, Matrix::dense(&mut out[..], dim, dim), Start::Zero, a, b, 1.0);
+                out
+            };
+            let alone = product(1);
+            for threads in 2..=24 {
+                assert!(product(threads) == alone, "{threads} threads, {dim}, {}", isa.name());
+            }
+        }
+    }
+}
+
+static TEAMS: std::sync::OnceLock<Vec<Team>> = std::sync::OnceLock::new();
 
 #[test]
 fn a_part_of_packed_panels_is_that_part_of_the_matrix() {
