@@ -256,7 +256,7 @@ pub struct TrainArgs {
     /// Threads of each rank; default: the processors that it may run on, divided among the ranks of its host.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
-    /// Print where the time of the steps went, kernel by kernel.
+    /// Print where the time of the steps after the first went, kernel by kernel.
     #[arg(long)]
     pub profile: bool,
     /// Seconds after which a rank that waits for another gives up.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use pillion_benches::kernels::{self, Call, Case, Product};
+use pillion_kernels::cpu::Isa;
 use pillion_kernels::{Cores, Device, Queue};
 
 /// Reads names of cases on lines, and answers each with the median seconds of a call; the first call does not count
@@ -28,12 +29,17 @@ struct Arguments {
 fn main() {
     let arguments = Arguments::parse();
     if let Err(error) = serve(&arguments) {
-        eprintln!("{error}");
+        eprintln!("kernelbench: {error}");
         std::process::exit(1);
     }
 }
 
 fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    Isa::of_process()?;
+    let processors = std::thread::available_parallelism()?.get();
+    if !(1..=processors).contains(&arguments.threads) {
+        return Err(format!("--threads {}: between 1 and the {processors} processors here", arguments.threads).into());
+    }
     let cases: Vec<Case> =
         Product::ALL.into_iter().flat_map(kernels::products).chain([kernels::adamw(64 << 20, false)]).collect();
     if arguments.list {

@@ -39,7 +39,7 @@ pub(crate) use reduce_scatter::reduce_scatter;
 pub(crate) use scalars::Scalars;
 pub(crate) use scatter::scatter;
 
-/// AnyCollective algorithm, for a flight to carry: one size, so that a new flight needs no memory.
+/// Any algorithm, for a flight to carry: one size, so that a new flight needs no memory.
 pub(crate) enum AnyCollective {
     Operation(Operation),
     Brief(BriefAllReduce),

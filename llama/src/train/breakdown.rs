@@ -74,7 +74,7 @@ impl Breakdown {
         let kernels: Duration = self.kernels.iter().map(|kernel| kernel.time).sum();
         let others = self.time.saturating_sub(kernels + self.exposed);
         for (name, time) in
-            [("waiting for other ranks", self.exposed), ("everything else", others), ("step", self.time)]
+            [("waiting for collectives", self.exposed), ("everything else", others), ("step", self.time)]
         {
             let [time, share] = share(time);
             table.add_row([name.to_owned(), String::new(), time, share]);

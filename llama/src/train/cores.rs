@@ -24,6 +24,13 @@ pub(super) fn check(asked: Option<usize>, ranks: usize) -> Result<(), Error> {
     choose(asked, processors(), ranks, true).map(|_| ())
 }
 
+/// The share of its threads' time that a rank has when all ranks compute: less than 1 where we have started more threads than there are processors.
+pub(super) fn share(threads: usize, launch: &Launch) -> f64 {
+    let ours = matches!(launch.source, Source::Local | Source::Single);
+    let started = threads * if ours { launch.local_world } else { 1 };
+    (processors() as f64 / started as f64).min(1.0)
+}
+
 /// That this process may run on.
 fn processors() -> usize {
     available_parallelism().map_or(1, usize::from)

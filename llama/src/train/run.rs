@@ -106,6 +106,7 @@ impl<'s> Run<'s> {
     fn new(settings: &'s TrainArgs, launch: &Launch, communicator: Arc<Communicator>) -> Result<Run<'s>, Error> {
         let world = communicator.world();
         same_settings(settings, &communicator)?;
+        let threads = cores::threads(settings.threads, launch)?;
         let mut lock = None;
         let start = on_rank_zero(&communicator, || start(settings, world, &mut lock))?;
         let Start { resume, recipe, tokens, validation_samples } = start;
@@ -123,11 +124,10 @@ impl<'s> Run<'s> {
             let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend);
             crate::print(table);
         }
-        let threads = cores::threads(settings.threads, launch)?;
         let mut device = Cores::new(threads).map_err(pillion_runtime::Error::from)?;
         // All ranks at once, as they compute at once.
         communicator.barrier()?;
-        let own_peak = device.peak(policy.weights);
+        let own_peak = device.peak(policy.weights) * cores::share(threads, launch);
         let mut peak = [own_peak];
         communicator.all_reduce_scalars(&mut peak, Reduction::Sum)?;
         if communicator.rank() == 0 {
@@ -135,7 +135,7 @@ impl<'s> Run<'s> {
             let plural = if threads == 1 { "" } else { "s" };
             let peak = peak[0] / 1e9;
             crate::print(format_args!(
-                "processor     {isa}, {threads} thread{plural} a rank; at most {peak:.0} GFLOP/s in {} products",
+                " processor    {isa}, {threads} thread{plural} a rank; at most {peak:.0} GFLOP/s in {} products",
                 policy.weights
             ));
         }
