@@ -1,6 +1,7 @@
 //! Ranks that die, stop, or are asked to end: the others say who it was, and nothing stays behind.
 
 use std::fs;
+use std::time::Duration;
 
 use pillion_tests::program::{Running, TINY, Workplace, is_alive, variable};
 use rustix::process::{Pid, Signal, kill_process};
@@ -128,6 +129,24 @@ fn a_signal_before_the_first_step_ends_the_run_and_says_that_nothing_was_saved()
         assert!(ended.stdout.ends_with("interrupted before the first step: nothing was saved\n"), "{ended}");
         assert!(place.steps("out").is_empty());
         assert!(place.checkpoints("out").is_empty());
+    }
+}
+
+#[test]
+fn a_signal_that_is_sent_twice_counts_once() {
+    let place = Workplace::new(PROGRAM);
+    for launch in ["processes", "threads"] {
+        let running = place.start(&format!("train {TINY} {LONG} --out {launch} --ranks 2 --launch {launch}"));
+        running.wait_for_step(&place, launch, 3);
+        // As `timeout` does it, to the process and to its group; a moment apart, or the system delivers one.
+        running.signal(Signal::TERM);
+        std::thread::sleep(Duration::from_millis(2));
+        if place.checkpoints(launch).is_empty() {
+            running.signal(Signal::TERM);
+        }
+        let ended = running.finish();
+        assert_eq!((ended.code(), ended.stderr.as_str()), (Some(75), ""), "{ended}");
+        assert_eq!(place.checkpoints(launch).len(), 1, "{ended}");
     }
 }
 

@@ -12,8 +12,9 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use super::maths::{exp, max_of, sum_of};
+use super::maths::{LANES, exp, max_of, sum_of};
 use super::matmul::{Matrix, Panels, Right, Start, product};
+use super::scratch::{take, take_as};
 use super::team::Team;
 use super::value::Value;
 use super::vectorized;
@@ -123,19 +124,6 @@ fn scale(shape: AttentionShape) -> f32 {
     1.0 / (shape.head_dim as f32).sqrt()
 }
 
-/// Working memory of exactly this length.
-fn take(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if memory.len() < len {
-        memory.resize(len, 0.0);
-    }
-    &mut memory[..len]
-}
-
-/// The same of another type.
-fn take_as<T: Value>(memory: &mut Vec<f32>, len: usize) -> &mut [T] {
-    &mut bytemuck::cast_slice_mut(take(memory, len.div_ceil(4 / size_of::<T>())))[..len]
-}
-
 pub(super) fn forward<T: Value>(
     team: &Team,
     out: &mut [T],
@@ -187,7 +175,6 @@ fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, 
     let Scratch { keys_across, values, scores, narrow, tile, softmax, .. } = scratch;
     let (alone, count, dim) = (Team::default(), q.rows, q.columns);
     let tile = take(tile, count * dim);
-    tile.fill(0.0);
     softmax.clear();
     softmax.resize(count, (f32::NEG_INFINITY, 0.0));
     for (key, keys) in blocks(first, count) {
@@ -195,7 +182,7 @@ fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, 
         let across = keys_across.part::<T>(0, key);
         product(&alone, Matrix::dense(&mut *scores, count, keys), Start::Zero, q, across, scale);
         let p = take_as::<T>(&mut narrow[0], count * keys);
-        for (row, (scores, p)) in scores.chunks_exact_mut(keys).zip(p.chunks_exact_mut(keys)).enumerate() {
+        for (row, (scores, p)) in scores.chunks_exact(keys).zip(p.chunks_exact_mut(keys)).enumerate() {
             let seen = keys.min(first + row + 1 - key);
             let (largest, total) = &mut softmax[row];
             let larger = max_of(&scores[..seen]).max(*largest);
@@ -209,22 +196,15 @@ fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, 
                 tile[row * dim..][..dim].iter_mut().for_each(|x| *x *= rescale);
             }
         }
-        let values = values.part::<T>(key, 0);
-        product(
-            &alone,
-            Matrix::dense(&mut *tile, count, dim),
-            Start::Output,
-            Matrix::dense(&*p, count, keys),
-            values,
-            1.0,
-        );
+        let start = if key == 0 { Start::Zero } else { Start::Output };
+        let p = Matrix::dense(&*p, count, keys);
+        product(&alone, Matrix::dense(&mut *tile, count, dim), start, p, values.part::<T>(key, 0), 1.0);
     }
 }
 
 /// p = exp(score − largest), rounded; returns their sum: what is summed is what values are multiplied with.
 #[inline(always)]
 fn exponentials<T: Value>(p: &mut [T], scores: &[f32], largest: f32) -> f32 {
-    const LANES: usize = 16;
     let mut lanes = [0.0f32; LANES];
     let one = |p: &mut T, score: f32| {
         *p = T::narrow(exp(score - largest));
@@ -275,7 +255,7 @@ pub(super) fn backward<T: Value>(team: &Team, grads: [&mut [T]; 3], saved: Saved
                 let (q, out, grad_out) = (of_head(saved.q), of_head(saved.out), of_head(saved.grad_out));
                 let log_sum = &saved.log_sum[(sequence * heads + index) * seq..][..seq];
                 for (first, count) in tiles(seq) {
-                    let tile = Tile {
+                    let queries = Queries {
                         first,
                         q: rows(&q, first, count),
                         out: rows(&out, first, count),
@@ -285,7 +265,7 @@ pub(super) fn backward<T: Value>(team: &Team, grads: [&mut [T]; 3], saved: Saved
                     };
                     vectorized(
                         #[inline(always)]
-                        || backward_tile(scratch, tile),
+                        || backward_tile(scratch, queries),
                     );
                     for row in 0..count {
                         // SAFETY: a query head belongs to one task.
@@ -306,7 +286,7 @@ pub(super) fn backward<T: Value>(team: &Team, grads: [&mut [T]; 3], saved: Saved
 }
 
 /// Some queries, `[rows, D]` each.
-struct Tile<'a, T> {
+struct Queries<'a, T> {
     first: usize,
     q: Matrix<&'a [T]>,
     out: Matrix<&'a [T]>,
@@ -317,10 +297,10 @@ struct Tile<'a, T> {
 
 /// Fills `tile` with the gradient of the queries; adds to `grad_keys` and `grad_values`.
 #[inline(always)]
-fn backward_tile<T: Value>(scratch: &mut Scratch, of: Tile<'_, T>) {
+fn backward_tile<T: Value>(scratch: &mut Scratch, queries: Queries<'_, T>) {
     let Scratch { keys_across, keys, values, scores, grad_scores, narrow, tile, softmax, grad_keys, grad_values } =
         scratch;
-    let Tile { first, q, out, grad_out, log_sum, scale } = of;
+    let Queries { first, q, out, grad_out, log_sum, scale } = queries;
     let (alone, count, dim) = (Team::default(), q.rows, q.columns);
     softmax.clear();
     for (row, &log_sum) in log_sum[..count].iter().enumerate() {

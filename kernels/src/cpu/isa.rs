@@ -48,7 +48,7 @@ impl Isa {
 
     /// The widest set of this processor.
     #[cfg(target_arch = "x86_64")]
-    pub fn widest() -> Isa {
+    fn widest() -> Isa {
         let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         let avx512 = pulp::x86::V4::try_new().is_some();
         if avx2 && avx512 {
@@ -62,12 +62,13 @@ impl Isa {
 
     /// The widest set of this processor.
     #[cfg(not(target_arch = "x86_64"))]
-    pub fn widest() -> Isa {
+    fn widest() -> Isa {
         Isa::Portable
     }
 
     /// Every set that this processor has.
-    pub fn available() -> impl Iterator<Item = Isa> {
+    #[cfg(test)]
+    pub(super) fn available() -> impl Iterator<Item = Isa> {
         let widest = Isa::widest();
         Isa::NAMES.into_iter().map(|(_, isa)| isa).filter(move |&isa| isa <= widest)
     }

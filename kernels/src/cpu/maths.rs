@@ -69,7 +69,7 @@ pub(super) fn narrow(out: &mut [bf16], x: &[f32]) {
 }
 
 /// Elements that sums and maxima take at a time, whatever the vectors' width.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// The largest; −∞ of none. NaN counts as smaller than everything.
 #[inline(always)]
@@ -85,18 +85,24 @@ pub(super) fn max_of(x: &[f32]) -> f32 {
     lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |x, &y| larger(x, y))
 }
 
-/// Σ f(aᵢ, bᵢ) over equally long slices, in sixteen lanes that are added at the end: the same sum whatever the vectors' width.
+/// Σ f(aᵢ, bᵢ) over equally long slices, in [`LANES`] lanes that are added at the end: the same sum whatever the vectors' width.
 #[inline(always)]
 pub(super) fn sum_of<A: Copy, B: Copy>(a: &[A], b: &[B], f: impl Fn(A, B) -> f32) -> f32 {
+    sum_of_three(a, b, b, |a, b, _| f(a, b))
+}
+
+/// Σ f(aᵢ, bᵢ, cᵢ), likewise.
+#[inline(always)]
+pub(super) fn sum_of_three<A: Copy, B: Copy, C: Copy>(a: &[A], b: &[B], c: &[C], f: impl Fn(A, B, C) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
-    let (a_blocks, a_tail) = a.as_chunks::<LANES>();
-    let (b_blocks, b_tail) = b.as_chunks::<LANES>();
-    for (a, b) in a_blocks.iter().zip(b_blocks) {
+    let ((a, a_tail), (b, b_tail), (c, c_tail)) =
+        (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
         for lane in 0..LANES {
-            lanes[lane] += f(a[lane], b[lane]);
+            lanes[lane] += f(a[lane], b[lane], c[lane]);
         }
     }
-    let tail: f32 = a_tail.iter().zip(b_tail).map(|(&a, &b)| f(a, b)).sum();
+    let tail: f32 = a_tail.iter().zip(b_tail).zip(c_tail).map(|((&a, &b), &c)| f(a, b, c)).sum();
     lanes.iter().sum::<f32>() + tail
 }
 

@@ -17,6 +17,7 @@ mod profile;
 mod queue;
 pub mod reduce;
 mod rope;
+mod scratch;
 pub mod stream;
 mod team;
 mod value;

@@ -1,7 +1,7 @@
 //! RMSNorm, forward and backward. With r = inverse_rms, y = x·r·w:
 //! ∂L/∂w = Σₙ g·x·r and ∂L/∂x = r·(g·w) − x·r³·⟨g·w, x⟩/C.
 
-use super::maths::sum_of;
+use super::maths::{sum_of, sum_of_three};
 use super::value::Value;
 
 #[inline(always)]
@@ -46,8 +46,8 @@ pub(super) fn backward<W: Value>(
         grad_weight.fill(0.0);
         let rows = grad_x.chunks_exact_mut(width).zip(grad_out.chunks_exact(width)).zip(x.chunks_exact(width));
         for (((grad_x, grad_out), x), &inverse) in rows.zip(inverse_rms) {
-            // ⟨g·w, x⟩: the weight meets x first, since a sum takes two factors.
-            let projection = weighted_product(grad_out, weight, x) * inverse * inverse * inverse / width as f32;
+            let product = sum_of_three(grad_out, weight, x, |grad, weight, x| grad * weight.widen() * x);
+            let projection = product * inverse * inverse * inverse / width as f32;
             let inputs = grad_out.iter().zip(weight).zip(x);
             for ((grad_x, grad_weight), ((&grad, &weight), &x)) in grad_x.iter_mut().zip(&mut *grad_weight).zip(inputs)
             {
@@ -56,20 +56,4 @@ pub(super) fn backward<W: Value>(
             }
         }
     }
-}
-
-/// Σ gᵢ·wᵢ·xᵢ, in sixteen lanes.
-#[inline(always)]
-fn weighted_product<W: Value>(grad: &[f32], weight: &[W], x: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [0.0f32; LANES];
-    let ((grads, grad_tail), (weights, weight_tail), (xs, x_tail)) =
-        (grad.as_chunks::<LANES>(), weight.as_chunks::<LANES>(), x.as_chunks::<LANES>());
-    for ((grad, weight), x) in grads.iter().zip(weights).zip(xs) {
-        for lane in 0..LANES {
-            lanes[lane] += grad[lane] * weight[lane].widen() * x[lane];
-        }
-    }
-    let tail = grad_tail.iter().zip(weight_tail).zip(x_tail).map(|((&grad, &weight), &x)| grad * weight.widen() * x);
-    lanes.iter().sum::<f32>() + tail.sum::<f32>()
 }

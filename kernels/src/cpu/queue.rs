@@ -1,13 +1,12 @@
 //! Binds the functions of this folder to the trait [`Queue`]: checks shapes, and enqueues.
 
 use std::cell::Cell;
-use std::thread::LocalKey;
 
 use half::bf16;
 
 use super::matmul::{Matrix, Right, Start, product};
 use super::team::{Read, Write};
-use super::{HostQueue, Work, adamw, attention, embedding, loss, maths, mlp, norm, rope, vectorized};
+use super::{HostQueue, Work, adamw, attention, embedding, loss, maths, mlp, norm, rope, scratch, vectorized};
 use crate::{AdamW, AttentionShape, DType, Event, Queue, View, ViewMut};
 
 /// Elements below which a thread more does not pay for a kernel that does little with each.
@@ -17,22 +16,6 @@ thread_local! {
     static GRAD_WEIGHT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     static LOSSES: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
     static NORMS: Cell<Vec<(f64, u64)>> = const { Cell::new(Vec::new()) };
-}
-
-/// Runs a kernel with working memory that this thread keeps from one to the next. It is out of its place meanwhile, so a thread that waits
-/// for others and takes up another kernel finds none, and makes some.
-fn with_memory<T: Clone + Default>(place: &'static LocalKey<Cell<Vec<T>>>, len: usize, kernel: impl FnOnce(&mut [T])) {
-    let mut memory = place.take();
-    kernel(take(&mut memory, len));
-    place.set(memory);
-}
-
-/// Working memory of exactly this length.
-fn take<T: Clone + Default>(memory: &mut Vec<T>, len: usize) -> &mut [T] {
-    if memory.len() < len {
-        memory.resize(len, T::default());
-    }
-    &mut memory[..len]
 }
 
 /// `$body` with `$T` the type of activations or weights.
@@ -144,21 +127,13 @@ unsafe impl Queue for HostQueue {
         assert_eq!(out.len(), 2, "square_norm writes a sum and a count");
         self.run(Work::moves("square_norm"), [out], [x], move |team, [out], [x]| {
             let x = x.of::<f32>();
-            with_memory(&NORMS, x.len().div_ceil(loss::PART), |norms| {
-                // The last part may be shorter, so it is apart.
-                let whole = x.len() / loss::PART;
-                let (parts, rest) = norms.split_at_mut(whole);
-                let rows = (Write(parts, 1), Read(&x[..whole * loss::PART], loss::PART));
-                team.split(rows, 1, |(norms, x)| {
+            scratch::with(&NORMS, x.len().div_ceil(loss::PART), |norms| {
+                team.split((Write(&mut *norms, 1), Read(x, loss::PART)), 1, |(norms, x)| {
                     vectorized(
                         #[inline(always)]
                         || loss::square_norms(norms.0, x.0),
-                    )
+                    );
                 });
-                vectorized(
-                    #[inline(always)]
-                    || loss::square_norms(rest, &x[whole * loss::PART..]),
-                );
                 let (sum, non_finite) = norms.iter().fold((0.0, 0), |sums, norm| (sums.0 + norm.0, sums.1 + norm.1));
                 out.of().copy_from_slice(&[weight * sum, non_finite as f64]);
             });
@@ -225,25 +200,18 @@ unsafe impl Queue for HostQueue {
                 let (grad_x, grad_weight, weight) = (grad_x.of::<f32>(), grad_weight.of::<f32>(), weight.of::<W>());
                 let (grad_out, x, inverse_rms) = (grad_out.of::<f32>(), x.of::<f32>(), inverse_rms.of::<f32>());
                 let width = weight.len();
-                with_memory(&GRAD_WEIGHT, inverse_rms.len().div_ceil(norm::ROWS) * width, |shares| {
-                    // The last part may have fewer rows, so it is apart.
-                    let whole = inverse_rms.len() / norm::ROWS;
-                    let (rows, of_rows) = (whole * norm::ROWS, norm::ROWS * width);
-                    let (shares_whole, shares_rest) = shares.split_at_mut(whole * width);
-                    let (grad_x_whole, grad_x_rest) = grad_x.split_at_mut(rows * width);
-                    let whole = (
-                        Write(grad_x_whole, of_rows),
-                        Write(shares_whole, width),
-                        Read(&grad_out[..rows * width], of_rows),
-                        Read(&x[..rows * width], of_rows),
-                        Read(&inverse_rms[..rows], norm::ROWS),
+                scratch::with(&GRAD_WEIGHT, inverse_rms.len().div_ceil(norm::ROWS) * width, |shares| {
+                    let of_part = norm::ROWS * width;
+                    let parts = (
+                        Write(&mut *shares, width),
+                        Write(grad_x, of_part),
+                        Read(grad_out, of_part),
+                        Read(x, of_part),
+                        Read(inverse_rms, norm::ROWS),
                     );
-                    team.split(whole, 1, |(grad_x, shares, grad_out, x, inverse_rms)| {
+                    team.split(parts, 1, |(shares, grad_x, grad_out, x, inverse_rms)| {
                         vectorized(#[inline(always)] || norm::backward(grad_x.0, shares.0, grad_out.0, x.0, inverse_rms.0, weight));
                     });
-                    let (grad_out, x) = (&grad_out[rows * width..], &x[rows * width..]);
-                    let inverse_rms = &inverse_rms[rows..];
-                    vectorized(#[inline(always)] || norm::backward(grad_x_rest, shares_rest, grad_out, x, inverse_rms, weight));
                     vectorized(#[inline(always)] || {
                         for share in shares.chunks_exact(width) {
                             grad_weight.iter_mut().zip(share).for_each(|(sum, &share)| *sum += share);
@@ -428,7 +396,7 @@ unsafe impl Queue for HostQueue {
         let Some(rounded) = rounded else {
             return self.run(work, [logits, sums], [targets], move |team, [logits, sums], [targets]| {
                 let targets = targets.of::<u32>();
-                with_memory(&LOSSES, targets.len(), |losses| {
+                scratch::with(&LOSSES, targets.len(), |losses| {
                     let rows = (Write(&mut *losses, 1), Write(logits.of(), vocab), Read(targets, 1));
                     team.split(rows, 1, |(losses, logits, targets)| {
                         vectorized(
@@ -444,7 +412,7 @@ unsafe impl Queue for HostQueue {
         let dtype = rounded.dtype();
         self.run(work, [logits, rounded, sums], [targets], move |team, [logits, rounded, sums], [targets]| {
             let targets = targets.of::<u32>();
-            with_type!(dtype, T => with_memory(&LOSSES, targets.len(), |losses| {
+            with_type!(dtype, T => scratch::with(&LOSSES, targets.len(), |losses| {
                 let logits = Write(logits.of(), vocab);
                 let rows = (Write(&mut *losses, 1), Write(rounded.of::<T>(), vocab), logits, Read(targets, 1));
                 team.split(rows, 1, |(losses, grad, logits, targets)| {

@@ -64,30 +64,30 @@ pub(super) trait Rows: Send + Sized {
     fn split_at(self, row: usize) -> (Self, Self);
 }
 
-/// What a kernel reads, so many elements a row.
+/// What a kernel reads, so many elements a row; the last row may be shorter.
 pub(super) struct Read<'a, T>(pub(super) &'a [T], pub(super) usize);
 
-/// What a kernel writes.
+/// What a kernel writes, as well.
 pub(super) struct Write<'a, T>(pub(super) &'a mut [T], pub(super) usize);
 
 impl<T: Sync> Rows for Read<'_, T> {
     fn rows(&self) -> usize {
-        self.0.len() / self.1.max(1)
+        self.0.len().div_ceil(self.1.max(1))
     }
 
     fn split_at(self, row: usize) -> (Self, Self) {
-        let (first, second) = self.0.split_at(row * self.1);
+        let (first, second) = self.0.split_at((row * self.1).min(self.0.len()));
         (Read(first, self.1), Read(second, self.1))
     }
 }
 
 impl<T: Send> Rows for Write<'_, T> {
     fn rows(&self) -> usize {
-        self.0.len() / self.1.max(1)
+        self.0.len().div_ceil(self.1.max(1))
     }
 
     fn split_at(self, row: usize) -> (Self, Self) {
-        let (first, second) = self.0.split_at_mut(row * self.1);
+        let (first, second) = self.0.split_at_mut((row * self.1).min(self.0.len()));
         (Write(first, self.1), Write(second, self.1))
     }
 }
@@ -125,12 +125,12 @@ mod tests {
     fn every_row_is_worked_on_once() {
         for threads in [1, 2, 3] {
             let team = Team::new(threads).unwrap();
-            for rows in [0, 1, 5, 64, 257] {
+            for (rows, missing) in [(0, 0), (1, 2), (5, 0), (64, 1), (257, 2)] {
                 for least in [1, 7, 1000] {
-                    let (mut out, x) = (vec![0; 3 * rows], (0..rows).collect::<Vec<_>>());
+                    let (mut out, x) = (vec![0; 3 * rows - missing], (0..rows).collect::<Vec<_>>());
                     let parts = AtomicUsize::new(0);
                     team.split((Write(&mut out, 3), Read(&x, 1)), least, |(Write(out, _), Read(x, _))| {
-                        assert_eq!(out.len(), 3 * x.len());
+                        assert_eq!(out.len().div_ceil(3), x.len());
                         parts.fetch_add(1, Ordering::Relaxed);
                         for (out, x) in out.chunks_mut(3).zip(x) {
                             out.iter_mut().for_each(|out| *out += x + 1);

@@ -47,8 +47,11 @@ impl Breakdown {
         }
     }
 
-    /// The table; `peak` is that of this rank, in floating-point operations a second.
-    pub(super) fn table(mut self, peak: f64) -> Table {
+    /// The table, if there were steps; `peak` is that of this rank, in floating-point operations a second.
+    pub(super) fn table(mut self, peak: f64) -> Option<Table> {
+        if self.steps == 0 {
+            return None;
+        }
         self.kernels.sort_by_key(|kernel| std::cmp::Reverse(kernel.time));
         let steps = if self.steps > 1 { self.steps - 1 } else { 1 } as f64;
         let mut table = Table::new();
@@ -80,7 +83,7 @@ impl Breakdown {
             table.add_row([name.to_owned(), String::new(), time, share]);
         }
         table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-        table
+        Some(table)
     }
 }
 
@@ -89,13 +92,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn without_steps_there_is_nothing_to_show() {
+        assert!(Breakdown::new(Arc::new(Profile::default())).table(1e9).is_none());
+    }
+
+    #[test]
     fn shares_are_of_the_steps_after_the_first() {
         let mut breakdown = Breakdown::new(Arc::new(Profile::default()));
         for millis in [900, 40, 40] {
             breakdown.begin_step();
             breakdown.end_step(Duration::from_millis(millis), Duration::from_millis(10));
         }
-        let text = breakdown.table(1e9).to_string();
+        let text = breakdown.table(1e9).unwrap().to_string();
         let row = |name: &str| text.lines().find(|line| line.contains(name)).unwrap().to_owned();
         assert!(row("waiting").contains("10.00") && row("waiting").contains("25.0 %"), "{text}");
         assert!(row("everything else").contains("30.00") && row("everything else").contains("75.0 %"), "{text}");

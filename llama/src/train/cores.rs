@@ -1,11 +1,63 @@
-//! How many threads a rank computes with.
+//! What a rank computes with: how many threads, and how fast they could be.
 
+use std::sync::Arc;
 use std::thread::available_parallelism;
 
-use pillion_collectives::Launch;
 use pillion_collectives::launch::Source;
+use pillion_collectives::{Communicator, Launch, Reduction};
+use pillion_kernels::cpu::{Isa, Profile};
+use pillion_kernels::{Cores, DType};
 
+use super::breakdown::Breakdown;
 use crate::Error;
+use crate::settings::TrainArgs;
+
+/// A rank's processors.
+pub(super) struct Processor {
+    pub(super) device: Cores,
+    /// Floating-point operations a second that they could make of numbers in registers, and all ranks' together.
+    pub(super) own_peak: f64,
+    pub(super) peak: f64,
+    /// Where their time goes, on rank 0 and where asked for.
+    pub(super) breakdown: Option<Breakdown>,
+}
+
+impl Processor {
+    /// Starts the threads and measures the peak in products of `dtype`; rank 0 prints both. Every rank calls it.
+    ///
+    /// # Errors
+    /// When threads cannot be had, or another rank fails.
+    pub(super) fn open(
+        settings: &TrainArgs,
+        launch: &Launch,
+        communicator: &Communicator,
+        dtype: DType,
+    ) -> Result<Processor, Error> {
+        let threads = threads(settings.threads, launch)?;
+        let mut device = Cores::new(threads).map_err(pillion_runtime::Error::from)?;
+        // All ranks at once, as they compute at once.
+        communicator.barrier()?;
+        let own_peak = device.peak(dtype) * share(threads, launch);
+        let mut peak = [own_peak];
+        communicator.all_reduce_scalars(&mut peak, Reduction::Sum)?;
+        let [peak] = peak;
+        let mut breakdown = None;
+        if communicator.rank() == 0 {
+            let isa = Isa::of_process().map_err(pillion_runtime::Error::from)?.name();
+            let plural = if threads == 1 { "" } else { "s" };
+            let peak = peak / 1e9;
+            crate::print(format_args!(
+                " processor    {isa}, {threads} thread{plural} a rank; at most {peak:.0} GFLOP/s in {dtype} products"
+            ));
+            if settings.profile {
+                let profile = Arc::new(Profile::default());
+                device = device.profiled(profile.clone());
+                breakdown = Some(Breakdown::new(profile));
+            }
+        }
+        Ok(Processor { device, own_peak, peak, breakdown })
+    }
+}
 
 /// Threads of this rank: as many as asked for, else the processors that it may run on, divided among the ranks of this host that may have
 /// to share them.
@@ -25,7 +77,7 @@ pub(super) fn check(asked: Option<usize>, ranks: usize) -> Result<(), Error> {
 }
 
 /// The share of its threads' time that a rank has when all ranks compute: less than 1 where we have started more threads than there are processors.
-pub(super) fn share(threads: usize, launch: &Launch) -> f64 {
+fn share(threads: usize, launch: &Launch) -> f64 {
     let ours = matches!(launch.source, Source::Local | Source::Single);
     let started = threads * if ours { launch.local_world } else { 1 };
     (processors() as f64 / started as f64).min(1.0)

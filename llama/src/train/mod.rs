@@ -10,14 +10,17 @@ pub(crate) mod recipe;
 mod run;
 mod schedule;
 mod screen;
+mod start;
 
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use pillion_collectives::launch::Source;
 use pillion_collectives::{Launch, launcher};
 use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::settings::{LaunchKind, TrainArgs};
 use crate::{Error, complain};
@@ -104,15 +107,25 @@ fn exit_code(launch: &Launch, result: Result<Ended, Error>) -> i32 {
     }
 }
 
+/// Signals of one kind within this time are one: `timeout` and some schedulers send each twice, to a process and to its group.
+const ONE_SIGNAL: Duration = Duration::from_secs(1);
+
 /// Raised by the first SIGINT or SIGTERM; the second ends the process at once.
 fn stop_flag() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // As a shell says it: nothing has been saved.
-        let registered = signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
-            .and_then(|_| signal_hook::flag::register(signal, stop.clone()));
-        registered.expect("SIGINT and SIGTERM can be handled");
-    }
+    let raised = stop.clone();
+    let mut signals = Signals::new([SIGINT, SIGTERM]).expect("SIGINT and SIGTERM can be handled");
+    std::thread::spawn(move || {
+        let mut first = None;
+        for signal in signals.forever() {
+            raised.store(true, Ordering::Relaxed);
+            let (kind, time) = *first.get_or_insert((signal, Instant::now()));
+            if signal != kind || time.elapsed() > ONE_SIGNAL {
+                // As a shell says it: nothing has been saved.
+                signal_hook::low_level::exit(128 + signal);
+            }
+        }
+    });
     stop
 }
 

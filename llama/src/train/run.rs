@@ -1,29 +1,26 @@
 //! The loop of one rank. Every decision is taken from numbers that are the same on every rank.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pillion_abs::{Controller, Observation};
 use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
-use pillion_kernels::cpu::{Isa, Profile};
-use pillion_kernels::{Cores, Device, LazyCpu};
-use pillion_runtime::{Engine, Layout, Memory, Policy, checkpoint};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use pillion_kernels::{Device, LazyCpu};
+use pillion_runtime::{Engine, Layout, checkpoint};
 
-use super::breakdown::Breakdown;
 use super::checkpoints::{self, Progress};
+use super::cores::Processor;
 use super::evaluation::validate;
 use super::metrics::{Line, Metrics};
-use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
 use super::screen::{self, Screen};
+use super::start::{Start, fingerprint, is_synthetic, on_rank_zero, on_rank_zero_alone, same_settings, start};
 use super::{Ended, cores, plan_table, stopping};
 use crate::Error;
-use crate::data::{self, Dataset, TokenFile, synthetic, tokenizer, trigram};
+use crate::data::{Dataset, TokenFile, tokenizer, trigram};
 use crate::generate::generate;
 use crate::model::Model;
 use crate::settings::{DeviceKind, TrainArgs};
@@ -61,11 +58,7 @@ struct Run<'s> {
     validation_samples: u64,
     /// On rank 0 alone.
     output: Option<Output>,
-    /// On rank 0 alone, where asked for.
-    breakdown: Option<Breakdown>,
-    /// Floating-point operations a second that this rank's processors could make, and all ranks' together.
-    own_peak: f64,
-    peak: f64,
+    processor: Processor,
     /// Keeps other runs out of the folder; on rank 0 alone.
     _lock: Option<File>,
     inputs: Vec<u32>,
@@ -93,20 +86,12 @@ struct Mark {
     of: &'static str,
 }
 
-/// What rank 0 finds out before the start.
-#[derive(serde::Serialize, serde::Deserialize)]
-struct Start {
-    resume: Option<PathBuf>,
-    recipe: Recipe,
-    tokens: PathBuf,
-    validation_samples: u64,
-}
-
 impl<'s> Run<'s> {
     fn new(settings: &'s TrainArgs, launch: &Launch, communicator: Arc<Communicator>) -> Result<Run<'s>, Error> {
         let world = communicator.world();
         same_settings(settings, &communicator)?;
-        let threads = cores::threads(settings.threads, launch)?;
+        // Before anything is touched.
+        cores::threads(settings.threads, launch)?;
         let mut lock = None;
         let start = on_rank_zero(&communicator, || start(settings, world, &mut lock))?;
         let Start { resume, recipe, tokens, validation_samples } = start;
@@ -124,28 +109,9 @@ impl<'s> Run<'s> {
             let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend);
             crate::print(table);
         }
-        let mut device = Cores::new(threads).map_err(pillion_runtime::Error::from)?;
-        // All ranks at once, as they compute at once.
-        communicator.barrier()?;
-        let own_peak = device.peak(policy.weights) * cores::share(threads, launch);
-        let mut peak = [own_peak];
-        communicator.all_reduce_scalars(&mut peak, Reduction::Sum)?;
-        if communicator.rank() == 0 {
-            let isa = Isa::of_process().map_err(pillion_runtime::Error::from)?.name();
-            let plural = if threads == 1 { "" } else { "s" };
-            let peak = peak[0] / 1e9;
-            crate::print(format_args!(
-                " processor    {isa}, {threads} thread{plural} a rank; at most {peak:.0} GFLOP/s in {} products",
-                policy.weights
-            ));
-        }
-        let breakdown = (settings.profile && communicator.rank() == 0).then(|| {
-            let profile = Arc::new(Profile::default());
-            device = device.clone().profiled(profile.clone());
-            Breakdown::new(profile)
-        });
+        let processor = Processor::open(settings, launch, &communicator, policy.weights)?;
         let device: Arc<dyn Device> = match settings.device {
-            DeviceKind::Cpu => Arc::new(device),
+            DeviceKind::Cpu => Arc::new(processor.device.clone()),
             DeviceKind::LazyCpu => Arc::new(LazyCpu::new(recipe.seed)),
         };
         let layout = Layout::new(&recipe.model.units(), world);
@@ -171,7 +137,9 @@ impl<'s> Run<'s> {
                 true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
                 false => Mark { loss: trigram::loss(&dataset, validation_samples)?, of: "a trigram model" },
             };
-            Ok(Output { screen: Screen::new(recipe.schedule.samples, progress.samples), metrics, mark })
+            let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
+            let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
+            Ok(Output { screen, metrics, mark })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
         Ok(Run {
@@ -184,9 +152,7 @@ impl<'s> Run<'s> {
             progress,
             validation_samples,
             output,
-            breakdown,
-            own_peak,
-            peak: peak[0],
+            processor,
             _lock: lock,
             inputs: vec![0; tokens],
             targets: vec![0; tokens],
@@ -257,7 +223,7 @@ impl<'s> Run<'s> {
 
     /// One optimizer step: micro-batches are dealt to ranks in turn.
     fn step(&mut self, stop: &AtomicBool) -> Result<(Line, bool), Error> {
-        if let Some(breakdown) = &self.breakdown {
+        if let Some(breakdown) = &self.processor.breakdown {
             breakdown.begin_step();
         }
         let started = Instant::now();
@@ -295,7 +261,7 @@ impl<'s> Run<'s> {
         self.progress.step += 1;
         self.progress.samples += batch;
         let elapsed = started.elapsed();
-        if let Some(breakdown) = &mut self.breakdown {
+        if let Some(breakdown) = &mut self.processor.breakdown {
             breakdown.end_step(elapsed, report.exposed);
         }
         let seconds = elapsed.as_secs_f64();
@@ -318,7 +284,7 @@ impl<'s> Run<'s> {
             wanted_batch: decision.wanted,
             validation_loss: None,
             flops,
-            mfu: Some(flops / self.peak),
+            mfu: Some(flops / self.processor.peak),
             memory: None,
         };
         Ok((line, asked[0] > 0.0))
@@ -356,8 +322,9 @@ impl<'s> Run<'s> {
         let sample = if is_synthetic(self.settings) { None } else { Some(self.sample()?) };
         let Some(Output { screen, metrics, mark: Mark { loss, of } }) = &self.output else { return Ok(()) };
         screen.close();
-        if let Some(breakdown) = self.breakdown.take() {
-            screen.say(format!("\n{}", breakdown.table(self.own_peak)));
+        let breakdown = self.processor.breakdown.take();
+        if let Some(table) = breakdown.and_then(|breakdown| breakdown.table(self.processor.own_peak)) {
+            screen.say(format!("\n{table}"));
         }
         let against = if validation < *loss { "below" } else { "not below" };
         let sample = sample.map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
@@ -388,146 +355,4 @@ impl<'s> Run<'s> {
         let text = generate(&mut self.engine, &mut model, seq, &prompt, LENGTH, 0.7, seed)?;
         Ok(format!("{PROMPT}{}", String::from_utf8_lossy(&tokenizer::decode(&text))))
     }
-}
-
-/// Whether random tokens stand for text.
-fn is_synthetic(settings: &TrainArgs) -> bool {
-    settings.data.as_deref() == Some(Path::new(synthetic::NAME))
-}
-
-/// Checks that every rank was given the same settings: a launcher can start each with others.
-fn same_settings(settings: &TrainArgs, communicator: &Communicator) -> Result<(), Error> {
-    let digest = xxhash_rust::xxh3::xxh3_64(format!("{settings:?}").as_bytes());
-    let digests = communicator.all_gather_scalars(&[digest])?;
-    match digests.iter().position(|other| other != &digests[0]) {
-        None => Ok(()),
-        Some(rank) => {
-            Err(Error::Setting(format!("rank {rank} was given other settings than rank 0: give every rank the same")))
-        }
-    }
-}
-
-/// What rank 0 does first: looks for a checkpoint, checks the settings, claims the folder, prepares the text.
-fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>) -> Result<Start, Error> {
-    let (resume, said) = checkpoints::find(settings)?;
-    let saved = match &resume {
-        None => None,
-        Some(path) => Some(checkpoints::progress(&checkpoint::open(path)?)?),
-    };
-    let mut settings = settings.clone();
-    if let Some(saved) = &saved {
-        // Defaults that depend on the world are those of the run's beginning.
-        let controller = &saved.recipe.controller;
-        settings.round_to.get_or_insert(controller.round_to);
-        settings.batch.get_or_insert(controller.base);
-        settings.max_batch.get_or_insert(controller.cap);
-    }
-    let recipe = Recipe::new(&settings, world)?;
-    let synthetic = is_synthetic(&settings);
-    if synthetic && recipe.model.vocab_size > synthetic::LARGEST_VOCAB {
-        let (vocab, most) = (recipe.model.vocab_size, synthetic::LARGEST_VOCAB);
-        return Err(Error::Setting(format!(
-            "synthetic data has at most {most} different tokens, but the model knows {vocab}: choose another --model"
-        )));
-    }
-    if !synthetic && recipe.model.vocab_size < tokenizer::VOCAB {
-        let (vocab, needed) = (recipe.model.vocab_size, tokenizer::VOCAB);
-        return Err(Error::Setting(format!(
-            "the model knows {vocab} tokens, but the text needs {needed}: choose another --model"
-        )));
-    }
-    check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip)?, world)?;
-    if let (Some(path), Some(saved)) = (&resume, &saved) {
-        checkpoints::same_recipe(path, saved, &recipe)?;
-    }
-    let tokens = checkpoints::make_tokens_folder(&settings.out)?;
-    *lock = Some(checkpoints::lock(&settings.out)?);
-    // All that can be wrong is found here, so that it is said once, and before an earlier run is touched.
-    let prepared = match synthetic {
-        true => data::prepare_synthetic(recipe.model.vocab_size, &tokens)?,
-        false => data::prepare(settings.data.as_deref(), &tokens)?,
-    };
-    let fingerprint = fingerprint(&prepared.tokens);
-    let dataset = Dataset::open(prepared.tokens, recipe.seq, recipe.seed)?;
-    let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
-    if let (Some(path), Some(saved)) = (&resume, &saved) {
-        checkpoints::same_data(path, saved, &fingerprint)?;
-    }
-    said.iter().for_each(crate::print);
-    if let Some(aside) = checkpoints::prepare_folder(&settings.out, resume.as_deref())? {
-        crate::print(format_args!("the earlier run in {} is now {}", settings.out.display(), aside.display()));
-    }
-    crate::print(&prepared.summary);
-    if let (Some(path), Some(saved)) = (&resume, &saved) {
-        crate::print(format_args!("going on from {} after step {}", path.display(), saved.step));
-    }
-    Ok(Start { resume, recipe, tokens: dataset.tokens().path().to_owned(), validation_samples })
-}
-
-/// Whether the host has the memory that its `world` ranks will come to use; found out late, it would be the kernel that ends them.
-fn check_memory(recipe: &Recipe, policy: &Policy, world: usize) -> Result<(), Error> {
-    let state = Memory::of(&Layout::new(&recipe.model.units(), world), policy).total();
-    let activations = Model::activation_bytes(&recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq);
-    let needed = (state + activations).saturating_mul(world as u64);
-    let (available, limit) = pillion_collectives::available_memory();
-    if needed <= available {
-        return Ok(());
-    }
-    Err(Error::Setting(format!(
-        "the {world} ranks need {} of memory, but {limit} allows {} more: choose a smaller --model, --micro-batch or --seq",
-        bytes(needed),
-        bytes(available)
-    )))
-}
-
-/// A multiple of the micro-batch, at most what there is.
-fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) -> Result<u64, Error> {
-    let available = dataset.validation_len();
-    let samples = settings.validation_samples.min(available) / recipe.micro_batch * recipe.micro_batch;
-    if samples == 0 {
-        return Err(Error::Setting(format!(
-            "validation needs at least one micro-batch of {} samples, but has {} of the {available} there are: use a smaller \
-             --micro-batch, more --validation-samples or more text",
-            recipe.micro_batch,
-            settings.validation_samples.min(available)
-        )));
-    }
-    Ok(samples)
-}
-
-fn fingerprint(tokens: &TokenFile) -> String {
-    format!("{:016x}", tokens.fingerprint())
-}
-
-/// Does something on rank 0 and gives every rank the result; where it fails, every rank fails, and only rank 0 says why.
-fn on_rank_zero<T: Serialize + DeserializeOwned>(
-    communicator: &Communicator,
-    work: impl FnOnce() -> Result<T, Error>,
-) -> Result<T, Error> {
-    let result = (communicator.rank() == 0).then(work).transpose();
-    let bytes = match &result {
-        Ok(Some(value)) => serde_json::to_vec(value).expect("plain values"),
-        _ => Vec::new(),
-    };
-    // Tokenizing text or reading checkpoints may take longer than any operation should.
-    communicator.patient_barrier()?;
-    let bytes = communicator.broadcast_bytes(0, &bytes)?;
-    match result? {
-        Some(value) => Ok(value),
-        None if bytes.is_empty() => Err(Error::ByRankZero),
-        None => Ok(serde_json::from_slice(&bytes).expect("rank 0 runs the same program")),
-    }
-}
-
-/// Does something on rank 0, whose result the others do not need.
-fn on_rank_zero_alone<T>(
-    communicator: &Communicator,
-    work: impl FnOnce() -> Result<T, Error>,
-) -> Result<Option<T>, Error> {
-    let mut result = None;
-    on_rank_zero(communicator, || {
-        result = Some(work()?);
-        Ok(())
-    })?;
-    Ok(result)
 }

@@ -13,6 +13,8 @@ pub(crate) struct Screen {
     started: Instant,
     first_sample: u64,
     samples: u64,
+    /// Most steps that it may make.
+    steps: Option<u64>,
     lines: u64,
     memory: Option<u64>,
 }
@@ -23,15 +25,15 @@ const HEADING_EVERY: u64 = 40;
 const MEMORY_EVERY: u64 = 20;
 
 impl Screen {
-    /// A run of `samples` samples, of which `seen` are done.
-    pub(crate) fn new(samples: u64, seen: u64) -> Screen {
+    /// A run of `samples` samples, of which `seen` are done, and at most `steps` steps more.
+    pub(crate) fn new(samples: u64, seen: u64, steps: Option<u64>) -> Screen {
         let bar = if super::on_terminal() {
             let style = ProgressStyle::with_template("{bar:40} {pos}/{len} samples, {elapsed} so far, {eta} to go");
             ProgressBar::new(samples).with_style(style.expect("a template of known keys")).with_position(seen)
         } else {
             ProgressBar::hidden()
         };
-        Screen { bar, started: Instant::now(), first_sample: seen, samples, lines: 0, memory: None }
+        Screen { bar, started: Instant::now(), first_sample: seen, samples, steps, lines: 0, memory: None }
     }
 
     /// Prints anything above the bar.
@@ -78,8 +80,10 @@ impl Screen {
     /// An estimate of the rest, from the run's mean speed.
     fn remaining(&self, seen: u64) -> String {
         let done = seen.saturating_sub(self.first_sample).max(1);
-        let rest = self.samples.saturating_sub(seen);
-        let seconds = (self.started.elapsed().as_secs_f64() * rest as f64 / done as f64).round() as u64;
+        let by_samples = self.samples.saturating_sub(seen) as f64 / done as f64;
+        let by_steps = self.steps.map(|steps| steps.saturating_sub(self.lines) as f64 / self.lines.max(1) as f64);
+        let rest = by_steps.map_or(by_samples, |by_steps| by_steps.min(by_samples));
+        let seconds = (self.started.elapsed().as_secs_f64() * rest).round() as u64;
         format!("{}:{:02}", seconds / 60, seconds % 60)
     }
 

@@ -10,6 +10,7 @@ mod blocks;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod emulator;
 mod pack;
+mod panels;
 pub(super) mod peak;
 #[cfg(test)]
 mod tests;
@@ -18,9 +19,9 @@ mod tile;
 use super::isa::{Isa, vectorized};
 use super::team::Team;
 use super::value::Value;
-pub(super) use blocks::{Panels, Right};
 use blocks::{Region, blocks};
 use pack::Lines;
+pub(super) use panels::{Panels, Right};
 use tile::Tile;
 
 /// A matrix inside a slice: element (i, j) at `i·row_stride + j·column_stride`.
