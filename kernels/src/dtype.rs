@@ -6,9 +6,9 @@ use half::bf16;
 /// The type of a buffer's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
-    /// IEEE binary32: activations, gradients, optimizer state, master weights.
+    /// IEEE binary32: sums, gradients of weights, optimizer state, master weights; activations where weights are gathered so.
     F32,
-    /// bfloat16: gathered weights.
+    /// bfloat16: gathered weights, and the activations that meet them.
     Bf16,
     /// IEEE binary64: sums and statistics.
     F64,
