@@ -12,7 +12,7 @@ use crate::gradients::GradientStore;
 use crate::plan::{Outline, Plan, Verified};
 use crate::step::Step;
 use crate::weights::WeightStore;
-use crate::{Error, Layout, Mesh, Policy, Unit};
+use crate::{Error, Layout, Memory, Mesh, Policy, Unit};
 
 /// One rank's parameters, and the means to compute with all of them.
 pub struct Engine {
@@ -55,6 +55,10 @@ pub(crate) enum Health {
     Unfinished,
     /// Some shards may have been updated and others not.
     Torn,
+}
+
+pub(crate) fn bytes(buffer: &Buffer) -> u64 {
+    (buffer.len() * buffer.dtype().bytes()) as u64
 }
 
 /// One rank's optimizer state of one unit; each `[shard]` f32.
@@ -173,6 +177,18 @@ impl Engine {
     /// The queue that kernels run on, for work between steps.
     pub fn queue(&self) -> &dyn Queue {
         &*self.queue
+    }
+
+    /// What this rank's parameters take, counted from the buffers that there are; [`Memory::of`] predicts it.
+    pub fn memory(&self) -> Memory {
+        let mut memory = Memory::default();
+        (memory.weights, memory.gathered) = self.weights.bytes();
+        (memory.gradients, memory.gradient_shard) = self.gradients.bytes();
+        for OptimizerShard { master, m, v } in &self.optimizer {
+            memory.master += master.as_ref().map_or(0, bytes);
+            memory.moments += bytes(m) + bytes(v);
+        }
+        memory
     }
 
     /// Updates made so far.
