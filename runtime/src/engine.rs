@@ -70,7 +70,7 @@ pub(crate) struct OptimizerShard {
 }
 
 /// What a checkpoint keeps of a unit's shard: host copies, each `[shard]`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     /// Master weights.
     pub master: Vec<f32>,
@@ -290,11 +290,25 @@ impl Engine {
     /// # Errors
     /// When an update was interrupted.
     pub fn state(&self, unit: usize) -> Result<State, Error> {
+        let mut state = State::default();
+        self.read_state(unit, &mut state)?;
+        Ok(state)
+    }
+
+    /// As [`Engine::state`], into memory that is used again.
+    ///
+    /// # Errors
+    /// As for [`Engine::state`].
+    pub fn read_state(&self, unit: usize, state: &mut State) -> Result<(), Error> {
         self.check_health()?;
         let shard = &self.optimizer[unit];
         let master = shard.master.as_ref().map_or_else(|| self.weights.shard(unit), Buffer::view);
-        let [master, m, v] = [master, shard.m.view(), shard.v.view()].map(|part| self.queue.download(part));
-        Ok(State { master, m, v })
+        let State { master: to_master, m, v } = state;
+        for (from, to) in [(master, to_master), (shard.m.view(), m), (shard.v.view(), v)] {
+            to.resize(from.len(), 0.0);
+            self.queue.read(from, to);
+        }
+        Ok(())
     }
 
     /// Replaces this rank's state of a unit, and rounds its weights.
