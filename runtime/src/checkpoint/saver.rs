@@ -29,7 +29,7 @@ const LEAST_PRIORITY: i32 = 19;
 pub struct Saver {
     dir: PathBuf,
     keep: Option<usize>,
-    phase: Phase,
+    save: Option<Save>,
     /// Copies of the state of each unit, kept for the next save.
     copies: Vec<State>,
     jobs: Option<Sender<Job>>,
@@ -52,18 +52,12 @@ pub struct Saved {
     pub not_removed: Vec<Error>,
 }
 
-enum Phase {
-    Idle,
-    /// A thread has a job; the same on every rank.
-    Busy {
-        save: Save,
-        publishing: bool,
-        done: Option<Done>,
-    },
-}
-
 /// A save under way.
 struct Save {
+    /// Whether the files are written, and the manifest is next; the same on every rank.
+    publishing: bool,
+    /// How this rank's part of that ended, once it has.
+    done: Option<Done>,
     folders: Folders,
     step: u64,
     began: Instant,
@@ -120,7 +114,7 @@ impl Saver {
         Ok(Saver {
             dir: dir.to_owned(),
             keep,
-            phase: Phase::Idle,
+            save: None,
             copies: Vec::new(),
             jobs: Some(jobs),
             results,
@@ -130,7 +124,7 @@ impl Saver {
 
     /// Whether a save is under way.
     pub fn is_busy(&self) -> bool {
-        matches!(self.phase, Phase::Busy { .. })
+        self.save.is_some()
     }
 
     /// Begins to save the engine's state as `step-…` in the folder; a checkpoint of the same step is replaced. Collective: every rank calls it
@@ -183,14 +177,13 @@ impl Saver {
             files: Vec::new(),
             extra: extra.clone(),
         };
-        let save = Save { folders, step, began, held: began.elapsed(), manifest };
-        self.phase = Phase::Busy { save, publishing: false, done };
+        self.save = Some(Save { publishing: false, done, folders, step, began, held: began.elapsed(), manifest });
         Ok(())
     }
 
     /// For the requests of the next step: 1 when this rank's part of the present phase is over, however it ended.
     pub fn request(&mut self) -> f64 {
-        let Phase::Busy { done, .. } = &mut self.phase else { return 0.0 };
+        let Some(Save { done, .. }) = &mut self.save else { return 0.0 };
         if done.is_none() {
             *done = match self.results.try_recv() {
                 Ok(done) => Some(done),
@@ -198,7 +191,7 @@ impl Saver {
                 Err(TryRecvError::Disconnected) => Some(died(&self.dir)),
             };
         }
-        f64::from(u8::from(matches!(&self.phase, Phase::Busy { done: Some(_), .. })))
+        f64::from(u8::from(done.is_some()))
     }
 
     /// What the ranks' requests add up to: when that is all of them, goes on. Collective. Returns the checkpoint if that has completed it.
@@ -217,7 +210,7 @@ impl Saver {
     /// # Errors
     /// As for [`Saver::observe`].
     pub fn wait(&mut self, engine: &Engine) -> Result<Option<Saved>, Error> {
-        while let Phase::Busy { done, .. } = &mut self.phase {
+        while let Some(Save { done, .. }) = &mut self.save {
             if done.is_none() {
                 let result = self.results.recv();
                 *done = Some(match result {
@@ -237,25 +230,23 @@ impl Saver {
 
     /// Ends the present phase, which is over on every rank.
     fn advance(&mut self, engine: &Engine) -> Result<Option<Saved>, Error> {
-        let Phase::Busy { save, publishing, done } = std::mem::replace(&mut self.phase, Phase::Idle) else {
-            return Ok(None);
-        };
+        let Some(mut save) = self.save.take() else { return Ok(None) };
         let communicator = engine.communicator();
         let (mut mine, mut not_removed) = (Ok(Digest::default()), Vec::new());
-        match done {
+        match save.done.take() {
             Some(Done::Written(result, copies)) => (mine, self.copies) = (result, copies),
             Some(Done::Published(Ok(left))) => not_removed = left,
             Some(Done::Published(Err(error))) => mine = Err(error),
             Some(Done::Nothing) | None => {}
         }
         let digest = agree(communicator, &self.dir, mine).inspect_err(|_| self.tidy(engine, &save.folders))?;
-        if publishing {
+        if save.publishing {
             let Save { folders, step, began, held, .. } = save;
             return Ok(Some(Saved { path: folders.complete, step, held, took: began.elapsed(), not_removed }));
         }
         let words = [digest.bytes, (digest.checksum >> 64) as u64, digest.checksum as u64];
         let digests = communicator.all_gather_scalars(&words)?;
-        let mut done = Some(Done::Nothing);
+        (save.publishing, save.done) = (true, Some(Done::Nothing));
         if communicator.rank() == 0 {
             let shards = engine.layout().shards;
             let file = |(shard, words): (usize, &Vec<u64>)| {
@@ -265,9 +256,9 @@ impl Saver {
             let files = digests[..shards].iter().enumerate().map(file).collect();
             let manifest = Box::new(Manifest { files, ..save.manifest.clone() }.sealed());
             self.give(Job::Publish { folders: save.folders.clone(), manifest, keep: self.keep });
-            done = None;
+            save.done = None;
         }
-        self.phase = Phase::Busy { save, publishing: true, done };
+        self.save = Some(save);
         Ok(None)
     }
 
