@@ -169,6 +169,9 @@ pub struct PolicyArgs {
     /// Units gathered ahead of the one in use.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub prefetch: usize,
+    /// Wait for each collective where it starts: shows what overlap is worth.
+    #[arg(long)]
+    pub no_overlap: bool,
     /// Gathered units that exist at a time; default: prefetch + 1.
     #[arg(long, value_name = "N")]
     pub slots: Option<usize>,

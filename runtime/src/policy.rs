@@ -149,6 +149,8 @@ pub struct Policy {
     pub prefetch: usize,
     /// Gathered units that exist at a time, and gradients on their way: at least `prefetch` + 1. What is whole has a slot for each unit.
     pub slots: usize,
+    /// Whether collectives go on while the queue computes. Otherwise each is waited for where it starts, which shows what overlap is worth; no bit depends on it.
+    pub overlap: bool,
     /// Largest norm of the gradient; a longer one is scaled down to it. None: no limit.
     pub clip: Option<f64>,
 }
@@ -163,6 +165,7 @@ impl Default for Policy {
             gather: Gather::Window,
             prefetch: 1,
             slots: 2,
+            overlap: true,
             clip: Some(1.0),
         }
     }

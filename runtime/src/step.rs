@@ -236,15 +236,28 @@ impl<'e> Step<'e> {
                     let after = Event::all([after, engine.written[unit].clone()]);
                     let group = engine.axes.shard.as_ref().expect(AXIS);
                     engine.weights.gather(group, unit, slot, after);
+                    if !engine.policy.overlap {
+                        let waiting = Instant::now();
+                        engine.weights.bring(unit, slot, &*engine.queue)?;
+                        self.exposed += waiting.elapsed();
+                    }
                 }
                 Action::Reduce { unit, slot, round } => {
                     let group = engine.axes.shard.as_ref().expect(AXIS);
                     engine.gradients.reduce(group, unit, slot, round > 0, after, &*engine.queue)?;
+                    if !engine.policy.overlap {
+                        let waiting = Instant::now();
+                        engine.gradients.bring_all(&*engine.queue)?;
+                        self.exposed += waiting.elapsed();
+                    }
                 }
                 Action::AllReduce { unit } => {
                     let groups = engine.axes.replicate.as_ref().expect(AXIS);
                     let waiting = Instant::now();
                     engine.gradients.all_reduce(groups, unit, after, &*engine.queue)?;
+                    if !engine.policy.overlap {
+                        engine.gradients.bring_all(&*engine.queue)?;
+                    }
                     self.exposed += waiting.elapsed();
                 }
                 _ => return Err(self.off_plan(&what(self))),

@@ -55,6 +55,7 @@ fn every_way_is_bitwise_equal(precision: &str) {
         "--prefetch 0",
         "--prefetch 2",
         "--gather copy --slots 4",
+        "--gather copy --no-overlap",
     ]
     .into_iter()
     .enumerate()

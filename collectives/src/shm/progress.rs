@@ -15,8 +15,11 @@ use crate::wire::Wire;
 
 /// How long this thread looks for news before it sleeps, which may take a core from computation. Waking costs about as much.
 const PROGRESS_SPIN: Duration = Duration::from_micros(10);
-/// Longest sleep with messages to other hosts in flight, of which nobody tells this thread.
+/// First sleep with messages to other hosts in flight, of which nobody tells this thread.
 const WIRE_NAP: Duration = Duration::from_micros(30);
+/// Longest such sleep: each that finds nothing is twice as long as the one before. A message that takes long needs few looks, which take a core from
+/// computation; the kernel's buffers keep a link of 10 Gbit/s busy for longer.
+const LONGEST_WIRE_NAP: Duration = Duration::from_micros(240);
 /// Longest sleep without: the heartbeat's period.
 const REST: Duration = Duration::from_millis(200);
 
@@ -148,6 +151,7 @@ impl Driver<'_> {
         let (shared, control) = (self.shared, self.shared.control());
         let mut spinning: Option<Instant> = None;
         let mut told = false;
+        let mut wire_nap = WIRE_NAP / 2;
         loop {
             control.heartbeat.store(monotonic_millis(), Ordering::Relaxed);
             // Before the inboxes are looked at: what was handed over before the end was asked for is still driven.
@@ -158,7 +162,7 @@ impl Driver<'_> {
                 told = true;
             }
             if turn.moved {
-                spinning = None;
+                (spinning, wire_nap) = (None, WIRE_NAP / 2);
                 continue;
             }
             if turn.waiting_for == 0 && stopping {
@@ -185,7 +189,8 @@ impl Driver<'_> {
             let nap = if !in_flight {
                 REST
             } else if self.wire.is_some() {
-                WIRE_NAP
+                wire_nap = (2 * wire_nap).min(LONGEST_WIRE_NAP);
+                wire_nap
             } else {
                 NAP
             };

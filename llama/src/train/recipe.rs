@@ -191,6 +191,7 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<P
         gather,
         prefetch: settings.prefetch,
         slots,
+        overlap: !settings.no_overlap,
         clip: (clip > 0.0).then_some(clip),
     };
     policy.mesh(world)?;

@@ -37,7 +37,8 @@ fn overlap_changes_no_bit(rounds: usize, weights: DType) {
             for (index, (prefetch, slots)) in depths().enumerate() {
                 let seed = index as u64;
                 for host in [Host::Cpu, Host::Lazy(seed), Host::Lazy(100 + seed)] {
-                    let setup = Setup::new(world).weights(weights).gather(gather).slots(prefetch, slots).host(host);
+                    let mut setup = Setup::new(world).weights(weights).gather(gather).slots(prefetch, slots).host(host);
+                    setup.policy.overlap = index % 3 != 0;
                     if let Some(difference) = must_train(&setup, &schedule).difference(&expected) {
                         panic!("{rounds} rounds, {setup:?}: {difference}");
                     }
