@@ -22,8 +22,10 @@ mod layout;
 mod memory;
 mod plan;
 mod policy;
+pub mod simulate;
 mod slots;
 mod step;
+pub mod trace;
 mod verify;
 
 pub use engine::{Engine, State};
