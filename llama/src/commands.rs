@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{Cores, Device};
-use pillion_runtime::{Engine, Layout, Plan, Policy, checkpoint};
+use pillion_runtime::{Engine, Layout, Outline, Plan, Policy, checkpoint};
 
 use crate::Error;
 use crate::data::tokenizer;
@@ -49,7 +49,6 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
 /// When settings contradict each other.
 pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
     let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
-    let policy = recipe::policy(&settings.policy, 1.0)?;
     let PlanArgs { ranks, seq, micro_batch, .. } = *settings;
     let sizes = [("--ranks", ranks as u64), ("--seq", seq as u64), ("--micro-batch", micro_batch)];
     for (flag, value) in sizes.into_iter().chain(settings.batch.map(|batch| ("--batch", batch))) {
@@ -57,15 +56,17 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
             return Err(Error::Setting(format!("{flag} {value} is out of range: at least 1 and at most {}", 1 << 20)));
         }
     }
+    let policy = recipe::policy(&settings.policy, 1.0, settings.ranks)?;
     let batch = settings.batch.unwrap_or(ranks as u64 * micro_batch);
     if !batch.is_multiple_of(micro_batch) {
         return Err(Error::Setting(format!("--batch {batch} is not a multiple of --micro-batch {micro_batch}")));
     }
-    crate::print(train::plan_table(&model, &policy, ranks, seq, micro_batch, batch, "planned"));
+    crate::print(train::plan_table(&model, &policy, ranks, seq, micro_batch, batch, "planned")?);
     if settings.operations {
-        let layout = Layout::new(&model.units(), ranks);
+        let mesh = policy.mesh(ranks)?;
+        let layout = Layout::new(&model.units(), mesh.shard);
         let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64) as usize;
-        let plan = Plan::step(train::slots(&layout, &policy), rounds);
+        let plan = Plan::step(&Outline::new(&layout, &policy, mesh), rounds);
         for (index, operation) in plan.operations.iter().enumerate() {
             crate::print(format_args!("{index:>5}  {:?} after {:?}", operation.action, operation.after));
         }

@@ -142,7 +142,12 @@ impl Config {
     pub fn units(&self) -> Vec<UnitSpec> {
         let (width, ffn, vocab) = (self.hidden_size, self.intermediate_size, self.vocab_size);
         let kv_width = self.num_key_value_heads * self.head_dim();
-        let tensor = |name: String, shape: &[usize]| TensorSpec { name, shape: shape.to_vec(), decay: shape.len() > 1 };
+        let tensor = |name: String, shape: &[usize]| TensorSpec {
+            name,
+            shape: shape.to_vec(),
+            decay: shape.len() > 1,
+            frozen: false,
+        };
         let unit = |name: String, tensors| UnitSpec { name, tensors };
         let block = |layer: usize| {
             let named = |part: &str, shape: &[usize]| tensor(format!("model.layers.{layer}.{part}.weight"), shape);

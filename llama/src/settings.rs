@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use pillion_runtime::{Mesh, Sharded};
+
 use crate::config::{Config, PRESETS, Preset};
 
 /// Trains Llama-2 models, sharded over ranks.
@@ -151,9 +153,18 @@ pub struct PolicyArgs {
     /// Type of the weights that are computed with.
     #[arg(long, value_enum, default_value = "f32")]
     pub precision: Precision,
-    /// How ranks get the weights they compute with.
-    #[arg(long, value_enum, default_value = "window")]
-    pub gather: GatherKind,
+    /// Type in which gradients travel: bf16 halves the bytes, and rounds each rank's gradient once.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub reduce_precision: Precision,
+    /// The ranks as a grid of `replicate` groups that hold the same, of `shard` ranks each; default: one group.
+    #[arg(long, value_name = "replicate=R,shard=S", value_parser = mesh)]
+    pub mesh: Option<Mesh>,
+    /// What the ranks of a group divide: parameters,gradients,optimizer, some of these, or one of nothing, zero-1, zero-2, zero-3.
+    #[arg(long, value_name = "WHAT", default_value = "zero-3")]
+    pub shard: Sharded,
+    /// How ranks get sharded weights that they compute with; default: window.
+    #[arg(long, value_enum)]
+    pub gather: Option<GatherKind>,
     /// Units gathered ahead of the one in use.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub prefetch: usize,
@@ -311,6 +322,24 @@ pub struct PlanArgs {
     /// Print every operation of a step.
     #[arg(long)]
     pub operations: bool,
+}
+
+/// Reads `replicate=R,shard=S`, in either order.
+fn mesh(text: &str) -> Result<Mesh, String> {
+    let mut sizes = [("replicate", None), ("shard", None)];
+    for part in text.split(',') {
+        let (axis, size) = part.split_once('=').unwrap_or((part, ""));
+        let slot = sizes.iter_mut().find(|(name, size)| *name == axis.trim() && size.is_none());
+        let size = size.trim().parse::<usize>().ok().filter(|size| (1..=1 << 20).contains(size));
+        match (slot, size) {
+            (Some((_, slot)), Some(size)) => *slot = Some(size),
+            _ => return Err(format!("{part:?} is no axis of a mesh: give both sizes, as in replicate=2,shard=4")),
+        }
+    }
+    match sizes {
+        [(_, Some(replicate)), (_, Some(shard))] => Ok(Mesh { replicate, shard }),
+        _ => Err("a mesh has two axes: give both sizes, as in replicate=2,shard=4".to_owned()),
+    }
 }
 
 fn preset(name: &str) -> Result<Preset, String> {

@@ -5,15 +5,18 @@ use std::sync::Arc;
 
 use pillion_collectives::Communicator;
 use pillion_kernels::{Buffer, DType, Device, Event, Queue};
+use xxhash_rust::xxh3::xxh3_64;
 
-use crate::plan::{Plan, Slots, Verified};
-use crate::slots::{GradientStore, WeightStore};
+use crate::axes::Axes;
+use crate::gradients::GradientStore;
+use crate::plan::{Outline, Plan, Verified};
 use crate::step::Step;
-use crate::{Error, Layout, Policy};
+use crate::weights::WeightStore;
+use crate::{Error, Layout, Mesh, Policy, Unit};
 
 /// One rank's parameters, and the means to compute with all of them.
 pub struct Engine {
-    pub(crate) communicator: Arc<Communicator>,
+    pub(crate) axes: Axes,
     pub(crate) device: Arc<dyn Device>,
     pub(crate) queue: Box<dyn Queue>,
     pub(crate) layout: Arc<Layout>,
@@ -30,12 +33,13 @@ pub struct Engine {
     /// Updates made so far.
     pub(crate) updates: u64,
     pub(crate) health: Health,
+    outline: Outline,
     plans: HashMap<(Kind, usize), Arc<Verified>>,
     planner: Planner,
 }
 
 /// Makes a plan for a number of rounds.
-type Planner = Box<dyn Fn(Slots, usize) -> Verified + Send>;
+type Planner = Box<dyn Fn(&Outline, usize) -> Verified + Send>;
 
 /// What a step is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,20 +77,30 @@ pub struct State {
 }
 
 impl Engine {
-    /// Allocates a rank's share of `layout`, zeroed. Every rank does so with the same arguments.
+    /// Allocates a rank's share of `layout`, zeroed. Every rank does so with the same arguments. The layout has as many shards as the
+    /// policy's mesh ([`Policy::mesh`]).
     ///
     /// # Errors
-    /// When a device or the host has no memory, or another rank fails.
+    /// [`Error::Policy`] when the policy does not fit the ranks, [`Error::Different`] when ranks come with other arguments; also when a device
+    /// or the host has no memory, or another rank fails.
     ///
     /// # Panics
-    /// When the layout is for another world, or the policy has no more slots than prefetched units.
+    /// When the layout has another number of shards than the policy's mesh.
     pub fn new(
         communicator: Arc<Communicator>,
         device: Arc<dyn Device>,
         layout: Layout,
         policy: Policy,
     ) -> Result<Engine, Error> {
-        assert_eq!(layout.world, communicator.world(), "a layout is made for its communicator's world");
+        let mesh = policy.mesh(communicator.world())?;
+        assert_eq!(layout.shards, mesh.shard, "a layout is made for its mesh");
+        let digest = xxh3_64(format!("{layout:?} {policy:?}").as_bytes());
+        let digests = communicator.all_gather_scalars(&[digest])?;
+        if let Some(rank) = digests.iter().position(|other| other != &digests[0]) {
+            return Err(Error::Different { rank });
+        }
+        let axes = Axes::new(communicator, &policy)?;
+        let outline = Outline::new(&layout, &policy, mesh);
         let optimizer = layout.units.iter().map(|unit| {
             let allocate = || device.allocate(DType::F32, unit.shard);
             let master = if policy.weights == DType::F32 { None } else { Some(allocate()?) };
@@ -94,26 +108,29 @@ impl Engine {
         });
         let optimizer = optimizer.collect::<Result<_, Error>>()?;
         Ok(Engine {
-            weights: WeightStore::new(&communicator, &*device, &layout, &policy)?,
-            gradients: GradientStore::new(&communicator, &*device, &layout, &policy)?,
+            weights: WeightStore::new(&axes, &*device, &layout, &policy, &outline)?,
+            gradients: GradientStore::new(&axes, &*device, &layout, &policy, &outline)?,
             optimizer,
             written: vec![Event::PAST; layout.units.len()],
             norms: device.allocate(DType::F64, 2 * layout.units.len())?,
             queue: device.queue(),
-            communicator,
+            axes,
             device,
             layout: Arc::new(layout),
             policy,
             events: Vec::new(),
             updates: 0,
             health: Health::Good,
+            outline,
             plans: HashMap::new(),
-            planner: Box::new(|slots, rounds| Plan::step(slots, rounds).verify().expect("the planner makes no races")),
+            planner: Box::new(|outline, rounds| {
+                Plan::step(outline, rounds).verify().expect("the planner makes no races")
+            }),
         })
     }
 
     /// For tests: takes training plans from `planner` instead, to show what a missing edge does.
-    pub fn with_planner(mut self, planner: impl Fn(Slots, usize) -> Verified + Send + 'static) -> Engine {
+    pub fn with_planner(mut self, planner: impl Fn(&Outline, usize) -> Verified + Send + 'static) -> Engine {
         self.planner = Box::new(planner);
         self
     }
@@ -130,7 +147,22 @@ impl Engine {
 
     /// The ranks it moves between.
     pub fn communicator(&self) -> &Arc<Communicator> {
-        &self.communicator
+        &self.axes.world
+    }
+
+    /// The grid that they make.
+    pub fn mesh(&self) -> Mesh {
+        self.axes.mesh
+    }
+
+    /// Number of this rank's shard of each unit.
+    pub fn shard_number(&self) -> usize {
+        self.axes.shard_number()
+    }
+
+    /// Number of this rank's group: every group holds the same.
+    pub fn replica(&self) -> usize {
+        self.axes.replica()
     }
 
     /// The device it computes on.
@@ -176,16 +208,10 @@ impl Engine {
     }
 
     fn plan_for(&mut self, kind: Kind, rounds: usize) -> Arc<Verified> {
-        let slots = Slots {
-            units: self.layout.units.len(),
-            prefetch: self.policy.prefetch,
-            weights: self.weights.slots().max(self.policy.prefetch + 1),
-            gradients: self.gradients.slots(),
-        };
-        let planner = &self.planner;
+        let (planner, outline) = (&self.planner, &self.outline);
         let plan = || match kind {
-            Kind::Train => planner(slots, rounds),
-            Kind::Evaluate => Plan::forward(slots, rounds).verify().expect("the planner makes no races"),
+            Kind::Train => planner(outline, rounds),
+            Kind::Evaluate => Plan::forward(outline, rounds).verify().expect("the planner makes no races"),
         };
         self.plans.entry((kind, rounds)).or_insert_with(|| Arc::new(plan())).clone()
     }
@@ -210,7 +236,7 @@ impl Engine {
         let layout = self.layout.clone();
         for (index, unit) in layout.units.iter().enumerate() {
             let mut master = vec![0.0; unit.shard];
-            for piece in layout.pieces(index, self.communicator.rank()) {
+            for piece in layout.pieces(index, self.shard_number()) {
                 let tensor = &unit.tensors[piece.tensor];
                 for (out, element) in master[piece.in_shard].iter_mut().zip(piece.in_tensor) {
                     *out = value(&tensor.name, &tensor.shape, element);
@@ -220,6 +246,27 @@ impl Engine {
         }
         self.updates = 0;
         Ok(())
+    }
+
+    /// A unit's master weights, whole and without padding: for exports and for tests. Collective. Memory for one unit is enough.
+    ///
+    /// # Errors
+    /// When an update was interrupted, or another rank has failed.
+    pub fn master(&mut self, unit: usize) -> Result<Vec<f32>, Error> {
+        let State { master, .. } = self.state(unit)?;
+        let Unit { len, padded, .. } = self.layout.units[unit];
+        let mut whole = match &self.axes.shard {
+            None => master,
+            Some(group) => {
+                let mut shard = self.device.allocate(DType::F32, master.len())?;
+                self.queue.upload(shard.view_mut(), &master);
+                let output = self.device.allocate(DType::F32, padded)?;
+                let (_, output) = group.all_gather(shard, output, self.queue.record()).then(&*self.queue)?;
+                self.queue.download(output.view())
+            }
+        };
+        whole.truncate(len);
+        Ok(whole)
     }
 
     /// A copy of this rank's state of a unit.

@@ -12,6 +12,17 @@ pub enum Error {
     /// The device.
     #[error(transparent)]
     Device(#[from] pillion_kernels::Error),
+    /// A policy contradicts itself, or does not fit the ranks.
+    #[error("{0}")]
+    Policy(String),
+    /// A rank has another model or another policy.
+    #[error(
+        "rank {rank} has another layout or policy than rank 0: make the engine with the same arguments on every rank"
+    )]
+    Different {
+        /// The first such rank.
+        rank: usize,
+    },
     /// A caller left the plan.
     #[error("the plan's next operation is {expected}, but the caller asked for {found}")]
     OffPlan {

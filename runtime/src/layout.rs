@@ -1,8 +1,8 @@
-//! Where every element of every tensor lives: a pure function of (tensors, world).
+//! Where every element of every tensor lives: a pure function of (tensors, number of shards).
 //!
-//! The tensors of a unit lie flat, in order, and are padded with zeros so that every rank's shard has the same length, a multiple of
-//! 32 elements. Shards are contiguous, so a tensor may straddle ranks; [`Layout::pieces`] says which parts of which
-//! tensors a rank's shard holds.
+//! The tensors of a unit lie flat, in order, and are padded with zeros so that every shard has the same length, a multiple of
+//! 32 elements. Shards are contiguous, so a tensor may straddle them; [`Layout::pieces`] says which parts of which
+//! tensors a shard holds.
 
 use std::ops::Range;
 
@@ -20,6 +20,9 @@ pub struct TensorSpec {
     pub shape: Vec<usize>,
     /// Whether weight decay applies: matrices, as a rule.
     pub decay: bool,
+    /// Whether it stays as it is: its gradient counts nowhere, and it is not updated. No checkpoint depends on it.
+    #[serde(skip)]
+    pub frozen: bool,
 }
 
 /// Tensors that are gathered together, as the model declares them.
@@ -42,6 +45,8 @@ pub struct Tensor {
     pub range: Range<usize>,
     /// Whether weight decay applies.
     pub decay: bool,
+    /// Whether it stays as it is.
+    pub frozen: bool,
 }
 
 /// A unit with its place.
@@ -53,13 +58,13 @@ pub struct Unit {
     pub tensors: Vec<Tensor>,
     /// Elements of its tensors.
     pub len: usize,
-    /// Elements of one rank's shard.
+    /// Elements of one shard.
     pub shard: usize,
-    /// Elements with padding: `shard` times the world.
+    /// Elements with padding: `shard` times the number of shards.
     pub padded: usize,
 }
 
-/// A part of a tensor that lies in one rank's shard.
+/// A part of a tensor that lies in one shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Piece {
     /// Index of the tensor in its unit.
@@ -73,19 +78,21 @@ pub struct Piece {
 /// Where everything lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Number of ranks.
-    pub world: usize,
-    /// The units, in the order of the forward pass.
+    /// Number of shards: that of the ranks of the mesh's shard axis ([`crate::Policy::mesh`]).
+    pub shards: usize,
+    /// The units.
     pub units: Vec<Unit>,
+    /// The units in the order in which a forward pass uses them; the backward pass goes the other way.
+    pub order: Vec<usize>,
 }
 
 impl Layout {
-    /// Lays `units` out over `world` ranks.
+    /// Lays `units` out in `shards` shards each; the forward pass uses them in order.
     ///
     /// # Panics
-    /// When there are no ranks, no units, or two tensors have one name.
-    pub fn new(units: &[UnitSpec], world: usize) -> Layout {
-        assert!(world > 0 && !units.is_empty(), "a layout of {} units over {world} ranks", units.len());
+    /// When there are no shards, no units, or two tensors have one name.
+    pub fn new(units: &[UnitSpec], shards: usize) -> Layout {
+        assert!(shards > 0 && !units.is_empty(), "a layout of {} units in {shards} shards", units.len());
         let mut names = std::collections::HashSet::new();
         let place = |spec: &UnitSpec| {
             let mut len = 0;
@@ -97,17 +104,34 @@ impl Layout {
                     shape: tensor.shape.clone(),
                     range: start..len,
                     decay: tensor.decay,
+                    frozen: tensor.frozen,
                 }
             });
             let tensors: Vec<Tensor> = tensors.collect();
-            let shard = len.div_ceil(world).next_multiple_of(ALIGNMENT);
-            Unit { name: spec.name.clone(), tensors, len, shard, padded: shard * world }
+            let shard = len.div_ceil(shards).next_multiple_of(ALIGNMENT);
+            Unit { name: spec.name.clone(), tensors, len, shard, padded: shard * shards }
         };
         let units: Vec<Unit> = units.iter().map(place).collect();
         for tensor in units.iter().flat_map(|unit| &unit.tensors) {
             assert!(names.insert(&tensor.name), "two tensors are called {}", tensor.name);
         }
-        Layout { world, units }
+        let order = (0..units.len()).collect();
+        Layout { shards, units, order }
+    }
+
+    /// The same, for a model whose forward pass uses the units in another order. One that it uses more than once holds tied tensors, say an
+    /// embedding that is also the output projection; its gradient is reduced when the backward pass has come to its first use.
+    ///
+    /// # Panics
+    /// When a unit is never used, or there is no such unit.
+    pub fn visiting(self, order: Vec<usize>) -> Layout {
+        let used = |unit: usize| order.contains(&unit);
+        assert!(
+            (0..self.units.len()).all(used) && order.iter().all(|&unit| unit < self.units.len()),
+            "an order {order:?} of {} units",
+            self.units.len()
+        );
+        Layout { order, ..self }
     }
 
     /// Number of parameters, without padding.
@@ -120,15 +144,15 @@ impl Layout {
         self.units.iter().map(|unit| unit.padded).max().expect("a layout has units")
     }
 
-    /// Elements of all shards of one rank.
-    pub fn shards(&self) -> usize {
+    /// Elements of one shard of each unit.
+    pub fn shard_len(&self) -> usize {
         self.units.iter().map(|unit| unit.shard).sum()
     }
 
-    /// The parts of tensors in the shard of `rank`, in order.
-    pub fn pieces(&self, unit: usize, rank: usize) -> impl Iterator<Item = Piece> + '_ {
+    /// The parts of tensors in shard number `shard` of a unit, in order.
+    pub fn pieces(&self, unit: usize, shard: usize) -> impl Iterator<Item = Piece> + '_ {
         let unit = &self.units[unit];
-        let shard = rank * unit.shard..(rank + 1) * unit.shard;
+        let shard = shard * unit.shard..(shard + 1) * unit.shard;
         unit.tensors.iter().enumerate().filter_map(move |(index, tensor)| {
             let start = tensor.range.start.max(shard.start);
             let end = tensor.range.end.min(shard.end);
@@ -151,6 +175,7 @@ mod tests {
             name: format!("{unit}.{index}"),
             shape: shape.clone(),
             decay: shape.len() > 1,
+            frozen: false,
         };
         let unit = |(index, shapes): (usize, &Vec<Vec<usize>>)| UnitSpec {
             name: format!("unit {index}"),

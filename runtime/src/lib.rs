@@ -15,23 +15,28 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod axes;
+mod builder;
 pub mod checkpoint;
 mod engine;
 mod error;
+mod gradients;
 mod layout;
 mod memory;
 mod plan;
 mod policy;
 pub mod simulate;
-mod slots;
 mod step;
 pub mod trace;
+mod update;
 mod verify;
+mod weights;
 
 pub use engine::{Engine, State};
 pub use error::Error;
 pub use layout::{Layout, Piece, Tensor, TensorSpec, Unit, UnitSpec};
 pub use memory::Memory;
-pub use plan::{Action, Operation, Pass, Plan, PlanError, Slots, Verified};
-pub use policy::{Gather, Policy};
+pub use plan::{Action, Fill, Operation, Outline, Pass, Plan, PlanError, Verified};
+pub use policy::{Gather, Mesh, Policy, Sharded};
 pub use step::{Backward, Forward, Gradients, REQUESTS, Step, StepReport, Weights};
+pub use update::{Agreed, ShardUpdate};

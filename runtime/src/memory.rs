@@ -2,18 +2,20 @@
 
 use pillion_kernels::DType;
 
-use crate::{Gather, Layout, Policy};
+use serde::Serialize;
+
+use crate::{Gather, Layout, Mesh, Outline, Policy};
 
 /// Bytes of one rank, by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
-    /// This rank's shards of the weights, in the type they are computed with. A window counts once over all ranks.
+    /// This rank's weights in the type they are computed with: its shards, or all of them. A window counts once over all ranks.
     pub weights: u64,
-    /// Slots for gathered weights; none with windows.
+    /// Slots for gathered weights; none with windows, and none where weights are whole.
     pub gathered: u64,
-    /// Slots for gradients on their way.
+    /// Slots for gradients on their way, or the whole gradient.
     pub gradients: u64,
-    /// This rank's shard of the summed gradient.
+    /// This rank's shard of the summed gradient; none where nothing is sharded.
     pub gradient_shard: u64,
     /// Master weights in f32; none where the weights themselves are f32.
     pub master: u64,
@@ -22,16 +24,29 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Predicts them.
-    pub fn of(layout: &Layout, policy: &Policy) -> Memory {
-        let (shards, longest) = (layout.shards() as u64, layout.longest_unit() as u64);
+    /// Predicts them for a rank of `mesh`. The layout has as many shards as the mesh.
+    pub fn of(layout: &Layout, policy: &Policy, mesh: Mesh) -> Memory {
+        let outline = Outline::new(layout, policy, mesh);
+        let (shards, longest) = (layout.shard_len() as u64, layout.longest_unit() as u64);
+        let units = layout.units.len();
+        let padded: u64 = layout.units.iter().map(|unit| unit.padded as u64).sum();
         let (weights, f32) = (policy.weights.bytes() as u64, DType::F32.bytes() as u64);
-        let slots = policy.slots as u64;
+        // With as many slots as units, each is as long as its unit.
+        let slots = |count: Option<usize>| match count {
+            Some(count) if count < units => count as u64 * longest,
+            _ => padded,
+        };
+        let gradient_slots = outline.gradients.map_or(padded, |count| count as u64 * longest);
+        let narrow = if policy.reduce != DType::F32 && mesh.world() > 1 { policy.reduce.bytes() as u64 } else { 0 };
+        let parameters = policy.sharded.parameters;
         Memory {
-            weights: shards * weights,
-            gathered: if policy.gather == Gather::Copy { slots * longest * weights } else { 0 },
-            gradients: slots * longest * f32,
-            gradient_shard: shards * f32,
+            weights: weights * if parameters { shards } else { padded },
+            gathered: match (parameters, policy.gather) {
+                (true, Gather::Copy) => weights * slots(outline.weights),
+                _ => 0,
+            },
+            gradients: gradient_slots * (f32 + narrow),
+            gradient_shard: if outline.sharded { shards * f32 } else { 0 },
             master: if policy.weights == DType::F32 { 0 } else { shards * f32 },
             moments: 2 * shards * f32,
         }

@@ -1,12 +1,14 @@
 //! A training step as data: operations, and what each must wait for.
 //!
-//! Operations run on three queues, each first-in, first-out: compute, gather and reduce. Whatever else must be ordered is an
+//! Operations run on four queues, each first-in, first-out: compute, gather, reduce and replicate. Whatever else must be ordered is an
 //! edge. The engine executes just these edges, so a plan that passes [`Plan::verify`] is a step without races, and a plan that
 //! lacks an edge is a race that a test can show.
 //!
 //! The order of the list is the order in which operations are started. It is the same on every rank.
 
+use crate::builder::Builder;
 use crate::verify::verify;
+use crate::{Gather, Layout, Mesh, Policy};
 
 /// Which way through the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,10 +19,21 @@ pub enum Pass {
     Backward,
 }
 
+/// A gradient slot that a backward pass adds to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fill {
+    /// The slot.
+    pub slot: usize,
+    /// Whether the slot is zeroed before.
+    pub first: bool,
+    /// Whether it is reduced next.
+    pub last: bool,
+}
+
 /// What an operation does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Brings a unit's weights into a slot. Gather queue.
+    /// Brings a unit's weights into a slot, from the shards of this rank's group. Gather queue.
     Gather {
         /// The unit.
         unit: usize,
@@ -35,17 +48,22 @@ pub enum Action {
         pass: Pass,
         /// The weight slot that holds the unit.
         weights: usize,
-        /// The gradient slot that a backward pass fills.
-        gradients: Option<usize>,
+        /// What a backward pass adds to.
+        gradients: Option<Fill>,
     },
-    /// Sums a gradient slot over ranks into the shards. Reduce queue.
+    /// Sums a gradient slot over the ranks of a group into their shards. Reduce queue.
     Reduce {
         /// The unit.
         unit: usize,
         /// The gradient slot.
         slot: usize,
-        /// The round of the step, from 0: later rounds add.
+        /// How many reductions of this unit came before: these are added to.
         round: usize,
+    },
+    /// Sums a unit's gradient over the groups: its shard, or the slot where there are no shards. Replicate queue.
+    AllReduce {
+        /// The unit.
+        unit: usize,
     },
     /// The scalar all-reduce after which every rank knows the norm, and no rank reads weights any more. Compute queue.
     Agree,
@@ -57,7 +75,7 @@ pub enum Action {
 }
 
 /// One operation of a plan.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Operation {
     /// What it does.
     pub action: Action,
@@ -65,9 +83,63 @@ pub struct Operation {
     pub after: Vec<usize>,
 }
 
+/// What a plan is made for: the memory, and which axes of the mesh there are.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Outline {
+    /// The units in the order of a forward pass.
+    pub order: Vec<usize>,
+    /// Units gathered ahead.
+    pub prefetch: usize,
+    /// Gathered units that exist at a time, more than `prefetch`; with as many as units each has the slot of its number. None: weights are whole, and never
+    /// gathered.
+    pub weights: Option<usize>,
+    /// Gradients that exist at a time, each reduced in every round. None: every unit has the slot of its number, and is reduced in the last round.
+    pub gradients: Option<usize>,
+    /// Whether gradients are reduced to shards.
+    pub sharded: bool,
+    /// Whether there are several groups to sum over.
+    pub replicated: bool,
+}
+
+impl Outline {
+    /// That of an engine with this layout and policy.
+    pub fn new(layout: &Layout, policy: &Policy, mesh: Mesh) -> Outline {
+        let sharded = policy.sharded;
+        let weights = match (sharded.parameters, policy.gather) {
+            (true, Gather::Copy) => policy.slots,
+            // A window holds its unit and no other.
+            (true, Gather::Window) | (false, _) => layout.units.len().max(policy.prefetch + 1),
+        };
+        let mut outline = Outline {
+            order: layout.order.clone(),
+            prefetch: policy.prefetch,
+            weights: sharded.optimizer.then_some(weights),
+            gradients: None,
+            sharded: sharded.optimizer,
+            replicated: mesh.replicate > 1,
+        };
+        // A unit that is used twice keeps its gradient slot in between.
+        outline.gradients = sharded.gradients.then_some(policy.slots.max(outline.used_twice() + 1));
+        outline
+    }
+
+    /// Number of units.
+    pub fn units(&self) -> usize {
+        self.order.iter().max().map_or(0, |last| last + 1)
+    }
+
+    /// Number of units that a forward pass uses more than once.
+    pub(crate) fn used_twice(&self) -> usize {
+        let uses = |unit: usize| self.order.iter().filter(|&&other| other == unit).count();
+        (0..self.units()).filter(|&unit| uses(unit) > 1).count()
+    }
+}
+
 /// A step, or a forward pass, as a list of operations.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Plan {
+    /// What it is made for.
+    pub outline: Outline,
     /// The operations, in the order in which they start.
     pub operations: Vec<Operation>,
 }
@@ -94,15 +166,27 @@ pub enum PlanError {
         /// What it needs.
         what: &'static str,
     },
-    /// Gradients are not each reduced exactly once.
-    #[error("unit {unit} is reduced {times} times in round {round}")]
-    Reductions {
+    /// It uses a slot that the outline does not have.
+    #[error("operation {index} ({action:?}) uses a slot beyond the last of {slots}")]
+    Slot {
+        /// The operation.
+        index: usize,
+        /// What it does.
+        action: Action,
+        /// How many there are.
+        slots: usize,
+    },
+    /// Something is not done as often as it must be: every gradient is summed and every unit updated once, and each forward pass has its backward pass.
+    #[error("unit {unit} is {what} {times} times instead of {expected}")]
+    Count {
         /// The unit.
         unit: usize,
-        /// The round.
-        round: usize,
+        /// What is done with it.
+        what: &'static str,
         /// How often.
         times: usize,
+        /// How often it should be.
+        expected: usize,
     },
 }
 
@@ -125,58 +209,28 @@ impl Verified {
     }
 }
 
-/// One use of a unit's weights.
-#[derive(Clone, Copy)]
-struct Use {
-    unit: usize,
-    pass: Pass,
-    round: usize,
-}
-
-/// Memory that plans are made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slots {
-    /// Number of units.
-    pub units: usize,
-    /// Units gathered ahead.
-    pub prefetch: usize,
-    /// Gathered units that exist at a time; more than `prefetch`.
-    pub weights: usize,
-    /// Gradients that exist at a time.
-    pub gradients: usize,
-}
-
 impl Plan {
-    /// A training step of `rounds` micro-batches: forward and backward through all units in each, a reduction of each
-    /// unit's gradient in each, then the agreement and the updates.
+    /// A training step of `rounds` micro-batches: forward and backward through all units in each, the reductions that the outline wants, then
+    /// the agreement and the updates.
     ///
     /// # Panics
     /// When there are no rounds, no units, no gradient slot, or no more weight slots than prefetched units.
-    pub fn step(slots: Slots, rounds: usize) -> Plan {
+    pub fn step(outline: &Outline, rounds: usize) -> Plan {
         assert!(rounds > 0, "a training step has at least one round");
-        let forward = |round| (0..slots.units).map(move |unit| Use { unit, pass: Pass::Forward, round });
-        let backward = |round| (0..slots.units).rev().map(move |unit| Use { unit, pass: Pass::Backward, round });
-        let uses = (0..rounds).flat_map(|round| forward(round).chain(backward(round))).collect();
-        let mut builder = Builder::new(slots, uses);
-        builder.uses();
-        builder.finish();
-        Plan { operations: builder.operations }
+        Builder::new(outline.clone(), rounds, true).build()
     }
 
     /// Forward passes alone, for evaluation.
     ///
     /// # Panics
     /// As for [`Plan::step`].
-    pub fn forward(slots: Slots, rounds: usize) -> Plan {
-        let forward = |round| (0..slots.units).map(move |unit| Use { unit, pass: Pass::Forward, round });
-        let mut builder = Builder::new(slots, (0..rounds).flat_map(forward).collect());
-        builder.uses();
-        Plan { operations: builder.operations }
+    pub fn forward(outline: &Outline, rounds: usize) -> Plan {
+        Builder::new(outline.clone(), rounds, false).build()
     }
 
     /// Checks that every order that the memory needs follows from the queues and the edges: no use before its gather, no gather or
-    /// backward pass into a slot that is still in use, no reduction before its gradient, every gradient reduced exactly once, the agreement after
-    /// everything, updates after the agreement.
+    /// backward pass into a slot that is still in use, no slot beyond the last, no reduction before its gradient, every gradient reduced exactly once,
+    /// the agreement after everything, updates after the agreement.
     ///
     /// # Errors
     /// The first order that does not follow.
@@ -188,108 +242,9 @@ impl Plan {
     /// Number of collective operations in it.
     pub fn collectives(&self) -> usize {
         let is_collective = |operation: &&Operation| {
-            matches!(operation.action, Action::Gather { .. } | Action::Reduce { .. } | Action::Agree)
+            use Action::{Agree, AllReduce, Gather, Reduce};
+            matches!(operation.action, Gather { .. } | Reduce { .. } | AllReduce { .. } | Agree)
         };
         self.operations.iter().filter(is_collective).count()
-    }
-}
-
-/// Makes a plan: assigns slots, and edges where slots change hands.
-struct Builder {
-    slots: Slots,
-    uses: Vec<Use>,
-    operations: Vec<Operation>,
-    weights: Vec<WeightSlot>,
-    /// The last reduction of each gradient slot.
-    reductions: Vec<Option<usize>>,
-    next_gradient: usize,
-    last_reduce: Option<usize>,
-    last_compute: Option<usize>,
-}
-
-#[derive(Clone, Default)]
-struct WeightSlot {
-    unit: Option<usize>,
-    gather: usize,
-    /// The last operation that computes with its present content.
-    last_use: Option<usize>,
-}
-
-impl Builder {
-    fn new(slots: Slots, uses: Vec<Use>) -> Builder {
-        assert!(slots.units > 0 && slots.gradients > 0 && slots.weights > slots.prefetch, "no plan fits {slots:?}");
-        Builder {
-            slots,
-            uses,
-            operations: Vec::new(),
-            weights: vec![WeightSlot::default(); slots.weights],
-            reductions: vec![None; slots.gradients],
-            next_gradient: 0,
-            last_reduce: None,
-            last_compute: None,
-        }
-    }
-
-    fn push(&mut self, action: Action, after: impl IntoIterator<Item = usize>) -> usize {
-        self.operations.push(Operation { action, after: after.into_iter().collect() });
-        self.operations.len() - 1
-    }
-
-    /// All uses in order, each with the gathers that start before it.
-    fn uses(&mut self) {
-        for index in 0..self.uses.len() {
-            for ahead in index..(index + 1 + self.slots.prefetch).min(self.uses.len()) {
-                self.gather(index, ahead);
-            }
-            self.compute(self.uses[index]);
-        }
-    }
-
-    /// Brings in the unit of use `ahead`, unless it is there, while use `now` is about to start.
-    fn gather(&mut self, now: usize, ahead: usize) {
-        let unit = self.uses[ahead].unit;
-        if self.weights.iter().any(|slot| slot.unit == Some(unit)) {
-            return;
-        }
-        // Evict what is needed last among the slots that no use from now to then needs (Belady 1966).
-        let next_use = |slot: &WeightSlot| {
-            let rest = &self.uses[now..];
-            slot.unit.and_then(|unit| rest.iter().position(|use_| use_.unit == unit)).unwrap_or(usize::MAX)
-        };
-        let candidates = (0..self.slots.weights).filter(|&slot| next_use(&self.weights[slot]) > ahead - now);
-        let slot = candidates.max_by_key(|&slot| (next_use(&self.weights[slot]), self.slots.weights - slot));
-        let slot = slot.expect("there are more slots than uses from now to then");
-        let released = self.weights[slot].last_use;
-        let gather = self.push(Action::Gather { unit, slot }, released);
-        self.weights[slot] = WeightSlot { unit: Some(unit), gather, last_use: None };
-    }
-
-    fn compute(&mut self, use_: Use) {
-        let Use { unit, pass, round } = use_;
-        let weights = self.weights.iter().position(|slot| slot.unit == Some(unit)).expect("gathered just before");
-        let gather = self.weights[weights].gather;
-        let (gradients, free) = match pass {
-            Pass::Forward => (None, None),
-            Pass::Backward => {
-                let slot = self.next_gradient;
-                self.next_gradient = (slot + 1) % self.slots.gradients;
-                (Some(slot), self.reductions[slot])
-            }
-        };
-        let compute = self.push(Action::Compute { unit, pass, weights, gradients }, [gather].into_iter().chain(free));
-        self.weights[weights].last_use = Some(compute);
-        self.last_compute = Some(compute);
-        if let Some(slot) = gradients {
-            let reduce = self.push(Action::Reduce { unit, slot, round }, [compute]);
-            self.reductions[slot] = Some(reduce);
-            self.last_reduce = Some(reduce);
-        }
-    }
-
-    fn finish(&mut self) {
-        let agree = self.push(Action::Agree, self.last_compute.into_iter().chain(self.last_reduce));
-        for unit in 0..self.slots.units {
-            self.push(Action::Update { unit }, [agree]);
-        }
     }
 }

@@ -1,5 +1,6 @@
 //! One step under way: follows the plan, operation by operation, as the caller asks for units.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,24 +8,26 @@ use pillion_collectives::{Reduction, Traffic};
 use pillion_kernels::{AdamW, Event, Queue, View, ViewMut};
 
 use crate::engine::{Engine, Health, Kind};
-use crate::plan::{Action, Pass, Verified};
-use crate::slots::sideband;
+use crate::gradients::sideband;
+use crate::layout::ALIGNMENT;
+use crate::plan::{Action, Fill, Pass, Verified};
+use crate::update::Agreed;
 use crate::{Error, Unit};
 
 /// A step under way. It ends with [`Step::finish`] (training) or [`Step::end`] (evaluation); one that is dropped before leaves
 /// the engine unusable, since other ranks wait for the rest.
 pub struct Step<'e> {
-    engine: &'e mut Engine,
+    pub(crate) engine: &'e mut Engine,
     kind: Kind,
-    plan: Arc<Verified>,
+    pub(crate) plan: Arc<Verified>,
     /// The next operation.
-    next: usize,
+    pub(crate) next: usize,
     /// The computation that the caller is enqueuing.
     open: Option<usize>,
-    /// 1/tokens of the round's micro-batch, or 0 without one.
-    weight: f64,
-    exposed: Duration,
-    traffic: Traffic,
+    /// Tokens of this rank since its gradient was last reduced: of this round, or, where gradients are whole, of all rounds so far.
+    tokens: usize,
+    pub(crate) exposed: Duration,
+    pub(crate) traffic: Traffic,
 }
 
 /// What a forward pass through one unit needs. The borrow ends before the step is asked for the next.
@@ -41,10 +44,10 @@ pub struct Backward<'s> {
     pub queue: &'s dyn Queue,
     /// The unit's weights.
     pub weights: Weights<'s>,
-    /// The unit's gradients, zero so far.
+    /// The unit's gradients, to add to.
     pub gradients: Gradients<'s>,
-    /// `[2]` f64, zero so far: a sum of losses and a number of tokens that ride with this gradient. One unit of a model
-    /// writes them.
+    /// `[2]` f64, to add to: a sum of losses and a number of tokens that ride with this gradient. One unit of a model
+    /// does so.
     pub loss: ViewMut<'s>,
 }
 
@@ -61,7 +64,7 @@ impl<'s> Weights<'s> {
     }
 }
 
-/// A unit's gradients: sums over the tokens of a micro-batch, not means.
+/// A unit's gradients: sums over tokens, not means. What is added to a frozen tensor's counts nowhere.
 pub struct Gradients<'s> {
     view: ViewMut<'s>,
     unit: &'s Unit,
@@ -85,7 +88,7 @@ pub struct StepReport {
     pub gradient_norm: f64,
     /// ‖Σₖ Gₖ‖² over groups k, each a micro-batch of a rank.
     pub square_norm: f64,
-    /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k.
+    /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k. Where gradients are whole, a group is all micro-batches of a rank.
     pub group_square_norms: f64,
     /// Time for which this rank's host waited for a collective.
     pub exposed: Duration,
@@ -101,16 +104,17 @@ pub const REQUESTS: usize = 32;
 impl<'e> Step<'e> {
     pub(crate) fn new(engine: &'e mut Engine, kind: Kind, plan: Arc<Verified>) -> Step<'e> {
         engine.health = Health::Unfinished;
-        let traffic = engine.communicator.traffic();
+        let traffic = engine.axes.traffic();
         engine.events.clear();
         engine.events.resize(plan.operations.len(), Event::PAST);
-        Step { engine, kind, plan, next: 0, open: None, weight: 0.0, exposed: Duration::ZERO, traffic }
+        Step { engine, kind, plan, next: 0, open: None, tokens: 0, exposed: Duration::ZERO, traffic }
     }
 
     /// Begins a round whose micro-batch on this rank has `tokens` tokens.
     pub fn round(&mut self, tokens: usize) {
         self.close();
-        self.weight = if tokens == 0 { 0.0 } else { 1.0 / tokens as f64 };
+        let whole = self.plan.outline.gradients.is_none();
+        self.tokens = if whole { self.tokens + tokens } else { tokens };
     }
 
     /// Passes a round without a micro-batch on this rank: takes part in its collectives, with zeros.
@@ -119,12 +123,12 @@ impl<'e> Step<'e> {
     /// When another rank has failed.
     pub fn idle_round(&mut self) -> Result<(), Error> {
         self.round(0);
-        let units = self.engine.layout.units.len();
-        (0..units).try_for_each(|unit| self.forward(unit).map(|_| ()))?;
+        let layout = self.engine.layout.clone();
+        layout.order.iter().try_for_each(|&unit| self.forward(unit).map(|_| ()))?;
         if self.kind == Kind::Evaluate {
             return Ok(());
         }
-        (0..units).rev().try_for_each(|unit| self.backward(unit).map(|_| ()))
+        layout.order.iter().rev().try_for_each(|&unit| self.backward(unit).map(|_| ()))
     }
 
     /// The queue that kernels run on, for work that belongs to no unit.
@@ -148,8 +152,8 @@ impl<'e> Step<'e> {
     /// # Errors
     /// As for [`Step::forward`].
     pub fn backward(&mut self, unit: usize) -> Result<Backward<'_>, Error> {
-        let (slot, gradients) = self.enter(unit, Pass::Backward)?;
-        let gradients = gradients.expect("a backward pass has a gradient slot");
+        let (slot, fill) = self.enter(unit, Pass::Backward)?;
+        let Fill { slot: gradients, .. } = fill.expect("a backward pass has a gradient slot");
         let Engine { queue, weights, gradients: store, layout, .. } = &mut *self.engine;
         let unit_layout = &layout.units[unit];
         let weights = Weights { view: weights.gathered(unit, slot), unit: unit_layout };
@@ -164,34 +168,20 @@ impl<'e> Step<'e> {
     ///
     /// # Errors
     /// [`Error::NonFinite`] with the parameters as they were and the requests summed; another rank's failure, after which they may be invalid.
-    pub fn finish(mut self, settings: AdamW, requests: &mut [f64]) -> Result<StepReport, Error> {
+    pub fn finish(self, settings: AdamW, requests: &mut [f64]) -> Result<StepReport, Error> {
+        self.agree(requests)?.update(settings)
+    }
+
+    /// The first half of [`Step::finish`]: what comes back lends the summed gradients, and updates the parameters in whichever way.
+    ///
+    /// # Errors
+    /// As for [`Step::finish`].
+    pub fn agree(mut self, requests: &mut [f64]) -> Result<Agreed<'e>, Error> {
         assert!(requests.len() <= REQUESTS, "{} requests of at most {REQUESTS}", requests.len());
         self.issue_until(|action| action == Action::Agree, |_| "the agreement".to_owned())?;
-        let mut report = self.agree(requests)?;
+        let report = self.sum(requests)?;
         self.next += 1;
-        let mean = 1.0 / report.tokens.max(1.0);
-        report.gradient_norm = report.square_norm.sqrt() * mean;
-        let clip = match self.engine.policy.clip {
-            Some(limit) if report.gradient_norm > limit => limit / report.gradient_norm,
-            _ => 1.0,
-        };
-        self.engine.health = Health::Torn;
-        let step = self.engine.updates + 1;
-        let settings = AdamW { step, gradient_scale: (mean * clip) as f32, ..settings };
-        while let Some(operation) = self.plan.operations.get(self.next) {
-            let Action::Update { unit } = operation.action else {
-                return Err(self.off_plan("the end of the step"));
-            };
-            self.update(unit, settings)?;
-            self.next += 1;
-        }
-        self.engine.updates = step;
-        self.engine.health = Health::Good;
-        let traffic = self.engine.communicator.traffic();
-        report.operations = traffic.operations - self.traffic.operations;
-        report.bytes = traffic.bytes - self.traffic.bytes;
-        report.exposed = self.exposed;
-        Ok(report)
+        Ok(Agreed::new(self, report))
     }
 
     /// Ends an evaluation.
@@ -211,8 +201,8 @@ impl<'e> Step<'e> {
         Ok(())
     }
 
-    /// Starts what the plan wants before a computation, and opens it; returns its weight and gradient slots.
-    fn enter(&mut self, unit: usize, pass: Pass) -> Result<(usize, Option<usize>), Error> {
+    /// Starts what the plan wants before a computation, and opens it; returns its weight slot, and what it adds to.
+    fn enter(&mut self, unit: usize, pass: Pass) -> Result<(usize, Option<Fill>), Error> {
         let wanted = |action| matches!(action, Action::Compute { unit: u, pass: p, .. } if (u, p) == (unit, pass));
         self.issue_until(wanted, |step| format!("the {pass:?} pass of {}", step.engine.layout.units[unit].name))?;
         let Action::Compute { weights, gradients, .. } = self.plan.operations[self.next].action else {
@@ -221,8 +211,8 @@ impl<'e> Step<'e> {
         let waiting = Instant::now();
         let engine = &mut *self.engine;
         engine.weights.bring(unit, weights, &*engine.queue)?;
-        if let Some(slot) = gradients {
-            engine.gradients.open(slot, engine.layout.units[unit].padded, &*engine.queue)?;
+        if let Some(Fill { slot, first, .. }) = gradients {
+            engine.gradients.open(slot, engine.layout.units[unit].padded, first, &*engine.queue)?;
         }
         self.exposed += waiting.elapsed();
         self.open = Some(self.next);
@@ -244,10 +234,18 @@ impl<'e> Step<'e> {
                 action if wanted(action) => return Ok(()),
                 Action::Gather { unit, slot } => {
                     let after = Event::all([after, engine.written[unit].clone()]);
-                    engine.weights.gather(&engine.communicator, unit, slot, after);
+                    let group = engine.axes.shard.as_ref().expect(AXIS);
+                    engine.weights.gather(group, unit, slot, after);
                 }
                 Action::Reduce { unit, slot, round } => {
-                    engine.gradients.reduce(&engine.communicator, unit, slot, round > 0, after, &*engine.queue)?;
+                    let group = engine.axes.shard.as_ref().expect(AXIS);
+                    engine.gradients.reduce(group, unit, slot, round > 0, after, &*engine.queue)?;
+                }
+                Action::AllReduce { unit } => {
+                    let groups = engine.axes.replicate.as_ref().expect(AXIS);
+                    let waiting = Instant::now();
+                    engine.gradients.all_reduce(groups, unit, after, &*engine.queue)?;
+                    self.exposed += waiting.elapsed();
                 }
                 _ => return Err(self.off_plan(&what(self))),
             }
@@ -255,101 +253,94 @@ impl<'e> Step<'e> {
         }
     }
 
-    /// Ends the computation that the caller has enqueued: takes its gradient's norm, and marks its end.
+    /// Ends the computation that the caller has enqueued: takes its gradient's norm if that is complete, and marks its end.
     fn close(&mut self) {
         let Some(index) = self.open.take() else { return };
         let engine = &mut *self.engine;
-        if let Action::Compute { unit, gradients: Some(slot), .. } = self.plan.operations[index].action {
-            let (gradient, sideband) = engine.gradients.opened(slot);
-            let gradient = gradient.as_view().slice(0..engine.layout.units[unit].len);
-            engine.queue.square_norm(sideband.slice(sideband::SQUARE_NORM), gradient, self.weight);
+        let action = self.plan.operations[index].action;
+        if let Action::Compute { unit, gradients: Some(Fill { slot, last: true, .. }), .. } = action {
+            let Unit { len, padded, tensors, .. } = &engine.layout.units[unit];
+            let (mut gradient, sideband) = engine.gradients.opened(slot);
+            for tensor in tensors.iter().filter(|tensor| tensor.frozen) {
+                engine.queue.zero(gradient.reborrow().slice(tensor.range.clone()));
+            }
+            let weight = if self.tokens == 0 { 0.0 } else { 1.0 / self.tokens as f64 };
+            let gradient = gradient.as_view().slice(0..*len);
+            engine.queue.square_norm(sideband.slice(sideband::SQUARE_NORM), gradient, weight);
+            engine.gradients.round(slot, *padded, &*engine.queue);
         }
         engine.events[index] = engine.queue.record();
     }
 
     /// The one scalar all-reduce of a step.
-    fn agree(&mut self, requests: &mut [f64]) -> Result<StepReport, Error> {
+    fn sum(&mut self, requests: &mut [f64]) -> Result<StepReport, Error> {
         let waiting = Instant::now();
-        let Engine { queue, gradients, layout, norms, weights, communicator, .. } = &mut *self.engine;
+        let Engine { queue, gradients, layout, norms, weights, axes, .. } = &mut *self.engine;
         gradients.bring_all(&**queue)?;
         self.exposed += waiting.elapsed();
-        let mut totals = [0.0f64; sideband::LEN];
+        // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
+        let mut values = [0.0f64; SUMS + REQUESTS];
+        let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite] = [0, 1, 2, 3, 4, 5];
         for unit in 0..layout.units.len() {
             let (gradient, unit_totals) = gradients.sums(unit);
-            queue.square_norm(norms.slice_mut(2 * unit..2 * unit + 2), gradient, 1.0);
-            let mut values = [0.0; sideband::LEN];
-            queue.read(unit_totals, &mut values);
-            totals.iter_mut().zip(values).for_each(|(total, value)| *total += value);
+            let part = part(gradient.len(), axes.mesh.replicate, axes.replica());
+            queue.square_norm(norms.slice_mut(2 * unit..2 * unit + 2), gradient.slice(part), 1.0);
+            if axes.shard_number() == 0 {
+                let mut totals = [0.0; sideband::LEN];
+                queue.read(unit_totals, &mut totals);
+                values.iter_mut().zip(totals).for_each(|(value, total)| *value += total);
+            }
         }
-        // The square norm, the number of values that are not finite, and the requests.
-        let mut values = [0.0; 2 + REQUESTS];
         for unit in 0..layout.units.len() {
             let mut norm = [0.0; 2];
             queue.read(norms.slice(2 * unit..2 * unit + 2), &mut norm);
-            values.iter_mut().zip(norm).for_each(|(value, norm)| *value += norm);
+            values[square_norm] += norm[0];
+            values[non_finite] += norm[1];
         }
         weights.release(&queue.record());
-        values[2..2 + requests.len()].copy_from_slice(requests);
+        values[SUMS..SUMS + requests.len()].copy_from_slice(requests);
         let waiting = Instant::now();
-        communicator.all_reduce_scalars(&mut values[..2 + requests.len()], Reduction::Sum)?;
+        axes.world.all_reduce_scalars(&mut values[..SUMS + requests.len()], Reduction::Sum)?;
         self.exposed += waiting.elapsed();
-        requests.copy_from_slice(&values[2..2 + requests.len()]);
-        let [group_square_norms, _, loss_sum, tokens] = totals;
+        requests.copy_from_slice(&values[SUMS..SUMS + requests.len()]);
+        let (loss_sum, tokens) = (values[loss_sum], values[tokens]);
         // What is not finite in a micro-batch is not finite in the sum either, which can be infinite where its terms were not.
-        let non_finite = values[1];
-        if non_finite > 0.0 || !loss_sum.is_finite() {
+        if values[non_finite] > 0.0 || !loss_sum.is_finite() {
             self.engine.health = Health::Good;
             return Err(Error::NonFinite {
                 step: self.engine.updates + 1,
-                count: non_finite as u64,
+                count: values[non_finite] as u64,
                 loss: loss_sum / tokens,
             });
         }
         Ok(StepReport {
             loss_sum,
             tokens,
-            gradient_norm: 0.0,
-            square_norm: values[0],
-            group_square_norms,
+            gradient_norm: values[square_norm].sqrt() / tokens.max(1.0),
+            square_norm: values[square_norm],
+            group_square_norms: values[group_square_norms],
             exposed: Duration::ZERO,
             operations: 0,
             bytes: 0,
         })
     }
 
-    fn update(&mut self, unit: usize, settings: AdamW) -> Result<(), Error> {
-        let engine = &mut *self.engine;
-        let rank = engine.communicator.rank();
-        let mut weights = engine.weights.shard_mut(unit)?;
-        let (gradient, _) = engine.gradients.sums(unit);
-        let state = &mut engine.optimizer[unit];
-        for piece in engine.layout.pieces(unit, rank) {
-            let range = piece.in_shard;
-            let decay = engine.layout.units[unit].tensors[piece.tensor].decay;
-            let settings = AdamW { weight_decay: if decay { settings.weight_decay } else { 0.0 }, ..settings };
-            let weights = weights.reborrow().slice(range.clone());
-            let (weights, master) = match &mut state.master {
-                Some(master) => (Some(weights), master.slice_mut(range.clone())),
-                None => (None, weights),
-            };
-            engine.queue.adamw(
-                weights,
-                master,
-                state.m.slice_mut(range.clone()),
-                state.v.slice_mut(range.clone()),
-                gradient.slice(range),
-                settings,
-            );
-        }
-        engine.written[unit] = engine.queue.record();
-        Ok(())
-    }
-
-    fn off_plan(&self, found: &str) -> Error {
+    pub(crate) fn off_plan(&self, found: &str) -> Error {
         let expected = match self.plan.operations.get(self.next) {
             Some(operation) => format!("{:?}", operation.action),
             None => "nothing".to_owned(),
         };
         Error::OffPlan { expected, found: found.to_owned() }
     }
+}
+
+/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, the square norm, the number of values that are not finite.
+const SUMS: usize = sideband::LEN + 2;
+
+const AXIS: &str = "a plan moves along the axes that there are";
+
+/// The part number `number` of `parts` of a buffer of `len` elements, as a layout would cut it.
+fn part(len: usize, parts: usize, number: usize) -> Range<usize> {
+    let part = len.div_ceil(parts).next_multiple_of(ALIGNMENT);
+    (number * part).min(len)..((number + 1) * part).min(len)
 }

@@ -15,8 +15,10 @@ pub enum Track {
     Compute,
     /// Gathers of weights.
     Gather,
-    /// Reductions of gradients.
+    /// Reductions of gradients to shards.
     Reduce,
+    /// Sums of gradients over groups.
+    Replicate,
 }
 
 impl Track {
@@ -26,6 +28,7 @@ impl Track {
             Track::Compute => "compute",
             Track::Gather => "gather",
             Track::Reduce => "reduce",
+            Track::Replicate => "replicate",
         }
     }
 }

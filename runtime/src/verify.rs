@@ -6,15 +6,16 @@
 
 use std::collections::HashMap;
 
-use crate::plan::{Action, Operation, Pass, Plan, PlanError};
+use crate::plan::{Action, Fill, Operation, Pass, Plan, PlanError};
 
-const QUEUES: usize = 3;
+const QUEUES: usize = 4;
 
 fn queue(action: Action) -> usize {
     match action {
         Action::Compute { .. } | Action::Agree | Action::Update { .. } => 0,
         Action::Gather { .. } => 1,
         Action::Reduce { .. } => 2,
+        Action::AllReduce { .. } => 3,
     }
 }
 
@@ -22,76 +23,27 @@ fn queue(action: Action) -> usize {
 pub(crate) fn verify(plan: &Plan) -> Result<(), PlanError> {
     let order = Order::of(plan)?;
     let mut memory = Memory::default();
-    for (index, operation) in plan.operations.iter().enumerate() {
-        let race = |what| PlanError::Race { index, action: operation.action, what };
-        let need = |earlier: usize, what| if order.is_before(earlier, index) { Ok(()) } else { Err(race(what)) };
-        let all_before = |wanted: fn(Action) -> bool, what| {
-            (0..index)
-                .filter(|&earlier| wanted(plan.operations[earlier].action))
-                .try_for_each(|earlier| need(earlier, what))
-        };
-        match operation.action {
-            Action::Gather { unit, slot } => {
-                if let Some(resident) = memory.weights.get(&slot) {
-                    need(resident.gather, "the gather that filled its slot")?;
-                    resident.uses.iter().try_for_each(|&earlier| need(earlier, "every use of what its slot held"))?;
-                }
-                memory.weights.insert(slot, Resident { unit, gather: index, uses: Vec::new() });
-            }
-            Action::Compute { unit, pass, weights, gradients } => {
-                let resident = memory.weights.get_mut(&weights).filter(|resident| resident.unit == unit);
-                let resident = resident.ok_or(race("a gather of its weights"))?;
-                need(resident.gather, "the gather of its weights")?;
-                resident.uses.push(index);
-                if let (Pass::Backward, Some(slot)) = (pass, gradients) {
-                    if let Some(&reduce) = memory.reductions.get(&slot) {
-                        need(reduce, "the reduction of what its gradient slot held")?;
-                    }
-                    if memory.filled.insert(slot, (unit, index)).is_some() {
-                        return Err(race("a reduction of what its gradient slot held"));
-                    }
-                }
-            }
-            Action::Reduce { unit, slot, round } => {
-                let filled = memory.filled.remove(&slot).filter(|&(resident, _)| resident == unit);
-                let (_, backward) = filled.ok_or(race("a backward pass that fills its slot"))?;
-                need(backward, "the backward pass that fills its slot")?;
-                memory.reductions.insert(slot, index);
-                *memory.reduced.entry((unit, round)).or_insert(0) += 1;
-            }
-            Action::Agree => {
-                all_before(|action| matches!(action, Action::Compute { .. }), "every use of weights")?;
-                all_before(|action| matches!(action, Action::Reduce { .. }), "every reduction")?;
-            }
-            Action::Update { .. } => {
-                if !plan.operations[..index].iter().any(|earlier| earlier.action == Action::Agree) {
-                    return Err(race("an agreement"));
-                }
-                all_before(|action| action == Action::Agree, "the agreement")?;
-                all_before(|action| matches!(action, Action::Gather { .. }), "every gather of what it writes")?;
-            }
-        }
+    for index in 0..plan.operations.len() {
+        memory.follow(plan, &order, index)?;
     }
-    if let Some(&(_, index)) = memory.filled.values().next() {
-        let action = plan.operations[index].action;
-        return Err(PlanError::Race { index, action, what: "a reduction of what it computes" });
-    }
-    match memory.reduced.iter().find(|&(_, &times)| times != 1) {
-        Some((&(unit, round), &times)) => Err(PlanError::Reductions { unit, round, times }),
-        None => Ok(()),
-    }
+    memory.check_end(plan)
 }
 
 /// What is in memory at a point of the list.
 #[derive(Default)]
 struct Memory {
     weights: HashMap<usize, Resident>,
+    /// Gradient slot → what backward passes have added up there and no reduction has read.
+    filled: HashMap<usize, Filled>,
     /// Gradient slot → the last reduction that read it.
     reductions: HashMap<usize, usize>,
-    /// Gradient slot → (unit, the backward pass that fills it), until it is reduced.
-    filled: HashMap<usize, (usize, usize)>,
-    /// (unit, round) → number of reductions.
-    reduced: HashMap<(usize, usize), usize>,
+    /// Unit → its reductions to shards; its sums over groups; its updates.
+    reduced: HashMap<usize, Vec<usize>>,
+    replicated: HashMap<usize, usize>,
+    updated: HashMap<usize, usize>,
+    agreed: Option<usize>,
+    /// (unit, pass) → computations.
+    uses: HashMap<(usize, Pass), usize>,
 }
 
 struct Resident {
@@ -99,6 +51,133 @@ struct Resident {
     gather: usize,
     uses: Vec<usize>,
 }
+
+struct Filled {
+    unit: usize,
+    /// The last backward pass, and whether it is the last before the reduction.
+    backward: usize,
+    complete: bool,
+}
+
+impl Memory {
+    fn follow(&mut self, plan: &Plan, order: &Order, index: usize) -> Result<(), PlanError> {
+        let action = plan.operations[index].action;
+        let race = |what| PlanError::Race { index, action, what };
+        let need = |earlier: usize, what| if order.is_before(earlier, index) { Ok(()) } else { Err(race(what)) };
+        let all_before = |wanted: fn(Action) -> bool, what| {
+            (0..index)
+                .filter(|&earlier| wanted(plan.operations[earlier].action))
+                .try_for_each(|earlier| need(earlier, what))
+        };
+        let within = |slot: usize, slots: usize| match slot < slots {
+            true => Ok(()),
+            false => Err(PlanError::Slot { index, action, slots }),
+        };
+        if self.agreed.is_some() && !matches!(action, Action::Update { .. }) {
+            return Err(race("nothing: only updates come after the agreement"));
+        }
+        match action {
+            Action::Gather { unit, slot } => {
+                within(slot, plan.outline.weights.unwrap_or(0))?;
+                if let Some(resident) = self.weights.get(&slot) {
+                    need(resident.gather, "the gather that filled its slot")?;
+                    resident.uses.iter().try_for_each(|&earlier| need(earlier, "every use of what its slot held"))?;
+                }
+                self.weights.insert(slot, Resident { unit, gather: index, uses: Vec::new() });
+            }
+            Action::Compute { unit, pass, weights, gradients } => {
+                if plan.outline.weights.is_some() {
+                    let resident = self.weights.get_mut(&weights).filter(|resident| resident.unit == unit);
+                    let resident = resident.ok_or(race("a gather of its weights"))?;
+                    need(resident.gather, "the gather of its weights")?;
+                    resident.uses.push(index);
+                }
+                *self.uses.entry((unit, pass)).or_insert(0) += 1;
+                if gradients.is_some() != (pass == Pass::Backward) {
+                    return Err(race("a gradient slot of a backward pass"));
+                }
+                if let Some(Fill { slot, first, last }) = gradients {
+                    within(slot, plan.outline.gradients.unwrap_or(plan.outline.units()))?;
+                    if let Some(&reduce) = self.reductions.get(&slot) {
+                        need(reduce, "the reduction of what its gradient slot held")?;
+                    }
+                    let goes_on = |filled: &Filled| filled.unit == unit && !filled.complete && !first;
+                    match self.filled.get(&slot) {
+                        None if first => {}
+                        Some(filled) if goes_on(filled) => {}
+                        _ => return Err(race("a reduction of what its gradient slot held")),
+                    }
+                    self.filled.insert(slot, Filled { unit, backward: index, complete: last });
+                }
+            }
+            Action::Reduce { unit, slot, round } => {
+                let filled = self.filled.remove(&slot).filter(|filled| filled.unit == unit && filled.complete);
+                need(filled.ok_or(race(BACKWARD))?.backward, BACKWARD)?;
+                let earlier = self.reduced.entry(unit).or_default();
+                if !plan.outline.sharded || self.replicated.contains_key(&unit) || earlier.len() != round {
+                    return Err(race("the unit's earlier reductions alone"));
+                }
+                earlier.push(index);
+                self.reductions.insert(slot, index);
+            }
+            Action::AllReduce { unit } => {
+                if plan.outline.sharded {
+                    let reduced = self.reduced.get(&unit).ok_or(race("the unit's reductions"))?;
+                    reduced.iter().try_for_each(|&earlier| need(earlier, "the unit's reductions"))?;
+                } else {
+                    let filled = self.filled.remove(&unit).filter(|filled| filled.unit == unit && filled.complete);
+                    need(filled.ok_or(race(BACKWARD))?.backward, BACKWARD)?;
+                    self.reductions.insert(unit, index);
+                }
+                *self.replicated.entry(unit).or_insert(0) += 1;
+            }
+            Action::Agree => {
+                all_before(|action| matches!(action, Action::Compute { .. }), "every use of weights")?;
+                let reduces = |action| matches!(action, Action::Reduce { .. } | Action::AllReduce { .. });
+                all_before(reduces, "every reduction")?;
+                self.agreed = Some(index);
+            }
+            Action::Update { unit } => {
+                need(self.agreed.ok_or(race("an agreement"))?, "the agreement")?;
+                all_before(|action| matches!(action, Action::Gather { .. }), "every gather of what it writes")?;
+                *self.updated.entry(unit).or_insert(0) += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every gradient was reduced, once, and every unit updated, once.
+    fn check_end(&self, plan: &Plan) -> Result<(), PlanError> {
+        let outline = &plan.outline;
+        // With nothing to sum over, gradients stay where they are.
+        let stays = |filled: &Filled| filled.complete && !outline.sharded && !outline.replicated;
+        if let Some(filled) = self.filled.values().find(|filled| !stays(filled)) {
+            let (index, action) = (filled.backward, plan.operations[filled.backward].action);
+            return Err(PlanError::Race { index, action, what: "a reduction of what it computes" });
+        }
+        let trains = self.agreed.is_some();
+        let expected = |wanted: bool| usize::from(trains && wanted);
+        for unit in 0..outline.units() {
+            for (what, times, expected) in [
+                ("summed over the groups", &self.replicated, expected(outline.replicated)),
+                ("updated", &self.updated, expected(true)),
+            ] {
+                let times = times.get(&unit).copied().unwrap_or(0);
+                if times != expected {
+                    return Err(PlanError::Count { unit, what, times, expected });
+                }
+            }
+            let [forward, backward] = [Pass::Forward, Pass::Backward].map(|pass| self.uses.get(&(unit, pass)));
+            if trains && forward != backward {
+                let [expected, times] = [forward, backward].map(|count| count.copied().unwrap_or(0));
+                return Err(PlanError::Count { unit, what: "passed backward", times, expected });
+            }
+        }
+        Ok(())
+    }
+}
+
+const BACKWARD: &str = "the backward pass that fills its slot";
 
 /// What is complete when an operation starts.
 struct Order {
@@ -143,37 +222,60 @@ impl Order {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Slots;
+    use crate::plan::Outline;
     use proptest::prelude::*;
 
-    fn slots() -> impl Strategy<Value = Slots> {
-        (1usize..7, 0usize..4, 1usize..4, 1usize..4).prop_map(|(units, prefetch, more, gradients)| Slots {
-            units,
-            prefetch,
-            weights: prefetch + more,
-            gradients,
+    /// Any mesh, placement, depth and order of units, some of which may be used twice.
+    fn outlines() -> impl Strategy<Value = Outline> {
+        let order = (1usize..7).prop_flat_map(|units| {
+            let again = prop::collection::vec(0..units, 0..3);
+            again.prop_map(move |again| (0..units).chain(again).collect::<Vec<usize>>())
+        });
+        let placement = (0usize..4, 1usize..4, 1usize..4, 0usize..5, any::<bool>());
+        (order, placement).prop_map(|(order, (prefetch, more, gradients, placement, replicated))| {
+            let mut outline =
+                Outline { order, prefetch, weights: None, gradients: None, sharded: placement > 0, replicated };
+            // Nothing, ZeRO-1, ZeRO-2, parameters and optimizer, ZeRO-3.
+            outline.weights = match placement {
+                0 => None,
+                1 | 2 => Some(outline.units().max(prefetch + 1)),
+                _ => Some(prefetch + more),
+            };
+            outline.gradients = matches!(placement, 2 | 4).then_some(gradients.max(outline.used_twice() + 1));
+            outline
         })
+    }
+
+    fn count(plan: &Plan, wanted: fn(&Action) -> bool) -> usize {
+        plan.operations.iter().filter(|operation| wanted(&operation.action)).count()
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn every_plan_verifies_and_gathers_what_it_must(slots in slots(), rounds in 1usize..4) {
-            let plan = Plan::step(slots, rounds).verify().expect("the planner makes no races");
-            let count = |wanted: fn(&Action) -> bool| plan.operations.iter().filter(|op| wanted(&op.action)).count();
-            prop_assert_eq!(count(|action| matches!(action, Action::Reduce { .. })), slots.units * rounds);
-            prop_assert_eq!(count(|action| matches!(action, Action::Update { .. })), slots.units);
-            let gathers = count(|action| matches!(action, Action::Gather { .. }));
-            prop_assert!(gathers >= slots.units && gathers <= 2 * slots.units * rounds);
-            if slots.weights >= slots.units {
-                prop_assert_eq!(gathers, slots.units, "with room for all units each is gathered once");
+        fn every_plan_verifies_and_moves_what_it_must(outline in outlines(), rounds in 1usize..4) {
+            let plan = Plan::step(&outline, rounds).verify().expect("the planner makes no races");
+            let units = outline.units();
+            let reduces = count(&plan, |action| matches!(action, Action::Reduce { .. }));
+            let expected = if outline.gradients.is_some() { units * rounds } else { units };
+            prop_assert_eq!(reduces, if outline.sharded { expected } else { 0 });
+            let all_reduces = count(&plan, |action| matches!(action, Action::AllReduce { .. }));
+            prop_assert_eq!(all_reduces, if outline.replicated { units } else { 0 });
+            prop_assert_eq!(count(&plan, |action| matches!(action, Action::Update { .. })), units);
+            let gathers = count(&plan, |action| matches!(action, Action::Gather { .. }));
+            match outline.weights {
+                None => prop_assert_eq!(gathers, 0),
+                Some(slots) if slots >= units => prop_assert_eq!(gathers, units, "with room for all each is gathered once"),
+                Some(_) => prop_assert!(gathers >= units && gathers <= 2 * outline.order.len() * rounds),
             }
-            Plan::forward(slots, rounds).verify().expect("nor for forward passes");
+            let forward = Plan::forward(&outline, rounds).verify().expect("nor for forward passes");
+            let computes = count(&forward, |action| matches!(action, Action::Compute { .. }));
+            prop_assert_eq!(computes, outline.order.len() * rounds);
         }
 
         #[test]
-        fn every_edge_matters_unless_the_others_imply_it(slots in slots(), rounds in 1usize..3) {
-            let plan = Plan::step(slots, rounds);
+        fn every_edge_matters_unless_the_others_imply_it(outline in outlines(), rounds in 1usize..3) {
+            let plan = Plan::step(&outline, rounds);
             for index in 0..plan.operations.len() {
                 for edge in 0..plan.operations[index].after.len() {
                     let mut mutant = plan.clone();
@@ -183,21 +285,60 @@ mod tests {
                 }
             }
         }
+
+        #[test]
+        fn no_operation_can_be_left_out_or_done_twice(outline in outlines(), rounds in 1usize..3) {
+            let plan = Plan::step(&outline, rounds);
+            for index in 0..plan.operations.len() {
+                let action = plan.operations[index].action;
+                // Gathering what is there harms nobody.
+                let harmless = matches!(action, Action::Gather { .. });
+                for twice in [false, true] {
+                    let changed = with_or_without(&plan, index, twice).verify();
+                    if !(harmless && twice) {
+                        prop_assert!(changed.is_err(), "{:?}, twice: {}", action, twice);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn a_slot_beyond_the_last_is_refused(outline in outlines(), rounds in 1usize..3) {
+            let mut fewer = Plan::step(&outline, rounds);
+            let used = |action: &Action| match action { Action::Gather { slot, .. } => slot + 1, _ => 0 };
+            let most = fewer.operations.iter().map(|operation| used(&operation.action)).max().unwrap();
+            if most > 0 {
+                fewer.outline.weights = Some(most - 1);
+                let refused = matches!(fewer.verify(), Err(PlanError::Slot { .. }));
+                prop_assert!(refused, "slot {}", most - 1);
+            }
+        }
     }
 
-    #[test]
-    fn a_gradient_reduced_twice_or_never_is_refused() {
-        let slots = Slots { units: 2, prefetch: 0, weights: 1, gradients: 1 };
-        let is_reduce = |operation: &Operation| matches!(operation.action, Action::Reduce { .. });
-        let plan = Plan::step(slots, 1);
-        let reduce = plan.operations.iter().position(is_reduce).unwrap();
-        let mut twice = plan.clone();
-        let again = twice.operations[reduce].clone();
-        twice.operations.push(again);
-        assert!(twice.verify().is_err());
-        let mut never = plan;
-        // Its place is kept by a gather's twin, so that the indices of the edges stay right.
-        never.operations[reduce].action = never.operations[0].action;
-        assert!(never.verify().is_err());
+    /// The plan without an operation, or with it twice in a row; edges to it go to what it waited for, or to the second.
+    fn with_or_without(plan: &Plan, changed: usize, twice: bool) -> Plan {
+        let moved = |index: usize| match (twice, index > changed) {
+            (true, _) if index >= changed => index + 1,
+            (false, true) => index - 1,
+            _ => index,
+        };
+        let mut operations = Vec::new();
+        for (index, operation) in plan.operations.iter().enumerate() {
+            let mut after = Vec::new();
+            for &earlier in &operation.after {
+                match earlier == changed && !twice {
+                    true => after.extend(plan.operations[changed].after.iter().copied()),
+                    false => after.push(moved(earlier)),
+                }
+            }
+            let operation = Operation { action: operation.action, after };
+            if index == changed && twice {
+                operations.push(operation.clone());
+            }
+            if index != changed || twice {
+                operations.push(operation);
+            }
+        }
+        Plan { outline: plan.outline.clone(), operations }
     }
 }

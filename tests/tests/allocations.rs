@@ -7,7 +7,7 @@ use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType};
 use pillion_llama::config::Config;
 use pillion_llama::model::Model;
-use pillion_runtime::{Engine, Gather, Layout, Policy};
+use pillion_runtime::{Engine, Gather, Layout, Policy, Sharded};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -40,7 +40,7 @@ fn allocations(policy: Policy, rounds: usize, idle: bool, more: impl Fn() + Sync
     let program = |launch: Launch| {
         let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
         let (config, device) = (config(), Arc::new(Cpu));
-        let layout = Layout::new(&config.units(), WORLD);
+        let layout = Layout::new(&config.units(), policy.mesh(WORLD).unwrap().shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy).unwrap();
         engine.initialize(|name, shape, index| config.initial_value(1, name, shape, index)).unwrap();
         let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ).unwrap();
@@ -90,6 +90,15 @@ fn a_step_allocates_nothing() {
                 assert_eq!(count, 0, "in {COUNTED} steps of {rounds} rounds with {weights}, {gather}, idle {idle}");
             }
         }
+    }
+    // A grid of one rank a group has every kind of operation.
+    let whole = Policy { sharded: Sharded::NOTHING, ..Policy::default() };
+    let zero_1 = Policy { sharded: Sharded::OPTIMIZER, ..Policy::default() };
+    let grid = Policy { replicas: 2, ..Policy::default() };
+    for policy in [whole, zero_1, grid, Policy { reduce: DType::Bf16, ..grid }, Policy { reduce: DType::Bf16, ..whole }]
+    {
+        let count = allocations(policy, 2, true, || ());
+        assert_eq!(count, 0, "in {COUNTED} steps of 2 rounds with {policy:?}");
     }
     // That the counter counts: the same once more, with one allocation in each step of each rank.
     let count = allocations(Policy::default(), 1, false, || drop(std::hint::black_box(Box::new(0u8))));

@@ -25,7 +25,7 @@ use signal_hook::iterator::Signals;
 use crate::settings::{LaunchKind, TrainArgs};
 use crate::{Error, complain};
 
-pub(crate) use plan_table::{plan_table, slots};
+pub(crate) use plan_table::plan_table;
 
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;

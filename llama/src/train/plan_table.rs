@@ -1,12 +1,16 @@
 //! The table that stands before a run: what is trained, where it lives, what a step moves.
 
 use comfy_table::{Table, presets};
-use pillion_runtime::{Action, Gather, Layout, Memory, Plan, Policy, Slots};
+use pillion_runtime::{Action, Gather, Layout, Memory, Mesh, Outline, Plan, Policy, Sharded};
 
+use crate::Error;
 use crate::config::Config;
 use crate::model::Model;
 
 /// The table, for `world` ranks with micro-batches of `micro_batch` samples of `seq` tokens and steps of `batch` samples.
+///
+/// # Errors
+/// When the policy does not fit the ranks.
 pub(crate) fn plan_table(
     model: &Config,
     policy: &Policy,
@@ -15,12 +19,13 @@ pub(crate) fn plan_table(
     micro_batch: u64,
     batch: u64,
     backend: &str,
-) -> Table {
-    let layout = Layout::new(&model.units(), world);
-    let memory = Memory::of(&layout, policy);
+) -> Result<Table, Error> {
+    let mesh = policy.mesh(world)?;
+    let layout = Layout::new(&model.units(), mesh.shard);
+    let memory = Memory::of(&layout, policy, mesh);
     let activations = Model::activation_bytes(model, policy.weights, micro_batch as usize, seq);
     let rounds = batch.div_ceil(micro_batch).div_ceil(world as u64) as usize;
-    let plan = Plan::step(slots(&layout, policy), rounds);
+    let plan = Plan::step(&Outline::new(&layout, policy, mesh), rounds);
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     let mut row = |name: &str, value: String| {
@@ -39,37 +44,35 @@ pub(crate) fn plan_table(
             model.vocab_size
         ),
     );
-    row("ranks", format!("{world}, each holds 1/{world} of weights, gradients and optimizer state ({backend})"));
+    row("ranks", format!("{} ({backend})", placement(world, mesh, policy.sharded)));
     row(
         "step",
         format!(
             "{batch} samples of {seq} tokens at first: {rounds} rounds of {world} × {micro_batch}; {} collectives, {} sent by a rank",
             plan.collectives(),
-            bytes(step_bytes(&layout, policy, &plan))
+            bytes(step_bytes(&layout, policy, mesh, &plan))
         ),
     );
-    row(
-        "weights",
-        format!(
-            "{} a rank in {}, gathered by {}",
-            bytes(memory.weights),
-            policy.weights,
-            match policy.gather {
-                Gather::Window => "reading all shards in place: nothing is copied".to_owned(),
-                Gather::Copy =>
-                    format!("copy into {} slots of {}", policy.slots, bytes(memory.gathered / policy.slots as u64)),
-            }
-        ),
-    );
-    row(
-        "gradients",
-        format!(
-            "{} a rank in {} slots, and {} for its shard of the sum",
-            bytes(memory.gradients),
-            policy.slots,
-            bytes(memory.gradient_shard)
-        ),
-    );
+    let in_slots = |count: usize, total: u64| match count < layout.units.len() {
+        true => format!("copy into {count} slots of {}", bytes(total / count as u64)),
+        false => format!("copy into a slot for each unit, {}", bytes(total)),
+    };
+    let gathered = match (policy.sharded.parameters, policy.gather) {
+        (true, Gather::Window) => ", gathered by reading all shards in place: nothing is copied".to_owned(),
+        (true, Gather::Copy) => format!(", gathered by {}", in_slots(policy.slots, memory.gathered)),
+        (false, _) if policy.sharded == Sharded::NOTHING => String::new(),
+        (false, _) => ", gathered once a step".to_owned(),
+    };
+    row("weights", format!("{} a rank in {}{gathered}", bytes(memory.weights), policy.weights));
+    let slots = match policy.sharded.gradients {
+        true => format!("in {} slots", policy.slots),
+        false => "for all of them, reduced in the last round".to_owned(),
+    };
+    let shard = match memory.gradient_shard {
+        0 => String::new(),
+        shard => format!(", and {} for its shard of the sum", bytes(shard)),
+    };
+    row("gradients", format!("{} a rank {slots}{shard}; they travel in {}", bytes(memory.gradients), policy.reduce));
     row(
         "optimizer",
         match memory.master {
@@ -81,32 +84,40 @@ pub(crate) fn plan_table(
     );
     row("activations", format!("{} a rank", bytes(activations)));
     row("memory", format!("{} a rank in all", bytes(memory.total() + activations)));
-    table
+    Ok(table)
 }
 
-/// The memory that an engine's plans are made for.
-pub(crate) fn slots(layout: &Layout, policy: &Policy) -> Slots {
-    let units = layout.units.len();
-    let weights = match policy.gather {
-        Gather::Window => units,
-        Gather::Copy => policy.slots,
+/// What a rank holds of what, in words.
+fn placement(world: usize, mesh: Mesh, sharded: Sharded) -> String {
+    let Mesh { replicate, shard } = mesh;
+    let Sharded { parameters, gradients, .. } = sharded;
+    let groups = if replicate > 1 { format!(" in {replicate} groups of {shard}") } else { String::new() };
+    let divided = match (parameters, gradients) {
+        _ if sharded == Sharded::NOTHING => return format!("{world}, each holds everything"),
+        (true, true) => "weights, gradients and optimizer state",
+        (true, false) => "weights and optimizer state, and all gradients",
+        (false, true) => "gradients and optimizer state, and all weights",
+        (false, false) => "optimizer state, and all weights and gradients",
     };
-    Slots { units, prefetch: policy.prefetch, weights: weights.max(policy.prefetch + 1), gradients: policy.slots }
+    format!("{world}{groups}, each holds 1/{shard} of {divided}")
 }
 
 /// Bytes that the other ranks read from one in a step.
-fn step_bytes(layout: &Layout, policy: &Policy, plan: &Plan) -> u64 {
-    let others = (layout.world - 1) as u64;
+fn step_bytes(layout: &Layout, policy: &Policy, mesh: Mesh, plan: &Plan) -> u64 {
+    let Mesh { replicate, shard } = mesh;
+    let (of_group, of_all) = (shard - 1, mesh.world() - 1);
     let sent = |action: Action| match action {
-        Action::Gather { unit, .. } if policy.gather == Gather::Copy => {
-            layout.units[unit].shard * policy.weights.bytes()
+        Action::Gather { unit, .. } if !policy.sharded.parameters || policy.gather == Gather::Copy => {
+            of_group * layout.units[unit].shard * policy.weights.bytes()
         }
-        Action::Reduce { unit, .. } => layout.units[unit].shard * 4,
-        // The square norm, the count of non-finite values, and the request to stop.
-        Action::Agree => 3 * 8,
+        Action::Reduce { unit, .. } => of_group * layout.units[unit].shard * policy.reduce.bytes(),
+        // Each rank sums a part of all, and gives it to all: twice the part of a rank goes to each other rank.
+        Action::AllReduce { unit } => 2 * (replicate - 1) * layout.units[unit].shard.div_ceil(replicate) * 4,
+        // Four totals, the square norm, the count of non-finite values, and the request to stop.
+        Action::Agree => of_all * 7 * 8,
         _ => 0,
     };
-    others * plan.operations.iter().map(|operation| sent(operation.action) as u64).sum::<u64>()
+    plan.operations.iter().map(|operation| sent(operation.action) as u64).sum()
 }
 
 /// A number of bytes for reading.

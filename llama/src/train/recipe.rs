@@ -3,7 +3,7 @@
 
 use pillion_abs::{Rule, Settings as ControllerSettings};
 use pillion_kernels::{AdamW, DType};
-use pillion_runtime::{Gather, Policy};
+use pillion_runtime::{Gather, Mesh, Policy};
 use serde::{Deserialize, Serialize};
 
 use super::schedule::Schedule;
@@ -22,6 +22,7 @@ const MOST_SLOTS: usize = 1024;
 pub(crate) struct Recipe {
     pub(crate) model: Config,
     pub(crate) precision: String,
+    pub(crate) reduce_precision: String,
     pub(crate) seq: usize,
     pub(crate) micro_batch: u64,
     pub(crate) seed: u64,
@@ -39,7 +40,7 @@ impl Recipe {
     /// Names the flag and the remedy.
     pub(crate) fn new(settings: &TrainArgs, world: usize) -> Result<Recipe, Error> {
         let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
-        policy(&settings.policy, settings.clip)?;
+        policy(&settings.policy, settings.clip, world)?;
         let micro_batch = settings.micro_batch;
         positive("--seq", settings.seq as u64)?;
         positive("--micro-batch", micro_batch)?;
@@ -102,6 +103,7 @@ impl Recipe {
         Ok(Recipe {
             model,
             precision: weights(settings.policy.precision).name().to_owned(),
+            reduce_precision: weights(settings.policy.reduce_precision).name().to_owned(),
             seq: settings.seq,
             micro_batch,
             seed: settings.seed,
@@ -148,11 +150,11 @@ fn first_difference(
     }
 }
 
-/// How parameters are kept and moved, checked.
+/// How parameters are kept and moved between `world` ranks, checked.
 ///
 /// # Errors
 /// Names the flag and the remedy.
-pub(crate) fn policy(settings: &PolicyArgs, clip: f64) -> Result<Policy, Error> {
+pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<Policy, Error> {
     if settings.prefetch >= MOST_SLOTS || settings.slots.is_some_and(|slots| slots > MOST_SLOTS) {
         return fail(format!("--prefetch must be below {MOST_SLOTS}, and --slots at most that"));
     }
@@ -164,16 +166,35 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64) -> Result<Policy, Error> 
             settings.prefetch + 1
         ));
     }
-    Ok(Policy {
+    if let Some(mesh) = settings.mesh.filter(|mesh| mesh.world() != world) {
+        let Mesh { replicate, shard } = mesh;
+        return fail(format!(
+            "--mesh replicate={replicate},shard={shard} is a grid of {} ranks, but there are {world}: choose sizes whose product that is",
+            mesh.world()
+        ));
+    }
+    let sharded = settings.shard;
+    let gather = match settings.gather {
+        Some(GatherKind::Window) if !sharded.parameters => {
+            return fail(format!(
+                "--gather window reads sharded parameters, but --shard {sharded} leaves them whole: leave --gather out"
+            ));
+        }
+        Some(GatherKind::Copy) => Gather::Copy,
+        Some(GatherKind::Window) | None => Gather::Window,
+    };
+    let policy = Policy {
         weights: weights(settings.precision),
-        gather: match settings.gather {
-            GatherKind::Copy => Gather::Copy,
-            GatherKind::Window => Gather::Window,
-        },
+        reduce: weights(settings.reduce_precision),
+        replicas: settings.mesh.map_or(1, |mesh| mesh.replicate),
+        sharded,
+        gather,
         prefetch: settings.prefetch,
         slots,
         clip: (clip > 0.0).then_some(clip),
-    })
+    };
+    policy.mesh(world)?;
+    Ok(policy)
 }
 
 fn weights(precision: Precision) -> DType {

@@ -95,7 +95,7 @@ impl<'s> Run<'s> {
         let mut lock = None;
         let start = on_rank_zero(&communicator, || start(settings, world, &mut lock))?;
         let Start { resume, recipe, tokens, validation_samples } = start;
-        let policy = recipe::policy(&settings.policy, settings.clip)?;
+        let policy = recipe::policy(&settings.policy, settings.clip, world)?;
         let vocab = if is_synthetic(settings) { recipe.model.vocab_size } else { tokenizer::VOCAB };
         let dataset = Dataset::open(TokenFile::open(&tokens, vocab)?, recipe.seq, recipe.seed)?;
         if communicator.rank() == 0 {
@@ -106,7 +106,7 @@ impl<'s> Run<'s> {
                 (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
             };
             let backend = format!("{}, {between}", launch.source);
-            let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend);
+            let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend)?;
             crate::print(table);
         }
         let processor = Processor::open(settings, launch, &communicator, policy.weights)?;
@@ -114,7 +114,7 @@ impl<'s> Run<'s> {
             DeviceKind::Cpu => Arc::new(processor.device.clone()),
             DeviceKind::LazyCpu => Arc::new(LazyCpu::new(recipe.seed)),
         };
-        let layout = Layout::new(&recipe.model.units(), world);
+        let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy)?;
         let model = Model::new(&*device, &recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq)?;
         let mut progress = Counters::default();
@@ -250,8 +250,11 @@ impl<'s> Run<'s> {
         }
         let mut asked = [f64::from(u8::from(stopping(stop)))];
         let report = step.finish(self.recipe.adamw(lr), &mut asked)?;
+        // A whole gradient is that of all micro-batches of a rank.
+        let whole = !self.engine.policy().sharded.gradients;
+        let groups = if whole { micro_batches.min(world) } else { micro_batches };
         let decision = self.controller.observe(&Observation {
-            groups: micro_batches,
+            groups,
             samples: batch,
             tokens: report.tokens as u64,
             group_square_norms: report.group_square_norms,

@@ -71,7 +71,7 @@ pub(super) fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>)
             "the model knows {vocab} tokens, but the text needs {needed}: choose another --model"
         )));
     }
-    check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip)?, world)?;
+    check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip, world)?, world)?;
     if let (Some(path), Some(saved)) = (&resume, &saved) {
         checkpoints::same_recipe(path, saved, &recipe)?;
     }
@@ -101,7 +101,8 @@ pub(super) fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>)
 
 /// Whether the host has the memory that its `world` ranks will come to use; found out late, it would be the kernel that ends them.
 fn check_memory(recipe: &Recipe, policy: &Policy, world: usize) -> Result<(), Error> {
-    let state = Memory::of(&Layout::new(&recipe.model.units(), world), policy).total();
+    let mesh = policy.mesh(world)?;
+    let state = Memory::of(&Layout::new(&recipe.model.units(), mesh.shard), policy, mesh).total();
     let activations = Model::activation_bytes(&recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq);
     let needed = (state + activations).saturating_mul(world as u64);
     let (available, limit) = pillion_collectives::available_memory();

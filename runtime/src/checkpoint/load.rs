@@ -25,10 +25,10 @@ impl Checkpoint {
         let communicator = engine.communicator().clone();
         self.check_same(engine)?;
         let tensors = agree(&communicator, &self.path, self.check(engine))?;
-        let (layout, rank) = (engine.layout.clone(), communicator.rank());
+        let (layout, shard) = (engine.layout.clone(), engine.shard_number());
         engine.health = Health::Torn;
         let loaded =
-            (0..layout.units.len()).try_for_each(|unit| engine.set_state(unit, &tensors.state(unit, &layout, rank)?));
+            (0..layout.units.len()).try_for_each(|unit| engine.set_state(unit, &tensors.state(unit, &layout, shard)?));
         agree(&communicator, &self.path, loaded)?;
         engine.set_updates(self.manifest.updates);
         engine.health = Health::Good;
@@ -72,7 +72,7 @@ impl Checkpoint {
         (rank..self.manifest.world).step_by(world).try_for_each(|file| self.verify_file(file))?;
         let saved = self.manifest.layout();
         let holders = (0..layout.units.len())
-            .flat_map(|unit| shard::holders(saved.units[unit].shard, &in_shard(layout, unit, rank)));
+            .flat_map(|unit| shard::holders(saved.units[unit].shard, &in_shard(layout, unit, engine.shard_number())));
         self.open_files(holders.collect::<BTreeSet<usize>>())
     }
 
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn an_engine_whose_update_failed_cannot_be_saved_and_is_sound_again_after_a_load() {
         let dir = tempfile::tempdir().unwrap();
-        let tensor = TensorSpec { name: "x".to_owned(), shape: vec![3], decay: false };
+        let tensor = TensorSpec { name: "x".to_owned(), shape: vec![3], decay: false, frozen: false };
         let units = [UnitSpec { name: "unit".to_owned(), tensors: vec![tensor] }];
         let launch = Launch::threads(1).remove(0);
         let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());

@@ -149,6 +149,7 @@ pub(super) fn specs(layout: &Layout) -> Vec<UnitSpec> {
         name: tensor.name.clone(),
         shape: tensor.shape.clone(),
         decay: tensor.decay,
+        frozen: false,
     };
     let unit =
         |unit: &crate::Unit| UnitSpec { name: unit.name.clone(), tensors: unit.tensors.iter().map(tensor).collect() };
@@ -167,7 +168,7 @@ fn tensors(units: &[UnitSpec]) -> Vec<(&str, &TensorSpec)> {
 fn describe(tensor: Option<&(&str, &TensorSpec)>) -> String {
     match tensor {
         None => "absent".to_owned(),
-        Some((unit, TensorSpec { name, shape, decay })) => {
+        Some((unit, TensorSpec { name, shape, decay, .. })) => {
             let decay = if *decay { "with" } else { "without" };
             format!("{name} {shape:?} of unit {unit} {decay} weight decay")
         }
@@ -179,8 +180,12 @@ mod tests {
     use super::*;
 
     fn manifest() -> Manifest {
-        let tensor =
-            |name: &str, shape: &[usize]| TensorSpec { name: name.to_owned(), shape: shape.to_vec(), decay: true };
+        let tensor = |name: &str, shape: &[usize]| TensorSpec {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            decay: true,
+            frozen: false,
+        };
         let unit = |name: &str, tensors| UnitSpec { name: name.to_owned(), tensors };
         let file =
             |rank| FileEntry { name: shard::name(rank, 2), bytes: 100 + rank as u64, xxh3: hex(7 + rank as u128) };

@@ -62,11 +62,15 @@ impl Folders<'_> {
 
 fn save_into(engine: &Engine, folders: &Folders, step: u64, extra: &Value) -> Result<(), Error> {
     let communicator = engine.communicator();
-    let (rank, world) = (communicator.rank(), communicator.world());
+    // Every group holds the same; the first one saves it.
+    let (rank, world) = (communicator.rank(), engine.layout().shards);
     let token = agree(communicator, folders.dir, if rank == 0 { prepare(folders) } else { Ok(0) })?;
     let token = communicator.all_gather_scalars(&[token])?[0][0];
-    let digest = check_shared(folders, token).and_then(|()| {
-        shard::write(&folders.incomplete.join(shard::name(rank, world)), engine.layout(), |unit| engine.state(unit))
+    let digest = check_shared(folders, token).and_then(|()| match engine.replica() {
+        0 => {
+            shard::write(&folders.incomplete.join(shard::name(rank, world)), engine.layout(), |unit| engine.state(unit))
+        }
+        _ => Ok(Digest { bytes: 0, checksum: 0 }),
     });
     let digest = agree(communicator, folders.dir, digest)?;
     let words = [digest.bytes, (digest.checksum >> 64) as u64, digest.checksum as u64];
@@ -86,7 +90,7 @@ fn save_into(engine: &Engine, folders: &Folders, step: u64, extra: &Value) -> Re
             weights: engine.policy().weights.name().to_owned(),
             clip: engine.policy().clip,
             units: manifest::specs(engine.layout()),
-            files: digests.iter().enumerate().map(file).collect(),
+            files: digests[..world].iter().enumerate().map(file).collect(),
             extra: extra.clone(),
         };
         publish(folders, &manifest.sealed())

@@ -17,15 +17,16 @@ use std::time::Duration;
 
 use pillion_kernels::DType;
 
-use machine::Transfer;
+use machine::{Groups, Transfer};
 pub use machine::{Link, Machine, Sent};
 pub use schedule::Span;
 use schedule::{Task, schedule};
 
+use crate::plan::Fill;
 use crate::trace::{TraceEvent, Track};
-use crate::{Action, Gather, Layout, Pass, Policy, Verified};
+use crate::{Action, Gather, Layout, Mesh, Pass, Policy, Verified};
 
-/// Floating-point operations of one round on one rank, for each unit.
+/// Floating-point operations of one use of each unit on one rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Work {
     /// Of the forward pass.
@@ -47,27 +48,35 @@ pub struct Simulation {
     pub computing: f64,
 }
 
-/// What AdamW moves for a parameter: reads gradient, two moments and master weight, writes all but the gradient.
-const UPDATE_BYTES: u64 = 7 * 4;
-/// What a gradient costs besides computing it: it is zeroed before, and its norm taken after.
-const GRADIENT_BYTES: u64 = 2 * 4;
-/// What the agreement carries: the square norm, the count of values that are not finite, and the request to stop.
-const AGREEMENT_BYTES: u64 = 3 * 8;
+/// Bytes that AdamW moves for a parameter: it reads gradient, two moments and master weight, and writes all but the gradient.
+const UPDATE_BYTES: usize = 7 * 4;
+/// What the agreement carries: four totals, the square norm, the count of values that are not finite, and the request to stop.
+const AGREEMENT_BYTES: u64 = 7 * 8;
 
-/// Runs a plan for `layout` and `policy`.
+/// Runs a plan for `layout`, `policy` and `mesh`.
 ///
 /// # Panics
-/// When the plan, the work or the machine is for another layout.
-pub fn simulate(plan: &Verified, layout: &Layout, policy: &Policy, machine: &Machine, work: &Work) -> Simulation {
-    let costs: Vec<Cost> =
-        plan.operations.iter().map(|operation| cost(operation.action, layout, policy, machine, work)).collect();
+/// When the plan, the work or the layout is for something else, or the mesh does not fit the machine ([`Machine::fits`]).
+pub fn simulate(
+    plan: &Verified,
+    layout: &Layout,
+    policy: &Policy,
+    mesh: Mesh,
+    machine: &Machine,
+    work: &Work,
+) -> Simulation {
+    let groups = machine.groups(mesh).unwrap_or_else(|| panic!("{mesh:?} does not fill hosts of {machine:?}"));
+    assert_eq!(layout.shards, mesh.shard, "a layout is made for its mesh");
+    let costs = Costs { layout, policy, mesh, machine, work, groups };
+    let costs: Vec<Cost> = plan.operations.iter().map(|operation| costs.of(operation.action)).collect();
     let mut reductions = HashMap::new();
     let tasks = plan.operations.iter().zip(&costs).enumerate().map(|(index, (operation, cost))| Task {
         lane: track(operation.action) as usize,
         after: &operation.after,
         issued_after: match operation.action {
-            // Both add to the same shard, which the earlier one has until it is complete.
+            // Both want the same shard, which the earlier one has until it is complete.
             Action::Reduce { unit, .. } => reductions.insert(unit, index),
+            Action::AllReduce { unit } => reductions.get(&unit).copied(),
             _ => None,
         },
         fixed: cost.fixed,
@@ -88,7 +97,7 @@ impl Simulation {
         (self.step - self.computing).max(0.0)
     }
 
-    /// Bytes that a rank sent, and as many that it received, in operations of a track: gathers, reductions, and on the compute track the agreement.
+    /// Bytes that a rank sent, and as many that it received, in the operations of a track; on the compute track that is the agreement.
     pub fn sent(&self, plan: &Verified, of: Track) -> Sent {
         let mut sum = Sent::default();
         let wanted = plan.operations.iter().zip(&self.sent).filter(|(operation, _)| track(operation.action) == of);
@@ -111,6 +120,7 @@ impl Simulation {
                 Action::Compute { unit, pass: Pass::Forward, .. } => ("forward", Some(unit)),
                 Action::Compute { unit, pass: Pass::Backward, .. } => ("backward", Some(unit)),
                 Action::Reduce { unit, .. } => ("reduce", Some(unit)),
+                Action::AllReduce { unit } => ("all-reduce", Some(unit)),
                 Action::Agree => ("agree", None),
                 Action::Update { unit } => ("update", Some(unit)),
             };
@@ -133,6 +143,7 @@ fn track(action: Action) -> Track {
         Action::Compute { .. } | Action::Agree | Action::Update { .. } => Track::Compute,
         Action::Gather { .. } => Track::Gather,
         Action::Reduce { .. } => Track::Reduce,
+        Action::AllReduce { .. } => Track::Replicate,
     }
 }
 
@@ -146,37 +157,75 @@ struct Cost {
     computing: f64,
 }
 
-fn cost(action: Action, layout: &Layout, policy: &Policy, machine: &Machine, work: &Work) -> Cost {
-    let computing = |seconds: f64| Cost { fixed: seconds, computing: seconds, ..Cost::default() };
-    let moving = |bytes: usize| machine.memory.map_or(0.0, |speed| bytes as f64 / speed);
-    let flowing = |Transfer { sent, latency, links }| Cost { sent, fixed: latency, links, computing: 0.0 };
-    let bytes = |elements: usize, dtype: DType| (elements * dtype.bytes()) as u64;
-    match action {
-        Action::Gather { unit, .. } => {
-            let shard = bytes(layout.units[unit].shard, policy.weights);
-            flowing(match policy.gather {
-                Gather::Copy => machine.exchange(layout.world, shard),
-                Gather::Window => machine.exchange_in_place(layout.world, shard),
-            })
-        }
-        Action::Compute { unit, pass: Pass::Forward, .. } => computing(work.forward[unit] / machine.flops),
-        Action::Compute { unit, pass: Pass::Backward, .. } => {
-            let gradient = moving(GRADIENT_BYTES as usize * layout.units[unit].padded);
-            computing(work.backward[unit] / machine.flops + gradient)
-        }
-        Action::Reduce { unit, .. } => {
-            flowing(machine.exchange(layout.world, bytes(layout.units[unit].shard, DType::F32)))
-        }
-        Action::Agree => {
-            let norms = moving(DType::F32.bytes() * layout.shards());
-            let agreement = machine.agreement(layout.world, AGREEMENT_BYTES);
-            Cost { sent: agreement.sent, fixed: norms + agreement.seconds(), computing: norms, ..Cost::default() }
-        }
-        Action::Update { unit } => {
-            let narrow = if policy.weights == DType::F32 { 0 } else { policy.weights.bytes() };
-            computing(moving((UPDATE_BYTES as usize + narrow) * layout.units[unit].shard))
+/// What costs depend on.
+struct Costs<'a> {
+    layout: &'a Layout,
+    policy: &'a Policy,
+    mesh: Mesh,
+    machine: &'a Machine,
+    work: &'a Work,
+    groups: Groups,
+}
+
+impl Costs<'_> {
+    fn of(&self, action: Action) -> Cost {
+        let Costs { policy, machine, work, groups, .. } = *self;
+        let units = &self.layout.units;
+        let bytes = |elements: usize, dtype: DType| (elements * dtype.bytes()) as u64;
+        match action {
+            Action::Gather { unit, .. } => {
+                let shard = bytes(units[unit].shard, policy.weights);
+                flowing(match policy.gather {
+                    Gather::Window if policy.sharded.parameters => machine.exchange_in_place(groups.shard, shard),
+                    _ => machine.exchange(groups.shard, shard),
+                })
+            }
+            Action::Compute { unit, pass: Pass::Forward, .. } => computing(work.forward[unit] / machine.flops),
+            Action::Compute { unit, pass: Pass::Backward, gradients, .. } => {
+                let moved = gradients.map_or(0, |fill| self.gradient_bytes(fill)) * units[unit].padded;
+                computing(work.backward[unit] / machine.flops + self.moving(moved))
+            }
+            Action::Reduce { unit, .. } => {
+                flowing(machine.exchange(groups.shard, bytes(units[unit].shard, policy.reduce)))
+            }
+            Action::AllReduce { unit } => {
+                // Shards have been summed, and are f32.
+                let travelling = if policy.sharded.optimizer { DType::F32 } else { policy.reduce };
+                let part = units[unit].shard.div_ceil(self.mesh.replicate);
+                let reduced = machine.exchange(groups.replicate, bytes(part, travelling));
+                flowing(reduced.then(machine.exchange(groups.replicate, bytes(part, DType::F32))))
+            }
+            Action::Agree => {
+                let norms = self.moving(DType::F32.bytes() * self.layout.shard_len() / self.mesh.replicate);
+                let agreement = machine.agreement(groups.world, AGREEMENT_BYTES);
+                Cost { sent: agreement.sent, fixed: norms + agreement.seconds(), computing: norms, ..Cost::default() }
+            }
+            Action::Update { unit } => {
+                let narrow = if policy.weights == DType::F32 { 0 } else { policy.weights.bytes() };
+                computing(self.moving((UPDATE_BYTES + narrow) * units[unit].shard))
+            }
         }
     }
+
+    /// Bytes that a parameter's gradient costs besides computing it: it is zeroed before; after, its norm is taken, and it may be rounded.
+    fn gradient_bytes(&self, fill: Fill) -> usize {
+        let f32 = DType::F32.bytes();
+        let zeroing = if fill.first { f32 } else { 0 };
+        let rounding = if self.policy.reduce == DType::F32 { 0 } else { f32 + self.policy.reduce.bytes() };
+        zeroing + if fill.last { f32 + rounding } else { 0 }
+    }
+
+    fn moving(&self, bytes: usize) -> f64 {
+        self.machine.memory.map_or(0.0, |speed| bytes as f64 / speed)
+    }
+}
+
+fn computing(seconds: f64) -> Cost {
+    Cost { fixed: seconds, computing: seconds, ..Cost::default() }
+}
+
+fn flowing(transfer: Transfer) -> Cost {
+    Cost { sent: transfer.sent, fixed: transfer.latency, links: transfer.links, computing: 0.0 }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 
 /// Lanes; the first is the caller's.
-pub(super) const LANES: usize = 3;
+pub(super) const LANES: usize = 4;
 /// Links that are shared.
 pub(super) const LINKS: usize = 2;
 
@@ -200,11 +200,11 @@ mod tests {
     fn what_one_flow_cannot_use_of_a_link_another_may() {
         // The first needs all of link 0 and a quarter of link 1 at full speed, the second all of link 1 alone: 3/4 of it is left, once link
         // 1 is full at s = 1/(1 + 1/4) for both… and the first may then not grow either, since it uses link 1.
-        let speeds = share([None, Some([1.0, 0.25]), Some([0.0, 1.0])]);
-        assert_eq!(speeds, [0.0, 0.8, 0.8]);
+        let speeds = share([None, Some([1.0, 0.25]), Some([0.0, 1.0]), None]);
+        assert_eq!(speeds, [0.0, 0.8, 0.8, 0.0]);
         // Three: link 0 is full at 1/2, where two stop; the third has what they leave of link 1.
-        let speeds = share([Some([1.0, 0.2]), Some([1.0, 0.2]), Some([0.0, 1.0])]);
-        assert_eq!(speeds, [0.5, 0.5, 0.8]);
+        let speeds = share([None, Some([1.0, 0.2]), Some([1.0, 0.2]), Some([0.0, 1.0])]);
+        assert_eq!(speeds, [0.0, 0.5, 0.5, 0.8]);
     }
 
     /// Tasks by their raw numbers: (lane, edges as distances, fixed, links).

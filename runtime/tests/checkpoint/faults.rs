@@ -108,7 +108,7 @@ fn a_checkpoint_of_another_model_is_refused_and_the_first_tensor_that_differs_na
         (with(|units| units[2].tensors.truncate(2)), "number 6 is expected to be absent, but is 2.2"),
         (
             with(|units| {
-                let tensor = TensorSpec { name: "more".to_owned(), shape: vec![2], decay: false };
+                let tensor = TensorSpec { name: "more".to_owned(), shape: vec![2], decay: false, frozen: false };
                 units[2].tensors.push(tensor);
             }),
             "number 7 is expected to be more [2] of unit unit 2 without weight decay, but is absent",

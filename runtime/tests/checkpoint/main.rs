@@ -20,6 +20,7 @@ fn model(shapes: &[Vec<Vec<usize>>]) -> Vec<UnitSpec> {
             name: format!("{index}.{at}"),
             shape: shape.clone(),
             decay: shape.len() > 1,
+            frozen: false,
         };
         UnitSpec { name: format!("unit {index}"), tensors: shapes.iter().enumerate().map(tensor).collect() }
     };
@@ -44,7 +45,8 @@ fn engines<R: Send>(
             let (program, device) = (&program, device.clone());
             scope.spawn(move || {
                 let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
-                program(Engine::new(communicator, device, Layout::new(units, world), policy).unwrap())
+                let layout = Layout::new(units, policy.mesh(world).unwrap().shard);
+                program(Engine::new(communicator, device, layout, policy).unwrap())
             })
         };
         let handles: Vec<_> = Launch::threads(world).into_iter().map(start).collect();
@@ -87,7 +89,7 @@ fn expected(layout: &Layout, unit: usize, rank: usize, seed: u64) -> State {
 fn fill(engine: &mut Engine, seed: u64) {
     let layout = engine.layout().clone();
     for unit in 0..layout.units.len() {
-        let state = expected(&layout, unit, engine.communicator().rank(), seed);
+        let state = expected(&layout, unit, engine.shard_number(), seed);
         engine.set_state(unit, &state).unwrap();
     }
     engine.set_updates(seed);
@@ -99,10 +101,10 @@ fn bits(state: &State) -> Vec<u32> {
 
 /// Fails unless the engine holds what [`fill`] has put there.
 fn assert_holds(engine: &Engine, seed: u64) {
-    let (layout, rank) = (engine.layout(), engine.communicator().rank());
+    let (layout, shard) = (engine.layout(), engine.shard_number());
     for unit in 0..layout.units.len() {
-        let (found, expected) = (engine.state(unit).unwrap(), expected(layout, unit, rank, seed));
-        assert!(bits(&found) == bits(&expected), "unit {unit} of rank {rank} of {}", layout.world);
+        let (found, expected) = (engine.state(unit).unwrap(), expected(layout, unit, shard, seed));
+        assert!(bits(&found) == bits(&expected), "shard {shard} of {} of unit {unit}", layout.shards);
     }
     assert_eq!(engine.updates(), seed);
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pillion_kernels::{Cpu, DType, Device, LazyCpu, random};
 use pillion_runtime::checkpoint;
-use pillion_runtime::{Engine, Gather, Layout, Policy};
+use pillion_runtime::{Engine, Gather, Layout, Policy, Sharded};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -32,6 +32,30 @@ fn what_any_number_of_ranks_saves_any_number_restores_bit_for_bit() {
                 });
             }
         }
+    }
+}
+
+#[test]
+fn what_any_mesh_saves_any_other_restores_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let policies: Vec<(usize, Policy)> = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (6, 3)]
+        .into_iter()
+        .flat_map(|(world, replicas)| {
+            [Sharded::NOTHING, Sharded::OPTIMIZER, Sharded::EVERYTHING]
+                .map(|sharded| (world, Policy { replicas, sharded, ..Policy::default() }))
+        })
+        .collect();
+    for (step, &(world, policy)) in policies.iter().enumerate() {
+        let step = step as u64;
+        let saved = engines(world, &uneven(), policy, Arc::new(Cpu), |mut engine| {
+            fill(&mut engine, step);
+            checkpoint::save(&engine, dir.path(), step, &Value::Null).unwrap()
+        });
+        let (world, policy) = policies[(5 * step as usize + 2) % policies.len()];
+        engines(world, &uneven(), policy, Arc::new(Cpu), |mut engine| {
+            checkpoint::open(&saved[0]).unwrap().load(&mut engine).unwrap();
+            assert_holds(&engine, step);
+        });
     }
 }
 

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType, Device, LazyCpu};
-use pillion_runtime::{Engine, Error, Gather, Layout, Policy, Slots, State, Step, StepReport, Verified};
+use pillion_runtime::{
+    Agreed, Engine, Error, Gather, Layout, Outline, Policy, Sharded, State, Step, StepReport, Verified,
+};
 
 use mlp::Mlp;
 
@@ -34,7 +36,7 @@ impl Host {
     }
 }
 
-type Planner = Arc<dyn Fn(Slots, usize) -> Verified + Send + Sync>;
+type Planner = Arc<dyn Fn(&Outline, usize) -> Verified + Send + Sync>;
 
 /// How a run is set up.
 #[derive(Clone)]
@@ -68,6 +70,23 @@ impl Setup {
 
     pub(crate) fn weights(self, weights: DType) -> Setup {
         Setup { policy: Policy { weights, ..self.policy }, ..self }
+    }
+
+    pub(crate) fn sharded(self, sharded: Sharded) -> Setup {
+        Setup { policy: Policy { sharded, ..self.policy }, ..self }
+    }
+
+    pub(crate) fn replicas(self, replicas: usize) -> Setup {
+        Setup { policy: Policy { replicas, ..self.policy }, ..self }
+    }
+
+    pub(crate) fn reduce(self, reduce: DType) -> Setup {
+        Setup { policy: Policy { reduce, ..self.policy }, ..self }
+    }
+
+    /// Where everything lives.
+    pub(crate) fn layout(&self) -> Layout {
+        Layout::new(&mlp::units(), self.policy.mesh(self.world()).expect("a policy that fits").shard)
     }
 
     pub(crate) fn slots(self, prefetch: usize, slots: usize) -> Setup {
@@ -112,10 +131,9 @@ pub(crate) struct Rank {
 impl Rank {
     fn new(launch: &Launch, setup: &Setup, device: Arc<dyn Device>) -> Result<Rank, Error> {
         let communicator = Arc::new(Communicator::connect(launch, setup.options[launch.rank].clone())?);
-        let layout = Layout::new(&mlp::units(), launch.world);
-        let mut engine = Engine::new(communicator, device.clone(), layout, setup.policy)?;
+        let mut engine = Engine::new(communicator, device.clone(), setup.layout(), setup.policy)?;
         if let Some(planner) = setup.planner.clone() {
-            engine = engine.with_planner(move |slots, rounds| planner(slots, rounds));
+            engine = engine.with_planner(move |outline, rounds| planner(outline, rounds));
         }
         engine.initialize(mlp::initial)?;
         Ok(Rank { engine, mlp: Mlp::new(&*device)? })
@@ -137,6 +155,26 @@ impl Rank {
         index: usize,
         mut after_backward: impl FnMut(usize, usize, &mut pillion_runtime::Backward<'_>) -> Result<(), Error>,
     ) -> Result<StepReport, Error> {
+        let world = self.engine.communicator().world();
+        let rank = self.rank();
+        let step = self.rounds(schedule, index, &mut after_backward)?;
+        let mut requests = [1.0, rank as f64];
+        let report = step.finish(ADAMW, &mut requests)?;
+        assert_eq!(requests, [world as f64, (world * (world - 1) / 2) as f64], "requests are summed over ranks");
+        Ok(report)
+    }
+
+    /// As [`Rank::step`], up to the update.
+    pub(crate) fn agree(&mut self, schedule: &Schedule, index: usize) -> Result<Agreed<'_>, Error> {
+        self.rounds(schedule, index, |_, _, _| Ok(()))?.agree(&mut [])
+    }
+
+    fn rounds(
+        &mut self,
+        schedule: &Schedule,
+        index: usize,
+        mut after_backward: impl FnMut(usize, usize, &mut pillion_runtime::Backward<'_>) -> Result<(), Error>,
+    ) -> Result<Step<'_>, Error> {
         let (rank, world) = (self.rank(), self.engine.communicator().world());
         let rounds = schedule.rounds(index, world);
         let mut step = self.engine.begin(rounds)?;
@@ -149,10 +187,7 @@ impl Rank {
                 step.idle_round()?;
             }
         }
-        let mut requests = [1.0, rank as f64];
-        let report = step.finish(ADAMW, &mut requests)?;
-        assert_eq!(requests, [world as f64, (world * (world - 1) / 2) as f64], "requests are summed over ranks");
-        Ok(report)
+        Ok(step)
     }
 
     /// The sum of the losses of some samples, from forward passes alone.
@@ -229,14 +264,21 @@ pub(crate) fn train(setup: &Setup, schedule: &Schedule) -> Result<Training, Erro
         let same = reports.iter().zip(&ranks[0].0).all(|(one, other)| bits_of(one) == bits_of(other));
         assert!(same && evaluation.to_bits() == ranks[0].2.to_bits(), "ranks report different numbers: {setup:?}");
     }
-    Ok(Training { reports: ranks[0].0.clone(), states: joined(&ranks, |rank| &rank.1), evaluation: ranks[0].2 })
+    Ok(Training { reports: ranks[0].0.clone(), states: joined(setup, &ranks, |rank| &rank.1), evaluation: ranks[0].2 })
 }
 
 /// Whole units from the ranks' shards.
-pub(crate) fn joined<R>(ranks: &[R], states: impl Fn(&R) -> &Vec<State>) -> Vec<State> {
-    let layout = Layout::new(&mlp::units(), ranks.len());
+///
+/// # Panics
+/// When groups hold different ones.
+pub(crate) fn joined<R>(setup: &Setup, ranks: &[R], states: impl Fn(&R) -> &Vec<State>) -> Vec<State> {
+    let layout = setup.layout();
+    let (first, others) = ranks.split_at(layout.shards);
+    for (index, rank) in others.iter().enumerate() {
+        assert!(states(rank) == states(&first[index % layout.shards]), "groups hold the same: {setup:?}");
+    }
     let join = |unit: usize, part: fn(&State) -> &Vec<f32>| {
-        let mut whole: Vec<f32> = ranks.iter().flat_map(|rank| part(&states(rank)[unit]).iter().copied()).collect();
+        let mut whole: Vec<f32> = first.iter().flat_map(|rank| part(&states(rank)[unit]).iter().copied()).collect();
         assert!(whole[layout.units[unit].len..].iter().all(|&x| x == 0.0), "padding stays zero");
         whole.truncate(layout.units[unit].len);
         whole

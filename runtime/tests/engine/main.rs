@@ -2,6 +2,8 @@
 //! how a step fails. Ranks are threads.
 
 mod common;
+mod placement;
+mod tensors;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,7 +14,7 @@ use common::reference::Reference;
 use common::{ADAMW, Host, Rank, Schedule, Setup, Training, bits_of, joined, ranks, train};
 use pillion_collectives::Error as CollectiveError;
 use pillion_kernels::DType;
-use pillion_runtime::{Action, Error, Gather, Pass, Plan, PlanError, Slots, Verified};
+use pillion_runtime::{Action, Error, Gather, Outline, Pass, Plan, PlanError, Verified};
 
 const WORLDS: [usize; 4] = [1, 2, 3, 4];
 const GATHERS: [Gather; 2] = [Gather::Copy, Gather::Window];
@@ -129,8 +131,8 @@ fn is_update(action: Action) -> bool {
 }
 
 /// The step's plan without the edges of one kind, and how many those are.
-fn without((from, to): Edge, slots: Slots, rounds: usize) -> (Plan, usize) {
-    let plan = Plan::step(slots, rounds);
+fn without((from, to): Edge, outline: &Outline, rounds: usize) -> (Plan, usize) {
+    let plan = Plan::step(outline, rounds);
     let actions: Vec<Action> = plan.operations.iter().map(|operation| operation.action).collect();
     let mut removed = 0;
     let mut plan = plan;
@@ -152,8 +154,8 @@ fn seeds_that_show(edge: Option<Edge>) -> usize {
     let shows = |&seed: &u64| {
         let mut setup = setup.clone().host(Host::Lazy(seed));
         if let Some(edge) = edge {
-            setup.planner = Some(Arc::new(move |slots, rounds| {
-                let (plan, removed) = without(edge, slots, rounds);
+            setup.planner = Some(Arc::new(move |outline, rounds| {
+                let (plan, removed) = without(edge, outline, rounds);
                 assert!(removed > 0, "there is no such edge to remove");
                 Verified::unchecked(plan)
             }));
@@ -194,9 +196,10 @@ const OWNED: [(Edge, &str); 3] = [
 
 #[test]
 fn plans_without_the_edges_that_ownership_stands_for_are_refused() {
-    let slots = Slots { units: UNITS, prefetch: 1, weights: 2, gradients: 2 };
+    let setup = Setup::new(2).gather(Gather::Copy);
+    let outline = &Outline::new(&setup.layout(), &setup.policy, setup.policy.mesh(2).unwrap());
     for (edge, missing) in OWNED {
-        let (plan, removed) = without(edge, slots, 2);
+        let (plan, removed) = without(edge, outline, 2);
         assert!(removed > 0, "there is no such edge to remove");
         match plan.verify() {
             Err(PlanError::Race { what, .. }) => assert_eq!(what, missing),
@@ -205,11 +208,11 @@ fn plans_without_the_edges_that_ownership_stands_for_are_refused() {
         assert_eq!(seeds_that_show(Some(edge)), 0, "ownership stands for the edges after {missing}");
     }
     for edge in [(is_compute as fn(Action) -> bool, is_gather as fn(Action) -> bool), (is_backward, is_reduce)] {
-        assert!(without(edge, slots, 2).0.verify().is_err(), "and those that a run shows are refused too");
+        assert!(without(edge, outline, 2).0.verify().is_err(), "and those that a run shows are refused too");
     }
     // Computing, agreeing and updating share a queue, which orders them without these edges.
     for edge in [(is_compute as fn(Action) -> bool, is_agree as fn(Action) -> bool), (is_agree, is_update)] {
-        let (plan, removed) = without(edge, slots, 2);
+        let (plan, removed) = without(edge, outline, 2);
         assert!(removed > 0 && plan.verify().is_ok());
     }
 }
@@ -404,7 +407,7 @@ fn train_with_values(setup: &Setup, schedule: &Schedule, culprits: &[usize], val
     });
     let reports = ranks[0].0.clone();
     assert!(ranks.iter().all(|rank| rank.0.iter().zip(&reports).all(|(one, other)| bits_of(one) == bits_of(other))));
-    Training { reports, states: joined(&ranks, |rank| &rank.1), evaluation: ranks[0].2 }
+    Training { reports, states: joined(setup, &ranks, |rank| &rank.1), evaluation: ranks[0].2 }
 }
 
 #[test]
@@ -442,7 +445,7 @@ fn evaluation_between_steps_changes_no_bit() {
                 let states = rank.states().unwrap();
                 (vec![first, second], states, rank.evaluate(1000..1005).unwrap())
             });
-            let states = joined(&ranks, |rank| &rank.1);
+            let states = joined(&setup, &ranks, |rank| &rank.1);
             let training = Training { reports: ranks[0].0.clone(), states, evaluation: ranks[0].2 };
             assert_eq!(training.difference(&expected), None, "{setup:?}");
         }

@@ -23,6 +23,7 @@ pub(crate) fn units() -> Vec<UnitSpec> {
             name: format!("{name}.{tensor}"),
             shape: shape.to_vec(),
             decay: shape.len() > 1,
+            frozen: false,
         };
         UnitSpec { tensors: tensors.iter().map(tensor).collect(), name }
     };

@@ -1,0 +1,215 @@
+//! Gradients: slots that backward passes add to, and this rank's shards of their sums.
+
+use std::sync::Arc;
+
+use pillion_collectives::{Communicator, Pending, Reduce, Reduction, Sideband};
+use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
+
+use crate::axes::Axes;
+use crate::weights::LOST;
+use crate::{Error, Layout, Outline, Policy, Unit};
+
+/// Numbers that ride with a unit's gradient: what a sideband holds, in order.
+pub(crate) mod sideband {
+    use std::ops::Range;
+
+    /// Σ over groups of ‖gradient‖² / tokens, and the number of values that were not finite.
+    pub(crate) const SQUARE_NORM: Range<usize> = 0..2;
+    /// Sum of the losses, and number of tokens.
+    pub(crate) const LOSS: Range<usize> = 2..4;
+    pub(crate) const LEN: usize = 4;
+}
+
+pub(crate) struct GradientStore {
+    slots: Vec<Slot>,
+    /// The sums of each unit, `[shard]`. None at all where nothing is sharded: then a unit's slot becomes its sum.
+    sums: Vec<Sum>,
+}
+
+/// What a collective has is None here until the flight is over.
+struct Slot {
+    unit: usize,
+    /// f32.
+    gradient: Option<Buffer>,
+    /// The gradient as it travels, where that is narrower.
+    narrow: Option<Buffer>,
+    is_narrow: bool,
+    sideband: Option<Buffer>,
+    flight: Option<Flight>,
+}
+
+enum Flight {
+    /// To the shards.
+    Scatter(Pending<Reduce>),
+    /// Over the groups, in place.
+    Sum(Pending<Buffer>),
+    /// Over the groups, from the narrow buffer into the gradient.
+    Widen(Pending<(Buffer, Buffer)>),
+}
+
+struct Sum {
+    gradient: Option<Buffer>,
+    /// Sums of the sidebands.
+    totals: Option<Buffer>,
+    /// Over the groups.
+    flight: Option<Pending<Buffer>>,
+}
+
+impl GradientStore {
+    pub(crate) fn new(
+        axes: &Axes,
+        device: &dyn Device,
+        layout: &Layout,
+        policy: &Policy,
+        outline: &Outline,
+    ) -> Result<GradientStore, Error> {
+        let shared = axes.shard.as_ref().or(axes.replicate.as_ref());
+        let is_narrow = policy.reduce != DType::F32 && shared.is_some();
+        let slot = |len: usize| {
+            // What travels lies where peers can read it; a sum over the groups that is wider than that is written there too.
+            let widened = is_narrow && axes.shard.is_none();
+            let gradient = match is_narrow && !widened {
+                true => device.allocate(DType::F32, len)?,
+                false => Axes::allocate(shared, device, DType::F32, len)?,
+            };
+            let narrow = is_narrow.then(|| Axes::allocate(shared, device, policy.reduce, len)).transpose()?;
+            let sideband = Some(device.allocate(DType::F64, sideband::LEN)?);
+            Ok(Slot { unit: 0, gradient: Some(gradient), narrow, is_narrow, sideband, flight: None })
+        };
+        let sum = |unit: &Unit| {
+            let gradient = Axes::allocate(axes.replicate.as_ref(), device, DType::F32, unit.shard)?;
+            let totals = device.allocate(DType::F64, sideband::LEN)?;
+            Ok(Sum { gradient: Some(gradient), totals: Some(totals), flight: None })
+        };
+        let slots: Result<_, Error> = match outline.gradients {
+            Some(count) => (0..count).map(|_| slot(layout.longest_unit())).collect(),
+            None => layout.units.iter().map(|unit| slot(unit.padded)).collect(),
+        };
+        let sums: Result<_, Error> =
+            if outline.sharded { layout.units.iter().map(sum).collect() } else { Ok(Vec::new()) };
+        Ok(GradientStore { slots: slots?, sums: sums? })
+    }
+
+    /// Orders `queue` after what a slot's last reduction reads. The `first` to add to it zeroes `len` elements.
+    pub(crate) fn open(&mut self, slot: usize, len: usize, first: bool, queue: &dyn Queue) -> Result<(), Error> {
+        self.bring(slot, queue)?;
+        if first {
+            let (gradient, sideband) = self.opened(slot);
+            queue.zero(gradient.slice(0..len));
+            queue.zero(sideband);
+        }
+        Ok(())
+    }
+
+    /// An open slot's gradient and sideband.
+    pub(crate) fn opened(&mut self, slot: usize) -> (ViewMut<'_>, ViewMut<'_>) {
+        let Slot { gradient, sideband, .. } = &mut self.slots[slot];
+        (gradient.as_mut().expect(LOST).view_mut(), sideband.as_mut().expect(LOST).view_mut())
+    }
+
+    /// Rounds a complete gradient of `len` elements to the type in which it travels.
+    pub(crate) fn round(&mut self, slot: usize, len: usize, queue: &dyn Queue) {
+        let Slot { gradient, narrow, .. } = &mut self.slots[slot];
+        if let Some(narrow) = narrow {
+            queue.cast(narrow.slice_mut(0..len), gradient.as_ref().expect(LOST).slice(0..len));
+        }
+    }
+
+    /// Starts to sum a slot's gradient over the ranks of a group into a unit's shard, or to add it there.
+    pub(crate) fn reduce(
+        &mut self,
+        group: &Communicator,
+        unit: usize,
+        slot: usize,
+        accumulate: bool,
+        after: Event,
+        queue: &dyn Queue,
+    ) -> Result<(), Error> {
+        // With few units, an earlier round's reduction of the same unit may still have its sums.
+        self.bring_scatter_of(unit, queue)?;
+        let Sum { gradient, totals, .. } = &mut self.sums[unit];
+        let (output, totals) = (gradient.take().expect(LOST), totals.take().expect(LOST));
+        let slot = &mut self.slots[slot];
+        let input = if slot.is_narrow { slot.narrow.take() } else { slot.gradient.take() }.expect(LOST);
+        let sideband = Some(Sideband { own: slot.sideband.take().expect(LOST), totals });
+        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate, sideband };
+        slot.unit = unit;
+        slot.flight = Some(Flight::Scatter(group.reduce_scatter(reduce, after)));
+        Ok(())
+    }
+
+    /// Starts to sum a unit's shard, or its slot where there are no shards, over the groups.
+    pub(crate) fn all_reduce(
+        &mut self,
+        groups: &Arc<Communicator>,
+        unit: usize,
+        after: Event,
+        queue: &dyn Queue,
+    ) -> Result<(), Error> {
+        if self.sums.is_empty() {
+            let slot = &mut self.slots[unit];
+            slot.unit = unit;
+            let gradient = slot.gradient.take().expect(LOST);
+            slot.flight = Some(match slot.narrow.take() {
+                Some(narrow) => Flight::Widen(groups.all_reduce_into(narrow, gradient, Reduction::Sum, after)),
+                None => Flight::Sum(groups.all_reduce(gradient, Reduction::Sum, after)),
+            });
+            return Ok(());
+        }
+        self.bring_scatter_of(unit, queue)?;
+        // The shard came to the queue, not to the host.
+        let after = Event::all([after, queue.record()]);
+        let sum = &mut self.sums[unit];
+        sum.flight = Some(groups.all_reduce(sum.gradient.take().expect(LOST), Reduction::Sum, after));
+        Ok(())
+    }
+
+    /// Orders `queue` after every reduction.
+    pub(crate) fn bring_all(&mut self, queue: &dyn Queue) -> Result<(), Error> {
+        (0..self.slots.len()).try_for_each(|slot| self.bring(slot, queue))?;
+        for sum in &mut self.sums {
+            if let Some(flight) = sum.flight.take() {
+                sum.gradient = Some(flight.then(queue)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// A unit's summed gradient, `[shard]`, and the totals of its sidebands over the ranks of the group.
+    pub(crate) fn sums(&self, unit: usize) -> (View<'_>, View<'_>) {
+        let (gradient, totals) = match self.sums.get(unit) {
+            Some(sum) => (&sum.gradient, &sum.totals),
+            None => (&self.slots[unit].gradient, &self.slots[unit].sideband),
+        };
+        (gradient.as_ref().expect(LOST).view(), totals.as_ref().expect(LOST).view())
+    }
+
+    fn bring_scatter_of(&mut self, unit: usize, queue: &dyn Queue) -> Result<(), Error> {
+        let has = |slot: &Slot| slot.unit == unit && matches!(slot.flight, Some(Flight::Scatter(_)));
+        match self.slots.iter().position(has) {
+            Some(slot) => self.bring(slot, queue),
+            None => Ok(()),
+        }
+    }
+
+    fn bring(&mut self, slot: usize, queue: &dyn Queue) -> Result<(), Error> {
+        let slot = &mut self.slots[slot];
+        match slot.flight.take() {
+            None => {}
+            Some(Flight::Scatter(pending)) => {
+                let Reduce { input, output, sideband, .. } = pending.then(queue)?;
+                let Sideband { own, totals } = sideband.expect("a gradient is reduced with its sideband");
+                *(if slot.is_narrow { &mut slot.narrow } else { &mut slot.gradient }) = Some(input);
+                slot.sideband = Some(own);
+                let sum = &mut self.sums[slot.unit];
+                (sum.gradient, sum.totals) = (Some(output), Some(totals));
+            }
+            Some(Flight::Sum(pending)) => slot.gradient = Some(pending.then(queue)?),
+            Some(Flight::Widen(pending)) => {
+                let (narrow, gradient) = pending.then(queue)?;
+                (slot.narrow, slot.gradient) = (Some(narrow), Some(gradient));
+            }
+        }
+        Ok(())
+    }
+}
