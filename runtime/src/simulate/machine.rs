@@ -17,10 +17,12 @@
 //!
 //! where α and β are those between hosts, of a rank's share of its host's network, and α' and β' those on a host. The bytes of both parts add up to (P−1)/P·S.
 
+use serde::Serialize;
+
 use crate::Mesh;
 
 /// One direction of a connection; both work at the same time.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Link {
     /// β: bytes a second.
     pub bandwidth: f64,
@@ -34,7 +36,7 @@ impl Link {
 }
 
 /// Processors and links; all ranks have the same.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Machine {
     /// Floating-point operations a second that a rank sustains in the kernels of the model: less than its processor could make.
     pub flops: f64,
@@ -49,7 +51,7 @@ pub struct Machine {
 }
 
 /// Bytes that a rank sends, and as many that it receives.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Sent {
     /// To other hosts.
     pub link: u64,

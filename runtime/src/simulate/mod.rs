@@ -44,8 +44,8 @@ pub struct Simulation {
     pub sent: Vec<Sent>,
     /// Seconds of the step.
     pub step: f64,
-    /// Seconds of these in which the rank computed.
-    pub computing: f64,
+    /// Seconds for which the rank computed, from the start of each operation.
+    computed: Vec<f64>,
 }
 
 /// Bytes that AdamW moves for a parameter: it reads gradient, two moments and master weight, and writes all but the gradient.
@@ -85,16 +85,38 @@ pub fn simulate(
     let spans = schedule(&tasks.collect::<Vec<_>>());
     Simulation {
         step: spans.iter().fold(0.0, |end: f64, span| end.max(span.end)),
-        computing: costs.iter().map(|cost| cost.computing).sum(),
+        computed: costs.iter().map(|cost| cost.computing).collect(),
         sent: costs.iter().map(|cost| cost.sent).collect(),
         spans,
     }
 }
 
 impl Simulation {
+    /// Seconds of the step in which the rank computed.
+    pub fn computing(&self) -> f64 {
+        self.computed.iter().sum()
+    }
+
     /// Seconds in which the rank waited for collectives.
     pub fn exposed(&self) -> f64 {
-        (self.step - self.computing).max(0.0)
+        (self.step - self.computing()).max(0.0)
+    }
+
+    /// Seconds in which at least one collective was under way.
+    pub fn communicating(&self, plan: &Verified) -> f64 {
+        let ran = plan.operations.iter().zip(&self.spans).zip(&self.computed);
+        let collectives = ran.filter_map(|((operation, span), computed)| match operation.action {
+            Action::Compute { .. } | Action::Update { .. } => None,
+            _ => Some((span.start + computed, span.end)),
+        });
+        let mut collectives: Vec<(f64, f64)> = collectives.collect();
+        collectives.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (mut seconds, mut until) = (0.0, 0.0);
+        for (start, end) in collectives {
+            seconds += (end - start.max(until)).max(0.0);
+            until = end.max(until);
+        }
+        seconds
     }
 
     /// Bytes that a rank sent, and as many that it received, in the operations of a track; on the compute track that is the agreement.

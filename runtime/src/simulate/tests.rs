@@ -31,7 +31,13 @@ fn work(units: usize) -> Work {
 }
 
 /// Operations as (name, unit, start, end); two ranks, units of 512 elements: 1024 bytes of f32 a shard, a second on the link.
-fn followed(prefetch: usize, slots: usize, units: usize, rounds: usize, machine: Machine) -> (Simulation, Vec<String>) {
+fn followed(
+    prefetch: usize,
+    slots: usize,
+    units: usize,
+    rounds: usize,
+    machine: Machine,
+) -> (Verified, Simulation, Vec<String>) {
     let layout = layout(&vec![512; units], 2);
     let policy = policy(prefetch, slots);
     let mesh = Mesh { replicate: 1, shard: 2 };
@@ -42,12 +48,12 @@ fn followed(prefetch: usize, slots: usize, units: usize, rounds: usize, machine:
         format!("{} {} {start} {end}", event.name, event.unit.unwrap_or_default().replace("unit ", ""))
     };
     let lines = simulation.trace(&plan, &layout).into_iter().map(line).collect();
-    (simulation, lines)
+    (plan, simulation, lines)
 }
 
 #[test]
 fn without_prefetch_the_computation_waits_for_every_gather() {
-    let (simulation, lines) = followed(0, 1, 2, 1, MACHINE);
+    let (plan, simulation, lines) = followed(0, 1, 2, 1, MACHINE);
     // The agreement's 56 bytes take 56/1024 = 0.0546875 s. The second gather of unit 0 and the reduction of unit 1 share the link: a second each alone, two together.
     let expected = [
         "gather 0 0 1",
@@ -65,12 +71,13 @@ fn without_prefetch_the_computation_waits_for_every_gather() {
     ];
     assert_eq!(sorted(lines), sorted(expected.map(String::from).to_vec()));
     assert_eq!(simulation.exposed(), 5.0546875);
-    assert_eq!(simulation.computing, 12.0);
+    assert_eq!(simulation.communicating(&plan), 5.0546875, "nothing is hidden");
+    assert_eq!(simulation.computing(), 12.0);
 }
 
 #[test]
 fn prefetch_hides_what_comes_after_the_first_gather_and_before_the_last_reduction() {
-    let (simulation, lines) = followed(1, 2, 2, 1, MACHINE);
+    let (plan, simulation, lines) = followed(1, 2, 2, 1, MACHINE);
     let expected = [
         "gather 0 0 1",
         "gather 1 1 2",
@@ -86,12 +93,13 @@ fn prefetch_hides_what_comes_after_the_first_gather_and_before_the_last_reductio
     ];
     assert_eq!(sorted(lines), sorted(expected.map(String::from).to_vec()));
     assert_eq!(simulation.exposed(), 2.0546875);
+    assert_eq!(simulation.communicating(&plan), 4.0546875, "two gathers, two reductions and the agreement");
 }
 
 #[test]
 fn the_caller_waits_before_it_adds_to_a_shard_that_an_earlier_reduction_has() {
     let slow = Machine { link: Link { bandwidth: 102.4, latency: 0.0 }, ..MACHINE };
-    let (_, lines) = followed(0, 2, 1, 3, slow);
+    let (_, _, lines) = followed(0, 2, 1, 3, slow);
     let starts = |name: &str| lines.iter().filter(|line| line.starts_with(name)).cloned().collect::<Vec<_>>();
     // Reductions take 10 s. The second is asked for at 22, and the caller stays there until the first has gone, at 26.
     assert_eq!(starts("reduce"), ["reduce 0 16 26", "reduce 0 26 36", "reduce 0 36 46"]);
@@ -102,7 +110,7 @@ fn the_caller_waits_before_it_adds_to_a_shard_that_an_earlier_reduction_has() {
 fn latency_memory_and_flops_count_where_they_should() {
     let memory = Some(4.0);
     let machine = Machine { flops: 2.0, memory, link: Link { bandwidth: f64::INFINITY, latency: 3.0 }, ..MACHINE };
-    let (simulation, lines) = followed(0, 1, 1, 1, machine);
+    let (_, simulation, lines) = followed(0, 1, 1, 1, machine);
     // Two ranks: one step of 3 s. Backward: 4/2 s, and 8 bytes for each of 512 elements at 4 bytes/s. The agreement's norm: 4 bytes for each of 256.
     // Update: 28.
     let backward = 4.0 + 2.0 + 8.0 * 512.0 / 4.0;
@@ -229,7 +237,10 @@ proptest! {
         for track in [Track::Compute, Track::Gather, Track::Reduce, Track::Replicate] {
             prop_assert!(simulation.step >= simulation.busy(&plan, track) - 1e-9);
         }
-        prop_assert!(simulation.step >= simulation.computing && simulation.step <= sum + 1e-9, "{simulation:?} of {sum}");
+        let communicating = simulation.communicating(&plan);
+        prop_assert!(communicating >= simulation.exposed() - 1e-9, "who waits, waits for a collective");
+        prop_assert!(simulation.step >= communicating - 1e-9);
+        prop_assert!(simulation.step >= simulation.computing() && simulation.step <= sum + 1e-9, "{simulation:?} of {sum}");
     }
 
     #[test]
