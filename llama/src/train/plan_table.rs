@@ -103,7 +103,7 @@ fn placement(world: usize, mesh: Mesh, sharded: Sharded) -> String {
 }
 
 /// Bytes that the other ranks read from one in a step.
-fn step_bytes(layout: &Layout, policy: &Policy, mesh: Mesh, plan: &Plan) -> u64 {
+pub(crate) fn step_bytes(layout: &Layout, policy: &Policy, mesh: Mesh, plan: &Plan) -> u64 {
     let Mesh { replicate, shard } = mesh;
     let (of_group, of_all) = (shard - 1, mesh.world() - 1);
     let sent = |action: Action| match action {
