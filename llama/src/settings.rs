@@ -3,6 +3,7 @@
 //! There is one definition of every setting: the flags of [`TrainArgs`]. A configuration file is turned into flags and parsed
 //! before those of the command line, so a flag wins over the file, and both are checked by the same parser.
 
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
@@ -253,6 +254,9 @@ pub struct TrainArgs {
     /// Save every N steps, besides at the end; 0: only at the end.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub save_every: u64,
+    /// Keep this many of the newest checkpoints, and remove older ones; default: all.
+    #[arg(long, value_name = "N")]
+    pub keep: Option<NonZero<usize>>,
     /// Validate every N steps, besides at the start and the end; 0: only then.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub validate_every: u64,

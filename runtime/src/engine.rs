@@ -12,7 +12,7 @@ use crate::gradients::GradientStore;
 use crate::plan::{Outline, Plan, Verified};
 use crate::step::Step;
 use crate::weights::WeightStore;
-use crate::{Error, Layout, Mesh, Policy, Unit};
+use crate::{Error, Layout, Memory, Mesh, Policy, Unit};
 
 /// One rank's parameters, and the means to compute with all of them.
 pub struct Engine {
@@ -57,6 +57,10 @@ pub(crate) enum Health {
     Torn,
 }
 
+pub(crate) fn bytes(buffer: &Buffer) -> u64 {
+    (buffer.len() * buffer.dtype().bytes()) as u64
+}
+
 /// One rank's optimizer state of one unit; each `[shard]` f32.
 pub(crate) struct OptimizerShard {
     /// None where the weights that are gathered are f32: they are the master weights.
@@ -66,7 +70,7 @@ pub(crate) struct OptimizerShard {
 }
 
 /// What a checkpoint keeps of a unit's shard: host copies, each `[shard]`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     /// Master weights.
     pub master: Vec<f32>,
@@ -175,6 +179,18 @@ impl Engine {
         &*self.queue
     }
 
+    /// What this rank's parameters take, counted from the buffers that there are; [`Memory::of`] predicts it.
+    pub fn memory(&self) -> Memory {
+        let mut memory = Memory::default();
+        (memory.weights, memory.gathered) = self.weights.bytes();
+        (memory.gradients, memory.gradient_shard) = self.gradients.bytes();
+        for OptimizerShard { master, m, v } in &self.optimizer {
+            memory.master += master.as_ref().map_or(0, bytes);
+            memory.moments += bytes(m) + bytes(v);
+        }
+        memory
+    }
+
     /// Updates made so far.
     pub fn updates(&self) -> u64 {
         self.updates
@@ -274,11 +290,25 @@ impl Engine {
     /// # Errors
     /// When an update was interrupted.
     pub fn state(&self, unit: usize) -> Result<State, Error> {
+        let mut state = State::default();
+        self.read_state(unit, &mut state)?;
+        Ok(state)
+    }
+
+    /// As [`Engine::state`], into memory that is used again.
+    ///
+    /// # Errors
+    /// As for [`Engine::state`].
+    pub fn read_state(&self, unit: usize, state: &mut State) -> Result<(), Error> {
         self.check_health()?;
         let shard = &self.optimizer[unit];
         let master = shard.master.as_ref().map_or_else(|| self.weights.shard(unit), Buffer::view);
-        let [master, m, v] = [master, shard.m.view(), shard.v.view()].map(|part| self.queue.download(part));
-        Ok(State { master, m, v })
+        let State { master: to_master, m, v } = state;
+        for (from, to) in [(master, to_master), (shard.m.view(), m), (shard.v.view(), v)] {
+            to.resize(from.len(), 0.0);
+            self.queue.read(from, to);
+        }
+        Ok(())
     }
 
     /// Replaces this rank's state of a unit, and rounds its weights.

@@ -6,6 +6,7 @@ use pillion_collectives::{Communicator, Pending, Reduce, Reduction, Sideband};
 use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
 
 use crate::axes::Axes;
+use crate::engine::bytes;
 use crate::weights::LOST;
 use crate::{Error, Layout, Outline, Policy, Unit};
 
@@ -64,7 +65,7 @@ impl GradientStore {
         outline: &Outline,
     ) -> Result<GradientStore, Error> {
         let shared = axes.shard.as_ref().or(axes.replicate.as_ref());
-        let is_narrow = policy.reduce != DType::F32 && shared.is_some();
+        let is_narrow = policy.reduce != DType::F32 && axes.mesh.world() > 1;
         let slot = |len: usize| {
             // What travels lies where peers can read it; a sum over the groups that is wider than that is written there too.
             let widened = is_narrow && axes.shard.is_none();
@@ -88,6 +89,13 @@ impl GradientStore {
         let sums: Result<_, Error> =
             if outline.sharded { layout.units.iter().map(sum).collect() } else { Ok(Vec::new()) };
         Ok(GradientStore { slots: slots?, sums: sums? })
+    }
+
+    /// Bytes of slots, and of shards of the sums. Between steps.
+    pub(crate) fn bytes(&self) -> (u64, u64) {
+        let slots = self.slots.iter().flat_map(|slot| [&slot.gradient, &slot.narrow]);
+        let sums = self.sums.iter().map(|sum| &sum.gradient);
+        (slots.flatten().map(bytes).sum(), sums.flatten().map(bytes).sum())
     }
 
     /// Orders `queue` after what a slot's last reduction reads. The `first` to add to it zeroes `len` elements.

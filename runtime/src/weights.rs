@@ -4,9 +4,10 @@
 use std::ops::Range;
 
 use pillion_collectives::{Communicator, Pending, Window};
-use pillion_kernels::{Buffer, Device, Event, Queue, View, ViewMut};
+use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
 
 use crate::axes::Axes;
+use crate::engine::bytes;
 use crate::{Error, Gather, Layout, Outline, Policy, Unit};
 
 /// Something that a collective may have, which gives it back as an `M`.
@@ -54,6 +55,7 @@ impl<T: From<M>, M> Held<T, M> {
 /// The weights of one rank, and the place of its shard in each unit.
 pub(crate) struct WeightStore {
     memory: Memory,
+    dtype: DType,
     shards: Vec<Range<usize>>,
 }
 
@@ -120,7 +122,22 @@ impl WeightStore {
         };
         let number = axes.shard_number();
         let shards = layout.units.iter().map(|unit| number * unit.shard..(number + 1) * unit.shard).collect();
-        Ok(WeightStore { memory, shards })
+        Ok(WeightStore { memory, dtype: policy.weights, shards })
+    }
+
+    /// Bytes of what this rank keeps, and of slots. Between steps; a rank's own part of windows.
+    pub(crate) fn bytes(&self) -> (u64, u64) {
+        match &self.memory {
+            Memory::Whole(whole) => (whole.iter().map(|held| bytes(held.get())).sum(), 0),
+            Memory::Slots { shards, slots } => (
+                shards.iter().flatten().map(bytes).sum(),
+                slots.iter().map(|slot| bytes(&slot.held.get().buffer)).sum(),
+            ),
+            Memory::Windows(windows) => {
+                let own = |window: &Held<Window>| (window.get().shard().len() * self.dtype.bytes()) as u64;
+                (windows.iter().map(own).sum(), 0)
+            }
+        }
     }
 
     /// Starts to gather a unit into a slot.

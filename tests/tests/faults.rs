@@ -85,6 +85,8 @@ fn a_signal_to_the_launcher_or_to_one_rank_saves_and_the_run_goes_on() {
     for (signal, to_launcher, launch) in [
         (Signal::TERM, true, "processes"),
         (Signal::INT, true, "processes"),
+        (Signal::USR1, true, "processes"),
+        (Signal::USR1, false, "processes"),
         (Signal::TERM, false, "processes"),
         (Signal::INT, true, "threads"),
     ] {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use pillion_collectives::launch::Source;
 use pillion_collectives::{Launch, launcher};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use crate::settings::{LaunchKind, TrainArgs};
@@ -112,11 +112,11 @@ fn exit_code(launch: &Launch, result: Result<Ended, Error>) -> i32 {
 /// Signals of one kind within this time are one: `timeout` and some schedulers send each twice, to a process and to its group.
 const ONE_SIGNAL: Duration = Duration::from_secs(1);
 
-/// Raised by the first SIGINT or SIGTERM; the second ends the process at once.
+/// Raised by the first SIGINT, SIGTERM or SIGUSR1, which schedulers send before a time limit; the second ends the process at once.
 fn stop_flag() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     let raised = stop.clone();
-    let mut signals = Signals::new([SIGINT, SIGTERM]).expect("SIGINT and SIGTERM can be handled");
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]).expect("these signals can be handled");
     std::thread::spawn(move || {
         let mut first = None;
         for signal in signals.forever() {

@@ -1,7 +1,7 @@
 //! The loop of one rank. Every decision is taken from numbers that are the same on every rank.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use pillion_abs::{Controller, Observation};
 use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
 use pillion_kernels::{Device, LazyCpu};
-use pillion_runtime::{Engine, Layout, checkpoint};
+use pillion_runtime::checkpoint::{self, Saved, Saver};
+use pillion_runtime::{Engine, Layout};
 
 use super::checkpoints::{self, Progress};
 use super::cores::Processor;
@@ -55,6 +56,7 @@ struct Run<'s> {
     dataset: Dataset,
     controller: Controller,
     progress: Counters,
+    saver: Saver,
     validation_samples: u64,
     /// On rank 0 alone.
     output: Option<Output>,
@@ -150,6 +152,7 @@ impl<'s> Run<'s> {
             dataset,
             controller,
             progress,
+            saver: Saver::new(&checkpoints::folder(&settings.out), settings.keep.map(NonZero::get))?,
             validation_samples,
             output,
             processor,
@@ -191,18 +194,25 @@ impl<'s> Run<'s> {
                 }
             }
             let every = self.settings.save_every;
-            if stopped || self.is_done() || (every > 0 && self.progress.step.is_multiple_of(every)) {
-                let path = self.save()?;
+            if stopped || self.is_done() {
+                self.finish_saving().or_else(|error| self.survive(error))?;
+                self.begin_saving()?;
+                self.finish_saving()?;
                 if stopped && !self.is_done() {
+                    let (step, folder) = (self.progress.step, checkpoints::folder(&self.settings.out));
+                    let path = folder.join(format!("step-{step:08}"));
                     self.say(|| {
-                        format!(
-                            "interrupted: saved {} after step {}; go on with --resume auto",
-                            path.display(),
-                            self.progress.step
-                        )
+                        format!("interrupted: saved {} after step {step}; go on with --resume auto", path.display())
                     });
                     return Ok(Ended::Interrupted);
                 }
+            } else if every > 0 && self.progress.step.is_multiple_of(every) {
+                if self.saver.is_busy() {
+                    self.say(|| "waiting for the checkpoint before, which is still being written".to_owned());
+                }
+                // After one that fails there will be another; a run that ends without one fails.
+                self.finish_saving().or_else(|error| self.survive(error))?;
+                self.begin_saving().or_else(|error| self.survive(error))?;
             }
         }
         self.summary(validation)?;
@@ -248,7 +258,7 @@ impl<'s> Run<'s> {
             }
             self.model.train(&mut step, &self.inputs, &self.targets)?;
         }
-        let mut asked = [f64::from(u8::from(stopping(stop)))];
+        let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request()];
         let report = step.finish(self.recipe.adamw(lr), &mut asked)?;
         // A whole gradient is that of all micro-batches of a rank.
         let whole = !self.engine.policy().sharded.gradients;
@@ -263,6 +273,8 @@ impl<'s> Run<'s> {
         });
         self.progress.step += 1;
         self.progress.samples += batch;
+        let saved = self.saver.observe(&self.engine, asked[1]).map_err(Error::from);
+        saved.map(|saved| self.note(saved)).or_else(|error| self.survive(error))?;
         let elapsed = started.elapsed();
         if let Some(breakdown) = &mut self.processor.breakdown {
             breakdown.end_step(elapsed, report.exposed);
@@ -298,8 +310,8 @@ impl<'s> Run<'s> {
         validate(&mut self.engine, &mut self.model, &self.dataset, self.validation_samples, micro_batch)
     }
 
-    /// Saves; returns where.
-    fn save(&mut self) -> Result<PathBuf, Error> {
+    /// Begins to save in the background.
+    fn begin_saving(&mut self) -> Result<(), Error> {
         let progress = Progress {
             recipe: self.recipe.clone(),
             data: fingerprint(self.dataset.tokens()),
@@ -308,10 +320,37 @@ impl<'s> Run<'s> {
             controller: self.controller.state().clone(),
         };
         let extra = serde_json::to_value(&progress).expect("plain values");
-        let folder = checkpoints::folder(&self.settings.out);
-        let path = checkpoint::save(&self.engine, &folder, self.progress.step, &extra)?;
-        self.progress.saved = Some(self.progress.step);
-        Ok(path)
+        Ok(self.saver.begin(&self.engine, self.progress.step, &extra)?)
+    }
+
+    /// Waits for the save under way, if any.
+    fn finish_saving(&mut self) -> Result<(), Error> {
+        let saved = self.saver.wait(&self.engine)?;
+        self.note(saved);
+        Ok(())
+    }
+
+    fn note(&mut self, saved: Option<Saved>) {
+        let Some(Saved { path, step, held, took, not_removed }) = saved else { return };
+        self.progress.saved = Some(step);
+        self.say(|| {
+            let (took, held) = (took.as_secs_f64(), held.as_secs_f64() * 1e3);
+            format!("saved {} in {took:.1} s, of which steps waited {held:.0} ms", path.display())
+        });
+        for error in not_removed {
+            self.say(|| format!("an older checkpoint is still there: {error}"));
+        }
+    }
+
+    /// Says that a save has failed, and goes on; any other failure ends the run.
+    fn survive(&self, error: Error) -> Result<(), Error> {
+        match error {
+            Error::Runtime(error @ pillion_runtime::Error::File { .. }) => {
+                self.say(|| format!("no checkpoint of this step: {error}"));
+                Ok(())
+            }
+            error => Err(error),
+        }
     }
 
     fn say(&self, text: impl FnOnce() -> String) {

@@ -6,7 +6,7 @@
 //!                   rank-00001-of-00002.safetensors
 //! ```
 //!
-//! [`save`] writes into `step-00000010.incomplete` and renames it once every file, the manifest last, is on disk, so a
+//! A [`Saver`] writes into `step-00000010.incomplete` and renames it once every file, the manifest last, is on disk, so a
 //! folder without that ending is whole however the run ended. One that is replaced is `step-00000010.old` for the
 //! moment between two renames; [`list`] and [`newest`] know it.
 //!
@@ -16,6 +16,7 @@
 mod load;
 mod manifest;
 mod save;
+mod saver;
 mod shard;
 
 use std::io::ErrorKind;
@@ -27,6 +28,7 @@ use serde_json::Value;
 pub use load::Tensors;
 pub use manifest::{FileEntry, Manifest};
 pub use save::save;
+pub use saver::{Saved, Saver};
 
 use crate::{Error, Policy};
 

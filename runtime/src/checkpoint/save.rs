@@ -8,28 +8,19 @@ use std::time::SystemTime;
 
 use serde_json::Value;
 
-use super::agree;
-use super::manifest::{self, FileEntry, Manifest};
-use super::shard::{self, Digest};
+use super::manifest::{self, Manifest};
+use super::{Saver, candidates};
 use crate::{Engine, Error};
 
-/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. Collective: every rank
-/// calls it between steps, with the same arguments, and sees the same `dir`, whose parent exists. `extra` is kept as
-/// rank 0 gives it.
-///
-/// A checkpoint of the same step is replaced.
+/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. See [`Saver`], which does not.
 ///
 /// # Errors
-/// [`Error::File`] when any rank could not do its part: on that rank what went wrong, on the others which rank it was.
-/// Then nothing is saved, and training can go on. Also when another rank is lost.
+/// As for [`Saver::begin`].
 pub fn save(engine: &Engine, dir: &Path, step: u64, extra: &Value) -> Result<PathBuf, Error> {
-    let folders = Folders::new(dir, step);
-    let saved = save_into(engine, &folders, step, extra);
-    if saved.is_err() && engine.communicator().rank() == 0 {
-        // Makes room if it can; the error says more than a failure to tidy up would.
-        let _ = remove(&folders.incomplete);
-    }
-    saved.map(|()| folders.complete)
+    let mut saver = Saver::new(dir, None)?;
+    saver.begin(engine, step, extra)?;
+    let saved = saver.wait(engine)?;
+    Ok(saved.expect("a save that was begun ends").path)
 }
 
 /// Step of a folder that is named as a complete checkpoint, and whether another was to replace it.
@@ -41,18 +32,19 @@ pub(super) fn parse_name(name: &str) -> Option<(u64, bool)> {
 }
 
 /// The names that a checkpoint can have.
-struct Folders<'a> {
-    dir: &'a Path,
-    complete: PathBuf,
-    incomplete: PathBuf,
+#[derive(Clone)]
+pub(super) struct Folders {
+    pub(super) dir: PathBuf,
+    pub(super) complete: PathBuf,
+    pub(super) incomplete: PathBuf,
     old: PathBuf,
 }
 
-impl Folders<'_> {
-    fn new(dir: &Path, step: u64) -> Folders<'_> {
+impl Folders {
+    pub(super) fn new(dir: &Path, step: u64) -> Folders {
         let name = format!("step-{step:08}");
         let with = |ending: &str| dir.join(format!("{name}{ending}"));
-        Folders { dir, complete: with(""), incomplete: with(".incomplete"), old: with(".old") }
+        Folders { dir: dir.to_owned(), complete: with(""), incomplete: with(".incomplete"), old: with(".old") }
     }
 
     fn token(&self) -> PathBuf {
@@ -60,49 +52,9 @@ impl Folders<'_> {
     }
 }
 
-fn save_into(engine: &Engine, folders: &Folders, step: u64, extra: &Value) -> Result<(), Error> {
-    let communicator = engine.communicator();
-    // Every group holds the same; the first one saves it.
-    let (rank, world) = (communicator.rank(), engine.layout().shards);
-    let token = agree(communicator, folders.dir, if rank == 0 { prepare(folders) } else { Ok(0) })?;
-    let token = communicator.all_gather_scalars(&[token])?[0][0];
-    let digest = check_shared(folders, token).and_then(|()| match engine.replica() {
-        0 => {
-            shard::write(&folders.incomplete.join(shard::name(rank, world)), engine.layout(), |unit| engine.state(unit))
-        }
-        _ => Ok(Digest { bytes: 0, checksum: 0 }),
-    });
-    let digest = agree(communicator, folders.dir, digest)?;
-    let words = [digest.bytes, (digest.checksum >> 64) as u64, digest.checksum as u64];
-    let digests = communicator.all_gather_scalars(&words)?;
-    let published = if rank == 0 {
-        let file = |(rank, words): (usize, &Vec<u64>)| {
-            let digest = Digest { bytes: words[0], checksum: u128::from(words[1]) << 64 | u128::from(words[2]) };
-            FileEntry { name: shard::name(rank, world), bytes: digest.bytes, xxh3: digest.hex() }
-        };
-        let manifest = Manifest {
-            checksum: String::new(),
-            format: String::new(),
-            version: 0,
-            step,
-            updates: engine.updates(),
-            world,
-            weights: engine.policy().weights.name().to_owned(),
-            clip: engine.policy().clip,
-            units: manifest::specs(engine.layout()),
-            files: digests[..world].iter().enumerate().map(file).collect(),
-            extra: extra.clone(),
-        };
-        publish(folders, &manifest.sealed())
-    } else {
-        Ok(())
-    };
-    agree(communicator, folders.dir, published)
-}
-
 /// Makes an empty folder with a random token in it.
-fn prepare(folders: &Folders) -> Result<u64, Error> {
-    match fs::create_dir(folders.dir) {
+pub(super) fn prepare(folders: &Folders) -> Result<u64, Error> {
+    match fs::create_dir(&folders.dir) {
         Ok(()) => {
             let parent = folders.dir.parent().filter(|parent| !parent.as_os_str().is_empty());
             sync_folder(parent.unwrap_or(Path::new(".")))?;
@@ -110,7 +62,7 @@ fn prepare(folders: &Folders) -> Result<u64, Error> {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
         Err(error) => {
             let reason = format!("cannot be made: {error}; make its parent folder, or choose another place");
-            return Err(Error::file(folders.dir, reason));
+            return Err(Error::file(&folders.dir, reason));
         }
     }
     // What a save that was interrupted has left.
@@ -119,12 +71,14 @@ fn prepare(folders: &Folders) -> Result<u64, Error> {
         .map_err(|error| Error::file(&folders.incomplete, format!("cannot be made: {error}")))?;
     // `RandomState` is seeded by the system.
     let token = RandomState::new().hash_one((std::process::id(), SystemTime::now()));
-    write_synced(&folders.token(), token.to_string().as_bytes())?;
+    // It is gone when the folder gets its name, so it need not outlive a crash.
+    fs::write(folders.token(), token.to_string())
+        .map_err(|error| Error::file(folders.token(), format!("cannot be written: {error}")))?;
     Ok(token)
 }
 
 /// Whether this rank sees what rank 0 has made.
-fn check_shared(folders: &Folders, token: u64) -> Result<(), Error> {
+pub(super) fn check_shared(folders: &Folders, token: u64) -> Result<(), Error> {
     match fs::read_to_string(folders.token()) {
         Ok(found) if found == token.to_string() => Ok(()),
         found => {
@@ -138,7 +92,7 @@ fn check_shared(folders: &Folders, token: u64) -> Result<(), Error> {
 }
 
 /// Adds the manifest, and gives the folder its name.
-fn publish(folders: &Folders, manifest: &Manifest) -> Result<(), Error> {
+pub(super) fn publish(folders: &Folders, manifest: &Manifest) -> Result<(), Error> {
     let token = folders.token();
     fs::remove_file(&token).map_err(|error| Error::file(&token, format!("cannot be removed: {error}")))?;
     write_synced(&folders.incomplete.join(manifest::NAME), manifest.text().as_bytes())?;
@@ -154,14 +108,27 @@ fn put_in_place(folders: &Folders) -> Result<(), Error> {
         rename(&folders.complete, &folders.old)?;
     }
     rename(&folders.incomplete, &folders.complete)?;
-    sync_folder(folders.dir)?;
+    sync_folder(&folders.dir)?;
     // The new one is in place: what cannot be removed now only takes room, and counts less than the new one.
     let _ = remove(&folders.old);
     Ok(())
 }
 
+/// Removes the checkpoints older than the newest `keep` whole ones; returns what could not be done.
+pub(super) fn prune(dir: &Path, keep: usize) -> Vec<Error> {
+    let folders = match candidates(dir) {
+        Ok(folders) => folders,
+        Err(error) => return vec![error],
+    };
+    let sound = |folder: &PathBuf| super::open(folder).is_ok();
+    let Some(last) = folders.iter().enumerate().filter(|(_, folder)| sound(folder)).nth(keep - 1) else {
+        return Vec::new();
+    };
+    folders[last.0 + 1..].iter().filter_map(|folder| remove(folder).err()).collect()
+}
+
 /// Removes a folder if it exists: its manifest first, so that what an interruption leaves is not taken for whole.
-fn remove(folder: &Path) -> Result<(), Error> {
+pub(super) fn remove(folder: &Path) -> Result<(), Error> {
     let removed = match fs::remove_file(folder.join(manifest::NAME)) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
         _ => fs::remove_dir_all(folder),

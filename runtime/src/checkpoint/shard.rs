@@ -20,8 +20,11 @@ const _: () =
 /// A unit's tensors, in the order of the file.
 pub(super) const PARTS: [&str; 3] = ["master", "m", "v"];
 
+/// Bytes that are written at a time.
+const PIECE: usize = 256 << 10;
+
 /// What a manifest keeps of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Digest {
     pub(super) bytes: u64,
     /// XXH3-128.
@@ -38,12 +41,8 @@ pub(super) fn name(rank: usize, world: usize) -> String {
     format!("rank-{rank:05}-of-{world:05}.safetensors")
 }
 
-/// Writes a new file, to the disk, of what `state` gives for each unit.
-pub(super) fn write(
-    path: &Path,
-    layout: &Layout,
-    state: impl Fn(usize) -> Result<State, Error>,
-) -> Result<Digest, Error> {
+/// Writes a new file, to the disk, of the states of each unit.
+pub(super) fn write(path: &Path, layout: &Layout, states: &[State]) -> Result<Digest, Error> {
     let failed = |error: std::io::Error| Error::file(path, format!("cannot be written: {error}"));
     let mut file = File::create_new(path).map_err(failed)?;
     let (mut hash, mut bytes) = (Xxh3::new(), 0);
@@ -52,11 +51,11 @@ pub(super) fn write(
         bytes += data.len() as u64;
         file.write_all(data).map_err(failed)
     };
-    put(&header(layout).map_err(|reason| Error::file(path, reason))?)?;
-    for unit in 0..layout.units.len() {
-        let State { master, m, v } = state(unit)?;
+    put(&header(layout))?;
+    for State { master, m, v } in states {
         for part in [master, m, v] {
-            put(bytemuck::cast_slice(&part))?;
+            // In pieces, so that what is hashed is still in the cache when it is written.
+            bytemuck::cast_slice(part).chunks(PIECE).try_for_each(&mut put)?;
         }
     }
     file.sync_all().map_err(failed)?;
@@ -141,13 +140,20 @@ pub(super) fn check_size(path: &Path, found: u64, expected: u64) -> Result<(), E
     Err(Error::file(path, format!("has {found} bytes instead of {expected}: {USE_ANOTHER}")))
 }
 
-fn header(layout: &Layout) -> Result<Vec<u8>, String> {
-    let mut tensors: Vec<(String, TensorInfo)> = Vec::new();
-    let mut end = 0;
+/// Whether each unit has a name of its own, which its tensors in the file are called by.
+pub(super) fn check_names(layout: &Layout, dir: &Path) -> Result<(), Error> {
     for (index, unit) in layout.units.iter().enumerate() {
         if layout.units[..index].iter().any(|earlier| earlier.name == unit.name) {
-            return Err(format!("two units are called {}: give each a name of its own", unit.name));
+            return Err(Error::file(dir, format!("two units are called {}: give each a name of its own", unit.name)));
         }
+    }
+    Ok(())
+}
+
+fn header(layout: &Layout) -> Vec<u8> {
+    let mut tensors: Vec<(String, TensorInfo)> = Vec::new();
+    let mut end = 0;
+    for unit in &layout.units {
         for part in PARTS {
             let start = end;
             end += size_of::<f32>() * unit.shard;
@@ -155,11 +161,11 @@ fn header(layout: &Layout) -> Result<Vec<u8>, String> {
             tensors.push((format!("{}.{part}", unit.name), info));
         }
     }
-    let header = Metadata::new(None, tensors).map_err(|error| format!("no safetensors header: {error}"))?;
+    let header = Metadata::new(None, tensors).expect("tensors that follow each other");
     let mut header = serde_json::to_vec(&header).expect("a header has text keys and writes to memory");
     // Spaces, so that elements are aligned for those who map the file.
     header.resize(header.len().next_multiple_of(8), b' ');
-    Ok([(header.len() as u64).to_le_bytes().as_slice(), &header].concat())
+    [(header.len() as u64).to_le_bytes().as_slice(), &header].concat()
 }
 
 fn unreadable(path: &Path, error: std::io::Error) -> Error {

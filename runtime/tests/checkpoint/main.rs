@@ -1,5 +1,6 @@
 //! What a checkpoint must survive, with ranks as threads of this process: helpers here, tests by subject.
 
+mod background;
 mod faults;
 mod restore;
 
@@ -149,6 +150,11 @@ fn named(error: &Error) -> &Path {
 
 /// One update with gradients that depend on the update's number alone.
 fn train(engine: &mut Engine) {
+    train_asking(engine, &mut []);
+}
+
+/// The same, with requests.
+fn train_asking(engine: &mut Engine, requests: &mut [f64]) {
     let number = engine.updates();
     let lens: Vec<Vec<usize>> = engine
         .layout()
@@ -172,5 +178,5 @@ fn train(engine: &mut Engine) {
         }
     }
     let (lr, beta1, beta2, epsilon, weight_decay) = (0.01, 0.9, 0.95, 1e-8, 0.1);
-    step.finish(AdamW { lr, beta1, beta2, epsilon, weight_decay, step: 0, gradient_scale: 1.0 }, &mut []).unwrap();
+    step.finish(AdamW { lr, beta1, beta2, epsilon, weight_decay, step: 0, gradient_scale: 1.0 }, requests).unwrap();
 }

@@ -288,3 +288,26 @@ fn memory_is_what_the_placement_says() {
         assert_eq!(found, [weights, gathered, gradients, sums, 2 * state].map(|elements| 4 * elements), "{sharded}");
     }
 }
+
+#[test]
+fn an_engine_has_the_memory_that_was_predicted() {
+    for world in [1, 4] {
+        for sharded in EVERY_ROUND.into_iter().chain(LAST_ROUND) {
+            for gather in [Gather::Copy, Gather::Window] {
+                for (weights, reduce) in [(DType::F32, DType::F32), (DType::Bf16, DType::Bf16)] {
+                    for (replicas, prefetch, slots) in [(1, 1, 2), (world, 0, 1), (world.min(2), 2, 8)] {
+                        let setup = Setup::new(world).sharded(sharded).gather(gather).weights(weights).reduce(reduce);
+                        let setup = setup.replicas(replicas).slots(prefetch, slots);
+                        let predicted = Memory::of(&setup.layout(), &setup.policy, setup.policy.mesh(world).unwrap());
+                        ranks(&setup, |mut rank: Rank| {
+                            assert_eq!(rank.engine.memory(), predicted, "{setup:?}");
+                            rank.step(&Schedule::uneven(world, 1), 0).unwrap();
+                            rank.evaluate(1000..1005).unwrap();
+                            assert_eq!(rank.engine.memory(), predicted, "after a step, {setup:?}");
+                        });
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! Saving in the background. The training loop pays for a copy of the state; a thread of each rank writes it.
+//!
+//! ```text
+//! begin      rank 0 makes the folder; every rank copies its state, and its thread writes a file of it     (collective)
+//! request    goes into a later step's requests: 1 once this rank's thread has done its part
+//! observe    with the sum of that: when all files are written, rank 0's thread adds the manifest and gives the folder its name;
+//!            when that is done too, the checkpoint is complete                                            (collective)
+//! ```
+//!
+//! The sum is the same on every rank, so all take the same way. A part that fails on any rank fails the save on all, and leaves training as it was.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::agree;
+use super::manifest::{self, FileEntry, Manifest};
+use super::save::{Folders, check_shared, prepare, prune, publish, remove};
+use super::shard::{self, Digest};
+use crate::{Engine, Error, Layout, State};
+
+/// Saves an engine's checkpoints, one at a time.
+pub struct Saver {
+    dir: PathBuf,
+    keep: Option<usize>,
+    phase: Phase,
+    /// Copies of the state of each unit, kept for the next save.
+    copies: Vec<State>,
+    jobs: Option<Sender<Job>>,
+    results: Receiver<Done>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A checkpoint that is complete.
+#[derive(Debug)]
+pub struct Saved {
+    /// Its folder.
+    pub path: PathBuf,
+    /// The step that it was begun with.
+    pub step: u64,
+    /// Time for which this rank's caller was held up at its beginning.
+    pub held: Duration,
+    /// From the beginning until it was complete.
+    pub took: Duration,
+    /// Older checkpoints that could not be removed; on rank 0.
+    pub not_removed: Vec<Error>,
+}
+
+enum Phase {
+    Idle,
+    /// A thread has a job; the same on every rank.
+    Busy {
+        save: Save,
+        publishing: bool,
+        done: Option<Done>,
+    },
+}
+
+/// A save under way.
+struct Save {
+    folders: Folders,
+    step: u64,
+    began: Instant,
+    held: Duration,
+    manifest: Manifest,
+}
+
+enum Job {
+    Write { path: PathBuf, layout: Layout, copies: Vec<State> },
+    Publish { folders: Folders, manifest: Box<Manifest>, keep: Option<usize> },
+}
+
+/// What a thread has done, with the copies that it was given.
+enum Done {
+    Written(Result<Digest, Error>, Vec<State>),
+    Published(Result<Vec<Error>, Error>),
+    /// This rank had no part in it.
+    Nothing,
+}
+
+impl Saver {
+    /// Saves into `dir`, whose parent exists and which every rank sees. With `keep`, older checkpoints than the newest that many are removed whenever
+    /// one is complete.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    ///
+    /// # Panics
+    /// When none is to be kept.
+    pub fn new(dir: &Path, keep: Option<usize>) -> Result<Saver, Error> {
+        assert!(keep != Some(0), "at least the newest checkpoint is kept");
+        let (jobs, inbox) = channel::<Job>();
+        let (outbox, results) = channel();
+        let work = move || {
+            // Ends when either end of a channel is dropped.
+            for job in inbox {
+                let done = match job {
+                    Job::Write { path, layout, copies } => Done::Written(shard::write(&path, &layout, &copies), copies),
+                    Job::Publish { folders, manifest, keep } => Done::Published(
+                        publish(&folders, &manifest)
+                            .map(|()| keep.map_or(Vec::new(), |keep| prune(&folders.dir, keep))),
+                    ),
+                };
+                if outbox.send(done).is_err() {
+                    break;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("pillion-checkpoint".to_owned()).spawn(work);
+        let thread =
+            thread.map_err(|error| Error::file(dir, format!("no thread to write it can be started: {error}")))?;
+        Ok(Saver {
+            dir: dir.to_owned(),
+            keep,
+            phase: Phase::Idle,
+            copies: Vec::new(),
+            jobs: Some(jobs),
+            results,
+            thread: Some(thread),
+        })
+    }
+
+    /// Whether a save is under way.
+    pub fn is_busy(&self) -> bool {
+        matches!(self.phase, Phase::Busy { .. })
+    }
+
+    /// Begins to save the engine's state as `step-…` in the folder; a checkpoint of the same step is replaced. Collective: every rank calls it
+    /// between steps, with the same step. `extra` is kept as rank 0 gives it.
+    ///
+    /// # Errors
+    /// [`Error::File`] when any rank could not do its part: on that rank what went wrong, on the others which rank it was. Then nothing is saved,
+    /// and training can go on. Also when another rank is lost, or the engine's parameters are invalid.
+    ///
+    /// # Panics
+    /// When a save is under way: [`Saver::wait`] first.
+    pub fn begin(&mut self, engine: &Engine, step: u64, extra: &Value) -> Result<(), Error> {
+        assert!(!self.is_busy(), "one checkpoint is written at a time");
+        let began = Instant::now();
+        let communicator = engine.communicator();
+        let folders = Folders::new(&self.dir, step);
+        let token = if communicator.rank() == 0 { prepare(&folders) } else { Ok(0) };
+        let token = agree(communicator, &self.dir, token)?;
+        let token = communicator.all_gather_scalars(&[token])?[0][0];
+        let layout = engine.layout();
+        // Every group holds the same; the first one saves it.
+        let writes = engine.replica() == 0;
+        let copied =
+            check_shared(&folders, token).and_then(|()| shard::check_names(layout, &self.dir)).and_then(|()| {
+                let units = if writes { layout.units.len() } else { 0 };
+                self.copies.resize_with(units, State::default);
+                self.copies.iter_mut().enumerate().try_for_each(|(unit, copy)| engine.read_state(unit, copy))
+            });
+        if let Err(error) = agree(communicator, &self.dir, copied) {
+            self.tidy(engine, &folders);
+            return Err(error);
+        }
+        let mut done = Some(Done::Nothing);
+        if writes {
+            let path = folders.incomplete.join(shard::name(engine.shard_number(), layout.shards));
+            let copies = std::mem::take(&mut self.copies);
+            self.give(Job::Write { path, layout: layout.clone(), copies });
+            done = None;
+        }
+        let manifest = Manifest {
+            checksum: String::new(),
+            format: String::new(),
+            version: 0,
+            step,
+            updates: engine.updates(),
+            world: layout.shards,
+            weights: engine.policy().weights.name().to_owned(),
+            clip: engine.policy().clip,
+            units: manifest::specs(layout),
+            files: Vec::new(),
+            extra: extra.clone(),
+        };
+        let save = Save { folders, step, began, held: began.elapsed(), manifest };
+        self.phase = Phase::Busy { save, publishing: false, done };
+        Ok(())
+    }
+
+    /// For the requests of the next step: 1 when this rank's part of the present phase is over, however it ended.
+    pub fn request(&mut self) -> f64 {
+        let Phase::Busy { done, .. } = &mut self.phase else { return 0.0 };
+        if done.is_none() {
+            *done = match self.results.try_recv() {
+                Ok(done) => Some(done),
+                Err(TryRecvError::Empty) => None,
+                Err(TryRecvError::Disconnected) => Some(died(&self.dir)),
+            };
+        }
+        f64::from(u8::from(matches!(&self.phase, Phase::Busy { done: Some(_), .. })))
+    }
+
+    /// What the ranks' requests add up to: when that is all of them, goes on. Collective. Returns the checkpoint if that has completed it.
+    ///
+    /// # Errors
+    /// As for [`Saver::begin`]; the save is over, and another can begin.
+    pub fn observe(&mut self, engine: &Engine, sum: f64) -> Result<Option<Saved>, Error> {
+        if !self.is_busy() || sum < engine.communicator().world() as f64 {
+            return Ok(None);
+        }
+        self.advance(engine)
+    }
+
+    /// Blocks until the save under way, if any, is over. Collective.
+    ///
+    /// # Errors
+    /// As for [`Saver::observe`].
+    pub fn wait(&mut self, engine: &Engine) -> Result<Option<Saved>, Error> {
+        while let Phase::Busy { done, .. } = &mut self.phase {
+            if done.is_none() {
+                let result = self.results.recv();
+                *done = Some(match result {
+                    Ok(done) => done,
+                    Err(_) => died(&self.dir),
+                });
+                continue;
+            }
+            // A disk may take longer than any operation should.
+            engine.communicator().patient_barrier()?;
+            if let Some(saved) = self.advance(engine)? {
+                return Ok(Some(saved));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Ends the present phase, which is over on every rank.
+    fn advance(&mut self, engine: &Engine) -> Result<Option<Saved>, Error> {
+        let Phase::Busy { save, publishing, done } = std::mem::replace(&mut self.phase, Phase::Idle) else {
+            return Ok(None);
+        };
+        let communicator = engine.communicator();
+        let (mut mine, mut not_removed) = (Ok(Digest::default()), Vec::new());
+        match done {
+            Some(Done::Written(result, copies)) => (mine, self.copies) = (result, copies),
+            Some(Done::Published(Ok(left))) => not_removed = left,
+            Some(Done::Published(Err(error))) => mine = Err(error),
+            Some(Done::Nothing) | None => {}
+        }
+        let digest = agree(communicator, &self.dir, mine).inspect_err(|_| self.tidy(engine, &save.folders))?;
+        if publishing {
+            let Save { folders, step, began, held, .. } = save;
+            return Ok(Some(Saved { path: folders.complete, step, held, took: began.elapsed(), not_removed }));
+        }
+        let words = [digest.bytes, (digest.checksum >> 64) as u64, digest.checksum as u64];
+        let digests = communicator.all_gather_scalars(&words)?;
+        let mut done = Some(Done::Nothing);
+        if communicator.rank() == 0 {
+            let shards = engine.layout().shards;
+            let file = |(shard, words): (usize, &Vec<u64>)| {
+                let digest = Digest { bytes: words[0], checksum: u128::from(words[1]) << 64 | u128::from(words[2]) };
+                FileEntry { name: shard::name(shard, shards), bytes: digest.bytes, xxh3: digest.hex() }
+            };
+            let files = digests[..shards].iter().enumerate().map(file).collect();
+            let manifest = Box::new(Manifest { files, ..save.manifest.clone() }.sealed());
+            self.give(Job::Publish { folders: save.folders.clone(), manifest, keep: self.keep });
+            done = None;
+        }
+        self.phase = Phase::Busy { save, publishing: true, done };
+        Ok(None)
+    }
+
+    fn give(&self, job: Job) {
+        // That the thread has died, its missing answer says.
+        let _ = self.jobs.as_ref().expect("there until the saver is dropped").send(job);
+    }
+
+    /// Makes room if it can; the error that led here says more than a failure to tidy up would.
+    fn tidy(&self, engine: &Engine, folders: &Folders) {
+        if engine.communicator().rank() == 0 {
+            let _ = remove(&folders.incomplete);
+        }
+    }
+}
+
+/// Stands for the answer of a thread that has panicked, which has been printed.
+fn died(dir: &Path) -> Done {
+    Done::Published(Err(Error::file(dir, "the thread that writes it panicked")))
+}
+
+impl Drop for Saver {
+    /// Waits for the thread; what was not complete stays incomplete.
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

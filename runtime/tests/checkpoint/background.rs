@@ -1,0 +1,158 @@
+//! A save in the background: training goes on, and what is saved is what was there when it began.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pillion_collectives::{Communicator, Launch, Options};
+use pillion_kernels::{Cpu, Device, LazyCpu};
+use pillion_runtime::checkpoint::{self, Saved, Saver};
+use pillion_runtime::{Engine, Error, Layout, Policy, Sharded, State};
+use serde_json::json;
+
+use super::{engines, fill, names, newest, on_cpu, train, train_asking, uneven};
+
+fn states(engine: &Engine) -> Vec<State> {
+    (0..engine.layout().units.len()).map(|unit| engine.state(unit).unwrap()).collect()
+}
+
+/// Trains until the save under way is over; also how many steps that took.
+fn train_until_saved(engine: &mut Engine, saver: &mut Saver) -> (Result<Saved, Error>, usize) {
+    for steps in 1.. {
+        let mut requests = [saver.request()];
+        train_asking(engine, &mut requests);
+        match saver.observe(engine, requests[0]) {
+            Ok(None) => assert!(saver.is_busy()),
+            Ok(Some(saved)) => return (Ok(saved), steps),
+            Err(error) => return (Err(error), steps),
+        }
+    }
+    unreachable!()
+}
+
+#[test]
+fn what_is_saved_is_the_state_at_the_beginning_although_training_goes_on() {
+    for (world, replicas, sharded) in [
+        (1, 1, Sharded::EVERYTHING),
+        (3, 1, Sharded::EVERYTHING),
+        (4, 2, Sharded::EVERYTHING),
+        (2, 1, Sharded::NOTHING),
+        (2, 1, Sharded::OPTIMIZER),
+    ] {
+        for device in [Arc::new(Cpu) as Arc<dyn Device>, Arc::new(LazyCpu::new(2))] {
+            let dir = tempfile::tempdir().unwrap();
+            let policy = Policy { replicas, sharded, ..Policy::default() };
+            engines(world, &uneven(), policy, device, |mut engine| {
+                let mut saver = Saver::new(dir.path(), None).unwrap();
+                fill(&mut engine, 0);
+                engine.initialize(|_, _, index| index as f32).unwrap();
+                train(&mut engine);
+                for step in [1, 2] {
+                    let expected = states(&engine);
+                    let updates = engine.updates();
+                    saver.begin(&engine, step, &json!({ "step": step })).unwrap();
+                    let (saved, steps) = train_until_saved(&mut engine, &mut saver);
+                    let saved = saved.unwrap();
+                    assert!(steps >= 2, "the files, then the manifest, each heard of in a later step");
+                    assert!(saved.step == step && saved.held <= saved.took && saved.not_removed.is_empty());
+                    let after = states(&engine);
+                    assert!(expected != after && engine.updates() == updates + steps as u64);
+                    let found = newest(dir.path());
+                    assert_eq!((found.path.clone(), found.extra()["step"].as_u64()), (saved.path, Some(step)));
+                    found.verify().unwrap();
+                    found.load(&mut engine).unwrap();
+                    assert!(states(&engine) == expected && engine.updates() == updates);
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn a_save_that_fails_on_one_rank_fails_on_all_and_training_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    on_cpu(3, &uneven(), |mut engine| {
+        let mut saver = Saver::new(dir.path(), None).unwrap();
+        engine.initialize(|_, _, index| index as f32).unwrap();
+        saver.begin(&engine, 1, &json!(null)).unwrap();
+        // Whether its file is there by then or not, the folder cannot get its name any more.
+        engine.communicator().barrier().unwrap();
+        if engine.communicator().rank() == 0 {
+            let _ = fs::remove_dir_all(dir.path().join("step-00000001.incomplete"));
+        }
+        let (saved, _) = train_until_saved(&mut engine, &mut saver);
+        let error = saved.unwrap_err();
+        assert!(matches!(error, Error::File { .. }), "{error}");
+        assert!(!saver.is_busy());
+        train(&mut engine);
+        engine.communicator().barrier().unwrap();
+        assert_eq!(names(dir.path()), [""; 0]);
+        engine.communicator().barrier().unwrap();
+        saver.begin(&engine, 2, &json!(null)).unwrap();
+        assert_eq!(train_until_saved(&mut engine, &mut saver).0.unwrap().path, dir.path().join("step-00000002"));
+    });
+}
+
+#[test]
+fn older_checkpoints_are_removed_once_a_newer_one_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    on_cpu(2, &uneven(), |mut engine| {
+        let mut saver = Saver::new(dir.path(), Some(2)).unwrap();
+        for step in 1..=4 {
+            fill(&mut engine, step);
+            saver.begin(&engine, step, &json!(null)).unwrap();
+            assert!(newest_step(dir.path()) < step, "the one under way does not count");
+            saver.wait(&engine).unwrap().expect("it was under way");
+            assert!(saver.wait(&engine).unwrap().is_none());
+            engine.communicator().barrier().unwrap();
+            let kept: Vec<String> = (step.max(2) - 1..=step).map(|step| format!("step-{step:08}")).collect();
+            assert_eq!(names(dir.path()), kept);
+            engine.communicator().barrier().unwrap();
+        }
+    });
+    // One that is damaged is none of those that are kept, but what lies behind it goes.
+    fs::write(dir.path().join("step-00000004/manifest.json"), "{}").unwrap();
+    on_cpu(2, &uneven(), |mut engine| {
+        let mut saver = Saver::new(dir.path(), Some(1)).unwrap();
+        fill(&mut engine, 5);
+        saver.begin(&engine, 5, &json!(null)).unwrap();
+        saver.wait(&engine).unwrap();
+    });
+    assert_eq!(names(dir.path()), ["step-00000005"]);
+}
+
+fn newest_step(dir: &std::path::Path) -> u64 {
+    checkpoint::newest(dir).unwrap().checkpoint.map_or(0, |checkpoint| checkpoint.manifest.step)
+}
+
+#[test]
+fn a_saver_that_is_dropped_leaves_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    on_cpu(2, &uneven(), |mut engine| {
+        let mut saver = Saver::new(dir.path(), None).unwrap();
+        fill(&mut engine, 1);
+        saver.begin(&engine, 1, &json!(null)).unwrap();
+        saver.wait(&engine).unwrap();
+        saver.begin(&engine, 2, &json!(null)).unwrap();
+    });
+    assert_eq!(newest_step(dir.path()), 1);
+}
+
+/// What a save holds up must not grow with what there is to write but by a copy, which takes no new memory: the same buffers serve every save.
+#[test]
+fn copies_are_used_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = |launch: Launch| {
+        let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
+        let engine = Engine::new(communicator, Arc::new(Cpu), Layout::new(&uneven(), 1), Policy::default()).unwrap();
+        let mut state = engine.state(0).unwrap();
+        let places = |state: &State| [state.master.as_ptr(), state.m.as_ptr(), state.v.as_ptr()];
+        let before = places(&state);
+        engine.read_state(0, &mut state).unwrap();
+        assert_eq!(before, places(&state));
+        let paths: Vec<PathBuf> =
+            (1..=2).map(|step| checkpoint::save(&engine, dir.path(), step, &json!(null)).unwrap()).collect();
+        assert_eq!(paths.len(), 2);
+    };
+    program(Launch::single());
+}
