@@ -15,6 +15,8 @@ pub(super) struct Setup<'a> {
     pub(super) model: &'a Config,
     pub(super) policy: Policy,
     pub(super) mesh: Mesh,
+    /// Ranks on each host.
+    pub(super) local: usize,
     pub(super) seq: usize,
     pub(super) micro_batch: u64,
     pub(super) rounds: usize,
@@ -70,7 +72,7 @@ impl Setup<'_> {
 
     /// The plan.
     pub(super) fn plan(&self) -> Planned {
-        let Setup { model, policy, mesh, seq, micro_batch, rounds, blocks } = self;
+        let Setup { model, policy, mesh, local, seq, micro_batch, rounds, blocks } = self;
         let layout = Layout::new(&buckets(model.units(), *blocks), mesh.shard);
         let tokens = *micro_batch as f64 * *seq as f64;
         let forward = sums(&model.forward_flops(*seq), *blocks).iter().map(|flops| flops * tokens).collect::<Vec<_>>();
@@ -79,7 +81,7 @@ impl Setup<'_> {
         Planned {
             plan: plan.verify().expect("the planner makes no races"),
             work: Work { forward, backward },
-            memory: Memory::of(&layout, policy, *mesh),
+            memory: Memory::of(&layout, policy, *mesh).on_hosts_of(*local, &layout, policy, *mesh),
             activations: Model::activation_bytes(model, policy.weights, *micro_batch as usize, *seq),
             layout,
         }
@@ -225,7 +227,7 @@ mod tests {
     /// Llama 3.1 8B as torchtitan's report has it: FSDP over all GPUs, two sequences of 8192 on each, in bf16, gradients reduced in f32.
     fn torchtitan(model: &Config, gpus: usize) -> Setup<'_> {
         let mesh = Mesh { replicate: 1, shard: gpus };
-        Setup { model, policy: policy(1), mesh, seq: 8192, micro_batch: 2, rounds: 1, blocks: 1 }
+        Setup { model, policy: policy(1), mesh, local: 8, seq: 8192, micro_batch: 2, rounds: 1, blocks: 1 }
     }
 
     /// Its hosts: 8 H100 with NVLink, 450 GB/s each way, HBM2e with 2.4 TB/s, and 400 Gbit/s for each GPU between hosts.
@@ -267,16 +269,16 @@ mod tests {
             (Sharded::OPTIMIZER, 2),
             (Sharded::NOTHING, 1),
         ] {
-            for gather in [Gather::Copy, Gather::Window] {
+            for (gather, local) in [(Gather::Copy, 4), (Gather::Window, 4), (Gather::Copy, 2), (Gather::Window, 2)] {
                 let policy = Policy { sharded, replicas, gather, ..policy(1) };
                 let mesh = policy.mesh(4).unwrap();
                 let setup = Setup { policy, mesh, rounds: 3, ..torchtitan(&model, 4) };
                 let Planned { layout, plan, .. } = setup.plan();
-                let machine = Machine { flops: 1e12, ranks_per_host: 4, ..GRAND_TETON };
+                let machine = Machine { flops: 1e12, ranks_per_host: local, ..GRAND_TETON };
                 let Traffic { gathers, reductions, all_reductions, agreement } = setup.forecast(&machine).sent;
                 let sent = [gathers, reductions, all_reductions, agreement];
                 let total: u64 = sent.into_iter().map(Sent::total).sum();
-                assert_eq!(total, step_bytes(&layout, &policy, mesh, &plan), "{policy:?}");
+                assert_eq!(total, step_bytes(&layout, &policy, mesh, local, &plan), "{policy:?}");
             }
         }
     }
@@ -308,8 +310,13 @@ mod tests {
     #[test]
     fn a_sweep_knows_what_hides_what() {
         let model = Preset::named("llama2-7b").unwrap().config();
-        let setup =
-            Setup { mesh: Mesh { replicate: 1, shard: 512 }, seq: 4096, micro_batch: 1, ..torchtitan(&model, 1) };
+        let setup = Setup {
+            mesh: Mesh { replicate: 1, shard: 512 },
+            local: 1,
+            seq: 4096,
+            micro_batch: 1,
+            ..torchtitan(&model, 1)
+        };
         let link = Link { bandwidth: 25e9, latency: 5e-6 };
         let machine = Machine { flops: 400e12, memory: None, ranks_per_host: 1, link, host_link: Link::INSTANT };
         let sweep = setup.sweep(&machine);

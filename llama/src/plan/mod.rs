@@ -69,11 +69,13 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
         return Err(Error::Setting(format!("--batch {batch} is not a multiple of --micro-batch {micro_batch}")));
     }
     let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64) as usize;
-    let setup = Setup { model: &model, policy, mesh, seq, micro_batch, rounds, blocks: 1 };
     let machine = settings.machine.machine(mesh)?;
+    // Without a machine all ranks are on one host.
+    let local = machine.map_or(ranks, |machine| machine.ranks_per_host.min(ranks));
+    let setup = Setup { model: &model, policy, mesh, local, seq, micro_batch, rounds, blocks: 1 };
     let planned = setup.plan();
     if !settings.json {
-        print(plan_table(&model, &policy, ranks, seq, micro_batch, batch, "planned")?);
+        print(plan_table(&model, &policy, ranks, local, seq, micro_batch, batch, "planned")?);
     }
     if settings.operations {
         for (index, operation) in planned.plan.operations.iter().enumerate() {
