@@ -243,7 +243,7 @@ fn generate_and_plan_refuse_in_the_same_way() {
         ("plan --batch 7", 2, &["--batch 7", "--micro-batch"]),
         ("plan --prefetch 3 --slots 1", 2, &["--slots 1", "--prefetch 3"]),
         ("plan --rounds 0", 2, &["--rounds 0", "at least 1"]),
-        ("plan --link 50GB/s", 2, &["--flops"]),
+        ("plan --link 50GB/s", 2, &["required arguments"]),
         ("plan --link 50 --flops 1T", 2, &["--link", "a unit is missing", "400Gbit/s"]),
         ("plan --flops 1T", 2, &["--link", "--ranks-per-host"]),
         ("plan --flops 1T --ranks-per-host 2", 2, &["--host-link"]),
