@@ -22,6 +22,9 @@ use super::save::{Folders, check_shared, prepare, prune, publish, remove};
 use super::shard::{self, Digest};
 use crate::{Engine, Error, Layout, State};
 
+/// The nice value of threads that write.
+const LEAST_PRIORITY: i32 = 19;
+
 /// Saves an engine's checkpoints, one at a time.
 pub struct Saver {
     dir: PathBuf,
@@ -95,6 +98,8 @@ impl Saver {
         let (jobs, inbox) = channel::<Job>();
         let (outbox, results) = channel();
         let work = move || {
+            // Of a processor that computes, it takes what is left over. Where that is forbidden, it takes its share.
+            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), LEAST_PRIORITY);
             // Ends when either end of a channel is dropped.
             for job in inbox {
                 let done = match job {
