@@ -2,7 +2,7 @@
 //!
 //! A [`Layout`] says where every element of every tensor lives. A [`Plan`] is a training step as data, made from the
 //! layout's units and a [`Policy`], and verified before it runs. An [`Engine`] executes it: it gathers weights ahead of their
-//! use, reduces gradients behind it, and updates each rank's shard. The trainer owns the model and the loop:
+//! use, reduces gradients behind it, and updates each rank's shard. [`simulate`] runs a plan on a machine that there need not be. The trainer owns the model and the loop:
 //!
 //! ```text
 //! let mut step = engine.begin(rounds)?;
