@@ -59,7 +59,7 @@ pub struct MachineArgs {
     /// Bandwidth between hosts in each direction, of one rank's share, such as 50GB/s or 400Gbit/s.
     #[arg(long, value_name = "RATE", value_parser = bandwidth, requires = "speed")]
     pub link: Option<f64>,
-    /// Time that any message between hosts takes.
+    /// Time that any message between hosts takes; a collective pays it once for every other host.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5us")]
     pub latency: f64,
     /// Ranks of a host, neighbours in rank.
