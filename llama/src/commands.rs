@@ -1,16 +1,16 @@
-//! The commands besides `train`.
+//! `pillion generate`.
 
 use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{Cores, Device};
-use pillion_runtime::{Engine, Layout, Outline, Plan, Policy, checkpoint};
+use pillion_runtime::{Engine, Layout, Policy, checkpoint};
 
 use crate::Error;
 use crate::data::tokenizer;
 use crate::model::Model;
-use crate::settings::{GenerateArgs, PlanArgs};
-use crate::train::{self, checkpoints, recipe};
+use crate::settings::GenerateArgs;
+use crate::train::checkpoints;
 
 /// `pillion generate`: prints text.
 ///
@@ -40,36 +40,5 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
     let GenerateArgs { tokens, temperature, seed, .. } = *settings;
     let text = crate::generate::generate(&mut engine, &mut model, recipe.seq, &prompt, tokens, temperature, seed)?;
     crate::print(format_args!("{}{}", settings.prompt, String::from_utf8_lossy(&tokenizer::decode(&text))));
-    Ok(0)
-}
-
-/// `pillion plan`: prints how a run would be laid out.
-///
-/// # Errors
-/// When settings contradict each other.
-pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
-    let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
-    let PlanArgs { ranks, seq, micro_batch, .. } = *settings;
-    let sizes = [("--ranks", ranks as u64), ("--seq", seq as u64), ("--micro-batch", micro_batch)];
-    for (flag, value) in sizes.into_iter().chain(settings.batch.map(|batch| ("--batch", batch))) {
-        if !(1..=1 << 20).contains(&value) {
-            return Err(Error::Setting(format!("{flag} {value} is out of range: at least 1 and at most {}", 1 << 20)));
-        }
-    }
-    let policy = recipe::policy(&settings.policy, 1.0, settings.ranks)?;
-    let batch = settings.batch.unwrap_or(ranks as u64 * micro_batch);
-    if !batch.is_multiple_of(micro_batch) {
-        return Err(Error::Setting(format!("--batch {batch} is not a multiple of --micro-batch {micro_batch}")));
-    }
-    crate::print(train::plan_table(&model, &policy, ranks, seq, micro_batch, batch, "planned")?);
-    if settings.operations {
-        let mesh = policy.mesh(ranks)?;
-        let layout = Layout::new(&model.units(), mesh.shard);
-        let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64) as usize;
-        let plan = Plan::step(&Outline::new(&layout, &policy, mesh), rounds);
-        for (index, operation) in plan.operations.iter().enumerate() {
-            crate::print(format_args!("{index:>5}  {:?} after {:?}", operation.action, operation.after));
-        }
-    }
     Ok(0)
 }

@@ -25,6 +25,9 @@ pub struct Config {
     pub rope_theta: f64,
 }
 
+/// Floating-point operations of a backward pass for each of the forward pass: gradients of both operands of a product.
+pub const BACKWARD_FLOPS: f64 = 2.0;
+
 /// Far beyond any model, and far below where the number of parameters overflows.
 const LARGEST_SIZE: usize = 1 << 18;
 
@@ -46,6 +49,7 @@ pub struct Preset {
     layers: usize,
     heads: usize,
     kv_heads: usize,
+    rope_theta: f64,
 }
 
 const fn preset(
@@ -57,11 +61,12 @@ const fn preset(
     heads: usize,
     kv_heads: usize,
 ) -> Preset {
-    Preset { name, vocab, width, ffn, layers, heads, kv_heads }
+    Preset { name, vocab, width, ffn, layers, heads, kv_heads, rope_theta: 10_000.0 }
 }
 
-/// Every preset: two for a laptop, one that benchmarks compare with other frameworks, the three of Lau et al. 2025, and Llama 2 itself.
-pub const PRESETS: [Preset; 9] = [
+/// Every preset: two for a laptop, one that benchmarks compare with other frameworks, the three of Lau et al. 2025, Llama 2 itself, and
+/// Llama 3.1 without its scaling of rotary angles for long texts.
+pub const PRESETS: [Preset; 10] = [
     preset("tiny", crate::data::tokenizer::VOCAB, 64, 192, 2, 4, 2),
     preset("small", crate::data::tokenizer::VOCAB, 256, 704, 4, 4, 4),
     preset("peer-30m", 4096, 512, 1408, 8, 8, 8),
@@ -71,6 +76,7 @@ pub const PRESETS: [Preset; 9] = [
     preset("llama2-7b", 32_000, 4096, 11_008, 32, 32, 32),
     preset("llama2-13b", 32_000, 5120, 13_824, 40, 40, 40),
     preset("llama2-70b", 32_000, 8192, 28_672, 80, 64, 8),
+    Preset { rope_theta: 500_000.0, ..preset("llama3.1-8b", 128_256, 4096, 14_336, 32, 32, 8) },
 ];
 
 impl Preset {
@@ -89,7 +95,7 @@ impl Preset {
             num_attention_heads: self.heads,
             num_key_value_heads: self.kv_heads,
             rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
+            rope_theta: self.rope_theta,
         }
     }
 }
@@ -177,12 +183,19 @@ impl Config {
     /// Floating-point operations that a token costs in forward and backward: 6 for each weight of a matrix product (Kaplan et al.
     /// 2020), and those of causal attention over `seq` tokens, of which half the scores exist.
     pub fn flops_per_token(&self, seq: usize) -> f64 {
+        (1.0 + BACKWARD_FLOPS) * self.forward_flops(seq).iter().sum::<f64>()
+    }
+
+    /// Those of the forward pass alone, for each of [`Config::units`]. The backward pass costs [`BACKWARD_FLOPS`] times as many.
+    pub fn forward_flops(&self, seq: usize) -> Vec<f64> {
         let (width, ffn) = (self.hidden_size as f64, self.intermediate_size as f64);
         let kv_width = (self.num_key_value_heads * self.head_dim()) as f64;
-        let block = 2.0 * width * width + 2.0 * width * kv_width + 3.0 * width * ffn;
-        let matrices = self.num_hidden_layers as f64 * block + width * self.vocab_size as f64;
-        let scores = self.num_hidden_layers as f64 * width * seq as f64 / 2.0;
-        6.0 * (matrices + 2.0 * scores)
+        let matrices = 2.0 * width * width + 2.0 * width * kv_width + 3.0 * width * ffn;
+        // Queries with keys, and scores with values.
+        let attention = 2.0 * width * seq as f64 / 2.0;
+        let block = 2.0 * (matrices + attention);
+        let head = 2.0 * width * self.vocab_size as f64;
+        [0.0].into_iter().chain(std::iter::repeat_n(block, self.num_hidden_layers)).chain([head]).collect()
     }
 
     /// The initial value of an element: ones for norms; else normal with variance 2/(5·C) (Nguyen and Salazar 2019), and
@@ -219,9 +232,20 @@ mod tests {
         assert_eq!(parameters("llama2-7b"), 6_738_415_616);
         assert_eq!(parameters("llama2-13b"), 13_015_864_320);
         assert_eq!(parameters("llama2-70b"), 68_976_648_192);
+        assert_eq!(parameters("llama3.1-8b"), 8_030_261_248);
         assert_eq!(parameters("tiny-llama-1.1b"), 1_100_048_384);
         let small = parameters("small");
         assert!((3_000_000..4_000_000).contains(&small), "{small}");
+    }
+
+    #[test]
+    fn a_token_costs_six_operations_for_each_weight_of_a_product_and_its_attention() {
+        // Without attention: six for each parameter, but for the embedding and the norms (2 of 64 a block, and one), which multiply no matrix.
+        let config = Preset::named("tiny").unwrap().config();
+        let outside = config.vocab_size * 64 + (2 * 2 + 1) * 64;
+        assert_eq!(config.flops_per_token(0), 6.0 * (parameters("tiny") - outside) as f64);
+        // Attention over 10 tokens: 5 scores in the mean, each 2·64 operations to make and as many to use, in two blocks; three times with the backward pass.
+        assert_eq!(config.flops_per_token(10) - config.flops_per_token(0), 3.0 * 2.0 * 5.0 * 4.0 * 64.0);
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `settings` | the command line and the configuration file |
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
-//! | `commands` | `pillion generate` and `pillion plan` |
+//! | `commands` | `pillion generate` |
+//! | `plan` | `pillion plan`: the layout of a run, and a simulated step |
 //! | `config` | shapes of models, their tensors and presets |
 //! | `model` | forward and backward, unit by unit |
 //! | `generate` | text out |
@@ -17,6 +18,7 @@ pub mod data;
 mod error;
 mod generate;
 pub mod model;
+mod plan;
 pub mod settings;
 pub mod train;
 
@@ -48,7 +50,7 @@ pub fn main(arguments: &[String]) -> i32 {
     let result = instructions.and_then(|_| match &cli.command {
         Command::Train(settings) => train::train(settings),
         Command::Generate(settings) => commands::generate(settings),
-        Command::Plan(settings) => commands::plan(settings),
+        Command::Plan(settings) => plan::plan(settings),
     });
     result.unwrap_or_else(|error| {
         complain(&error);

@@ -11,6 +11,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use pillion_runtime::{Mesh, Sharded};
 
 use crate::config::{Config, PRESETS, Preset};
+pub use crate::plan::{MachineArgs, PlanArgs};
 
 /// Trains Llama-2 models, sharded over ranks.
 #[derive(Debug, Parser)]
@@ -28,8 +29,8 @@ pub enum Command {
     Train(Box<TrainArgs>),
     /// Write text with a trained model.
     Generate(GenerateArgs),
-    /// Print how a run would be laid out, without running it.
-    Plan(PlanArgs),
+    /// Print how a run would be laid out, and what a step would take on a machine that is described, without running it.
+    Plan(Box<PlanArgs>),
 }
 
 /// How ranks of this host are started.
@@ -303,32 +304,6 @@ pub struct GenerateArgs {
     /// Seed of the choices.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-}
-
-/// Settings of `plan`.
-#[derive(Clone, Debug, Args)]
-pub struct PlanArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub policy: PolicyArgs,
-    /// Number of ranks.
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub ranks: usize,
-    /// Tokens in a sample.
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub seq: usize,
-    /// Samples that a rank computes at a time.
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    pub micro_batch: u64,
-    /// Samples in a step, over all ranks; default: ranks times --micro-batch.
-    #[arg(long, value_name = "N")]
-    pub batch: Option<u64>,
-    /// Print every operation of a step.
-    #[arg(long)]
-    pub operations: bool,
 }
 
 /// Reads `replicate=R,shard=S`, in either order.

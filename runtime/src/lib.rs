@@ -2,7 +2,8 @@
 //!
 //! A [`Layout`] says where every element of every tensor lives. A [`Plan`] is a training step as data, made from the
 //! layout's units and a [`Policy`], and verified before it runs. An [`Engine`] executes it: it gathers weights ahead of their
-//! use, reduces gradients behind it, and updates each rank's shard. The trainer owns the model and the loop. The runtime calls nothing back, installs no
+//! use, reduces gradients behind it, and updates each rank's shard. [`simulate`] runs a plan on a machine that there need not be.
+//! The trainer owns the model and the loop. The runtime calls nothing back, installs no
 //! signal handlers, never ends the process, and reads no environment ([`Launch::detect`](pillion_collectives::Launch::detect) does, where it is called).
 //!
 //! # From tensors to a step
@@ -88,7 +89,9 @@ mod layout;
 mod memory;
 mod plan;
 mod policy;
+pub mod simulate;
 mod step;
+pub mod trace;
 mod update;
 mod verify;
 mod weights;

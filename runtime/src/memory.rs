@@ -52,6 +52,15 @@ impl Memory {
         }
     }
 
+    /// The same where each host has `ranks` of the ranks: there are windows on every host, which the ranks of a group share there.
+    pub fn on_hosts_of(self, ranks: usize, layout: &Layout, policy: &Policy, mesh: Mesh) -> Memory {
+        if !policy.sharded.parameters || policy.gather == Gather::Copy {
+            return self;
+        }
+        let padded: u64 = layout.units.iter().map(|unit| unit.padded as u64).sum();
+        Memory { weights: policy.weights.bytes() as u64 * padded / ranks.clamp(1, mesh.shard) as u64, ..self }
+    }
+
     /// All of them.
     pub fn total(&self) -> u64 {
         self.weights + self.gathered + self.gradients + self.gradient_shard + self.master + self.moments

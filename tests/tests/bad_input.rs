@@ -242,6 +242,15 @@ fn generate_and_plan_refuse_in_the_same_way() {
         ("plan --heads 3", 2, &["num_attention_heads = 3"]),
         ("plan --batch 7", 2, &["--batch 7", "--micro-batch"]),
         ("plan --prefetch 3 --slots 1", 2, &["--slots 1", "--prefetch 3"]),
+        ("plan --rounds 0", 2, &["--rounds 0", "at least 1"]),
+        ("plan --link 50GB/s", 2, &["required arguments"]),
+        ("plan --link 50 --flops 1T", 2, &["--link", "a unit is missing", "400Gbit/s"]),
+        ("plan --flops 1T", 2, &["--link", "--ranks-per-host"]),
+        ("plan --flops 1T --ranks-per-host 2", 2, &["--host-link"]),
+        ("plan --flops 1T --ranks 6 --ranks-per-host 4 --link 1GB/s --host-link 1GB/s", 2, &["evenly on hosts of 4"]),
+        ("plan --calibrate 1e15 --link 1GB/s", 2, &["--calibrate 1000000000000000", "however fast"]),
+        ("plan --calibrate nan --link 1GB/s", 2, &["--calibrate NaN", "above 0"]),
+        ("plan --flops 1T --link 1GB/s --timeline nowhere/step.json", 1, &["nowhere/step.json"]),
     ] {
         place.run(arguments).refused(code, parts);
     }

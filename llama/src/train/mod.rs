@@ -25,7 +25,9 @@ use signal_hook::iterator::Signals;
 use crate::settings::{LaunchKind, TrainArgs};
 use crate::{Error, complain};
 
-pub(crate) use plan_table::plan_table;
+#[cfg(test)]
+pub(crate) use plan_table::step_bytes;
+pub(crate) use plan_table::{bytes, plan_table};
 
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;

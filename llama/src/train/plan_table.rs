@@ -7,7 +7,7 @@ use crate::Error;
 use crate::config::Config;
 use crate::model::Model;
 
-/// The table, for `world` ranks with micro-batches of `micro_batch` samples of `seq` tokens and steps of `batch` samples.
+/// The table, for `world` ranks, `local` on each host, with micro-batches of `micro_batch` samples of `seq` tokens and steps of `batch` samples.
 ///
 /// # Errors
 /// When the policy does not fit the ranks.
@@ -15,6 +15,7 @@ pub(crate) fn plan_table(
     model: &Config,
     policy: &Policy,
     world: usize,
+    local: usize,
     seq: usize,
     micro_batch: u64,
     batch: u64,
@@ -22,7 +23,7 @@ pub(crate) fn plan_table(
 ) -> Result<Table, Error> {
     let mesh = policy.mesh(world)?;
     let layout = Layout::new(&model.units(), mesh.shard);
-    let memory = Memory::of(&layout, policy, mesh);
+    let memory = Memory::of(&layout, policy, mesh).on_hosts_of(local, &layout, policy, mesh);
     let activations = Model::activation_bytes(model, policy.weights, micro_batch as usize, seq);
     let rounds = batch.div_ceil(micro_batch).div_ceil(world as u64) as usize;
     let plan = Plan::step(&Outline::new(&layout, policy, mesh), rounds);
@@ -50,7 +51,7 @@ pub(crate) fn plan_table(
         format!(
             "{batch} samples of {seq} tokens at first: {rounds} rounds of {world} × {micro_batch}; {} collectives, {} sent by a rank",
             plan.collectives(),
-            bytes(step_bytes(&layout, policy, mesh, &plan))
+            bytes(step_bytes(&layout, policy, mesh, local, &plan))
         ),
     );
     let in_slots = |count: usize, total: u64| match count < layout.units.len() {
@@ -58,6 +59,7 @@ pub(crate) fn plan_table(
         false => format!("copy into a slot for each unit, {}", bytes(total)),
     };
     let gathered = match (policy.sharded.parameters, policy.gather) {
+        (true, Gather::Window) if local < mesh.shard => ", gathered once a step into a window on each host".to_owned(),
         (true, Gather::Window) => ", gathered by reading all shards in place: nothing is copied".to_owned(),
         (true, Gather::Copy) => format!(", gathered by {}", in_slots(policy.slots, memory.gathered)),
         (false, _) if policy.sharded == Sharded::NOTHING => String::new(),
@@ -103,19 +105,20 @@ fn placement(world: usize, mesh: Mesh, sharded: Sharded) -> String {
 }
 
 /// Bytes that the other ranks read from one in a step.
-fn step_bytes(layout: &Layout, policy: &Policy, mesh: Mesh, plan: &Plan) -> u64 {
+pub(crate) fn step_bytes(layout: &Layout, policy: &Policy, mesh: Mesh, local: usize, plan: &Plan) -> u64 {
     let Mesh { replicate, shard } = mesh;
     let (of_group, of_all) = (shard - 1, mesh.world() - 1);
+    // Into a window goes one shard to each other host.
+    let window = policy.sharded.parameters && policy.gather == Gather::Window;
+    let gathered = if window { shard.div_ceil(local.max(1)) - 1 } else { of_group };
     let sent = |action: Action| match action {
-        Action::Gather { unit, .. } if !policy.sharded.parameters || policy.gather == Gather::Copy => {
-            of_group * layout.units[unit].shard * policy.weights.bytes()
-        }
+        Action::Gather { unit, .. } => gathered * layout.units[unit].shard * policy.weights.bytes(),
         Action::Reduce { unit, .. } => of_group * layout.units[unit].shard * policy.reduce.bytes(),
         // Each rank sums a part of all, and gives it to all: twice the part of a rank goes to each other rank.
         Action::AllReduce { unit } => 2 * (replicate - 1) * layout.units[unit].shard.div_ceil(replicate) * 4,
         // Four totals, the square norm, the count of non-finite values, and the request to stop.
         Action::Agree => of_all * 7 * 8,
-        _ => 0,
+        Action::Compute { .. } | Action::Update { .. } => 0,
     };
     plan.operations.iter().map(|operation| sent(operation.action) as u64).sum()
 }

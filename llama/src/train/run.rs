@@ -108,7 +108,8 @@ impl<'s> Run<'s> {
                 (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
             };
             let backend = format!("{}, {between}", launch.source);
-            let table = plan_table(&recipe.model, &policy, world, recipe.seq, recipe.micro_batch, batch, &backend)?;
+            let Recipe { model, seq, micro_batch, .. } = &recipe;
+            let table = plan_table(model, &policy, world, launch.local_world, *seq, *micro_batch, batch, &backend)?;
             crate::print(table);
         }
         let processor = Processor::open(settings, launch, &communicator, policy.weights)?;

@@ -1,0 +1,128 @@
+//! `pillion plan`: how a run would be laid out, and what a step would take on a machine that there need not be.
+
+mod forecast;
+mod quantity;
+mod settings;
+mod table;
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+
+use pillion_runtime::simulate::Machine;
+use pillion_runtime::trace::write_trace;
+use pillion_runtime::{Memory, Mesh};
+use serde::Serialize;
+
+use crate::train::{plan_table, recipe};
+use crate::{Error, print};
+use forecast::{Forecast, Setup, best};
+pub use settings::{MachineArgs, PlanArgs};
+use table::{simulation_table, sweep_table};
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report {
+    parameters: usize,
+    ranks: usize,
+    mesh: Mesh,
+    seq: usize,
+    micro_batch: u64,
+    rounds: usize,
+    /// Of a rank, without activations.
+    memory: Memory,
+    activations: u64,
+    /// Both.
+    total: u64,
+    collectives: usize,
+    simulation: Option<Simulated>,
+}
+
+#[derive(Serialize)]
+struct Simulated {
+    machine: Machine,
+    /// With the settings that were given; with the best that `train` has; with the best of all.
+    given: Forecast,
+    best_for_train: Forecast,
+    best: Forecast,
+}
+
+/// `pillion plan`.
+///
+/// # Errors
+/// When settings contradict each other, or the timeline cannot be written.
+pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
+    let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
+    let PlanArgs { ranks, seq, micro_batch, .. } = *settings;
+    let sizes = [("--ranks", ranks as u64), ("--seq", seq as u64), ("--micro-batch", micro_batch)];
+    let more = [("--batch", settings.batch), ("--rounds", settings.rounds)];
+    let more = more.into_iter().filter_map(|(flag, value)| Some((flag, value?)));
+    for (flag, value) in sizes.into_iter().chain(more) {
+        let most = if flag == "--rounds" { MOST_ROUNDS } else { 1 << 20 };
+        if !(1..=most).contains(&value) {
+            return Err(Error::Setting(format!("{flag} {value} is out of range: at least 1 and at most {most}")));
+        }
+    }
+    let policy = recipe::policy(&settings.policy, 1.0, ranks)?;
+    let mesh = policy.mesh(ranks)?;
+    let batch = settings.batch.unwrap_or(settings.rounds.unwrap_or(1) * ranks as u64 * micro_batch);
+    if !batch.is_multiple_of(micro_batch) {
+        return Err(Error::Setting(format!("--batch {batch} is not a multiple of --micro-batch {micro_batch}")));
+    }
+    let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64) as usize;
+    let machine = settings.machine.machine(mesh)?;
+    // Without a machine all ranks are on one host.
+    let local = machine.map_or(ranks, |machine| machine.ranks_per_host.min(ranks));
+    let setup = Setup { model: &model, policy, mesh, local, seq, micro_batch, rounds, blocks: 1 };
+    let planned = setup.plan();
+    if !settings.json {
+        print(plan_table(&model, &policy, ranks, local, seq, micro_batch, batch, "planned")?);
+    }
+    if settings.operations {
+        for (index, operation) in planned.plan.operations.iter().enumerate() {
+            print(format_args!("{index:>5}  {:?} after {:?}", operation.action, operation.after));
+        }
+    }
+    let mut report = Report {
+        parameters: planned.layout.parameters(),
+        ranks,
+        mesh,
+        seq,
+        micro_batch,
+        rounds,
+        memory: planned.memory,
+        activations: planned.activations,
+        total: planned.memory.total() + planned.activations,
+        collectives: planned.plan.collectives(),
+        simulation: None,
+    };
+    if let Some(mut machine) = machine {
+        if let Some(tokens_per_s) = settings.machine.calibrate {
+            machine.flops = setup.calibrate(&machine, tokens_per_s)?;
+        }
+        let simulation = setup.simulate(&planned, &machine);
+        if let Some(path) = &settings.machine.timeline {
+            let write = || {
+                let mut file = BufWriter::new(File::create(path)?);
+                write_trace(&mut file, &simulation.trace(&planned.plan, &planned.layout))?;
+                file.flush()
+            };
+            write().map_err(|error| Error::file(path, error))?;
+        }
+        let given = setup.figures(&planned, &simulation);
+        let sweep = setup.sweep(&machine);
+        let best_for_train = best(sweep.iter().copied().filter(|forecast| forecast.blocks_per_bucket == 1));
+        let best = best(sweep.iter().copied());
+        if !settings.json {
+            print(simulation_table(&setup, &machine, &given));
+            print(format_args!("\n{}", sweep_table(sweep.len(), &given, &best_for_train, &best)));
+        }
+        report.simulation = Some(Simulated { machine, given, best_for_train, best });
+    }
+    if settings.json {
+        print(serde_json::to_string_pretty(&report).expect("plain values"));
+    }
+    Ok(0)
+}
+
+/// Plans of more are long, and no different.
+const MOST_ROUNDS: u64 = 1024;

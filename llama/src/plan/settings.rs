@@ -1,0 +1,123 @@
+//! The settings of `pillion plan`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use pillion_runtime::Mesh;
+use pillion_runtime::simulate::{Link, Machine};
+
+use super::quantity::{bandwidth, duration, speed};
+use crate::Error;
+use crate::settings::{ModelArgs, PolicyArgs};
+
+/// Settings of `plan`.
+#[derive(Clone, Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub policy: PolicyArgs,
+    /// Number of ranks.
+    #[arg(long, visible_alias = "world", value_name = "N", default_value_t = 2)]
+    pub ranks: usize,
+    /// Tokens in a sample.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub seq: usize,
+    /// Samples that a rank computes at a time.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub micro_batch: u64,
+    /// Samples in a step, over all ranks; default: ranks times --micro-batch.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<u64>,
+    /// Micro-batches of each rank in a step, instead of --batch.
+    #[arg(long, value_name = "N", conflicts_with = "batch")]
+    pub rounds: Option<u64>,
+    /// Print every operation of a step.
+    #[arg(long)]
+    pub operations: bool,
+    /// Print one JSON object instead of tables. Times in it are seconds, speeds are per second, memory and traffic are bytes of one rank.
+    #[arg(long, conflicts_with = "operations")]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub machine: MachineArgs,
+}
+
+/// The machine that a step is simulated on.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Simulation")]
+pub struct MachineArgs {
+    /// Simulate a step with ranks that each sustain so many floating-point operations a second in the model's kernels, such as 400T: what was measured there,
+    /// not what the processor could make.
+    #[arg(long, value_name = "RATE", value_parser = speed, group = "speed")]
+    pub flops: Option<f64>,
+    /// Instead of --flops, the speed at which the settings given give so many tokens a second and rank: what was measured with them.
+    #[arg(long, value_name = "TOKENS/S", group = "speed")]
+    pub calibrate: Option<f64>,
+    /// Bandwidth between hosts in each direction, of one rank's share, such as 50GB/s or 400Gbit/s.
+    #[arg(long, value_name = "RATE", value_parser = bandwidth, requires = "speed")]
+    pub link: Option<f64>,
+    /// Time that any message between hosts takes; a collective pays it once for every other host.
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5us")]
+    pub latency: f64,
+    /// Ranks of a host, neighbours in rank.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub ranks_per_host: usize,
+    /// Bandwidth of a rank to the others of its host, in each direction.
+    #[arg(long, value_name = "RATE", value_parser = bandwidth, requires = "speed")]
+    pub host_link: Option<f64>,
+    /// Time that any message between ranks of a host takes.
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "1us")]
+    pub host_latency: f64,
+    /// Bandwidth of a rank's memory in updates, norms and zeroing; default: these take no time.
+    #[arg(long, value_name = "RATE", value_parser = bandwidth, requires = "speed")]
+    pub memory_bandwidth: Option<f64>,
+    /// Write a timeline of the step for ui.perfetto.dev.
+    #[arg(long, value_name = "FILE", requires = "speed")]
+    pub timeline: Option<PathBuf>,
+}
+
+impl MachineArgs {
+    /// The machine, for the ranks of `mesh`, at any speed; none where nothing is to be simulated.
+    ///
+    /// # Errors
+    /// Names the flag that is missing, or how ranks do not fit on hosts.
+    pub(super) fn machine(&self, mesh: Mesh) -> Result<Option<Machine>, Error> {
+        if self.flops.is_none() && self.calibrate.is_none() {
+            return Ok(None);
+        }
+        let fail = |message: String| Err(Error::Setting(message));
+        let (world, ranks_per_host) = (mesh.world(), self.ranks_per_host);
+        if ranks_per_host == 0 {
+            return fail("--ranks-per-host is 0: it must be at least 1".to_owned());
+        }
+        let link = match (self.link, world > ranks_per_host) {
+            (Some(bandwidth), _) => Link { bandwidth, latency: self.latency },
+            (None, false) => Link::INSTANT,
+            (None, true) => {
+                return fail(format!(
+                    "{world} ranks on hosts of {ranks_per_host} need --link, such as 50GB/s; ranks of one host are said with --ranks-per-host"
+                ));
+            }
+        };
+        let host_link = match (self.host_link, world.min(ranks_per_host) > 1) {
+            (Some(bandwidth), _) => Link { bandwidth, latency: self.host_latency },
+            (None, false) => Link::INSTANT,
+            (None, true) => {
+                return fail(format!("{ranks_per_host} ranks on a host need --host-link, such as 450GB/s"));
+            }
+        };
+        let flops = self.flops.unwrap_or(f64::INFINITY);
+        let machine = Machine { flops, memory: self.memory_bandwidth, ranks_per_host, link, host_link };
+        if !machine.fits(mesh) {
+            let Mesh { replicate, shard } = mesh;
+            return fail(format!(
+                "{replicate} groups of {shard} ranks do not lie evenly on hosts of {ranks_per_host}: choose --ranks, --mesh and --ranks-per-host that divide \
+                 each other"
+            ));
+        }
+        Ok(Some(machine))
+    }
+}
