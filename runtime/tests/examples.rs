@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-/// An example, built if it is not yet: cargo does that beside this test only when it builds all tests.
+/// An example, built if it is not yet: cargo does that beside this test only when it builds all tests. For all packages at once, since fewer would
+/// make other features, and what the examples depend on once more.
 fn example(name: &str) -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
-    let built = cargo.args(["build", "--quiet", "--package", "pillion-runtime", "--example", name]).status();
+    let built = cargo.args(["build", "--quiet", "--workspace", "--example", name]).status();
     assert!(built.expect("cargo runs").success(), "{name} is built");
     let this = std::env::current_exe().expect("this program");
     let profile = this.ancestors().nth(2).expect("deps, in the folder of a profile");

@@ -107,6 +107,25 @@ impl Workplace {
         command.current_dir(self.folder.path());
     }
 
+    /// The program with two ranks under Open MPI's `mpirun`; none where there is none, which is said.
+    pub fn mpirun(&self, arguments: &str) -> Option<Command> {
+        match Command::new("mpirun").arg("--version").output() {
+            Ok(output) if String::from_utf8_lossy(&output.stdout).contains("Open MPI") => {}
+            _ => {
+                eprintln!("SKIPPED: there is no Open MPI mpirun on the PATH (Debian: openmpi-bin)");
+                return None;
+            }
+        }
+        let mut command = Command::new("mpirun");
+        self.prepare(&mut command);
+        command.args(["-n", "2", "--oversubscribe"]);
+        if rustix::process::getuid().is_root() {
+            command.arg("--allow-run-as-root");
+        }
+        command.arg(&self.program).args(arguments.split_whitespace());
+        Some(command)
+    }
+
     /// The program under test.
     pub fn program(&self) -> &Path {
         &self.program

@@ -7,29 +7,10 @@ use pillion_tests::program::{TINY, Workplace};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 const FLAGS: &str = "--steps 20 --eta 0.35 --max-batch 64";
 
-/// Open MPI's `mpirun` with two ranks; none where there is none.
-fn mpirun(place: &Workplace, arguments: &str) -> Option<Command> {
-    match Command::new("mpirun").arg("--version").output() {
-        Ok(output) if String::from_utf8_lossy(&output.stdout).contains("Open MPI") => {}
-        _ => {
-            eprintln!("SKIPPED: there is no Open MPI mpirun on the PATH (Debian: openmpi-bin)");
-            return None;
-        }
-    }
-    let mut command = Command::new("mpirun");
-    place.prepare(&mut command);
-    command.args(["-n", "2", "--oversubscribe"]);
-    if rustix::process::getuid().is_root() {
-        command.arg("--allow-run-as-root");
-    }
-    command.arg(place.program()).args(arguments.split_whitespace());
-    Some(command)
-}
-
 #[test]
 fn mpirun_gives_the_bits_of_our_own_launcher() {
     let place = Workplace::new(PROGRAM);
-    let Some(command) = mpirun(&place, &format!("train {TINY} {FLAGS} --out mpi")) else { return };
+    let Some(command) = place.mpirun(&format!("train {TINY} {FLAGS} --out mpi")) else { return };
     let ended = place.spawn(command).finish().succeeded();
     assert!(ended.stdout.contains("Open MPI, shared memory"), "{ended}");
     assert_eq!(place.steps("mpi"), place.train("own", &format!("{FLAGS} --ranks 2")));
@@ -39,7 +20,7 @@ fn mpirun_gives_the_bits_of_our_own_launcher() {
 fn under_mpirun_a_refusal_is_said_once() {
     let place = Workplace::new(PROGRAM);
     for (flags, part) in [("--data nowhere", "nowhere: no such file"), ("--lr nan", "--lr NaN is out of range")] {
-        let Some(command) = mpirun(&place, &format!("train {TINY} --out out {flags}")) else { return };
+        let Some(command) = place.mpirun(&format!("train {TINY} --out out {flags}")) else { return };
         let ended = place.spawn(command).finish();
         assert_eq!(ended.stderr.matches(part).count(), 1, "{ended}");
         assert_ne!(ended.code(), Some(0), "{ended}");
