@@ -62,6 +62,9 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
             return Err(Error::Setting(format!("{flag} {value} is out of range: at least 1 and at most {most}")));
         }
     }
+    if settings.policy.no_overlap {
+        return Err(Error::Setting("--no-overlap is not simulated: leave it out".to_owned()));
+    }
     let policy = recipe::policy(&settings.policy, 1.0, ranks)?;
     let mesh = policy.mesh(ranks)?;
     let batch = settings.batch.unwrap_or(settings.rounds.unwrap_or(1) * ranks as u64 * micro_batch);
