@@ -184,6 +184,15 @@ impl dyn Queue + '_ {
         self.upload_bytes(out, bytemuck::cast_slice(data));
     }
 
+    /// out += data, added up on the host: for gradients that something else than kernels has computed. Same type, same length; blocks until
+    /// everything enqueued before has run.
+    pub fn accumulate<T: Element + std::ops::AddAssign>(&self, mut out: ViewMut<'_>, data: &[T]) {
+        check(out.dtype(), out.len(), T::DTYPE, data.len());
+        let mut sums: Vec<T> = self.download(out.as_view());
+        sums.iter_mut().zip(data).for_each(|(sum, &value)| *sum += value);
+        self.upload(out.reborrow(), &sums);
+    }
+
     /// Copies `x` to the host; blocks until everything enqueued before has run.
     pub fn download<T: Element>(&self, x: View<'_>) -> Vec<T> {
         let mut data = vec![T::zeroed(); x.len()];

@@ -10,14 +10,14 @@
 //! again instead of keeping is activation checkpointing; it comes for free here, since the weights are lent again anyway.
 
 use std::error::Error;
-use std::ops::{AddAssign, Range};
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{D, Device, Tensor, Var};
 use clap::Parser;
 use pillion_collectives::launch::{Launch, Source};
 use pillion_collectives::{Communicator, Options, launcher};
-use pillion_kernels::{AdamW, Cpu, Element, Queue, ViewMut, random};
+use pillion_kernels::{AdamW, Cpu, Queue, random};
 use pillion_runtime::{Engine, Layout, Policy, Step, TensorSpec, UnitSpec, Weights};
 
 const TEXT: &[u8] = include_bytes!("candle.rs");
@@ -132,10 +132,10 @@ fn micro_batch(step: &mut Step<'_>, units: &[UnitSpec], number: usize) -> Result
         let gradients = (output * gradient)?.sum_all()?.backward()?;
         let of = |leaf: &Tensor| gradients.get(leaf).cloned().ok_or("an output that does not depend on its input");
         for (tensor, weights) in weights.iter().enumerate() {
-            add(pass.queue, pass.gradients.tensor(tensor), &of(weights)?.flatten_all()?.to_vec1::<f32>()?);
+            pass.queue.accumulate(pass.gradients.tensor(tensor), &of(weights)?.flatten_all()?.to_vec1::<f32>()?);
         }
         if index == HEAD {
-            add(pass.queue, pass.loss, &[f64::from(loss.to_scalar::<f32>()?), SAMPLES as f64]);
+            pass.queue.accumulate(pass.loss, &[f64::from(loss.to_scalar::<f32>()?), SAMPLES as f64]);
         }
         if index == 0 {
             break;
@@ -157,13 +157,6 @@ fn tensors(queue: &dyn Queue, weights: &Weights<'_>, unit: &UnitSpec) -> Result<
 /// The same numbers, as something that candle differentiates by.
 fn leaf(tensor: &Tensor) -> Result<Tensor> {
     Ok(Var::from_tensor(tensor)?.into_inner())
-}
-
-/// out += values.
-fn add<T: Element + AddAssign>(queue: &dyn Queue, out: ViewMut<'_>, values: &[T]) {
-    let mut sums: Vec<T> = queue.download(out.as_view());
-    sums.iter_mut().zip(values).for_each(|(sum, &value)| *sum += value);
-    queue.upload(out, &sums);
 }
 
 /// An embedding of each byte, residual SwiGLU blocks on the context as a whole, and a head.

@@ -4,7 +4,8 @@
 //! layout's units and a [`Policy`], and verified before it runs. An [`Engine`] executes it: it gathers weights ahead of their
 //! use, reduces gradients behind it, and updates each rank's shard. [`simulate`] runs a plan on a machine that there need not be.
 //! The trainer owns the model and the loop. The runtime calls nothing back, installs no
-//! signal handlers, never ends the process, and reads no environment ([`Launch::detect`](pillion_collectives::Launch::detect) does, where it is called).
+//! signal handlers, never ends the process, and reads no environment ([`Launch::detect`](pillion_collectives::Launch::detect) does, where it is called, and the kernels
+//! ask once for `PILLION_ISA`).
 //!
 //! # From tensors to a step
 //!
@@ -41,11 +42,9 @@
 //!     for unit in (0..2).rev() {
 //!         let mut pass = step.backward(unit)?;
 //!         // Kernels add to gradients; here the host does.
-//!         let mut gradient: Vec<f32> = pass.queue.download(pass.gradients.tensor(0).as_view());
-//!         gradient.iter_mut().for_each(|g| *g += 1.0);
-//!         pass.queue.upload(pass.gradients.tensor(0), &gradient);
+//!         pass.queue.accumulate(pass.gradients.tensor(0), &[1.0f32; 32]);
 //!         if unit == 1 {
-//!             pass.queue.upload(pass.loss, &[40.0, 16.0]); // the sum of the losses, and the tokens
+//!             pass.queue.accumulate(pass.loss, &[40.0, 16.0]); // the sum of the losses, and the tokens
 //!         }
 //!     }
 //! }
