@@ -121,10 +121,18 @@ pub(crate) fn call(kind: Kind, dtype: Option<DType>, deferred: bool, count: usiz
     }
 }
 
+fn kind(call: Call) -> Option<Kind> {
+    Kind::ALL.into_iter().find(|&kind| kind as u64 == call.kind)
+}
+
+/// The name of a call's operation.
+pub(crate) fn name(call: Call) -> &'static str {
+    kind(call).map_or("unknown operation", Kind::name)
+}
+
 /// A call in words.
 pub(crate) fn describe(call: Call) -> String {
-    let kind = Kind::ALL.into_iter().find(|&kind| kind as u64 == call.kind);
-    let name = kind.map_or("unknown operation", Kind::name);
+    let (kind, name) = (kind(call), name(call));
     let dtype_of = |word| DTYPES.into_iter().find(|&dtype| dtype as u64 == word);
     let dtype = call.dtype.checked_sub(1).and_then(dtype_of);
     let elements = dtype.map_or_else(|| call.count.to_string(), |dtype| format!("{} × {dtype}", call.count));

@@ -12,7 +12,7 @@ use crate::join::{self, Job};
 use crate::shm::arena::available_memory;
 use crate::shm::control::state;
 use crate::shm::shared::Shared;
-use crate::{Backend, Error, Launch, Options, Window};
+use crate::{Backend, Error, Launch, Options, Span, Window};
 
 /// What a communicator has moved so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -146,6 +146,16 @@ impl Communicator {
     pub fn traffic(&self) -> Traffic {
         let (operations, bytes) = self.shared.traffic();
         Traffic { operations, bytes }
+    }
+
+    /// Whether operations that start from now on are recorded, but for messages; [`Communicator::recorded`] has them.
+    pub fn record(&self, wanted: bool) {
+        self.shared.record.set_wanted(wanted);
+    }
+
+    /// The operations that were recorded and have ended since this was last asked: those of one kind in the order of their calls.
+    pub fn recorded(&self) -> Vec<Span> {
+        self.shared.record.take()
     }
 
     /// A communicator of the ranks that call this with the same `color`, numbered in the order of (`key`, rank here). Every rank

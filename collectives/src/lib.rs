@@ -35,4 +35,5 @@ pub use options::{Backend, Options};
 pub use pending::Pending;
 pub use pillion_kernels::cpu::reduce::Reduction;
 pub use shm::arena::available_memory;
+pub use shm::record::Span;
 pub use window::Window;

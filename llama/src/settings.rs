@@ -278,6 +278,9 @@ pub struct TrainArgs {
     /// Print where the time of the steps after the first went, kernel by kernel.
     #[arg(long)]
     pub profile: bool,
+    /// Write what each rank computes, waits for and moves into trace.json in --out, a timeline for ui.perfetto.dev.
+    #[arg(long)]
+    pub trace: bool,
     /// Seconds after which a rank that waits for another gives up.
     #[arg(long, value_name = "S", default_value_t = 300)]
     pub timeout: u64,

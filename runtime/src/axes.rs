@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Traffic};
+use pillion_collectives::{Communicator, Span, Traffic};
 use pillion_kernels::{Buffer, DType, Device};
 
 use crate::{Error, Mesh, Policy, Sharded};
@@ -58,6 +58,11 @@ impl Axes {
             operations: sum.operations + part.operations,
             bytes: sum.bytes + part.bytes,
         })
+    }
+
+    /// What was recorded of collectives, along the two axes, since this was last asked.
+    pub(crate) fn recorded(&self) -> [Vec<Span>; 2] {
+        [&self.shard, &self.replicate].map(|axis| axis.as_ref().map_or_else(Vec::new, |axis| axis.recorded()))
     }
 
     /// Zeroed memory that the ranks along an axis read in place, where there is such an axis.

@@ -10,7 +10,9 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::axes::Axes;
 use crate::gradients::GradientStore;
 use crate::plan::{Outline, Plan, Verified};
+use crate::record::Recording;
 use crate::step::Step;
+use crate::trace::TraceEvent;
 use crate::weights::WeightStore;
 use crate::{Error, Layout, Memory, Mesh, Policy, Unit};
 
@@ -33,6 +35,7 @@ pub struct Engine {
     /// Updates made so far.
     pub(crate) updates: u64,
     pub(crate) health: Health,
+    pub(crate) recording: Option<Recording>,
     outline: Outline,
     plans: HashMap<(Kind, usize), Arc<Verified>>,
     planner: Planner,
@@ -125,6 +128,7 @@ impl Engine {
             events: Vec::new(),
             updates: 0,
             health: Health::Good,
+            recording: None,
             outline,
             plans: HashMap::new(),
             planner: Box::new(|outline, rounds| {
@@ -189,6 +193,24 @@ impl Engine {
             memory.moments += bytes(m) + bytes(v);
         }
         memory
+    }
+
+    /// Records from now on what this rank does and when, or no longer. Collective: times count from a barrier.
+    ///
+    /// # Errors
+    /// When another rank has failed.
+    pub fn record(&mut self, wanted: bool) -> Result<(), Error> {
+        let Axes { world, shard, replicate, .. } = &self.axes;
+        [shard, replicate].into_iter().flatten().for_each(|axis| axis.record(wanted));
+        world.barrier()?;
+        self.recording = wanted.then(|| Recording::new(world.rank(), self.layout.clone()));
+        Ok(())
+    }
+
+    /// What was recorded of the steps that have ended since this was last asked, for [`write_trace`](crate::trace::write_trace). A queue that runs its work later shows
+    /// when the host enqueued it.
+    pub fn recorded(&mut self) -> Vec<TraceEvent> {
+        self.recording.as_mut().map_or_else(Vec::new, Recording::take)
     }
 
     /// Updates made so far.

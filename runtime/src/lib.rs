@@ -88,6 +88,7 @@ mod layout;
 mod memory;
 mod plan;
 mod policy;
+mod record;
 pub mod simulate;
 mod step;
 pub mod trace;

@@ -2,12 +2,12 @@
 
 use pillion_kernels::DType;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Gather, Layout, Mesh, Outline, Policy};
 
 /// Bytes of one rank, by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// This rank's weights in the type they are computed with: its shards, or all of them. A window counts once over all ranks.
     pub weights: u64,

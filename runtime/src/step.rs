@@ -11,6 +11,7 @@ use crate::engine::{Engine, Health, Kind};
 use crate::gradients::sideband;
 use crate::layout::ALIGNMENT;
 use crate::plan::{Action, Fill, Pass, Verified};
+use crate::trace::label;
 use crate::update::Agreed;
 use crate::{Error, Unit};
 
@@ -24,6 +25,8 @@ pub struct Step<'e> {
     pub(crate) next: usize,
     /// The computation that the caller is enqueuing.
     open: Option<usize>,
+    /// When it was opened, where that is recorded.
+    opened: Option<Instant>,
     /// Tokens of this rank since its gradient was last reduced: of this round, or, where gradients are whole, of all rounds so far.
     tokens: usize,
     pub(crate) exposed: Duration,
@@ -105,9 +108,13 @@ impl<'e> Step<'e> {
     pub(crate) fn new(engine: &'e mut Engine, kind: Kind, plan: Arc<Verified>) -> Step<'e> {
         engine.health = Health::Unfinished;
         let traffic = engine.axes.traffic();
+        if engine.recording.is_some() {
+            // Of what was done between steps.
+            drop(engine.axes.recorded());
+        }
         engine.events.clear();
         engine.events.resize(plan.operations.len(), Event::PAST);
-        Step { engine, kind, plan, next: 0, open: None, tokens: 0, exposed: Duration::ZERO, traffic }
+        Step { engine, kind, plan, next: 0, open: None, opened: None, tokens: 0, exposed: Duration::ZERO, traffic }
     }
 
     /// Begins a round whose micro-batch on this rank has `tokens` tokens.
@@ -198,7 +205,24 @@ impl<'e> Step<'e> {
         self.engine.weights.release(&done);
         self.engine.written.fill(done);
         self.engine.health = Health::Good;
+        self.record_collectives();
         Ok(())
+    }
+
+    /// The host has waited for a collective since then.
+    pub(crate) fn waited(&mut self, since: Instant, unit: Option<usize>) {
+        self.exposed += since.elapsed();
+        if let Some(recording) = &mut self.engine.recording {
+            recording.host("wait", unit, since);
+        }
+    }
+
+    /// Records the collectives of this step, which have ended.
+    pub(crate) fn record_collectives(&mut self) {
+        let Engine { recording, axes, .. } = &mut *self.engine;
+        if let Some(recording) = recording {
+            recording.collectives(&self.plan, axes);
+        }
     }
 
     /// Starts what the plan wants before a computation, and opens it; returns its weight slot, and what it adds to.
@@ -214,8 +238,9 @@ impl<'e> Step<'e> {
         if let Some(Fill { slot, first, .. }) = gradients {
             engine.gradients.open(slot, engine.layout.units[unit].padded, first, &*engine.queue)?;
         }
-        self.exposed += waiting.elapsed();
+        self.waited(waiting, Some(unit));
         self.open = Some(self.next);
+        self.opened = self.engine.recording.is_some().then(Instant::now);
         self.next += 1;
         Ok((weights, gradients))
     }
@@ -239,7 +264,7 @@ impl<'e> Step<'e> {
                     if !engine.policy.overlap {
                         let waiting = Instant::now();
                         engine.weights.bring(unit, slot, &*engine.queue)?;
-                        self.exposed += waiting.elapsed();
+                        self.waited(waiting, Some(unit));
                     }
                 }
                 Action::Reduce { unit, slot, round } => {
@@ -248,7 +273,7 @@ impl<'e> Step<'e> {
                     if !engine.policy.overlap {
                         let waiting = Instant::now();
                         engine.gradients.bring_all(&*engine.queue)?;
-                        self.exposed += waiting.elapsed();
+                        self.waited(waiting, Some(unit));
                     }
                 }
                 Action::AllReduce { unit } => {
@@ -258,7 +283,7 @@ impl<'e> Step<'e> {
                     if !engine.policy.overlap {
                         engine.gradients.bring_all(&*engine.queue)?;
                     }
-                    self.exposed += waiting.elapsed();
+                    self.waited(waiting, Some(unit));
                 }
                 _ => return Err(self.off_plan(&what(self))),
             }
@@ -283,14 +308,19 @@ impl<'e> Step<'e> {
             engine.gradients.round(slot, *padded, &*engine.queue);
         }
         engine.events[index] = engine.queue.record();
+        if let (Some(recording), Some(opened)) = (&mut engine.recording, self.opened.take()) {
+            let (_, name, unit) = label(action);
+            recording.host(name, unit, opened);
+        }
     }
 
     /// The one scalar all-reduce of a step.
     fn sum(&mut self, requests: &mut [f64]) -> Result<StepReport, Error> {
         let waiting = Instant::now();
-        let Engine { queue, gradients, layout, norms, weights, axes, .. } = &mut *self.engine;
+        let Engine { queue, gradients, .. } = &mut *self.engine;
         gradients.bring_all(&**queue)?;
-        self.exposed += waiting.elapsed();
+        self.waited(waiting, None);
+        let Engine { queue, gradients, layout, norms, weights, axes, .. } = &mut *self.engine;
         // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
         let mut values = [0.0f64; SUMS + REQUESTS];
         let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite] = [0, 1, 2, 3, 4, 5];
@@ -315,6 +345,10 @@ impl<'e> Step<'e> {
         let waiting = Instant::now();
         axes.world.all_reduce_scalars(&mut values[..SUMS + requests.len()], Reduction::Sum)?;
         self.exposed += waiting.elapsed();
+        if let Some(recording) = &mut self.engine.recording {
+            recording.host("agree", None, waiting);
+        }
+        self.record_collectives();
         requests.copy_from_slice(&values[SUMS..SUMS + requests.len()]);
         let (loss_sum, tokens) = (values[loss_sum], values[tokens]);
         // What is not finite in a micro-batch is not finite in the sum either, which can be infinite where its terms were not.

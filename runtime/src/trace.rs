@@ -3,10 +3,12 @@
 //! thread for each queue.
 
 use std::collections::BTreeSet;
-use std::io::{self, Write};
+use std::io::{self, BufRead, Write};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+
+use crate::{Action, Pass};
 
 /// The queue that an event belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,6 +35,19 @@ impl Track {
     }
 }
 
+/// How a timeline shows an operation: on which track, by which name, and with which unit.
+pub(crate) fn label(action: Action) -> (Track, &'static str, Option<usize>) {
+    match action {
+        Action::Gather { unit, .. } => (Track::Gather, "gather", Some(unit)),
+        Action::Compute { unit, pass: Pass::Forward, .. } => (Track::Compute, "forward", Some(unit)),
+        Action::Compute { unit, pass: Pass::Backward, .. } => (Track::Compute, "backward", Some(unit)),
+        Action::Reduce { unit, .. } => (Track::Reduce, "reduce", Some(unit)),
+        Action::AllReduce { unit } => (Track::Replicate, "all-reduce", Some(unit)),
+        Action::Agree => (Track::Compute, "agree", None),
+        Action::Update { unit } => (Track::Compute, "update", Some(unit)),
+    }
+}
+
 /// Something that a rank did for a while.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceEvent {
@@ -56,28 +71,92 @@ pub struct TraceEvent {
 ///
 /// # Errors
 /// When `out` cannot be written.
-pub fn write_trace(mut out: impl Write, events: &[TraceEvent]) -> io::Result<()> {
-    let tracks: BTreeSet<(usize, Track)> = events.iter().map(|event| (event.rank, event.track)).collect();
-    let ranks: BTreeSet<usize> = tracks.iter().map(|&(rank, _)| rank).collect();
-    let metadata = |name: &str, rank: usize, track: usize, args: Value| json!({ "ph": "M", "name": name, "pid": rank, "tid": track, "args": args });
-    let ranks = ranks.iter().map(|&rank| metadata("process_name", rank, 0, json!({ "name": format!("rank {rank}") })));
-    let named = tracks
-        .iter()
-        .map(|&(rank, track)| metadata("thread_name", rank, track as usize, json!({ "name": track.name() })));
-    let sorted = tracks.iter().map(|&(rank, track)| {
-        metadata("thread_sort_index", rank, track as usize, json!({ "sort_index": track as usize }))
-    });
-    let mut separator = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n";
-    for event in ranks.chain(named).chain(sorted).chain(events.iter().map(complete)) {
-        out.write_all(separator.as_bytes())?;
-        serde_json::to_writer(&mut out, &event)?;
-        separator = ",\n";
+pub fn write_trace(out: impl Write, events: &[TraceEvent]) -> io::Result<()> {
+    let mut writer = TraceWriter::new(out)?;
+    writer.write(events)?;
+    writer.finish()
+}
+
+/// Writes a timeline piece by piece, one line for each event; a viewer reads one without an end too.
+pub struct TraceWriter<W: Write> {
+    out: W,
+    separator: &'static str,
+    /// What has a name by now.
+    named: BTreeSet<(usize, Option<Track>)>,
+}
+
+const HEADER: &str = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[";
+const FOOTER: &str = "]}";
+
+impl<W: Write> TraceWriter<W> {
+    /// Begins one.
+    ///
+    /// # Errors
+    /// When `out` cannot be written.
+    pub fn new(mut out: W) -> io::Result<TraceWriter<W>> {
+        out.write_all(HEADER.as_bytes())?;
+        Ok(TraceWriter { out, separator: "\n", named: BTreeSet::new() })
     }
-    if events.is_empty() {
-        out.write_all(separator.as_bytes())?;
+
+    /// Adds events, and flushes `out`.
+    ///
+    /// # Errors
+    /// As for [`TraceWriter::new`].
+    pub fn write(&mut self, events: &[TraceEvent]) -> io::Result<()> {
+        let metadata = |name: &str, rank: usize, track: usize, args: Value| json!({ "ph": "M", "name": name, "pid": rank, "tid": track, "args": args });
+        for event in events {
+            let &TraceEvent { rank, track, .. } = event;
+            let number = track as usize;
+            if self.named.insert((rank, None)) {
+                self.line(&metadata("process_name", rank, 0, json!({ "name": format!("rank {rank}") })))?;
+            }
+            if self.named.insert((rank, Some(track))) {
+                self.line(&metadata("thread_name", rank, number, json!({ "name": track.name() })))?;
+                self.line(&metadata("thread_sort_index", rank, number, json!({ "sort_index": number })))?;
+            }
+            self.line(&complete(event))?;
+        }
+        self.out.flush()
     }
-    out.write_all(b"\n]}\n")?;
-    out.flush()
+
+    /// Adds the events of a timeline that is complete.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is none that this module wrote.
+    pub fn append(&mut self, timeline: impl BufRead) -> io::Result<()> {
+        let mut lines = timeline.lines();
+        let foreign = || io::Error::new(io::ErrorKind::InvalidData, "this is no whole timeline of ours");
+        if lines.next().transpose()?.as_deref() != Some(HEADER) {
+            return Err(foreign());
+        }
+        for line in lines {
+            let line = line?;
+            if line == FOOTER {
+                return Ok(());
+            }
+            self.text(line.trim_end_matches(','))?;
+        }
+        Err(foreign())
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// As for [`TraceWriter::new`].
+    pub fn finish(mut self) -> io::Result<()> {
+        writeln!(self.out, "\n{FOOTER}")?;
+        self.out.flush()
+    }
+
+    fn line(&mut self, event: &Value) -> io::Result<()> {
+        self.text(&event.to_string())
+    }
+
+    fn text(&mut self, event: &str) -> io::Result<()> {
+        self.out.write_all(self.separator.as_bytes())?;
+        self.separator = ",\n";
+        self.out.write_all(event.as_bytes())
+    }
 }
 
 fn complete(event: &TraceEvent) -> Value {
@@ -146,5 +225,33 @@ mod tests {
     #[test]
     fn a_timeline_of_nothing_is_one_too() {
         assert_eq!(written(&[])["traceEvents"], json!([]));
+    }
+
+    #[test]
+    fn timelines_of_several_ranks_become_one_and_half_of_one_is_refused() {
+        let event = |rank| TraceEvent {
+            rank,
+            track: Track::Gather,
+            name: "gather",
+            unit: None,
+            bytes: 0,
+            start: Duration::from_micros(1),
+            duration: Duration::from_micros(2),
+        };
+        let piece = |rank| {
+            let mut piece = Vec::new();
+            write_trace(&mut piece, &[event(rank), event(rank)]).unwrap();
+            piece
+        };
+        let (mut one, mut joined) = (Vec::new(), Vec::new());
+        write_trace(&mut one, &[event(0), event(0), event(1), event(1)]).unwrap();
+        let mut writer = TraceWriter::new(&mut joined).unwrap();
+        (0..2).for_each(|rank| writer.append(&*piece(rank)).unwrap());
+        writer.finish().unwrap();
+        assert_eq!(joined, one);
+        let whole = piece(0);
+        for end in [0, HEADER.len(), whole.len() - FOOTER.len() - 1] {
+            assert!(TraceWriter::new(Vec::new()).unwrap().append(&whole[..end]).is_err(), "{end}");
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! The end of a step: gradients are summed, every rank knows the norm, and no rank reads weights any more.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use pillion_kernels::{AdamW, DType, Queue, View, ViewMut};
 
@@ -99,7 +100,11 @@ impl<'e> Agreed<'e> {
             let Action::Update { unit } = operation.action else {
                 return Err(step.off_plan("the end of the step"));
             };
+            let started = Instant::now();
             update(&mut step, unit, (mean * clip) as f32, number)?;
+            if let Some(recording) = &mut step.engine.recording {
+                recording.host("update", Some(unit), started);
+            }
             step.engine.written[unit] = step.engine.queue.record();
             step.next += 1;
         }

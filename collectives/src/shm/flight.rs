@@ -19,11 +19,12 @@ use pillion_kernels::{Completion, Event};
 
 use super::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
 use super::place::Place;
+use super::record::Span;
 use super::shared::{Count, Shared};
 use super::watch::Watch;
 use crate::Error;
 use crate::algorithms::AnyCollective;
-use crate::call::describe;
+use crate::call::{describe, name};
 use crate::pending::Outcome;
 use crate::wire::Wire;
 
@@ -156,6 +157,8 @@ pub(crate) struct Course {
     untold: bool,
     watch: Watch,
     patient: bool,
+    /// Where it is recorded.
+    started: Option<Instant>,
 }
 
 impl Course {
@@ -172,6 +175,7 @@ impl Course {
             untold: false,
             watch: Watch::new(Duration::MAX, false),
             patient,
+            started: None,
         }
     }
 
@@ -219,7 +223,11 @@ impl Course {
                     return Ok(false);
                 }
                 Progress::Done => {
-                    shared.count(self.channel, collective.bytes_sent(shared.hosts.world()));
+                    let bytes = collective.bytes_sent(shared.hosts.world());
+                    shared.count(self.channel, bytes);
+                    if let Some(start) = self.started {
+                        shared.record.end(Span { operation: name(self.call), start, end: Instant::now(), bytes });
+                    }
                     return Ok(true);
                 }
             }
@@ -227,6 +235,7 @@ impl Course {
     }
 
     fn start(&mut self, collective: &mut dyn Collective, shared: &Shared, count: &mut Count) -> Result<(), Error> {
+        self.started = shared.record.start();
         self.call.sequence = count.sequence + 1;
         self.digest = self.call.digest();
         let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };

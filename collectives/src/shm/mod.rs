@@ -7,7 +7,7 @@
 //! An operation is a sequence of synchronised steps ([`flight`]): a rank publishes what it called, waits until every rank has published the
 //! same, then reads its peers' memory in place, and keeps its own memory still until all have read it. A progress
 //! thread drives the operations in flight ([`progress`]), unless their callers wait for them and do ([`caller`]); whoever waits watches
-//! the other ranks ([`life`], [`watch`]).
+//! the other ranks ([`life`], [`watch`]). [`record`] remembers when each operation began and ended.
 
 pub(crate) mod arena;
 mod caller;
@@ -18,6 +18,7 @@ pub(crate) mod mail;
 pub(crate) mod place;
 pub(crate) mod progress;
 pub(crate) mod protocol;
+pub(crate) mod record;
 pub(crate) mod rendezvous;
 pub(crate) mod shared;
 pub(crate) mod watch;

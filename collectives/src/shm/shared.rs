@@ -15,6 +15,7 @@ use super::control::{CHANNELS, Channel, RankControl, ring, state, subject};
 use super::flight::Flight;
 use super::mail::{MailFlight, Mailroom};
 use super::protocol::Word;
+use super::record::Record;
 use crate::hosts::Hosts;
 use crate::pending::Outcomes;
 use crate::{Error, Options};
@@ -42,6 +43,7 @@ pub(crate) struct Shared {
     pub(super) crowded: AtomicBool,
     /// One for each channel, and one for messages.
     traffic: [Traffic; CHANNELS + 1],
+    pub(crate) record: Record,
 }
 
 /// What has been completed.
@@ -151,6 +153,7 @@ impl Shared {
             outcomes: Outcomes::default(),
             words: Words::default(),
             traffic: Default::default(),
+            record: Record::default(),
         }
     }
 

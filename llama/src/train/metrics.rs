@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
+use pillion_runtime::Memory;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -44,6 +45,9 @@ pub(crate) struct Line {
     /// Bytes of memory of rank 0, pages shared between processes counted in parts, at the last look, which is not at every step.
     #[serde(default)]
     pub(crate) memory: Option<u64>,
+    /// Bytes that the parameters of rank 0 take, by kind, counted from the buffers.
+    #[serde(default)]
+    pub(crate) parameter_memory: Memory,
 }
 
 /// The file, open for appending.

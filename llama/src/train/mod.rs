@@ -11,6 +11,7 @@ mod run;
 mod schedule;
 mod screen;
 mod start;
+mod timeline;
 
 use std::io::IsTerminal;
 use std::sync::Arc;

@@ -19,6 +19,7 @@ use super::metrics::{Line, Metrics};
 use super::recipe::{self, Recipe};
 use super::screen::{self, Screen};
 use super::start::{Start, fingerprint, is_synthetic, on_rank_zero, on_rank_zero_alone, same_settings, start};
+use super::timeline::Timeline;
 use super::{Ended, cores, plan_table, stopping};
 use crate::Error;
 use crate::data::{Dataset, TokenFile, tokenizer, trigram};
@@ -61,6 +62,7 @@ struct Run<'s> {
     /// On rank 0 alone.
     output: Option<Output>,
     processor: Processor,
+    timeline: Option<Timeline>,
     /// Keeps other runs out of the folder; on rank 0 alone.
     _lock: Option<File>,
     inputs: Vec<u32>,
@@ -145,8 +147,10 @@ impl<'s> Run<'s> {
             Ok(Output { screen, metrics, mark })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
+        let begin = || Timeline::begin(&settings.out, &communicator, &mut engine);
         Ok(Run {
             settings,
+            timeline: settings.trace.then(begin).transpose()?,
             communicator,
             engine,
             model,
@@ -199,6 +203,10 @@ impl<'s> Run<'s> {
                 self.finish_saving().or_else(|error| self.survive(error))?;
                 self.begin_saving()?;
                 self.finish_saving()?;
+                if let Some(timeline) = self.timeline.take() {
+                    let path = timeline.finish(&self.communicator)?;
+                    self.say(|| format!("timeline    {}", path.display()));
+                }
                 if stopped && !self.is_done() {
                     let (step, folder) = (self.progress.step, checkpoints::folder(&self.settings.out));
                     let path = folder.join(format!("step-{step:08}"));
@@ -280,6 +288,9 @@ impl<'s> Run<'s> {
         if let Some(breakdown) = &mut self.processor.breakdown {
             breakdown.end_step(elapsed, report.exposed);
         }
+        if let Some(timeline) = &mut self.timeline {
+            timeline.write(&mut self.engine)?;
+        }
         let seconds = elapsed.as_secs_f64();
         let tokens_per_s = report.tokens / seconds;
         let flops = tokens_per_s * self.recipe.model.flops_per_token(self.recipe.seq);
@@ -302,6 +313,7 @@ impl<'s> Run<'s> {
             flops,
             mfu: Some(flops / self.processor.peak),
             memory: None,
+            parameter_memory: self.engine.memory(),
         };
         Ok((line, asked[0] > 0.0))
     }

@@ -23,7 +23,7 @@ pub use schedule::Span;
 use schedule::{Task, schedule};
 
 use crate::plan::Fill;
-use crate::trace::{TraceEvent, Track};
+use crate::trace::{TraceEvent, Track, label};
 use crate::{Action, Gather, Layout, Mesh, Pass, Policy, Verified};
 
 /// Floating-point operations of one use of each unit on one rank.
@@ -71,7 +71,7 @@ pub fn simulate(
     let costs: Vec<Cost> = plan.operations.iter().map(|operation| costs.of(operation.action)).collect();
     let mut reductions = HashMap::new();
     let tasks = plan.operations.iter().zip(&costs).enumerate().map(|(index, (operation, cost))| Task {
-        lane: track(operation.action) as usize,
+        lane: label(operation.action).0 as usize,
         after: &operation.after,
         issued_after: match operation.action {
             // Both want the same shard, which the earlier one has until it is complete.
@@ -122,14 +122,14 @@ impl Simulation {
     /// Bytes that a rank sent, and as many that it received, in the operations of a track; on the compute track that is the agreement.
     pub fn sent(&self, plan: &Verified, of: Track) -> Sent {
         let mut sum = Sent::default();
-        let wanted = plan.operations.iter().zip(&self.sent).filter(|(operation, _)| track(operation.action) == of);
+        let wanted = plan.operations.iter().zip(&self.sent).filter(|(operation, _)| label(operation.action).0 == of);
         wanted.for_each(|(_, &sent)| sum.add(sent));
         sum
     }
 
     /// Seconds for which a track had something under way.
     pub fn busy(&self, plan: &Verified, of: Track) -> f64 {
-        let wanted = plan.operations.iter().zip(&self.spans).filter(|(operation, _)| track(operation.action) == of);
+        let wanted = plan.operations.iter().zip(&self.spans).filter(|(operation, _)| label(operation.action).0 == of);
         wanted.map(|(_, span)| span.end - span.start).sum()
     }
 
@@ -137,18 +137,10 @@ impl Simulation {
     pub fn trace(&self, plan: &Verified, layout: &Layout) -> Vec<TraceEvent> {
         let event = |(index, &Span { start, end }): (usize, &Span)| {
             let action = plan.operations[index].action;
-            let (name, unit) = match action {
-                Action::Gather { unit, .. } => ("gather", Some(unit)),
-                Action::Compute { unit, pass: Pass::Forward, .. } => ("forward", Some(unit)),
-                Action::Compute { unit, pass: Pass::Backward, .. } => ("backward", Some(unit)),
-                Action::Reduce { unit, .. } => ("reduce", Some(unit)),
-                Action::AllReduce { unit } => ("all-reduce", Some(unit)),
-                Action::Agree => ("agree", None),
-                Action::Update { unit } => ("update", Some(unit)),
-            };
+            let (track, name, unit) = label(action);
             TraceEvent {
                 rank: 0,
-                track: track(action),
+                track,
                 name,
                 unit: unit.map(|unit| layout.units[unit].name.clone()),
                 bytes: self.sent[index].total(),
@@ -157,15 +149,6 @@ impl Simulation {
             }
         };
         self.spans.iter().enumerate().map(event).collect()
-    }
-}
-
-fn track(action: Action) -> Track {
-    match action {
-        Action::Compute { .. } | Action::Agree | Action::Update { .. } => Track::Compute,
-        Action::Gather { .. } => Track::Gather,
-        Action::Reduce { .. } => Track::Reduce,
-        Action::AllReduce { .. } => Track::Replicate,
     }
 }
 

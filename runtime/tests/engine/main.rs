@@ -4,6 +4,7 @@
 mod common;
 mod placement;
 mod tensors;
+mod timeline;
 
 use std::ops::Range;
 use std::sync::Arc;

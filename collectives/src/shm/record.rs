@@ -1,0 +1,45 @@
+//! When operations began and ended, for those who ask.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+
+/// An operation that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Which one: "all-gather", "window gather", "reduce-scatter" and so on.
+    pub operation: &'static str,
+    /// When this rank took part, its operands being there. Other ranks may have come later.
+    pub start: Instant,
+    /// When it was complete on this rank.
+    pub end: Instant,
+    /// Bytes that other ranks took from this one.
+    pub bytes: u64,
+}
+
+/// Spans, while somebody wants them.
+#[derive(Default)]
+pub(crate) struct Record {
+    wanted: AtomicBool,
+    spans: Mutex<Vec<Span>>,
+}
+
+impl Record {
+    pub(crate) fn set_wanted(&self, wanted: bool) {
+        self.wanted.store(wanted, Ordering::Relaxed);
+    }
+
+    /// The start of an operation whose end is to be recorded.
+    pub(super) fn start(&self) -> Option<Instant> {
+        self.wanted.load(Ordering::Relaxed).then(Instant::now)
+    }
+
+    pub(super) fn end(&self, span: Span) {
+        self.spans.lock().push(span);
+    }
+
+    pub(crate) fn take(&self) -> Vec<Span> {
+        std::mem::take(&mut *self.spans.lock())
+    }
+}

@@ -1,0 +1,63 @@
+//! `trace.json`: what every rank did and when. Each rank writes a timeline of its own, step by step; at the end rank 0 joins them.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter};
+use std::path::{Path, PathBuf};
+
+use pillion_collectives::Communicator;
+use pillion_runtime::Engine;
+use pillion_runtime::trace::TraceWriter;
+
+use super::start::on_rank_zero_alone;
+use crate::Error;
+
+/// This rank's part, open.
+pub(crate) struct Timeline {
+    folder: PathBuf,
+    path: PathBuf,
+    writer: TraceWriter<BufWriter<File>>,
+}
+
+impl Timeline {
+    /// Begins to record. Collective; `out` is the run's folder.
+    pub(crate) fn begin(out: &Path, communicator: &Communicator, engine: &mut Engine) -> Result<Timeline, Error> {
+        let folder = out.join("trace");
+        let path = part(&folder, communicator.rank());
+        let create = || {
+            std::fs::create_dir_all(&folder)?;
+            TraceWriter::new(BufWriter::new(File::create(&path)?))
+        };
+        let writer = create().map_err(|error| Error::file(&path, error))?;
+        engine.record(true)?;
+        Ok(Timeline { folder, path, writer })
+    }
+
+    /// Writes what the engine has recorded by now.
+    pub(crate) fn write(&mut self, engine: &mut Engine) -> Result<(), Error> {
+        self.writer.write(&engine.recorded()).map_err(|error| Error::file(&self.path, error))
+    }
+
+    /// Ends it, and joins those of all ranks. Collective; returns the path of the whole.
+    pub(crate) fn finish(self, communicator: &Communicator) -> Result<PathBuf, Error> {
+        let Timeline { folder, path, writer } = self;
+        writer.finish().map_err(|error| Error::file(&path, error))?;
+        communicator.barrier()?;
+        let whole = folder.with_extension("json");
+        on_rank_zero_alone(communicator, || {
+            let file = File::create(&whole).and_then(|file| TraceWriter::new(BufWriter::new(file)));
+            let mut writer = file.map_err(|error| Error::file(&whole, error))?;
+            for rank in 0..communicator.world() {
+                let path = part(&folder, rank);
+                let append = File::open(&path).and_then(|part| writer.append(BufReader::new(part)));
+                append.map_err(|error| Error::file(&path, error))?;
+            }
+            writer.finish().map_err(|error| Error::file(&whole, error))?;
+            std::fs::remove_dir_all(&folder).map_err(|error| Error::file(&folder, error))
+        })?;
+        Ok(whole)
+    }
+}
+
+fn part(folder: &Path, rank: usize) -> PathBuf {
+    folder.join(format!("rank-{rank:04}.json"))
+}
