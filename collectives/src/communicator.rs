@@ -142,6 +142,14 @@ impl Communicator {
         self.shared.hosts.ranks.len()
     }
 
+    /// Whether nothing has failed here so far.
+    ///
+    /// # Errors
+    /// The first error, which every later call returns too.
+    pub fn healthy(&self) -> Result<(), Error> {
+        self.shared.healthy()
+    }
+
     /// What has been moved so far.
     pub fn traffic(&self) -> Traffic {
         let (operations, bytes) = self.shared.traffic();

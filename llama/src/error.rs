@@ -45,7 +45,11 @@ impl Error {
     /// Whether every rank has, or will have, an error of its own for the same reason.
     pub(crate) fn is_everywhere(&self) -> bool {
         use pillion_runtime::Error as Runtime;
-        matches!(self, Error::ByRankZero | Error::Runtime(Runtime::Collective(_) | Runtime::NonFinite { .. }))
+        matches!(
+            self,
+            Error::ByRankZero
+                | Error::Runtime(Runtime::Collective(_) | Runtime::NonFinite { .. } | Runtime::Tokens { .. })
+        )
     }
 
     /// Whether it says how this rank sees the others, so that each rank's words count.

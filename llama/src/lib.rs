@@ -5,6 +5,7 @@
 //! | `settings` | the command line and the configuration file |
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
 //! | `commands` | `pillion generate` |
+//! | `inspect` | `pillion checkpoint`: what there is, and whether it is whole |
 //! | `plan` | `pillion plan`: the layout of a run, and a simulated step |
 //! | `config` | shapes of models, their tensors and presets |
 //! | `model` | forward and backward, unit by unit |
@@ -17,6 +18,7 @@ pub mod config;
 pub mod data;
 mod error;
 mod generate;
+mod inspect;
 pub mod model;
 mod plan;
 pub mod settings;
@@ -50,6 +52,7 @@ pub fn main(arguments: &[String]) -> i32 {
     let result = instructions.and_then(|_| match &cli.command {
         Command::Train(settings) => train::train(settings),
         Command::Generate(settings) => commands::generate(settings),
+        Command::Checkpoint(command) => inspect::inspect(command),
         Command::Plan(settings) => plan::plan(settings),
     });
     result.unwrap_or_else(|error| {

@@ -29,8 +29,31 @@ pub enum Command {
     Train(Box<TrainArgs>),
     /// Write text with a trained model.
     Generate(GenerateArgs),
+    /// Look at checkpoints.
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
     /// Print how a run would be laid out, and what a step would take on a machine that is described, without running it.
     Plan(Box<PlanArgs>),
+}
+
+/// What to do with checkpoints.
+#[derive(Debug, Subcommand)]
+pub enum CheckpointCommand {
+    /// Print which checkpoints there are, and what their manifests say.
+    Show(CheckpointArgs),
+    /// Read all of them, and compare every file with what the manifest says; ends with 1 when any is damaged.
+    Verify(CheckpointArgs),
+}
+
+/// Settings of `checkpoint`.
+#[derive(Clone, Debug, Args)]
+pub struct CheckpointArgs {
+    /// Folder of a run, of checkpoints, or of one checkpoint.
+    #[arg(value_name = "DIR", default_value = "runs/train")]
+    pub dir: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How ranks of this host are started.

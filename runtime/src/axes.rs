@@ -50,6 +50,12 @@ impl Axes {
         self.mesh.replica_of(self.world.rank())
     }
 
+    /// The first error along any axis, if there was one.
+    pub(crate) fn healthy(&self) -> Result<(), Error> {
+        let parts = [Some(&self.world), self.shard.as_ref(), self.replicate.as_ref()];
+        Ok(parts.into_iter().flatten().try_for_each(|part| part.healthy())?)
+    }
+
     /// What has been moved along all axes so far.
     pub(crate) fn traffic(&self) -> Traffic {
         let parts = [self.shard.as_ref(), self.replicate.as_ref()].into_iter().flatten();

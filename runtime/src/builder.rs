@@ -152,9 +152,11 @@ impl Builder {
     /// The slot that backward pass `index` adds to, and the reduction that must have read it before.
     fn fill(&mut self, index: usize) -> (Fill, Option<usize>) {
         let Use { unit, round, .. } = self.uses[index];
-        let again = |use_: &Use| use_.unit == unit && use_.pass == Pass::Backward && use_.round == round;
+        let again = |use_: &Use| use_.unit == unit && use_.pass == Pass::Backward;
         let whole = self.outline.gradients.is_none();
-        let last = !self.uses[index + 1..].iter().any(again) && (!whole || round + 1 == self.rounds);
+        // Not through the rounds that follow: a plan of many rounds would take their square to make.
+        let mut rest = self.uses[index + 1..].iter().take_while(|use_| use_.round == round);
+        let last = !rest.any(again) && (!whole || round + 1 == self.rounds);
         if let Some(slot) = self.gradients.iter().position(|slot| slot.unit == Some(unit)) {
             return (Fill { slot, first: false, last }, None);
         }

@@ -41,6 +41,9 @@ pub struct Engine {
     planner: Planner,
 }
 
+/// Plans that are kept: a batch that grows asks for more and more rounds, each for a while.
+const PLANS: usize = 8;
+
 /// Makes a plan for a number of rounds.
 type Planner = Box<dyn Fn(&Outline, usize) -> Verified + Send>;
 
@@ -106,7 +109,18 @@ impl Engine {
         if let Some(rank) = digests.iter().position(|other| other != &digests[0]) {
             return Err(Error::Different { rank });
         }
-        let axes = Axes::new(communicator, &policy)?;
+        let axes = Axes::new(communicator.clone(), &policy)?;
+        // Of a failure of its own this rank tells the others, which would wait for it.
+        Engine::allocate(axes, device, layout, policy, mesh).inspect_err(|error| communicator.abort(&error.to_string()))
+    }
+
+    fn allocate(
+        axes: Axes,
+        device: Arc<dyn Device>,
+        layout: Layout,
+        policy: Policy,
+        mesh: Mesh,
+    ) -> Result<Engine, Error> {
         let outline = Outline::new(&layout, &policy, mesh);
         let optimizer = layout.units.iter().map(|unit| {
             let allocate = || device.allocate(DType::F32, unit.shard);
@@ -183,7 +197,7 @@ impl Engine {
         &*self.queue
     }
 
-    /// What this rank's parameters take, counted from the buffers that there are; [`Memory::of`] predicts it.
+    /// What this rank's parameters take, counted from the buffers that there are, between steps; [`Memory::of`] predicts it.
     pub fn memory(&self) -> Memory {
         let mut memory = Memory::default();
         (memory.weights, memory.gathered) = self.weights.bytes();
@@ -241,6 +255,12 @@ impl Engine {
 
     fn begin_kind(&mut self, kind: Kind, rounds: usize) -> Result<Step<'_>, Error> {
         self.check_health()?;
+        if rounds == 0 {
+            return Err(Error::OffPlan {
+                expected: "at least one round".to_owned(),
+                found: "a step of none".to_owned(),
+            });
+        }
         let plan = self.plan_for(kind, rounds);
         Ok(Step::new(self, kind, plan))
     }
@@ -251,10 +271,20 @@ impl Engine {
             Kind::Train => planner(outline, rounds),
             Kind::Evaluate => Plan::forward(outline, rounds).verify().expect("the planner makes no races"),
         };
-        self.plans.entry((kind, rounds)).or_insert_with(|| Arc::new(plan())).clone()
+        if let Some(plan) = self.plans.get(&(kind, rounds)) {
+            return plan.clone();
+        }
+        if self.plans.len() == PLANS {
+            self.plans.clear();
+        }
+        let plan = Arc::new(plan());
+        self.plans.insert((kind, rounds), plan.clone());
+        plan
     }
 
     pub(crate) fn check_health(&self) -> Result<(), Error> {
+        // What went wrong first explains a step that was not ended.
+        self.axes.healthy()?;
         match self.health {
             Health::Good => Ok(()),
             Health::Torn => Err(Error::Poisoned),
@@ -336,11 +366,15 @@ impl Engine {
     /// Replaces this rank's state of a unit, and rounds its weights.
     ///
     /// # Errors
-    /// When another rank has failed.
+    /// When another rank has failed, or a step is under way.
     ///
     /// # Panics
     /// When the lengths are not those of the shard.
     pub fn set_state(&mut self, unit: usize, state: &State) -> Result<(), Error> {
+        // What a failed update or load has left is replaced; a step under way is not.
+        if self.health != Health::Torn {
+            self.check_health()?;
+        }
         let shard = &mut self.optimizer[unit];
         self.queue.upload(shard.m.view_mut(), &state.m);
         self.queue.upload(shard.v.view_mut(), &state.v);

@@ -44,6 +44,17 @@ pub enum Error {
         /// Mean loss of the step's batch.
         loss: f64,
     },
+    /// A step without tokens, or with a number of them that is none; no parameter was changed.
+    #[error(
+        "step {step} has {tokens} tokens over all ranks and rounds, by which its gradient would be divided, so no parameter was changed: \
+         add the loss and the number of tokens to `Backward::loss` in one unit's backward pass"
+    )]
+    Tokens {
+        /// The update that would have been made, from 1.
+        step: u64,
+        /// The sum of what was added.
+        tokens: f64,
+    },
     /// An update was interrupted: the parameters of some ranks may be new and those of others old.
     #[error("the parameters are invalid since an update failed: resume from the last checkpoint")]
     Poisoned,

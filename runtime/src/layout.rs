@@ -11,6 +11,14 @@ use serde::{Deserialize, Serialize};
 /// Shards are multiples of this many elements: a cache line of bf16.
 pub(crate) const ALIGNMENT: usize = 32;
 
+/// More elements than a unit can have: with 2¹⁶ bytes for each they would not fit an address.
+pub(crate) const MOST: usize = usize::MAX >> 16;
+
+/// Elements of a tensor of a shape, where there can be as many.
+pub(crate) fn elements(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size))
+}
+
 /// A tensor as the model declares it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorSpec {
@@ -90,7 +98,7 @@ impl Layout {
     /// Lays `units` out in `shards` shards each; the forward pass uses them in order.
     ///
     /// # Panics
-    /// When there are no shards, no units, or two tensors have one name.
+    /// When there are no shards, no units, two tensors with one name, or more elements than an address has room for.
     pub fn new(units: &[UnitSpec], shards: usize) -> Layout {
         assert!(shards > 0 && !units.is_empty(), "a layout of {} units in {shards} shards", units.len());
         let mut names = std::collections::HashSet::new();
@@ -98,7 +106,15 @@ impl Layout {
             let mut len = 0;
             let tensors = spec.tensors.iter().map(|tensor| {
                 let start = len;
-                len += tensor.shape.iter().product::<usize>();
+                len = elements(&tensor.shape)
+                    .and_then(|elements| elements.checked_add(len))
+                    .filter(|&len| len < MOST)
+                    .unwrap_or_else(|| {
+                        panic!(
+                            "tensor {} of shape {:?} in a unit with more elements than there is memory",
+                            tensor.name, tensor.shape
+                        )
+                    });
                 Tensor {
                     name: tensor.name.clone(),
                     shape: tensor.shape.clone(),

@@ -151,7 +151,7 @@ pub struct Policy {
     pub slots: usize,
     /// Whether collectives go on while the queue computes. Otherwise each is waited for where it starts, which shows what overlap is worth; no bit depends on it.
     pub overlap: bool,
-    /// Largest norm of the gradient; a longer one is scaled down to it. None: no limit.
+    /// Largest norm of the gradient, positive; a longer one is scaled down to it. None: no limit.
     pub clip: Option<f64>,
 }
 
@@ -190,6 +190,9 @@ impl Policy {
                 "{slots} slots cannot hold {prefetch} prefetched units and the one in use: give at least {}",
                 prefetch + 1
             ));
+        }
+        if let Some(clip) = self.clip.filter(|clip| !(clip.is_finite() && *clip > 0.0)) {
+            return refuse(format!("a largest gradient norm of {clip}: choose a positive number, or none"));
         }
         let replicas = self.replicas;
         if replicas == 0 || !world.is_multiple_of(replicas) {
@@ -249,6 +252,8 @@ mod tests {
             (Policy { sharded: optimizer_whole, ..default }, "not the optimizer"),
             (Policy { weights: DType::F64, ..default }, "choose f32 or bf16"),
             (Policy { reduce: DType::U32, ..default }, "choose f32 or bf16"),
+            (Policy { clip: Some(0.0), ..default }, "choose a positive number"),
+            (Policy { clip: Some(f64::NAN), ..default }, "choose a positive number"),
         ] {
             let error = policy.mesh(4).unwrap_err().to_string();
             assert!(error.contains(reason), "{error}");

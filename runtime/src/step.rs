@@ -50,7 +50,7 @@ pub struct Backward<'s> {
     /// The unit's gradients, to add to.
     pub gradients: Gradients<'s>,
     /// `[2]` f64, to add to: a sum of losses and a number of tokens that ride with this gradient. One unit of a model
-    /// does so.
+    /// does so. The update divides by the sum of these tokens.
     pub loss: ViewMut<'s>,
 }
 
@@ -117,7 +117,8 @@ impl<'e> Step<'e> {
         Step { engine, kind, plan, next: 0, open: None, opened: None, tokens: 0, exposed: Duration::ZERO, traffic }
     }
 
-    /// Begins a round whose micro-batch on this rank has `tokens` tokens.
+    /// Begins a round whose micro-batch on this rank has `tokens` tokens: those of its loss, by which its square norm is weighed
+    /// ([`StepReport::group_square_norms`]).
     pub fn round(&mut self, tokens: usize) {
         self.close();
         let whole = self.plan.outline.gradients.is_none();
@@ -174,7 +175,7 @@ impl<'e> Step<'e> {
     /// Weight decay applies to the tensors whose specification says so.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] with the parameters as they were and the requests summed; another rank's failure, after which they may be invalid.
+    /// [`Error::NonFinite`] and [`Error::Tokens`] with the parameters as they were and the requests summed; another rank's failure, after which they may be invalid.
     pub fn finish(self, settings: AdamW, requests: &mut [f64]) -> Result<StepReport, Error> {
         self.agree(requests)?.update(settings)
     }
@@ -360,10 +361,14 @@ impl<'e> Step<'e> {
                 loss: loss_sum / tokens,
             });
         }
+        if !(tokens.is_finite() && tokens > 0.0) {
+            self.engine.health = Health::Good;
+            return Err(Error::Tokens { step: self.engine.updates + 1, tokens });
+        }
         Ok(StepReport {
             loss_sum,
             tokens,
-            gradient_norm: values[square_norm].sqrt() / tokens.max(1.0),
+            gradient_norm: values[square_norm].sqrt() / tokens,
             square_norm: values[square_norm],
             group_square_norms: values[group_square_norms],
             exposed: Duration::ZERO,

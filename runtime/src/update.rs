@@ -89,7 +89,7 @@ impl<'e> Agreed<'e> {
         mut update: impl FnMut(&mut Step<'e>, usize, f32, u64) -> Result<(), Error>,
     ) -> Result<StepReport, Error> {
         let Agreed { mut step, mut report } = self;
-        let mean = 1.0 / report.tokens.max(1.0);
+        let mean = 1.0 / report.tokens;
         let clip = match step.engine.policy.clip {
             Some(limit) if report.gradient_norm > limit => limit / report.gradient_norm,
             _ => 1.0,

@@ -30,6 +30,14 @@ impl<T: From<M>, M> Held<T, M> {
         Ok(())
     }
 
+    /// Unless a collective has it.
+    fn here(&self) -> Option<&T> {
+        match self {
+            Held::Here(value) => Some(value),
+            _ => None,
+        }
+    }
+
     fn get(&self) -> &T {
         match self {
             Held::Here(value) => value,
@@ -125,17 +133,17 @@ impl WeightStore {
         Ok(WeightStore { memory, dtype: policy.weights, shards })
     }
 
-    /// Bytes of what this rank keeps, and of slots. Between steps; a rank's own part of windows.
+    /// Bytes of what this rank keeps, and of slots; a rank's own part of windows. Between steps: what a collective has does not count.
     pub(crate) fn bytes(&self) -> (u64, u64) {
         match &self.memory {
-            Memory::Whole(whole) => (whole.iter().map(|held| bytes(held.get())).sum(), 0),
+            Memory::Whole(whole) => (whole.iter().filter_map(Held::here).map(bytes).sum(), 0),
             Memory::Slots { shards, slots } => (
                 shards.iter().flatten().map(bytes).sum(),
-                slots.iter().map(|slot| bytes(&slot.held.get().buffer)).sum(),
+                slots.iter().filter_map(|slot| slot.held.here()).map(|gathered| bytes(&gathered.buffer)).sum(),
             ),
             Memory::Windows(windows) => {
-                let own = |window: &Held<Window>| (window.get().shard().len() * self.dtype.bytes()) as u64;
-                (windows.iter().map(own).sum(), 0)
+                let own = |window: &Window| (window.shard().len() * self.dtype.bytes()) as u64;
+                (windows.iter().filter_map(Held::here).map(own).sum(), 0)
             }
         }
     }

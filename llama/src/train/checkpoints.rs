@@ -148,11 +148,7 @@ fn cannot_write(out: &Path, error: std::io::Error) -> Error {
 /// run's. Returns where it went.
 pub(crate) fn prepare_folder(out: &Path, resume: Option<&Path>) -> Result<Option<PathBuf>, Error> {
     let fail = |error| cannot_write(out, error);
-    let canonical = |path: &Path| path.canonicalize().ok();
-    let goes_on = resume.is_some_and(|resume| {
-        let parent = canonical(resume).and_then(|path| path.parent().map(Path::to_owned));
-        parent.is_some() && parent == canonical(&folder(out))
-    });
+    let goes_on = resume.is_some_and(|resume| is_of(out, resume));
     let mut moved = None;
     let has_run = out.join("metrics.jsonl").exists() || !checkpoint::list(&folder(out))?.is_empty();
     if !goes_on && has_run {
@@ -169,4 +165,19 @@ pub(crate) fn prepare_folder(out: &Path, resume: Option<&Path>) -> Result<Option
     }
     std::fs::create_dir_all(folder(out)).map_err(fail)?;
     Ok(moved)
+}
+
+/// Whether a checkpoint is of the run in `out`.
+fn is_of(out: &Path, checkpoint: &Path) -> bool {
+    let canonical = |path: &Path| path.canonicalize().ok();
+    let parent = canonical(checkpoint).and_then(|path| path.parent().map(Path::to_owned));
+    parent.is_some() && parent == canonical(&folder(out))
+}
+
+/// Before a run in `out` goes on from its checkpoint of `step`: later ones, which were passed over or are not wanted any more, get other names.
+pub(crate) fn set_later_aside(out: &Path, resume: &Path, step: u64) -> Result<Vec<PathBuf>, Error> {
+    if !is_of(out, resume) {
+        return Ok(Vec::new());
+    }
+    Ok(checkpoint::set_later_aside(&folder(out), step)?)
 }

@@ -28,7 +28,7 @@ use crate::{Error, complain};
 
 #[cfg(test)]
 pub(crate) use plan_table::step_bytes;
-pub(crate) use plan_table::{bytes, plan_table};
+pub(crate) use plan_table::{bytes, grouped, plan_table};
 
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;

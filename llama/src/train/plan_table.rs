@@ -1,6 +1,7 @@
 //! The table that stands before a run: what is trained, where it lives, what a step moves.
 
 use comfy_table::{Table, presets};
+use pillion_runtime::checkpoint::Saver;
 use pillion_runtime::{Action, Gather, Layout, Memory, Mesh, Outline, Plan, Policy, Sharded};
 
 use crate::Error;
@@ -84,8 +85,9 @@ pub(crate) fn plan_table(
             }
         },
     );
+    row("checkpoints", format!("{} a rank for the copies that are written", bytes(Saver::bytes(&layout))));
     row("activations", format!("{} a rank", bytes(activations)));
-    row("memory", format!("{} a rank in all", bytes(memory.total() + activations)));
+    row("memory", format!("{} a rank in all", bytes(memory.total() + activations + Saver::bytes(&layout))));
     Ok(table)
 }
 
@@ -116,8 +118,8 @@ pub(crate) fn step_bytes(layout: &Layout, policy: &Policy, mesh: Mesh, local: us
         Action::Reduce { unit, .. } => of_group * layout.units[unit].shard * policy.reduce.bytes(),
         // Each rank sums a part of all, and gives it to all: twice the part of a rank goes to each other rank.
         Action::AllReduce { unit } => 2 * (replicate - 1) * layout.units[unit].shard.div_ceil(replicate) * 4,
-        // Four totals, the square norm, the count of non-finite values, and the request to stop.
-        Action::Agree => of_all * 7 * 8,
+        // Four totals, the square norm, the count of non-finite values, and two requests.
+        Action::Agree => of_all * 8 * 8,
         Action::Compute { .. } | Action::Update { .. } => 0,
     };
     plan.operations.iter().map(|operation| sent(operation.action) as u64).sum()

@@ -97,7 +97,7 @@ impl<'s> Run<'s> {
         // Before anything is touched.
         cores::threads(settings.threads, launch)?;
         let mut lock = None;
-        let start = on_rank_zero(&communicator, || start(settings, world, &mut lock))?;
+        let start = on_rank_zero(&communicator, || start(settings, launch, &mut lock))?;
         let Start { resume, recipe, tokens, validation_samples } = start;
         let policy = recipe::policy(&settings.policy, settings.clip, world)?;
         let vocab = if is_synthetic(settings) { recipe.model.vocab_size } else { tokenizer::VOCAB };
@@ -192,7 +192,10 @@ impl<'s> Run<'s> {
             }
             if let Some(Output { screen, metrics, .. }) = &mut self.output {
                 line.memory = screen.memory();
-                metrics.write(&line)?;
+                if let Err(error) = metrics.write(&line) {
+                    // A disk that is full now may not be when there is something to save.
+                    screen.say(format!("no metrics of this step: {error}"));
+                }
                 screen.step(&line);
                 if let Some(loss) = line.validation_loss {
                     screen.say(format!("validation loss {loss:.4} after {} samples", line.samples_seen));
@@ -289,7 +292,7 @@ impl<'s> Run<'s> {
             breakdown.end_step(elapsed, report.exposed);
         }
         if let Some(timeline) = &mut self.timeline {
-            timeline.write(&mut self.engine)?;
+            timeline.write(&mut self.engine);
         }
         let seconds = elapsed.as_secs_f64();
         let tokens_per_s = report.tokens / seconds;

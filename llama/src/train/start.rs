@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use pillion_collectives::Communicator;
-use pillion_runtime::{Layout, Memory, Policy, checkpoint};
+use pillion_collectives::{Communicator, Launch};
+use pillion_runtime::checkpoint::{self, Saver};
+use pillion_runtime::{Layout, Memory, Policy};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -43,7 +44,12 @@ pub(super) fn same_settings(settings: &TrainArgs, communicator: &Communicator) -
 }
 
 /// What rank 0 does first: looks for a checkpoint, checks the settings, claims the folder, prepares the text.
-pub(super) fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>) -> Result<Start, Error> {
+pub(super) fn start(settings: &TrainArgs, launch: &Launch, lock: &mut Option<File>) -> Result<Start, Error> {
+    let world = launch.world;
+    if settings.resume.is_some() && settings.out.exists() {
+        // A run that is just ending may save once more.
+        *lock = Some(checkpoints::lock(&settings.out)?);
+    }
     let (resume, said) = checkpoints::find(settings)?;
     let saved = match &resume {
         None => None,
@@ -71,12 +77,14 @@ pub(super) fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>)
             "the model knows {vocab} tokens, but the text needs {needed}: choose another --model"
         )));
     }
-    check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip, world)?, world)?;
+    check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip, world)?, launch)?;
     if let (Some(path), Some(saved)) = (&resume, &saved) {
         checkpoints::same_recipe(path, saved, &recipe)?;
     }
     let tokens = checkpoints::make_tokens_folder(&settings.out)?;
-    *lock = Some(checkpoints::lock(&settings.out)?);
+    if lock.is_none() {
+        *lock = Some(checkpoints::lock(&settings.out)?);
+    }
     // All that can be wrong is found here, so that it is said once, and before an earlier run is touched.
     let prepared = match synthetic {
         true => data::prepare_synthetic(recipe.model.vocab_size, &tokens)?,
@@ -94,24 +102,35 @@ pub(super) fn start(settings: &TrainArgs, world: usize, lock: &mut Option<File>)
     }
     crate::print(&prepared.summary);
     if let (Some(path), Some(saved)) = (&resume, &saved) {
+        for aside in checkpoints::set_later_aside(&settings.out, path, saved.step)? {
+            crate::print(format_args!(
+                "a checkpoint of a later step, which this run will make again, is now {}",
+                aside.display()
+            ));
+        }
         crate::print(format_args!("going on from {} after step {}", path.display(), saved.step));
     }
     Ok(Start { resume, recipe, tokens: dataset.tokens().path().to_owned(), validation_samples })
 }
 
-/// Whether the host has the memory that its `world` ranks will come to use; found out late, it would be the kernel that ends them.
-fn check_memory(recipe: &Recipe, policy: &Policy, world: usize) -> Result<(), Error> {
+/// Whether this host has the memory that its ranks will come to use; found out late, it would be the kernel that ends them.
+fn check_memory(recipe: &Recipe, policy: &Policy, launch: &Launch) -> Result<(), Error> {
+    let Launch { world, local_world: local, .. } = *launch;
     let mesh = policy.mesh(world)?;
-    let state = Memory::of(&Layout::new(&recipe.model.units(), mesh.shard), policy, mesh).total();
+    let layout = Layout::new(&recipe.model.units(), mesh.shard);
+    let state = Memory::of(&layout, policy, mesh).on_hosts_of(local, &layout, policy, mesh).total();
     let activations = Model::activation_bytes(&recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq);
-    let needed = (state + activations).saturating_mul(world as u64);
+    // The first group saves; on the fullest host all ranks are of that.
+    let copies = Saver::bytes(&layout).saturating_mul(local.min(mesh.shard) as u64);
+    let needed = (state + activations).saturating_mul(local as u64).saturating_add(copies);
     let (available, limit) = pillion_collectives::available_memory();
     if needed <= available {
         return Ok(());
     }
     Err(Error::Setting(format!(
-        "the {world} ranks need {} of memory, but {limit} allows {} more: choose a smaller --model, --micro-batch or --seq",
+        "the {local} ranks of a host need {} of memory, {} of it for checkpoints, but {limit} allows {} more: choose a smaller --model, --micro-batch or --seq",
         bytes(needed),
+        bytes(copies),
         bytes(available)
     )))
 }

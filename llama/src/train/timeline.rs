@@ -16,6 +16,8 @@ pub(crate) struct Timeline {
     folder: PathBuf,
     path: PathBuf,
     writer: TraceWriter<BufWriter<File>>,
+    /// Why there is no more of it.
+    failed: Option<Error>,
 }
 
 impl Timeline {
@@ -29,17 +31,21 @@ impl Timeline {
         };
         let writer = create().map_err(|error| Error::file(&path, error))?;
         engine.record(true)?;
-        Ok(Timeline { folder, path, writer })
+        Ok(Timeline { folder, path, writer, failed: None })
     }
 
-    /// Writes what the engine has recorded by now.
-    pub(crate) fn write(&mut self, engine: &mut Engine) -> Result<(), Error> {
-        self.writer.write(&engine.recorded()).map_err(|error| Error::file(&self.path, error))
+    /// Writes what the engine has recorded by now. Training goes on without a timeline; [`Timeline::finish`] says why there is none.
+    pub(crate) fn write(&mut self, engine: &mut Engine) {
+        let events = engine.recorded();
+        if self.failed.is_none() {
+            self.failed = self.writer.write(&events).map_err(|error| Error::file(&self.path, error)).err();
+        }
     }
 
     /// Ends it, and joins those of all ranks. Collective; returns the path of the whole.
     pub(crate) fn finish(self, communicator: &Communicator) -> Result<PathBuf, Error> {
-        let Timeline { folder, path, writer } = self;
+        let Timeline { folder, path, writer, failed } = self;
+        failed.map_or(Ok(()), Err)?;
         writer.finish().map_err(|error| Error::file(&path, error))?;
         communicator.barrier()?;
         let whole = folder.with_extension("json");

@@ -9,6 +9,7 @@ use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{USE_ANOTHER, shard};
+use crate::layout::{MOST, elements};
 use crate::{Error, Layout, TensorSpec, UnitSpec};
 
 pub(super) const NAME: &str = "manifest.json";
@@ -110,8 +111,7 @@ impl Manifest {
         }
         let mut names = HashSet::new();
         for tensor in self.units.iter().flat_map(|unit| &unit.tensors) {
-            let elements = tensor.shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
-            if elements.is_none_or(|elements| elements > usize::MAX >> 16) || !names.insert(&tensor.name) {
+            if elements(&tensor.shape).is_none_or(|elements| elements >= MOST) || !names.insert(&tensor.name) {
                 return Err(format!(
                     "tensor {:?} of shape {:?} is impossible, or there twice",
                     tensor.name, tensor.shape

@@ -27,7 +27,7 @@ use serde_json::Value;
 
 pub use load::Tensors;
 pub use manifest::{FileEntry, Manifest};
-pub use save::save;
+pub use save::{save, set_later_aside};
 pub use saver::{Saved, Saver};
 
 use crate::{Error, Policy};
@@ -55,9 +55,22 @@ pub struct Newest {
 /// # Errors
 /// [`Error::File`] when the folder cannot be read.
 pub fn list(dir: &Path) -> Result<Vec<PathBuf>, Error> {
-    let mut folders = candidates(dir)?;
+    let mut folders = folders(dir)?;
     folders.retain(|folder| open(folder).is_ok());
     Ok(folders)
+}
+
+/// The folders in `dir` that are named as complete checkpoints, newest first, whether they are or not. None when there is no such folder.
+///
+/// # Errors
+/// [`Error::File`] when the folder cannot be read.
+pub fn folders(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    Ok(candidates(dir)?.into_iter().map(|candidate| candidate.path).collect())
+}
+
+/// Whether a path has the name of a complete checkpoint.
+pub fn is_named_as_one(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).and_then(save::parse_name).is_some()
 }
 
 /// The newest checkpoint in `dir` that [`Checkpoint::verify`] finds whole; reads all of it. Not collective: rank 0
@@ -67,8 +80,8 @@ pub fn list(dir: &Path) -> Result<Vec<PathBuf>, Error> {
 /// [`Error::File`] when the folder cannot be read.
 pub fn newest(dir: &Path) -> Result<Newest, Error> {
     let mut skipped = Vec::new();
-    for folder in candidates(dir)? {
-        match open(&folder).and_then(|checkpoint| checkpoint.verify().map(|()| checkpoint)) {
+    for path in folders(dir)? {
+        match open(&path).and_then(|checkpoint| checkpoint.verify().map(|()| checkpoint)) {
             Ok(checkpoint) => return Ok(Newest { checkpoint: Some(checkpoint), skipped }),
             Err(error) => skipped.push(error),
         }
@@ -98,8 +111,9 @@ impl Checkpoint {
         (0..self.manifest.world).try_for_each(|rank| self.verify_file(rank))
     }
 
-    /// In what `policy` leads to other numbers than the policy of the saved run, in words: with any, a resumed run is
-    /// not bit for bit the one that goes on. How weights are gathered, and how far ahead, never matters.
+    /// In which of what a checkpoint keeps of it, the type of the weights and the limit of the gradient's norm, `policy` differs from the policy of the saved run, in words: such a
+    /// run is not the one that goes on. The mesh, when gradients are reduced and in which type decide about roundings, and are the caller's to compare; how weights are gathered, and
+    /// how far ahead, never matters.
     pub fn differences(&self, policy: &Policy) -> Vec<String> {
         let mut differences = Vec::new();
         if self.manifest.weights != policy.weights.name() {
@@ -129,7 +143,7 @@ const USE_ANOTHER: &str = "copy it again if this is a copy, or use an older chec
 
 /// Folders of `dir` that are named as complete checkpoints, newest first; of one step, what replaced before what was
 /// replaced.
-fn candidates(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+fn candidates(dir: &Path) -> Result<Vec<Candidate>, Error> {
     let unreadable = |error: std::io::Error| Error::file(dir, format!("cannot be listed: {error}"));
     let entries = match std::fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -139,11 +153,19 @@ fn candidates(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     for entry in entries {
         let entry = entry.map_err(unreadable)?;
         if let Some((step, replaced)) = entry.file_name().to_str().and_then(save::parse_name) {
-            found.push((std::cmp::Reverse(step), replaced, entry.path()));
+            found.push(Candidate { step, replaced, path: entry.path() });
         }
     }
-    found.sort();
-    Ok(found.into_iter().map(|(_, _, path)| path).collect())
+    found.sort_by_key(|candidate| (std::cmp::Reverse(candidate.step), candidate.replaced));
+    Ok(found)
+}
+
+/// A folder that is named as a complete checkpoint.
+struct Candidate {
+    step: u64,
+    /// Whether another was to replace it.
+    replaced: bool,
+    path: PathBuf,
 }
 
 /// Ends a part of a collective call that any rank may fail alone: returns `mine` if every rank has succeeded. Otherwise

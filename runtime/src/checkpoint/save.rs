@@ -104,36 +104,85 @@ fn put_in_place(folders: &Folders) -> Result<(), Error> {
     if folders.complete.exists() {
         // A folder cannot be renamed over another that has files. Under the name `.old` it still counts, until the new
         // one does.
-        remove(&folders.old)?;
+        discard(&folders.old)?;
         rename(&folders.complete, &folders.old)?;
     }
     rename(&folders.incomplete, &folders.complete)?;
     sync_folder(&folders.dir)?;
     // The new one is in place: what cannot be removed now only takes room, and counts less than the new one.
-    let _ = remove(&folders.old);
+    let _ = discard(&folders.old);
     Ok(())
 }
 
-/// Removes the checkpoints older than the newest `keep` whole ones; returns what could not be done.
-pub(super) fn prune(dir: &Path, keep: usize) -> Vec<Error> {
+/// Of the checkpoints up to that of `step`, which has just been written, removes all but the newest `keep`; returns what could not be done. Later ones were
+/// passed over, or left behind: they count for nothing, and are left alone.
+pub(super) fn prune(dir: &Path, step: u64, keep: usize) -> Vec<Error> {
     let folders = match candidates(dir) {
-        Ok(folders) => folders,
+        Ok(folders) => {
+            folders.into_iter().filter(|folder| folder.step <= step).map(|folder| folder.path).collect::<Vec<_>>()
+        }
         Err(error) => return vec![error],
     };
     let sound = |folder: &PathBuf| super::open(folder).is_ok();
     let Some(last) = folders.iter().enumerate().filter(|(_, folder)| sound(folder)).nth(keep - 1) else {
         return Vec::new();
     };
-    folders[last.0 + 1..].iter().filter_map(|folder| remove(folder).err()).collect()
+    let older = folders[last.0 + 1..].iter().filter_map(|folder| discard(folder).err());
+    older.chain(remove_discarded(dir).err()).collect()
 }
 
-/// Removes a folder if it exists: its manifest first, so that what an interruption leaves is not taken for whole.
+/// What a folder is called while it is removed, so that what an interruption leaves is not taken for whole.
+const DISCARDED: &str = ".removed";
+
+fn discard(folder: &Path) -> Result<(), Error> {
+    if !folder.exists() {
+        return Ok(());
+    }
+    let name = folder.file_name().expect("a checkpoint has a name").to_string_lossy();
+    let discarded = folder.with_file_name(format!("{name}{DISCARDED}"));
+    remove(&discarded)?;
+    rename(folder, &discarded)?;
+    remove(&discarded)
+}
+
+/// Removes what an interrupted removal has left.
+fn remove_discarded(dir: &Path) -> Result<(), Error> {
+    let unreadable = |error: std::io::Error| Error::file(dir, format!("cannot be listed: {error}"));
+    for entry in fs::read_dir(dir).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        let is_ours = |name: &str| name.strip_suffix(DISCARDED).and_then(parse_name).is_some();
+        if path.file_name().and_then(|name| name.to_str()).is_some_and(is_ours) {
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the checkpoints of later steps than `step` names that do not count, `step-….aside`: a run that goes on from `step` will make those steps again, and whoever asks for
+/// the newest checkpoint wants this run's. Returns the new names.
+///
+/// # Errors
+/// [`Error::File`] when the folder cannot be read, or one cannot be renamed.
+pub fn set_later_aside(dir: &Path, step: u64) -> Result<Vec<PathBuf>, Error> {
+    let mut moved = Vec::new();
+    for folder in candidates(dir)?.into_iter().filter(|folder| folder.step > step) {
+        let name = folder.path.file_name().expect("a candidate has a name").to_string_lossy().into_owned();
+        let named = |number: u32| {
+            dir.join(if number == 1 { format!("{name}.aside") } else { format!("{name}.aside.{number}") })
+        };
+        let free = (1..).map(named).find(|path| !path.exists()).expect("numbers do not end");
+        rename(&folder.path, &free)?;
+        moved.push(free);
+    }
+    if !moved.is_empty() {
+        sync_folder(dir)?;
+    }
+    Ok(moved)
+}
+
+/// Removes a folder if it exists.
 pub(super) fn remove(folder: &Path) -> Result<(), Error> {
-    let removed = match fs::remove_file(folder.join(manifest::NAME)) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-        _ => fs::remove_dir_all(folder),
-    };
-    match removed {
+    match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(Error::file(folder, format!("cannot be removed: {error}")))
         }
@@ -172,7 +221,17 @@ mod tests {
             assert_eq!(parse(&folders.old), Some((step, true)));
             assert_eq!(parse(&folders.incomplete), None);
         }
-        for name in ["step-", "step-.old", "step-+1", "step-1x", "step-18446744073709551616", "1", "Step-1"] {
+        for name in [
+            "step-1.removed",
+            "step-1.aside",
+            "step-",
+            "step-.old",
+            "step-+1",
+            "step-1x",
+            "step-18446744073709551616",
+            "1",
+            "Step-1",
+        ] {
             assert_eq!(parse_name(name), None, "{name}");
         }
     }

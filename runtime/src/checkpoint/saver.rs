@@ -32,6 +32,11 @@ pub struct Saver {
     save: Option<Save>,
     /// Copies of the state of each unit, kept for the next save.
     copies: Vec<State>,
+    writer: Writer,
+}
+
+/// The thread that writes, and the ways to and from it.
+struct Writer {
     jobs: Option<Sender<Job>>,
     results: Receiver<Done>,
     thread: Option<JoinHandle<()>>,
@@ -89,37 +94,12 @@ impl Saver {
     /// When none is to be kept.
     pub fn new(dir: &Path, keep: Option<usize>) -> Result<Saver, Error> {
         assert!(keep != Some(0), "at least the newest checkpoint is kept");
-        let (jobs, inbox) = channel::<Job>();
-        let (outbox, results) = channel();
-        let work = move || {
-            // Of a processor that computes, it takes what is left over. Where that is forbidden, it takes its share.
-            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), LEAST_PRIORITY);
-            // Ends when either end of a channel is dropped.
-            for job in inbox {
-                let done = match job {
-                    Job::Write { path, layout, copies } => Done::Written(shard::write(&path, &layout, &copies), copies),
-                    Job::Publish { folders, manifest, keep } => Done::Published(
-                        publish(&folders, &manifest)
-                            .map(|()| keep.map_or(Vec::new(), |keep| prune(&folders.dir, keep))),
-                    ),
-                };
-                if outbox.send(done).is_err() {
-                    break;
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("pillion-checkpoint".to_owned()).spawn(work);
-        let thread =
-            thread.map_err(|error| Error::file(dir, format!("no thread to write it can be started: {error}")))?;
-        Ok(Saver {
-            dir: dir.to_owned(),
-            keep,
-            save: None,
-            copies: Vec::new(),
-            jobs: Some(jobs),
-            results,
-            thread: Some(thread),
-        })
+        Ok(Saver { dir: dir.to_owned(), keep, save: None, copies: Vec::new(), writer: Writer::start(dir)? })
+    }
+
+    /// Bytes of the copies of a rank that writes, kept from its first save on.
+    pub fn bytes(layout: &Layout) -> u64 {
+        (shard::PARTS.len() * size_of::<f32>() * layout.shard_len()) as u64
     }
 
     /// Whether a save is under way.
@@ -141,14 +121,18 @@ impl Saver {
         let began = Instant::now();
         let communicator = engine.communicator();
         let folders = Folders::new(&self.dir, step);
+        let restarted =
+            if self.writer.has_ended() { Writer::start(&self.dir).map(|writer| self.writer = writer) } else { Ok(()) };
         let token = if communicator.rank() == 0 { prepare(&folders) } else { Ok(0) };
         let token = agree(communicator, &self.dir, token)?;
         let token = communicator.all_gather_scalars(&[token])?[0][0];
         let layout = engine.layout();
         // Every group holds the same; the first one saves it.
         let writes = engine.replica() == 0;
-        let copied =
-            check_shared(&folders, token).and_then(|()| shard::check_names(layout, &self.dir)).and_then(|()| {
+        let copied = restarted
+            .and_then(|()| check_shared(&folders, token))
+            .and_then(|()| shard::check_names(layout, &self.dir))
+            .and_then(|()| {
                 let units = if writes { layout.units.len() } else { 0 };
                 self.copies.resize_with(units, State::default);
                 self.copies.iter_mut().enumerate().try_for_each(|(unit, copy)| engine.read_state(unit, copy))
@@ -161,7 +145,7 @@ impl Saver {
         if writes {
             let path = folders.incomplete.join(shard::name(engine.shard_number(), layout.shards));
             let copies = std::mem::take(&mut self.copies);
-            self.give(Job::Write { path, layout: layout.clone(), copies });
+            self.writer.give(Job::Write { path, layout: layout.clone(), copies });
             done = None;
         }
         let manifest = Manifest {
@@ -185,7 +169,7 @@ impl Saver {
     pub fn request(&mut self) -> f64 {
         let Some(Save { done, .. }) = &mut self.save else { return 0.0 };
         if done.is_none() {
-            *done = match self.results.try_recv() {
+            *done = match self.writer.results.try_recv() {
                 Ok(done) => Some(done),
                 Err(TryRecvError::Empty) => None,
                 Err(TryRecvError::Disconnected) => Some(died(&self.dir)),
@@ -212,7 +196,7 @@ impl Saver {
     pub fn wait(&mut self, engine: &Engine) -> Result<Option<Saved>, Error> {
         while let Some(Save { done, .. }) = &mut self.save {
             if done.is_none() {
-                let result = self.results.recv();
+                let result = self.writer.results.recv();
                 *done = Some(match result {
                     Ok(done) => done,
                     Err(_) => died(&self.dir),
@@ -255,16 +239,11 @@ impl Saver {
             };
             let files = digests[..shards].iter().enumerate().map(file).collect();
             let manifest = Box::new(Manifest { files, ..save.manifest.clone() }.sealed());
-            self.give(Job::Publish { folders: save.folders.clone(), manifest, keep: self.keep });
+            self.writer.give(Job::Publish { folders: save.folders.clone(), manifest, keep: self.keep });
             save.done = None;
         }
         self.save = Some(save);
         Ok(None)
-    }
-
-    fn give(&self, job: Job) {
-        // That the thread has died, its missing answer says.
-        let _ = self.jobs.as_ref().expect("there until the saver is dropped").send(job);
     }
 
     /// Makes room if it can; the error that led here says more than a failure to tidy up would.
@@ -280,7 +259,50 @@ fn died(dir: &Path) -> Done {
     Done::Published(Err(Error::file(dir, "the thread that writes it panicked")))
 }
 
-impl Drop for Saver {
+impl Writer {
+    fn start(dir: &Path) -> Result<Writer, Error> {
+        let (jobs, inbox) = channel::<Job>();
+        let (outbox, results) = channel();
+        let work = move || {
+            // Of a processor that computes, it takes what is left over. Where that is forbidden, it takes its share.
+            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), LEAST_PRIORITY);
+            // Ends when either end of a channel is dropped.
+            for job in inbox {
+                if outbox.send(job.run()).is_err() {
+                    break;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("pillion-checkpoint".to_owned()).spawn(work);
+        let thread =
+            thread.map_err(|error| Error::file(dir, format!("no thread to write it can be started: {error}")))?;
+        Ok(Writer { jobs: Some(jobs), results, thread: Some(thread) })
+    }
+
+    /// Whether it has panicked.
+    fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    fn give(&self, job: Job) {
+        // That the thread has died, its missing answer says.
+        let _ = self.jobs.as_ref().expect("there until it is dropped").send(job);
+    }
+}
+
+impl Job {
+    fn run(self) -> Done {
+        match self {
+            Job::Write { path, layout, copies } => Done::Written(shard::write(&path, &layout, &copies), copies),
+            Job::Publish { folders, manifest, keep } => {
+                let pruned = |()| keep.map_or(Vec::new(), |keep| prune(&folders.dir, manifest.step, keep));
+                Done::Published(publish(&folders, &manifest).map(pruned))
+            }
+        }
+    }
+}
+
+impl Drop for Writer {
     /// Waits for the thread; what was not complete stays incomplete.
     fn drop(&mut self) {
         self.jobs = None;

@@ -54,7 +54,7 @@ fn followed(
 #[test]
 fn without_prefetch_the_computation_waits_for_every_gather() {
     let (plan, simulation, lines) = followed(0, 1, 2, 1, MACHINE);
-    // The agreement's 56 bytes take 56/1024 = 0.0546875 s. The second gather of unit 0 and the reduction of unit 1 share the link: a second each alone, two together.
+    // The agreement's 64 bytes take 64/1024 = 0.0625 s. The second gather of unit 0 and the reduction of unit 1 share the link: a second each alone, two together.
     let expected = [
         "gather 0 0 1",
         "forward 0 1 3",
@@ -65,13 +65,13 @@ fn without_prefetch_the_computation_waits_for_every_gather() {
         "gather 0 10 12",
         "backward 0 12 16",
         "reduce 0 16 17",
-        "agree  17 17.0546875",
-        "update 0 17.0546875 17.0546875",
-        "update 1 17.0546875 17.0546875",
+        "agree  17 17.0625",
+        "update 0 17.0625 17.0625",
+        "update 1 17.0625 17.0625",
     ];
     assert_eq!(sorted(lines), sorted(expected.map(String::from).to_vec()));
-    assert_eq!(simulation.exposed(), 5.0546875);
-    assert_eq!(simulation.communicating(&plan), 5.0546875, "nothing is hidden");
+    assert_eq!(simulation.exposed(), 5.0625);
+    assert_eq!(simulation.communicating(&plan), 5.0625, "nothing is hidden");
     assert_eq!(simulation.computing(), 12.0);
 }
 
@@ -87,13 +87,13 @@ fn prefetch_hides_what_comes_after_the_first_gather_and_before_the_last_reductio
         "reduce 1 9 10",
         "backward 0 9 13",
         "reduce 0 13 14",
-        "agree  14 14.0546875",
-        "update 0 14.0546875 14.0546875",
-        "update 1 14.0546875 14.0546875",
+        "agree  14 14.0625",
+        "update 0 14.0625 14.0625",
+        "update 1 14.0625 14.0625",
     ];
     assert_eq!(sorted(lines), sorted(expected.map(String::from).to_vec()));
-    assert_eq!(simulation.exposed(), 2.0546875);
-    assert_eq!(simulation.communicating(&plan), 4.0546875, "two gathers, two reductions and the agreement");
+    assert_eq!(simulation.exposed(), 2.0625);
+    assert_eq!(simulation.communicating(&plan), 4.0625, "two gathers, two reductions and the agreement");
 }
 
 #[test]

@@ -121,6 +121,52 @@ fn older_checkpoints_are_removed_once_a_newer_one_is_whole() {
     assert_eq!(names(dir.path()), ["step-00000005"]);
 }
 
+#[test]
+fn what_was_just_saved_stays_although_later_checkpoints_lie_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let save = |step, keep| {
+        on_cpu(2, &uneven(), |mut engine| {
+            let mut saver = Saver::new(dir.path(), keep).unwrap();
+            fill(&mut engine, step);
+            saver.begin(&engine, step, &json!(null)).unwrap();
+            saver.wait(&engine).unwrap();
+        });
+    };
+    save(100, None);
+    save(200, None);
+    // Its manifest is sound: only who reads all of it knows better, and goes back to step 100.
+    fs::write(dir.path().join("step-00000200/rank-00001-of-00002.safetensors"), "lost").unwrap();
+    assert_eq!(newest_step(dir.path()), 100);
+    save(110, Some(1));
+    assert_eq!(newest_step(dir.path()), 110);
+    assert_eq!(names(dir.path()), ["step-00000110", "step-00000200"]);
+}
+
+#[test]
+fn checkpoints_of_later_steps_are_set_aside_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let steps = [3, 5, 7];
+    let fill = || {
+        for step in steps {
+            fs::create_dir(dir.path().join(format!("step-{step:08}"))).unwrap();
+            fs::write(dir.path().join(format!("step-{step:08}/manifest.json")), step.to_string()).unwrap();
+        }
+    };
+    fill();
+    let names_of = |moved: Vec<PathBuf>| {
+        moved.iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let moved = names_of(checkpoint::set_later_aside(dir.path(), 3).unwrap());
+    assert_eq!(moved, ["step-00000007.aside", "step-00000005.aside"]);
+    assert_eq!(names(dir.path()), ["step-00000003", "step-00000005.aside", "step-00000007.aside"]);
+    assert_eq!(fs::read_to_string(dir.path().join("step-00000005.aside/manifest.json")).unwrap(), "5");
+    assert!(checkpoint::set_later_aside(dir.path(), 3).unwrap().is_empty(), "what is aside stays");
+    fs::remove_dir_all(dir.path().join("step-00000003")).unwrap();
+    fill();
+    let moved = names_of(checkpoint::set_later_aside(dir.path(), 5).unwrap());
+    assert_eq!(moved, ["step-00000007.aside.2"], "another's place is not taken");
+}
+
 fn newest_step(dir: &std::path::Path) -> u64 {
     checkpoint::newest(dir).unwrap().checkpoint.map_or(0, |checkpoint| checkpoint.manifest.step)
 }

@@ -433,6 +433,58 @@ fn a_gradient_that_is_not_finite_stops_every_rank_and_changes_nothing() {
 }
 
 #[test]
+fn a_step_without_tokens_is_refused_on_every_rank_and_changes_nothing() {
+    for tokens in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let setup = Setup::new(2);
+        ranks(&setup, |mut rank: Rank| {
+            let before = rank.states().unwrap();
+            let mut step = rank.engine.begin(1).unwrap();
+            step.round(1);
+            (0..UNITS).for_each(|unit| drop(step.forward(unit).unwrap()));
+            for unit in (0..UNITS).rev() {
+                let mut pass = step.backward(unit).unwrap();
+                pass.queue.accumulate(pass.gradients.tensor(0), &vec![1.0f32; pass.weights.tensor(0).len()]);
+                if unit == HEAD {
+                    pass.queue.accumulate(pass.loss, &[1.0, tokens]);
+                }
+            }
+            let error = step.finish(ADAMW, &mut []).unwrap_err();
+            assert!(matches!(error, Error::Tokens { step: 1, .. }), "{tokens}: {error}");
+            assert!(rank.states().unwrap() == before && rank.engine.updates() == 0);
+            rank.step(&Schedule::uneven(2, 1), 0).expect("training goes on");
+        });
+    }
+}
+
+#[test]
+fn a_step_of_no_rounds_is_refused() {
+    ranks(&Setup::new(1), |mut rank: Rank| {
+        let refused = rank.engine.begin(0).err().expect("there is nothing to plan").to_string();
+        assert!(refused.contains("at least one round"), "{refused}");
+        rank.engine.begin_evaluation(0).err().expect("nor to evaluate");
+    });
+}
+
+#[test]
+fn after_a_failure_every_call_says_what_it_was() {
+    let setup = Setup::new(2);
+    ranks(&setup, |mut rank: Rank| {
+        if rank.rank() == 1 {
+            rank.engine.communicator().abort("it was told to");
+            return;
+        }
+        let mut step = rank.engine.begin(1).unwrap();
+        let failed = (0..UNITS).find_map(|unit| step.forward(unit).err()).expect("rank 1 has gathered nothing");
+        assert!(failed.to_string().contains("it was told to"), "{failed}");
+        drop(step);
+        for later in [rank.engine.begin(1).err(), rank.engine.state(0).err()] {
+            assert_eq!(later.expect("it has failed").to_string(), failed.to_string());
+        }
+        let _ = rank.engine.memory();
+    });
+}
+
+#[test]
 fn evaluation_between_steps_changes_no_bit() {
     for gather in GATHERS {
         for host in [Host::Cpu, Host::Lazy(5)] {
