@@ -64,6 +64,9 @@ pub(super) struct Forecast {
     pub(super) sent: Traffic,
 }
 
+/// With more, nothing would be left to compute with.
+pub(super) const MOST_CONTENTION: f64 = 0.99;
+
 impl Setup<'_> {
     /// Tokens of a rank in a step.
     pub(super) fn tokens(&self) -> f64 {
@@ -156,6 +159,29 @@ impl Setup<'_> {
         Ok(fast)
     }
 
+    /// The contention with which the ranks take in `tokens_per_s` tokens a second each, on a machine that is otherwise `machine`.
+    ///
+    /// # Errors
+    /// When that is more than without any, or less than with all there can be.
+    pub(super) fn contention(&self, machine: &Machine, tokens_per_s: f64) -> Result<f64, Error> {
+        let planned = self.plan();
+        let reached =
+            |contention: f64| self.tokens() / self.simulate(&planned, &Machine { contention, ..*machine }).step;
+        let (most, least) = (reached(0.0), reached(MOST_CONTENTION));
+        if !(least..=most).contains(&tokens_per_s) {
+            return Err(Error::Setting(format!(
+                "--calibrate {tokens_per_s}: with these --flops and links a rank takes in {most:.1} tokens a second where moving data takes nothing of its \
+                 processor, and {least:.1} where it takes nearly all: check that they are those of the measurement"
+            )));
+        }
+        let (mut low, mut high) = (0.0, MOST_CONTENTION);
+        for _ in 0..60 {
+            let middle = 0.5 * (low + high);
+            *if reached(middle) > tokens_per_s { &mut low } else { &mut high } = middle;
+        }
+        Ok(low)
+    }
+
     /// Every setting of prefetch, slots and blocks in a bucket that is worth a try, and its figures.
     pub(super) fn sweep(&self, machine: &Machine) -> Vec<Forecast> {
         let largest = self.model.num_hidden_layers;
@@ -237,6 +263,7 @@ mod tests {
         ranks_per_host: 8,
         link: Link { bandwidth: 50e9, latency: 5e-6 },
         host_link: Link { bandwidth: 450e9, latency: 1e-6 },
+        contention: 0.0,
     };
 
     #[test]
@@ -302,6 +329,21 @@ mod tests {
     }
 
     #[test]
+    fn contention_that_was_calibrated_gives_the_speed_back_and_counts_as_waiting() {
+        let model = Preset::named("llama3.1-8b").unwrap().config();
+        let setup = torchtitan(&model, 128);
+        let machine = Machine { flops: 300e12, ..GRAND_TETON };
+        let free = setup.forecast(&machine);
+        let contention = setup.contention(&machine, 0.97 * free.tokens_per_s_per_rank).unwrap();
+        let slowed = setup.forecast(&Machine { contention, ..machine });
+        assert!((slowed.tokens_per_s_per_rank / free.tokens_per_s_per_rank - 0.97).abs() < 1e-9, "{slowed:?}");
+        assert!((slowed.exposed - free.exposed - (slowed.step - free.step)).abs() < 1e-9 * free.step);
+        for impossible in [1.1 * free.tokens_per_s_per_rank, 1.0, f64::NAN] {
+            assert!(setup.contention(&machine, impossible).is_err(), "{impossible}");
+        }
+    }
+
+    #[test]
     fn what_no_link_allows_cannot_be_calibrated() {
         let model = Preset::named("llama3.1-8b").unwrap().config();
         let slow = Machine { host_link: Link { bandwidth: 1e9, latency: 0.0 }, ..GRAND_TETON };
@@ -336,7 +378,8 @@ mod tests {
             ..torchtitan(&model, 1)
         };
         let link = Link { bandwidth: 25e9, latency: 5e-6 };
-        let machine = Machine { flops: 400e12, memory: None, ranks_per_host: 1, link, host_link: Link::INSTANT };
+        let machine =
+            Machine { flops: 400e12, memory: None, ranks_per_host: 1, link, host_link: Link::INSTANT, contention: 0.0 };
         let sweep = setup.sweep(&machine);
         let best = best(sweep.iter().copied());
         assert!(sweep.iter().all(|forecast| best.step <= forecast.step * (1.0 + SAME)));

@@ -100,7 +100,10 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
     };
     if let Some(mut machine) = machine {
         if let Some(tokens_per_s) = settings.machine.calibrate {
-            machine.flops = setup.calibrate(&machine, tokens_per_s)?;
+            match settings.machine.flops {
+                None => machine.flops = setup.calibrate(&machine, tokens_per_s)?,
+                Some(_) => machine.contention = setup.contention(&machine, tokens_per_s)?,
+            }
         }
         let simulation = setup.simulate(&planned, &machine);
         if let Some(path) = &settings.machine.timeline {

@@ -6,6 +6,7 @@ use clap::Args;
 use pillion_runtime::Mesh;
 use pillion_runtime::simulate::{Link, Machine};
 
+use super::forecast::MOST_CONTENTION;
 use super::quantity::{bandwidth, duration, speed};
 use crate::Error;
 use crate::settings::{ModelArgs, PolicyArgs};
@@ -48,16 +49,21 @@ pub struct PlanArgs {
 /// The machine that a step is simulated on.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Simulation")]
+#[group(skip)]
 pub struct MachineArgs {
     /// Simulate a step with ranks that each sustain so many floating-point operations a second in the model's kernels, such as 400T: what was measured there,
     /// not what the processor could make.
-    #[arg(long, value_name = "RATE", value_parser = speed, group = "speed")]
+    #[arg(long, value_name = "RATE", value_parser = speed)]
     pub flops: Option<f64>,
-    /// Instead of --flops, the speed at which the settings given give so many tokens a second and rank: what was measured with them.
-    #[arg(long, value_name = "TOKENS/S", group = "speed")]
+    /// Instead of --flops, the speed at which the settings given give so many tokens a second and rank: what was measured with them. With --flops, which were measured without
+    /// communication, the --contention that does.
+    #[arg(long, value_name = "TOKENS/S")]
     pub calibrate: Option<f64>,
+    /// Share of what a rank computes with that moving data takes while it flows, from 0 to 0.99: where threads do so on the same processors.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub contention: f64,
     /// Bandwidth between hosts in each direction, of one rank's share, such as 50GB/s or 400Gbit/s.
-    #[arg(long, value_name = "RATE", value_parser = bandwidth, requires = "speed")]
+    #[arg(long, value_name = "RATE", value_parser = bandwidth)]
     pub link: Option<f64>,
     /// Time that any message between hosts takes; a collective pays it once for every other host.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5us")]
@@ -66,16 +72,16 @@ pub struct MachineArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub ranks_per_host: usize,
     /// Bandwidth of a rank to the others of its host, in each direction.
-    #[arg(long, value_name = "RATE", value_parser = bandwidth, requires = "speed")]
+    #[arg(long, value_name = "RATE", value_parser = bandwidth)]
     pub host_link: Option<f64>,
     /// Time that any message between ranks of a host takes.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "1us")]
     pub host_latency: f64,
     /// Bandwidth of a rank's memory in updates, norms and zeroing; default: these take no time.
-    #[arg(long, value_name = "RATE", value_parser = bandwidth, requires = "speed")]
+    #[arg(long, value_name = "RATE", value_parser = bandwidth)]
     pub memory_bandwidth: Option<f64>,
     /// Write a timeline of the step for ui.perfetto.dev.
-    #[arg(long, value_name = "FILE", requires = "speed")]
+    #[arg(long, value_name = "FILE")]
     pub timeline: Option<PathBuf>,
 }
 
@@ -85,10 +91,28 @@ impl MachineArgs {
     /// # Errors
     /// Names the flag that is missing, or how ranks do not fit on hosts.
     pub(super) fn machine(&self, mesh: Mesh) -> Result<Option<Machine>, Error> {
-        if self.flops.is_none() && self.calibrate.is_none() {
-            return Ok(None);
-        }
         let fail = |message: String| Err(Error::Setting(message));
+        if self.flops.is_none() && self.calibrate.is_none() {
+            let given = [
+                (self.link.is_some(), "--link"),
+                (self.host_link.is_some(), "--host-link"),
+                (self.memory_bandwidth.is_some(), "--memory-bandwidth"),
+                (self.timeline.is_some(), "--timeline"),
+                (self.contention > 0.0, "--contention"),
+            ];
+            return match given.into_iter().find(|(given, _)| *given) {
+                None => Ok(None),
+                Some((_, flag)) => {
+                    fail(format!("{flag} needs to know how fast ranks compute: give --flops or --calibrate"))
+                }
+            };
+        }
+        if !(0.0..=MOST_CONTENTION).contains(&self.contention) {
+            return fail(format!("--contention {} is no share from 0 to {MOST_CONTENTION}", self.contention));
+        }
+        if self.contention > 0.0 && self.flops.is_some() && self.calibrate.is_some() {
+            return fail("--flops with --calibrate finds the --contention: leave out one of them".to_owned());
+        }
         let (world, ranks_per_host) = (mesh.world(), self.ranks_per_host);
         if ranks_per_host == 0 {
             return fail("--ranks-per-host is 0: it must be at least 1".to_owned());
@@ -110,7 +134,14 @@ impl MachineArgs {
             }
         };
         let flops = self.flops.unwrap_or(f64::INFINITY);
-        let machine = Machine { flops, memory: self.memory_bandwidth, ranks_per_host, link, host_link };
+        let machine = Machine {
+            flops,
+            memory: self.memory_bandwidth,
+            ranks_per_host,
+            link,
+            host_link,
+            contention: self.contention,
+        };
         if !machine.fits(mesh) {
             let Mesh { replicate, shard } = mesh;
             return fail(format!(

@@ -95,6 +95,9 @@ fn describe(machine: &Machine, world: usize) -> String {
         Some(bandwidth) => format!("memory {}B/s", scaled(bandwidth)),
         None => "updates take no time".to_owned(),
     });
+    if machine.contention > 0.0 {
+        parts.push(format!("{:.0} % of a rank's processor while data moves", 100.0 * machine.contention));
+    }
     parts.join(", ")
 }
 

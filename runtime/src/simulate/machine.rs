@@ -48,6 +48,9 @@ pub struct Machine {
     pub link: Link,
     /// Between ranks of a host.
     pub host_link: Link,
+    /// The share of what a rank computes with that moving data takes while it flows, below 1: where threads or interrupts do so on the same processors. 0 where
+    /// other engines do.
+    pub contention: f64,
 }
 
 /// Bytes that a rank sends, and as many that it receives.
@@ -186,7 +189,14 @@ mod tests {
 
     fn machine(ranks_per_host: usize) -> Machine {
         let link = Link { bandwidth: 100.0, latency: 3.0 };
-        Machine { flops: 1.0, memory: None, ranks_per_host, link, host_link: Link { bandwidth: 1000.0, latency: 0.5 } }
+        Machine {
+            flops: 1.0,
+            memory: None,
+            ranks_per_host,
+            link,
+            host_link: Link { bandwidth: 1000.0, latency: 0.5 },
+            contention: 0.0,
+        }
     }
 
     fn group(world: usize, ranks_per_host: usize) -> Group {

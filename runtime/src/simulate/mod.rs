@@ -83,7 +83,7 @@ pub fn simulate(
         fixed: cost.fixed,
         links: cost.links,
     });
-    let spans = schedule(&tasks.collect::<Vec<_>>());
+    let spans = schedule(&tasks.collect::<Vec<_>>(), machine.contention);
     Simulation {
         step: spans.iter().fold(0.0, |end: f64, span| end.max(span.end)),
         computed: costs.iter().map(|cost| cost.computing).collect(),

@@ -6,7 +6,8 @@
 //!
 //! A task first takes its fixed time, and then flows through the links. Tasks that flow at the same time share each link they need: all slow down
 //! alike, in proportion to their speed alone, until a link is full; what does not use that one may go on to be faster (progressive filling, which gives the
-//! max-min fair rates: Bertsekas and Gallager 1992, 6.5.2). Two that need the same link have half of it each.
+//! max-min fair rates: Bertsekas and Gallager 1992, 6.5.2). Two that need the same link have half of it each. While anything flows, the caller may be slower: whoever moves
+//! the data takes a part of its processor.
 
 use std::collections::VecDeque;
 
@@ -50,11 +51,11 @@ struct Running {
     alone: f64,
 }
 
-/// When each task runs.
+/// When each task runs, where the caller's processor loses the share `contention` while something flows.
 ///
 /// # Panics
 /// When a task waits for one that does not come earlier in the list.
-pub(super) fn schedule(tasks: &[Task<'_>]) -> Vec<Span> {
+pub(super) fn schedule(tasks: &[Task<'_>], contention: f64) -> Vec<Span> {
     let mut spans: Vec<Option<Span>> = vec![None; tasks.len()];
     let mut lanes: [VecDeque<usize>; LANES] = Default::default();
     let mut running: [Option<Running>; LANES] = Default::default();
@@ -74,7 +75,9 @@ pub(super) fn schedule(tasks: &[Task<'_>]) -> Vec<Span> {
                 && tasks[task].after.iter().all(done)
             {
                 let Task { fixed, links, .. } = &tasks[task];
-                let alone = links.iter().fold(0.0, |longest: f64, &seconds| longest.max(seconds));
+                let flow = links.iter().fold(0.0, |longest: f64, &seconds| longest.max(seconds));
+                // All of what the caller does is slowed down.
+                let (fixed, alone) = if tasks[task].lane == 0 { (0.0, *fixed) } else { (*fixed, flow) };
                 let left = if alone > 0.0 { 1.0 } else { 0.0 };
                 *running = Some(Running { task, start: now, flows_from: now + fixed, left, alone });
                 lane.pop_front();
@@ -82,10 +85,13 @@ pub(super) fn schedule(tasks: &[Task<'_>]) -> Vec<Span> {
         }
         let flows = |running: &Running| running.left > 0.0 && running.flows_from <= now;
         let demands = running.each_ref().map(|running| match running {
-            Some(running) if flows(running) => Some(tasks[running.task].links.map(|seconds| seconds / running.alone)),
+            Some(running) if tasks[running.task].lane > 0 && flows(running) => {
+                Some(tasks[running.task].links.map(|seconds| seconds / running.alone))
+            }
             _ => None,
         });
-        let speeds = share(demands);
+        let mut speeds = share(demands);
+        speeds[0] = if demands.iter().any(Option::is_some) { 1.0 - contention } else { 1.0 };
         // When something changes next for each.
         let next = |(running, speed): (&Option<Running>, f64)| {
             let running = running.as_ref()?;
@@ -96,7 +102,7 @@ pub(super) fn schedule(tasks: &[Task<'_>]) -> Vec<Span> {
         let Some(then) = changes.into_iter().flatten().min_by(f64::total_cmp) else { break };
         for lane in 0..LANES {
             let Some(task) = &mut running[lane] else { continue };
-            if demands[lane].is_some() {
+            if flows(task) {
                 let over = changes[lane].is_some_and(|change| change <= then);
                 task.left = if over { 0.0 } else { task.left - (then - now) * speeds[lane] / task.alone };
             }
@@ -146,7 +152,7 @@ mod tests {
     const SECOND: Task<'_> = Task { lane: 2, ..COMPUTE };
 
     fn spans(tasks: &[Task<'_>]) -> Vec<(f64, f64)> {
-        schedule(tasks).into_iter().map(|span| (span.start, span.end)).collect()
+        schedule(tasks, 0.0).into_iter().map(|span| (span.start, span.end)).collect()
     }
 
     #[test]
@@ -197,6 +203,14 @@ mod tests {
     }
 
     #[test]
+    fn who_moves_data_takes_its_share_of_the_callers_processor_meanwhile() {
+        // 1 s before anything flows; then 2 s at 3/4 of the speed, in which 1.5 s of work are done; 0.5 s are left.
+        let tasks = [Task { fixed: 1.0, links: [2.0, 1.0], ..FIRST }, Task { fixed: 3.0, ..COMPUTE }];
+        let spans = schedule(&tasks, 0.25);
+        assert_eq!(spans, [Span { start: 0.0, end: 3.0 }, Span { start: 0.0, end: 3.5 }]);
+    }
+
+    #[test]
     fn what_one_flow_cannot_use_of_a_link_another_may() {
         // The first needs all of link 0 and a quarter of link 1 at full speed, the second all of link 1 alone: 3/4 of it is left, once link
         // 1 is full at s = 1/(1 + 1/4) for both… and the first may then not grow either, since it uses link 1.
@@ -230,7 +244,7 @@ mod tests {
                 links: if task.0 == 0 { [0.0; LINKS] } else { task.3 },
             };
             let tasks: Vec<Task<'_>> = raw.iter().enumerate().map(task).collect();
-            let spans = schedule(&tasks);
+            let spans = schedule(&tasks, 0.0);
             let mut last: [Option<usize>; LANES] = [None; LANES];
             let mut busy = [0.0; LANES];
             let mut carried = [0.0; LINKS];

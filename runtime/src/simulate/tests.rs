@@ -7,7 +7,8 @@ use proptest::prelude::*;
 const LINK: Link = Link { bandwidth: 1024.0, latency: 0.0 };
 
 /// Computes one operation a second; ranks are alone on their hosts.
-const MACHINE: Machine = Machine { flops: 1.0, memory: None, ranks_per_host: 1, link: LINK, host_link: Link::INSTANT };
+const MACHINE: Machine =
+    Machine { flops: 1.0, memory: None, ranks_per_host: 1, link: LINK, host_link: Link::INSTANT, contention: 0.0 };
 
 fn layout(lens: &[usize], world: usize) -> Layout {
     let unit = |(index, &len): (usize, &usize)| UnitSpec {
@@ -214,7 +215,7 @@ fn cases() -> impl Strategy<Value = Case> {
                 lens: units.iter().map(|unit| unit.0).collect(),
                 policy,
                 rounds,
-                machine: Machine { flops, memory: Some(1e6), ranks_per_host, link, host_link },
+                machine: Machine { flops, memory: Some(1e6), ranks_per_host, link, host_link, contention: 0.0 },
                 work: Work {
                     forward: units.iter().map(|unit| unit.1).collect(),
                     backward: units.iter().map(|unit| unit.2).collect(),
