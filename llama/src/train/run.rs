@@ -147,6 +147,8 @@ impl<'s> Run<'s> {
             Ok(Output { screen, metrics, mark })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
+        let mut saver = Saver::new(&checkpoints::folder(&settings.out), settings.keep.map(NonZero::get))?;
+        saver.reserve(&engine)?;
         let begin = || Timeline::begin(&settings.out, &communicator, &mut engine);
         Ok(Run {
             settings,
@@ -157,7 +159,7 @@ impl<'s> Run<'s> {
             dataset,
             controller,
             progress,
-            saver: Saver::new(&checkpoints::folder(&settings.out), settings.keep.map(NonZero::get))?,
+            saver,
             validation_samples,
             output,
             processor,

@@ -97,9 +97,24 @@ impl Saver {
         Ok(Saver { dir: dir.to_owned(), keep, save: None, copies: Vec::new(), writer: Writer::start(dir)? })
     }
 
-    /// Bytes of the copies of a rank that writes, kept from its first save on.
+    /// Bytes of the copies of a rank that writes, kept from [`Saver::reserve`] or its first save on.
     pub fn bytes(layout: &Layout) -> u64 {
         (shard::PARTS.len() * size_of::<f32>() * layout.shard_len()) as u64
+    }
+
+    /// Makes the memory for the copies of this engine's state now. Otherwise the first save does, which then holds the caller up for longer than later ones.
+    ///
+    /// # Errors
+    /// When the engine's parameters are invalid.
+    pub fn reserve(&mut self, engine: &Engine) -> Result<(), Error> {
+        self.copy(engine)
+    }
+
+    /// Copies what this rank writes.
+    fn copy(&mut self, engine: &Engine) -> Result<(), Error> {
+        let units = if writes(engine) { engine.layout().units.len() } else { 0 };
+        self.copies.resize_with(units, State::default);
+        self.copies.iter_mut().enumerate().try_for_each(|(unit, copy)| engine.read_state(unit, copy))
     }
 
     /// Whether a save is under way.
@@ -127,22 +142,16 @@ impl Saver {
         let token = agree(communicator, &self.dir, token)?;
         let token = communicator.all_gather_scalars(&[token])?[0][0];
         let layout = engine.layout();
-        // Every group holds the same; the first one saves it.
-        let writes = engine.replica() == 0;
         let copied = restarted
             .and_then(|()| check_shared(&folders, token))
             .and_then(|()| shard::check_names(layout, &self.dir))
-            .and_then(|()| {
-                let units = if writes { layout.units.len() } else { 0 };
-                self.copies.resize_with(units, State::default);
-                self.copies.iter_mut().enumerate().try_for_each(|(unit, copy)| engine.read_state(unit, copy))
-            });
+            .and_then(|()| self.copy(engine));
         if let Err(error) = agree(communicator, &self.dir, copied) {
             self.tidy(engine, &folders);
             return Err(error);
         }
         let mut done = Some(Done::Nothing);
-        if writes {
+        if writes(engine) {
             let path = folders.incomplete.join(shard::name(engine.shard_number(), layout.shards));
             let copies = std::mem::take(&mut self.copies);
             self.writer.give(Job::Write { path, layout: layout.clone(), copies });
@@ -257,6 +266,11 @@ impl Saver {
 /// Stands for the answer of a thread that has panicked, which has been printed.
 fn died(dir: &Path) -> Done {
     Done::Published(Err(Error::file(dir, "the thread that writes it panicked")))
+}
+
+/// Whether this rank writes a file: every group holds the same, and the first one saves it.
+fn writes(engine: &Engine) -> bool {
+    engine.replica() == 0
 }
 
 impl Writer {
