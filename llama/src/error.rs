@@ -42,14 +42,16 @@ impl Error {
         Error::File { path: path.into(), reason: reason.to_string() }
     }
 
+    /// Whether the step's numbers cannot be gone on with: every rank has this error at once, and can still talk to the others.
+    pub(crate) fn is_of_numbers(&self) -> bool {
+        use pillion_runtime::Error as Runtime;
+        matches!(self, Error::Runtime(Runtime::NonFinite { .. } | Runtime::Tokens { .. }))
+    }
+
     /// Whether every rank has, or will have, an error of its own for the same reason.
     pub(crate) fn is_everywhere(&self) -> bool {
-        use pillion_runtime::Error as Runtime;
-        matches!(
-            self,
-            Error::ByRankZero
-                | Error::Runtime(Runtime::Collective(_) | Runtime::NonFinite { .. } | Runtime::Tokens { .. })
-        )
+        self.is_of_numbers()
+            || matches!(self, Error::ByRankZero | Error::Runtime(pillion_runtime::Error::Collective(_)))
     }
 
     /// Whether it says how this rank sees the others, so that each rank's words count.

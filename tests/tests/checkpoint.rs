@@ -93,6 +93,29 @@ fn a_run_that_goes_back_sets_later_checkpoints_aside() {
     assert_eq!(losses(&place.steps("out")), losses(&whole[..4]));
 }
 
+/// Publishing takes part of two steps after that in which a save begins, so the last one is under way when numbers fail.
+#[test]
+fn a_save_under_way_is_finished_when_numbers_fail() {
+    let place = Workplace::new(PROGRAM);
+    let wild = "--lr 1000 --warmup 0 --clip 0 --weight-decay 1000 --steps 200 --save-every 1 --keep 1 --ranks 2";
+    let ended = place.run(&format!("train {TINY} --out out {wild}"));
+    ended.refused(1, &["not finite", "resume from the last checkpoint"]);
+    let last = place.steps("out").last().expect("the first step's numbers are finite").step;
+    assert_eq!(place.checkpoints("out"), [format!("step-{last:08}")], "{ended}");
+}
+
+#[test]
+fn what_an_interrupted_save_has_left_is_removed_by_the_next_run() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--ranks 2 --steps 2");
+    let left = place.path("out/checkpoints/step-00000137.incomplete");
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join("rank-00000-of-00002.safetensors"), "half").unwrap();
+    let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 3 --resume auto")).succeeded();
+    assert!(ended.stdout.contains("removed") && ended.stdout.contains("step-00000137.incomplete"), "{ended}");
+    assert_eq!(place.checkpoints("out"), ["step-00000002", "step-00000003"]);
+}
+
 /// 12 micro-batches a step, which 1, 2, 3 and 4 ranks share evenly: all compute the same micro-batches' gradients from the same weights.
 const SHARED: &str = "--controller constant --batch 24";
 const SAVED: usize = 5;

@@ -174,10 +174,18 @@ fn is_of(out: &Path, checkpoint: &Path) -> bool {
     parent.is_some() && parent == canonical(&folder(out))
 }
 
-/// Before a run in `out` goes on from its checkpoint of `step`: later ones, which were passed over or are not wanted any more, get other names.
-pub(crate) fn set_later_aside(out: &Path, resume: &Path, step: u64) -> Result<Vec<PathBuf>, Error> {
-    if !is_of(out, resume) {
-        return Ok(Vec::new());
+/// Makes order in the folder of a run that holds its lock, once it has begun or every rank has loaded what it goes on from: what interrupted saves have left is removed; checkpoints of
+/// later steps, which were passed over or are not wanted any more, get other names.
+pub(crate) fn tidy(out: &Path, resume: Option<&Path>) -> Result<(), Error> {
+    for gone in checkpoint::remove_left(&folder(out))? {
+        crate::print(format_args!("removed {}, which an interrupted run has left", gone.display()));
     }
-    Ok(checkpoint::set_later_aside(&folder(out), step)?)
+    let Some(resume) = resume.filter(|resume| is_of(out, resume)) else { return Ok(()) };
+    for aside in checkpoint::set_later_aside(resume)? {
+        crate::print(format_args!(
+            "a checkpoint of a later step, which this run will make again, is now {}",
+            aside.display()
+        ));
+    }
+    Ok(())
 }

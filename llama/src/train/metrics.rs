@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: one JSON object a step.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use pillion_runtime::Memory;
@@ -54,6 +54,8 @@ pub(crate) struct Line {
 pub(crate) struct Metrics {
     path: PathBuf,
     file: File,
+    /// Bytes of whole lines.
+    len: u64,
 }
 
 impl Metrics {
@@ -80,7 +82,7 @@ impl Metrics {
         let mut file = File::create(&next).map_err(fail)?;
         file.write_all(kept.as_bytes()).and_then(|()| file.sync_all()).map_err(fail)?;
         std::fs::rename(&next, &path).map_err(fail)?;
-        Ok(Metrics { file, path })
+        Ok(Metrics { file, path, len: kept.len() as u64 })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -90,6 +92,16 @@ impl Metrics {
     pub(crate) fn write(&mut self, line: &Line) -> Result<(), Error> {
         let mut text = serde_json::to_string(line).expect("plain values");
         text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(|error| Error::file(&self.path, error))
+        match self.file.write_all(text.as_bytes()) {
+            Ok(()) => {
+                self.len += text.len() as u64;
+                Ok(())
+            }
+            Err(error) => {
+                // Half a line would spoil the next one, too. If this fails as well, there is no more to be done.
+                let _ = self.file.set_len(self.len).and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
+                Err(Error::file(&self.path, error))
+            }
+        }
     }
 }

@@ -137,6 +137,7 @@ impl<'s> Run<'s> {
             }
         }
         let output = on_rank_zero_alone(&communicator, || {
+            checkpoints::tidy(&settings.out, resume.as_deref())?;
             let metrics = Metrics::open(&settings.out, progress.step)?;
             let mark = match is_synthetic(settings) {
                 true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
@@ -186,9 +187,16 @@ impl<'s> Run<'s> {
             return Ok(Ended::Interrupted);
         }
         while !self.is_done() {
-            let (mut line, stopped) = self.step(stop)?;
+            let (mut line, stopped) = match self.step(stop) {
+                Err(error) if error.is_of_numbers() => {
+                    // Every rank has it, and all can still save what was under way.
+                    self.finish_saving().or_else(|error| self.survive(error))?;
+                    return Err(error);
+                }
+                step => step?,
+            };
             let every = self.settings.validate_every;
-            if self.is_done() || (every > 0 && self.progress.step.is_multiple_of(every)) {
+            if self.is_done() || (every > 0 && !stopped && self.progress.step.is_multiple_of(every)) {
                 validation = self.validate()?;
                 line.validation_loss = Some(validation);
             }
@@ -209,8 +217,10 @@ impl<'s> Run<'s> {
                 self.begin_saving()?;
                 self.finish_saving()?;
                 if let Some(timeline) = self.timeline.take() {
-                    let path = timeline.finish(&self.communicator)?;
-                    self.say(|| format!("timeline    {}", path.display()));
+                    match timeline.finish(&self.communicator)? {
+                        Ok(path) => self.say(|| format!("timeline    {}", path.display())),
+                        Err(error) => self.say(|| format!("no timeline: {error}")),
+                    }
                 }
                 if stopped && !self.is_done() {
                     let (step, folder) = (self.progress.step, checkpoints::folder(&self.settings.out));

@@ -102,12 +102,6 @@ pub(super) fn start(settings: &TrainArgs, launch: &Launch, lock: &mut Option<Fil
     }
     crate::print(&prepared.summary);
     if let (Some(path), Some(saved)) = (&resume, &saved) {
-        for aside in checkpoints::set_later_aside(&settings.out, path, saved.step)? {
-            crate::print(format_args!(
-                "a checkpoint of a later step, which this run will make again, is now {}",
-                aside.display()
-            ));
-        }
         crate::print(format_args!("going on from {} after step {}", path.display(), saved.step));
     }
     Ok(Start { resume, recipe, tokens: dataset.tokens().path().to_owned(), validation_samples })

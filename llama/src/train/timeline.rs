@@ -42,26 +42,34 @@ impl Timeline {
         }
     }
 
-    /// Ends it, and joins those of all ranks. Collective; returns the path of the whole.
-    pub(crate) fn finish(self, communicator: &Communicator) -> Result<PathBuf, Error> {
+    /// Ends it, and joins those of all ranks. Collective; returns the path of the whole, or, on every rank, why there is none.
+    pub(crate) fn finish(self, communicator: &Communicator) -> Result<Result<PathBuf, Error>, Error> {
         let Timeline { folder, path, writer, failed } = self;
-        failed.map_or(Ok(()), Err)?;
-        writer.finish().map_err(|error| Error::file(&path, error))?;
-        communicator.barrier()?;
+        let mine = failed.map_or(Ok(()), Err);
+        let mine = mine.and_then(|()| writer.finish().map_err(|error| Error::file(&path, error)));
+        let failed = communicator.all_gather_scalars(&[u64::from(mine.is_err())])?;
+        if let Some(rank) = failed.iter().position(|flag| flag[0] != 0) {
+            return Ok(Err(mine.err().unwrap_or_else(|| {
+                Error::file(&folder, format!("rank {rank} could not write its part: make room, or leave --trace out"))
+            })));
+        }
         let whole = folder.with_extension("json");
-        on_rank_zero_alone(communicator, || {
-            let file = File::create(&whole).and_then(|file| TraceWriter::new(BufWriter::new(file)));
-            let mut writer = file.map_err(|error| Error::file(&whole, error))?;
-            for rank in 0..communicator.world() {
-                let path = part(&folder, rank);
-                let append = File::open(&path).and_then(|part| writer.append(BufReader::new(part)));
-                append.map_err(|error| Error::file(&path, error))?;
-            }
-            writer.finish().map_err(|error| Error::file(&whole, error))?;
-            std::fs::remove_dir_all(&folder).map_err(|error| Error::file(&folder, error))
-        })?;
-        Ok(whole)
+        let joined = on_rank_zero_alone(communicator, || Ok(join(&folder, &whole, communicator.world())))?;
+        Ok(joined.unwrap_or(Ok(())).map(|()| whole))
     }
+}
+
+/// Writes the parts of all ranks into one file, and removes them.
+fn join(folder: &Path, whole: &Path, world: usize) -> Result<(), Error> {
+    let file = File::create(whole).and_then(|file| TraceWriter::new(BufWriter::new(file)));
+    let mut writer = file.map_err(|error| Error::file(whole, error))?;
+    for rank in 0..world {
+        let path = part(folder, rank);
+        let append = File::open(&path).and_then(|part| writer.append(BufReader::new(part)));
+        append.map_err(|error| Error::file(&path, error))?;
+    }
+    writer.finish().map_err(|error| Error::file(whole, error))?;
+    std::fs::remove_dir_all(folder).map_err(|error| Error::file(folder, error))
 }
 
 fn part(folder: &Path, rank: usize) -> PathBuf {

@@ -109,13 +109,23 @@ impl Manifest {
                 return Err(format!("file {rank} is called {:?} instead of {expected:?}", file.name));
             }
         }
-        let mut names = HashSet::new();
-        for tensor in self.units.iter().flat_map(|unit| &unit.tensors) {
-            if elements(&tensor.shape).is_none_or(|elements| elements >= MOST) || !names.insert(&tensor.name) {
-                return Err(format!(
-                    "tensor {:?} of shape {:?} is impossible, or there twice",
-                    tensor.name, tensor.shape
-                ));
+        let (mut units, mut names) = (HashSet::new(), HashSet::new());
+        let mut total = 0usize;
+        for unit in &self.units {
+            if !units.insert(&unit.name) {
+                return Err(format!("unit {:?} is there twice", unit.name));
+            }
+            for tensor in &unit.tensors {
+                let sum = elements(&tensor.shape).and_then(|elements| total.checked_add(elements));
+                match sum.filter(|&sum| sum < MOST) {
+                    Some(sum) if names.insert(&tensor.name) => total = sum,
+                    _ => {
+                        return Err(format!(
+                            "tensor {:?} of shape {:?} is impossible after {total} elements, or there twice",
+                            tensor.name, tensor.shape
+                        ));
+                    }
+                }
             }
         }
         if self.units.is_empty() { Err("there are no units".to_owned()) } else { Ok(()) }
@@ -228,7 +238,7 @@ mod tests {
     #[test]
     fn what_no_layout_can_be_made_of_is_refused() {
         type Change = fn(&mut Manifest);
-        let changes: [Change; 7] = [
+        let changes: [Change; 9] = [
             |manifest| manifest.world = 3,
             |manifest| manifest.files.clear(),
             |manifest| manifest.files[1].name = "../x".to_owned(),
@@ -236,6 +246,12 @@ mod tests {
             |manifest| manifest.units[1].tensors[0].name = "x".to_owned(),
             |manifest| manifest.units[0].tensors[0].shape = vec![1 << 40, 1 << 40],
             |manifest| manifest.units[0].tensors[0].shape = vec![1 << 63],
+            // Each fits, but not all.
+            |manifest| {
+                manifest.units[0].tensors[0].shape = vec![MOST - 1];
+                manifest.units[1].tensors[0].shape = vec![MOST - 1];
+            },
+            |manifest| manifest.units[1].name = "a".to_owned(),
         ];
         for (index, change) in changes.iter().enumerate() {
             let mut changed = manifest();

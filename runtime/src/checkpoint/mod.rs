@@ -27,7 +27,7 @@ use serde_json::Value;
 
 pub use load::Tensors;
 pub use manifest::{FileEntry, Manifest};
-pub use save::{save, set_later_aside};
+pub use save::{remove_left, save, set_later_aside};
 pub use saver::{Saved, Saver};
 
 use crate::{Error, Policy};
@@ -172,6 +172,8 @@ struct Candidate {
 /// those that failed return their own error, and the others one that says which rank failed first, and why. The
 /// communicator stays usable.
 fn agree<T>(communicator: &Communicator, path: &Path, mine: Result<T, Error>) -> Result<T, Error> {
+    // A rank's disk may take longer than any operation should.
+    communicator.patient_barrier()?;
     let failed = communicator.all_gather_scalars(&[u64::from(mine.is_err())])?;
     let Some(rank) = failed.iter().position(|flag| flag[0] != 0) else { return mine };
     let words = mine.as_ref().err().map(Error::to_string).unwrap_or_default();

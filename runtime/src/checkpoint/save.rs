@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use serde_json::Value;
 
 use super::manifest::{self, Manifest};
-use super::{Saver, candidates};
+use super::{Candidate, Saver, candidates};
 use crate::{Engine, Error};
 
 /// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. See [`Saver`], which does not.
@@ -44,7 +44,7 @@ impl Folders {
     pub(super) fn new(dir: &Path, step: u64) -> Folders {
         let name = format!("step-{step:08}");
         let with = |ending: &str| dir.join(format!("{name}{ending}"));
-        Folders { dir: dir.to_owned(), complete: with(""), incomplete: with(".incomplete"), old: with(".old") }
+        Folders { dir: dir.to_owned(), complete: with(""), incomplete: with(INCOMPLETE), old: with(".old") }
     }
 
     fn token(&self) -> PathBuf {
@@ -131,6 +131,8 @@ pub(super) fn prune(dir: &Path, step: u64, keep: usize) -> Vec<Error> {
     older.chain(remove_discarded(dir).err()).collect()
 }
 
+/// What a folder is called while it is written.
+const INCOMPLETE: &str = ".incomplete";
 /// What a folder is called while it is removed, so that what an interruption leaves is not taken for whole.
 const DISCARDED: &str = ".removed";
 
@@ -147,25 +149,51 @@ fn discard(folder: &Path) -> Result<(), Error> {
 
 /// Removes what an interrupted removal has left.
 fn remove_discarded(dir: &Path) -> Result<(), Error> {
-    let unreadable = |error: std::io::Error| Error::file(dir, format!("cannot be listed: {error}"));
-    for entry in fs::read_dir(dir).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        let is_ours = |name: &str| name.strip_suffix(DISCARDED).and_then(parse_name).is_some();
-        if path.file_name().and_then(|name| name.to_str()).is_some_and(is_ours) {
-            remove(&path)?;
-        }
-    }
-    Ok(())
+    endings(dir, &[DISCARDED])?.iter().try_for_each(|folder| remove(folder))
 }
 
-/// Gives the checkpoints of later steps than `step` names that do not count, `step-….aside`: a run that goes on from `step` will make those steps again, and whoever asks for
-/// the newest checkpoint wants this run's. Returns the new names.
+/// Folders of `dir` that have a checkpoint's name with one of these endings. None when there is no such folder.
+fn endings(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, Error> {
+    let unreadable = |error: std::io::Error| Error::file(dir, format!("cannot be listed: {error}"));
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(unreadable)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(unreadable)?.path();
+        let is_ours =
+            |name: &str| endings.iter().any(|ending| name.strip_suffix(ending).and_then(parse_name).is_some());
+        if path.file_name().and_then(|name| name.to_str()).is_some_and(is_ours) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+/// Removes from `dir` what saves and removals have left that an end of the program interrupted, of any step; returns the folders that are gone. Not while a run saves there.
 ///
 /// # Errors
-/// [`Error::File`] when the folder cannot be read, or one cannot be renamed.
-pub fn set_later_aside(dir: &Path, step: u64) -> Result<Vec<PathBuf>, Error> {
+/// [`Error::File`] when the folder cannot be read, or something in it not be removed.
+pub fn remove_left(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let left = endings(dir, &[INCOMPLETE, DISCARDED])?;
+    left.iter().try_for_each(|folder| remove(folder))?;
+    Ok(left)
+}
+
+/// Gives the checkpoints beside `from` that are newer names that do not count, `step-….aside`: a run that goes on from there will make their steps again, and whoever asks
+/// for the newest checkpoint wants this run's. Beside `step-….old` that is also what was to replace it, and is damaged. Returns the new names.
+///
+/// # Errors
+/// [`Error::File`] when `from` has not the name of a complete checkpoint, the folder cannot be read, or one cannot be renamed.
+pub fn set_later_aside(from: &Path) -> Result<Vec<PathBuf>, Error> {
+    let name = from.file_name().and_then(|name| name.to_str()).and_then(parse_name);
+    let (Some(dir), Some((step, replaced))) = (from.parent(), name) else {
+        return Err(Error::file(from, "has not the name of a complete checkpoint, such as step-00000100"));
+    };
+    let is_newer = |folder: &Candidate| folder.step > step || (replaced && folder.step == step && !folder.replaced);
     let mut moved = Vec::new();
-    for folder in candidates(dir)?.into_iter().filter(|folder| folder.step > step) {
+    for folder in candidates(dir)?.into_iter().filter(is_newer) {
         let name = folder.path.file_name().expect("a candidate has a name").to_string_lossy().into_owned();
         let named = |number: u32| {
             dir.join(if number == 1 { format!("{name}.aside") } else { format!("{name}.aside.{number}") })

@@ -40,6 +40,8 @@ struct Writer {
     jobs: Option<Sender<Job>>,
     results: Receiver<Done>,
     thread: Option<JoinHandle<()>>,
+    /// Whether it has panicked, and another must be started.
+    dead: bool,
 }
 
 /// A checkpoint that is complete.
@@ -137,7 +139,7 @@ impl Saver {
         let communicator = engine.communicator();
         let folders = Folders::new(&self.dir, step);
         let restarted =
-            if self.writer.has_ended() { Writer::start(&self.dir).map(|writer| self.writer = writer) } else { Ok(()) };
+            if self.writer.dead { Writer::start(&self.dir).map(|writer| self.writer = writer) } else { Ok(()) };
         let token = if communicator.rank() == 0 { prepare(&folders) } else { Ok(0) };
         let token = agree(communicator, &self.dir, token)?;
         let token = communicator.all_gather_scalars(&[token])?[0][0];
@@ -181,7 +183,7 @@ impl Saver {
             *done = match self.writer.results.try_recv() {
                 Ok(done) => Some(done),
                 Err(TryRecvError::Empty) => None,
-                Err(TryRecvError::Disconnected) => Some(died(&self.dir)),
+                Err(TryRecvError::Disconnected) => Some(self.writer.died(&self.dir)),
             };
         }
         f64::from(u8::from(done.is_some()))
@@ -208,12 +210,10 @@ impl Saver {
                 let result = self.writer.results.recv();
                 *done = Some(match result {
                     Ok(done) => done,
-                    Err(_) => died(&self.dir),
+                    Err(_) => self.writer.died(&self.dir),
                 });
                 continue;
             }
-            // A disk may take longer than any operation should.
-            engine.communicator().patient_barrier()?;
             if let Some(saved) = self.advance(engine)? {
                 return Ok(Some(saved));
             }
@@ -263,11 +263,6 @@ impl Saver {
     }
 }
 
-/// Stands for the answer of a thread that has panicked, which has been printed.
-fn died(dir: &Path) -> Done {
-    Done::Published(Err(Error::file(dir, "the thread that writes it panicked")))
-}
-
 /// Whether this rank writes a file: every group holds the same, and the first one saves it.
 fn writes(engine: &Engine) -> bool {
     engine.replica() == 0
@@ -290,12 +285,13 @@ impl Writer {
         let thread = std::thread::Builder::new().name("pillion-checkpoint".to_owned()).spawn(work);
         let thread =
             thread.map_err(|error| Error::file(dir, format!("no thread to write it can be started: {error}")))?;
-        Ok(Writer { jobs: Some(jobs), results, thread: Some(thread) })
+        Ok(Writer { jobs: Some(jobs), results, thread: Some(thread), dead: false })
     }
 
-    /// Whether it has panicked.
-    fn has_ended(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    /// Stands for the answer of the thread that has panicked, which has been printed.
+    fn died(&mut self, dir: &Path) -> Done {
+        self.dead = true;
+        Done::Published(Err(Error::file(dir, "the thread that writes it panicked")))
     }
 
     fn give(&self, job: Job) {

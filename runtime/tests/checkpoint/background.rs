@@ -156,15 +156,35 @@ fn checkpoints_of_later_steps_are_set_aside_whole() {
     let names_of = |moved: Vec<PathBuf>| {
         moved.iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
-    let moved = names_of(checkpoint::set_later_aside(dir.path(), 3).unwrap());
+    let moved = names_of(checkpoint::set_later_aside(&dir.path().join("step-00000003")).unwrap());
     assert_eq!(moved, ["step-00000007.aside", "step-00000005.aside"]);
     assert_eq!(names(dir.path()), ["step-00000003", "step-00000005.aside", "step-00000007.aside"]);
     assert_eq!(fs::read_to_string(dir.path().join("step-00000005.aside/manifest.json")).unwrap(), "5");
-    assert!(checkpoint::set_later_aside(dir.path(), 3).unwrap().is_empty(), "what is aside stays");
+    assert!(checkpoint::set_later_aside(&dir.path().join("step-00000003")).unwrap().is_empty(), "what is aside stays");
     fs::remove_dir_all(dir.path().join("step-00000003")).unwrap();
     fill();
-    let moved = names_of(checkpoint::set_later_aside(dir.path(), 5).unwrap());
+    let moved = names_of(checkpoint::set_later_aside(&dir.path().join("step-00000005")).unwrap());
     assert_eq!(moved, ["step-00000007.aside.2"], "another's place is not taken");
+    let replaced = dir.path().join("step-00000003.old");
+    fs::create_dir(&replaced).unwrap();
+    let moved = names_of(checkpoint::set_later_aside(&replaced).unwrap());
+    assert_eq!(moved, ["step-00000005.aside.2", "step-00000003.aside"], "what was to replace it is newer");
+    checkpoint::set_later_aside(dir.path()).expect_err("the name has no step");
+}
+
+#[test]
+fn what_interruptions_have_left_is_removed_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let kept = ["step-00000003", "step-00000004.old", "step-00000005.aside", "mine.incomplete"];
+    for name in kept.iter().chain(&["step-00000006.incomplete", "step-00000002.removed", "step-00000002.old.removed"]) {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        fs::write(dir.path().join(name).join("file"), "x").unwrap();
+    }
+    assert_eq!(checkpoint::remove_left(dir.path()).unwrap().len(), 3);
+    let mut expected = kept.map(str::to_owned);
+    expected.sort();
+    assert_eq!(names(dir.path()), expected);
+    assert!(checkpoint::remove_left(&dir.path().join("nothing")).unwrap().is_empty());
 }
 
 fn newest_step(dir: &std::path::Path) -> u64 {
