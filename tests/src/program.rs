@@ -119,6 +119,8 @@ impl Workplace {
         let mut command = Command::new("mpirun");
         self.prepare(&mut command);
         command.args(["-n", "2", "--oversubscribe"]);
+        // Several at once would race to make the folder that they share by default.
+        command.env("OMPI_MCA_orte_tmpdir_base", self.folder.path());
         if rustix::process::getuid().is_root() {
             command.arg("--allow-run-as-root");
         }

@@ -343,6 +343,8 @@ fn job(test: &str, ranks: usize, body: impl FnOnce(&Launch)) -> Option<Job> {
         if open_mpi {
             // Containers often forbid reading another process's memory, which Open MPI 4 finds out too late.
             command.env("OMPI_MCA_btl_vader_single_copy_mechanism", "none");
+            // Several at once would race to make the folder that they share by default.
+            command.env("OMPI_MCA_orte_tmpdir_base", folder.path());
             command.args(["--oversubscribe", "--bind-to", "none"]);
             if rustix::process::getuid().is_root() {
                 command.arg("--allow-run-as-root");
