@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Noise, Observation, Rule, Settings, Unusable, norm_test, stagewise};
+use crate::{Error, Noise, Observation, Rule, Settings, Unusable, linear_ramp, noise_scale, norm_test, stagewise};
 
 /// Chooses the batch of each optimizer step.
 #[derive(Clone, PartialEq, Debug)]
@@ -59,7 +59,7 @@ pub enum Reason {
     Unusable,
     /// Unchanged: not a multiple of [`Settings::interval`].
     BetweenTests,
-    /// Unchanged: the smoothed gradient is zero, so its relative noise is undefined.
+    /// Unchanged: the smoothed square of the gradient is zero, or its estimate less noise not positive, so relative noise is undefined.
     NoGradient,
     /// Unchanged: the batch is large enough.
     Sufficient,
@@ -168,7 +168,11 @@ fn propose(settings: &Settings, state: &State) -> Proposal {
     match &settings.rule {
         Rule::Constant => Proposal::Scheduled(settings.base),
         Rule::Stagewise { stages, horizon } => Proposal::Scheduled(stagewise::batch(stages, *horizon, state.samples)),
-        Rule::NormTest { eta } => Proposal::Measured(norm_test::wanted(*eta, &state.noise)),
+        Rule::LinearRamp { end, samples } => {
+            Proposal::Scheduled(linear_ramp::batch(settings, *end, *samples, state.samples))
+        }
+        Rule::NormTest { eta, variant } => Proposal::Measured(norm_test::wanted(*eta, *variant, &state.noise)),
+        Rule::NoiseScale { ratio } => Proposal::Measured(noise_scale::wanted(*ratio, &state.noise)),
     }
 }
 

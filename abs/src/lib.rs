@@ -17,7 +17,7 @@
 //! σ̂²  = σ̂ₜ² / (tokens per sample)               noise per sample
 //! |Ĝ|² = Q − σ̂ₜ²/N                               square-norm of the true gradient; may come out negative
 //! B_simple = σ̂² / |Ĝ|²                           gradient noise scale, in samples (McCandlish et al. 2018)
-//! norm test:  b' = ⌈σ̂² / (η² Q)⌉
+//! norm test:  b' = ⌈σ̂² / (η² Q)⌉,  debiased: ⌈B_simple / η²⌉
 //! ```
 //!
 //! Every term is a sum over groups or a norm that gradient clipping needs anyway, so the measurement costs neither a
@@ -33,7 +33,7 @@
 //! b happens twice. Since E‖g‖² is at least σ²/b, the printed b' is in expectation at most about (J − 1)/η², whatever
 //! the batch. With J = 4 and η = 0.2 that is 75, below the 256 that the paper's runs start from: no batch could ever grow.
 //! The traces in the paper's figures exceed the bound, so what it ran is not what it prints. This crate scales the
-//! statistic so that it is unbiased for σ².
+//! statistic so that it is unbiased for σ², and keeps the printed form to compare with ([`Variant::PaperLiteral`]).
 //!
 //! # How a decision survives noise
 //!
@@ -47,9 +47,9 @@
 //! goes on as if it had not stopped.
 //!
 //! ```
-//! use pillion_abs::{Controller, Observation, Reason, Rule, Settings};
+//! use pillion_abs::{Controller, Observation, Reason, Rule, Settings, Variant};
 //!
-//! let settings = Settings::new(256, 8192, 16, Rule::NormTest { eta: 0.2 });
+//! let settings = Settings::new(256, 8192, 16, Rule::NormTest { eta: 0.2, variant: Variant::Unbiased });
 //! let mut controller = Controller::new(settings)?;
 //! let decision = controller.observe(&Observation {
 //!     groups: 4,
@@ -71,14 +71,20 @@
 #![forbid(unsafe_code)]
 
 mod controller;
+mod coupling;
 mod error;
+mod linear_ramp;
+mod noise_scale;
 mod norm_test;
 mod settings;
+pub mod simulation;
 mod stagewise;
 mod statistics;
 
 pub use controller::{Controller, Decision, Reason, State};
+pub use coupling::Coupling;
 pub use error::Error;
+pub use norm_test::Variant;
 pub use settings::{Rule, Settings};
 pub use stagewise::Stage;
 pub use statistics::{Noise, Observation, Unusable};

@@ -1,11 +1,32 @@
 //! The norm test: grow while σ̂²/b exceeds η²·Q.
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Error, Noise};
 
-/// The batch in samples at which the test just holds, σ̂² / (η² Q), neither rounded nor limited. `None` where that is not a
+/// Which noise the norm test compares with which gradient.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum Variant {
+    /// b' = σ̂²/(η²Q), both as measured. Q contains the noise of the batch itself, so it asks for less than the true gradient would.
+    #[default]
+    Unbiased,
+    /// b' = B_simple/η²: Q less its noise, |Ĝ|², in its place.
+    Debiased,
+    /// b' = ‖V̂‖₁/(η²Q) as the paper prints it, to compare with. In expectation at most about (K − 1)/η² for K groups, whatever the batch:
+    /// see the crate's documentation.
+    PaperLiteral,
+}
+
+/// The batch in samples at which the test just holds, neither rounded nor limited. `None` where that is not a
 /// finite number: no gradient, or none seen yet. The scale of `noise` cancels, so a weighted sum of several will do.
-pub(crate) fn wanted(eta: f64, noise: &Noise) -> Option<f64> {
-    let wanted = noise.variance / (eta * eta * noise.square_norm);
+pub(crate) fn wanted(eta: f64, variant: Variant, noise: &Noise) -> Option<f64> {
+    let relative = match variant {
+        Variant::Unbiased => noise.variance / noise.square_norm,
+        Variant::Debiased => noise.simple_scale()?,
+        Variant::PaperLiteral => noise.printed_variance / noise.square_norm,
+    };
+    let wanted = relative / (eta * eta);
     wanted.is_finite().then_some(wanted)
 }
 
@@ -25,16 +46,21 @@ pub(crate) fn validate(eta: f64) -> Result<(), Error> {
 mod tests {
     use super::*;
 
+    const VARIANTS: [Variant; 3] = [Variant::Unbiased, Variant::Debiased, Variant::PaperLiteral];
+
     #[test]
     fn wanted_batch_is_noise_over_eta_squared_times_square_norm() {
-        let noise = Noise { variance: 6.0, square_norm: 3.0, debiased_square_norm: 2.0 };
-        assert_eq!(wanted(0.5, &noise), Some(8.0)); // 6 / (0.25 · 3)
+        let noise = Noise { variance: 6.0, square_norm: 3.0, debiased_square_norm: 2.0, printed_variance: 1.5 };
+        let wanted = VARIANTS.map(|variant| wanted(0.5, variant, &noise).unwrap());
+        assert_eq!(wanted, [8.0, 12.0, 2.0]); // 6 / (0.25 · 3), 6 / (0.25 · 2), 1.5 / (0.25 · 3)
     }
 
     #[test]
     fn without_a_gradient_nothing_is_wanted() {
-        assert_eq!(wanted(0.5, &Noise::default()), None);
-        let noise = Noise { variance: 6.0, ..Noise::default() };
-        assert_eq!(wanted(0.5, &noise), None);
+        let noise = Noise { variance: 6.0, printed_variance: 6.0, ..Noise::default() };
+        for variant in VARIANTS {
+            assert_eq!(wanted(0.5, variant, &Noise::default()), None);
+            assert_eq!(wanted(0.5, variant, &noise), None);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Stage, norm_test, stagewise};
+use crate::{Error, Stage, Variant, linear_ramp, noise_scale, norm_test, stagewise};
 
 /// Settings of a [`Controller`](crate::Controller). Batches are global and count samples (sequences).
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
@@ -51,10 +51,25 @@ pub enum Rule {
         /// Samples of the whole run. Beyond it the last stage goes on.
         horizon: u64,
     },
-    /// Norm test: while σ̂²/b > η²·Q, grow towards ⌈σ̂²/(η²·Q)⌉ (Lau et al. 2025, with σ̂² unbiased).
+    /// From [`Settings::base`] up to `end` in equal increments of [`Settings::round_to`], each after as many samples.
+    LinearRamp {
+        /// Batch at the end of the ramp, allowed by the settings.
+        end: u64,
+        /// Samples over which it rises, at least 1.
+        samples: u64,
+    },
+    /// Norm test: while σ̂²/b > η²·Q, grow towards ⌈σ̂²/(η²·Q)⌉ (Lau et al. 2025).
     NormTest {
         /// η, the largest noise-to-gradient ratio accepted; above 0.
         eta: f64,
+        /// Which noise and which gradient are compared.
+        #[serde(default)]
+        variant: Variant,
+    },
+    /// Grow towards ⌈`ratio` · B_simple⌉ (McCandlish et al. 2018).
+    NoiseScale {
+        /// Batch as a share of the gradient noise scale; above 0. At 1 a step makes half the progress of an infinitely large batch.
+        ratio: f64,
     },
 }
 
@@ -126,7 +141,9 @@ impl Settings {
         match &self.rule {
             Rule::Constant => Ok(()),
             Rule::Stagewise { stages, horizon } => stagewise::validate(self, stages, *horizon),
-            Rule::NormTest { eta } => norm_test::validate(*eta),
+            Rule::LinearRamp { end, samples } => linear_ramp::validate(self, *end, *samples),
+            Rule::NormTest { eta, .. } => norm_test::validate(*eta),
+            Rule::NoiseScale { ratio } => noise_scale::validate(*ratio),
         }
     }
 
@@ -190,7 +207,7 @@ mod tests {
     use super::*;
 
     fn norm_test() -> Settings {
-        Settings::new(256, 8192, 64, Rule::NormTest { eta: 0.2 })
+        Settings::new(256, 8192, 64, Rule::NormTest { eta: 0.2, variant: Variant::Unbiased })
     }
 
     #[test]
@@ -217,7 +234,7 @@ mod tests {
         refused("ema_decay", |s| s.ema_decay = -0.1);
         refused("ema_decay", |s| s.ema_decay = f64::NAN);
         for bad in [0.0, -0.2, f64::NAN, f64::INFINITY] {
-            let settings = Settings { rule: Rule::NormTest { eta: bad }, ..norm_test() };
+            let settings = Settings { rule: Rule::NormTest { eta: bad, variant: Variant::Unbiased }, ..norm_test() };
             let error = settings.validate().unwrap_err();
             assert!(error.to_string().contains("`rule.norm-test.eta`"), "{error}");
         }

@@ -54,6 +54,9 @@ pub struct Noise {
     pub square_norm: f64,
     /// |Ĝ|² = Q − σ̂²/b: estimate of the true gradient's square-norm; negative where noise drowns it.
     pub debiased_square_norm: f64,
+    /// ‖V̂‖₁ as the paper prints it: the mean square distance of the groups' gradients from their mean, weighted by tokens,
+    /// Σ_k n_k‖G_k/n_k‖²/N − Q. That is (K − 1)σ̂²/b.
+    pub printed_variance: f64,
 }
 
 /// By how much rounding may break the Cauchy-Schwarz inequality. An element of the reduced gradient that is rounded to
@@ -104,6 +107,7 @@ impl Observation {
             variance: token_variance / (tokens / samples),
             square_norm: total / tokens,
             debiased_square_norm: (total - token_variance) / tokens,
+            printed_variance: (group_square_norms - total) / tokens,
         };
         // Many samples of few tokens can overflow.
         if noise.is_finite() { Ok(noise) } else { Err(Unusable::NonFinite) }
@@ -119,7 +123,8 @@ impl Noise {
     }
 
     pub(crate) fn is_finite(&self) -> bool {
-        self.variance.is_finite() && self.square_norm.is_finite() && self.debiased_square_norm.is_finite()
+        let Self { variance, square_norm, debiased_square_norm, printed_variance } = *self;
+        [variance, square_norm, debiased_square_norm, printed_variance].iter().all(|value| value.is_finite())
     }
 
     /// decay · self + next, each field alone.
@@ -128,6 +133,7 @@ impl Noise {
             variance: decay * self.variance + next.variance,
             square_norm: decay * self.square_norm + next.square_norm,
             debiased_square_norm: decay * self.debiased_square_norm + next.debiased_square_norm,
+            printed_variance: decay * self.printed_variance + next.printed_variance,
         }
     }
 }
@@ -255,11 +261,11 @@ mod tests {
     }
 
     /// Two groups of one sample and one token in one dimension, G = (1, 3): variance of the two 2, Q = 2² = 4,
-    /// |Ĝ|² = 4 − 2/2 = 3.
+    /// |Ĝ|² = 4 − 2/2 = 3, V̂ = ((1 − 2)² + (3 − 2)²)/2 = 1.
     #[test]
     fn noise_of_two_numbers_is_their_sample_variance() {
         let noise = TWO_NUMBERS.noise().unwrap();
-        let expected = Noise { variance: 2.0, square_norm: 4.0, debiased_square_norm: 3.0 };
+        let expected = Noise { variance: 2.0, square_norm: 4.0, debiased_square_norm: 3.0, printed_variance: 1.0 };
         assert_eq!(noise, expected);
         assert_eq!(noise.simple_scale(), Some(2.0 / 3.0));
     }

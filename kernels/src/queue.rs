@@ -75,7 +75,7 @@ pub unsafe trait Queue: Send {
     /// out = x, rounded to the nearest even where `out` is narrower. f32 ↔ bf16, or equal types.
     fn cast(&self, out: ViewMut<'_>, x: View<'_>);
 
-    /// out\[0\] = weight · Σ xᵢ² over the finite xᵢ, out\[1\] = number of non-finite xᵢ. `out: [2]` f64, `x: [n]` f32. Products and sums are f64.
+    /// out\[0\] = weight · Σ xᵢ² over the finite xᵢ, out\[1\] = number of non-finite xᵢ. `out: [2]` f64, `x: [n]` f32 or bf16. Products and sums are f64.
     fn square_norm(&self, out: ViewMut<'_>, x: View<'_>, weight: f64);
 
     /// out\[n\] = table\[tokens\[n\]\]. `out: [N, C]` f32, `table: [V, C]` W, `tokens: [N]` u32 below V.

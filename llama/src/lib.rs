@@ -6,6 +6,9 @@
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
 //! | `commands` | `pillion generate` |
 //! | `inspect` | `pillion checkpoint`: what there is, and whether it is whole |
+//! | `controller` | the flags of the batch size |
+//! | `simulate` | `pillion abs simulate`: how far its statistics scatter |
+//! | `experiment` | `pillion experiment`: batch schedules compared |
 //! | `plan` | `pillion plan`: the layout of a run, and a simulated step |
 //! | `config` | shapes of models, their tensors and presets |
 //! | `model` | forward and backward, unit by unit |
@@ -15,13 +18,16 @@
 
 mod commands;
 pub mod config;
+mod controller;
 pub mod data;
 mod error;
+mod experiment;
 mod generate;
 mod inspect;
 pub mod model;
 mod plan;
 pub mod settings;
+mod simulate;
 pub mod train;
 
 pub use error::Error;
@@ -30,7 +36,7 @@ pub use generate::generate;
 use std::io::Write;
 
 use pillion_kernels::cpu::Isa;
-use settings::{Cli, Command};
+use settings::{AbsCommand, Cli, Command, ExperimentCommand};
 
 /// Runs the program with its arguments, the first of which is its name; returns the exit code: 0 when done, 1 after a failure, 2 for
 /// settings that cannot be, 69 when a rank was lost, 75 when a signal ended a run early, and what the launcher says of ranks that
@@ -54,6 +60,8 @@ pub fn main(arguments: &[String]) -> i32 {
         Command::Generate(settings) => commands::generate(settings),
         Command::Checkpoint(command) => inspect::inspect(command),
         Command::Plan(settings) => plan::plan(settings),
+        Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
+        Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
     });
     result.unwrap_or_else(|error| {
         complain(&error);

@@ -11,7 +11,10 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use pillion_runtime::{Mesh, Sharded};
 
 use crate::config::{Config, PRESETS, Preset};
+pub use crate::controller::{ControllerArgs, ControllerKind, CouplingKind, VariantKind};
+pub use crate::experiment::PaperArgs;
 pub use crate::plan::{MachineArgs, PlanArgs};
+pub use crate::simulate::SimulateArgs;
 
 /// Trains Llama-2 models, sharded over ranks.
 #[derive(Debug, Parser)]
@@ -34,6 +37,26 @@ pub enum Command {
     Checkpoint(CheckpointCommand),
     /// Print how a run would be laid out, and what a step would take on a machine that is described, without running it.
     Plan(Box<PlanArgs>),
+    /// Compare batch schedules.
+    #[command(subcommand)]
+    Experiment(ExperimentCommand),
+    /// Look into the statistics of adaptive batches.
+    #[command(subcommand)]
+    Abs(AbsCommand),
+}
+
+/// What to compare.
+#[derive(Debug, Subcommand)]
+pub enum ExperimentCommand {
+    /// Train with constant batches, stages and the norm test as in Lau et al. 2025, at the size of this machine, and report tables and figures.
+    Paper(PaperArgs),
+}
+
+/// What to do with statistics.
+#[derive(Debug, Subcommand)]
+pub enum AbsCommand {
+    /// Print how far estimates of known noise scatter, by groups and by moving average.
+    Simulate(SimulateArgs),
 }
 
 /// What to do with checkpoints.
@@ -105,17 +128,6 @@ impl From<BackendKind> for pillion_collectives::Backend {
             BackendKind::Hierarchical => Self::Hierarchical,
         }
     }
-}
-
-/// What the batch size follows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ControllerKind {
-    /// Always --batch.
-    Constant,
-    /// --stages.
-    Stagewise,
-    /// Grow while the gradient's noise is large against the gradient (--eta).
-    NormTest,
 }
 
 /// The device that ranks compute on.
@@ -247,15 +259,9 @@ pub struct TrainArgs {
     /// Batches are multiples of this, itself a multiple of --micro-batch; default: ranks times --micro-batch.
     #[arg(long, value_name = "N")]
     pub round_to: Option<u64>,
-    /// What the batch size follows.
-    #[arg(long, value_enum, default_value = "norm-test", value_name = "NAME")]
-    pub controller: ControllerKind,
-    /// Noise-to-gradient ratio that the norm test accepts; smaller values grow the batch earlier.
-    #[arg(long, value_name = "X", default_value_t = 0.9)]
-    pub eta: f64,
-    /// Stages of the stagewise controller: batch:share,batch:share,… with shares of the samples that sum to 1.
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = stage)]
-    pub stages: Vec<pillion_abs::Stage>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub controller: ControllerArgs,
     /// Peak learning rate.
     #[arg(long, value_name = "X", default_value_t = 3e-3)]
     pub lr: f64,
@@ -355,13 +361,6 @@ fn preset(name: &str) -> Result<Preset, String> {
         let names: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
         format!("no preset has this name; there are {}", names.join(", "))
     })
-}
-
-fn stage(text: &str) -> Result<pillion_abs::Stage, String> {
-    let (batch, share) = text.split_once(':').ok_or("a stage is batch:share, such as 2048:0.025")?;
-    let batch = batch.trim().parse().map_err(|error| format!("the batch `{batch}`: {error}"))?;
-    let share = share.trim().parse().map_err(|error| format!("the share `{share}`: {error}"))?;
-    Ok(pillion_abs::Stage { batch, share })
 }
 
 impl Cli {

@@ -36,6 +36,7 @@ pub struct Engine {
     pub(crate) updates: u64,
     pub(crate) health: Health,
     pub(crate) recording: Option<Recording>,
+    pub(crate) measures_groups: bool,
     outline: Outline,
     plans: HashMap<(Kind, usize), Arc<Verified>>,
     planner: Planner,
@@ -143,6 +144,7 @@ impl Engine {
             updates: 0,
             health: Health::Good,
             recording: None,
+            measures_groups: true,
             outline,
             plans: HashMap::new(),
             planner: Box::new(|outline, rounds| {
@@ -207,6 +209,12 @@ impl Engine {
             memory.moments += bytes(m) + bytes(v);
         }
         memory
+    }
+
+    /// Whether the steps from now on measure the gradients of their groups ([`StepReport::group_square_norms`](crate::StepReport)), as they do unless told otherwise. To be called alike on
+    /// every rank. It costs one reading of the gradient a round; the collectives are the same either way.
+    pub fn measure_groups(&mut self, wanted: bool) {
+        self.measures_groups = wanted;
     }
 
     /// Records from now on what this rank does and when, or no longer. Collective: times count from a barrier.

@@ -115,11 +115,18 @@ impl GradientStore {
         (gradient.as_mut().expect(LOST).view_mut(), sideband.as_mut().expect(LOST).view_mut())
     }
 
-    /// Rounds a complete gradient of `len` elements to the type in which it travels.
-    pub(crate) fn round(&mut self, slot: usize, len: usize, queue: &dyn Queue) {
-        let Slot { gradient, narrow, .. } = &mut self.slots[slot];
+    /// Rounds a complete gradient, of `padded` elements with its padding, to the type in which it travels. With a `weight` it takes that times the square norm of
+    /// what will travel, of `len` elements, into the slot's sideband.
+    pub(crate) fn complete(&mut self, slot: usize, len: usize, padded: usize, weight: Option<f64>, queue: &dyn Queue) {
+        let Slot { gradient, narrow, sideband, .. } = &mut self.slots[slot];
+        let gradient = gradient.as_ref().expect(LOST);
         if let Some(narrow) = narrow {
-            queue.cast(narrow.slice_mut(0..len), gradient.as_ref().expect(LOST).slice(0..len));
+            queue.cast(narrow.slice_mut(0..padded), gradient.slice(0..padded));
+        }
+        if let Some(weight) = weight {
+            let travels = narrow.as_ref().unwrap_or(gradient).slice(0..len);
+            let sideband = sideband.as_mut().expect(LOST).view_mut();
+            queue.square_norm(sideband.slice(sideband::SQUARE_NORM), travels, weight);
         }
     }
 

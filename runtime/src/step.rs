@@ -91,8 +91,9 @@ pub struct StepReport {
     pub gradient_norm: f64,
     /// ‖Σₖ Gₖ‖² over groups k, each a micro-batch of a rank.
     pub square_norm: f64,
-    /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k. Where gradients are whole, a group is all micro-batches of a rank.
-    pub group_square_norms: f64,
+    /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k, of the values that travelled. Where gradients are whole, a group is all micro-batches of a rank. None unless every rank measured its
+    /// own ([`Engine::measure_groups`]).
+    pub group_square_norms: Option<f64>,
     /// Time for which this rank's host waited for a collective.
     pub exposed: Duration,
     /// Collective operations of this rank.
@@ -299,14 +300,13 @@ impl<'e> Step<'e> {
         let action = self.plan.operations[index].action;
         if let Action::Compute { unit, gradients: Some(Fill { slot, last: true, .. }), .. } = action {
             let Unit { len, padded, tensors, .. } = &engine.layout.units[unit];
-            let (mut gradient, sideband) = engine.gradients.opened(slot);
+            let (mut gradient, _) = engine.gradients.opened(slot);
             for tensor in tensors.iter().filter(|tensor| tensor.frozen) {
                 engine.queue.zero(gradient.reborrow().slice(tensor.range.clone()));
             }
             let weight = if self.tokens == 0 { 0.0 } else { 1.0 / self.tokens as f64 };
-            let gradient = gradient.as_view().slice(0..*len);
-            engine.queue.square_norm(sideband.slice(sideband::SQUARE_NORM), gradient, weight);
-            engine.gradients.round(slot, *padded, &*engine.queue);
+            let weight = engine.measures_groups.then_some(weight);
+            engine.gradients.complete(slot, *len, *padded, weight, &*engine.queue);
         }
         engine.events[index] = engine.queue.record();
         if let (Some(recording), Some(opened)) = (&mut engine.recording, self.opened.take()) {
@@ -321,10 +321,13 @@ impl<'e> Step<'e> {
         let Engine { queue, gradients, .. } = &mut *self.engine;
         gradients.bring_all(&**queue)?;
         self.waited(waiting, None);
-        let Engine { queue, gradients, layout, norms, weights, axes, .. } = &mut *self.engine;
+        let Engine { queue, gradients, layout, norms, weights, axes, measures_groups, .. } = &mut *self.engine;
         // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
         let mut values = [0.0f64; SUMS + REQUESTS];
-        let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite] = [0, 1, 2, 3, 4, 5];
+        let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite, measuring] = [0, 1, 2, 3, 4, 5, 6];
+        values[measuring] = f64::from(u8::from(*measures_groups));
+        let world = axes.world.world() as f64;
+        let measured = |values: &[f64]| (values[measuring] == world).then_some(values[group_square_norms]);
         for unit in 0..layout.units.len() {
             let (gradient, unit_totals) = gradients.sums(unit);
             let part = part(gradient.len(), axes.mesh.replicate, axes.replica());
@@ -370,7 +373,7 @@ impl<'e> Step<'e> {
             tokens,
             gradient_norm: values[square_norm].sqrt() / tokens,
             square_norm: values[square_norm],
-            group_square_norms: values[group_square_norms],
+            group_square_norms: measured(&values),
             exposed: Duration::ZERO,
             operations: 0,
             bytes: 0,
@@ -386,8 +389,8 @@ impl<'e> Step<'e> {
     }
 }
 
-/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, the square norm, the number of values that are not finite.
-const SUMS: usize = sideband::LEN + 2;
+/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, the square norm, the number of values that are not finite, and of ranks that measure groups.
+const SUMS: usize = sideband::LEN + 3;
 
 const AXIS: &str = "a plan moves along the axes that there are";
 

@@ -9,8 +9,8 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 const GROWING: &str = "--eta 0.35 --max-batch 64";
 
 /// All 20 steps in one go, on two ranks.
-fn whole_run(place: &Workplace) -> Vec<Step> {
-    let steps = place.train("whole", &format!("{GROWING} --ranks 2 --steps 20"));
+fn whole_run(place: &Workplace, growing: &str) -> Vec<Step> {
+    let steps = place.train("whole", &format!("{growing} --ranks 2 --steps 20"));
     let batches: Vec<u64> = steps.iter().map(|step| step.batch_samples).collect();
     assert!(batches[9] < batches[19], "the batch must still change after step 10: {batches:?}");
     steps
@@ -23,23 +23,31 @@ fn without_validation(mut steps: Vec<Step>) -> Vec<Step> {
 }
 
 #[test]
-fn two_halves_equal_the_whole_bit_for_bit() {
-    let place = Workplace::new(PROGRAM);
-    let whole = whole_run(&place);
-    place.train("halves", &format!("{GROWING} --ranks 2 --steps 10 --save-every 10"));
-    assert_eq!(place.checkpoints("halves"), ["step-00000010"]);
-    let ended =
-        place.run(&format!("train {TINY} --out halves {GROWING} --ranks 2 --steps 20 --resume auto")).succeeded();
-    assert!(ended.stdout.contains("step-00000010 after step 10"), "{ended}");
-    let halves = place.steps("halves");
-    assert_eq!(whole[19], halves[19], "with the validation loss at the end");
-    assert_eq!(without_validation(whole), without_validation(halves));
+fn two_halves_equal_the_whole_bit_for_bit_with_every_controller_that_grows() {
+    for growing in [
+        GROWING,
+        "--variant debiased --eta 0.4 --patience 2 --growth-limit 1.5 --max-batch 64 --lr-coupling sqrt",
+        "--controller noise-scale --ratio 8 --ema 0.8 --test-interval 3 --max-batch 64 --lr-coupling linear",
+        "--controller linear-ramp --ramp 64:0.3 --max-batch 64",
+        "--controller stagewise --stages 8:0.06,16:0.04,64:0.9 --max-batch 64",
+    ] {
+        let place = Workplace::new(PROGRAM);
+        let whole = whole_run(&place, growing);
+        place.train("halves", &format!("{growing} --ranks 2 --steps 10 --save-every 10"));
+        assert_eq!(place.checkpoints("halves"), ["step-00000010"]);
+        let flags = format!("train {TINY} --out halves {growing} --ranks 2 --steps 20 --resume auto");
+        let ended = place.run(&flags).succeeded();
+        assert!(ended.stdout.contains("step-00000010 after step 10"), "{ended}");
+        let halves = place.steps("halves");
+        assert_eq!(whole[19], halves[19], "with the validation loss at the end: {growing}");
+        assert_eq!(without_validation(whole), without_validation(halves), "{growing}");
+    }
 }
 
 #[test]
 fn a_run_that_was_killed_between_saves_ends_like_one_that_was_not() {
     let place = Workplace::new(PROGRAM);
-    let whole = whole_run(&place);
+    let whole = whole_run(&place, GROWING);
     let flags = format!("train {TINY} --out killed {GROWING} --ranks 2");
     let running = place.start(&format!("{flags} --steps 1000 --save-every 4"));
     let ranks = running.ranks(2);
@@ -58,7 +66,7 @@ fn a_run_that_was_killed_between_saves_ends_like_one_that_was_not() {
 #[test]
 fn another_number_of_ranks_goes_on_alike() {
     let place = Workplace::new(PROGRAM);
-    let whole = whole_run(&place);
+    let whole = whole_run(&place, GROWING);
     for ranks in [1, 4] {
         let out = format!("on-{ranks}");
         place.train(&out, &format!("{GROWING} --ranks 2 --steps 10"));
@@ -93,6 +101,8 @@ fn another_run_is_refused_by_the_key_that_differs() {
         ("--seed 8", &["seed = 7", "8"]),
         ("--precision bf16", &["precision", "f32", "bf16"]),
         ("--eta 0.125", &["eta", "0.125"]),
+        ("--variant debiased", &["variant", "unbiased", "debiased"]),
+        ("--lr-coupling sqrt", &["coupling", "none", "sqrt"]),
         ("--samples 4000", &["samples = 2000"]),
         ("--data other", &["other text", "same --data"]),
     ] {

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::Stage;
+use crate::{Stage, Variant};
 
 /// A batch of `samples` of 128 tokens in 4 groups that shows exactly the expected sums for noise σ² = `variance` and true
 /// gradient |G|² = `signal`: σₜ² = 128σ², Σ‖G_k‖²/n_k = N|G|² + 4σₜ², ‖ΣG_k‖² = N²|G|² + Nσₜ².
@@ -31,7 +31,7 @@ fn quiet(samples: u64) -> Observation {
 }
 
 fn norm_test() -> Settings {
-    let rule = Rule::NormTest { eta: 0.5 };
+    let rule = Rule::NormTest { eta: 0.5, variant: Variant::Unbiased };
     Settings { ema_decay: 0.0, ..Settings::new(64, 8192, 64, rule) }
 }
 
@@ -45,18 +45,68 @@ fn run<const N: usize>(settings: Settings, observations: [fn(u64) -> Observation
     observations.into_iter().map(&mut step).collect()
 }
 
-/// With E Q = |G|² + σ²/b the norm test is just met at σ²/b = η²(|G|² + σ²/b), so b = σ²(1 − η²)/(η²|G|²). Here
-/// 800·0.75/0.25 = 2400, of which 2432 is the next multiple of 64.
-#[test]
-fn norm_test_settles_where_theory_says() {
-    let mut controller = Controller::new(norm_test()).unwrap();
+/// Batch and reason after fifty steps whose noise has σ² = 800 and |G|² = 1.
+fn settled(rule: Rule) -> (u64, Reason) {
+    let mut controller = Controller::new(Settings { rule, ..norm_test() }).unwrap();
     let mut reason = Reason::Waiting;
     for _ in 0..50 {
         let decision = controller.observe(&expected_sums(controller.batch(), 800.0, 1.0));
         reason = decision.reason;
         assert!((decision.noise_scale.unwrap() / 800.0 - 1.0).abs() < 1e-9);
     }
-    assert_eq!((controller.batch(), reason), (2432, Reason::Sufficient));
+    (controller.batch(), reason)
+}
+
+/// With E Q = |G|² + σ²/b the norm test is just met at σ²/b = η²(|G|² + σ²/b), so b = σ²(1 − η²)/(η²|G|²). Here
+/// 800·0.75/0.25 = 2400, of which 2432 is the next multiple of 64. Without the noise in Q it is σ²/(η²|G|²) = 3200.
+#[test]
+fn norm_test_settles_where_theory_says() {
+    let rule = |variant| Rule::NormTest { eta: 0.5, variant };
+    assert_eq!(settled(rule(Variant::Unbiased)), (2432, Reason::Sufficient));
+    assert_eq!(settled(rule(Variant::Debiased)), (3200, Reason::Sufficient));
+}
+
+/// Three quarters of 800 samples are 600, of which 640 is the next multiple of 64.
+#[test]
+fn noise_scale_settles_at_its_share() {
+    assert_eq!(settled(Rule::NoiseScale { ratio: 0.75 }), (640, Reason::Sufficient));
+}
+
+/// E‖V̂‖₁ = (K − 1)σ²/b with K = 4 groups, so the printed test asks for at most 3/η² samples at any batch: 12 with η = 0.5,
+/// far below the 64 that it starts from, which the unbiased one leaves at once. To grow, it needs an η below 3/64 in square.
+#[test]
+fn the_printed_formula_cannot_leave_a_batch_above_its_bound() {
+    let printed = |eta| Rule::NormTest { eta, variant: Variant::PaperLiteral };
+    assert_eq!(settled(printed(0.5)), (64, Reason::Sufficient));
+    assert_eq!(settled(printed(0.22)), (64, Reason::Sufficient));
+    // 3σ²/b / (η²(|G|² + σ²/b)) at b = 64: 37.5 / (0.0225 · 13.5) = 123.
+    assert!(settled(printed(0.15)).0 > 64);
+    let noise = expected_sums(64, 1e12, 1.0).noise().unwrap();
+    assert!((norm_test::wanted(0.5, Variant::PaperLiteral, &noise).unwrap() - 12.0).abs() < 1e-6);
+}
+
+#[test]
+fn a_ramp_follows_the_samples_seen() {
+    let rule = Rule::LinearRamp { end: 256, samples: 1000 };
+    let mut controller = Controller::new(Settings { rule, ..norm_test() }).unwrap();
+    let mut batches = vec![controller.batch()];
+    while controller.state().samples < 1200 {
+        let decision = controller.observe(&noisy(controller.batch()));
+        assert_eq!((decision.reason, decision.wanted), (Reason::Scheduled, None));
+        batches.push(decision.batch);
+    }
+    // Increments after 333⅓, 666⅔ and 1000 samples: six steps of 64 reach 384, three of 128 reach 768, two of 192 reach 1152.
+    assert_eq!(batches, [64, 64, 64, 64, 64, 64, 128, 128, 128, 192, 192, 256, 256]);
+}
+
+/// Where noise drowns the gradient there is no noise scale: rules that divide by |Ĝ|² wait, the plain norm test does not.
+#[test]
+fn a_drowned_gradient_stops_only_rules_that_need_it() {
+    let drowned = Observation { square_norm: 64.0 * 128.0, ..expected_sums(64, 1e4, 1.0) };
+    let decide = |rule| Controller::new(Settings { rule, ..norm_test() }).unwrap().observe(&drowned).reason;
+    assert_eq!(decide(Rule::NoiseScale { ratio: 1.0 }), Reason::NoGradient);
+    assert_eq!(decide(Rule::NormTest { eta: 0.5, variant: Variant::Debiased }), Reason::NoGradient);
+    assert_eq!(decide(Rule::NormTest { eta: 0.5, variant: Variant::Unbiased }), Reason::Grown);
 }
 
 #[test]
@@ -185,7 +235,7 @@ fn a_state_that_does_not_fit_is_refused() {
 fn any_settings() -> impl Strategy<Value = Settings> {
     let limits = (1u64..=64, 1u64..=8, 0u64..=200);
     let dynamics = (1.01..4.0f64, 1u32..=3, 0.0..0.99f64, 1u64..=3, any::<bool>());
-    (limits, dynamics, 0..5usize, 0.1..2.0f64).prop_map(|(limits, dynamics, rule, eta)| {
+    (limits, dynamics, 0..8usize, 0.1..2.0f64).prop_map(|(limits, dynamics, rule, eta)| {
         let (round_to, base, more) = limits;
         let (growth_limit, patience, ema_decay, interval, monotone) = dynamics;
         let (base, cap) = (base * round_to, (base + more) * round_to);
@@ -193,7 +243,11 @@ fn any_settings() -> impl Strategy<Value = Settings> {
         let rule = match rule {
             0 => Rule::Constant,
             1 => Rule::Stagewise { stages, horizon: 10_000 },
-            _ => Rule::NormTest { eta },
+            2 => Rule::LinearRamp { end: cap, samples: 10_000 },
+            3 => Rule::NoiseScale { ratio: eta },
+            4 => Rule::NormTest { eta, variant: Variant::Debiased },
+            5 => Rule::NormTest { eta, variant: Variant::PaperLiteral },
+            _ => Rule::NormTest { eta, variant: Variant::Unbiased },
         };
         Settings { base, cap, round_to, growth_limit, patience, ema_decay, interval, monotone, rule }
     })

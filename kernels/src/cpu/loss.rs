@@ -42,14 +42,14 @@ pub(super) const PART: usize = 1 << 16;
 /// (Σ xᵢ² over the finite xᵢ, number of the others) of each [`PART`] elements. Squares of f32 are exact in f64, and eight lanes of f64 keep
 /// the sum's error below n/8·2⁻⁵³ of it: the gradient statistic subtracts nearly equal sums, where f32 would not do.
 #[inline(always)]
-pub(super) fn square_norms(sums: &mut [(f64, u64)], x: &[f32]) {
+pub(super) fn square_norms<T: Value>(sums: &mut [(f64, u64)], x: &[T]) {
     for (sum, x) in sums.iter_mut().zip(x.chunks(PART)) {
         *sum = square_norm(x);
     }
 }
 
 #[inline(always)]
-fn square_norm(x: &[f32]) -> (f64, u64) {
+fn square_norm<T: Value>(x: &[T]) -> (f64, u64) {
     const LANES: usize = 8;
     let mut lanes = [0.0f64; LANES];
     // 32 bits wide for the vectors' sake; a part is shorter.
@@ -57,14 +57,15 @@ fn square_norm(x: &[f32]) -> (f64, u64) {
     let (blocks, tail) = x.as_chunks::<LANES>();
     for block in blocks {
         for lane in 0..LANES {
-            let finite = block[lane].is_finite();
-            let value = if finite { f64::from(block[lane]) } else { 0.0 };
+            let value = block[lane].widen();
+            let finite = value.is_finite();
+            let value = if finite { f64::from(value) } else { 0.0 };
             lanes[lane] += value * value;
             bad[lane] += u32::from(!finite);
         }
     }
     let (mut sum, mut count) = (lanes.iter().sum::<f64>(), bad.iter().map(|&n| u64::from(n)).sum());
-    for &x in tail {
+    for x in tail.iter().map(|x| x.widen()) {
         if x.is_finite() {
             sum += f64::from(x) * f64::from(x);
         } else {

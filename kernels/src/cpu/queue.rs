@@ -125,14 +125,16 @@ unsafe impl Queue for HostQueue {
 
     fn square_norm(&self, out: ViewMut<'_>, x: View<'_>, weight: f64) {
         assert_eq!(out.len(), 2, "square_norm writes a sum and a count");
+        let (dtype, parts) = (x.dtype(), x.len().div_ceil(loss::PART));
         self.run(Work::moves("square_norm"), [out], [x], move |team, [out], [x]| {
-            let x = x.of::<f32>();
-            scratch::with(&NORMS, x.len().div_ceil(loss::PART), |norms| {
-                team.split((Write(&mut *norms, 1), Read(x, loss::PART)), 1, |(norms, x)| {
-                    vectorized(
-                        #[inline(always)]
-                        || loss::square_norms(norms.0, x.0),
-                    );
+            scratch::with(&NORMS, parts, |norms| {
+                with_type!(dtype, T => {
+                    team.split((Write(&mut *norms, 1), Read(x.of::<T>(), loss::PART)), 1, |(norms, x)| {
+                        vectorized(
+                            #[inline(always)]
+                            || loss::square_norms(norms.0, x.0),
+                        );
+                    });
                 });
                 let (sum, non_finite) = norms.iter().fold((0.0, 0), |sums, norm| (sums.0 + norm.0, sums.1 + norm.1));
                 out.of().copy_from_slice(&[weight * sum, non_finite as f64]);

@@ -1,6 +1,7 @@
 //! Cross-entropy, and sums of squares.
 
-use pillion_kernels::DType;
+use half::bf16;
+use pillion_kernels::{DType, Element};
 
 use crate::bounded::{Bounded, exact, max, sum, to};
 use crate::common::{TYPES, assert_certain, assert_gradient, assert_within, integers, normals, run};
@@ -95,7 +96,7 @@ fn a_nan_among_the_logits_reaches_the_loss_and_its_rows_gradient() {
     }
 }
 
-fn square_norm_by_kernel(x: &[f32], weight: f64) -> Vec<f64> {
+fn square_norm_by_kernel<T: Element>(x: &[T], weight: f64) -> Vec<f64> {
     let [sums] = run(|stage| {
         let (mut sums, x) = (stage.buffer(&[f64::NAN; 2]), stage.buffer(x));
         stage.queue.square_norm(sums.view_mut(), x.view(), weight);
@@ -113,6 +114,15 @@ fn squares_of_integers_are_summed_exactly() {
         let exact: u64 = x.iter().map(|&x| (x as u64).pow(2)).sum();
         assert_eq!(square_norm_by_kernel(&x, 0.25), [0.25 * exact as f64, 0.0]);
     }
+}
+
+#[test]
+fn squares_of_narrow_numbers_are_those_of_their_values() {
+    let narrow: Vec<bf16> = normals(100_003, 2).into_iter().map(bf16::from_f32).collect();
+    let wide: Vec<f32> = narrow.iter().map(|x| x.to_f32()).collect();
+    assert_eq!(square_norm_by_kernel(&narrow, 3.0), square_norm_by_kernel(&wide, 3.0));
+    let bad = [bf16::ONE, bf16::NAN, bf16::INFINITY, bf16::NEG_ONE];
+    assert_eq!(square_norm_by_kernel(&bad, 1.0), [2.0, 2.0]);
 }
 
 #[test]

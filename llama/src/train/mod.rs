@@ -26,6 +26,7 @@ use signal_hook::iterator::Signals;
 use crate::settings::{LaunchKind, TrainArgs};
 use crate::{Error, complain};
 
+pub(crate) use metrics::Line;
 #[cfg(test)]
 pub(crate) use plan_table::step_bytes;
 pub(crate) use plan_table::{bytes, grouped, plan_table};

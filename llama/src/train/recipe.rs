@@ -1,7 +1,7 @@
 //! What decides the numbers of a run: settings that have been checked against each other, which a checkpoint keeps and a resumed
 //! run must repeat.
 
-use pillion_abs::{Rule, Settings as ControllerSettings};
+use pillion_abs::{Coupling, Settings as ControllerSettings};
 use pillion_kernels::{AdamW, DType};
 use pillion_runtime::{Gather, Mesh, Policy};
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::schedule::Schedule;
 use crate::Error;
 use crate::config::Config;
-use crate::settings::{ControllerKind, GatherKind, PolicyArgs, Precision, TrainArgs};
+use crate::settings::{GatherKind, PolicyArgs, Precision, TrainArgs};
 
 /// β₁ and β₂ of Llama 2's training, and ε.
 const BETAS: (f32, f32) = (0.9, 0.95);
@@ -28,6 +28,7 @@ pub(crate) struct Recipe {
     pub(crate) seed: u64,
     pub(crate) controller: ControllerSettings,
     pub(crate) schedule: Schedule,
+    pub(crate) coupling: Coupling,
     pub(crate) weight_decay: f64,
     /// Largest gradient norm; none for no limit.
     pub(crate) clip: Option<f64>,
@@ -86,19 +87,7 @@ impl Recipe {
         if !(0.0..1.0).contains(&settings.warmup) {
             return fail(format!("--warmup {} is a share of the samples: at least 0 and below 1", settings.warmup));
         }
-        if settings.controller != ControllerKind::Stagewise && !settings.stages.is_empty() {
-            return fail("--stages needs --controller stagewise".to_owned());
-        }
-        let rule = match settings.controller {
-            ControllerKind::Constant => Rule::Constant,
-            ControllerKind::Stagewise if settings.stages.is_empty() => {
-                return fail("--controller stagewise needs --stages, such as 16:0.1,32:0.9".to_owned());
-            }
-            ControllerKind::Stagewise => Rule::Stagewise { stages: settings.stages.clone(), horizon: settings.samples },
-            ControllerKind::NormTest => Rule::NormTest { eta: settings.eta },
-        };
-        let controller = ControllerSettings::new(batch, cap, round_to, rule);
-        controller.validate().map_err(|error| Error::Setting(error.to_string()))?;
+        let controller = settings.controller.settings(batch, cap, round_to, settings.samples)?;
         let TrainArgs { lr, warmup, final_lr, samples, .. } = *settings;
         Ok(Recipe {
             model,
@@ -109,9 +98,15 @@ impl Recipe {
             seed: settings.seed,
             controller,
             schedule: Schedule { lr, warmup, final_lr, samples },
+            coupling: settings.controller.lr_coupling.into(),
             weight_decay: settings.weight_decay,
             clip: (settings.clip > 0.0).then_some(settings.clip),
         })
+    }
+
+    /// The learning rate of a step of the controller's `batch`, after which `samples` will have been seen.
+    pub(crate) fn lr(&self, batch: u64, samples: u64) -> f64 {
+        self.schedule.at(samples) * self.coupling.factor(batch, self.controller.base)
     }
 
     /// Settings of the update at learning rate `lr`; the engine fills in the rest.

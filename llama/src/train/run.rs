@@ -69,6 +69,18 @@ struct Run<'s> {
     targets: Vec<u32>,
 }
 
+/// Checks that all ranks have decided on the same batch, by the sum of theirs and of their squares: these are exact, and only of equal ones is the mean of the squares the square of
+/// the mean. Decisions are functions of sums that all ranks have; this is what says that they are.
+fn check_same(world: u64, sum: f64, squares: f64) -> Result<(), Error> {
+    if squares * world as f64 == sum * sum {
+        return Ok(());
+    }
+    Err(Error::Setting(format!(
+        "ranks have decided on different batches, {:.1} samples in the mean: start every rank with the same program",
+        sum / world as f64
+    )))
+}
+
 #[derive(Clone, Copy, Debug, Default)]
 struct Counters {
     step: u64,
@@ -266,7 +278,7 @@ impl<'s> Run<'s> {
         let batch = self.controller.batch().min(self.recipe.schedule.samples - self.progress.samples);
         let micro_batches = batch / micro_batch;
         let rounds = micro_batches.div_ceil(world);
-        let lr = self.recipe.schedule.at(self.progress.samples + batch);
+        let lr = self.recipe.lr(self.controller.batch(), self.progress.samples + batch);
         let mut step = self.engine.begin(rounds as usize)?;
         for round in 0..rounds {
             let index = round * world + rank;
@@ -282,8 +294,10 @@ impl<'s> Run<'s> {
             }
             self.model.train(&mut step, &self.inputs, &self.targets)?;
         }
-        let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request()];
+        let decided = self.controller.batch() as f64;
+        let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
         let report = step.finish(self.recipe.adamw(lr), &mut asked)?;
+        check_same(world, asked[2], asked[3])?;
         // A whole gradient is that of all micro-batches of a rank.
         let whole = !self.engine.policy().sharded.gradients;
         let groups = if whole { micro_batches.min(world) } else { micro_batches };
@@ -291,7 +305,7 @@ impl<'s> Run<'s> {
             groups,
             samples: batch,
             tokens: report.tokens as u64,
-            group_square_norms: report.group_square_norms,
+            group_square_norms: report.group_square_norms.expect("groups are measured unless told otherwise"),
             square_norm: report.square_norm,
             non_finite: 0,
         });
@@ -424,5 +438,26 @@ impl<'s> Run<'s> {
         let (seq, seed) = (self.recipe.seq, self.recipe.seed);
         let text = generate(&mut self.engine, &mut model, seq, &prompt, LENGTH, 0.7, seed)?;
         Ok(format!("{PROMPT}{}", String::from_utf8_lossy(&tokenizer::decode(&text))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_with_another_batch_is_noticed() {
+        let check = |batches: &[f64]| {
+            check_same(batches.len() as u64, batches.iter().sum(), batches.iter().map(|batch| batch * batch).sum())
+        };
+        for batch in [1.0, 3.0, 1_048_576.0] {
+            check(&vec![batch; 512]).unwrap();
+            let mut batches = vec![batch; 512];
+            batches[77] += 1.0;
+            check(&batches).unwrap_err();
+            // The same mean.
+            batches[3] -= 1.0;
+            check(&batches).unwrap_err();
+        }
     }
 }

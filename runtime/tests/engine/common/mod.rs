@@ -290,7 +290,8 @@ pub(crate) fn joined<R>(setup: &Setup, ranks: &[R], states: impl Fn(&R) -> &Vec<
 /// The bits of a report's numbers, but for those of traffic and time.
 pub(crate) fn bits_of(report: &StepReport) -> Vec<u64> {
     let StepReport { loss_sum, tokens, gradient_norm, square_norm, group_square_norms, .. } = report;
-    let numbers = [loss_sum, tokens, gradient_norm, square_norm, group_square_norms];
+    let group_square_norms = group_square_norms.expect("groups are measured unless told otherwise");
+    let numbers = [*loss_sum, *tokens, *gradient_norm, *square_norm, group_square_norms];
     numbers.into_iter().map(|x| x.to_bits()).collect()
 }
 

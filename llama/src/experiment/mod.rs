@@ -1,0 +1,231 @@
+//! `pillion experiment paper`: the paper's comparison of batch schedules, at the size of a small machine.
+//!
+//! Every run is a `pillion train` of its own, which saves as it goes; so an experiment that was interrupted goes on where it was. What it reports, it reads
+//! from the runs' `metrics.jsonl`, and nothing else.
+
+mod figure;
+mod grid;
+mod report;
+mod results;
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use pillion_collectives::launcher::EXIT_INTERRUPTED;
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+
+use crate::train::stopping;
+use crate::{Error, print, train};
+use grid::{Run, grid};
+use results::Results;
+
+/// How often to look at the run under way.
+const POLL: Duration = Duration::from_millis(200);
+
+/// Settings of `experiment paper`.
+#[derive(Clone, Debug, Args)]
+pub struct PaperArgs {
+    /// Text to train on, a file or a folder; default: the sources of the crates this program is built from.
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Folder of all runs and of the report; finished runs in it are not made again, and keep what they print and their metrics alone.
+    #[arg(long, value_name = "DIR", default_value = "runs/paper")]
+    pub out: PathBuf,
+    /// Ranks of each run, 1, 2 or 4.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub ranks: usize,
+    /// Samples of each run; default: 8192, or 1536 with --quick.
+    #[arg(long, value_name = "N")]
+    pub samples: Option<u64>,
+    /// Seeds of each schedule; default: 3, or 1 with --quick.
+    #[arg(long, value_name = "N")]
+    pub seeds: Option<u64>,
+    /// Samples to validate each run on.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub validation_samples: u64,
+    /// Only runs whose name has this part, such as norm-test or 3.3M.
+    #[arg(long, value_name = "PART")]
+    pub only: Option<String>,
+    /// A look at it in less than ten minutes: the smaller model, one seed, few samples. Says little about schedules.
+    #[arg(long)]
+    pub quick: bool,
+    /// Make the report of the runs that are finished, and no other run.
+    #[arg(long)]
+    pub report: bool,
+}
+
+/// Makes the runs that are missing, then the report; returns the exit code.
+///
+/// # Errors
+/// When a run fails, named, or a file cannot be written.
+pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
+    let runs = grid(settings)?;
+    let folder = |run: &Run| settings.out.join(&run.name);
+    if !settings.report {
+        let stop = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM, SIGUSR1] {
+            signal_hook::flag::register(signal, stop.clone()).expect("these signals can be handled");
+        }
+        let mut progress = Progress::new(&runs, &folder)?;
+        for (number, run) in runs.iter().enumerate() {
+            if Results::of(&folder(run), run.samples)?.is_finished() {
+                keep_metrics(&folder(run))?;
+                continue;
+            }
+            progress.begin(number, run, &runs);
+            let ended = make(settings, run, &folder(run), &stop, &mut progress)?;
+            match ended.code() {
+                Some(0) => {
+                    progress.end(run);
+                    keep_metrics(&folder(run))?;
+                }
+                // It may not have come so far as to end in its own way.
+                _ if stopping(&stop) => {}
+                _ => {
+                    let reason = format!("the run {} failed ({ended}): see this log", run.name);
+                    return Err(Error::file(log(&folder(run)), reason));
+                }
+            }
+            if stopping(&stop) {
+                print("interrupted: the same command goes on from here");
+                return Ok(EXIT_INTERRUPTED);
+            }
+        }
+    }
+    let mut finished = Vec::new();
+    for run in runs {
+        let results = Results::of(&folder(&run), run.samples)?;
+        if results.is_finished() {
+            finished.push((run, results));
+        }
+    }
+    if finished.is_empty() {
+        return Err(Error::file(&settings.out, "no run in it is finished: leave --report out to make them"));
+    }
+    let (path, tables) = report::write(&settings.out, &finished)?;
+    print(tables);
+    print(format_args!("report      {}", path.display()));
+    Ok(0)
+}
+
+/// Makes one run, or goes on with it.
+fn make(
+    settings: &PaperArgs,
+    run: &Run,
+    folder: &Path,
+    stop: &AtomicBool,
+    progress: &mut Progress,
+) -> Result<ExitStatus, Error> {
+    let log_path = log(folder);
+    let parent = folder.parent().expect("a run lies in the experiment's folder");
+    let output = std::fs::create_dir_all(parent).and_then(|()| File::create(&log_path));
+    let output =
+        output.map_err(|error| Error::file(&log_path, format!("{error}: choose another folder with --out DIR")))?;
+    let errors = output.try_clone().map_err(|error| Error::file(&log_path, error))?;
+    let program = std::env::current_exe().map_err(|error| Error::file("pillion", error))?;
+    let mut command = Command::new(&program);
+    command.arg("train").args(&run.flags).arg("--out").arg(folder);
+    if let Some(data) = &settings.data {
+        command.arg("--data").arg(data);
+    }
+    let child = command.stdin(Stdio::null()).stdout(output).stderr(errors).spawn();
+    let mut child = child.map_err(|error| Error::file(&program, error))?;
+    let mut told = false;
+    loop {
+        if let Some(ended) = child.try_wait().map_err(|error| Error::file(&program, error))? {
+            return Ok(ended);
+        }
+        if stopping(stop) && !told {
+            // A terminal has told it already; two within a second are one.
+            let _ = kill_process(Pid::from_child(&child), Signal::TERM);
+            told = true;
+        }
+        progress.look(&Results::of(folder, run.samples).unwrap_or_default(), run);
+        std::thread::sleep(POLL);
+    }
+}
+
+/// Removes from a finished run's folder what the report does not need.
+fn keep_metrics(folder: &Path) -> Result<(), Error> {
+    for part in ["checkpoints", "tokens"] {
+        let path = folder.join(part);
+        if path.exists() {
+            std::fs::remove_dir_all(&path).map_err(|error| Error::file(&path, error))?;
+        }
+    }
+    Ok(())
+}
+
+/// Where what a run prints goes.
+fn log(folder: &Path) -> PathBuf {
+    let name = folder.file_name().expect("a run has a name").to_string_lossy();
+    folder.with_file_name(format!("{name}.log"))
+}
+
+/// What is done, in the unit of [`Run::cost`], and how long the rest will take.
+struct Progress {
+    bar: ProgressBar,
+    done: f64,
+    /// By this program, and how long it took.
+    made: f64,
+    began: Instant,
+    /// Cost of the run under way that an earlier program has paid; none until the first look.
+    before: Option<f64>,
+    total: f64,
+}
+
+impl Progress {
+    fn new(runs: &[Run], folder: &impl Fn(&Run) -> PathBuf) -> Result<Progress, Error> {
+        let total = runs.iter().map(Run::cost).sum();
+        let mut done = 0.0;
+        for run in runs {
+            if Results::of(&folder(run), run.samples)?.is_finished() {
+                done += run.cost();
+            }
+        }
+        let bar = match train::on_terminal() {
+            true => {
+                let style =
+                    ProgressStyle::with_template("{bar:40} {percent} %  {msg}").expect("a template of known keys");
+                ProgressBar::new(1000).with_style(style)
+            }
+            false => ProgressBar::hidden(),
+        };
+        Ok(Progress { bar, done, made: 0.0, began: Instant::now(), before: None, total })
+    }
+
+    fn begin(&mut self, number: usize, run: &Run, runs: &[Run]) {
+        let left = self.left(0.0).map_or_else(String::new, |left| format!(", about {left} to go"));
+        self.bar.suspend(|| print(format_args!("run {} of {}: {}{left}", number + 1, runs.len(), run.name)));
+        self.before = None;
+    }
+
+    /// Takes note of how far the run under way is.
+    fn look(&mut self, results: &Results, run: &Run) {
+        let paid = results.samples_seen() as f64 / run.samples as f64 * run.cost();
+        let before = *self.before.get_or_insert(paid);
+        let left = self.left((paid - before).max(0.0));
+        self.bar.set_position(((self.done + paid) / self.total * 1000.0) as u64);
+        self.bar.set_message(left.map_or_else(|| run.name.clone(), |left| format!("{}, about {left} to go", run.name)));
+    }
+
+    fn end(&mut self, run: &Run) {
+        self.made += run.cost() - self.before.unwrap_or(0.0);
+        self.done += run.cost();
+    }
+
+    /// How long the rest will take, if as long for its cost as what this program has made, with `more` of the run under way.
+    fn left(&self, more: f64) -> Option<HumanDuration> {
+        let made = self.made + more;
+        let rest = self.total - self.done - more - self.before.unwrap_or(0.0);
+        let seconds = self.began.elapsed().as_secs_f64() / made * rest.max(0.0);
+        (made > 0.0 && seconds.is_finite()).then(|| HumanDuration(Duration::from_secs_f64(seconds)))
+    }
+}

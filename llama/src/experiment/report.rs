@@ -1,0 +1,165 @@
+//! Tables and figures of the runs that are finished: `report/` in the experiment's folder.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use super::figure::{Curve, figure};
+use super::grid::Run;
+use super::results::{Part, Results};
+use crate::Error;
+
+/// Points of a curve at most.
+const POINTS: u64 = 96;
+
+/// All finished runs of one schedule: the seeds.
+struct Group<'r> {
+    schedule: &'r str,
+    seeds: Vec<&'r Results>,
+}
+
+/// Writes everything; returns the path of the page, and the tables.
+pub(super) fn write(out: &Path, finished: &[(Run, Results)]) -> Result<(PathBuf, String), Error> {
+    let folder = out.join("report");
+    let put = |name: &str, text: &str| {
+        let path = folder.join(name);
+        let written = path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(&path, text));
+        written.map_err(|error| Error::file(&path, error)).map(|()| path)
+    };
+    let mut models: Vec<&str> = finished.iter().map(|(run, _)| run.model).collect();
+    models.dedup();
+    let (mut tables, mut page) = (String::new(), String::from(HEAD));
+    for model in models {
+        let groups = groups(finished, model);
+        let samples = finished.iter().find(|(run, _)| run.model == model).map_or(0, |(run, _)| run.samples);
+        let (title, rows) = (format!("{model} parameters, {samples} samples"), rows(&groups));
+        tables.push_str(&markdown(&title, &rows));
+        page.push_str(&html(&title, &rows));
+        for (name, title, x, y, point) in FIGURES {
+            let curves: Vec<Curve> = groups.iter().map(|group| curve(group, samples, point)).collect();
+            let drawn = figure(&format!("{title}, {model}"), x, y, &curves);
+            let svg = drawn.map_err(|reason| Error::file(folder.join(name), reason))?;
+            put(&format!("{model}-{name}.svg"), &svg)?;
+            writeln!(page, "<figure>{svg}</figure>").expect("text grows");
+        }
+    }
+    for (run, results) in finished {
+        put(&format!("steps/{}.csv", run.name), &csv(results))?;
+    }
+    page.push_str("</body></html>\n");
+    put("tables.md", &tables)?;
+    Ok((put("report.html", &page)?, tables))
+}
+
+const HEAD: &str = "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>Batch schedules</title><style>
+body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; } th, td { padding: .2em .8em; text-align: right; } th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 1px solid; } figure { margin: 1.5em 0; }
+</style></head><body><h1>Batch schedules</h1>
+<p>Mean over seeds, and ± the standard deviation between them. Steps: optimizer steps. Time: of the steps alone. Training loss: mean over the last tenth of the samples;
+validation loss: after the last step. Both in nats a token. Curves: mean over seeds of the mean loss in parts of as many samples each.</p>
+";
+
+type Point = fn(&Part) -> (f64, f64);
+
+/// File, title, axes, and what they show of a part of a run.
+const FIGURES: [(&str, &str, &str, &str, Point); 4] = [
+    ("loss-samples", "Training loss by samples", "samples", "loss", |part| (part.samples, part.loss)),
+    ("loss-steps", "Training loss by steps", "steps", "loss", |part| (part.steps, part.loss)),
+    ("loss-time", "Training loss by time", "seconds of steps", "loss", |part| (part.seconds, part.loss)),
+    ("batch-samples", "Batch by samples", "samples", "batch, in samples", |part| (part.samples, part.batch)),
+];
+
+/// Schedules of a model in the order of their first runs.
+fn groups<'r>(finished: &'r [(Run, Results)], model: &str) -> Vec<Group<'r>> {
+    let mut groups: Vec<Group> = Vec::new();
+    for (run, results) in finished.iter().filter(|(run, _)| run.model == model) {
+        match groups.iter_mut().find(|group| group.schedule == run.schedule) {
+            Some(group) => group.seeds.push(results),
+            None => groups.push(Group { schedule: &run.schedule, seeds: vec![results] }),
+        }
+    }
+    groups
+}
+
+/// The seeds' mean at each part of the run in which all of them have a step.
+fn curve(group: &Group, samples: u64, point: Point) -> Curve {
+    let largest = group.seeds.iter().flat_map(|run| &run.steps).map(|line| line.batch_samples).max().unwrap_or(1);
+    // Two of the largest steps in each part, so that none is empty.
+    let count = (samples / (2 * largest)).clamp(1, POINTS) as usize;
+    let seeds: Vec<Vec<Option<Part>>> = group.seeds.iter().map(|run| run.parts(count)).collect();
+    let mean = |part: usize| {
+        let points: Option<Vec<(f64, f64)>> = seeds.iter().map(|parts| parts[part].as_ref().map(point)).collect();
+        let points = points?;
+        let (x, y) = points.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
+        Some((x / points.len() as f64, y / points.len() as f64))
+    };
+    Curve { name: group.schedule.to_owned(), points: (0..count).filter_map(mean).collect() }
+}
+
+const COLUMNS: [&str; 8] =
+    ["schedule", "seeds", "steps", "mean batch", "largest batch", "time, s", "training loss", "validation loss"];
+
+fn rows(groups: &[Group]) -> Vec<[String; 8]> {
+    let row = |group: &Group| {
+        let all = |value: fn(&Results) -> f64| group.seeds.iter().map(|run| value(run)).collect::<Vec<f64>>();
+        let losses = all(|run| run.validation_loss().unwrap_or(f64::NAN));
+        [
+            group.schedule.to_owned(),
+            group.seeds.len().to_string(),
+            spread(&all(|run| run.steps.len() as f64), 0),
+            spread(&all(Results::mean_batch), 1),
+            spread(&all(|run| run.steps.iter().map(|line| line.batch_samples as f64).fold(0.0, f64::max)), 0),
+            spread(&all(Results::seconds), 0),
+            spread(&all(Results::training_loss), 4),
+            spread(&losses, 4),
+        ]
+    };
+    groups.iter().map(row).collect()
+}
+
+/// Mean, and standard deviation where there are several.
+fn spread(values: &[f64], digits: usize) -> String {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    if values.len() < 2 {
+        return format!("{mean:.digits$}");
+    }
+    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (count - 1.0);
+    format!("{mean:.digits$} ± {:.digits$}", variance.sqrt())
+}
+
+fn markdown(title: &str, rows: &[[String; 8]]) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut text = format!("### {title}\n\n{}|---|{}\n", line(&COLUMNS.map(str::to_owned)), "---:|".repeat(7));
+    rows.iter().for_each(|row| text.push_str(&line(row)));
+    text.push('\n');
+    text
+}
+
+fn html(title: &str, rows: &[[String; 8]]) -> String {
+    let line = |tag: &str, cells: &[String]| {
+        let cells = cells.iter().map(|cell| format!("<{tag}>{cell}</{tag}>")).collect::<String>();
+        format!("<tr>{cells}</tr>\n")
+    };
+    let body: String = rows.iter().map(|row| line("td", row)).collect();
+    format!("<h2>{title}</h2>\n<table>{}{body}</table>\n", line("th", &COLUMNS.map(str::to_owned)))
+}
+
+/// What figures and tables are made of.
+fn csv(results: &Results) -> String {
+    let mut text = String::from(
+        "step,samples_seen,batch_samples,loss,grad_norm,lr,step_ms,noise_scale,wanted_batch,validation_loss\n",
+    );
+    let number = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.6}"));
+    for line in &results.steps {
+        let (noise, wanted, validation) =
+            (number(line.noise_scale), number(line.wanted_batch), number(line.validation_loss));
+        writeln!(
+            text,
+            "{},{},{},{:.6},{:.6},{:.3e},{:.2},{noise},{wanted},{validation}",
+            line.step, line.samples_seen, line.batch_samples, line.loss, line.grad_norm, line.lr, line.step_ms
+        )
+        .expect("text grows");
+    }
+    text
+}

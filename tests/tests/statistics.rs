@@ -1,0 +1,267 @@
+//! The statistics of a step against brute force: every group's gradient is gathered, and taken to mean what the formulas say, in f64.
+//!
+//! There is no model: backward passes add numbers drawn by lot, of which a part is the same for all tokens and the rest is noise.
+
+use std::sync::Arc;
+
+use half::bf16;
+use pillion_abs::{Noise, Observation, Unusable};
+use pillion_collectives::{Communicator, Launch, Options};
+use pillion_kernels::{AdamW, Cpu, DType, Device, LazyCpu};
+use pillion_runtime::{Engine, Error, Gather, Layout, Policy, Sharded, StepReport, TensorSpec, UnitSpec};
+
+const ADAMW: AdamW =
+    AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
+
+/// Elements of each unit's only tensor.
+const LENGTHS: [usize; 2] = [120, 41];
+
+fn units() -> Vec<UnitSpec> {
+    let unit = |(number, len): (usize, usize)| {
+        let tensor = TensorSpec { name: format!("tensor {number}"), shape: vec![len], decay: false, frozen: false };
+        UnitSpec { name: format!("unit {number}"), tensors: vec![tensor] }
+    };
+    LENGTHS.into_iter().enumerate().map(unit).collect()
+}
+
+/// Uniform in ±1; a pure function of its arguments (SplitMix64).
+fn random(words: [usize; 3]) -> f64 {
+    let mut state = 0u64;
+    for word in words {
+        state = state.wrapping_add(word as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        state ^= state >> 31;
+    }
+    (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+}
+
+/// Tokens of a micro-batch: uneven.
+fn tokens(micro_batch: usize) -> usize {
+    [3, 1, 4, 2, 5][micro_batch % 5]
+}
+
+/// The gradient of a micro-batch, summed over its tokens.
+fn gradient(micro_batch: usize, unit: usize) -> Vec<f32> {
+    let tokens = tokens(micro_batch) as f64;
+    let element =
+        |index| tokens * random([unit, index, 1000]) + tokens.sqrt() * 2.0 * random([unit, index, micro_batch]);
+    (0..LENGTHS[unit]).map(|index| element(index) as f32).collect()
+}
+
+/// How a step is made.
+#[derive(Clone, Debug)]
+struct Case {
+    world: usize,
+    rounds: usize,
+    policy: Policy,
+    lazy: bool,
+    /// A micro-batch with an element that is not a number.
+    bad: Option<usize>,
+    measured: bool,
+}
+
+impl Case {
+    /// Half of the ranks have none in the last round, if there is another round or rank.
+    fn micro_batches(&self) -> usize {
+        (self.world * self.rounds - self.world / 2).max(1)
+    }
+
+    /// The gradients that travel, each with its tokens.
+    fn groups(&self) -> Vec<(f64, Vec<f64>)> {
+        let round = |x: f32| match self.policy.reduce {
+            DType::Bf16 if self.world > 1 => f64::from(bf16::from_f32(x)),
+            _ => f64::from(x),
+        };
+        let whole = |micro_batch: usize| (0..LENGTHS.len()).flat_map(move |unit| gradient(micro_batch, unit));
+        let micro_batches = 0..self.micro_batches();
+        if self.policy.sharded.gradients {
+            let group = |micro_batch| (tokens(micro_batch) as f64, whole(micro_batch).map(round).collect());
+            return micro_batches.map(group).collect();
+        }
+        // A rank adds up its own first, in f32.
+        let of_rank = |rank: usize| {
+            let mut sum = (0.0, vec![0.0f32; LENGTHS.iter().sum()]);
+            for micro_batch in micro_batches.clone().skip(rank).step_by(self.world) {
+                sum.0 += tokens(micro_batch) as f64;
+                sum.1.iter_mut().zip(whole(micro_batch)).for_each(|(sum, x)| *sum += x);
+            }
+            (sum.0, sum.1.into_iter().map(round).collect())
+        };
+        (0..self.world.min(self.micro_batches())).map(of_rank).collect()
+    }
+
+    /// Two steps, on every rank.
+    fn run(&self) -> Vec<Vec<Result<StepReport, Error>>> {
+        let device: Arc<dyn Device> = if self.lazy { Arc::new(LazyCpu::new(5)) } else { Arc::new(Cpu) };
+        let program = |launch: Launch| -> Result<_, Error> {
+            let communicator = Arc::new(Communicator::connect(&launch, Options::default())?);
+            let layout = Layout::new(&units(), self.policy.mesh(self.world)?.shard);
+            let mut engine = Engine::new(communicator, device.clone(), layout, self.policy)?;
+            engine.initialize(|_, _, index| index as f32)?;
+            engine.measure_groups(self.measured);
+            Ok([self.bad, None].map(|bad| self.step(&mut engine, launch.rank, bad)).into())
+        };
+        std::thread::scope(|scope| {
+            let ranks: Vec<_> =
+                Launch::threads(self.world).into_iter().map(|launch| scope.spawn(|| program(launch))).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap().unwrap()).collect()
+        })
+    }
+
+    fn step(&self, engine: &mut Engine, rank: usize, bad: Option<usize>) -> Result<StepReport, Error> {
+        let mut step = engine.begin(self.rounds)?;
+        for round in 0..self.rounds {
+            let micro_batch = round * self.world + rank;
+            if micro_batch >= self.micro_batches() {
+                step.idle_round()?;
+                continue;
+            }
+            step.round(tokens(micro_batch));
+            for unit in 0..LENGTHS.len() {
+                step.forward(unit)?;
+            }
+            for unit in (0..LENGTHS.len()).rev() {
+                let mut pass = step.backward(unit)?;
+                let mut values: Vec<f32> = pass.queue.download(pass.gradients.tensor(0).as_view());
+                values.iter_mut().zip(gradient(micro_batch, unit)).for_each(|(value, x)| *value += x);
+                if bad == Some(micro_batch) && unit == 0 {
+                    values[7] = f32::NAN;
+                }
+                pass.queue.upload(pass.gradients.tensor(0), &values);
+                if unit + 1 == LENGTHS.len() {
+                    let mut loss: Vec<f64> = pass.queue.download(pass.loss.as_view());
+                    loss.iter_mut().for_each(|value| *value += tokens(micro_batch) as f64);
+                    pass.queue.upload(pass.loss, &loss);
+                }
+            }
+        }
+        step.finish(ADAMW, &mut [])
+    }
+
+    fn observation(&self, report: &StepReport, groups: usize) -> Observation {
+        Observation {
+            groups: groups as u64,
+            samples: report.tokens as u64,
+            tokens: report.tokens as u64,
+            group_square_norms: report.group_square_norms.expect("measured"),
+            square_norm: report.square_norm,
+            non_finite: 0,
+        }
+    }
+}
+
+/// From the groups' mean gradients and their weighted mean, as the quantities are defined; a token is a sample.
+fn brute_force(groups: &[(f64, Vec<f64>)]) -> Noise {
+    let count = groups.len() as f64;
+    let total: f64 = groups.iter().map(|(n, _)| n).sum();
+    let elements = 0..LENGTHS.iter().sum();
+    let mean: Vec<f64> = elements.map(|i| groups.iter().map(|(_, g)| g[i]).sum::<f64>() / total).collect();
+    let square_norm: f64 = mean.iter().map(|x| x * x).sum();
+    let distance = |(n, g): &(f64, Vec<f64>)| n * g.iter().zip(&mean).map(|(g, m)| (g / n - m).powi(2)).sum::<f64>();
+    let spread: f64 = groups.iter().map(distance).sum();
+    let variance = spread / (count - 1.0);
+    Noise {
+        variance,
+        square_norm,
+        debiased_square_norm: square_norm - variance / total,
+        printed_variance: spread / total,
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for world in 1..=4 {
+        for rounds in 1..=4 {
+            for reduce in [DType::F32, DType::Bf16] {
+                for (sharded, gather) in [
+                    (Sharded::EVERYTHING, Gather::Window),
+                    (Sharded::EVERYTHING, Gather::Copy),
+                    (Sharded::GRADIENTS, Gather::Window),
+                    (Sharded::OPTIMIZER, Gather::Window),
+                    (Sharded::NOTHING, Gather::Window),
+                ] {
+                    let policy = Policy { reduce, sharded, gather, ..Policy::default() };
+                    let lazy = (world + rounds) % 2 == 0;
+                    cases.push(Case { world, rounds, policy, lazy, bad: None, measured: true });
+                }
+            }
+        }
+    }
+    cases
+}
+
+/// Square norms and their sums are f64. What is not is the sum of K gradients in f32, at most K roundings of 2⁻²⁴ of the terms, so that its norm is off by at most
+/// K·2⁻²⁴·Σ‖G_k‖ ≤ K·2⁻²⁴·√(N·S) with S = Σ‖G_k‖²/n_k. Relative to the norm √T that is ε = K·2⁻²⁴·√(N·S/T), and 2ε to T; the noise, of which T/N is
+/// subtracted, is off by 2ε·(T/N)/(S − T/N) of itself, |Ĝ|² by 2ε·(1 + 1/(K − 1))·Q/|Ĝ|².
+#[test]
+fn statistics_equal_brute_force() {
+    for case in cases() {
+        let groups = case.groups();
+        let expected = brute_force(&groups);
+        let ranks = case.run();
+        for (rank, steps) in ranks.iter().enumerate() {
+            for (step, report) in steps.iter().enumerate() {
+                let report = report.as_ref().unwrap();
+                let first = ranks[0][step].as_ref().unwrap();
+                let bits = |r: &StepReport| [r.square_norm.to_bits(), r.group_square_norms.unwrap().to_bits()];
+                assert_eq!(bits(report), bits(first), "ranks must decide alike: {case:?}");
+                let noise = case.observation(report, groups.len()).noise();
+                if groups.len() < 2 {
+                    assert_eq!(noise, Err(Unusable::TooFewGroups), "{case:?}");
+                    continue;
+                }
+                let found = noise.unwrap();
+                let (count, total) = (groups.len() as f64, report.tokens);
+                let mean = expected.square_norm * total; // T/N
+                let sum = mean + expected.variance * (count - 1.0); // S
+                let twice = 2.0 * count * 2f64.powi(-24) * (sum / mean).sqrt();
+                for (what, found, expected, bound) in [
+                    ("square norm", found.square_norm, expected.square_norm, twice),
+                    ("noise", found.variance, expected.variance, twice * mean / (sum - mean)),
+                    ("printed", found.printed_variance, expected.printed_variance, twice * mean / (sum - mean)),
+                    (
+                        "signal",
+                        found.debiased_square_norm,
+                        expected.debiased_square_norm,
+                        twice * (1.0 + 1.0 / (count - 1.0)) * expected.square_norm
+                            / expected.debiased_square_norm.abs(),
+                    ),
+                ] {
+                    let error = (found - expected).abs() / expected.abs();
+                    assert!(error <= bound, "{what} on rank {rank}: {error:.1e} above {bound:.1e}, {case:?}");
+                    assert!(what == "signal" || bound <= 1e-5, "{what}: the bound is {bound:.1e}, {case:?}");
+                }
+            }
+        }
+    }
+}
+
+/// One rank's number that is not finite: every rank refuses the step, and the next one is as if it had not been.
+#[test]
+fn what_is_not_finite_on_one_rank_is_refused_by_all_and_leaves_nothing() {
+    for case in cases().into_iter().filter(|case| case.world > 1) {
+        let whole = case.run();
+        let bad = Case { bad: Some(case.micro_batches() - 1), ..case.clone() }.run();
+        for (rank, (steps, whole)) in bad.iter().zip(&whole).enumerate() {
+            assert!(matches!(steps[0], Err(Error::NonFinite { .. })), "rank {rank}: {:?}, {case:?}", steps[0]);
+            let [ours, theirs] = [&steps[1], &whole[1]].map(|report| report.as_ref().unwrap());
+            assert_eq!(ours.group_square_norms, theirs.group_square_norms, "{case:?}");
+            assert_eq!(ours.square_norm, theirs.square_norm, "{case:?}");
+        }
+    }
+}
+
+#[test]
+fn without_the_statistic_there_are_the_same_collectives_and_numbers() {
+    for case in cases() {
+        let with = case.run();
+        let without = Case { measured: false, ..case.clone() }.run();
+        for (with, without) in with.iter().flatten().zip(without.iter().flatten()) {
+            let [with, without] = [with, without].map(|report| report.as_ref().unwrap());
+            assert!(with.group_square_norms.is_some() && without.group_square_norms.is_none(), "{case:?}");
+            let numbers = |r: &StepReport| (r.operations, r.bytes, r.square_norm.to_bits(), r.loss_sum.to_bits());
+            assert_eq!(numbers(with), numbers(without), "{case:?}");
+        }
+    }
+}
