@@ -70,6 +70,7 @@
 //! `Rule`: `Settings::validate` and `Controller::observe`.
 #![forbid(unsafe_code)]
 
+mod alignment;
 mod controller;
 mod coupling;
 mod error;
@@ -81,6 +82,7 @@ pub mod simulation;
 mod stagewise;
 mod statistics;
 
+pub use alignment::Alignment;
 pub use controller::{Controller, Decision, Reason, State};
 pub use coupling::Coupling;
 pub use error::Error;

@@ -56,6 +56,22 @@ pub struct Sideband {
     pub totals: Buffer,
 }
 
+/// The ranks' inputs of a reduce-scatter beside their sum, in this rank's part.
+#[derive(Debug)]
+pub struct Comparison {
+    /// `[2 + world]` f64, replaced: the number of elements that pass; the sum of the squares of their sums; for each rank, its input times the sum.
+    pub totals: Buffer,
+    /// An element passes where world · Σ_k x_k² ≤ `limit` · (Σ_k x_k)², and that is not zero.
+    pub limit: f64,
+}
+
+impl Comparison {
+    /// Numbers in its totals.
+    pub const fn len(world: usize) -> usize {
+        pillion_kernels::cpu::compare::numbers(world)
+    }
+}
+
 /// Reductions run in order of rank; on several hosts in order of rank on each, and then in order of hosts.
 /// Buffers come from [`Communicator::allocate`], where peers use them in place, or from anywhere, and are then copied through a stage.
 /// Every operation takes the same arguments on every rank unless it says otherwise, and panics when shapes or types disagree.
@@ -89,7 +105,41 @@ impl Communicator {
 
     /// Combines the inputs of all ranks, and gives each rank its part.
     pub fn reduce_scatter(&self, reduce: Reduce, start: impl Into<Start>) -> Pending<Reduce> {
-        let Reduce { input, output, reduction, accumulate, sideband } = &reduce;
+        let operation = self.scatter_operation(&reduce, None);
+        self.run(operation, Channel::Reduce, start.into(), reduce)
+    }
+
+    /// Whether a rank that combines reads every rank's input where it lies, as [`Communicator::reduce_scatter_compared`] must: all ranks are on one host.
+    pub fn compares(&self) -> bool {
+        !self.shared.has_wire()
+    }
+
+    /// As [`Communicator::reduce_scatter`], and compares every rank's part with the sum while it is made. Nothing more is moved.
+    ///
+    /// # Panics
+    /// Unless [`Communicator::compares`], for a sum in f32 that is not accumulated.
+    pub fn reduce_scatter_compared(
+        &self,
+        reduce: Reduce,
+        comparison: Comparison,
+        start: impl Into<Start>,
+    ) -> Pending<(Reduce, Comparison)> {
+        let Comparison { totals, limit } = &comparison;
+        assert!(self.compares(), "terms are compared on one host");
+        assert!(
+            reduce.reduction == Reduction::Sum && reduce.output.dtype() == DType::F32 && !reduce.accumulate,
+            "terms are compared with their sum in f32"
+        );
+        let len = Comparison::len(self.world());
+        assert!(totals.len() == len && totals.dtype() == DType::F64, "a comparison is {len} × f64");
+        same_device(&reduce.input, totals);
+        let comparing = algorithms::Comparing { totals: totals.span(), limit: *limit };
+        let operation = self.scatter_operation(&reduce, Some(comparing));
+        self.run(operation, Channel::Reduce, start.into(), (reduce, comparison))
+    }
+
+    fn scatter_operation(&self, reduce: &Reduce, comparison: Option<algorithms::Comparing>) -> algorithms::Operation {
+        let Reduce { input, output, reduction, accumulate, sideband } = reduce;
         let combination = self.combination(*reduction, input, output);
         assert!(
             input.len() >= self.world() * output.len(),
@@ -104,9 +154,7 @@ impl Communicator {
             Sidebands { own: own.span(), totals: totals.span(), accumulate: *accumulate }
         });
         let (chunk, operands) = (output.len(), operands(Some(input), Some(output)));
-        let operation =
-            algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, *accumulate, sidebands);
-        self.run(operation, Channel::Reduce, start.into(), reduce)
+        algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, *accumulate, sidebands, comparison)
     }
 
     /// Part r of rank r's buffer = the ranks' parts r combined, in order of rank; the other parts are unchanged. `buffer: [world · n]`.
@@ -120,7 +168,7 @@ impl Communicator {
         let combination = self.combination(reduction, &buffer, &buffer);
         let mut operands = operands(Some(&buffer), Some(&buffer));
         operands.output = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
-        let operation = algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, false, None);
+        let operation = algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, false, None, None);
         self.run(operation, Channel::Reduce, start.into(), buffer)
     }
 

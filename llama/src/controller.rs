@@ -78,6 +78,10 @@ pub struct ControllerArgs {
     /// Let a measured batch shrink, too.
     #[arg(long)]
     pub shrink: bool,
+    /// Report also where the gradient's noise points: `alignment` in metrics.jsonl, of steps that reduce gradients once, with ranks as groups, on one host. X is the noise-to-gradient
+    /// ratio by which single coordinates are counted.
+    #[arg(long, value_name = "X")]
+    pub alignment: Option<f64>,
     /// How the learning rate answers a batch that grows.
     #[arg(long, value_enum, default_value = "none", value_name = "NAME")]
     pub lr_coupling: CouplingKind,

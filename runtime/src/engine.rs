@@ -37,6 +37,8 @@ pub struct Engine {
     pub(crate) health: Health,
     pub(crate) recording: Option<Recording>,
     pub(crate) measures_groups: bool,
+    /// The noise-to-gradient ratio that a coordinate may have, where groups are compared.
+    pub(crate) compares_groups: Option<f64>,
     outline: Outline,
     plans: HashMap<(Kind, usize), Arc<Verified>>,
     planner: Planner,
@@ -145,6 +147,7 @@ impl Engine {
             health: Health::Good,
             recording: None,
             measures_groups: true,
+            compares_groups: None,
             outline,
             plans: HashMap::new(),
             planner: Box::new(|outline, rounds| {
@@ -215,6 +218,26 @@ impl Engine {
     /// every rank. It costs one reading of the gradient a round; the collectives are the same either way.
     pub fn measure_groups(&mut self, wanted: bool) {
         self.measures_groups = wanted;
+    }
+
+    /// Compares from now on the gradient of each group with that of all, in steps that reduce once ([`StepReport::comparison`](crate::StepReport)): one more reading of what is
+    /// summed, while it is summed, and nothing more to move. A coordinate passes where its noise is at most `eta` times its gradient. To be called alike on every rank; none ends it.
+    ///
+    /// # Errors
+    /// [`Error::Policy`] where no rank reads all gradients that it sums: with gradients that are whole on every rank, several groups of ranks or several hosts; with more than [`COMPARED`](crate::COMPARED)
+    /// ranks; for an `eta` that is no positive number. [`Error::Device`] when there is no memory.
+    pub fn compare_groups(&mut self, eta: Option<f64>) -> Result<(), Error> {
+        let world = self.axes.world.world();
+        if let Some(eta) = eta {
+            self.policy.check_comparison(world, eta)?;
+            if !self.axes.world.compares() {
+                let why = "across hosts, or over MPI: use the shared memory of one host";
+                return Err(Error::Policy(format!("groups cannot be compared {why}")));
+            }
+            self.gradients.compare(&*self.device, world)?;
+        }
+        self.compares_groups = eta;
+        Ok(())
     }
 
     /// Records from now on what this rank does and when, or no longer. Collective: times count from a barrier.

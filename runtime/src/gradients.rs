@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Pending, Reduce, Reduction, Sideband};
+use pillion_collectives::{Communicator, Comparison, Pending, Reduce, Reduction, Sideband};
 use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
 
 use crate::axes::Axes;
@@ -42,6 +42,8 @@ struct Slot {
 enum Flight {
     /// To the shards.
     Scatter(Pending<Reduce>),
+    /// To the shards, compared.
+    Compared(Pending<(Reduce, Comparison)>),
     /// Over the groups, in place.
     Sum(Pending<Buffer>),
     /// Over the groups, from the narrow buffer into the gradient.
@@ -52,6 +54,8 @@ struct Sum {
     gradient: Option<Buffer>,
     /// Sums of the sidebands.
     totals: Option<Buffer>,
+    /// What a comparison of the ranks' gradients with the sum has found; made when it is first wanted.
+    compared: Option<Buffer>,
     /// Over the groups.
     flight: Option<Pending<Buffer>>,
 }
@@ -80,7 +84,7 @@ impl GradientStore {
         let sum = |unit: &Unit| {
             let gradient = Axes::allocate(axes.replicate.as_ref(), device, DType::F32, unit.shard)?;
             let totals = device.allocate(DType::F64, sideband::LEN)?;
-            Ok(Sum { gradient: Some(gradient), totals: Some(totals), flight: None })
+            Ok(Sum { gradient: Some(gradient), totals: Some(totals), compared: None, flight: None })
         };
         let slots: Result<_, Error> = match outline.gradients {
             Some(count) => (0..count).map(|_| slot(layout.longest_unit())).collect(),
@@ -130,26 +134,46 @@ impl GradientStore {
         }
     }
 
-    /// Starts to sum a slot's gradient over the ranks of a group into a unit's shard, or to add it there.
+    /// Makes room for comparisons of `world` ranks' gradients with their sum, one for each unit.
+    pub(crate) fn compare(&mut self, device: &dyn Device, world: usize) -> Result<(), Error> {
+        for sum in self.sums.iter_mut().filter(|sum| sum.compared.is_none()) {
+            sum.compared = Some(device.allocate(DType::F64, Comparison::len(world))?);
+        }
+        Ok(())
+    }
+
+    /// What a unit's comparison has found.
+    pub(crate) fn compared(&self, unit: usize) -> View<'_> {
+        self.sums[unit].compared.as_ref().expect(LOST).view()
+    }
+
+    /// Starts to sum a slot's gradient over the ranks of a group into a unit's shard, or to add it there; with a `limit`, to compare what is summed with the sum.
     pub(crate) fn reduce(
         &mut self,
         group: &Communicator,
         unit: usize,
         slot: usize,
         accumulate: bool,
+        limit: Option<f64>,
         after: Event,
         queue: &dyn Queue,
     ) -> Result<(), Error> {
         // With few units, an earlier round's reduction of the same unit may still have its sums.
         self.bring_scatter_of(unit, queue)?;
-        let Sum { gradient, totals, .. } = &mut self.sums[unit];
+        let Sum { gradient, totals, compared, .. } = &mut self.sums[unit];
         let (output, totals) = (gradient.take().expect(LOST), totals.take().expect(LOST));
         let slot = &mut self.slots[slot];
         let input = if slot.is_narrow { slot.narrow.take() } else { slot.gradient.take() }.expect(LOST);
         let sideband = Some(Sideband { own: slot.sideband.take().expect(LOST), totals });
         let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate, sideband };
         slot.unit = unit;
-        slot.flight = Some(Flight::Scatter(group.reduce_scatter(reduce, after)));
+        slot.flight = Some(match limit {
+            None => Flight::Scatter(group.reduce_scatter(reduce, after)),
+            Some(limit) => {
+                let comparison = Comparison { totals: compared.take().expect(LOST), limit };
+                Flight::Compared(group.reduce_scatter_compared(reduce, comparison, after))
+            }
+        });
         Ok(())
     }
 
@@ -200,7 +224,8 @@ impl GradientStore {
     }
 
     fn bring_scatter_of(&mut self, unit: usize, queue: &dyn Queue) -> Result<(), Error> {
-        let has = |slot: &Slot| slot.unit == unit && matches!(slot.flight, Some(Flight::Scatter(_)));
+        let has =
+            |slot: &Slot| slot.unit == unit && matches!(slot.flight, Some(Flight::Scatter(_) | Flight::Compared(_)));
         match self.slots.iter().position(has) {
             Some(slot) => self.bring(slot, queue),
             None => Ok(()),
@@ -211,13 +236,11 @@ impl GradientStore {
         let slot = &mut self.slots[slot];
         match slot.flight.take() {
             None => {}
-            Some(Flight::Scatter(pending)) => {
-                let Reduce { input, output, sideband, .. } = pending.then(queue)?;
-                let Sideband { own, totals } = sideband.expect("a gradient is reduced with its sideband");
-                *(if slot.is_narrow { &mut slot.narrow } else { &mut slot.gradient }) = Some(input);
-                slot.sideband = Some(own);
-                let sum = &mut self.sums[slot.unit];
-                (sum.gradient, sum.totals) = (Some(output), Some(totals));
+            Some(Flight::Scatter(pending)) => put_back(slot, &mut self.sums, pending.then(queue)?),
+            Some(Flight::Compared(pending)) => {
+                let (reduce, Comparison { totals, .. }) = pending.then(queue)?;
+                self.sums[slot.unit].compared = Some(totals);
+                put_back(slot, &mut self.sums, reduce);
             }
             Some(Flight::Sum(pending)) => slot.gradient = Some(pending.then(queue)?),
             Some(Flight::Widen(pending)) => {
@@ -227,4 +250,14 @@ impl GradientStore {
         }
         Ok(())
     }
+}
+
+/// Gives a slot and its unit's sum back what a reduction had.
+fn put_back(slot: &mut Slot, sums: &mut [Sum], reduce: Reduce) {
+    let Reduce { input, output, sideband, .. } = reduce;
+    let Sideband { own, totals } = sideband.expect("a gradient is reduced with its sideband");
+    *(if slot.is_narrow { &mut slot.narrow } else { &mut slot.gradient }) = Some(input);
+    slot.sideband = Some(own);
+    let sum = &mut sums[slot.unit];
+    (sum.gradient, sum.totals) = (Some(output), Some(totals));
 }

@@ -102,6 +102,6 @@ pub use error::Error;
 pub use layout::{Layout, Piece, Tensor, TensorSpec, Unit, UnitSpec};
 pub use memory::Memory;
 pub use plan::{Action, Fill, Operation, Outline, Pass, Plan, PlanError, Verified};
-pub use policy::{Gather, Mesh, Policy, Sharded};
-pub use step::{Backward, Forward, Gradients, REQUESTS, Step, StepReport, Weights};
+pub use policy::{COMPARED, Gather, Mesh, Policy, Sharded};
+pub use step::{Backward, Forward, Gradients, GroupComparison, REQUESTS, Step, StepReport, Weights};
 pub use update::{Agreed, ShardUpdate};

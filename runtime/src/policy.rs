@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
+/// Most ranks whose gradients are compared: what they find goes into the one scalar all-reduce of a step.
+pub const COMPARED: usize = 16;
+
 /// How ranks get the weights they compute with, where these are sharded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -172,6 +175,25 @@ impl Default for Policy {
 }
 
 impl Policy {
+    /// Whether an engine of this policy on `world` ranks of one host can compare groups by this `eta` ([`Engine::compare_groups`](crate::Engine::compare_groups)).
+    ///
+    /// # Errors
+    /// [`Error::Policy`] that says why not.
+    pub fn check_comparison(&self, world: usize, eta: f64) -> Result<(), Error> {
+        let refuse = |why: String| Err(Error::Policy(format!("groups cannot be compared {why}")));
+        if !(eta.is_finite() && eta > 0.0) {
+            return refuse(format!("by an eta of {eta}: choose a number above 0"));
+        }
+        if self.sharded == Sharded::NOTHING || self.mesh(world)?.replicate > 1 {
+            let remedy = "shard at least the optimizer, in one group";
+            return refuse(format!("unless all ranks sum gradients to shards: {remedy}"));
+        }
+        if world > COMPARED {
+            return refuse(format!("on {world} ranks: at most {COMPARED}"));
+        }
+        Ok(())
+    }
+
     /// The grid that `world` ranks make. With nothing sharded, all are replicas.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use crate::engine::{Engine, Health, Kind};
 use crate::gradients::sideband;
 use crate::layout::ALIGNMENT;
 use crate::plan::{Action, Fill, Pass, Verified};
+use crate::policy::COMPARED;
 use crate::trace::label;
 use crate::update::Agreed;
 use crate::{Error, Unit};
@@ -29,6 +30,8 @@ pub struct Step<'e> {
     opened: Option<Instant>,
     /// Tokens of this rank since its gradient was last reduced: of this round, or, where gradients are whole, of all rounds so far.
     tokens: usize,
+    /// Of the comparison of groups, in a step that makes one.
+    limit: Option<f64>,
     pub(crate) exposed: Duration,
     pub(crate) traffic: Traffic,
 }
@@ -94,12 +97,25 @@ pub struct StepReport {
     /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k, of the values that travelled. Where gradients are whole, a group is all micro-batches of a rank. None unless every rank measured its
     /// own ([`Engine::measure_groups`]).
     pub group_square_norms: Option<f64>,
+    /// What each group has in common with all of them. None unless asked for ([`Engine::compare_groups`]), in a step that reduces once, of groups of as many tokens each on all ranks.
+    pub comparison: Option<GroupComparison>,
     /// Time for which this rank's host waited for a collective.
     pub exposed: Duration,
     /// Collective operations of this rank.
     pub operations: u64,
     /// Bytes that other ranks read from this one.
     pub bytes: u64,
+}
+
+/// The gradients of groups beside their sum G = Σₖ Gₖ.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GroupComparison {
+    /// ⟨Gₖ, G⟩ for each rank k.
+    pub products: Vec<f64>,
+    /// Number of coordinates i whose noise is at most η times their gradient: σ̂ᵢ²/N ≤ η² (Gᵢ/N)², where σ̂ᵢ² is the unbiased estimate from the groups. Those without a gradient are not counted.
+    pub passing: f64,
+    /// Σ Gᵢ² over those.
+    pub passing_square_norm: f64,
 }
 
 /// Most numbers that the ranks can ask each other for with a step.
@@ -115,7 +131,12 @@ impl<'e> Step<'e> {
         }
         engine.events.clear();
         engine.events.resize(plan.operations.len(), Event::PAST);
-        Step { engine, kind, plan, next: 0, open: None, opened: None, tokens: 0, exposed: Duration::ZERO, traffic }
+        let reductions = plan.operations.iter().filter(|operation| matches!(operation.action, Action::Reduce { .. }));
+        let reduces_once = reductions.count() == engine.layout.units.len();
+        let others = engine.axes.world.world() as f64 - 1.0;
+        let limit = engine.compares_groups.filter(|_| reduces_once).map(|eta| 1.0 + eta * eta * others);
+        let exposed = Duration::ZERO;
+        Step { engine, kind, plan, next: 0, open: None, opened: None, tokens: 0, limit, exposed, traffic }
     }
 
     /// Begins a round whose micro-batch on this rank has `tokens` tokens: those of its loss, by which its square norm is weighed
@@ -271,7 +292,7 @@ impl<'e> Step<'e> {
                 }
                 Action::Reduce { unit, slot, round } => {
                     let group = engine.axes.shard.as_ref().expect(AXIS);
-                    engine.gradients.reduce(group, unit, slot, round > 0, after, &*engine.queue)?;
+                    engine.gradients.reduce(group, unit, slot, round > 0, self.limit, after, &*engine.queue)?;
                     if !engine.policy.overlap {
                         let waiting = Instant::now();
                         engine.gradients.bring_all(&*engine.queue)?;
@@ -323,7 +344,7 @@ impl<'e> Step<'e> {
         self.waited(waiting, None);
         let Engine { queue, gradients, layout, norms, weights, axes, measures_groups, .. } = &mut *self.engine;
         // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
-        let mut values = [0.0f64; SUMS + REQUESTS];
+        let mut values = [0.0f64; SUMS + REQUESTS + COMPARISON];
         let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite, measuring] = [0, 1, 2, 3, 4, 5, 6];
         values[measuring] = f64::from(u8::from(*measures_groups));
         let world = axes.world.world() as f64;
@@ -345,15 +366,27 @@ impl<'e> Step<'e> {
             values[non_finite] += norm[1];
         }
         weights.release(&queue.record());
-        values[SUMS..SUMS + requests.len()].copy_from_slice(requests);
+        let requested = SUMS..SUMS + requests.len();
+        values[requested.clone()].copy_from_slice(requests);
+        // The square of this rank's tokens, and what its part of each unit says.
+        let compared = requested.end..requested.end + if self.limit.is_some() { 3 + axes.world.world() } else { 0 };
+        if let [square, found @ ..] = &mut values[compared.clone()] {
+            *square = (self.tokens as f64).powi(2);
+            let mut of_unit = [0.0; COMPARISON];
+            let of_unit = &mut of_unit[..found.len()];
+            for unit in 0..layout.units.len() {
+                queue.read(gradients.compared(unit), of_unit);
+                found.iter_mut().zip(&*of_unit).for_each(|(found, of_unit)| *found += of_unit);
+            }
+        }
         let waiting = Instant::now();
-        axes.world.all_reduce_scalars(&mut values[..SUMS + requests.len()], Reduction::Sum)?;
+        axes.world.all_reduce_scalars(&mut values[..compared.end], Reduction::Sum)?;
         self.exposed += waiting.elapsed();
         if let Some(recording) = &mut self.engine.recording {
             recording.host("agree", None, waiting);
         }
         self.record_collectives();
-        requests.copy_from_slice(&values[SUMS..SUMS + requests.len()]);
+        requests.copy_from_slice(&values[requested]);
         let (loss_sum, tokens) = (values[loss_sum], values[tokens]);
         // What is not finite in a micro-batch is not finite in the sum either, which can be infinite where its terms were not.
         if values[non_finite] > 0.0 || !loss_sum.is_finite() {
@@ -374,6 +407,7 @@ impl<'e> Step<'e> {
             gradient_norm: values[square_norm].sqrt() / tokens,
             square_norm: values[square_norm],
             group_square_norms: measured(&values),
+            comparison: comparison(&values[compared], tokens, world),
             exposed: Duration::ZERO,
             operations: 0,
             bytes: 0,
@@ -388,6 +422,20 @@ impl<'e> Step<'e> {
         Error::OffPlan { expected, found: found.to_owned() }
     }
 }
+
+/// What the sums of a comparison say, unless groups have different numbers of tokens: only of equal ones is the mean of the squares the square of the mean.
+fn comparison(sums: &[f64], tokens: f64, world: f64) -> Option<GroupComparison> {
+    let [squares, passing, passing_square_norm, products @ ..] = sums else { return None };
+    let equal = squares * world == tokens * tokens;
+    equal.then(|| GroupComparison {
+        products: products.to_vec(),
+        passing: *passing,
+        passing_square_norm: *passing_square_norm,
+    })
+}
+
+/// Most numbers that a comparison adds to these.
+const COMPARISON: usize = 3 + COMPARED;
 
 /// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, the square norm, the number of values that are not finite, and of ranks that measure groups.
 const SUMS: usize = sideband::LEN + 3;

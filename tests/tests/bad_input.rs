@@ -120,6 +120,8 @@ fn models_and_numbers_that_cannot_be() {
             ("--patience 0", &["patience", "is 0", "at least 1"]),
             ("--growth-limit 1", &["growth_limit", "is 1", "above 1"]),
             ("--test-interval 0", &["interval", "is 0", "at least 1"]),
+            ("--alignment 0", &["--alignment", "eta of 0", "above 0"]),
+            ("--alignment 0.5 --shard nothing", &["--alignment 0.5", "shard at least the optimizer"]),
             ("--lr-coupling cube", &["--lr-coupling", "cube"]),
             ("--model huge", &["--model", "huge", "tiny, small"]),
             ("--steps few", &["--steps", "few"]),

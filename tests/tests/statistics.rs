@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use half::bf16;
-use pillion_abs::{Noise, Observation, Unusable};
+use pillion_abs::{Alignment, Noise, Observation, Unusable};
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType, Device, LazyCpu};
 use pillion_runtime::{Engine, Error, Gather, Layout, Policy, Sharded, StepReport, TensorSpec, UnitSpec};
@@ -36,14 +36,9 @@ fn random(words: [usize; 3]) -> f64 {
     (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
 }
 
-/// Tokens of a micro-batch: uneven.
-fn tokens(micro_batch: usize) -> usize {
-    [3, 1, 4, 2, 5][micro_batch % 5]
-}
-
 /// The gradient of a micro-batch, summed over its tokens.
-fn gradient(micro_batch: usize, unit: usize) -> Vec<f32> {
-    let tokens = tokens(micro_batch) as f64;
+fn gradient(micro_batch: usize, tokens: usize, unit: usize) -> Vec<f32> {
+    let tokens = tokens as f64;
     let element =
         |index| tokens * random([unit, index, 1000]) + tokens.sqrt() * 2.0 * random([unit, index, micro_batch]);
     (0..LENGTHS[unit]).map(|index| element(index) as f32).collect()
@@ -59,12 +54,22 @@ struct Case {
     /// A micro-batch with an element that is not a number.
     bad: Option<usize>,
     measured: bool,
+    /// The ratio by which coordinates are counted, where groups are compared.
+    compared: Option<f64>,
+    /// Whether micro-batches have different numbers of tokens, and ranks of them.
+    uneven: bool,
 }
 
 impl Case {
-    /// Half of the ranks have none in the last round, if there is another round or rank.
+    /// Where they are uneven, half of the ranks have none in the last round, if there is another round or rank.
     fn micro_batches(&self) -> usize {
-        (self.world * self.rounds - self.world / 2).max(1)
+        let missing = if self.uneven { self.world / 2 } else { 0 };
+        (self.world * self.rounds - missing).max(1)
+    }
+
+    /// Tokens of a micro-batch.
+    fn tokens(&self, micro_batch: usize) -> usize {
+        if self.uneven { [3, 1, 4, 2, 5][micro_batch % 5] } else { 3 }
     }
 
     /// The gradients that travel, each with its tokens.
@@ -73,17 +78,19 @@ impl Case {
             DType::Bf16 if self.world > 1 => f64::from(bf16::from_f32(x)),
             _ => f64::from(x),
         };
-        let whole = |micro_batch: usize| (0..LENGTHS.len()).flat_map(move |unit| gradient(micro_batch, unit));
+        let whole = |micro_batch: usize| {
+            (0..LENGTHS.len()).flat_map(move |unit| gradient(micro_batch, self.tokens(micro_batch), unit))
+        };
         let micro_batches = 0..self.micro_batches();
         if self.policy.sharded.gradients {
-            let group = |micro_batch| (tokens(micro_batch) as f64, whole(micro_batch).map(round).collect());
+            let group = |micro_batch| (self.tokens(micro_batch) as f64, whole(micro_batch).map(round).collect());
             return micro_batches.map(group).collect();
         }
         // A rank adds up its own first, in f32.
         let of_rank = |rank: usize| {
             let mut sum = (0.0, vec![0.0f32; LENGTHS.iter().sum()]);
             for micro_batch in micro_batches.clone().skip(rank).step_by(self.world) {
-                sum.0 += tokens(micro_batch) as f64;
+                sum.0 += self.tokens(micro_batch) as f64;
                 sum.1.iter_mut().zip(whole(micro_batch)).for_each(|(sum, x)| *sum += x);
             }
             (sum.0, sum.1.into_iter().map(round).collect())
@@ -100,6 +107,7 @@ impl Case {
             let mut engine = Engine::new(communicator, device.clone(), layout, self.policy)?;
             engine.initialize(|_, _, index| index as f32)?;
             engine.measure_groups(self.measured);
+            engine.compare_groups(self.compared)?;
             Ok([self.bad, None].map(|bad| self.step(&mut engine, launch.rank, bad)).into())
         };
         std::thread::scope(|scope| {
@@ -117,21 +125,24 @@ impl Case {
                 step.idle_round()?;
                 continue;
             }
-            step.round(tokens(micro_batch));
+            step.round(self.tokens(micro_batch));
             for unit in 0..LENGTHS.len() {
                 step.forward(unit)?;
             }
             for unit in (0..LENGTHS.len()).rev() {
                 let mut pass = step.backward(unit)?;
                 let mut values: Vec<f32> = pass.queue.download(pass.gradients.tensor(0).as_view());
-                values.iter_mut().zip(gradient(micro_batch, unit)).for_each(|(value, x)| *value += x);
+                values
+                    .iter_mut()
+                    .zip(gradient(micro_batch, self.tokens(micro_batch), unit))
+                    .for_each(|(value, x)| *value += x);
                 if bad == Some(micro_batch) && unit == 0 {
                     values[7] = f32::NAN;
                 }
                 pass.queue.upload(pass.gradients.tensor(0), &values);
                 if unit + 1 == LENGTHS.len() {
                     let mut loss: Vec<f64> = pass.queue.download(pass.loss.as_view());
-                    loss.iter_mut().for_each(|value| *value += tokens(micro_batch) as f64);
+                    loss.iter_mut().for_each(|value| *value += self.tokens(micro_batch) as f64);
                     pass.queue.upload(pass.loss, &loss);
                 }
             }
@@ -183,7 +194,16 @@ fn cases() -> Vec<Case> {
                 ] {
                     let policy = Policy { reduce, sharded, gather, ..Policy::default() };
                     let lazy = (world + rounds) % 2 == 0;
-                    cases.push(Case { world, rounds, policy, lazy, bad: None, measured: true });
+                    cases.push(Case {
+                        world,
+                        rounds,
+                        policy,
+                        lazy,
+                        bad: None,
+                        measured: true,
+                        compared: None,
+                        uneven: true,
+                    });
                 }
             }
         }
@@ -263,5 +283,92 @@ fn without_the_statistic_there_are_the_same_collectives_and_numbers() {
             let numbers = |r: &StepReport| (r.operations, r.bytes, r.square_norm.to_bits(), r.loss_sum.to_bits());
             assert_eq!(numbers(with), numbers(without), "{case:?}");
         }
+    }
+}
+
+/// The products, and the coordinates that pass, from the definitions. A coordinate's noise and its limit are off by some 2⁻²⁴ of them, so one that is as near to its limit as 1e-5
+/// may fall on either side.
+#[test]
+fn a_comparison_of_groups_equals_brute_force_where_a_step_reduces_once() {
+    let eta = 0.8;
+    let mut passed = 0.0;
+    for case in cases().into_iter().filter(|case| case.world > 1 && case.policy.sharded != Sharded::NOTHING) {
+        for uneven in [false, true] {
+            let case = Case { compared: Some(eta), uneven, ..case.clone() };
+            let groups = case.groups();
+            let once = case.rounds == 1 || !case.policy.sharded.gradients;
+            let even = groups.len() == case.world && groups.iter().all(|(n, _)| *n == groups[0].0);
+            for report in case.run().iter().flatten() {
+                let report = report.as_ref().unwrap();
+                assert_eq!(report.comparison.is_some(), once && even, "{case:?}");
+                let Some(found) = &report.comparison else { continue };
+                let elements: usize = LENGTHS.iter().sum();
+                let sum: Vec<f64> = (0..elements).map(|i| groups.iter().map(|(_, g)| g[i]).sum()).collect();
+                let count = groups.len() as f64;
+                let total: f64 = groups.iter().map(|(n, _)| n).sum();
+                let products: Vec<f64> =
+                    groups.iter().map(|(_, g)| g.iter().zip(&sum).map(|(x, s)| x * s).sum()).collect();
+                let scale: f64 = groups.iter().map(|(_, g)| g.iter().map(|x| x * x).sum::<f64>()).sum();
+                for (found, expected) in found.products.iter().zip(&products) {
+                    assert!((found - expected).abs() <= 1e-5 * scale, "{found} and {expected}, {case:?}");
+                }
+                // σ̂ᵢ²/N against η²(Gᵢ/N)², with σ̂ᵢ² = Σ n(Gₖᵢ/n − Gᵢ/N)²/(K − 1).
+                let (mut surely, mut perhaps) = ([0.0; 2], [0.0; 2]);
+                for i in 0..elements {
+                    let spread = |(n, g): &(f64, Vec<f64>)| n * (g[i] / n - sum[i] / total).powi(2);
+                    let noise = groups.iter().map(spread).sum::<f64>() / (count - 1.0) / total;
+                    let limit = eta * eta * (sum[i] / total).powi(2);
+                    let near = 1e-5 * (noise + limit);
+                    for (passing, counted) in
+                        [(noise + near <= limit, &mut surely), (noise - near <= limit, &mut perhaps)]
+                    {
+                        if passing {
+                            counted[0] += 1.0;
+                            counted[1] += sum[i] * sum[i];
+                        }
+                    }
+                }
+                for (found, (low, high)) in
+                    [found.passing, found.passing_square_norm].iter().zip(surely.into_iter().zip(perhaps))
+                {
+                    let rounding = 1e-5 * high;
+                    assert!((low - rounding..=high + rounding).contains(found), "{found} of {low} to {high}, {case:?}");
+                }
+                passed += found.passing;
+                let observation = case.observation(report, groups.len());
+                let alignment = Alignment::of(&observation, &found.products).unwrap();
+                let noise = observation.noise().unwrap();
+                let relative = noise.variance / noise.square_norm;
+                assert!((alignment.along + alignment.across - relative).abs() <= 1e-4 * relative, "{case:?}");
+            }
+        }
+    }
+    assert!(passed > 0.0, "some coordinates must pass for the test to mean something");
+}
+
+#[test]
+fn groups_that_cannot_be_compared_are_refused() {
+    let whole = Policy { sharded: Sharded::NOTHING, ..Policy::default() };
+    let grid = Policy { replicas: 2, ..Policy::default() };
+    for (world, policy, eta, why) in [
+        (2, Policy::default(), f64::NAN, "eta of NaN"),
+        (2, Policy::default(), 0.0, "eta of 0"),
+        (2, whole, 0.5, "shard at least the optimizer"),
+        (4, grid, 0.5, "in one group"),
+    ] {
+        let program = |launch: Launch| {
+            let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
+            let layout = Layout::new(&units(), policy.mesh(world).unwrap().shard);
+            let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, policy).unwrap();
+            engine.compare_groups(Some(eta)).unwrap_err().to_string()
+        };
+        std::thread::scope(|scope| {
+            let ranks: Vec<_> =
+                Launch::threads(world).into_iter().map(|launch| scope.spawn(|| program(launch))).collect();
+            for rank in ranks {
+                let message = rank.join().unwrap();
+                assert!(message.contains(why), "{message}");
+            }
+        });
     }
 }

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use pillion_kernels::DType;
+use pillion_kernels::cpu::compare::{Compare, compare};
 use pillion_kernels::cpu::reduce::{self, Reduction};
+use pillion_kernels::{DType, Span};
 use smallvec::{SmallVec, smallvec};
 
 use super::operation::{Mode, Operands};
@@ -45,7 +46,7 @@ impl Combination {
 
     /// A fold that stores where `Target::Own` says, without accumulating.
     pub(super) fn fold(self, operands: &Operands) -> Fold {
-        Fold { dtype: operands.dtype, combination: self, target: Target::Own, accumulate: false }
+        Fold { dtype: operands.dtype, combination: self, target: Target::Own, accumulate: false, comparison: None }
     }
 }
 
@@ -55,6 +56,46 @@ pub(super) struct Fold {
     pub(super) combination: Combination,
     pub(super) target: Target,
     pub(super) accumulate: bool,
+    pub(super) comparison: Option<Comparing>,
+}
+
+/// Compares the terms of a sum with it.
+pub(crate) struct Comparing {
+    /// `[2 + ranks]` f64.
+    pub(crate) totals: Span,
+    pub(crate) limit: f64,
+}
+
+impl Comparing {
+    /// Elements that are combined and compared at a time: they stay in the caches in between.
+    const PART: usize = 4096;
+
+    pub(super) fn clear(&self) {
+        // SAFETY: the operation owns the totals.
+        unsafe { self.totals.as_mut_slice::<f64>() }.fill(0.0);
+    }
+
+    /// Runs a reduction that stores one sum in f32, and adds what the comparison finds to the totals.
+    ///
+    /// # Safety
+    /// As for [`reduce::fold`]; the output is none of the inputs.
+    unsafe fn run(&self, fold: &reduce::Fold<'_>) {
+        // SAFETY: the operation owns the totals.
+        let totals = unsafe { self.totals.as_mut_slice::<f64>() };
+        for start in (0..fold.count).step_by(Self::PART) {
+            let count = Self::PART.min(fold.count - start);
+            let terms: Addresses<*const u8> =
+                fold.inputs.iter().map(|input| input.wrapping_add(start * fold.dtype.bytes())).collect();
+            let sum = fold.outputs[0].wrapping_add(start * fold.output.bytes());
+            let part = reduce::Fold { inputs: &terms, outputs: &[sum], count, stream: false, ..fold.clone() };
+            // SAFETY: a part of what the caller promises, of each operand the same elements.
+            unsafe { reduce::fold(&part) };
+            let job =
+                Compare { dtype: fold.dtype, terms: &terms, sum: sum.cast_const().cast(), limit: self.limit, count };
+            // SAFETY: as before; the sum is f32, was just stored by this thread, and nobody else writes it.
+            unsafe { compare(&job, totals) };
+        }
+    }
 }
 
 impl Fold {
@@ -140,7 +181,13 @@ impl Fold {
         // ranks agree on. In this exchange chunk c of every input is read by rank c alone, and chunk c of every output is written by rank
         // c alone; so where input and output are one buffer, what a rank writes is what it alone has just read, element by element.
         // (Operands in headers are copies, which nobody writes; this rank's own are read and written by itself alone.)
-        unsafe { reduce::fold(&fold) };
+        // With a comparison the output is a buffer of its own.
+        unsafe {
+            match &self.comparison {
+                None => reduce::fold(&fold),
+                Some(comparison) => comparison.run(&fold),
+            }
+        }
         Ok(())
     }
 

@@ -30,7 +30,7 @@ pub(crate) use all_reduce::all_reduce;
 pub(crate) use all_to_all::all_to_all;
 pub(crate) use brief::BriefAllReduce;
 pub(crate) use broadcast::broadcast;
-pub(crate) use folds::Combination;
+pub(crate) use folds::{Combination, Comparing};
 pub(crate) use gather::gather;
 pub(crate) use gather_window::GatherWindow;
 pub(crate) use operation::{Operands, Operation, SIDEBAND, Sidebands};

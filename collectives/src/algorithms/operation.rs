@@ -276,6 +276,9 @@ impl Collective for Operation {
         if let Work::Moves(moves) = &mut self.work {
             moves.take_turns(peers);
         }
+        if let Work::Fold(Fold { comparison: Some(comparison), .. }) = &self.work {
+            comparison.clear();
+        }
         if let Some(sidebands) = &self.sidebands {
             // SAFETY: this operation owns the sideband, and its event has happened.
             let own = unsafe { sidebands.own.as_slice::<f64>() };

@@ -5,7 +5,7 @@
 //!
 //! Between hosts see [`super::wire_fold`].
 
-use super::folds::{Combination, Fold, Target};
+use super::folds::{Combination, Comparing, Fold, Target};
 use super::operation::{Operands, Operation, Sidebands, Work};
 use crate::call::Kind;
 use crate::hosts::Hosts;
@@ -18,10 +18,11 @@ pub(crate) fn reduce_scatter(
     combination: Combination,
     accumulate: bool,
     sidebands: Option<Sidebands>,
+    comparison: Option<Comparing>,
 ) -> Operation {
     let world = hosts.world();
     let sent = (world - 1) * chunk * operands.dtype.bytes();
-    let fold = Fold { target: Target::Own, accumulate, ..combination.fold(&operands) };
+    let fold = Fold { target: Target::Own, accumulate, comparison, ..combination.fold(&operands) };
     let mut operation =
         Operation::new(Kind::ReduceScatter, combination.detail(None, sidebands.is_some()), operands, Work::Fold(fold))
             .cut_into(chunk, world * chunk, world, 1)

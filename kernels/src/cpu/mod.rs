@@ -5,6 +5,7 @@
 
 mod adamw;
 mod attention;
+pub mod compare;
 mod embedding;
 mod isa;
 mod lazy;

@@ -35,6 +35,9 @@ pub(crate) struct Line {
     pub(crate) noise_scale: Option<f64>,
     /// Batch that the controller asks for before limits; null while unknown.
     pub(crate) wanted_batch: Option<f64>,
+    /// Where the gradient's noise points, with --alignment; null of steps that cannot tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) alignment: Option<Alignment>,
     /// Validation loss after the step, where there was a validation.
     pub(crate) validation_loss: Option<f64>,
     /// Floating-point operations a second, over all ranks.
@@ -48,6 +51,19 @@ pub(crate) struct Line {
     /// Bytes that the parameters of rank 0 take, by kind, counted from the buffers.
     #[serde(default)]
     pub(crate) parameter_memory: Memory,
+}
+
+/// Where the noise of a step's gradient points; the groups are the ranks.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Alignment {
+    /// V_ip/Q² in samples: over θ², the batch of the inner-product test.
+    pub(crate) along: f64,
+    /// V_⊥/Q in samples: over ν², the batch of the orthogonality test.
+    pub(crate) across: f64,
+    /// Share of the coordinates whose own noise passes the norm test.
+    pub(crate) coordinates: f64,
+    /// Share of the gradient's square that these have.
+    pub(crate) mass: f64,
 }
 
 /// The file, open for appending.

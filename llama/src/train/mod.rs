@@ -11,6 +11,7 @@ mod run;
 mod schedule;
 mod screen;
 mod start;
+mod statistics;
 mod timeline;
 
 use std::io::IsTerminal;

@@ -41,7 +41,11 @@ impl Recipe {
     /// Names the flag and the remedy.
     pub(crate) fn new(settings: &TrainArgs, world: usize) -> Result<Recipe, Error> {
         let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
-        policy(&settings.policy, settings.clip, world)?;
+        let policy = policy(&settings.policy, settings.clip, world)?;
+        if let Some(eta) = settings.controller.alignment {
+            let checked = policy.check_comparison(world, eta);
+            checked.map_err(|error| Error::Setting(format!("--alignment {eta}: {error}")))?;
+        }
         let micro_batch = settings.micro_batch;
         positive("--seq", settings.seq as u64)?;
         positive("--micro-batch", micro_batch)?;

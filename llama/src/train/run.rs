@@ -20,7 +20,7 @@ use super::recipe::{self, Recipe};
 use super::screen::{self, Screen};
 use super::start::{Start, fingerprint, is_synthetic, on_rank_zero, on_rank_zero_alone, same_settings, start};
 use super::timeline::Timeline;
-use super::{Ended, cores, plan_table, stopping};
+use super::{Ended, cores, plan_table, statistics, stopping};
 use crate::Error;
 use crate::data::{Dataset, TokenFile, tokenizer, trigram};
 use crate::generate::generate;
@@ -67,18 +67,6 @@ struct Run<'s> {
     _lock: Option<File>,
     inputs: Vec<u32>,
     targets: Vec<u32>,
-}
-
-/// Checks that all ranks have decided on the same batch, by the sum of theirs and of their squares: these are exact, and only of equal ones is the mean of the squares the square of
-/// the mean. Decisions are functions of sums that all ranks have; this is what says that they are.
-fn check_same(world: u64, sum: f64, squares: f64) -> Result<(), Error> {
-    if squares * world as f64 == sum * sum {
-        return Ok(());
-    }
-    Err(Error::Setting(format!(
-        "ranks have decided on different batches, {:.1} samples in the mean: start every rank with the same program",
-        sum / world as f64
-    )))
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -133,6 +121,7 @@ impl<'s> Run<'s> {
         };
         let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy)?;
+        statistics::compare(&mut engine, settings.controller.alignment)?;
         let model = Model::new(&*device, &recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq)?;
         let mut progress = Counters::default();
         let mut controller = Controller::new(recipe.controller.clone())?;
@@ -297,18 +286,20 @@ impl<'s> Run<'s> {
         let decided = self.controller.batch() as f64;
         let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
         let report = step.finish(self.recipe.adamw(lr), &mut asked)?;
-        check_same(world, asked[2], asked[3])?;
+        statistics::check_same(world, asked[2], asked[3])?;
         // A whole gradient is that of all micro-batches of a rank.
         let whole = !self.engine.policy().sharded.gradients;
         let groups = if whole { micro_batches.min(world) } else { micro_batches };
-        let decision = self.controller.observe(&Observation {
+        let observation = Observation {
             groups,
             samples: batch,
             tokens: report.tokens as u64,
             group_square_norms: report.group_square_norms.expect("groups are measured unless told otherwise"),
             square_norm: report.square_norm,
             non_finite: 0,
-        });
+        };
+        let decision = self.controller.observe(&observation);
+        let alignment = statistics::alignment(&self.engine, &observation, &report);
         self.progress.step += 1;
         self.progress.samples += batch;
         let saved = self.saver.observe(&self.engine, asked[1]).map_err(Error::from);
@@ -338,6 +329,7 @@ impl<'s> Run<'s> {
             collectives: report.operations,
             noise_scale: decision.noise_scale,
             wanted_batch: decision.wanted,
+            alignment,
             validation_loss: None,
             flops,
             mfu: Some(flops / self.processor.peak),
@@ -438,26 +430,5 @@ impl<'s> Run<'s> {
         let (seq, seed) = (self.recipe.seq, self.recipe.seed);
         let text = generate(&mut self.engine, &mut model, seq, &prompt, LENGTH, 0.7, seed)?;
         Ok(format!("{PROMPT}{}", String::from_utf8_lossy(&tokenizer::decode(&text))))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rank_with_another_batch_is_noticed() {
-        let check = |batches: &[f64]| {
-            check_same(batches.len() as u64, batches.iter().sum(), batches.iter().map(|batch| batch * batch).sum())
-        };
-        for batch in [1.0, 3.0, 1_048_576.0] {
-            check(&vec![batch; 512]).unwrap();
-            let mut batches = vec![batch; 512];
-            batches[77] += 1.0;
-            check(&batches).unwrap_err();
-            // The same mean.
-            batches[3] -= 1.0;
-            check(&batches).unwrap_err();
-        }
     }
 }
