@@ -26,18 +26,26 @@ fn agree(a: &[Step], b: &[Step]) {
 }
 
 #[test]
-fn any_number_of_ranks_agrees_while_the_batch_grows() {
-    let place = Workplace::new(PROGRAM);
-    let [one, two, four] =
-        [1, 2, 4].map(|ranks| place.train(&ranks.to_string(), &format!("{GROWING} --ranks {ranks}")));
-    let batches = batches(&one);
-    assert_eq!(batches.len(), 20);
-    assert!(batches[0] == 8 && batches[19] > 8, "the batch grows: {batches:?}");
-    assert!(batches.iter().all(|batch| batch % 8 == 0), "{batches:?}");
-    assert!(one[19].loss < 0.7 * one[0].loss, "it learns: {} to {}", one[0].loss, one[19].loss);
-    assert!(one[19].validation_loss.is_some());
-    agree(&one, &two);
-    agree(&one, &four);
+fn any_number_of_ranks_agrees_while_the_batch_grows_by_every_rule() {
+    for growing in [
+        GROWING,
+        "--steps 20 --variant debiased --eta 0.4 --max-batch 64 --lr-coupling sqrt",
+        "--steps 20 --controller noise-scale --ratio 8 --max-batch 64",
+        "--steps 20 --controller linear-ramp --ramp 64:0.3 --max-batch 64",
+    ] {
+        let place = Workplace::new(PROGRAM);
+        let [one, two, three, four] =
+            [1, 2, 3, 4].map(|ranks| place.train(&ranks.to_string(), &format!("{growing} --ranks {ranks}")));
+        let batches = batches(&one);
+        assert_eq!(batches.len(), 20);
+        assert!(batches[0] == 8 && batches[19] > 8, "the batch grows: {batches:?}");
+        assert!(batches.iter().all(|batch| batch % 8 == 0), "{batches:?}");
+        assert!(one[19].loss < 0.8 * one[0].loss, "it learns: {} to {}", one[0].loss, one[19].loss);
+        assert!(one[19].validation_loss.is_some());
+        for other in [two, three, four] {
+            agree(&one, &other);
+        }
+    }
 }
 
 /// Two ranks, and every other way to run the same two.
