@@ -11,10 +11,12 @@
 //! inner-product test:  b' = ⌈V_ip / (θ² Q²)⌉         orthogonality test:  b' = ⌈V_⊥ / (ν² Q)⌉
 //! ```
 
+use serde::Serialize;
+
 use crate::Observation;
 
 /// The noise of a gradient in two parts.
-#[derive(serde::Serialize, Clone, Copy, PartialEq, Debug)]
+#[derive(Serialize, Clone, Copy, PartialEq, Debug)]
 pub struct Alignment {
     /// V_ip/Q², in samples: over θ² it is the batch that the inner-product test asks for.
     pub along: f64,

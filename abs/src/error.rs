@@ -31,6 +31,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// Checks that a setting is a finite number above 0.
+    pub(crate) fn unless_positive(setting: &str, value: f64, remedy: &'static str) -> Result<(), Self> {
+        match value.is_finite() && value > 0.0 {
+            true => Ok(()),
+            false => Err(Self::setting(setting, value, "a finite number above 0", remedy)),
+        }
+    }
+
     /// The error of one setting.
     pub(crate) fn setting(
         setting: impl Into<String>,

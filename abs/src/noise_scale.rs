@@ -12,15 +12,7 @@ pub(crate) fn wanted(ratio: f64, noise: &Noise) -> Option<f64> {
 }
 
 pub(crate) fn validate(ratio: f64) -> Result<(), Error> {
-    if ratio.is_finite() && ratio > 0.0 {
-        return Ok(());
-    }
-    Err(Error::setting(
-        "rule.noise-scale.ratio",
-        ratio,
-        "a finite number above 0",
-        "start from 1: a batch as large as the noise scale",
-    ))
+    Error::unless_positive("rule.noise-scale.ratio", ratio, "start from 1: a batch as large as the noise scale")
 }
 
 #[cfg(test)]

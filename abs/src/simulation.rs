@@ -8,24 +8,31 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
+use serde::Serialize;
 
 use crate::{Error, Noise, Observation};
+
+/// Most dimensions, and most steps: what is kept of them fits into memory.
+pub const MOST: usize = 1 << 22;
+
+/// Noise scales, as shares of the batch, at which f64 neither overflows nor loses the noise in what it is the difference of.
+const SHARES: std::ops::RangeInclusive<f64> = 1e-6..=1e12;
 
 /// What is simulated.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Truth {
     /// σ², the trace of the covariance of one sample's gradient, where |G|² = 1: so the noise scale, in samples. Above 0.
     pub noise_scale: f64,
-    /// Samples in a step, at least `groups`; dealt to groups as evenly as goes.
+    /// Samples in a step, at least `groups`; dealt to groups as evenly as goes. The noise scale is from a millionth of it to a million million times it.
     pub batch: u64,
     /// K, at least 2.
     pub groups: u64,
-    /// d, at least 1.
+    /// d, at least 1 and at most [`MOST`].
     pub dimensions: usize,
 }
 
 /// What estimates were, as shares of what they estimate.
-#[derive(serde::Serialize, Clone, PartialEq, Debug)]
+#[derive(Serialize, Clone, PartialEq, Debug)]
 pub struct Scatter {
     /// Weight of a step's statistics one step later.
     pub ema_decay: f64,
@@ -42,7 +49,7 @@ pub struct Scatter {
 }
 
 /// Of 95 % of the values: 2.5 % are below, 2.5 % above.
-#[derive(serde::Serialize, Clone, Copy, PartialEq, Debug)]
+#[derive(Serialize, Clone, Copy, PartialEq, Debug)]
 pub struct Interval {
     /// 2.5 % are below.
     pub low: f64,
@@ -127,25 +134,21 @@ fn validate(truth: Truth, ema_decays: &[f64], steps: usize) -> Result<(), Error>
     let refuse = |name: &str, value: String, expected: &str, remedy| {
         Err(Error::setting(format!("simulation.{name}"), value, expected, remedy))
     };
-    if !(noise_scale.is_finite() && noise_scale > 0.0) {
-        return refuse(
-            "noise-scale",
-            noise_scale.to_string(),
-            "a finite number above 0",
-            "take one from a run's metrics",
-        );
-    }
     if groups < 2 {
         return refuse("groups", groups.to_string(), "at least 2", "one group has nothing to differ from");
     }
     if batch < groups {
         return refuse("batch", batch.to_string(), "a sample for each group", "raise it, or take fewer groups");
     }
-    if dimensions == 0 {
-        return refuse("dimensions", dimensions.to_string(), "at least 1", "set it to 256");
+    if !SHARES.contains(&(noise_scale / batch as f64)) {
+        let expected = "from a millionth of the batch to a million million times it";
+        return refuse("noise-scale", noise_scale.to_string(), expected, "take one from a run's metrics");
     }
-    if steps == 0 {
-        return refuse("steps", steps.to_string(), "at least 1", "set it to 2000");
+    if !(1..=MOST).contains(&dimensions) {
+        return refuse("dimensions", dimensions.to_string(), "at least 1 and at most 2^22", "set it to 256");
+    }
+    if !(1..=MOST).contains(&steps) {
+        return refuse("steps", steps.to_string(), "at least 1 and at most 2^22", "set it to 2000");
     }
     match ema_decays.iter().find(|decay| !(0.0..1.0).contains(*decay)) {
         Some(decay) => refuse("ema", decay.to_string(), "at least 0 and below 1", "0 does not smooth at all"),
@@ -198,6 +201,19 @@ mod tests {
         assert!((0.3..0.6).contains(&scatters[0].undefined), "{scatters:?}");
     }
 
+    /// At the ends of the range of noise scales, and with the largest counts, nothing overflows, and the noise is still found.
+    #[test]
+    fn the_extremes_are_estimated_too() {
+        for batch in [2, 64, u64::MAX] {
+            for share in [*SHARES.start(), *SHARES.end()] {
+                let truth = Truth { noise_scale: batch as f64 * share, batch, groups: 2, ..TRUTH };
+                let scatter = &simulate(truth, &[0.0], 2000, 3).unwrap()[0];
+                // σ̂² of one degree of freedom in each of 100 dimensions: √(2/100/2000) = 0.3 % in the mean, of which 3 % is nine.
+                assert!((scatter.variance_mean - 1.0).abs() < 0.03, "{truth:?}: {scatter:?}");
+            }
+        }
+    }
+
     #[test]
     fn the_same_arguments_give_the_same_numbers() {
         assert_eq!(simulate(TRUTH, &[0.5], 50, 1), simulate(TRUTH, &[0.5], 50, 1));
@@ -209,6 +225,10 @@ mod tests {
         let message = |truth, decays: &[f64], steps| simulate(truth, decays, steps, 1).unwrap_err().to_string();
         for (name, truth) in [
             ("noise-scale", Truth { noise_scale: f64::NAN, ..TRUTH }),
+            ("noise-scale", Truth { noise_scale: 0.0, ..TRUTH }),
+            ("noise-scale", Truth { noise_scale: 1e-5, ..TRUTH }),
+            ("noise-scale", Truth { noise_scale: 1e15, ..TRUTH }),
+            ("dimensions", Truth { dimensions: MOST + 1, ..TRUTH }),
             ("groups", Truth { groups: 1, ..TRUTH }),
             ("batch", Truth { batch: 3, ..TRUTH }),
             ("dimensions", Truth { dimensions: 0, ..TRUTH }),
@@ -216,6 +236,8 @@ mod tests {
             assert!(message(truth, &[0.9], 10).contains(&format!("simulation.{name}")), "{name}");
         }
         assert!(message(TRUTH, &[1.0], 10).contains("simulation.ema"));
-        assert!(message(TRUTH, &[], 0).contains("simulation.steps"));
+        for steps in [0, MOST + 1] {
+            assert!(message(TRUTH, &[], steps).contains("simulation.steps"));
+        }
     }
 }

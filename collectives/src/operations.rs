@@ -110,14 +110,14 @@ impl Communicator {
     }
 
     /// Whether a rank that combines reads every rank's input where it lies, as [`Communicator::reduce_scatter_compared`] must: all ranks are on one host.
-    pub fn compares(&self) -> bool {
+    pub fn can_compare(&self) -> bool {
         !self.shared.has_wire()
     }
 
     /// As [`Communicator::reduce_scatter`], and compares every rank's part with the sum while it is made. Nothing more is moved.
     ///
     /// # Panics
-    /// Unless [`Communicator::compares`], for a sum in f32 that is not accumulated.
+    /// Unless [`Communicator::can_compare`], for a sum in f32 that is not accumulated.
     pub fn reduce_scatter_compared(
         &self,
         reduce: Reduce,
@@ -125,7 +125,7 @@ impl Communicator {
         start: impl Into<Start>,
     ) -> Pending<(Reduce, Comparison)> {
         let Comparison { totals, limit } = &comparison;
-        assert!(self.compares(), "terms are compared on one host");
+        assert!(self.can_compare(), "terms are compared on one host");
         assert!(
             reduce.reduction == Reduction::Sum && reduce.output.dtype() == DType::F32 && !reduce.accumulate,
             "terms are compared with their sum in f32"

@@ -2,7 +2,7 @@
 //! chunks are ragged. The expected values are computed from all ranks' inputs, in the order that the documentation promises.
 
 use half::bf16;
-use pillion_collectives::{Communicator, Launch, Options, Pending, Reduce, Reduction, Sideband, Start};
+use pillion_collectives::{Communicator, Comparison, Launch, Options, Pending, Reduce, Reduction, Sideband, Start};
 use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event};
 
 /// Ranks, simulated hosts, groups of reduction.
@@ -256,6 +256,56 @@ impl Rank<'_> {
         let sum = ranks * (ranks - 1.0) / 2.0 + ranks / 4.0;
         let totals = [100.0 + sum, 1.0 + ranks, 0.5 + ranks / 2.0, -100.0 - sum];
         self.check("totals", &reduce.sideband.unwrap().totals, &totals);
+    }
+}
+
+impl Rank<'_> {
+    /// A sum in f32 of f32 or bf16, compared with its terms. Squares and products of f32 are exact in f64; what passes is decided from sums in order of rank, and added up in order of
+    /// elements, as here. The products' sums are not in that order: n of them are off by n·2⁻⁵³ of the sum of their sizes.
+    fn compared<T: Number>(&self, len: usize, widen: fn(T) -> f32) {
+        let (c, rank, world) = (self.communicator, self.communicator.rank(), self.communicator.world());
+        let limit = 0.6 * world as f64;
+        let comparison = Comparison { totals: self.buffer(&vec![f64::NAN; Comparison::len(world)], false), limit };
+        let (input, output) = (self.input::<T>(world * len), self.output::<f32>(len));
+        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+        let (reduce, comparison) = self.done(c.reduce_scatter_compared(reduce, comparison, self.start()));
+        let (mut sums, mut expected, mut sizes) = (Vec::new(), vec![0.0; 2 + world], vec![0.0; world]);
+        for index in rank * len..(rank + 1) * len {
+            let terms: Vec<f32> = (0..world).map(|from| widen(T::new(from, index))).collect();
+            let sum = tree(&terms, self.groups, |a, b| a + b);
+            sums.push(sum);
+            let sum = f64::from(sum);
+            let squares = terms.iter().fold(0.0, |squares, &x| squares + f64::from(x) * f64::from(x));
+            if sum != 0.0 && world as f64 * squares <= limit * sum * sum {
+                expected[0] += 1.0;
+                expected[1] += sum * sum;
+            }
+            for (from, &x) in terms.iter().enumerate() {
+                expected[2 + from] += f64::from(x) * sum;
+                sizes[from] += (f64::from(x) * sum).abs();
+            }
+        }
+        self.check("compared sum", &reduce.output, &sums);
+        let found: Vec<f64> = Cpu.queue().download(comparison.totals.view());
+        assert_eq!(found[..2], expected[..2], "what passes of {len} {}, {:?}", T::DTYPE, self.memory);
+        assert!(len < 1000 || world == 1 || (1.0..len as f64).contains(&found[0]), "some pass, and some do not");
+        for ((found, expected), size) in found[2..].iter().zip(&expected[2..]).zip(sizes) {
+            let bound = 2.0 * len as f64 * 2f64.powi(-53) * size;
+            assert!((found - expected).abs() <= bound, "{found} and {expected} of {len}, {:?}", self.memory);
+        }
+    }
+}
+
+#[test]
+fn terms_are_compared_with_their_sum_wherever_they_lie() {
+    for (world, hosts, groups) in WORLDS {
+        ranks(world, hosts, groups, |rank| {
+            assert_eq!(rank.communicator.can_compare(), hosts == 1);
+            for len in lengths(world).filter(|_| hosts == 1) {
+                rank.compared::<f32>(len, |x| x);
+                rank.compared::<bf16>(len, bf16::to_f32);
+            }
+        });
     }
 }
 

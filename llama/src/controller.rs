@@ -107,6 +107,12 @@ impl ControllerArgs {
             (self.patience.is_some(), "--patience", measured, "norm-test or noise-scale"),
             (self.growth_limit.is_some(), "--growth-limit", measured, "norm-test or noise-scale"),
             (self.test_interval.is_some(), "--test-interval", measured, "norm-test or noise-scale"),
+            (
+                self.shrink,
+                "--shrink",
+                measured || kind == ControllerKind::Stagewise,
+                "norm-test, noise-scale or stagewise",
+            ),
         ] {
             if given && !read {
                 return fail(format!("{flag} needs --controller {by}"));
@@ -139,9 +145,30 @@ impl ControllerArgs {
         settings.patience = self.patience.unwrap_or(settings.patience);
         settings.growth_limit = self.growth_limit.unwrap_or(settings.growth_limit);
         settings.interval = self.test_interval.unwrap_or(settings.interval);
-        settings.validate().map_err(|error| Error::Setting(error.to_string()))?;
+        settings.validate().map_err(by_flag)?;
         Ok(settings)
     }
+}
+
+/// What a controller or a simulation refuses, by the flag that set it.
+pub(crate) fn by_flag(error: pillion_abs::Error) -> Error {
+    let pillion_abs::Error::Setting { setting, value, expected, remedy } = error else {
+        return Error::Setting(error.to_string());
+    };
+    let flag = match setting.as_str() {
+        "base" => "batch",
+        "cap" => "max-batch",
+        "round_to" => "round-to",
+        "growth_limit" => "growth-limit",
+        "ema_decay" => "ema",
+        "interval" => "test-interval",
+        "rule.norm-test.eta" => "eta",
+        "rule.noise-scale.ratio" => "ratio",
+        name if name.starts_with("rule.linear-ramp.") => "ramp",
+        name if name.starts_with("rule.stagewise.") => "stages",
+        name => name.strip_prefix("simulation.").unwrap_or(name),
+    };
+    Error::Setting(format!("--{flag}: {value}, expected {expected}; {remedy}"))
 }
 
 impl From<VariantKind> for Variant {

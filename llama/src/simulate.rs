@@ -5,6 +5,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use pillion_abs::simulation::{Interval, Scatter, Truth, simulate};
 use serde::Serialize;
 
+use crate::controller::by_flag;
 use crate::{Error, print};
 
 /// Most normal numbers to draw: some minutes.
@@ -52,7 +53,6 @@ struct Row {
 /// When a setting is out of its range.
 pub(crate) fn run(settings: &SimulateArgs) -> Result<i32, Error> {
     let SimulateArgs { noise_scale, batch, dimensions, steps, seed, .. } = *settings;
-    let refuse = |error: pillion_abs::Error| Error::Setting(error.to_string());
     let draws = settings.groups.iter().try_fold(0u64, |sum, &groups| {
         sum.checked_add(groups.checked_mul(dimensions as u64)?.checked_mul(steps as u64)?)
     });
@@ -65,7 +65,7 @@ pub(crate) fn run(settings: &SimulateArgs) -> Result<i32, Error> {
     let mut rows = Vec::new();
     for &groups in &settings.groups {
         let truth = Truth { noise_scale, batch, groups, dimensions };
-        let scatters = simulate(truth, &settings.ema, steps, seed).map_err(refuse)?;
+        let scatters = simulate(truth, &settings.ema, steps, seed).map_err(by_flag)?;
         rows.extend(scatters.into_iter().map(|scatter| Row { groups, scatter }));
     }
     match settings.json {

@@ -230,7 +230,7 @@ impl Engine {
         let world = self.axes.world.world();
         if let Some(eta) = eta {
             self.policy.check_comparison(world, eta)?;
-            if !self.axes.world.compares() {
+            if !self.axes.world.can_compare() {
                 let why = "across hosts, or over MPI: use the shared memory of one host";
                 return Err(Error::Policy(format!("groups cannot be compared {why}")));
             }

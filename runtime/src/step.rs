@@ -10,7 +10,7 @@ use pillion_kernels::{AdamW, Event, Queue, View, ViewMut};
 use crate::engine::{Engine, Health, Kind};
 use crate::gradients::sideband;
 use crate::layout::ALIGNMENT;
-use crate::plan::{Action, Fill, Pass, Verified};
+use crate::plan::{Action, Fill, Operation, Pass, Verified};
 use crate::policy::COMPARED;
 use crate::trace::label;
 use crate::update::Agreed;
@@ -131,10 +131,13 @@ impl<'e> Step<'e> {
         }
         engine.events.clear();
         engine.events.resize(plan.operations.len(), Event::PAST);
-        let reductions = plan.operations.iter().filter(|operation| matches!(operation.action, Action::Reduce { .. }));
-        let reduces_once = reductions.count() == engine.layout.units.len();
+        let reduces_once = || {
+            let is_reduction = |operation: &&Operation| matches!(operation.action, Action::Reduce { .. });
+            plan.operations.iter().filter(is_reduction).count() == engine.layout.units.len()
+        };
+        // σ̂ᵢ²/N ≤ η²(Gᵢ/N)² with σ̂ᵢ² = (K·Σₖ Gₖᵢ² − Gᵢ²)/(N·(K − 1)) is K·Σₖ Gₖᵢ² ≤ (1 + η²(K − 1))·Gᵢ².
         let others = engine.axes.world.world() as f64 - 1.0;
-        let limit = engine.compares_groups.filter(|_| reduces_once).map(|eta| 1.0 + eta * eta * others);
+        let limit = engine.compares_groups.filter(|_| reduces_once()).map(|eta| 1.0 + eta * eta * others);
         let exposed = Duration::ZERO;
         Step { engine, kind, plan, next: 0, open: None, opened: None, tokens: 0, limit, exposed, traffic }
     }
@@ -348,7 +351,6 @@ impl<'e> Step<'e> {
         let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite, measuring] = [0, 1, 2, 3, 4, 5, 6];
         values[measuring] = f64::from(u8::from(*measures_groups));
         let world = axes.world.world() as f64;
-        let measured = |values: &[f64]| (values[measuring] == world).then_some(values[group_square_norms]);
         for unit in 0..layout.units.len() {
             let (gradient, unit_totals) = gradients.sums(unit);
             let part = part(gradient.len(), axes.mesh.replicate, axes.replica());
@@ -406,7 +408,7 @@ impl<'e> Step<'e> {
             tokens,
             gradient_norm: values[square_norm].sqrt() / tokens,
             square_norm: values[square_norm],
-            group_square_norms: measured(&values),
+            group_square_norms: (values[measuring] == world).then_some(values[group_square_norms]),
             comparison: comparison(&values[compared], tokens, world),
             exposed: Duration::ZERO,
             operations: 0,

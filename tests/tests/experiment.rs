@@ -74,12 +74,15 @@ fn settings_that_cannot_be_are_named() {
         ("experiment paper --seeds 0", &["--seeds 0", "at least 1"]),
         ("experiment paper --only sgd", &["--only sgd", "norm-test"]),
         ("experiment paper --ranks 3", &["--ranks 3", "1, 2 or 4"]),
-        ("abs simulate --groups 1", &["groups", "is 1", "at least 2"]),
-        ("abs simulate --groups 4 --batch 3", &["batch", "is 3", "each group"]),
-        ("abs simulate --ema 1", &["ema", "is 1", "below 1"]),
-        ("abs simulate --noise-scale nan", &["noise-scale", "NaN", "above 0"]),
+        ("abs simulate --groups 1", &["--groups: 1", "at least 2"]),
+        ("abs simulate --groups 4 --batch 3", &["--batch: 3", "each group"]),
+        ("abs simulate --ema 1", &["--ema: 1", "below 1"]),
+        ("abs simulate --noise-scale nan", &["--noise-scale: NaN", "a millionth of the batch"]),
+        ("abs simulate --noise-scale 1e308", &["--noise-scale: 1", "a millionth of the batch"]),
+        ("abs simulate --groups 2 --dimensions 8000000000 --steps 2", &["--dimensions: 8000000000", "at most 2^22"]),
+        ("abs simulate --groups 2 --dimensions 1 --steps 8000000000", &["--steps: 8000000000", "at most 2^22"]),
         ("abs simulate --dimensions 18446744073709551615", &["fewer --groups, --dimensions or --steps"]),
-        ("abs simulate --steps 0", &["steps", "is 0", "at least 1"]),
+        ("abs simulate --steps 0", &["--steps: 0", "at least 1"]),
     ] {
         place.run(flags).refused(2, parts);
     }

@@ -32,7 +32,7 @@ fn a_step_is_as_long_as_its_computing_and_its_waiting_and_a_timeline_shows_both(
     // Every kind of memory; their sum is what a rank holds.
     let kinds = ["weights", "gathered", "gradients", "gradient_shard", "master", "moments"];
     let sum: f64 = kinds.iter().map(|kind| number(&plan, &format!("/memory/{kind}"))).sum();
-    assert_eq!(sum + number(&plan, "/activations"), number(&plan, "/total"));
+    assert_eq!(sum + number(&plan, "/checkpoints") + number(&plan, "/activations"), number(&plan, "/total"));
     assert!(number(&plan, "/simulation/best/step") <= step * 1.001);
 
     let timeline = fs::read_to_string(place.path("step.json")).unwrap();

@@ -286,8 +286,12 @@ fn without_the_statistic_there_are_the_same_collectives_and_numbers() {
     }
 }
 
-/// The products, and the coordinates that pass, from the definitions. A coordinate's noise and its limit are off by some 2⁻²⁴ of them, so one that is as near to its limit as 1e-5
-/// may fall on either side.
+/// The products, and the coordinates that pass, from the definitions. All is f64 but the sum, of which an element s is off by ε·Σ|x_k| with ε = K·2⁻²⁴, at most ε·√(K·q) with q = Σ x_k²:
+/// - a product Σ_i x_k,i·s_i by ε·‖G_k‖·Σ‖G_j‖ ≤ ε·K·Σ‖G_j‖²;
+/// - s² by 2ε·K·q, a little more with its square; with the limit's factor 1 + η²(K − 1), below 3 here, the two sides of the test of a coordinate, in units of K·q ≤ 3s², by 7ε·K·q. What is nearer to the limit
+///   may fall on either side;
+/// - Σ s² over those that pass by 3ε·K·Σq;
+/// - along + across by as much of it as the noise and the square norm of which σ̂²/Q is made, each bounded as in `statistics_equal_brute_force`, and what both are compared with once more.
 #[test]
 fn a_comparison_of_groups_equals_brute_force_where_a_step_reduces_once() {
     let eta = 0.8;
@@ -309,8 +313,9 @@ fn a_comparison_of_groups_equals_brute_force_where_a_step_reduces_once() {
                 let products: Vec<f64> =
                     groups.iter().map(|(_, g)| g.iter().zip(&sum).map(|(x, s)| x * s).sum()).collect();
                 let scale: f64 = groups.iter().map(|(_, g)| g.iter().map(|x| x * x).sum::<f64>()).sum();
+                let epsilon = count * 2f64.powi(-24);
                 for (found, expected) in found.products.iter().zip(&products) {
-                    assert!((found - expected).abs() <= 1e-5 * scale, "{found} and {expected}, {case:?}");
+                    assert!((found - expected).abs() <= epsilon * count * scale, "{found} and {expected}, {case:?}");
                 }
                 // σ̂ᵢ²/N against η²(Gᵢ/N)², with σ̂ᵢ² = Σ n(Gₖᵢ/n − Gᵢ/N)²/(K − 1).
                 let (mut surely, mut perhaps) = ([0.0; 2], [0.0; 2]);
@@ -318,7 +323,9 @@ fn a_comparison_of_groups_equals_brute_force_where_a_step_reduces_once() {
                     let spread = |(n, g): &(f64, Vec<f64>)| n * (g[i] / n - sum[i] / total).powi(2);
                     let noise = groups.iter().map(spread).sum::<f64>() / (count - 1.0) / total;
                     let limit = eta * eta * (sum[i] / total).powi(2);
-                    let near = 1e-5 * (noise + limit);
+                    let squares: f64 = groups.iter().map(|(_, g)| g[i] * g[i]).sum();
+                    // In the units of both: K·q ≤ 3s² was divided by N²(K − 1).
+                    let near = 7.0 * epsilon * count * squares / (total * total * (count - 1.0));
                     for (passing, counted) in
                         [(noise + near <= limit, &mut surely), (noise - near <= limit, &mut perhaps)]
                     {
@@ -328,18 +335,22 @@ fn a_comparison_of_groups_equals_brute_force_where_a_step_reduces_once() {
                         }
                     }
                 }
-                for (found, (low, high)) in
-                    [found.passing, found.passing_square_norm].iter().zip(surely.into_iter().zip(perhaps))
-                {
-                    let rounding = 1e-5 * high;
-                    assert!((low - rounding..=high + rounding).contains(found), "{found} of {low} to {high}, {case:?}");
-                }
+                assert!(
+                    (surely[0]..=perhaps[0]).contains(&found.passing),
+                    "{found:?}, {surely:?}, {perhaps:?}, {case:?}"
+                );
+                let rounding = 3.0 * epsilon * count * scale;
+                let between = surely[1] - rounding..=perhaps[1] + rounding;
+                assert!(between.contains(&found.passing_square_norm), "{found:?}, {between:?}, {case:?}");
                 passed += found.passing;
                 let observation = case.observation(report, groups.len());
                 let alignment = Alignment::of(&observation, &found.products).unwrap();
                 let noise = observation.noise().unwrap();
                 let relative = noise.variance / noise.square_norm;
-                assert!((alignment.along + alignment.across - relative).abs() <= 1e-4 * relative, "{case:?}");
+                let sums = report.group_square_norms.unwrap() * total / report.square_norm; // S·N/T
+                let bound = 4.0 * epsilon * sums.sqrt() * (1.0 + 1.0 / (sums - 1.0));
+                let error = (alignment.along + alignment.across - relative).abs() / relative;
+                assert!(error <= bound && bound <= 1e-4, "{error:.1e} above {bound:.1e}, {case:?}");
             }
         }
     }

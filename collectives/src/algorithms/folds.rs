@@ -71,7 +71,8 @@ impl Comparing {
     const PART: usize = 4096;
 
     pub(super) fn clear(&self) {
-        // SAFETY: the operation owns the totals.
+        // SAFETY: the buffer travels with the operation and is nobody else's until that is over; whoever drives the operation, one thread at a time, comes here alone. It is f64, by the
+        // assertion of `reduce_scatter_compared`.
         unsafe { self.totals.as_mut_slice::<f64>() }.fill(0.0);
     }
 
@@ -80,7 +81,7 @@ impl Comparing {
     /// # Safety
     /// As for [`reduce::fold`]; the output is none of the inputs.
     unsafe fn run(&self, fold: &reduce::Fold<'_>) {
-        // SAFETY: the operation owns the totals.
+        // SAFETY: as in `clear`.
         let totals = unsafe { self.totals.as_mut_slice::<f64>() };
         for start in (0..fold.count).step_by(Self::PART) {
             let count = Self::PART.min(fold.count - start);
@@ -181,7 +182,7 @@ impl Fold {
         // ranks agree on. In this exchange chunk c of every input is read by rank c alone, and chunk c of every output is written by rank
         // c alone; so where input and output are one buffer, what a rank writes is what it alone has just read, element by element.
         // (Operands in headers are copies, which nobody writes; this rank's own are read and written by itself alone.)
-        // With a comparison the output is a buffer of its own.
+        // With a comparison the output is a buffer of its own, and neither an input nor in place: `reduce_scatter_compared` takes both by value.
         unsafe {
             match &self.comparison {
                 None => reduce::fold(&fold),

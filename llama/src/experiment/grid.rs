@@ -52,41 +52,44 @@ const LARGE: Model = Model {
     parameters: 10.8e6,
 };
 
-/// A schedule of batches: its name, and its flags.
-struct Schedule {
+/// A controller with its settings: its name, and its flags.
+struct BatchSchedule {
     name: String,
     flags: String,
     one_seed: bool,
 }
 
-impl Schedule {
-    fn new(name: impl Into<String>, flags: impl Into<String>) -> Schedule {
-        Schedule { name: name.into(), flags: flags.into(), one_seed: false }
+impl BatchSchedule {
+    fn new(name: impl Into<String>, flags: impl Into<String>) -> BatchSchedule {
+        BatchSchedule { name: name.into(), flags: flags.into(), one_seed: false }
     }
 }
 
-fn constant(batch: u64) -> Schedule {
-    Schedule::new(format!("constant {batch}"), format!("--controller constant --batch {batch}"))
+fn constant(batch: u64) -> BatchSchedule {
+    BatchSchedule::new(format!("constant {batch}"), format!("--controller constant --batch {batch}"))
 }
 
-fn norm_test(eta: f64) -> Schedule {
-    Schedule::new(format!("norm test {eta}"), format!("--batch {BASE} --max-batch {CAP} --eta {eta}"))
+fn norm_test(eta: f64) -> BatchSchedule {
+    BatchSchedule::new(format!("norm test {eta}"), format!("--batch {BASE} --max-batch {CAP} --eta {eta}"))
 }
 
 /// All schedules, for the smaller model.
-fn schedules() -> Vec<Schedule> {
+fn schedules() -> Vec<BatchSchedule> {
     let [a, b, c] = CONSTANT;
-    let mut all: Vec<Schedule> = CONSTANT.map(constant).into();
+    let mut all: Vec<BatchSchedule> = CONSTANT.map(constant).into();
     let stages = format!("--controller stagewise --batch {a} --max-batch {c} --stages {a}:0.025,{b}:0.025,{c}:0.95");
-    all.push(Schedule::new(format!("stages {a}-{b}-{c}"), stages));
+    all.push(BatchSchedule::new(format!("stages {a}-{b}-{c}"), stages));
     all.extend(ETAS.map(norm_test));
     // As printed, groups are workers, so gradients are reduced once a step.
     let printed = format!("--batch {BASE} --max-batch {CAP} --eta {} --variant paper-literal --shard zero-1", ETAS[0]);
-    all.push(Schedule { one_seed: true, ..Schedule::new(format!("norm test {}, as printed", ETAS[0]), printed) });
+    all.push(BatchSchedule {
+        one_seed: true,
+        ..BatchSchedule::new(format!("norm test {}, as printed", ETAS[0]), printed)
+    });
     // As many steps of warm-up as the smallest constant batch has: what of a large batch's loss is its short warm-up?
     let warmup = WARMUP * CAP as f64 / a as f64;
     let longer = format!("{} --warmup {warmup}", constant(CAP).flags);
-    all.push(Schedule::new(format!("constant {CAP}, warm-up × {}", CAP / a), longer));
+    all.push(BatchSchedule::new(format!("constant {CAP}, warm-up × {}", CAP / a), longer));
     all
 }
 
@@ -132,7 +135,7 @@ pub(super) fn grid(settings: &PaperArgs) -> Result<Vec<Run>, Error> {
     Ok(runs)
 }
 
-fn run(settings: &PaperArgs, model: &Model, schedule: &Schedule, samples: u64, seed: u64) -> Run {
+fn run(settings: &PaperArgs, model: &Model, schedule: &BatchSchedule, samples: u64, seed: u64) -> Run {
     let (ranks, validation) = (settings.ranks, settings.validation_samples);
     let common = format!(
         "--ranks {ranks} --seq {SEQ} --micro-batch {MICRO_BATCH} --round-to 8 --samples {samples} --seed {seed} --warmup {WARMUP} --save-every 200 --keep 1 \

@@ -26,8 +26,10 @@ use crate::{Error, print, train};
 use grid::{Run, grid};
 use results::Results;
 
-/// How often to look at the run under way.
+/// How often to ask whether the run under way has ended.
 const POLL: Duration = Duration::from_millis(200);
+/// How often to read how far it is, which takes time from it.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// Settings of `experiment paper`.
 #[derive(Clone, Debug, Args)]
@@ -137,7 +139,7 @@ fn make(
     }
     let child = command.stdin(Stdio::null()).stdout(output).stderr(errors).spawn();
     let mut child = child.map_err(|error| Error::file(&program, error))?;
-    let mut told = false;
+    let (mut told, mut looked) = (false, None::<Instant>);
     loop {
         if let Some(ended) = child.try_wait().map_err(|error| Error::file(&program, error))? {
             return Ok(ended);
@@ -147,7 +149,10 @@ fn make(
             let _ = kill_process(Pid::from_child(&child), Signal::TERM);
             told = true;
         }
-        progress.look(&Results::of(folder, run.samples).unwrap_or_default(), run);
+        if looked.is_none_or(|looked| looked.elapsed() > LOOK) {
+            progress.look(&Results::of(folder, run.samples).unwrap_or_default(), run);
+            looked = Some(Instant::now());
+        }
         std::thread::sleep(POLL);
     }
 }

@@ -1,5 +1,6 @@
 //! What a step of a model will take on a machine: the plan that the engine would follow, simulated.
 
+use pillion_runtime::checkpoint::Saver;
 use pillion_runtime::simulate::{Machine, Sent, Simulation, Work, simulate};
 use pillion_runtime::trace::Track;
 use pillion_runtime::{Layout, Memory, Mesh, Outline, Plan, Policy, UnitSpec, Verified};
@@ -30,7 +31,16 @@ pub(super) struct Planned {
     pub(super) plan: Verified,
     work: Work,
     pub(super) memory: Memory,
+    /// Copies for checkpoints.
+    pub(super) checkpoints: u64,
     pub(super) activations: u64,
+}
+
+impl Planned {
+    /// Bytes of a rank in all.
+    pub(super) fn total(&self) -> u64 {
+        self.memory.total() + self.checkpoints + self.activations
+    }
 }
 
 /// Bytes that a rank sends in a step, and as many that it receives.
@@ -48,7 +58,7 @@ pub(super) struct Forecast {
     pub(super) prefetch: usize,
     pub(super) slots: usize,
     pub(super) blocks_per_bucket: usize,
-    /// Bytes of a rank, with activations.
+    /// Bytes of a rank in all.
     pub(super) memory: u64,
     /// Seconds of a step; of computing in it; of waiting for collectives; in which one was under way.
     pub(super) step: f64,
@@ -85,6 +95,7 @@ impl Setup<'_> {
             plan: plan.verify().expect("the planner makes no races"),
             work: Work { forward, backward },
             memory: Memory::of(&layout, policy, *mesh).on_hosts_of(*local, &layout, policy, *mesh),
+            checkpoints: Saver::bytes(&layout),
             activations: Model::activation_bytes(model, policy.weights, *micro_batch as usize, *seq),
             layout,
         }
@@ -110,7 +121,7 @@ impl Setup<'_> {
             prefetch: self.policy.prefetch,
             slots: self.policy.slots,
             blocks_per_bucket: self.blocks,
-            memory: planned.memory.total() + planned.activations,
+            memory: planned.total(),
             step: simulation.step,
             computing: simulation.computing(),
             exposed,

@@ -28,10 +28,12 @@ struct Report {
     seq: usize,
     micro_batch: u64,
     rounds: usize,
-    /// Of a rank, without activations.
+    /// Of a rank, what its parameters take.
     memory: Memory,
+    /// Copies of its state that are written.
+    checkpoints: u64,
     activations: u64,
-    /// Both.
+    /// All of it.
     total: u64,
     collectives: usize,
     simulation: Option<Simulated>,
@@ -93,8 +95,9 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
         micro_batch,
         rounds,
         memory: planned.memory,
+        checkpoints: planned.checkpoints,
         activations: planned.activations,
-        total: planned.memory.total() + planned.activations,
+        total: planned.total(),
         collectives: planned.plan.collectives(),
         simulation: None,
     };
