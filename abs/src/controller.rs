@@ -153,7 +153,13 @@ impl Controller {
                 (None, Reason::Scheduled)
             }
             Proposal::Measured(_) if noise.is_err() => (None, Reason::Unusable),
-            Proposal::Measured(None) => (None, Reason::NoGradient),
+            Proposal::Measured(None) => {
+                // A test that says nothing ends what was asked for in a row.
+                if state.steps.is_multiple_of(self.settings.interval) {
+                    state.asks = 0;
+                }
+                (None, Reason::NoGradient)
+            }
             Proposal::Measured(wanted) if !state.steps.is_multiple_of(self.settings.interval) => {
                 (wanted, Reason::BetweenTests)
             }

@@ -31,11 +31,11 @@ pub enum Error {
 }
 
 impl Error {
-    /// Checks that a setting is a finite number above 0.
-    pub(crate) fn unless_positive(setting: &str, value: f64, remedy: &'static str) -> Result<(), Self> {
-        match value.is_finite() && value > 0.0 {
+    /// Checks that a setting is a factor with which, or with the square of which, batches stay finite.
+    pub(crate) fn unless_factor(setting: &str, value: f64, remedy: &'static str) -> Result<(), Self> {
+        match (1e-6..=1e6).contains(&value) {
             true => Ok(()),
-            false => Err(Self::setting(setting, value, "a finite number above 0", remedy)),
+            false => Err(Self::setting(setting, value, "a number from 1e-6 to 1e6", remedy)),
         }
     }
 

@@ -12,7 +12,7 @@ pub(crate) fn wanted(ratio: f64, noise: &Noise) -> Option<f64> {
 }
 
 pub(crate) fn validate(ratio: f64) -> Result<(), Error> {
-    Error::unless_positive("rule.noise-scale.ratio", ratio, "start from 1: a batch as large as the noise scale")
+    Error::unless_factor("rule.noise-scale.ratio", ratio, "start from 1: a batch as large as the noise scale")
 }
 
 #[cfg(test)]

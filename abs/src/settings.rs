@@ -60,7 +60,7 @@ pub enum Rule {
     },
     /// Norm test: while σ̂²/b > η²·Q, grow towards ⌈σ̂²/(η²·Q)⌉ (Lau et al. 2025).
     NormTest {
-        /// η, the largest noise-to-gradient ratio accepted; above 0.
+        /// η, the largest noise-to-gradient ratio accepted; from 1e-6 to 1e6.
         eta: f64,
         /// Which noise and which gradient are compared.
         #[serde(default)]
@@ -68,7 +68,7 @@ pub enum Rule {
     },
     /// Grow towards ⌈`ratio` · B_simple⌉ (McCandlish et al. 2018).
     NoiseScale {
-        /// Batch as a share of the gradient noise scale; above 0. At 1 a step makes half the progress of an infinitely large batch.
+        /// Batch as a share of the gradient noise scale; from 1e-6 to 1e6. At 1 a step makes half the progress of an infinitely large batch.
         ratio: f64,
     },
 }

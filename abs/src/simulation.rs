@@ -18,6 +18,9 @@ pub const MOST: usize = 1 << 22;
 /// Noise scales, as shares of the batch, at which f64 neither overflows nor loses the noise in what it is the difference of.
 const SHARES: std::ops::RangeInclusive<f64> = 1e-6..=1e12;
 
+/// As many steps as averages that have next to nothing in common: an interval of fewer would say little.
+const INDEPENDENT: f64 = 10.0;
+
 /// What is simulated.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Truth {
@@ -58,7 +61,7 @@ pub struct Interval {
 }
 
 /// Makes `steps` steps, and says how the estimates of all scatter under each of the moving averages in `ema_decays`, once the average has its weights. A
-/// pure function of its arguments.
+/// long average has few independent values in the steps, (1 − λ)/(1 + λ) for each, and its interval is that much rougher. A pure function of its arguments.
 ///
 /// # Errors
 /// When an argument is out of its range; names it.
@@ -150,10 +153,17 @@ fn validate(truth: Truth, ema_decays: &[f64], steps: usize) -> Result<(), Error>
     if !(1..=MOST).contains(&steps) {
         return refuse("steps", steps.to_string(), "at least 1 and at most 2^22", "set it to 2000");
     }
-    match ema_decays.iter().find(|decay| !(0.0..1.0).contains(*decay)) {
-        Some(decay) => refuse("ema", decay.to_string(), "at least 0 and below 1", "0 does not smooth at all"),
-        None => Ok(()),
+    for decay in ema_decays {
+        if !(0.0..1.0).contains(decay) {
+            return refuse("ema", decay.to_string(), "at least 0 and below 1", "0 does not smooth at all");
+        }
+        let needed = (INDEPENDENT * (1.0 + decay) / (1.0 - decay)).ceil();
+        if (steps as f64) < needed {
+            let expected = format!("at least {needed} steps for an average of that length, not {steps}");
+            return refuse("ema", decay.to_string(), &expected, "simulate more steps");
+        }
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -236,6 +246,7 @@ mod tests {
             assert!(message(truth, &[0.9], 10).contains(&format!("simulation.{name}")), "{name}");
         }
         assert!(message(TRUTH, &[1.0], 10).contains("simulation.ema"));
+        assert!(message(TRUTH, &[0.99], 1989).contains("at least 1990 steps"));
         for steps in [0, MOST + 1] {
             assert!(message(TRUTH, &[], steps).contains("simulation.steps"));
         }

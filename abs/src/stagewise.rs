@@ -60,7 +60,7 @@ pub(crate) fn validate(settings: &Settings, stages: &[Stage], horizon: u64) -> R
                 path("batch"),
                 batch,
                 settings.allowed(),
-                "change the stage, or `base`, `cap` or `round_to`",
+                "change the stage, or the limits and the multiple of batches",
             ));
         }
         if settings.monotone && batch < previous {
@@ -68,7 +68,7 @@ pub(crate) fn validate(settings: &Settings, stages: &[Stage], horizon: u64) -> R
                 path("batch"),
                 batch,
                 format!("at least {previous}, the stage before"),
-                "order the stages by batch, or set `monotone = false`",
+                "order the stages by batch, or let batches shrink",
             ));
         }
         sum += share;

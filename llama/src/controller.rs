@@ -78,7 +78,7 @@ pub struct ControllerArgs {
     /// Let a measured batch shrink, too.
     #[arg(long)]
     pub shrink: bool,
-    /// Report also where the gradient's noise points: `alignment` in metrics.jsonl, of steps that reduce gradients once, with ranks as groups, on one host. X is the noise-to-gradient
+    /// Report also where the gradient's noise points: `alignment` in metrics.jsonl, of steps that reduce gradients once and give every rank a micro-batch, with ranks as groups, on one host. X is the noise-to-gradient
     /// ratio by which single coordinates are counted.
     #[arg(long, value_name = "X")]
     pub alignment: Option<f64>,
@@ -88,6 +88,11 @@ pub struct ControllerArgs {
 }
 
 impl ControllerArgs {
+    /// Whether the batch follows measurements.
+    pub(crate) fn measures(&self) -> bool {
+        matches!(self.controller, ControllerKind::NormTest | ControllerKind::NoiseScale)
+    }
+
     /// The controller's settings, in batches from `base` to `cap`, over `samples` in all.
     ///
     /// # Errors
@@ -96,7 +101,7 @@ impl ControllerArgs {
         let fail = |message: String| Err(Error::Setting(message));
         let kind = self.controller;
         let norm_test = kind == ControllerKind::NormTest;
-        let measured = norm_test || kind == ControllerKind::NoiseScale;
+        let measured = self.measures();
         // A flag that nothing reads would seem to work.
         for (given, flag, read, by) in [
             (self.eta.is_some(), "--eta", norm_test, "norm-test"),

@@ -250,7 +250,7 @@ pub struct TrainArgs {
     /// Samples that a rank computes at a time.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub micro_batch: u64,
-    /// Samples in a step, over all ranks, at first; default: --round-to.
+    /// Samples in a step, over all ranks, at first; default: --round-to, and at least two micro-batches where noise is measured.
     #[arg(long, value_name = "N")]
     pub batch: Option<u64>,
     /// Samples in a step at most; default: 8 times --batch.
@@ -387,7 +387,9 @@ impl Cli {
 
 fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
     // A flag that comes twice is no error: the file's comes first, and the command line's wins.
-    let command = Cli::command().mut_subcommand("train", |train| train.args_override_self(true));
+    // Numbers below zero are refused for what they are, not as flags.
+    let command =
+        Cli::command().mut_subcommand("train", |train| train.args_override_self(true).allow_negative_numbers(true));
     Cli::from_arg_matches(&command.try_get_matches_from(arguments)?)
 }
 

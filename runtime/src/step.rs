@@ -440,7 +440,7 @@ fn comparison(sums: &[f64], tokens: f64, world: f64) -> Option<GroupComparison> 
 const COMPARISON: usize = 3 + COMPARED;
 
 /// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, the square norm, the number of values that are not finite, and of ranks that measure groups.
-const SUMS: usize = sideband::LEN + 3;
+pub(crate) const SUMS: usize = sideband::LEN + 3;
 
 const AXIS: &str = "a plan moves along the axes that there are";
 

@@ -18,7 +18,8 @@ fn an_interrupted_experiment_goes_on_and_reports_its_runs() {
     place.run(&format!("{flags} --report")).refused(1, &["paper", "no run in it is finished", "leave --report out"]);
     let running = place.start(&flags);
     let first = "paper/3.3M/constant-64-seed-1";
-    running.wait_for("a second run", || place.path("paper/3.3M/constant-64-warm-up-4-seed-1.log").exists());
+    running.wait_for("a second run", || place.path("paper/3.3M/constant-64-warm-up-8-seed-1.log").exists());
+    place.run(&flags).refused(1, &["paper", "another run is writing here", "--out DIR"]);
     let metrics = |run: &str| fs::read(place.path(run).join("metrics.jsonl")).unwrap();
     let made = metrics(first);
     running.signal(Signal::TERM);
@@ -38,7 +39,7 @@ fn an_interrupted_experiment_goes_on_and_reports_its_runs() {
         .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
         .collect();
     assert_eq!(rows.len(), 2, "{tables}");
-    for (row, run) in [(0, "constant-64"), (1, "constant-64-warm-up-4")] {
+    for (row, run) in [(0, "constant-64"), (1, "constant-64-warm-up-8")] {
         let steps = place.steps(&format!("paper/3.3M/{run}-seed-1"));
         let last = steps.last().unwrap();
         assert_eq!(last.samples_seen, SAMPLES);
@@ -49,7 +50,7 @@ fn an_interrupted_experiment_goes_on_and_reports_its_runs() {
             steps.iter().map(|step| step.batch_samples).max().unwrap().to_string(),
         ];
         assert_eq!(rows[row][1..5], expected, "{run}");
-        assert_eq!(rows[row][7], format!("{:.4}", last.validation_loss.unwrap()), "{run}");
+        assert_eq!(rows[row][9], format!("{:.4}", last.validation_loss.unwrap()), "{run}");
         let csv = fs::read_to_string(place.path(format!("paper/report/steps/3.3M/{run}-seed-1.csv"))).unwrap();
         assert_eq!(csv.lines().count(), 1 + steps.len());
     }
@@ -59,6 +60,18 @@ fn an_interrupted_experiment_goes_on_and_reports_its_runs() {
         let svg = fs::read_to_string(place.path(format!("paper/report/3.3M-{figure}.svg"))).unwrap();
         assert!(page.contains(&svg) && svg.contains("constant 64, warm-up"), "{figure}");
     }
+    let other = flags.replace("--validation-samples 16", "--validation-samples 8");
+    place
+        .run(&format!("{other} --report"))
+        .refused(1, &["constant-64-seed-1.log", "validation-samples 16", "--out DIR"]);
+    assert_eq!(metrics(first), made);
+    // Half a line may be under way; what ends like a line must be one.
+    let path = place.path(first).join("metrics.jsonl");
+    fs::write(&path, [&made[..], b"{\"step\":"].concat()).unwrap();
+    place.run(&format!("{flags} --report")).succeeded();
+    fs::write(&path, [b"{}\n", &made[..]].concat()).unwrap();
+    place.run(&format!("{flags} --report")).refused(1, &["metrics.jsonl", "line 1", "remove the run's folder"]);
+    fs::write(&path, &made).unwrap();
     // From the same files, the same report.
     place.run(&format!("{flags} --report")).succeeded();
     assert_eq!(fs::read_to_string(place.path("paper/report/report.html")).unwrap(), page);
@@ -77,6 +90,7 @@ fn settings_that_cannot_be_are_named() {
         ("abs simulate --groups 1", &["--groups: 1", "at least 2"]),
         ("abs simulate --groups 4 --batch 3", &["--batch: 3", "each group"]),
         ("abs simulate --ema 1", &["--ema: 1", "below 1"]),
+        ("abs simulate --ema 0.999", &["--ema: 0.999", "at least 19990 steps", "simulate more"]),
         ("abs simulate --noise-scale nan", &["--noise-scale: NaN", "a millionth of the batch"]),
         ("abs simulate --noise-scale 1e308", &["--noise-scale: 1", "a millionth of the batch"]),
         ("abs simulate --groups 2 --dimensions 8000000000 --steps 2", &["--dimensions: 8000000000", "at most 2^22"]),
@@ -92,7 +106,7 @@ fn settings_that_cannot_be_are_named() {
 #[test]
 fn a_simulation_is_a_function_of_its_settings() {
     let place = Workplace::new(PROGRAM);
-    let print = |flags: &str| place.run(&format!("abs simulate --groups 2,4 --steps 200 {flags}")).succeeded().stdout;
+    let print = |flags: &str| place.run(&format!("abs simulate --groups 2,4 {flags}")).succeeded().stdout;
     assert_eq!(print("--json"), print("--json"));
     assert_ne!(print("--json"), print("--json --seed 2"));
     let rows: serde_json::Value = serde_json::from_str(&print("--json")).unwrap();

@@ -204,3 +204,57 @@ fn metrics_hold_every_promised_key() {
         assert_eq!(line["batch_tokens"].as_u64(), Some(8 * 32));
     }
 }
+
+#[test]
+fn a_report_of_where_the_noise_points_changes_nothing_else() {
+    let place = Workplace::new(PROGRAM);
+    for placement in ["--ranks 2 --shard zero-1", "--ranks 4 --shard zero-3"] {
+        let flags = format!("--steps 6 --ema 0 --eta 0.5 {placement}");
+        let plain = place.train("plain", &flags);
+        assert_eq!(plain, place.train("with", &format!("{flags} --alignment 0.5")));
+        let mut compared = 0;
+        for (plain, with) in place.lines("plain").iter().zip(place.lines("with")) {
+            let same = |key: &str| assert_eq!(plain[key], with[key], "{key}");
+            same("collectives");
+            assert!(plain.get("alignment").is_none());
+            let Some(alignment) = with.get("alignment") else {
+                assert!(with["batch_samples"].as_u64() > Some(8), "a step of one round tells: {with}");
+                continue;
+            };
+            let number = |value: &serde_json::Value| value.as_f64().expect("a number");
+            for share in ["coordinates", "mass"] {
+                assert!((0.0..=1.0).contains(&number(&alignment[share])) && number(&alignment[share]) > 0.0, "{with}");
+            }
+            assert!(number(&alignment["mass"]) > number(&alignment["coordinates"]), "what is large passes: {with}");
+            // σ̂²/Q = V_ip/Q² + V_⊥/Q, and B_simple = σ̂²/(Q − σ̂²/N); for the bound see statistics.rs, where both are compared with f64.
+            let relative = number(&alignment["along"]) + number(&alignment["across"]);
+            let noise_scale = relative / (1.0 - relative / number(&with["batch_samples"]));
+            let Some(found) = with["noise_scale"].as_f64() else { continue };
+            let amplified = 1e-5 * noise_scale / relative;
+            assert!((noise_scale / found - 1.0).abs() < amplified, "{noise_scale} and {found}: {with}");
+            compared += 1;
+        }
+        assert!(compared > 0, "{placement}");
+    }
+}
+
+/// A rank that is alone compares its micro-batches; with one of these, or with whole gradients, there is nothing to compare, and it says so.
+#[test]
+fn a_batch_that_cannot_be_measured_is_said() {
+    let place = Workplace::new(PROGRAM);
+    let run = |flags: &str| {
+        place.run(&format!(
+            "train --data text --model tiny --seq 32 --micro-batch 2 --samples 2000 --steps 3 --ranks 1 {flags}"
+        ))
+    };
+    let silent = run("--eta 0.1 --out default").succeeded();
+    assert!(!silent.stderr.contains("single group"), "{silent}");
+    assert_eq!(batches(&place.steps("default"))[0], 4);
+    assert!(batches(&place.steps("default"))[2] > 4);
+    for flags in ["--batch 2", "--batch 8 --shard zero-1"] {
+        let said = run(&format!("{flags} --out alone")).succeeded();
+        assert!(said.stderr.contains("a single group") && said.stderr.contains("--controller constant"), "{said}");
+    }
+    let constant = run("--batch 2 --controller constant --out constant").succeeded();
+    assert!(!constant.stderr.contains("single group"), "{constant}");
+}

@@ -118,6 +118,16 @@ fn growth_doubles_until_the_cap_by_default() {
 }
 
 #[test]
+fn a_test_that_says_nothing_ends_what_was_asked_in_a_row() {
+    use Reason::{Grown, NoGradient, Waiting};
+    let rule = Rule::NormTest { eta: 0.5, variant: Variant::Debiased };
+    let drowned = |b| Observation { square_norm: 64.0 * 128.0, ..expected_sums(b, 1e4, 1.0) };
+    let settings = Settings { patience: 2, rule, ..norm_test() };
+    let expected = [(64, Waiting), (64, NoGradient), (64, Waiting), (128, Grown)];
+    assert_eq!(run(settings, [noisy, drowned, noisy, noisy]), expected);
+}
+
+#[test]
 fn patience_waits_for_consecutive_asks_and_starts_anew_after_each_growth() {
     use Reason::{Grown, Sufficient, Waiting};
     let settings = Settings { patience: 2, ..norm_test() };

@@ -11,8 +11,8 @@ pub(super) struct Curve {
 const SIZE: (u32, u32) = (960, 460);
 /// Of these, for the names of the curves.
 const KEY_WIDTH: u32 = 210;
-/// Distinct also to most who see colours differently (Okabe and Ito 2008), then greys.
-const COLOURS: [RGBColor; 10] = [
+/// Distinct also to most who see colours differently (Okabe and Ito 2008), then brown and greys.
+const COLOURS: [RGBColor; 11] = [
     RGBColor(0, 114, 178),
     RGBColor(86, 180, 233),
     RGBColor(0, 60, 95),
@@ -20,9 +20,10 @@ const COLOURS: [RGBColor; 10] = [
     RGBColor(0, 158, 115),
     RGBColor(213, 94, 0),
     RGBColor(204, 121, 167),
-    RGBColor(150, 150, 150),
-    RGBColor(60, 60, 60),
-    RGBColor(240, 228, 66),
+    RGBColor(140, 90, 40),
+    RGBColor(190, 190, 190),
+    RGBColor(130, 130, 130),
+    RGBColor(70, 70, 70),
 ];
 
 /// Draws the curves; errors are those of the drawing library, in words.

@@ -86,10 +86,12 @@ fn schedules() -> Vec<BatchSchedule> {
         one_seed: true,
         ..BatchSchedule::new(format!("norm test {}, as printed", ETAS[0]), printed)
     });
-    // As many steps of warm-up as the smallest constant batch has: what of a large batch's loss is its short warm-up?
-    let warmup = WARMUP * CAP as f64 / a as f64;
-    let longer = format!("{} --warmup {warmup}", constant(CAP).flags);
-    all.push(BatchSchedule::new(format!("constant {CAP}, warm-up × {}", CAP / a), longer));
+    // As many steps of warm-up as adaptive runs have: what of a constant batch's loss is its short warm-up?
+    all.extend(CONSTANT.map(|batch| {
+        let longer = batch / BASE;
+        let flags = format!("{} --warmup {}", constant(batch).flags, WARMUP * longer as f64);
+        BatchSchedule::new(format!("constant {batch}, warm-up × {longer}"), flags)
+    }));
     all
 }
 
@@ -161,14 +163,13 @@ mod tests {
     use crate::train::recipe::Recipe;
 
     fn settings(quick: bool) -> PaperArgs {
-        let out = std::path::PathBuf::new();
-        let (data, samples, seeds, only) = (None, None, None, None);
+        let (data, out, samples, seeds, only) = (None, None, None, None, None);
         PaperArgs { data, out, ranks: 2, samples, seeds, validation_samples: 512, only, quick, report: false }
     }
 
     #[test]
     fn every_run_is_one_that_train_accepts_and_has_a_folder_of_its_own() {
-        for (quick, count) in [(false, 3 * 8 + 1 + 3 * 3), (true, 9)] {
+        for (quick, count) in [(false, 3 * 10 + 1 + 3 * 3), (true, 11)] {
             let runs = grid(&settings(quick)).unwrap();
             assert_eq!(runs.len(), count);
             let names: std::collections::HashSet<&str> = runs.iter().map(|run| run.name.as_str()).collect();

@@ -8,7 +8,9 @@ mod grid;
 mod report;
 mod results;
 
+use std::ffi::OsString;
 use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -21,7 +23,7 @@ use pillion_collectives::launcher::EXIT_INTERRUPTED;
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
-use crate::train::stopping;
+use crate::train::{checkpoints, stopping};
 use crate::{Error, print, train};
 use grid::{Run, grid};
 use results::Results;
@@ -37,9 +39,9 @@ pub struct PaperArgs {
     /// Text to train on, a file or a folder; default: the sources of the crates this program is built from.
     #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
-    /// Folder of all runs and of the report; finished runs in it are not made again, and keep what they print and their metrics alone.
-    #[arg(long, value_name = "DIR", default_value = "runs/paper")]
-    pub out: PathBuf,
+    /// Folder of all runs and of the report; finished runs in it are not made again, and keep what they print and their metrics alone. Default: runs/paper, or runs/paper-quick with --quick.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
     /// Ranks of each run, 1, 2 or 4.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub ranks: usize,
@@ -69,7 +71,16 @@ pub struct PaperArgs {
 /// When a run fails, named, or a file cannot be written.
 pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
     let runs = grid(settings)?;
-    let folder = |run: &Run| settings.out.join(&run.name);
+    let out = settings
+        .out
+        .clone()
+        .unwrap_or_else(|| format!("runs/paper{}", if settings.quick { "-quick" } else { "" }).into());
+    let folder = |run: &Run| out.join(&run.name);
+    for run in &runs {
+        check_settings(settings, run, &folder(run))?;
+    }
+    // A report alone can be made while runs are.
+    let _lock = if settings.report { None } else { Some(claim(&out)?) };
     if !settings.report {
         let stop = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM, SIGUSR1] {
@@ -101,7 +112,7 @@ pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
             }
         }
     }
-    let mut finished = Vec::new();
+    let (mut finished, wanted) = (Vec::new(), runs.len());
     for run in runs {
         let results = Results::of(&folder(&run), run.samples)?;
         if results.is_finished() {
@@ -109,12 +120,19 @@ pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
         }
     }
     if finished.is_empty() {
-        return Err(Error::file(&settings.out, "no run in it is finished: leave --report out to make them"));
+        return Err(Error::file(&out, "no run in it is finished: leave --report out to make them"));
     }
-    let (path, tables) = report::write(&settings.out, &finished)?;
+    let (path, tables) = report::write(&out, &finished, wanted)?;
     print(tables);
     print(format_args!("report      {}", path.display()));
     Ok(0)
+}
+
+/// Claims the experiment's folder until the file is dropped.
+fn claim(out: &Path) -> Result<File, Error> {
+    let made = std::fs::create_dir_all(out);
+    made.map_err(|error| Error::file(out, format!("{error}: choose another folder with --out DIR")))?;
+    checkpoints::lock(out)
 }
 
 /// Makes one run, or goes on with it.
@@ -127,17 +145,20 @@ fn make(
 ) -> Result<ExitStatus, Error> {
     let log_path = log(folder);
     let parent = folder.parent().expect("a run lies in the experiment's folder");
-    let output = std::fs::create_dir_all(parent).and_then(|()| File::create(&log_path));
-    let output =
-        output.map_err(|error| Error::file(&log_path, format!("{error}: choose another folder with --out DIR")))?;
+    let create = || {
+        std::fs::create_dir_all(parent)?;
+        let mut log = File::create(&log_path)?;
+        writeln!(log, "{}", first_line(settings, run))?;
+        Ok(log)
+    };
+    let output = create().map_err(|error: std::io::Error| {
+        Error::file(&log_path, format!("{error}: choose another folder with --out DIR"))
+    })?;
     let errors = output.try_clone().map_err(|error| Error::file(&log_path, error))?;
     let program = std::env::current_exe().map_err(|error| Error::file("pillion", error))?;
-    let mut command = Command::new(&program);
-    command.arg("train").args(&run.flags).arg("--out").arg(folder);
-    if let Some(data) = &settings.data {
-        command.arg("--data").arg(data);
-    }
-    let child = command.stdin(Stdio::null()).stdout(output).stderr(errors).spawn();
+    let mut train = Command::new(&program);
+    train.args(command(settings, run)).arg("--out").arg(folder);
+    let child = train.stdin(Stdio::null()).stdout(output).stderr(errors).spawn();
     let mut child = child.map_err(|error| Error::file(&program, error))?;
     let (mut told, mut looked) = (false, None::<Instant>);
     loop {
@@ -154,6 +175,43 @@ fn make(
             looked = Some(Instant::now());
         }
         std::thread::sleep(POLL);
+    }
+}
+
+/// What a run is made with, but for its folder.
+fn command(settings: &PaperArgs, run: &Run) -> Vec<OsString> {
+    let mut command: Vec<OsString> =
+        std::iter::once("train").chain(run.flags.iter().map(String::as_str)).map(OsString::from).collect();
+    if let Some(data) = &settings.data {
+        // Where it is, whatever folder the experiment is gone on with from.
+        let data = std::path::absolute(data).unwrap_or_else(|_| data.clone());
+        command.extend(["--data".into(), data.into()]);
+    }
+    command
+}
+
+/// The first line of a run's log.
+fn first_line(settings: &PaperArgs, run: &Run) -> String {
+    let words = command(settings, run);
+    words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+/// Refuses to mix runs of other settings with those that are asked for.
+fn check_settings(settings: &PaperArgs, run: &Run, folder: &Path) -> Result<(), Error> {
+    if Results::of(folder, run.samples)?.steps.is_empty() {
+        return Ok(());
+    }
+    let path = log(folder);
+    let fail = |reason: String| Err(Error::file(&path, format!("{reason}; choose another folder with --out DIR")));
+    match std::fs::read_to_string(&path) {
+        Err(error) => fail(format!("{error}: its first line says how the run beside it was made")),
+        Ok(text) => {
+            let (made, asked) = (text.lines().next().unwrap_or_default(), first_line(settings, run));
+            match made == asked {
+                true => Ok(()),
+                false => fail(format!("this run was made by `{made}`, and now it would be `{asked}`")),
+            }
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use super::results::{Part, Results};
 use crate::Error;
 
 /// Points of a curve at most.
-const POINTS: u64 = 96;
+const POINTS: u64 = 64;
 
 /// All finished runs of one schedule: the seeds.
 struct Group<'r> {
@@ -17,8 +17,8 @@ struct Group<'r> {
     seeds: Vec<&'r Results>,
 }
 
-/// Writes everything; returns the path of the page, and the tables.
-pub(super) fn write(out: &Path, finished: &[(Run, Results)]) -> Result<(PathBuf, String), Error> {
+/// Writes everything, of `wanted` runs those that are finished; returns the path of the page, and the tables.
+pub(super) fn write(out: &Path, finished: &[(Run, Results)], wanted: usize) -> Result<(PathBuf, String), Error> {
     let folder = out.join("report");
     let put = |name: &str, text: &str| {
         let path = folder.join(name);
@@ -28,14 +28,23 @@ pub(super) fn write(out: &Path, finished: &[(Run, Results)]) -> Result<(PathBuf,
     let mut models: Vec<&str> = finished.iter().map(|(run, _)| run.model).collect();
     models.dedup();
     let (mut tables, mut page) = (String::new(), String::from(HEAD));
+    if finished.len() < wanted {
+        let lacking = format!("{} of {wanted} runs are finished, and these are in it.\n\n", finished.len());
+        tables.push_str(&lacking);
+        write!(page, "<p>{lacking}</p>").expect("text grows");
+    }
     for model in models {
         let groups = groups(finished, model);
         let samples = finished.iter().find(|(run, _)| run.model == model).map_or(0, |(run, _)| run.samples);
+        let largest =
+            finished.iter().filter(|(run, _)| run.model == model).map(|(_, results)| results.largest_batch()).max();
+        // Two of the largest steps begin in each part, so that none is empty.
+        let count = (samples / (2 * largest.unwrap_or(1))).clamp(1, POINTS) as usize;
         let (title, rows) = (format!("{model} parameters, {samples} samples"), rows(&groups));
         tables.push_str(&markdown(&title, &rows));
         page.push_str(&html(&title, &rows));
         for (name, title, x, y, point) in FIGURES {
-            let curves: Vec<Curve> = groups.iter().map(|group| curve(group, samples, point)).collect();
+            let curves: Vec<Curve> = groups.iter().map(|group| curve(group, count, point)).collect();
             let drawn = figure(&format!("{title}, {model}"), x, y, &curves);
             let svg = drawn.map_err(|reason| Error::file(folder.join(name), reason))?;
             put(&format!("{model}-{name}.svg"), &svg)?;
@@ -55,8 +64,9 @@ body { font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 
 table { border-collapse: collapse; } th, td { padding: .2em .8em; text-align: right; } th:first-child, td:first-child { text-align: left; }
 th { border-bottom: 1px solid; } figure { margin: 1.5em 0; }
 </style></head><body><h1>Batch schedules</h1>
-<p>Mean over seeds, and ± the standard deviation between them. Steps: optimizer steps. Time: of the steps alone. Training loss: mean over the last tenth of the samples;
-validation loss: after the last step. Both in nats a token. Curves: mean over seeds of the mean loss in parts of as many samples each.</p>
+<p>Mean over seeds, and ± the standard deviation between them. Steps: optimizer steps; warm-up steps: until the learning rate was highest. Time: of all steps, without starts and validation, but with whatever
+else the machine did meanwhile; ms a sample: the median over steps, which is less so. Training loss: mean over the last tenth of the samples; validation loss: after the last step; both in nats a token.
+Curves: the mean over seeds, in parts of as many samples each, of the loss before a step, or of its batch, at the samples, steps and seconds that came before it.</p>
 ";
 
 type Point = fn(&Part) -> (f64, f64);
@@ -82,10 +92,7 @@ fn groups<'r>(finished: &'r [(Run, Results)], model: &str) -> Vec<Group<'r>> {
 }
 
 /// The seeds' mean at each part of the run in which all of them have a step.
-fn curve(group: &Group, samples: u64, point: Point) -> Curve {
-    let largest = group.seeds.iter().flat_map(|run| &run.steps).map(|line| line.batch_samples).max().unwrap_or(1);
-    // Two of the largest steps in each part, so that none is empty.
-    let count = (samples / (2 * largest)).clamp(1, POINTS) as usize;
+fn curve(group: &Group, count: usize, point: Point) -> Curve {
     let seeds: Vec<Vec<Option<Part>>> = group.seeds.iter().map(|run| run.parts(count)).collect();
     let mean = |part: usize| {
         let points: Option<Vec<(f64, f64)>> = seeds.iter().map(|parts| parts[part].as_ref().map(point)).collect();
@@ -96,10 +103,20 @@ fn curve(group: &Group, samples: u64, point: Point) -> Curve {
     Curve { name: group.schedule.to_owned(), points: (0..count).filter_map(mean).collect() }
 }
 
-const COLUMNS: [&str; 8] =
-    ["schedule", "seeds", "steps", "mean batch", "largest batch", "time, s", "training loss", "validation loss"];
+const COLUMNS: [&str; 10] = [
+    "schedule",
+    "seeds",
+    "steps",
+    "mean batch",
+    "largest batch",
+    "warm-up steps",
+    "time, s",
+    "ms a sample",
+    "training loss",
+    "validation loss",
+];
 
-fn rows(groups: &[Group]) -> Vec<[String; 8]> {
+fn rows(groups: &[Group]) -> Vec<[String; 10]> {
     let row = |group: &Group| {
         let all = |value: fn(&Results) -> f64| group.seeds.iter().map(|run| value(run)).collect::<Vec<f64>>();
         let losses = all(|run| run.validation_loss().unwrap_or(f64::NAN));
@@ -108,8 +125,10 @@ fn rows(groups: &[Group]) -> Vec<[String; 8]> {
             group.seeds.len().to_string(),
             spread(&all(|run| run.steps.len() as f64), 0),
             spread(&all(Results::mean_batch), 1),
-            spread(&all(|run| run.steps.iter().map(|line| line.batch_samples as f64).fold(0.0, f64::max)), 0),
+            spread(&all(|run| run.largest_batch() as f64), 0),
+            spread(&all(|run| run.warmup_steps() as f64), 0),
             spread(&all(Results::seconds), 0),
+            spread(&all(Results::median_per_sample), 2),
             spread(&all(Results::training_loss), 4),
             spread(&losses, 4),
         ]
@@ -128,15 +147,16 @@ fn spread(values: &[f64], digits: usize) -> String {
     format!("{mean:.digits$} ± {:.digits$}", variance.sqrt())
 }
 
-fn markdown(title: &str, rows: &[[String; 8]]) -> String {
+fn markdown(title: &str, rows: &[[String; 10]]) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-    let mut text = format!("### {title}\n\n{}|---|{}\n", line(&COLUMNS.map(str::to_owned)), "---:|".repeat(7));
+    let mut text =
+        format!("### {title}\n\n{}|---|{}\n", line(&COLUMNS.map(str::to_owned)), "---:|".repeat(COLUMNS.len() - 1));
     rows.iter().for_each(|row| text.push_str(&line(row)));
     text.push('\n');
     text
 }
 
-fn html(title: &str, rows: &[[String; 8]]) -> String {
+fn html(title: &str, rows: &[[String; 10]]) -> String {
     let line = |tag: &str, cells: &[String]| {
         let cells = cells.iter().map(|cell| format!("<{tag}>{cell}</{tag}>")).collect::<String>();
         format!("<tr>{cells}</tr>\n")

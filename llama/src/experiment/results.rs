@@ -1,7 +1,6 @@
 //! What a run has written of its steps.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, ErrorKind};
+use std::io::ErrorKind;
 use std::path::Path;
 
 use crate::Error;
@@ -19,15 +18,20 @@ impl Results {
     /// Reads those of the run in `folder`; no steps where it has not begun.
     pub(super) fn of(folder: &Path, samples: u64) -> Result<Results, Error> {
         let path = folder.join("metrics.jsonl");
-        let fail = |error: std::io::Error| Error::file(&path, error);
-        let file = match File::open(&path) {
+        let text = match std::fs::read_to_string(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Results { steps: Vec::new(), samples }),
-            file => file.map_err(fail)?,
+            text => text.map_err(|error| Error::file(&path, error))?,
         };
         let mut steps: Vec<Line> = Vec::new();
-        for line in BufReader::new(file).lines() {
-            // The last may be under way.
-            let Ok(line) = serde_json::from_str::<Line>(&line.map_err(fail)?) else { break };
+        // The last line may be under way.
+        for (number, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
+            let (number, remedy) = (number + 1, "remove the run's folder, and it is made again");
+            let line: Line = serde_json::from_str(line).map_err(|error| {
+                Error::file(&path, format!("line {number} is no step of a run ({error}): {remedy}"))
+            })?;
+            if line.step != number as u64 {
+                return Err(Error::file(&path, format!("line {number} is step {}: {remedy}", line.step)));
+            }
             steps.push(line);
         }
         Ok(Results { steps, samples })
@@ -51,6 +55,17 @@ impl Results {
         self.samples_seen() as f64 / self.steps.len() as f64
     }
 
+    pub(super) fn largest_batch(&self) -> u64 {
+        self.steps.iter().map(|line| line.batch_samples).max().unwrap_or(0)
+    }
+
+    /// Milliseconds that a step took for each of its samples: the median over steps.
+    pub(super) fn median_per_sample(&self) -> f64 {
+        let mut values: Vec<f64> = self.steps.iter().map(|line| line.step_ms / line.batch_samples as f64).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    }
+
     /// Seconds that the steps took, without validation and starts.
     pub(super) fn seconds(&self) -> f64 {
         self.steps.iter().map(|line| line.step_ms).sum::<f64>() / 1e3
@@ -67,35 +82,49 @@ impl Results {
         sum / samples
     }
 
-    /// The run in `count` parts of as many samples each: those in which a step ends.
+    /// Steps until the learning rate was highest: those of the warm-up.
+    pub(super) fn warmup_steps(&self) -> usize {
+        let rates = self.steps.iter().map(|line| line.lr).enumerate();
+        rates.rev().max_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(index, _)| index + 1)
+    }
+
+    /// The run in `count` parts of as many samples each: what there was before the steps that begin in each, in the mean over their samples.
     pub(super) fn parts(&self, count: usize) -> Vec<Option<Part>> {
-        let mut parts = vec![None; count];
-        let (mut sums, mut milliseconds) = (vec![(0.0, 0.0); count], 0.0);
+        let (mut sums, mut weights) = (vec![Part::default(); count], vec![0.0; count]);
+        let mut seconds = 0.0;
         for line in &self.steps {
-            milliseconds += line.step_ms;
-            let part = (((line.samples_seen - 1) as f64 / self.samples as f64 * count as f64) as usize).min(count - 1);
+            let before = line.samples_seen - line.batch_samples;
+            let part = ((before as f64 / self.samples as f64 * count as f64) as usize).min(count - 1);
             let batch = line.batch_samples as f64;
-            sums[part].0 += line.loss * batch;
-            sums[part].1 += batch;
-            parts[part] = Some(Part {
-                samples: line.samples_seen as f64,
-                steps: line.step as f64,
-                seconds: milliseconds / 1e3,
-                // The last step of all may be cut short.
-                batch: parts[part].map_or(batch, |part: Part| part.batch.max(batch)),
-                loss: sums[part].0 / sums[part].1,
-            });
+            let found = Part { samples: before as f64, steps: (line.step - 1) as f64, seconds, batch, loss: line.loss };
+            sums[part] = sums[part].plus(&found, batch);
+            weights[part] += batch;
+            seconds += line.step_ms / 1e3;
         }
-        parts
+        let mean = |(sum, weight): (Part, f64)| (weight > 0.0).then(|| Part::default().plus(&sum, 1.0 / weight));
+        sums.into_iter().zip(weights).map(mean).collect()
     }
 }
 
-/// A part of a run: its mean loss, its largest batch, and what there was at its end.
-#[derive(Clone, Copy)]
+/// What there was at some time of a run; the loss and the batch are those of the step that follows.
+#[derive(Clone, Copy, Default)]
 pub(super) struct Part {
     pub(super) samples: f64,
     pub(super) steps: f64,
     pub(super) seconds: f64,
     pub(super) batch: f64,
     pub(super) loss: f64,
+}
+
+impl Part {
+    /// This, and `weight` of another.
+    fn plus(&self, other: &Part, weight: f64) -> Part {
+        Part {
+            samples: self.samples + weight * other.samples,
+            steps: self.steps + weight * other.steps,
+            seconds: self.seconds + weight * other.seconds,
+            batch: self.batch + weight * other.batch,
+            loss: self.loss + weight * other.loss,
+        }
+    }
 }

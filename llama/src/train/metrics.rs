@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use pillion_abs::Reason;
 use pillion_runtime::Memory;
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +36,9 @@ pub(crate) struct Line {
     pub(crate) noise_scale: Option<f64>,
     /// Batch that the controller asks for before limits; null while unknown.
     pub(crate) wanted_batch: Option<f64>,
+    /// Why the next step's batch is what it is.
+    #[serde(default)]
+    pub(crate) decision: Option<Reason>,
     /// Where the gradient's noise points, with --alignment; null of steps that cannot tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) alignment: Option<Alignment>,
@@ -60,7 +64,7 @@ pub(crate) struct Alignment {
     pub(crate) along: f64,
     /// V_⊥/Q in samples: over ν², the batch of the orthogonality test.
     pub(crate) across: f64,
-    /// Share of the coordinates whose own noise passes the norm test.
+    /// Share of all coordinates whose own noise passes the norm test; those without a gradient do not.
     pub(crate) coordinates: f64,
     /// Share of the gradient's square that these have.
     pub(crate) mass: f64,

@@ -75,7 +75,10 @@ impl Recipe {
         };
         let round_to = settings.round_to.unwrap_or(world as u64 * micro_batch);
         multiple("--round-to", round_to, "--micro-batch", micro_batch)?;
-        let batch = settings.batch.unwrap_or(round_to);
+        // A rank that is alone compares its micro-batches.
+        let least = (2 * micro_batch).next_multiple_of(round_to);
+        let batch =
+            settings.batch.unwrap_or(if settings.controller.measures() { least.max(round_to) } else { round_to });
         multiple("--batch", batch, "--micro-batch", micro_batch)?;
         multiple("--batch", batch, "--round-to", round_to)?;
         let cap = settings.max_batch.unwrap_or(8 * batch);
@@ -108,7 +111,7 @@ impl Recipe {
         })
     }
 
-    /// The learning rate of a step of the controller's `batch`, after which `samples` will have been seen.
+    /// The learning rate of a step of `batch` samples, after which `samples` will have been seen.
     pub(crate) fn lr(&self, batch: u64, samples: u64) -> f64 {
         self.schedule.at(samples) * self.coupling.factor(batch, self.controller.base)
     }

@@ -21,11 +21,11 @@ use super::screen::{self, Screen};
 use super::start::{Start, fingerprint, is_synthetic, on_rank_zero, on_rank_zero_alone, same_settings, start};
 use super::timeline::Timeline;
 use super::{Ended, cores, plan_table, statistics, stopping};
-use crate::Error;
 use crate::data::{Dataset, TokenFile, tokenizer, trigram};
 use crate::generate::generate;
 use crate::model::Model;
 use crate::settings::{DeviceKind, TrainArgs};
+use crate::{Error, complain};
 
 /// Joins the other ranks and trains.
 pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> Result<Ended, Error> {
@@ -122,6 +122,16 @@ impl<'s> Run<'s> {
         let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy)?;
         statistics::compare(&mut engine, settings.controller.alignment)?;
+        let first = recipe.controller.base;
+        if settings.controller.measures()
+            && statistics::groups(&engine, first / recipe.micro_batch) < 2
+            && communicator.rank() == 0
+        {
+            complain(format_args!(
+                "a step of {first} samples is a single group here, whose noise cannot be measured, so the batch cannot grow: raise --batch, let gradients be reduced in every round (--shard zero-2 \
+                 or zero-3), take more ranks, or choose --controller constant"
+            ));
+        }
         let model = Model::new(&*device, &recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq)?;
         let mut progress = Counters::default();
         let mut controller = Controller::new(recipe.controller.clone())?;
@@ -267,7 +277,7 @@ impl<'s> Run<'s> {
         let batch = self.controller.batch().min(self.recipe.schedule.samples - self.progress.samples);
         let micro_batches = batch / micro_batch;
         let rounds = micro_batches.div_ceil(world);
-        let lr = self.recipe.lr(self.controller.batch(), self.progress.samples + batch);
+        let lr = self.recipe.lr(batch, self.progress.samples + batch);
         let mut step = self.engine.begin(rounds as usize)?;
         for round in 0..rounds {
             let index = round * world + rank;
@@ -287,11 +297,8 @@ impl<'s> Run<'s> {
         let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
         let report = step.finish(self.recipe.adamw(lr), &mut asked)?;
         statistics::check_same(world, asked[2], asked[3])?;
-        // A whole gradient is that of all micro-batches of a rank.
-        let whole = !self.engine.policy().sharded.gradients;
-        let groups = if whole { micro_batches.min(world) } else { micro_batches };
         let observation = Observation {
-            groups,
+            groups: statistics::groups(&self.engine, micro_batches),
             samples: batch,
             tokens: report.tokens as u64,
             group_square_norms: report.group_square_norms.expect("groups are measured unless told otherwise"),
@@ -329,6 +336,7 @@ impl<'s> Run<'s> {
             collectives: report.operations,
             noise_scale: decision.noise_scale,
             wanted_batch: decision.wanted,
+            decision: Some(decision.reason),
             alignment,
             validation_loss: None,
             flops,

@@ -18,6 +18,14 @@ pub(super) fn check_same(world: u64, sum: f64, squares: f64) -> Result<(), Error
     )))
 }
 
+/// Groups of a step: its micro-batches where gradients are reduced in every round; else the ranks that have any, since a whole gradient is that of all of a rank's.
+pub(super) fn groups(engine: &Engine, micro_batches: u64) -> u64 {
+    match engine.policy().sharded.gradients {
+        true => micro_batches,
+        false => micro_batches.min(engine.communicator().world() as u64),
+    }
+}
+
 /// Has the engine compare groups, if `eta` is given; a refusal is said once.
 pub(super) fn compare(engine: &mut Engine, eta: Option<f64>) -> Result<(), Error> {
     let rank = engine.communicator().rank();
