@@ -69,7 +69,7 @@ pub struct ControllerArgs {
     /// Tests in a row that must ask for another batch before it changes; default: 1.
     #[arg(long, value_name = "N")]
     pub patience: Option<u32>,
-    /// Factor by which a batch grows at most at once; default: 2.
+    /// Factor by which a batch grows at most at once, though always by --round-to; default: 2.
     #[arg(long, value_name = "X")]
     pub growth_limit: Option<f64>,
     /// Steps from one test to the next; default: 1.

@@ -69,6 +69,15 @@ fn an_interrupted_experiment_goes_on_and_reports_its_runs() {
     let path = place.path(first).join("metrics.jsonl");
     fs::write(&path, [&made[..], b"{\"step\":"].concat()).unwrap();
     place.run(&format!("{flags} --report")).succeeded();
+    let lines: Vec<&[u8]> = made.split_inclusive(|&byte| byte == b'\n').collect();
+    for (damaged, line) in [
+        ([lines[0], lines[0], lines[1]].concat(), "line 2"),
+        (lines[1].to_vec(), "line 1"),
+        (vec![0xff], "metrics.jsonl"),
+    ] {
+        fs::write(&path, damaged).unwrap();
+        place.run(&format!("{flags} --report")).refused(1, &["metrics.jsonl", line, "remove the run's folder"]);
+    }
     fs::write(&path, [b"{}\n", &made[..]].concat()).unwrap();
     place.run(&format!("{flags} --report")).refused(1, &["metrics.jsonl", "line 1", "remove the run's folder"]);
     fs::write(&path, &made).unwrap();

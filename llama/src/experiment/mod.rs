@@ -145,8 +145,12 @@ fn make(
 ) -> Result<ExitStatus, Error> {
     let log_path = log(folder);
     let parent = folder.parent().expect("a run lies in the experiment's folder");
+    let goes_on = !Results::of(folder, run.samples)?.steps.is_empty();
     let create = || {
         std::fs::create_dir_all(parent)?;
+        if goes_on {
+            return File::options().append(true).open(&log_path);
+        }
         let mut log = File::create(&log_path)?;
         writeln!(log, "{}", first_line(settings, run))?;
         Ok(log)

@@ -25,6 +25,13 @@ pub(super) fn write(out: &Path, finished: &[(Run, Results)], wanted: usize) -> R
         let written = path.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(&path, text));
         written.map_err(|error| Error::file(&path, error)).map(|()| path)
     };
+    // Those of another report would seem to be of this one.
+    match std::fs::remove_dir_all(folder.join("steps")) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::file(folder.join("steps"), error));
+        }
+        _ => {}
+    }
     let mut models: Vec<&str> = finished.iter().map(|(run, _)| run.model).collect();
     models.dedup();
     let (mut tables, mut page) = (String::new(), String::from(HEAD));

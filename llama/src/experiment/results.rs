@@ -6,6 +6,9 @@ use std::path::Path;
 use crate::Error;
 use crate::train::Line;
 
+/// For metrics that a run cannot have written.
+const REMEDY: &str = "remove the run's folder, and it is made again";
+
 /// The steps of a run, as far as it is.
 #[derive(Default)]
 pub(super) struct Results {
@@ -19,18 +22,24 @@ impl Results {
     pub(super) fn of(folder: &Path, samples: u64) -> Result<Results, Error> {
         let path = folder.join("metrics.jsonl");
         let text = match std::fs::read_to_string(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Results { steps: Vec::new(), samples }),
-            text => text.map_err(|error| Error::file(&path, error))?,
+            // A file in the place of a folder is found when it is written to.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(Results { steps: Vec::new(), samples });
+            }
+            text => text.map_err(|error| Error::file(&path, format!("{error}: {REMEDY}")))?,
         };
         let mut steps: Vec<Line> = Vec::new();
         // The last line may be under way.
         for (number, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
-            let (number, remedy) = (number + 1, "remove the run's folder, and it is made again");
-            let line: Line = serde_json::from_str(line).map_err(|error| {
-                Error::file(&path, format!("line {number} is no step of a run ({error}): {remedy}"))
-            })?;
-            if line.step != number as u64 {
-                return Err(Error::file(&path, format!("line {number} is step {}: {remedy}", line.step)));
+            let fail = |why: String| Error::file(&path, format!("line {} {why}: {REMEDY}", number + 1));
+            let line: Line =
+                serde_json::from_str(line).map_err(|error| fail(format!("is no step of a run ({error})")))?;
+            let before = steps.last().map_or(0, |last| last.samples_seen);
+            if line.step != number as u64 + 1
+                || line.batch_samples == 0
+                || line.samples_seen != before + line.batch_samples
+            {
+                return Err(fail("does not follow from the line before".to_owned()));
             }
             steps.push(line);
         }

@@ -103,7 +103,7 @@ impl<'s> Run<'s> {
         let vocab = if is_synthetic(settings) { recipe.model.vocab_size } else { tokenizer::VOCAB };
         let dataset = Dataset::open(TokenFile::open(&tokens, vocab)?, recipe.seq, recipe.seed)?;
         if communicator.rank() == 0 {
-            let batch = recipe.controller.base;
+            let batch = Controller::new(recipe.controller.clone())?.batch();
             let between = match (communicator.backend(), communicator.hosts()) {
                 (Backend::Mpi, _) => "MPI".to_owned(),
                 (Backend::Hierarchical, hosts) => format!("shared memory on each of {hosts} hosts, MPI between them"),
