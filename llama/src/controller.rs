@@ -155,24 +155,32 @@ impl ControllerArgs {
     }
 }
 
+/// The flag, without dashes, that sets what a recipe or a controller calls `setting`.
+pub(crate) fn flag(setting: &str) -> String {
+    let setting = setting.strip_prefix("controller.").unwrap_or(setting);
+    let name = match setting {
+        "base" => "batch",
+        "cap" => "max-batch",
+        "ema_decay" => "ema",
+        "interval" => "test-interval",
+        "monotone" => "shrink",
+        "coupling" => "lr-coupling",
+        "rule" => "controller",
+        _ if setting.starts_with("model.") => "model",
+        _ if setting.starts_with("rule.linear-ramp.") => "ramp",
+        _ if setting.starts_with("rule.stagewise.") => "stages",
+        // The others have the names of their flags.
+        _ => setting.rsplit('.').next().expect("a split has a part"),
+    };
+    name.replace('_', "-")
+}
+
 /// What a controller or a simulation refuses, by the flag that set it.
 pub(crate) fn by_flag(error: pillion_abs::Error) -> Error {
     let pillion_abs::Error::Setting { setting, value, expected, remedy } = error else {
         return Error::Setting(error.to_string());
     };
-    let flag = match setting.as_str() {
-        "base" => "batch",
-        "cap" => "max-batch",
-        "round_to" => "round-to",
-        "growth_limit" => "growth-limit",
-        "ema_decay" => "ema",
-        "interval" => "test-interval",
-        "rule.norm-test.eta" => "eta",
-        "rule.noise-scale.ratio" => "ratio",
-        name if name.starts_with("rule.linear-ramp.") => "ramp",
-        name if name.starts_with("rule.stagewise.") => "stages",
-        name => name.strip_prefix("simulation.").unwrap_or(name),
-    };
+    let flag = flag(setting.strip_prefix("simulation.").unwrap_or(&setting));
     Error::Setting(format!("--{flag}: {value}, expected {expected}; {remedy}"))
 }
 

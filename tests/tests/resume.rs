@@ -96,7 +96,9 @@ fn another_run_is_refused_by_the_key_that_differs() {
     place.write_text("other", 9);
     let before = fs::read(place.path("out/metrics.jsonl")).unwrap();
     for (flag, parts) in [
-        ("--lr 0.001", &["lr = 0.003", "0.001", "same setting"][..]),
+        ("--lr 0.001", &["lr = 0.003", "0.001", "the same --lr,"][..]),
+        ("--max-batch 16", &["cap", "16", "the same --max-batch"]),
+        ("--controller constant", &["rule", "constant", "the same --controller"]),
         ("--model tiny --layers 3", &["num_hidden_layers = 2", "3"]),
         ("--seed 8", &["seed = 7", "8"]),
         ("--precision bf16", &["precision", "f32", "bf16"]),

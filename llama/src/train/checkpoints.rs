@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::recipe::Recipe;
 use crate::Error;
+use crate::controller::flag;
 use crate::settings::TrainArgs;
 
 /// The trainer's part of a checkpoint.
@@ -91,9 +92,10 @@ pub(crate) fn same_recipe(path: &Path, theirs: &Progress, ours: &Recipe) -> Resu
     match ours.difference(&theirs.recipe) {
         None => Ok(()),
         Some((key, ours, theirs)) => Err(Error::Setting(format!(
-            "the checkpoint {} was made with {key} = {theirs}, but this run has {ours}: give the same setting, or start \
+            "the checkpoint {} was made with {key} = {theirs}, but this run has {ours}: give the same --{}, or start \
              afresh without --resume",
-            path.display()
+            path.display(),
+            flag(&key)
         ))),
     }
 }
