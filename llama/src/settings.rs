@@ -292,7 +292,7 @@ pub struct TrainArgs {
     /// Validate every N steps, besides at the start and the end; 0: only then.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub validate_every: u64,
-    /// Samples to validate on.
+    /// Samples to validate on; where the validation text has fewer, all of it.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub validation_samples: u64,
     /// What moves the bytes between ranks.

@@ -2,6 +2,7 @@
 
 use comfy_table::{Table, presets};
 use pillion_runtime::checkpoint::Saver;
+use pillion_runtime::simulate::AGREEMENT_BYTES;
 use pillion_runtime::{Action, Gather, Layout, Memory, Mesh, Outline, Plan, Policy, Sharded};
 
 use crate::Error;
@@ -118,8 +119,7 @@ pub(crate) fn step_bytes(layout: &Layout, policy: &Policy, mesh: Mesh, local: us
         Action::Reduce { unit, .. } => of_group * layout.units[unit].shard * policy.reduce.bytes(),
         // Each rank sums a part of all, and gives it to all: twice the part of a rank goes to each other rank.
         Action::AllReduce { unit } => 2 * (replicate - 1) * layout.units[unit].shard.div_ceil(replicate) * 4,
-        // Four totals, the square norm, the count of non-finite values, and two requests.
-        Action::Agree => of_all * 8 * 8,
+        Action::Agree => of_all * AGREEMENT_BYTES as usize,
         Action::Compute { .. } | Action::Update { .. } => 0,
     };
     plan.operations.iter().map(|operation| sent(operation.action) as u64).sum()

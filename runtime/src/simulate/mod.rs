@@ -50,8 +50,8 @@ pub struct Simulation {
 
 /// Bytes that AdamW moves for a parameter: it reads gradient, two moments and master weight, and writes all but the gradient.
 const UPDATE_BYTES: usize = 7 * 4;
-/// What the agreement carries: the sums of a step, and the four requests of `pillion train`.
-const AGREEMENT_BYTES: u64 = 8 * (crate::step::SUMS as u64 + 4);
+/// Bytes that the agreement carries: the sums of a step, and the four requests of `pillion train`.
+pub const AGREEMENT_BYTES: u64 = 8 * (crate::step::SUMS as u64 + 4);
 
 /// Runs a plan for `layout`, `policy` and `mesh`.
 ///

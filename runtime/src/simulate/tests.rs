@@ -55,7 +55,7 @@ fn followed(
 #[test]
 fn without_prefetch_the_computation_waits_for_every_gather() {
     let (plan, simulation, lines) = followed(0, 1, 2, 1, MACHINE);
-    // The agreement's 64 bytes take 64/1024 = 0.0625 s. The second gather of unit 0 and the reduction of unit 1 share the link: a second each alone, two together.
+    // The agreement's 88 bytes take 88/1024 = 0.0859375 s. The second gather of unit 0 and the reduction of unit 1 share the link: a second each alone, two together.
     let expected = [
         "gather 0 0 1",
         "forward 0 1 3",
@@ -66,13 +66,13 @@ fn without_prefetch_the_computation_waits_for_every_gather() {
         "gather 0 10 12",
         "backward 0 12 16",
         "reduce 0 16 17",
-        "agree  17 17.0625",
-        "update 0 17.0625 17.0625",
-        "update 1 17.0625 17.0625",
+        "agree  17 17.0859375",
+        "update 0 17.0859375 17.0859375",
+        "update 1 17.0859375 17.0859375",
     ];
     assert_eq!(sorted(lines), sorted(expected.map(String::from).to_vec()));
-    assert_eq!(simulation.exposed(), 5.0625);
-    assert_eq!(simulation.communicating(&plan), 5.0625, "nothing is hidden");
+    assert_eq!(simulation.exposed(), 5.0859375);
+    assert_eq!(simulation.communicating(&plan), 5.0859375, "nothing is hidden");
     assert_eq!(simulation.computing(), 12.0);
 }
 
@@ -88,13 +88,13 @@ fn prefetch_hides_what_comes_after_the_first_gather_and_before_the_last_reductio
         "reduce 1 9 10",
         "backward 0 9 13",
         "reduce 0 13 14",
-        "agree  14 14.0625",
-        "update 0 14.0625 14.0625",
-        "update 1 14.0625 14.0625",
+        "agree  14 14.0859375",
+        "update 0 14.0859375 14.0859375",
+        "update 1 14.0859375 14.0859375",
     ];
     assert_eq!(sorted(lines), sorted(expected.map(String::from).to_vec()));
-    assert_eq!(simulation.exposed(), 2.0625);
-    assert_eq!(simulation.communicating(&plan), 4.0625, "two gathers, two reductions and the agreement");
+    assert_eq!(simulation.exposed(), 2.0859375);
+    assert_eq!(simulation.communicating(&plan), 4.0859375, "two gathers, two reductions and the agreement");
 }
 
 #[test]
