@@ -31,7 +31,7 @@ pub(crate) fn wanted(eta: f64, variant: Variant, noise: &Noise) -> Option<f64> {
 }
 
 pub(crate) fn validate(eta: f64) -> Result<(), Error> {
-    Error::unless_factor("rule.norm-test.eta", eta, "start from 0.2: the smaller eta, the larger the batches")
+    Error::unless_factor("rule.norm-test.eta", eta, "start from 0.9: the smaller eta, the larger the batches")
 }
 
 #[cfg(test)]

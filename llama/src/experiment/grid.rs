@@ -86,7 +86,7 @@ fn schedules() -> Vec<BatchSchedule> {
         one_seed: true,
         ..BatchSchedule::new(format!("norm test {}, as printed", ETAS[0]), printed)
     });
-    // As many steps of warm-up as adaptive runs have: what of a constant batch's loss is its short warm-up?
+    // As many steps of warm-up as an adaptive run that has not grown yet: what of a constant batch's loss is its short warm-up?
     all.extend(CONSTANT.map(|batch| {
         let longer = batch / BASE;
         let flags = format!("{} --warmup {}", constant(batch).flags, WARMUP * longer as f64);

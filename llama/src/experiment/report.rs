@@ -110,6 +110,9 @@ fn curve(group: &Group, count: usize, point: Point) -> Curve {
     Curve { name: group.schedule.to_owned(), points: (0..count).filter_map(mean).collect() }
 }
 
+/// A schedule of the table.
+type Row = [String; COLUMNS.len()];
+
 const COLUMNS: [&str; 10] = [
     "schedule",
     "seeds",
@@ -123,7 +126,7 @@ const COLUMNS: [&str; 10] = [
     "validation loss",
 ];
 
-fn rows(groups: &[Group]) -> Vec<[String; 10]> {
+fn rows(groups: &[Group]) -> Vec<Row> {
     let row = |group: &Group| {
         let all = |value: fn(&Results) -> f64| group.seeds.iter().map(|run| value(run)).collect::<Vec<f64>>();
         let losses = all(|run| run.validation_loss().unwrap_or(f64::NAN));
@@ -154,7 +157,7 @@ fn spread(values: &[f64], digits: usize) -> String {
     format!("{mean:.digits$} ± {:.digits$}", variance.sqrt())
 }
 
-fn markdown(title: &str, rows: &[[String; 10]]) -> String {
+fn markdown(title: &str, rows: &[Row]) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
     let mut text =
         format!("### {title}\n\n{}|---|{}\n", line(&COLUMNS.map(str::to_owned)), "---:|".repeat(COLUMNS.len() - 1));
@@ -163,7 +166,7 @@ fn markdown(title: &str, rows: &[[String; 10]]) -> String {
     text
 }
 
-fn html(title: &str, rows: &[[String; 10]]) -> String {
+fn html(title: &str, rows: &[Row]) -> String {
     let line = |tag: &str, cells: &[String]| {
         let cells = cells.iter().map(|cell| format!("<{tag}>{cell}</{tag}>")).collect::<String>();
         format!("<tr>{cells}</tr>\n")
