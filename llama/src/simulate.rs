@@ -13,6 +13,7 @@ const MOST_DRAWS: u64 = 1 << 35;
 
 /// Settings of `abs simulate`.
 #[derive(Clone, Debug, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct SimulateArgs {
     /// True noise scale, in samples: σ² where the true gradient has length 1. `noise_scale` in a run's metrics estimates it.
     #[arg(long, value_name = "N", default_value_t = 256.0)]

@@ -105,6 +105,7 @@ fn settings_that_cannot_be_are_named() {
         ("abs simulate --groups 2 --dimensions 8000000000 --steps 2", &["--dimensions: 8000000000", "at most 2^22"]),
         ("abs simulate --groups 2 --dimensions 1 --steps 8000000000", &["--steps: 8000000000", "at most 2^22"]),
         ("abs simulate --dimensions 18446744073709551615", &["fewer --groups, --dimensions or --steps"]),
+        ("abs simulate --noise-scale -1", &["--noise-scale: -1", "a millionth of the batch"]),
         ("abs simulate --steps 0", &["--steps: 0", "at least 1"]),
     ] {
         place.run(flags).refused(2, parts);

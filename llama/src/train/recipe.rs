@@ -76,9 +76,8 @@ impl Recipe {
         let round_to = settings.round_to.unwrap_or(world as u64 * micro_batch);
         multiple("--round-to", round_to, "--micro-batch", micro_batch)?;
         // A rank that is alone compares its micro-batches.
-        let least = (2 * micro_batch).next_multiple_of(round_to);
-        let batch =
-            settings.batch.unwrap_or(if settings.controller.measures() { least.max(round_to) } else { round_to });
+        let least = if settings.controller.measures() { 2 * micro_batch } else { micro_batch };
+        let batch = settings.batch.unwrap_or(least.next_multiple_of(round_to));
         multiple("--batch", batch, "--micro-batch", micro_batch)?;
         multiple("--batch", batch, "--round-to", round_to)?;
         let cap = settings.max_batch.unwrap_or(8 * batch);

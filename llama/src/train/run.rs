@@ -102,8 +102,9 @@ impl<'s> Run<'s> {
         let policy = recipe::policy(&settings.policy, settings.clip, world)?;
         let vocab = if is_synthetic(settings) { recipe.model.vocab_size } else { tokenizer::VOCAB };
         let dataset = Dataset::open(TokenFile::open(&tokens, vocab)?, recipe.seq, recipe.seed)?;
+        let mut controller = Controller::new(recipe.controller.clone())?;
         if communicator.rank() == 0 {
-            let batch = Controller::new(recipe.controller.clone())?.batch();
+            let batch = controller.batch();
             let between = match (communicator.backend(), communicator.hosts()) {
                 (Backend::Mpi, _) => "MPI".to_owned(),
                 (Backend::Hierarchical, hosts) => format!("shared memory on each of {hosts} hosts, MPI between them"),
@@ -134,7 +135,6 @@ impl<'s> Run<'s> {
         }
         let model = Model::new(&*device, &recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq)?;
         let mut progress = Counters::default();
-        let mut controller = Controller::new(recipe.controller.clone())?;
         match &resume {
             None => {
                 engine.initialize(|name, shape, index| recipe.model.initial_value(recipe.seed, name, shape, index))?
