@@ -252,11 +252,11 @@ fn cross_entropy(rounded: bool) -> Case {
         let mut logits = numbers(1, F32, ELEMENTS)?;
         let targets =
             (0..(ELEMENTS / VOCABULARY) as u64).map(|row| (random::bits(2, 0, row) % VOCABULARY as u64) as u32);
-        let (targets, mut sums) = (upload(&targets.collect::<Vec<u32>>())?, Cpu.allocate(F64, 2)?);
+        let (targets, mut loss) = (upload(&targets.collect::<Vec<u32>>())?, Cpu.allocate(F64, 1)?);
         let mut narrow = if rounded { Some(numbers(3, Bf16, ELEMENTS)?) } else { None };
         Ok(Box::new(move |queue| {
             let narrow = narrow.as_mut().map(Buffer::view_mut);
-            queue.cross_entropy(logits.view_mut(), narrow, targets.view(), sums.view_mut());
+            queue.cross_entropy(logits.view_mut(), narrow, targets.view(), loss.view_mut());
         }))
     })
 }

@@ -158,10 +158,10 @@ pub unsafe trait Queue: Send {
         up: View<'_>,
     );
 
-    /// sums\[0\] += Σₙ −log softmax(logits)\[n, targets\[n\]\], sums\[1\] += N; then logits become the gradient of that sum,
-    /// softmax(logits) − onehot(targets), or `rounded` does, and logits are undefined. `logits: [N, V]` f32, `rounded: [N, V]` A,
-    /// `targets: [N]` u32 below V, `sums: [2]` f64.
-    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, sums: ViewMut<'_>);
+    /// loss += Σₙ −log softmax(logits)\[n, targets\[n\]\]; then logits become the gradient of that sum,
+    /// softmax(logits) − onehot(targets), or `rounded` does, and logits are undefined.
+    /// `logits: [N, V]` f32, `rounded: [N, V]` A, `targets: [N]` u32 below V, `loss: [1]` f64, in nats.
+    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>);
 
     /// One AdamW update in one pass: with g = gradient_scale · grad,
     /// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², master ← master·(1 − lr·decay) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε),

@@ -45,7 +45,7 @@ impl Error {
     /// Whether the step's numbers cannot be gone on with: every rank has this error at once, and can still talk to the others.
     pub(crate) fn is_of_numbers(&self) -> bool {
         use pillion_runtime::Error as Runtime;
-        matches!(self, Error::Runtime(Runtime::NonFinite { .. } | Runtime::Tokens { .. }))
+        matches!(self, Error::Runtime(Runtime::NonFinite { .. } | Runtime::NoTokens { .. }))
     }
 
     /// Whether every rank has, or will have, an error of its own for the same reason.

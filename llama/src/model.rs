@@ -44,8 +44,10 @@ pub struct Model {
     targets: Buffer,
     cos: Buffer,
     sin: Buffer,
-    /// Sum of losses and number of tokens of evaluations.
-    sums: Buffer,
+    /// Sum of the losses of evaluations, `[1]` f64.
+    loss: Buffer,
+    /// Their tokens.
+    evaluated: usize,
 }
 
 /// What a block keeps for its backward pass, A but where it says f32.
@@ -168,7 +170,8 @@ impl Model {
             },
             inputs: device.allocate(DType::U32, tokens)?,
             targets: device.allocate(DType::U32, tokens)?,
-            sums: device.allocate(DType::F64, 2)?,
+            loss: device.allocate(DType::F64, 1)?,
+            evaluated: 0,
             cos,
             sin,
             config: config.clone(),
@@ -217,22 +220,23 @@ impl Model {
     /// # Errors
     /// As for [`Model::train`].
     pub fn evaluate(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
+        self.evaluated += targets.len();
         step.queue().upload(self.targets.view_mut(), targets);
         let Forward { queue, weights } = self.forward(step, inputs)?;
         let vocab = self.config.vocab_size;
         for rows in self.head_parts() {
             let (logits, targets) = (0..rows.len() * vocab, self.targets.slice(rows.clone()));
             self.head.multiply(queue, weights.tensor(tensor::LM_HEAD), rows, vocab);
-            queue.cross_entropy(self.head.logits.slice_mut(logits), None, targets, self.sums.view_mut());
+            queue.cross_entropy(self.head.logits.slice_mut(logits), None, targets, self.loss.view_mut());
         }
         Ok(())
     }
 
     /// (sum of losses, number of tokens) of the evaluations since the last call.
     pub fn take_loss(&mut self, queue: &dyn Queue) -> (f64, f64) {
-        let sums = queue.download::<f64>(self.sums.view());
-        queue.zero(self.sums.view_mut());
-        (sums[0], sums[1])
+        let loss = queue.download::<f64>(self.loss.view())[0];
+        queue.zero(self.loss.view_mut());
+        (loss, std::mem::take(&mut self.evaluated) as f64)
     }
 
     /// One round of an evaluation: the logits, `[B, T, V]`.
@@ -400,9 +404,9 @@ impl Head {
     }
 
     /// Adds the loss of some tokens, and makes the gradient of their logits.
-    fn loss(&mut self, queue: &dyn Queue, logits: Range<usize>, targets: View<'_>, sums: ViewMut<'_>) {
+    fn loss(&mut self, queue: &dyn Queue, logits: Range<usize>, targets: View<'_>, sum: ViewMut<'_>) {
         let narrow = self.narrow.as_mut().map(|narrow| narrow.slice_mut(logits.clone()));
-        queue.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sums);
+        queue.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sum);
     }
 
     /// What [`Head::loss`] has made.

@@ -135,7 +135,7 @@ fn micro_batch(step: &mut Step<'_>, units: &[UnitSpec], number: usize) -> Result
             pass.queue.accumulate(pass.gradients.tensor(tensor), &of(weights)?.flatten_all()?.to_vec1::<f32>()?);
         }
         if index == HEAD {
-            pass.queue.accumulate(pass.loss, &[f64::from(loss.to_scalar::<f32>()?), SAMPLES as f64]);
+            pass.queue.accumulate(pass.loss, &[f64::from(loss.to_scalar::<f32>()?)]);
         }
         if index == 0 {
             break;

@@ -319,10 +319,7 @@ impl Engine {
         match self.health {
             Health::Good => Ok(()),
             Health::Torn => Err(Error::Poisoned),
-            Health::Unfinished => Err(Error::OffPlan {
-                expected: "the end of the step that was begun last".to_owned(),
-                found: "another step".to_owned(),
-            }),
+            Health::Unfinished => Err(Error::Unfinished),
         }
     }
 

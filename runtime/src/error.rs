@@ -31,10 +31,16 @@ pub enum Error {
         /// What was asked.
         found: String,
     },
-    /// A gradient is infinite or not a number; no parameter was changed.
+    /// A step was begun and dropped, so other ranks may wait for the rest of its collectives.
     #[error(
-        "{count} gradient values of step {step} are not finite and its loss is {loss}, so no parameter was changed: use a \
-         lower learning rate, or resume from the last checkpoint"
+        "the step that was begun last has not ended: end each step with `Step::finish`, `Step::end`, or, to give it up, \
+         `Step::abandon` on every rank"
+    )]
+    Unfinished,
+    /// A gradient or a loss is infinite or not a number; no parameter was changed.
+    #[error(
+        "{count} gradient values of step {step} are not finite and its loss is {loss}, so no parameter was changed: go on \
+         without this batch, or load an earlier checkpoint"
     )]
     NonFinite {
         /// The update that would have been made, from 1.
@@ -44,16 +50,14 @@ pub enum Error {
         /// Mean loss of the step's batch.
         loss: f64,
     },
-    /// A step without tokens, or with a number of them that is none; no parameter was changed.
+    /// A step without tokens; no parameter was changed.
     #[error(
-        "step {step} has {tokens} tokens over all ranks and rounds, by which its gradient would be divided, so no parameter was changed: \
-         add the loss and the number of tokens to `Backward::loss` in one unit's backward pass"
+        "step {step} has 0 tokens over all ranks and rounds, and its gradient would be divided by that number, so no \
+         parameter was changed: call `Step::round` in each round with the tokens of this rank's loss"
     )]
-    Tokens {
+    NoTokens {
         /// The update that would have been made, from 1.
         step: u64,
-        /// The sum of what was added.
-        tokens: f64,
     },
     /// An update was interrupted: the parameters of some ranks may be new and those of others old.
     #[error("the parameters are invalid since an update failed: resume from the last checkpoint")]

@@ -16,8 +16,9 @@ pub(crate) mod sideband {
 
     /// Σ over groups of ‖gradient‖² / tokens, and the number of values that were not finite.
     pub(crate) const SQUARE_NORM: Range<usize> = 0..2;
-    /// Sum of the losses, and number of tokens.
-    pub(crate) const LOSS: Range<usize> = 2..4;
+    /// Sum of the losses.
+    pub(crate) const LOSS: Range<usize> = 2..3;
+    /// What a collective carries beside a gradient; the last number is not used.
     pub(crate) const LEN: usize = 4;
 }
 

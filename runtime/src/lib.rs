@@ -34,7 +34,7 @@
 //! let rounds = 2; // micro-batches of each rank
 //! let mut step = engine.begin(rounds)?;
 //! for _ in 0..rounds {
-//!     step.round(16); // tokens of this rank's micro-batch
+//!     step.round(16); // tokens in the loss of this rank's micro-batch
 //!     for unit in 0..2 {
 //!         let pass = step.forward(unit)?;
 //!         let _weights = pass.weights.tensor(0); // kernels on `pass.queue` read them in place
@@ -44,7 +44,7 @@
 //!         // Kernels add to gradients; here the host does.
 //!         pass.queue.accumulate(pass.gradients.tensor(0), &[1.0f32; 32]);
 //!         if unit == 1 {
-//!             pass.queue.accumulate(pass.loss, &[40.0, 16.0]); // the sum of the losses, and the tokens
+//!             pass.queue.accumulate(pass.loss, &[40.0]); // the sum of the losses
 //!         }
 //!     }
 //! }
@@ -74,7 +74,7 @@
 //!
 //! # Errors
 //!
-//! [`Error::NonFinite`] leaves everything as it was: skip the batch, or go back. [`Error::OffPlan`] and [`Error::Tokens`] are mistakes of the caller, named. After an error of another
+//! [`Error::NonFinite`] leaves everything as it was: skip the batch, or go back. [`Error::OffPlan`] and [`Error::NoTokens`] are mistakes of the caller, named. After an error of another
 //! rank ([`Error::Collective`]) every later call returns an error too; load the last checkpoint in a new process. A rank that gives up alone, off the plan or for reasons of its own, says so
 //! with [`Communicator::abort`](pillion_collectives::Communicator::abort): otherwise the others wait for it until their deadline.
 #![forbid(unsafe_code)]

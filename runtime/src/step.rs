@@ -16,8 +16,8 @@ use crate::trace::label;
 use crate::update::Agreed;
 use crate::{Error, Unit};
 
-/// A step under way. It ends with [`Step::finish`] (training) or [`Step::end`] (evaluation); one that is dropped before leaves
-/// the engine unusable, since other ranks wait for the rest.
+/// A step under way. It ends with [`Step::finish`] (training), [`Step::end`] (evaluation) or [`Step::abandon`]. A step
+/// that is dropped before leaves the engine unusable, because other ranks wait for the rest of its collectives.
 pub struct Step<'e> {
     pub(crate) engine: &'e mut Engine,
     kind: Kind,
@@ -30,6 +30,8 @@ pub struct Step<'e> {
     opened: Option<Instant>,
     /// Tokens of this rank since its gradient was last reduced: of this round, or, where gradients are whole, of all rounds so far.
     tokens: usize,
+    /// Tokens of this rank in all rounds so far.
+    all_tokens: usize,
     /// Of the comparison of groups, in a step that makes one.
     limit: Option<f64>,
     pub(crate) exposed: Duration,
@@ -52,8 +54,7 @@ pub struct Backward<'s> {
     pub weights: Weights<'s>,
     /// The unit's gradients, to add to.
     pub gradients: Gradients<'s>,
-    /// `[2]` f64, to add to: a sum of losses and a number of tokens that ride with this gradient. One unit of a model
-    /// does so. The update divides by the sum of these tokens.
+    /// `[1]` f64, to add to: the sum of the losses of this rank's tokens, in nats. One unit of a model adds to it.
     pub loss: ViewMut<'s>,
 }
 
@@ -139,13 +140,15 @@ impl<'e> Step<'e> {
         let others = engine.axes.world.world() as f64 - 1.0;
         let limit = engine.compares_groups.filter(|_| reduces_once()).map(|eta| 1.0 + eta * eta * others);
         let exposed = Duration::ZERO;
-        Step { engine, kind, plan, next: 0, open: None, opened: None, tokens: 0, limit, exposed, traffic }
+        Step { engine, kind, plan, next: 0, open: None, opened: None, tokens: 0, all_tokens: 0, limit, exposed, traffic }
     }
 
-    /// Begins a round whose micro-batch on this rank has `tokens` tokens: those of its loss, by which its square norm is weighed
-    /// ([`StepReport::group_square_norms`]).
+    /// Begins a round whose micro-batch on this rank has `tokens` tokens in its loss: tokens that a mask leaves out do
+    /// not count. This is the only count of tokens. The update divides the gradient by its sum over all ranks and
+    /// rounds, and the statistics weigh each group by its own ([`StepReport::group_square_norms`]).
     pub fn round(&mut self, tokens: usize) {
         self.close();
+        self.all_tokens += tokens;
         let whole = self.plan.outline.gradients.is_none();
         self.tokens = if whole { self.tokens + tokens } else { tokens };
     }
@@ -200,7 +203,7 @@ impl<'e> Step<'e> {
     /// Weight decay applies to the tensors whose specification says so.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] and [`Error::Tokens`] with the parameters as they were and the requests summed; another rank's failure, after which they may be invalid.
+    /// [`Error::NonFinite`] and [`Error::NoTokens`] with the parameters as they were and the requests summed; another rank's failure, after which they may be invalid.
     pub fn finish(self, settings: AdamW, requests: &mut [f64]) -> Result<StepReport, Error> {
         self.agree(requests)?.update(settings)
     }
@@ -226,13 +229,42 @@ impl<'e> Step<'e> {
         if self.next < self.plan.operations.len() {
             return Err(self.off_plan("the end of the evaluation"));
         }
+        self.leave();
+        Ok(())
+    }
+
+    /// Ends a step without an update: parameters, optimizer state and the number of updates are as they were before it,
+    /// and the engine can begin another step. Collective: every rank abandons the same step, each from wherever it is,
+    /// because a rank takes part in the collectives that it has not come to yet. They move what is in the slots, so the
+    /// sums mean nothing. No kernel of the model runs.
+    ///
+    /// # Errors
+    /// When another rank has failed.
+    pub fn abandon(mut self) -> Result<(), Error> {
+        let rest = self.plan.clone();
+        loop {
+            self.close();
+            match rest.operations.get(self.next).map(|operation| operation.action) {
+                Some(Action::Compute { unit, pass, .. }) => drop(self.enter(unit, pass)?),
+                Some(Action::Gather { .. } | Action::Reduce { .. } | Action::AllReduce { .. }) => self.issue()?,
+                Some(Action::Agree | Action::Update { .. }) | None => break,
+            }
+        }
+        let engine = &mut *self.engine;
+        engine.gradients.bring_all(&*engine.queue)?;
+        self.leave();
+        // No rank is still reading this one's shards when the caller goes on to write them.
+        Ok(self.engine.axes.world.barrier()?)
+    }
+
+    /// Leaves the engine ready for another step, after the last operation that this one has issued.
+    fn leave(&mut self) {
         // Kernels may still read the slots: the next gathers start after them.
         let done = self.engine.queue.record();
         self.engine.weights.release(&done);
         self.engine.written.fill(done);
         self.engine.health = Health::Good;
         self.record_collectives();
-        Ok(())
     }
 
     /// The host has waited for a collective since then.
@@ -274,47 +306,53 @@ impl<'e> Step<'e> {
     /// Starts collectives up to the operation that is wanted.
     fn issue_until(&mut self, wanted: impl Fn(Action) -> bool, what: impl Fn(&Self) -> String) -> Result<(), Error> {
         self.close();
-        let plan = self.plan.clone();
         loop {
-            let Some(operation) = plan.operations.get(self.next) else {
-                return Err(self.off_plan(&what(self)));
-            };
-            let after = Event::all(operation.after.iter().map(|&earlier| self.engine.events[earlier].clone()));
-            let engine = &mut *self.engine;
-            match operation.action {
-                action if wanted(action) => return Ok(()),
-                Action::Gather { unit, slot } => {
-                    let after = Event::all([after, engine.written[unit].clone()]);
-                    let group = engine.axes.shard.as_ref().expect(AXIS);
-                    engine.weights.gather(group, unit, slot, after);
-                    if !engine.policy.overlap {
-                        let waiting = Instant::now();
-                        engine.weights.bring(unit, slot, &*engine.queue)?;
-                        self.waited(waiting, Some(unit));
-                    }
-                }
-                Action::Reduce { unit, slot, round } => {
-                    let group = engine.axes.shard.as_ref().expect(AXIS);
-                    engine.gradients.reduce(group, unit, slot, round > 0, self.limit, after, &*engine.queue)?;
-                    if !engine.policy.overlap {
-                        let waiting = Instant::now();
-                        engine.gradients.bring_all(&*engine.queue)?;
-                        self.waited(waiting, Some(unit));
-                    }
-                }
-                Action::AllReduce { unit } => {
-                    let groups = engine.axes.replicate.as_ref().expect(AXIS);
-                    let waiting = Instant::now();
-                    engine.gradients.all_reduce(groups, unit, after, &*engine.queue)?;
-                    if !engine.policy.overlap {
-                        engine.gradients.bring_all(&*engine.queue)?;
-                    }
-                    self.waited(waiting, Some(unit));
-                }
+            match self.plan.operations.get(self.next).map(|operation| operation.action) {
+                Some(action) if wanted(action) => return Ok(()),
+                Some(Action::Gather { .. } | Action::Reduce { .. } | Action::AllReduce { .. }) => self.issue()?,
                 _ => return Err(self.off_plan(&what(self))),
             }
-            self.next += 1;
         }
+    }
+
+    /// Starts the collective that is the plan's next operation.
+    fn issue(&mut self) -> Result<(), Error> {
+        let operation = &self.plan.operations[self.next];
+        let after = Event::all(operation.after.iter().map(|&earlier| self.engine.events[earlier].clone()));
+        let engine = &mut *self.engine;
+        match operation.action {
+            Action::Gather { unit, slot } => {
+                let after = Event::all([after, engine.written[unit].clone()]);
+                let group = engine.axes.shard.as_ref().expect(AXIS);
+                engine.weights.gather(group, unit, slot, after);
+                if !engine.policy.overlap {
+                    let waiting = Instant::now();
+                    engine.weights.bring(unit, slot, &*engine.queue)?;
+                    self.waited(waiting, Some(unit));
+                }
+            }
+            Action::Reduce { unit, slot, round } => {
+                let group = engine.axes.shard.as_ref().expect(AXIS);
+                engine.gradients.reduce(group, unit, slot, round > 0, self.limit, after, &*engine.queue)?;
+                if !engine.policy.overlap {
+                    let waiting = Instant::now();
+                    engine.gradients.bring_all(&*engine.queue)?;
+                    self.waited(waiting, Some(unit));
+                }
+            }
+            Action::AllReduce { unit } => {
+                let groups = engine.axes.replicate.as_ref().expect(AXIS);
+                let waiting = Instant::now();
+                engine.gradients.all_reduce(groups, unit, after, &*engine.queue)?;
+                if !engine.policy.overlap {
+                    engine.gradients.bring_all(&*engine.queue)?;
+                }
+                self.waited(waiting, Some(unit));
+            }
+            action => unreachable!("{action:?} is no collective"),
+        }
+        self.next += 1;
+        Ok(())
     }
 
     /// Ends the computation that the caller has enqueued: takes its gradient's norm if that is complete, and marks its end.
@@ -348,7 +386,9 @@ impl<'e> Step<'e> {
         let Engine { queue, gradients, layout, norms, weights, axes, measures_groups, .. } = &mut *self.engine;
         // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
         let mut values = [0.0f64; SUMS + REQUESTS + COMPARISON];
-        let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite, measuring] = [0, 1, 2, 3, 4, 5, 6];
+        let [group_square_norms, _, loss_sum, _, square_norm, non_finite, measuring, tokens] = [0, 1, 2, 3, 4, 5, 6, 7];
+        // A token of a rank is one of its group's, too: each rank adds its own.
+        values[tokens] = self.all_tokens as f64;
         values[measuring] = f64::from(u8::from(*measures_groups));
         let world = axes.world.world() as f64;
         for unit in 0..layout.units.len() {
@@ -399,9 +439,9 @@ impl<'e> Step<'e> {
                 loss: loss_sum / tokens,
             });
         }
-        if !(tokens.is_finite() && tokens > 0.0) {
+        if tokens == 0.0 {
             self.engine.health = Health::Good;
-            return Err(Error::Tokens { step: self.engine.updates + 1, tokens });
+            return Err(Error::NoTokens { step: self.engine.updates + 1 });
         }
         Ok(StepReport {
             loss_sum,
@@ -439,8 +479,9 @@ fn comparison(sums: &[f64], tokens: f64, world: f64) -> Option<GroupComparison> 
 /// Most numbers that a comparison adds to these.
 const COMPARISON: usize = 3 + COMPARED;
 
-/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, the square norm, the number of values that are not finite, and of ranks that measure groups.
-pub(crate) const SUMS: usize = sideband::LEN + 3;
+/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, the square norm, the number of
+/// values that are not finite, of ranks that measure groups, and of tokens.
+pub(crate) const SUMS: usize = sideband::LEN + 4;
 
 const AXIS: &str = "a plan moves along the axes that there are";
 

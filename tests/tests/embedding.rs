@@ -125,17 +125,17 @@ impl Job {
         let mut pass = step.backward(unit).expect("a backward pass");
         let weights: Vec<f32> = pass.queue.download(pass.weights.tensor(0));
         let mut gradient = vec![0.0f32; weights.len()];
-        let mut sums = [0.0, TOKENS as f64];
+        let mut loss = 0.0;
         let stream = ((number * ROUNDS + round) * WORLD + rank) * UNITS + unit;
         for (index, (weight, gradient)) in weights.iter().zip(&mut gradient).enumerate() {
             let distance = weight - 1.0 - 0.1 * random::normal(self.seed, stream as u64, index as u64) as f32;
             *gradient = distance;
-            sums[0] += f64::from(distance).powi(2) / 2.0;
+            loss += f64::from(distance).powi(2) / 2.0;
         }
         pass.queue.accumulate(pass.gradients.tensor(0), &gradient);
         // One unit's loss is enough to see that weights come nearer.
         if unit == 0 {
-            pass.queue.accumulate(pass.loss, &sums);
+            pass.queue.accumulate(pass.loss, &[loss]);
         }
     }
 }

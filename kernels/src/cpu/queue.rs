@@ -387,16 +387,13 @@ unsafe impl Queue for HostQueue {
         });
     }
 
-    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, sums: ViewMut<'_>) {
+    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>) {
         let vocab = columns("cross_entropy", logits.len(), targets.len());
-        assert_eq!(sums.len(), 2, "cross_entropy adds to a loss and a count");
+        assert_eq!(loss.len(), 1, "cross_entropy adds to one sum");
         let work = Work::moves("cross_entropy");
-        let add = |sums: &mut [f64], losses: &[f64]| {
-            losses.iter().for_each(|loss| sums[0] += loss);
-            sums[1] += losses.len() as f64;
-        };
+        let add = |sum: &mut [f64], losses: &[f64]| losses.iter().for_each(|loss| sum[0] += loss);
         let Some(rounded) = rounded else {
-            return self.run(work, [logits, sums], [targets], move |team, [logits, sums], [targets]| {
+            return self.run(work, [logits, loss], [targets], move |team, [logits, sum], [targets]| {
                 let targets = targets.of::<u32>();
                 scratch::with(&LOSSES, targets.len(), |losses| {
                     let rows = (Write(&mut *losses, 1), Write(logits.of(), vocab), Read(targets, 1));
@@ -406,13 +403,13 @@ unsafe impl Queue for HostQueue {
                             || loss::cross_entropy(losses.0, logits.0, targets.0),
                         );
                     });
-                    add(sums.of(), losses);
+                    add(sum.of(), losses);
                 });
             });
         };
         same("cross_entropy gradient", &[rounded.len(), logits.len()]);
         let dtype = rounded.dtype();
-        self.run(work, [logits, rounded, sums], [targets], move |team, [logits, rounded, sums], [targets]| {
+        self.run(work, [logits, rounded, loss], [targets], move |team, [logits, rounded, sum], [targets]| {
             let targets = targets.of::<u32>();
             with_type!(dtype, T => scratch::with(&LOSSES, targets.len(), |losses| {
                 let logits = Write(logits.of(), vocab);
@@ -420,7 +417,7 @@ unsafe impl Queue for HostQueue {
                 team.split(rows, 1, |(losses, grad, logits, targets)| {
                     vectorized(#[inline(always)] || loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0));
                 });
-                add(sums.of(), losses);
+                add(sum.of(), losses);
             }));
         });
     }

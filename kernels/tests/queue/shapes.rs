@@ -149,6 +149,6 @@ fn embedding_refuses_a_token_beyond_the_vocabulary() {
 #[should_panic(expected = "target 3 in a vocabulary of 3")]
 fn cross_entropy_refuses_a_target_beyond_the_vocabulary() {
     let stage = Stage::new(Cpu);
-    let (mut logits, targets, mut sums) = (stage.output(3), stage.buffer(&[3u32]), stage.buffer(&[0.0f64; 2]));
-    stage.queue.cross_entropy(logits.view_mut(), None, targets.view(), sums.view_mut());
+    let (mut logits, targets, mut loss) = (stage.output(3), stage.buffer(&[3u32]), stage.buffer(&[0.0f64]));
+    stage.queue.cross_entropy(logits.view_mut(), None, targets.view(), loss.view_mut());
 }

@@ -174,7 +174,7 @@ fn train_asking(engine: &mut Engine, requests: &mut [f64]) {
             backward.queue.upload(backward.gradients.tensor(index), &(0..len).map(gradient).collect::<Vec<f32>>());
         }
         if unit == 0 {
-            backward.queue.upload(backward.loss, &[1.0, 1.0]);
+            backward.queue.upload(backward.loss, &[1.0]);
         }
     }
     let (lr, beta1, beta2, epsilon, weight_decay) = (0.01, 0.9, 0.95, 1e-8, 0.1);

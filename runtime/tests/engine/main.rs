@@ -1,6 +1,7 @@
 //! The engine's invariants, on a little model: what may not change a bit, what a missing edge does, what the numbers must be, and
 //! how a step fails. Ranks are threads.
 
+mod abandon;
 mod common;
 mod exact;
 mod placement;
@@ -15,7 +16,7 @@ use common::mlp::{self, HEAD, UNITS};
 use common::{ADAMW, Host, Rank, Schedule, Setup, Training, bits_of, joined, ranks, train};
 use pillion_collectives::Error as CollectiveError;
 use pillion_kernels::DType;
-use pillion_runtime::{Action, Error, Gather, Outline, Pass, Plan, PlanError, Verified};
+use pillion_runtime::{Action, Error, Gather, Outline, Pass, Plan, PlanError, Sharded, Step, Verified};
 
 const WORLDS: [usize; 4] = [1, 2, 3, 4];
 const GATHERS: [Gather; 2] = [Gather::Copy, Gather::Window];
@@ -267,7 +268,7 @@ impl Mistake {
             Mistake::DroppedStep => {
                 drop(step.forward(0).unwrap());
                 drop(step);
-                assert!(matches!(rank.engine.state(0), Err(Error::OffPlan { .. })), "nor can a checkpoint be taken");
+                assert!(matches!(rank.engine.state(0), Err(Error::Unfinished)), "nor can a checkpoint be taken");
                 rank.engine.begin(1).err()
             }
         };
@@ -288,7 +289,7 @@ fn leaving_the_plan_is_an_error_here_and_names_this_rank_everywhere_else() {
                 });
                 for (rank, error) in errors.into_iter().enumerate() {
                     match error {
-                        Error::OffPlan { .. } if rank == 1 => {}
+                        Error::OffPlan { .. } | Error::Unfinished if rank == 1 => {}
                         Error::Collective(CollectiveError::PeerLost { rank: 1, .. }) if rank != 1 => {}
                         error => panic!("{mistake:?}, rank {rank} of {setup:?}: {error}"),
                     }
@@ -348,25 +349,55 @@ fn a_gradient_that_is_not_finite_stops_every_rank_and_changes_nothing() {
 
 #[test]
 fn a_step_without_tokens_is_refused_on_every_rank_and_changes_nothing() {
-    for tokens in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let setup = Setup::new(2);
-        ranks(&setup, |mut rank: Rank| {
-            let before = rank.states().unwrap();
-            let mut step = rank.engine.begin(1).unwrap();
-            step.round(1);
-            (0..UNITS).for_each(|unit| drop(step.forward(unit).unwrap()));
-            for unit in (0..UNITS).rev() {
-                let mut pass = step.backward(unit).unwrap();
-                pass.queue.accumulate(pass.gradients.tensor(0), &vec![1.0f32; pass.weights.tensor(0).len()]);
-                if unit == HEAD {
-                    pass.queue.accumulate(pass.loss, &[1.0, tokens]);
+    ranks(&Setup::new(2), |mut rank: Rank| {
+        let before = rank.states().unwrap();
+        let mut step = rank.engine.begin(1).unwrap();
+        step.round(0);
+        ones(&mut step);
+        let error = step.finish(ADAMW, &mut []).unwrap_err();
+        assert!(matches!(error, Error::NoTokens { step: 1 }), "{error}");
+        assert!(error.to_string().contains("`Step::round`"), "{error}");
+        assert!(rank.states().unwrap() == before && rank.engine.updates() == 0);
+        rank.step(&Schedule::uneven(2, 1), 0).expect("training goes on");
+    });
+}
+
+/// A round whose gradients are ones.
+fn ones(step: &mut Step<'_>) {
+    (0..UNITS).for_each(|unit| drop(step.forward(unit).unwrap()));
+    (0..UNITS).rev().for_each(|unit| ones_of(step, unit));
+}
+
+/// The backward pass of a unit, whose first tensor has ones for its gradient.
+fn ones_of(step: &mut Step<'_>, unit: usize) {
+    let mut pass = step.backward(unit).unwrap();
+    pass.queue.accumulate(pass.gradients.tensor(0), &vec![1.0f32; pass.weights.tensor(0).len()]);
+    if unit == HEAD {
+        pass.queue.accumulate(pass.loss, &[1.0]);
+    }
+}
+
+#[test]
+fn the_mean_and_the_statistics_have_one_count_of_tokens() {
+    // A mask that leaves out half of the tokens halves what `round` is told, and nothing else. Then the mean gradient,
+    // the loss and each group's weight follow. Powers of two, so that every quotient is exact.
+    for sharded in [Sharded::EVERYTHING, Sharded::OPTIMIZER] {
+        let reports = [8, 4].map(|tokens| {
+            let program = |mut rank: Rank| {
+                let mut step = rank.engine.begin(2).unwrap();
+                for _ in 0..2 {
+                    step.round(tokens);
+                    ones(&mut step);
                 }
-            }
-            let error = step.finish(ADAMW, &mut []).unwrap_err();
-            assert!(matches!(error, Error::Tokens { step: 1, .. }), "{tokens}: {error}");
-            assert!(rank.states().unwrap() == before && rank.engine.updates() == 0);
-            rank.step(&Schedule::uneven(2, 1), 0).expect("training goes on");
+                step.finish(ADAMW, &mut []).unwrap()
+            };
+            ranks(&Setup::new(2).sharded(sharded), program).remove(0)
         });
+        let [all, half] = &reports;
+        assert_eq!((all.tokens, half.tokens), (32.0, 16.0));
+        assert_eq!((all.loss_sum, half.loss_sum), (4.0, 4.0));
+        assert_eq!(half.gradient_norm, 2.0 * all.gradient_norm);
+        assert_eq!(half.group_square_norms.unwrap(), 2.0 * all.group_square_norms.unwrap());
     }
 }
 

@@ -67,7 +67,7 @@ pub(crate) struct Mlp {
     grad_act: Buffer,
     /// What the backward pass makes again.
     act_again: Buffer,
-    sums: Buffer,
+    loss: Buffer,
     /// Tokens of the present micro-batch.
     rows: usize,
 }
@@ -106,7 +106,7 @@ impl Mlp {
             grad_up: f32(HIDDEN)?,
             grad_act: f32(HIDDEN)?,
             act_again: f32(HIDDEN)?,
-            sums: device.allocate(DType::F64, 2)?,
+            loss: device.allocate(DType::F64, 1)?,
             rows: 0,
         })
     }
@@ -217,12 +217,12 @@ impl Mlp {
 
     /// The sum of the losses, after forward passes alone.
     pub(crate) fn loss(&mut self, queue: &dyn Queue) -> f64 {
-        queue.zero(self.sums.view_mut());
-        cross_entropy(queue, &mut self.logits, &self.targets, self.rows, self.sums.view_mut());
-        queue.download::<f64>(self.sums.view())[0]
+        queue.zero(self.loss.view_mut());
+        cross_entropy(queue, &mut self.logits, &self.targets, self.rows, self.loss.view_mut());
+        queue.download::<f64>(self.loss.view())[0]
     }
 }
 
-fn cross_entropy(queue: &dyn Queue, logits: &mut Buffer, targets: &Buffer, rows: usize, sums: ViewMut<'_>) {
-    queue.cross_entropy(logits.slice_mut(0..rows * VOCAB), None, targets.slice(0..rows), sums);
+fn cross_entropy(queue: &dyn Queue, logits: &mut Buffer, targets: &Buffer, rows: usize, loss: ViewMut<'_>) {
+    queue.cross_entropy(logits.slice_mut(0..rows * VOCAB), None, targets.slice(0..rows), loss);
 }
