@@ -306,7 +306,7 @@ impl<'s> Run<'s> {
             non_finite: 0,
         };
         let decision = self.controller.observe(&observation);
-        let alignment = statistics::alignment(&self.engine, &observation, &report);
+        let alignment = statistics::alignment(&self.engine, self.settings.controller.alignment, &observation, &report);
         self.progress.step += 1;
         self.progress.samples += batch;
         let saved = self.saver.observe(&self.engine, asked[1]).map_err(Error::from);
@@ -334,6 +334,9 @@ impl<'s> Run<'s> {
             exposed_ms: report.exposed.as_secs_f64() * 1e3,
             bytes_sent: report.bytes,
             collectives: report.operations,
+            groups: Some(observation.groups),
+            group_square_norms: Some(observation.group_square_norms),
+            sum_square_norm: Some(observation.square_norm),
             noise_scale: decision.noise_scale,
             wanted_batch: decision.wanted,
             decision: Some(decision.reason),

@@ -1,6 +1,6 @@
 //! What a run does with the statistics of its gradients besides asking the controller.
 
-use pillion_abs::{Observation, Rule, Variant};
+use pillion_abs::{ByChance, Observation, Rule, Variant};
 use pillion_runtime::{Engine, StepReport};
 
 use super::metrics::Alignment;
@@ -82,16 +82,24 @@ pub(super) fn compare(engine: &mut Engine, eta: Option<f64>) -> Result<(), Error
     })
 }
 
-/// Where the noise of a step's gradient points, if its groups were compared.
-pub(super) fn alignment(engine: &Engine, observation: &Observation, report: &StepReport) -> Option<Alignment> {
+/// Where the noise of a step's gradient points, if its groups were compared, by `eta`.
+pub(super) fn alignment(
+    engine: &Engine,
+    eta: Option<f64>,
+    observation: &Observation,
+    report: &StepReport,
+) -> Option<Alignment> {
     let comparison = report.comparison.as_ref()?;
     let found = pillion_abs::Alignment::of(observation, &comparison.products)?;
     let parameters: usize = engine.layout().units.iter().map(|unit| unit.len).sum();
+    let by_chance = eta.and_then(|eta| ByChance::of(observation.groups, eta));
     Some(Alignment {
         along: found.along,
         across: found.across,
         coordinates: comparison.passing / parameters as f64,
         mass: comparison.passing_square_norm / observation.square_norm,
+        coordinates_by_chance: by_chance.map(|share| share.coordinates),
+        mass_by_chance: by_chance.map(|share| share.mass),
     })
 }
 
