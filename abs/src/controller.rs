@@ -82,9 +82,11 @@ enum Proposal {
 }
 
 impl Controller {
-    /// A controller at the start of a run. Fails where [`Settings::validate`] does.
+    /// A controller at the start of a run. Fails where [`Settings::validate`] or
+    /// [`Settings::check_growth`] does.
     pub fn new(settings: Settings) -> Result<Self, Error> {
         settings.validate()?;
+        settings.check_growth()?;
         let mut state =
             State { batch: settings.base, steps: 0, samples: 0, tokens: 0, asks: 0, noise: Noise::default() };
         if let Proposal::Scheduled(batch) = propose(&settings, &state) {
@@ -94,7 +96,8 @@ impl Controller {
     }
 
     /// A controller that goes on from a saved state. Fails where [`Settings::validate`] does, and if the state's batch is
-    /// not one that these settings allow or, for a schedule, not the scheduled one.
+    /// not one that these settings allow or, for a schedule, not the scheduled one. Where
+    /// [`Settings::check_growth`] fails, the run goes on: the caller should warn its user.
     pub fn resume(settings: Settings, state: State) -> Result<Self, Error> {
         settings.validate()?;
         let refuse = |field, value, expected| {

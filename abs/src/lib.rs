@@ -82,7 +82,7 @@ pub mod simulation;
 mod stagewise;
 mod statistics;
 
-pub use alignment::Alignment;
+pub use alignment::{Alignment, ByChance};
 pub use controller::{Controller, Decision, Reason, State};
 pub use coupling::Coupling;
 pub use error::Error;

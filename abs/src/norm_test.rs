@@ -8,13 +8,15 @@ use crate::{Error, Noise};
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Default, Debug)]
 #[serde(rename_all = "kebab-case")]
 pub enum Variant {
-    /// b' = σ̂²/(η²Q), both as measured. Q contains the noise of the batch itself, so it asks for less than the true gradient would.
+    /// b' = σ̂²/(η²Q), both as measured. Q contains the noise of the batch itself, so this variant
+    /// asks for less than the true gradient would: in expectation for at most b/η² samples, whatever
+    /// the noise. η must therefore be below 1 ([`Settings::check_growth`](crate::Settings::check_growth)).
     #[default]
     Unbiased,
     /// b' = B_simple/η²: Q less its noise, |Ĝ|², in its place.
     Debiased,
-    /// b' = ‖V̂‖₁/(η²Q) as the paper prints it, to compare with. In expectation at most about (K − 1)/η² for K groups, whatever the batch:
-    /// see the crate's documentation.
+    /// b' = ‖V̂‖₁/(η²Q) as the paper prints it, to compare with. In expectation at most (K − 1)/η²
+    /// for K groups, whatever the batch: see the crate's documentation.
     PaperLiteral,
 }
 
@@ -32,6 +34,28 @@ pub(crate) fn wanted(eta: f64, variant: Variant, noise: &Noise) -> Option<f64> {
 
 pub(crate) fn validate(eta: f64) -> Result<(), Error> {
     Error::unless_factor("rule.norm-test.eta", eta, "start from 0.9: the smaller eta, the larger the batches")
+}
+
+/// Refuses an η by which no batch is expected to grow.
+///
+/// The unbiased variant asks for E σ̂²/(η² E Q) samples in expectation, numerator and denominator
+/// each averaged. E Q = |G|² + σ²/b is at least σ²/b, so that is at most b/η². With η ≥ 1 it is at
+/// most b, and equals b only where the true gradient is zero and η is 1. A batch could then grow
+/// by the scatter of its measurements alone.
+///
+/// The other variants have no such η: `Debiased` divides by an estimate of |G|², which may be as
+/// small as it likes against σ²/b, and the bound of `PaperLiteral` depends on the number of groups.
+pub(crate) fn check_growth(eta: f64, variant: Variant) -> Result<(), Error> {
+    if variant != Variant::Unbiased || eta < 1.0 {
+        return Ok(());
+    }
+    Err(Error::setting(
+        "rule.norm-test.eta",
+        eta,
+        "a number below 1: the square norm that the unbiased variant divides by contains the noise of the batch b \
+         itself, so in expectation it asks for at most b/eta² samples, which is no growth",
+        "choose an eta below 1, such as 0.9, or the variant debiased, which takes that noise out",
+    ))
 }
 
 #[cfg(test)]

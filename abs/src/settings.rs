@@ -60,7 +60,8 @@ pub enum Rule {
     },
     /// Norm test: while σ̂²/b > η²·Q, grow towards ⌈σ̂²/(η²·Q)⌉ (Lau et al. 2025).
     NormTest {
-        /// η, the largest noise-to-gradient ratio accepted; from 1e-6 to 1e6.
+        /// η, the largest noise-to-gradient ratio accepted; from 1e-6 to 1e6, and for a new run of
+        /// the unbiased variant below 1.
         eta: f64,
         /// Which noise and which gradient are compared.
         #[serde(default)]
@@ -144,6 +145,16 @@ impl Settings {
             Rule::LinearRamp { end, samples } => linear_ramp::validate(self, *end, *samples),
             Rule::NormTest { eta, .. } => norm_test::validate(*eta),
             Rule::NoiseScale { ratio } => noise_scale::validate(*ratio),
+        }
+    }
+
+    /// Refuses a rule that follows measurements by which no batch is expected to grow, whatever the
+    /// gradients are. [`Self::validate`] accepts such a rule, because runs that began with one must
+    /// be able to go on.
+    pub fn check_growth(&self) -> Result<(), Error> {
+        match self.rule {
+            Rule::NormTest { eta, variant } => norm_test::check_growth(eta, variant),
+            Rule::Constant | Rule::Stagewise { .. } | Rule::LinearRamp { .. } | Rule::NoiseScale { .. } => Ok(()),
         }
     }
 

@@ -48,7 +48,8 @@ pub struct ControllerArgs {
     /// What the batch size follows.
     #[arg(long, value_enum, default_value = "norm-test", value_name = "NAME")]
     pub controller: ControllerKind,
-    /// Noise-to-gradient ratio that the norm test accepts; smaller values grow the batch earlier; default: 0.9.
+    /// Noise-to-gradient ratio that the norm test accepts; smaller values grow the batch earlier;
+    /// below 1 for the unbiased variant, which could never grow a batch otherwise; default: 0.9.
     #[arg(long, value_name = "X")]
     pub eta: Option<f64>,
     /// What the norm test compares; default: unbiased.

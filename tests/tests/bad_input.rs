@@ -93,6 +93,7 @@ fn models_and_numbers_that_cannot_be() {
             ("--eta 1e-300", &["--eta: 0.000", "from 1e-6"]),
             ("--eta -1", &["--eta: -1", "from 1e-6"]),
             ("--eta nan", &["--eta: NaN", "from 1e-6"]),
+            ("--eta 1", &["--eta: 1", "below 1", "at most b/eta² samples", "variant debiased"]),
             ("--lr nan", &["--lr NaN", "out of range"]),
             ("--lr inf", &["--lr inf", "out of range"]),
             ("--lr -0.1", &["--lr -0.1", "between 0 and"]),

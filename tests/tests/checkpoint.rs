@@ -191,6 +191,24 @@ fn what_four_ranks_saved_goes_on_with_one_two_and_three_within_the_bound_of_f32(
     }
 }
 
+/// Earlier versions began runs with an η of 1 and more, by which no batch is expected to grow: such a
+/// run goes on, rank 0 warns, and a new run is refused.
+#[test]
+fn an_eta_that_a_new_run_may_not_have_is_warned_of_in_a_resume() {
+    let place = Workplace::new(PROGRAM);
+    let first = place.train("out", "--ranks 2 --steps 2 --eta 0.75");
+    rewrite(&place.path("out/checkpoints/step-00000002"), |text| {
+        assert_eq!(text.matches("0.75").count(), 1, "{text}");
+        *text = text.replace("0.75", "1.25");
+    });
+    let flags = format!("train {TINY} --ranks 2 --steps 4 --eta 1.25");
+    let ended = place.run(&format!("{flags} --out out --resume auto")).succeeded();
+    assert_eq!(ended.stderr.matches("not expected to grow: --eta: 1.25").count(), 1, "{ended}");
+    assert_eq!(place.steps("out").len(), 4);
+    assert_eq!(place.steps("out")[..2], first);
+    place.run(&format!("{flags} --out new")).refused(2, &["--eta: 1.25", "below 1", "variant debiased"]);
+}
+
 /// Changes a manifest, and gives it the checksums that go with it.
 fn rewrite(folder: &Path, change: impl FnOnce(&mut String)) {
     const ZEROS: &str = "00000000000000000000000000000000";

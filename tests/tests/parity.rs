@@ -197,11 +197,55 @@ fn metrics_hold_every_promised_key() {
     place.train("out", "--steps 2 --ranks 2");
     for line in place.lines("out") {
         let keys = "step loss lr grad_norm batch_samples batch_tokens samples_seen tokens_per_s step_ms exposed_ms bytes_sent \
-                    noise_scale flops mfu";
+                    groups group_square_norms sum_square_norm noise_scale flops mfu";
         for key in keys.split_whitespace() {
             assert!(line.get(key).is_some(), "{key} in {line}");
         }
         assert_eq!(line["batch_tokens"].as_u64(), Some(8 * 32));
+    }
+}
+
+/// From K, N, S = Σ‖G_k‖²/n_k and T = ‖ΣG_k‖² alone, by the formulas in the documentation of
+/// `pillion-abs`: σ̂² = (S − T/N)/(K − 1)·b/N and |Ĝ|² = (T/N − (S − T/N)/(K − 1))/N for a step, whose
+/// sums over steps, discounted by 0.9, give the noise scale and what the norm test asks for. Each
+/// value is rounded some ten times, relative to the largest term of its difference.
+#[test]
+fn statistics_follow_from_the_sums_in_the_metrics() {
+    let place = Workplace::new(PROGRAM);
+    let eta = 0.35;
+    for (shard, ranks) in [("zero-3", 2), ("zero-1", 4)] {
+        let flags = format!("--steps 12 --eta {eta} --ema 0.9 --max-batch 64 --shard {shard} --ranks {ranks}");
+        place.train("out", &flags);
+        let (mut variance, mut square, mut debiased, mut scale) = (0.0, 0.0, 0.0, 0.0);
+        let mut compared = 0;
+        for line in place.lines("out") {
+            let number = |key: &str| line[key].as_f64().unwrap_or_else(|| panic!("{key} in {line}"));
+            let [groups, tokens, samples] = ["groups", "batch_tokens", "batch_samples"].map(number);
+            let expected = if shard == "zero-3" { samples / 2.0 } else { f64::from(ranks) };
+            assert_eq!(groups, expected, "{line}");
+            let (sums, total) = (number("group_square_norms"), number("sum_square_norm") / tokens);
+            let of_token = (sums - total) / (groups - 1.0);
+            variance = 0.9 * variance + of_token * samples / tokens;
+            square = 0.9 * square + total / tokens;
+            debiased = 0.9 * debiased + (total - of_token) / tokens;
+            scale = 0.9 * scale + sums * samples / tokens;
+            let rounding = 10.0 * f64::EPSILON * scale;
+            let close = |key: &str, value: f64, error: f64| {
+                let found = number(key);
+                assert!((found - value).abs() <= error, "{key}: {found} and {value}, ± {error:e}: {line}");
+            };
+            close("wanted_batch", variance / (eta * eta * square), 2.0 * rounding / (eta * eta * square));
+            close("grad_norm", (total / tokens).sqrt(), 10.0 * f64::EPSILON * number("grad_norm"));
+            if line["noise_scale"].is_null() {
+                assert!(debiased <= 0.0, "{line}");
+                continue;
+            }
+            // |Ĝ|² is rounded like σ̂², a sample's share of it.
+            let error = rounding / debiased * (1.0 + variance / debiased / samples);
+            close("noise_scale", variance / debiased, 2.0 * error);
+            compared += 1;
+        }
+        assert!(compared > 0, "{shard}");
     }
 }
 
@@ -225,6 +269,10 @@ fn a_report_of_where_the_noise_points_changes_nothing_else() {
             for share in ["coordinates", "mass"] {
                 assert!((0.0..=1.0).contains(&number(&alignment[share])) && number(&alignment[share]) > 0.0, "{with}");
             }
+            // At 0.5: 1 − (2/π) arctan 2 of two ranks' coordinates, P(|t₃| ≥ 2) of four ranks'.
+            let by_chance = if placement.contains("--ranks 2") { 0.2952 } else { 0.1393 };
+            assert!((number(&alignment["coordinates_by_chance"]) - by_chance).abs() < 5e-5, "{with}");
+            assert!((by_chance..=1.0).contains(&number(&alignment["mass_by_chance"])), "{with}");
             assert!(number(&alignment["mass"]) > number(&alignment["coordinates"]), "what is large passes: {with}");
             // σ̂²/Q = V_ip/Q² + V_⊥/Q, and B_simple = σ̂²/(Q − σ̂²/N); for the bound see statistics.rs, where both are compared with f64.
             let relative = number(&alignment["along"]) + number(&alignment["across"]);

@@ -85,6 +85,48 @@ fn the_printed_formula_cannot_leave_a_batch_above_its_bound() {
     assert!((norm_test::wanted(0.5, Variant::PaperLiteral, &noise).unwrap() - 12.0).abs() < 1e-6);
 }
 
+/// σ²/(η²(|G|² + σ²/b)) ≤ b/η²: sums as expected never ask for more, however large their noise, and
+/// without a true gradient they ask for just that.
+#[test]
+fn the_unbiased_test_asks_for_at_most_the_batch_over_eta_squared() {
+    for (eta, batch) in [(0.5, 64), (0.9, 256), (1.0, 64), (1.3, 1024)] {
+        let asked = |variance, signal| {
+            let noise = expected_sums(batch, variance, signal).noise().unwrap();
+            norm_test::wanted(eta, Variant::Unbiased, &noise).unwrap()
+        };
+        let bound = batch as f64 / (eta * eta);
+        for variance in [1e-3, 1.0, 1e3, 1e6, 1e9] {
+            assert!(asked(variance, 1.0) < bound, "{eta}, {batch}, {variance}");
+        }
+        assert!((asked(1.0, 0.0) / bound - 1.0).abs() < 1e-12);
+    }
+}
+
+/// A new run is told; an old one goes on, and does not grow.
+#[test]
+fn an_eta_by_which_no_batch_can_grow_is_refused_at_the_start_and_kept_by_a_resume() {
+    let rule = |eta, variant| Rule::NormTest { eta, variant };
+    for eta in [1.0, 1.5, 1e6] {
+        let settings = Settings { rule: rule(eta, Variant::Unbiased), ..norm_test() };
+        let message = Controller::new(settings.clone()).unwrap_err().to_string();
+        for part in ["`rule.norm-test.eta`", "below 1", "at most b/eta²", "variant debiased"] {
+            assert!(message.contains(part), "{message}");
+        }
+        assert_eq!(settings.check_growth().unwrap_err().to_string(), message);
+        let state = Controller::new(norm_test()).unwrap().state().clone();
+        let mut resumed = Controller::resume(settings, state).unwrap();
+        for _ in 0..50 {
+            assert_eq!(resumed.observe(&noisy(64)).reason, Reason::Sufficient);
+        }
+        for variant in [Variant::Debiased, Variant::PaperLiteral] {
+            Controller::new(Settings { rule: rule(eta, variant), ..norm_test() }).unwrap();
+        }
+    }
+    // The debiased variant grows by such an η: 800/1.5² = 355.6.
+    assert_eq!(settled(rule(1.5, Variant::Debiased)), (384, Reason::Sufficient));
+    Controller::new(Settings { rule: rule(1.0f64.next_down(), Variant::Unbiased), ..norm_test() }).unwrap();
+}
+
 #[test]
 fn a_ramp_follows_the_samples_seen() {
     let rule = Rule::LinearRamp { end: 256, samples: 1000 };
@@ -257,7 +299,8 @@ fn any_settings() -> impl Strategy<Value = Settings> {
             3 => Rule::NoiseScale { ratio: eta },
             4 => Rule::NormTest { eta, variant: Variant::Debiased },
             5 => Rule::NormTest { eta, variant: Variant::PaperLiteral },
-            _ => Rule::NormTest { eta, variant: Variant::Unbiased },
+            // Below 1, as a new run must have it.
+            _ => Rule::NormTest { eta: eta / 2.0, variant: Variant::Unbiased },
         };
         Settings { base, cap, round_to, growth_limit, patience, ema_decay, interval, monotone, rule }
     })

@@ -21,6 +21,7 @@ pub(crate) struct Line {
     /// Norm of the mean gradient, before clipping.
     pub(crate) grad_norm: f64,
     pub(crate) batch_samples: u64,
+    /// Tokens that the loss counts: N in the documentation of `pillion-abs`.
     pub(crate) batch_tokens: u64,
     /// After the step.
     pub(crate) samples_seen: u64,
@@ -32,6 +33,17 @@ pub(crate) struct Line {
     pub(crate) bytes_sent: u64,
     /// Collective operations.
     pub(crate) collectives: u64,
+    /// Groups whose gradients were compared: K. Null in files of versions that did not write it,
+    /// as are the next two.
+    #[serde(default)]
+    pub(crate) groups: Option<u64>,
+    /// Σ_k ‖G_k‖²/n_k, where G_k is the gradient of the summed loss of group k's n_k tokens, in nats:
+    /// so nats² a token, over the square of a parameter's unit. Before clipping.
+    #[serde(default)]
+    pub(crate) group_square_norms: Option<f64>,
+    /// ‖Σ_k G_k‖²: nats², over the square of a parameter's unit. Before clipping, divided by nothing.
+    #[serde(default)]
+    pub(crate) sum_square_norm: Option<f64>,
     /// B_simple in samples, smoothed; null while unknown.
     pub(crate) noise_scale: Option<f64>,
     /// Batch that the controller asks for before limits; null while unknown.
@@ -68,6 +80,13 @@ pub(crate) struct Alignment {
     pub(crate) coordinates: f64,
     /// Share of the gradient's square that these have.
     pub(crate) mass: f64,
+    /// What `coordinates` would be if there were no gradient, only normal noise: see
+    /// [`pillion_abs::ByChance`]. Null in files of versions that did not write it, as is the next.
+    #[serde(default)]
+    pub(crate) coordinates_by_chance: Option<f64>,
+    /// What `mass` would be then.
+    #[serde(default)]
+    pub(crate) mass_by_chance: Option<f64>,
 }
 
 /// The file, open for appending.
@@ -122,6 +141,31 @@ impl Metrics {
                 let _ = self.file.set_len(self.len).and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
                 Err(Error::file(&self.path, error))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lines of versions before the sums, and of those before the decision, alignment and memory.
+    #[test]
+    fn lines_of_earlier_versions_are_read() {
+        let first = r#""step":1,"loss":5.5,"lr":0.001,"grad_norm":2.5,"batch_samples":8,"batch_tokens":256,
+            "samples_seen":8,"tokens_per_s":1000.0,"step_ms":10.5,"exposed_ms":0.5,"bytes_sent":64,"collectives":9,
+            "noise_scale":null,"wanted_batch":3.5,"validation_loss":null,"flops":1e9"#;
+        let then = r#""decision":"grown","alignment":{"along":1.0,"across":2.0,"coordinates":0.5,"mass":0.75},
+            "mfu":0.5,"memory":1000"#;
+        let memory = serde_json::to_string(&Memory::default()).unwrap();
+        let oldest: Line = serde_json::from_str(&format!("{{{first}}}")).unwrap();
+        assert_eq!((oldest.batch_tokens, oldest.decision), (256, None));
+        let older = format!("{{{first},{then},\"parameter_memory\":{memory}}}");
+        let older: Line = serde_json::from_str(&older).unwrap();
+        assert_eq!(older.decision, Some(Reason::Grown));
+        assert_eq!(older.alignment.map(|found| (found.mass, found.mass_by_chance)), Some((0.75, None)));
+        for line in [oldest, older] {
+            assert_eq!((line.groups, line.group_square_norms, line.sum_square_norm), (None, None, None));
         }
     }
 }

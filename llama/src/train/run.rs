@@ -102,7 +102,13 @@ impl<'s> Run<'s> {
         let policy = recipe::policy(&settings.policy, settings.clip, world)?;
         let vocab = if is_synthetic(settings) { recipe.model.vocab_size } else { tokenizer::VOCAB };
         let dataset = Dataset::open(TokenFile::open(&tokens, vocab)?, recipe.seq, recipe.seed)?;
-        let mut controller = Controller::new(recipe.controller.clone())?;
+        let controller = match &resume {
+            None => Controller::new(recipe.controller.clone())?,
+            Some(path) => {
+                let saved = checkpoints::progress(&checkpoint::open(path)?)?;
+                Controller::resume(recipe.controller.clone(), saved.controller)?
+            }
+        };
         if communicator.rank() == 0 {
             let batch = controller.batch();
             let between = match (communicator.backend(), communicator.hosts()) {
@@ -123,15 +129,10 @@ impl<'s> Run<'s> {
         let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy)?;
         statistics::compare(&mut engine, settings.controller.alignment)?;
-        let first = recipe.controller.base;
-        if settings.controller.measures()
-            && statistics::groups(&engine, first / recipe.micro_batch) < 2
-            && communicator.rank() == 0
-        {
-            complain(format_args!(
-                "a step of {first} samples is a single group here, whose noise cannot be measured, so the batch cannot grow: raise --batch, let gradients be reduced in every round (--shard zero-2 \
-                 or zero-3), take more ranks, or choose --controller constant"
-            ));
+        let groups = statistics::groups(&engine, recipe.controller.base / recipe.micro_batch);
+        let warning = statistics::growth_warning(&recipe, groups);
+        if let Some(warning) = warning.filter(|_| communicator.rank() == 0) {
+            complain(warning);
         }
         let model = Model::new(&*device, &recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq)?;
         let mut progress = Counters::default();
@@ -143,7 +144,6 @@ impl<'s> Run<'s> {
                 let saved = checkpoint::open(path)?;
                 saved.load(&mut engine)?;
                 let found = checkpoints::progress(&saved)?;
-                controller = Controller::resume(recipe.controller.clone(), found.controller)?;
                 progress = Counters { step: found.step, samples: found.samples, saved: Some(found.step) };
             }
         }
@@ -306,7 +306,7 @@ impl<'s> Run<'s> {
             non_finite: 0,
         };
         let decision = self.controller.observe(&observation);
-        let alignment = statistics::alignment(&self.engine, &observation, &report);
+        let alignment = statistics::alignment(&self.engine, self.settings.controller.alignment, &observation, &report);
         self.progress.step += 1;
         self.progress.samples += batch;
         let saved = self.saver.observe(&self.engine, asked[1]).map_err(Error::from);
@@ -334,6 +334,9 @@ impl<'s> Run<'s> {
             exposed_ms: report.exposed.as_secs_f64() * 1e3,
             bytes_sent: report.bytes,
             collectives: report.operations,
+            groups: Some(observation.groups),
+            group_square_norms: Some(observation.group_square_norms),
+            sum_square_norm: Some(observation.square_norm),
             noise_scale: decision.noise_scale,
             wanted_batch: decision.wanted,
             decision: Some(decision.reason),

@@ -13,6 +13,7 @@ use super::checkpoints;
 use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
 use crate::Error;
+use crate::controller::by_flag;
 use crate::data::{self, Dataset, TokenFile, synthetic, tokenizer};
 use crate::model::Model;
 use crate::settings::TrainArgs;
@@ -64,6 +65,9 @@ pub(super) fn start(settings: &TrainArgs, launch: &Launch, lock: &mut Option<Fil
         settings.max_batch.get_or_insert(controller.cap);
     }
     let recipe = Recipe::new(&settings, world)?;
+    if saved.is_none() {
+        recipe.controller.check_growth().map_err(by_flag)?;
+    }
     let synthetic = is_synthetic(&settings);
     if synthetic && recipe.model.vocab_size > synthetic::LARGEST_VOCAB {
         let (vocab, most) = (recipe.model.vocab_size, synthetic::LARGEST_VOCAB);

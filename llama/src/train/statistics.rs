@@ -1,10 +1,12 @@
 //! What a run does with the statistics of its gradients besides asking the controller.
 
-use pillion_abs::Observation;
+use pillion_abs::{ByChance, Observation, Rule, Variant};
 use pillion_runtime::{Engine, StepReport};
 
 use super::metrics::Alignment;
+use super::recipe::Recipe;
 use crate::Error;
+use crate::controller::by_flag;
 
 /// Checks that all ranks have decided on the same batch, by the sum of theirs and of their squares: these are exact, and only of equal ones is the mean of the squares the square of
 /// the mean. Decisions are functions of sums that all ranks have; this is what says that they are.
@@ -26,6 +28,49 @@ pub(super) fn groups(engine: &Engine, micro_batches: u64) -> u64 {
     }
 }
 
+/// Why no batch of this run can be expected to grow, if it follows measurements. A step of the first
+/// batch has `groups` groups.
+pub(super) fn growth_warning(recipe: &Recipe, groups: u64) -> Option<String> {
+    let settings = &recipe.controller;
+    let base = settings.base;
+    let eta = match settings.rule {
+        Rule::NormTest { eta, variant: Variant::PaperLiteral } => Some(eta),
+        Rule::NormTest { .. } | Rule::NoiseScale { .. } => None,
+        _ => return None,
+    };
+    if groups < 2 {
+        return Some(format!(
+            "a step of {base} samples is a single group here, whose noise cannot be measured, so the batch cannot \
+             grow: raise --batch, let gradients be reduced in every round (--shard zero-2 or zero-3), take more \
+             ranks, or choose --controller constant"
+        ));
+    }
+    // A new run is refused before; an old one goes on as it began.
+    if let Err(error) = settings.check_growth() {
+        let error = by_flag(error);
+        return Some(format!(
+            "this run goes on with the settings that it began with, but its batch is not expected to grow: {error}"
+        ));
+    }
+    // From (groups − 1)·σ²/b over η²·E Q, where E Q ≥ σ²/b: see the documentation of `pillion-abs`.
+    if let Some(most) = eta.map(|eta| (groups - 1) as f64 / (eta * eta)).filter(|&most| most <= base as f64) {
+        return Some(format!(
+            "the printed norm test asks in expectation for at most (groups - 1)/eta² samples, {most:.1} here, so a \
+             batch of {base} is not expected to grow: lower --eta or --batch, take more ranks, or leave \
+             --variant paper-literal out"
+        ));
+    }
+    let most = recipe.schedule.samples / base;
+    let needed = settings.interval.saturating_mul(settings.patience.into());
+    (needed > 1 && needed >= most).then(|| {
+        format!(
+            "the batch can change after {needed} steps at the earliest (--test-interval times --patience), and this \
+             run has {most} steps of {base} samples, so it cannot grow: lower one of the two, or choose --controller \
+             constant"
+        )
+    })
+}
+
 /// Has the engine compare groups, if `eta` is given; a refusal is said once.
 pub(super) fn compare(engine: &mut Engine, eta: Option<f64>) -> Result<(), Error> {
     let rank = engine.communicator().rank();
@@ -37,22 +82,66 @@ pub(super) fn compare(engine: &mut Engine, eta: Option<f64>) -> Result<(), Error
     })
 }
 
-/// Where the noise of a step's gradient points, if its groups were compared.
-pub(super) fn alignment(engine: &Engine, observation: &Observation, report: &StepReport) -> Option<Alignment> {
+/// Where the noise of a step's gradient points, if its groups were compared, by `eta`.
+pub(super) fn alignment(
+    engine: &Engine,
+    eta: Option<f64>,
+    observation: &Observation,
+    report: &StepReport,
+) -> Option<Alignment> {
     let comparison = report.comparison.as_ref()?;
     let found = pillion_abs::Alignment::of(observation, &comparison.products)?;
     let parameters: usize = engine.layout().units.iter().map(|unit| unit.len).sum();
+    let by_chance = eta.and_then(|eta| ByChance::of(observation.groups, eta));
     Some(Alignment {
         along: found.along,
         across: found.across,
         coordinates: comparison.passing / parameters as f64,
         mass: comparison.passing_square_norm / observation.square_norm,
+        coordinates_by_chance: by_chance.map(|share| share.coordinates),
+        mass_by_chance: by_chance.map(|share| share.mass),
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::{Cli, Command};
+
+    fn warning(flags: &str, groups: u64) -> Option<String> {
+        let arguments: Vec<String> = format!("pillion train --batch 8 --round-to 8 --micro-batch 4 {flags}")
+            .split(' ')
+            .map(str::to_owned)
+            .collect();
+        let Ok(Cli { command: Command::Train(train) }) = Cli::from_arguments(&arguments) else { panic!("{flags}") };
+        growth_warning(&Recipe::new(&train, 2).unwrap(), groups)
+    }
+
+    #[test]
+    fn a_batch_that_cannot_grow_is_warned_of_and_no_other() {
+        for (flags, groups, parts) in [
+            ("--eta 0.9", 1, &["single group", "--shard zero-2"][..]),
+            ("--eta 1", 2, &["--eta: 1, expected a number below 1", "variant debiased"]),
+            // 1/0.36² = 7.7 are at most the first 8 samples.
+            ("--variant paper-literal --eta 0.36", 2, &["at most (groups - 1)/eta² samples, 7.7", "lower --eta"]),
+            ("--samples 80 --test-interval 5 --patience 2", 2, &["after 10 steps", "10 steps of 8 samples"]),
+            ("--controller noise-scale --samples 80 --patience 10", 2, &["after 10 steps"]),
+        ] {
+            let warning = warning(flags, groups).unwrap_or_else(|| panic!("no warning of {flags}"));
+            assert!(parts.iter().all(|part| warning.contains(part)), "{flags}: {warning}");
+        }
+        for (flags, groups) in [
+            ("--eta 0.99", 2),
+            ("--eta 3 --variant debiased", 2),
+            ("--variant paper-literal --eta 0.35", 2),
+            ("--samples 88 --test-interval 5 --patience 2", 2),
+            ("--samples 8", 2),
+            ("--controller constant", 1),
+            ("--controller linear-ramp --ramp 16:0.5", 1),
+        ] {
+            assert_eq!(warning(flags, groups), None, "{flags}");
+        }
+    }
 
     #[test]
     fn a_rank_with_another_batch_is_noticed() {
