@@ -119,6 +119,29 @@ impl Controller {
         }
     }
 
+    /// A controller that goes on from a saved state with other settings. What it has measured stays. The batch becomes
+    /// the one that a schedule says at this sample, or the nearest one that the limits of a measured batch allow.
+    ///
+    /// # Errors
+    /// As for [`Controller::resume`].
+    pub fn change(settings: Settings, mut state: State) -> Result<Self, Error> {
+        settings.validate()?;
+        state.asks = 0;
+        state.batch = match propose(&settings, &state) {
+            Proposal::Scheduled(batch) => batch,
+            Proposal::Measured(_) => settings.round_up(state.batch as f64),
+        };
+        Self::resume(settings, state)
+    }
+
+    /// Passes over samples that no step has learnt from: schedules go on as if one had. Measured batches stay.
+    pub fn skip(&mut self, samples: u64) {
+        self.state.samples = self.state.samples.saturating_add(samples);
+        if let Proposal::Scheduled(batch) = propose(&self.settings, &self.state) {
+            self.state.batch = batch;
+        }
+    }
+
     /// Samples in the next step.
     pub fn batch(&self) -> u64 {
         self.state.batch

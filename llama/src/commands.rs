@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{Cores, Device};
-use pillion_runtime::{Engine, Layout, Policy, checkpoint};
+use pillion_runtime::{Engine, Layout, Policy};
 
 use crate::Error;
 use crate::data::tokenizer;
@@ -23,14 +23,14 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
     if settings.prompt.is_empty() {
         return Err(Error::Setting("--prompt is empty: give at least one character to go on from".to_owned()));
     }
-    let (path, progress) = checkpoints::newest(&settings.checkpoint)?;
-    let recipe = progress.recipe;
     let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default())?);
+    let (whole, progress) = checkpoints::newest(&settings.checkpoint, &communicator)?;
+    let recipe = progress.recipe;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let device: Arc<dyn Device> = Arc::new(Cores::new(threads).map_err(pillion_runtime::Error::from)?);
     let layout = Layout::new(&recipe.model.units(), 1);
     let mut engine = Engine::new(communicator, device.clone(), layout, Policy::default())?;
-    checkpoint::open(&path)?.load(&mut engine)?;
+    whole.load(&mut engine)?;
     let dtype = engine.policy().weights;
     let mut model = Model::new(&*device, &recipe.model, dtype, 1, recipe.seq)?;
     // Without the end that follows a document.

@@ -32,6 +32,9 @@ pub enum Error {
         /// What is wrong, and the remedy.
         reason: String,
     },
+    /// A gradient or loss that is not finite has ended the run; on rank 0.
+    #[error("{0}")]
+    NonFinite(String),
     /// Rank 0 has failed, and said why; exit code [`launcher::EXIT_CONSEQUENCE`].
     #[error("rank 0 gave up")]
     ByRankZero,
@@ -42,16 +45,15 @@ impl Error {
         Error::File { path: path.into(), reason: reason.to_string() }
     }
 
-    /// Whether the step's numbers cannot be gone on with: every rank has this error at once, and can still talk to the others.
-    pub(crate) fn is_of_numbers(&self) -> bool {
-        use pillion_runtime::Error as Runtime;
-        matches!(self, Error::Runtime(Runtime::NonFinite { .. } | Runtime::NoTokens { .. }))
-    }
-
     /// Whether every rank has, or will have, an error of its own for the same reason.
     pub(crate) fn is_everywhere(&self) -> bool {
-        self.is_of_numbers()
-            || matches!(self, Error::ByRankZero | Error::Runtime(pillion_runtime::Error::Collective(_)))
+        use pillion_runtime::Error as Runtime;
+        let everywhere = |error: &Runtime| matches!(error, Runtime::Collective(_) | Runtime::NoTokens { .. });
+        match self {
+            Error::ByRankZero | Error::NonFinite(_) => true,
+            Error::Runtime(error) => everywhere(error),
+            _ => false,
+        }
     }
 
     /// Whether it says how this rank sees the others, so that each rank's words count.

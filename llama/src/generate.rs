@@ -6,8 +6,8 @@ use pillion_runtime::{Engine, Error};
 use crate::data::tokenizer;
 use crate::model::Model;
 
-/// Goes on from `prompt` for `count` tokens; `model` is one of batch 1 and `seq` tokens. Every rank calls it alike and gets
-/// the same. `temperature` divides the logits; at 0 the likeliest token is taken.
+/// Goes on from `prompt` for `count` tokens; `model` is one of `seq` tokens, and of any batch: the first sequence is the
+/// text, and the others are not used. Every rank calls it alike and gets the same. `temperature` divides the logits; at 0 the likeliest token is taken.
 ///
 /// # Errors
 /// When another rank has failed.
@@ -30,12 +30,12 @@ pub fn generate(
         let context = &tokens[start..];
         let last = context.len() - 1;
         // What follows the context cannot influence it: attention is causal.
-        let mut inputs = vec![0; seq];
+        let mut inputs = vec![0; model.tokens()];
         inputs.iter_mut().zip(context).for_each(|(input, &token)| *input = u32::from(token));
         let mut step = engine.begin_evaluation(1)?;
         let logits = model.logits(&mut step, &inputs)?;
         step.end()?;
-        let vocab = logits.len() / seq;
+        let vocab = logits.len() / inputs.len();
         // A model may know more tokens than the tokenizer has.
         let known = &logits[last * vocab..][..vocab.min(tokenizer::VOCAB)];
         let chosen = choose(known, temperature, random::uniform(seed, 0, index as u64));

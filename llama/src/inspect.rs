@@ -7,8 +7,9 @@ use pillion_runtime::checkpoint::{self, Checkpoint, Manifest};
 use serde::Serialize;
 
 use crate::Error;
+use crate::run_folder;
 use crate::settings::{CheckpointArgs, CheckpointCommand};
-use crate::train::{bytes, checkpoints, grouped};
+use crate::train::{bytes, grouped};
 
 /// What is said of a checkpoint.
 #[derive(Serialize)]
@@ -97,7 +98,7 @@ fn folders(path: &Path) -> Result<Vec<PathBuf>, Error> {
     if is_one && path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
-    for folder in [checkpoints::folder(path), path.to_owned()] {
+    for folder in [run_folder::checkpoints(path), path.to_owned()] {
         let found = checkpoint::folders(&folder)?;
         if !found.is_empty() {
             return Ok(found);

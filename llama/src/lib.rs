@@ -5,7 +5,9 @@
 //! | `settings` | the command line and the configuration file |
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
 //! | `commands` | `pillion generate` |
+//! | `run_folder` | what runs write, and where |
 //! | `inspect` | `pillion checkpoint`: what there is, and whether it is whole |
+//! | `verify_data` | `pillion data verify`: whether token files are whole |
 //! | `controller` | the flags of the batch size |
 //! | `simulate` | `pillion abs simulate`: how far its statistics scatter |
 //! | `experiment` | `pillion experiment`: batch schedules compared |
@@ -26,9 +28,11 @@ mod generate;
 mod inspect;
 pub mod model;
 mod plan;
+mod run_folder;
 pub mod settings;
 mod simulate;
 pub mod train;
+mod verify_data;
 
 pub use error::Error;
 pub use generate::generate;
@@ -59,6 +63,7 @@ pub fn main(arguments: &[String]) -> i32 {
         Command::Train(settings) => train::train(settings),
         Command::Generate(settings) => commands::generate(settings),
         Command::Checkpoint(command) => inspect::inspect(command),
+        Command::Data(command) => verify_data::verify(command),
         Command::Plan(settings) => plan::plan(settings),
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),

@@ -178,6 +178,11 @@ impl Model {
         })
     }
 
+    /// Tokens of its micro-batches, B·T.
+    pub fn tokens(&self) -> usize {
+        self.attention.batch * self.attention.seq
+    }
+
     /// Bytes of all activations, for weights that are gathered as `dtype`.
     pub fn activation_bytes(config: &Config, dtype: DType, batch: usize, seq: usize) -> u64 {
         let (layers, width, ffn) = (config.num_hidden_layers, config.hidden_size, config.intermediate_size);

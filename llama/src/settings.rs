@@ -3,11 +3,15 @@
 //! There is one definition of every setting: the flags of [`TrainArgs`]. A configuration file is turned into flags and parsed
 //! before those of the command line, so a flag wins over the file, and both are checked by the same parser.
 
+use std::collections::BTreeSet;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
+use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
+use pillion_kernels::DType;
 use pillion_runtime::{Mesh, Sharded};
 
 use crate::config::{Config, PRESETS, Preset};
@@ -15,6 +19,7 @@ pub use crate::controller::{ControllerArgs, ControllerKind, CouplingKind, Varian
 pub use crate::experiment::PaperArgs;
 pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::simulate::SimulateArgs;
+use crate::train::CHANGEABLE;
 
 /// Trains Llama-2 models, sharded over ranks.
 #[derive(Debug, Parser)]
@@ -35,6 +40,9 @@ pub enum Command {
     /// Look at checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Look at token files.
+    #[command(subcommand)]
+    Data(DataCommand),
     /// Print how a run would be laid out, and what a step would take on a machine that is described, without running it.
     Plan(Box<PlanArgs>),
     /// Compare batch schedules.
@@ -68,6 +76,24 @@ pub enum CheckpointCommand {
     Verify(CheckpointArgs),
 }
 
+/// What to do with token files.
+#[derive(Debug, Subcommand)]
+pub enum DataCommand {
+    /// Read all of a run's token files, and compare each with its checksum; ends with 1 when any is damaged.
+    Verify(DataArgs),
+}
+
+/// Settings of `data`.
+#[derive(Clone, Debug, Args)]
+pub struct DataArgs {
+    /// Folder of a run or of token files, or one token file.
+    #[arg(value_name = "PATH", default_value = "runs/train")]
+    pub path: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Settings of `checkpoint`.
 #[derive(Clone, Debug, Args)]
 pub struct CheckpointArgs {
@@ -95,6 +121,13 @@ pub enum Precision {
     F32,
     /// bfloat16 weights and operands of matrix products; sums, the residual stream, gradients of weights and their update stay f32.
     Bf16,
+}
+
+impl Precision {
+    /// The one that a recipe calls `name`.
+    pub(crate) fn named(name: &str) -> Precision {
+        if name == DType::Bf16.name() { Precision::Bf16 } else { Precision::F32 }
+    }
 }
 
 /// How ranks get the weights they compute with.
@@ -160,6 +193,9 @@ pub struct ModelArgs {
     /// Number of key and value heads, if not the preset's.
     #[arg(long, value_name = "N")]
     pub kv_heads: Option<usize>,
+    /// The shape of the run that goes on, which stands for the preset.
+    #[arg(skip)]
+    pub(crate) base: Option<Config>,
 }
 
 impl ModelArgs {
@@ -168,7 +204,7 @@ impl ModelArgs {
     /// # Errors
     /// When the numbers contradict each other.
     pub fn config(&self) -> Result<Config, crate::config::ConfigError> {
-        let mut config = self.model.config();
+        let mut config = self.base.clone().unwrap_or_else(|| self.model.config());
         let overrides = [
             (self.hidden_size, &mut config.hidden_size),
             (self.intermediate_size, &mut config.intermediate_size),
@@ -211,6 +247,19 @@ pub struct PolicyArgs {
     /// Gathered units that exist at a time; default: prefetch + 1.
     #[arg(long, value_name = "N")]
     pub slots: Option<usize>,
+}
+
+/// What to do about a step whose gradient or loss is not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnNonFinite {
+    /// End the run.
+    #[default]
+    Stop,
+    /// Go on without the step's samples.
+    Skip,
+    /// Go back to the newest checkpoint, and on without the samples since it.
+    Rewind,
 }
 
 /// Settings of a training run.
@@ -280,9 +329,20 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub policy: PolicyArgs,
-    /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH.
+    /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that are not given are those
+    /// that the run began with, and so are its tokens.
     #[arg(long, value_name = "auto|PATH")]
     pub resume: Option<PathBuf>,
+    /// Settings in which a resumed run may differ from its checkpoint, by their flags: lr,samples,…
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = changeable, requires = "resume")]
+    pub change: Vec<String>,
+    /// What to do about a step whose gradient or loss is not finite; default: stop, or what a resumed run did. skip goes
+    /// on without the step's samples; rewind goes back to the newest checkpoint, and on without the samples since it.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub on_non_finite: Option<OnNonFinite>,
+    /// Steps in a row that may be left out by skip, and times in a row that rewind may go back to the same checkpoint.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub non_finite_limit: u64,
     /// Save every N steps, besides at the end; 0: only at the end.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub save_every: u64,
@@ -295,6 +355,10 @@ pub struct TrainArgs {
     /// Samples to validate on; where the validation text has fewer, all of it.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub validation_samples: u64,
+    /// Tokens of text that the trained model writes at the end; 0 for none. Each takes a forward pass, for which all
+    /// weights are gathered.
+    #[arg(long, value_name = "N", default_value_t = 240)]
+    pub sample: usize,
     /// What moves the bytes between ranks.
     #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
     pub backend: BackendKind,
@@ -316,6 +380,9 @@ pub struct TrainArgs {
     /// Device, for tests.
     #[arg(long, value_enum, default_value = "cpu", hide = true)]
     pub device: DeviceKind,
+    /// The flags that were given, on the command line or in the file, without dashes.
+    #[arg(skip)]
+    pub given: BTreeSet<String>,
 }
 
 /// Settings of `generate`.
@@ -356,6 +423,14 @@ fn mesh(text: &str) -> Result<Mesh, String> {
     }
 }
 
+fn changeable(name: &str) -> Result<String, String> {
+    let name = name.trim_start_matches("--");
+    match CHANGEABLE.contains(&name) {
+        true => Ok(name.to_owned()),
+        false => Err(format!("a run cannot change this; it can change {}", CHANGEABLE.join(", "))),
+    }
+}
+
 fn preset(name: &str) -> Result<Preset, String> {
     Preset::named(name).ok_or_else(|| {
         let names: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
@@ -390,7 +465,14 @@ fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
     // Numbers below zero are refused for what they are, not as flags.
     let command =
         Cli::command().mut_subcommand("train", |train| train.args_override_self(true).allow_negative_numbers(true));
-    Cli::from_arg_matches(&command.try_get_matches_from(arguments)?)
+    let matches = command.try_get_matches_from(arguments)?;
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    if let (Command::Train(train), Some(("train", matches))) = (&mut cli.command, matches.subcommand()) {
+        let is_given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+        let ids = matches.ids().map(|id| id.as_str()).filter(|id| is_given(id));
+        train.given = ids.map(|id| id.replace('_', "-")).collect();
+    }
+    Ok(cli)
 }
 
 /// A configuration file as flags.

@@ -140,7 +140,19 @@ impl<'e> Step<'e> {
         let others = engine.axes.world.world() as f64 - 1.0;
         let limit = engine.compares_groups.filter(|_| reduces_once()).map(|eta| 1.0 + eta * eta * others);
         let exposed = Duration::ZERO;
-        Step { engine, kind, plan, next: 0, open: None, opened: None, tokens: 0, all_tokens: 0, limit, exposed, traffic }
+        Step {
+            engine,
+            kind,
+            plan,
+            next: 0,
+            open: None,
+            opened: None,
+            tokens: 0,
+            all_tokens: 0,
+            limit,
+            exposed,
+            traffic,
+        }
     }
 
     /// Begins a round whose micro-batch on this rank has `tokens` tokens in its loss: tokens that a mask leaves out do

@@ -85,7 +85,8 @@ pub struct TraceWriter<W: Write> {
     named: BTreeSet<(usize, Option<Track>)>,
 }
 
-const HEADER: &str = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[";
+/// The first line of a timeline that this module writes.
+pub const HEADER: &str = "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[";
 const FOOTER: &str = "]}";
 
 impl<W: Write> TraceWriter<W> {

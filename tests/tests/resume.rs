@@ -96,17 +96,18 @@ fn another_run_is_refused_by_the_key_that_differs() {
     place.write_text("other", 9);
     let before = fs::read(place.path("out/metrics.jsonl")).unwrap();
     for (flag, parts) in [
-        ("--lr 0.001", &["lr = 0.003", "0.001", "the same --lr,"][..]),
-        ("--max-batch 16", &["cap", "16", "the same --max-batch"]),
-        ("--controller constant", &["rule", "constant", "the same --controller"]),
+        ("--lr 0.001", &["lr = 0.003", "0.001", "leave out --lr ", "--change lr "][..]),
+        ("--max-batch 16", &["cap", "16", "--change max-batch"]),
+        ("--controller constant", &["rule", "constant", "--change controller"]),
         ("--model tiny --layers 3", &["num_hidden_layers = 2", "3"]),
-        ("--seed 8", &["seed = 7", "8"]),
+        ("--seed 8", &["seed = 7", "8", "a run cannot change its seed"]),
+        ("--seed 8 --lr 1e-4", &["seed = 7", "lr = 0.003", "leave out --lr and --seed", "--change lr for these"]),
         ("--precision bf16", &["precision", "f32", "bf16"]),
         ("--eta 0.125", &["eta", "0.125"]),
         ("--variant debiased", &["variant", "unbiased", "debiased"]),
         ("--lr-coupling sqrt", &["coupling", "none", "sqrt"]),
         ("--samples 4000", &["samples = 2000"]),
-        ("--data other", &["other text", "same --data"]),
+        ("--data other", &["other text", "leave --data out"]),
     ] {
         let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 4 --resume auto {flag}"));
         ended.refused(2, parts);
@@ -169,14 +170,14 @@ fn a_new_run_moves_the_old_one_aside() {
     let place = Workplace::new(PROGRAM);
     let first = place.train("out", "--ranks 1 --steps 3");
     let ended = place.run(&format!("train {TINY} --out out --ranks 1 --steps 2 --seed 8")).succeeded();
-    assert!(ended.stdout.contains("the earlier run in out is now out.1"), "{ended}");
+    assert!(ended.stdout.contains("the earlier run in out is now out/earlier-1"), "{ended}");
     let second = place.steps("out");
     place.train("out", "--ranks 1 --steps 1");
-    assert_eq!((place.steps("out.1"), place.steps("out.2")), (first, second));
-    assert_eq!(place.checkpoints("out.1"), ["step-00000003"]);
+    assert_eq!((place.steps("out/earlier-1"), place.steps("out/earlier-2")), (first, second));
+    assert_eq!(place.checkpoints("out/earlier-1"), ["step-00000003"]);
     assert_eq!(place.checkpoints("out"), ["step-00000001"]);
     // And it can go on from where it is now.
-    place.train("out.1", "--ranks 1 --steps 4 --resume auto");
+    place.train("out/earlier-1", "--ranks 1 --steps 4 --resume auto");
 }
 
 #[test]

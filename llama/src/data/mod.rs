@@ -29,7 +29,6 @@ pub mod trigram;
 
 use std::fmt;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
@@ -46,7 +45,7 @@ use sources::{Division, Sources};
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Prepared {
-    /// The verified token file.
+    /// The token file.
     pub tokens: TokenFile,
     /// What it holds and where that came from, to print.
     pub summary: Summary,
@@ -59,14 +58,13 @@ pub struct Prepared {
 /// one such place is near. Without `data` it is the sources of the crates that this program is built
 /// from, found where cargo keeps them, divided by crate.
 ///
-/// The token file lies in `cache`, which is made if need be. Its name is a hash of the path, size and
-/// time of change of every file found and of all that decides how they become tokens, so changed
-/// text is tokenized afresh. (A change that keeps both size and time goes unnoticed.) Any number of
-/// processes may prepare the same text at once.
+/// The token file lies in `cache`, which is made if need be. Its name is a hash of the content of
+/// every file found and of all that decides how they become tokens, so changed text is tokenized
+/// afresh, and moved text is not. Any number of processes may prepare the same text at once.
 ///
 /// # Errors
-/// See [`Error`]: no text at the path, an unreadable file, a cache that cannot be written, a damaged
-/// token file in it.
+/// See [`Error`]: no text at the path, an unreadable file, a cache that cannot be written, a token
+/// file in it whose header is damaged.
 pub fn prepare(data: Option<&Path>, cache: &Path) -> Result<Prepared> {
     let (sources, description, missing) = match data {
         Some(path) => (sources::under(path)?, path.display().to_string(), Vec::new()),
@@ -79,11 +77,11 @@ pub fn prepare(data: Option<&Path>, cache: &Path) -> Result<Prepared> {
         }
     };
     fs::create_dir_all(cache).map_err(|source| Error::Write { path: cache.to_owned(), source })?;
-    let path = cache.join(format!("text-{:016x}.tokens", key(&sources)));
+    let path = cache.join(format!("text-{:016x}.tokens", key(&sources)?));
     if !path.exists() {
         tokenize::tokenize(&sources, &path)?;
     }
-    let tokens = TokenFile::open(&path, tokenizer::VOCAB)?;
+    let tokens = TokenFile::open(&path)?;
     let origin = tokens.origin();
     let skipped = Skipped { not_text: origin.not_text, ..sources.skipped };
     if let (Some(data), 0) = (data, origin.files) {
@@ -106,9 +104,28 @@ pub fn prepare_synthetic(vocab: usize, cache: &Path) -> Result<Prepared> {
     if !path.exists() {
         synthetic::write(vocab, &path)?;
     }
-    let tokens = TokenFile::open(&path, vocab)?;
+    let tokens = TokenFile::open(&path)?;
     let summary = Summary::of(&tokens, format!("random tokens, each of {vocab} as likely as the others"));
     Ok(Prepared { tokens, summary })
+}
+
+/// The token file of this fingerprint in one of `folders`, if there is one: for a run that goes on. Files that are no token
+/// files are passed over.
+///
+/// # Errors
+/// [`Error::Read`] if a folder that exists cannot be listed.
+pub fn find(fingerprint: u64, folders: &[PathBuf]) -> Result<Option<TokenFile>> {
+    for folder in folders.iter().filter(|folder| folder.is_dir()) {
+        let unreadable = |source| Error::Read { path: folder.clone(), source };
+        let entries = fs::read_dir(folder).map_err(unreadable)?.collect::<std::result::Result<Vec<_>, _>>();
+        let files = entries.map_err(unreadable)?.into_iter().map(|entry| entry.path());
+        let named = files.filter(|path| path.extension().is_some_and(|extension| extension == "tokens"));
+        let found = named.filter_map(|path| TokenFile::open(&path).ok()).find(|file| file.fingerprint() == fingerprint);
+        if found.is_some() {
+            return Ok(found);
+        }
+    }
+    Ok(None)
 }
 
 /// What [`prepare`] found. Prints as a few lines for the screen.
@@ -137,7 +154,8 @@ pub struct Summary {
 }
 
 impl Summary {
-    fn of(tokens: &TokenFile, description: String) -> Summary {
+    /// Of a token file, whose text is described in words.
+    pub fn of(tokens: &TokenFile, description: String) -> Summary {
         let Origin { files, bytes, not_text } = tokens.origin();
         Summary {
             description,
@@ -185,23 +203,22 @@ impl fmt::Display for Summary {
 }
 
 /// Hash of everything that decides the content of a token file.
-fn key(sources: &Sources) -> u64 {
+fn key(sources: &Sources) -> Result<u64> {
     let mut hash = Xxh3::new();
     hash.update(&tokens::VERSION.to_le_bytes());
     hash.update(&(tokenizer::VOCAB as u64).to_le_bytes());
     for (i, file) in sources.files.iter().enumerate() {
-        let path = file.path.as_os_str().as_bytes();
-        hash.update(&(path.len() as u64).to_le_bytes());
-        hash.update(path);
         hash.update(&file.bytes.to_le_bytes());
-        hash.update(&file.modified.0.to_le_bytes());
-        hash.update(&file.modified.1.to_le_bytes());
+        tokenize::for_each_chunk(file, 0..file.bytes, |bytes| {
+            hash.update(bytes);
+            Ok(())
+        })?;
         hash.update(&[match &sources.division {
             Division::Tail => 0,
             Division::Given(splits) => 1 + u8::from(splits[i] == Split::Validation),
         }]);
     }
-    hash.digest()
+    Ok(hash.digest())
 }
 
 #[cfg(test)]
@@ -231,28 +248,70 @@ mod tests {
         assert_eq!(prepare(Some(text.path()), &cache).unwrap().summary, first);
         assert_eq!(fs::metadata(&first.path).unwrap().modified().unwrap(), made);
 
-        fs::write(text.path().join("0.txt"), "another").unwrap();
+        // As long, and as old as it was.
+        let file = text.path().join("0.txt");
+        let (content, changed) = (fs::read_to_string(&file).unwrap(), fs::metadata(&file).unwrap().modified().unwrap());
+        fs::write(&file, content.replace("document", "DOCUMENT")).unwrap();
+        fs::File::open(&file).unwrap().set_modified(changed).unwrap();
         let second = prepare(Some(text.path()), &cache).unwrap().summary;
         assert_ne!(second.path, first.path);
         assert_ne!(second.fingerprint, first.fingerprint);
     }
 
     #[test]
+    fn a_token_file_is_found_by_its_fingerprint_among_others() {
+        let (text, cache) = (text_folder(), tempfile::tempdir().unwrap());
+        let first = prepare(Some(text.path()), cache.path()).unwrap().summary;
+        fs::write(text.path().join("0.txt"), "another").unwrap();
+        let second = prepare(Some(text.path()), cache.path()).unwrap().summary;
+        fs::write(cache.path().join("foreign.tokens"), "not one").unwrap();
+        let folders = [cache.path().join("none"), cache.path().to_owned()];
+        for summary in [&first, &second] {
+            assert_eq!(find(summary.fingerprint, &folders).unwrap().unwrap().path(), summary.path);
+        }
+        assert!(find(first.fingerprint ^ 1, &folders).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_runs_have_written_is_not_text() {
+        let (text, cache) = (text_folder(), tempfile::tempdir().unwrap());
+        let before = prepare(Some(text.path()), cache.path()).unwrap().summary;
+        // A run in the text's folder itself, and one below, whose files are all text.
+        for folder in [text.path().to_owned(), text.path().join("runs/one")] {
+            fs::create_dir_all(folder.join("checkpoints/step-00000001")).unwrap();
+            for name in [".pillion.lock", "metrics.jsonl", "trace.json", "checkpoints/step-00000001/manifest.json"] {
+                fs::write(folder.join(name), "text").unwrap();
+            }
+        }
+        fs::write(text.path().join("runs/one/notes"), "text").unwrap();
+        let after = prepare(Some(text.path()), cache.path()).unwrap().summary;
+        assert_eq!((after.fingerprint, after.files), (before.fingerprint, before.files));
+        assert_eq!(after.skipped.runs, 4, "three names beside the text, and a folder: {after}");
+    }
+
+    #[test]
     fn all_that_decides_the_tokens_is_in_the_key() {
-        let file = |path: &str, bytes, modified| sources::SourceFile { path: path.into(), bytes, modified };
-        let key_of = |file, division| key(&Sources { files: vec![file], division, skipped: Skipped::default() });
+        let folder = tempfile::tempdir().unwrap();
+        let key_of = |contents: &[&str], division| {
+            let file = |(i, content): (usize, &&str)| {
+                let path = folder.path().join(i.to_string());
+                fs::write(&path, content).unwrap();
+                sources::SourceFile { path, bytes: content.len() as u64 }
+            };
+            let files = contents.iter().enumerate().map(file).collect();
+            key(&Sources { files, division, skipped: Skipped::default() }).unwrap()
+        };
         let mut keys = vec![
-            key_of(file("a", 1, (2, 3)), Division::Tail),
-            key_of(file("b", 1, (2, 3)), Division::Tail),
-            key_of(file("a", 9, (2, 3)), Division::Tail),
-            key_of(file("a", 1, (9, 3)), Division::Tail),
-            key_of(file("a", 1, (2, 9)), Division::Tail),
-            key_of(file("a", 1, (2, 3)), Division::Given(vec![Split::Train])),
-            key_of(file("a", 1, (2, 3)), Division::Given(vec![Split::Validation])),
+            key_of(&["ab", "c"], Division::Tail),
+            key_of(&["a", "bc"], Division::Tail),
+            key_of(&["c", "ab"], Division::Tail),
+            key_of(&["abc"], Division::Tail),
+            key_of(&["abc"], Division::Given(vec![Split::Train])),
+            key_of(&["abc"], Division::Given(vec![Split::Validation])),
         ];
         keys.sort_unstable();
         keys.dedup();
-        assert_eq!(keys.len(), 7);
+        assert_eq!(keys.len(), 6);
     }
 
     #[test]
@@ -260,9 +319,7 @@ mod tests {
         let cache = tempfile::tempdir().unwrap();
         let [one, two] =
             [text_folder(), text_folder()].map(|text| prepare(Some(text.path()), cache.path()).unwrap().summary);
-        assert_ne!(one.path, two.path);
-        assert_eq!(one.fingerprint, two.fingerprint);
-        assert_eq!(fs::read(one.path).unwrap(), fs::read(two.path).unwrap());
+        assert_eq!((one.path, one.fingerprint), (two.path, two.fingerprint));
     }
 
     #[test]
@@ -299,12 +356,18 @@ mod tests {
     fn a_damaged_token_file_in_the_cache_is_named_with_the_way_out() {
         let (text, cache) = (text_folder(), tempfile::tempdir().unwrap());
         let path = prepare(Some(text.path()), cache.path()).unwrap().summary.path;
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[1000] ^= 1;
-        fs::write(&path, bytes).unwrap();
-        let error = prepare(Some(text.path()), cache.path()).unwrap_err().to_string();
-        assert!(error.contains(path.to_str().unwrap()), "{error}");
-        assert!(error.contains("delete it"), "{error}");
+        let whole = fs::read(&path).unwrap();
+        let damaged = |at: usize| {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1;
+            fs::write(&path, bytes).unwrap();
+            prepare(Some(text.path()), cache.path())
+        };
+        for error in [damaged(20).unwrap_err(), damaged(1000).unwrap().tokens.verify().unwrap_err()] {
+            let error = error.to_string();
+            assert!(error.contains(path.to_str().unwrap()), "{error}");
+            assert!(error.contains("delete it"), "{error}");
+        }
     }
 
     #[test]

@@ -3,24 +3,22 @@
 use std::fmt;
 use std::fs::{self, Metadata};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::error::{Error, Result};
 use super::tokens::Split;
+use crate::run_folder;
 
 /// A file to tokenize, as it was when it was listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SourceFile {
     pub(super) path: PathBuf,
     pub(super) bytes: u64,
-    /// Time of the last change: seconds and nanoseconds since 1970.
-    pub(super) modified: (i64, i64),
 }
 
 impl SourceFile {
     pub(super) fn new(path: PathBuf, metadata: &Metadata) -> Self {
-        Self { path, bytes: metadata.len(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
+        Self { path, bytes: metadata.len() }
     }
 }
 
@@ -56,6 +54,8 @@ pub struct Skipped {
     pub not_text: u64,
     /// Source files beyond a crate's share of the default data.
     pub over_share: u64,
+    /// What runs of this program have written: each run's folder within the text, or what lies in the text's folder itself.
+    pub runs: u64,
 }
 
 impl fmt::Display for Skipped {
@@ -67,6 +67,7 @@ impl fmt::Display for Skipped {
             (self.special, "folder links or special files"),
             (self.not_text, "not UTF-8 text"),
             (self.over_share, "over their crate's share"),
+            (self.runs, "of runs of pillion"),
         ] {
             if count > 0 {
                 write!(f, "{separator}{count} {what}")?;
@@ -81,8 +82,8 @@ impl fmt::Display for Skipped {
 }
 
 /// Lists the files under `path`: itself, or all files of a folder and the folders within, sorted by
-/// path. Names that begin with a dot are left out below `path`; links are followed to files, not to
-/// folders.
+/// path. Names that begin with a dot are left out below `path`, and so is what runs have written
+/// there: a run must not learn from its own output. Links are followed to files, not to folders.
 ///
 /// # Errors
 /// [`Error::Missing`], [`Error::NotAFile`], [`Error::Read`] for a folder or a link that cannot be
@@ -117,14 +118,23 @@ pub(super) fn no_text(path: &Path, skipped: &Skipped) -> Error {
 }
 
 fn walk(root: PathBuf, files: &mut Vec<SourceFile>, skipped: &mut Skipped) -> Result<()> {
-    let mut folders = vec![root];
+    let mut folders = vec![root.clone()];
     while let Some(folder) = folders.pop() {
+        let is_run = run_folder::is_one(&folder);
+        if is_run && folder != root {
+            skipped.runs += 1;
+            continue;
+        }
         let unreadable = |source| Error::Read { path: folder.clone(), source };
         for entry in fs::read_dir(&folder).map_err(unreadable)? {
             let entry = entry.map_err(unreadable)?;
             let path = entry.path();
             if entry.file_name().as_encoded_bytes().starts_with(b".") {
                 skipped.hidden += 1;
+                continue;
+            }
+            if is_run && run_folder::is_of_run(&entry.file_name()) {
+                skipped.runs += 1;
                 continue;
             }
             if entry.file_type().map_err(unreadable)?.is_dir() {

@@ -159,7 +159,11 @@ fn first_invalid_byte(file: &SourceFile) -> Result<Option<u64>> {
 }
 
 /// Calls `visit` with the bytes of a range of a file, in order, in pieces.
-fn for_each_chunk(file: &SourceFile, range: Range<u64>, mut visit: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+pub(super) fn for_each_chunk(
+    file: &SourceFile,
+    range: Range<u64>,
+    mut visit: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
     let reader = open(file)?;
     let mut buffer = vec![0; CHUNK.min((range.end - range.start) as usize)];
     let mut offset = range.start;
@@ -200,7 +204,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let destination = folder.path().join("tokens");
         tokenize(&sources::under(path)?, &destination)?;
-        let file = TokenFile::open(&destination, VOCAB)?;
+        let file = TokenFile::open(&destination)?;
         Ok([Split::Train, Split::Validation].map(|split| {
             let mut tokens = vec![0; file.len(split) as usize];
             file.read(split, 0, &mut tokens).unwrap();

@@ -61,7 +61,7 @@ pub struct Origin {
     pub not_text: u64,
 }
 
-/// An open token file whose content has been verified.
+/// An open token file whose header has been checked.
 #[derive(Debug)]
 pub struct TokenFile {
     file: File,
@@ -70,12 +70,13 @@ pub struct TokenFile {
 }
 
 impl TokenFile {
-    /// Opens and verifies a token file: one pass over the whole of it.
+    /// Opens a token file, and checks its header and its size: enough to read it safely, and quick at
+    /// any size. [`TokenFile::verify`] reads all of it.
     ///
     /// # Errors
     /// [`Error::Read`] if it cannot be read; [`Error::Tokens`], naming the file, if it is not a
-    /// token file of this version and a vocabulary of `vocab`, is cut short, or its checksum does not match.
-    pub fn open(path: &Path, vocab: usize) -> Result<Self> {
+    /// token file of this version, or is cut short.
+    pub fn open(path: &Path) -> Result<Self> {
         let read = |source| Error::Read { path: path.to_owned(), source };
         let wrong = |problem| Error::Tokens { path: path.to_owned(), problem };
         let file = File::open(path).map_err(read)?;
@@ -85,39 +86,62 @@ impl TokenFile {
         }
         let mut bytes = [0; Header::BYTES];
         file.read_exact_at(&mut bytes, 0).map_err(read)?;
-        let header = Header::parse(&bytes, vocab).map_err(wrong)?;
+        let header = Header::parse(&bytes).map_err(wrong)?;
         let expected = u128::from(header.train) + u128::from(header.validation);
         let expected = expected * 2 + Header::BYTES as u128;
         if u128::from(found) != expected {
             return Err(wrong(format!("expected {expected} bytes, found {found}")));
         }
+        Ok(Self { file, path: path.to_owned(), header })
+    }
 
-        let tokens = Self { file, path: path.to_owned(), header };
+    /// Reads all tokens, and compares them with the header's checksum.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if the file cannot be read; [`Error::Tokens`] if a token is outside the
+    /// vocabulary, or the checksum is another.
+    pub fn verify(&self) -> Result<()> {
         let mut hash = Xxh3::new();
-        let mut foreign = None;
         for split in [Split::Train, Split::Validation] {
-            tokens.for_each_chunk(split, |chunk| {
-                foreign = foreign.or(chunk.iter().copied().find(|&t| usize::from(t) >= vocab));
+            self.for_each_chunk(split, |chunk| {
                 hash.update(little_endian(chunk));
             })?;
         }
-        if let Some(token) = foreign {
-            return Err(wrong(format!("damaged: token {token} is outside the vocabulary of {vocab}")));
+        self.header.hash_counts(&mut hash);
+        let (expected, found) = (self.header.fingerprint, hash.digest());
+        if found == expected {
+            return Ok(());
         }
-        tokens.header.hash_counts(&mut hash);
-        if hash.digest() != tokens.header.fingerprint {
-            return Err(wrong(format!(
-                "damaged: expected checksum {:016x}, found {:016x}",
-                tokens.header.fingerprint,
-                hash.digest()
-            )));
-        }
-        Ok(tokens)
+        Err(self.wrong(format!("damaged: expected checksum {expected:016x}, found {found:016x}")))
+    }
+
+    fn wrong(&self, problem: String) -> Error {
+        Error::Tokens { path: self.path.clone(), problem }
+    }
+
+    /// Copies the file into a folder, under its name, and opens the copy.
+    ///
+    /// # Errors
+    /// [`Error::Write`] if it cannot be written, and as for [`TokenFile::open`].
+    pub fn copy_into(&self, folder: &Path) -> Result<Self> {
+        let name = self.path.file_name().expect("a file has a name");
+        let (copy, incomplete) = (folder.join(name), folder.join(name).with_extension("incomplete"));
+        let copied = fs::create_dir_all(folder)
+            .and_then(|()| fs::copy(&self.path, &incomplete))
+            .and_then(|_| File::open(&incomplete)?.sync_all())
+            .and_then(|()| fs::rename(&incomplete, &copy));
+        copied.map_err(|source| Error::Write { path: copy.clone(), source })?;
+        Self::open(&copy)
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Every token is below this.
+    pub fn vocab(&self) -> usize {
+        self.header.vocab as usize
     }
 
     /// Checksum of the tokens and of where the splits divide: the identity of the data.
@@ -142,7 +166,8 @@ impl TokenFile {
     /// Reads `into.len()` tokens of a split, from token `offset` on.
     ///
     /// # Errors
-    /// [`Error::Read`] if the file cannot be read or was cut short since it was opened.
+    /// [`Error::Read`] if the file cannot be read or was cut short since it was opened;
+    /// [`Error::Tokens`] if it is damaged, so that a token is outside the vocabulary.
     ///
     /// # Panics
     /// If the range does not lie within the split.
@@ -160,10 +185,14 @@ impl TokenFile {
         self.file
             .read_exact_at(bytemuck::cast_slice_mut(into), Header::BYTES as u64 + 2 * first)
             .map_err(|source| Error::Read { path: self.path.clone(), source })?;
-        for token in into {
+        for token in &mut *into {
             *token = u16::from_le(*token);
         }
-        Ok(())
+        let vocab = self.vocab();
+        match into.iter().find(|&&token| usize::from(token) >= vocab) {
+            None => Ok(()),
+            Some(token) => Err(self.wrong(format!("damaged: token {token} is outside the vocabulary of {vocab}"))),
+        }
     }
 
     /// Calls `visit` with all tokens of a split, in order, in pieces.
@@ -295,7 +324,7 @@ impl Header {
     }
 
     /// The header, or what is wrong with it.
-    fn parse(bytes: &[u8; Self::BYTES], vocab: usize) -> std::result::Result<Self, String> {
+    fn parse(bytes: &[u8; Self::BYTES]) -> std::result::Result<Self, String> {
         let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
         let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         if bytes[..8] != Self::MAGIC {
@@ -314,9 +343,6 @@ impl Header {
                 u64_at(64),
                 xxh3_64(&bytes[..64])
             ));
-        }
-        if u32_at(12) as usize != vocab {
-            return Err(format!("expected a vocabulary of {vocab}, found {}", u32_at(12)));
         }
         Ok(Self {
             vocab: u32_at(12),
@@ -355,13 +381,13 @@ pub(super) mod tests {
         writer.push(Split::Train, &mut train.to_vec()).unwrap();
         writer.push(Split::Validation, &mut validation.to_vec()).unwrap();
         writer.finish(ORIGIN).unwrap();
-        TokenFile::open(&path, VOCAB).unwrap()
+        TokenFile::open(&path).unwrap()
     }
 
     const ORIGIN: Origin = Origin { files: 3, bytes: 1234, not_text: 1 };
 
     fn problem(path: &Path) -> String {
-        let error = TokenFile::open(path, VOCAB).unwrap_err();
+        let error = TokenFile::open(path).and_then(|file| file.verify()).unwrap_err();
         assert!(matches!(error, Error::Tokens { .. }), "{error:?}");
         let text = error.to_string();
         assert!(text.contains(&path.display().to_string()), "{text}");
@@ -437,7 +463,7 @@ pub(super) mod tests {
         whole[8] = 9;
         fs::write(&path, &whole).unwrap();
         assert!(problem(&path).contains("expected version 1, found 9"));
-        let error = TokenFile::open(&folder.path().join("none"), VOCAB).unwrap_err();
+        let error = TokenFile::open(&folder.path().join("none")).unwrap_err();
         assert!(matches!(error, Error::Read { .. }));
     }
 
@@ -449,8 +475,9 @@ pub(super) mod tests {
         writer.push(Split::Train, &mut [257]).unwrap();
         writer.finish(ORIGIN).unwrap();
         assert!(problem(&path).contains("token 257"));
-        let error = TokenFile::open(&path, 300).unwrap_err().to_string();
-        assert!(error.contains("expected a vocabulary of 300, found 257"), "{error}");
+        // Whoever reads the part that is damaged is told, too: kernels would panic.
+        let error = TokenFile::open(&path).unwrap().read(Split::Train, 0, &mut [0]).unwrap_err().to_string();
+        assert!(error.contains("token 257 is outside the vocabulary of 257"), "{error}");
     }
 
     #[test]

@@ -23,7 +23,8 @@ use pillion_collectives::launcher::EXIT_INTERRUPTED;
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
-use crate::train::{checkpoints, stopping};
+use crate::run_folder::RunFolder;
+use crate::train::stopping;
 use crate::{Error, print, train};
 use grid::{Run, grid};
 use results::Results;
@@ -128,11 +129,9 @@ pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
     Ok(0)
 }
 
-/// Claims the experiment's folder until the file is dropped.
-fn claim(out: &Path) -> Result<File, Error> {
-    let made = std::fs::create_dir_all(out);
-    made.map_err(|error| Error::file(out, format!("{error}: choose another folder with --out DIR")))?;
-    checkpoints::lock(out)
+/// Claims the experiment's folder.
+fn claim(out: &Path) -> Result<RunFolder, Error> {
+    RunFolder::claim(out)
 }
 
 /// Makes one run, or goes on with it.

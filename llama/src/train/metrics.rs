@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use pillion_abs::Reason;
 use pillion_runtime::Memory;
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
+use crate::{Error, run_folder};
 
 /// One step's line. Losses are nats a token; sums and norms are over all ranks, times and bytes those of rank 0.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,6 +26,9 @@ pub(crate) struct Line {
     pub(crate) batch_tokens: u64,
     /// After the step.
     pub(crate) samples_seen: u64,
+    /// Of these, the samples that were left out because their gradients were not finite.
+    #[serde(default)]
+    pub(crate) samples_left_out: u64,
     pub(crate) tokens_per_s: f64,
     pub(crate) step_ms: f64,
     /// Time for which the host waited for collectives.
@@ -100,7 +104,7 @@ pub(crate) struct Metrics {
 impl Metrics {
     /// Opens `metrics.jsonl` in `folder`, keeping the lines of steps up to `last_step` of an earlier run.
     pub(crate) fn open(folder: &Path, last_step: u64) -> Result<Metrics, Error> {
-        let path = folder.join("metrics.jsonl");
+        let path = run_folder::metrics(folder);
         let fail = |error: std::io::Error| Error::file(&path, error);
         let mut kept = String::new();
         if last_step > 0 && path.exists() {
@@ -118,7 +122,7 @@ impl Metrics {
         }
         // Replaced at once, so that no crash loses the lines that are kept.
         let next = path.with_extension("jsonl.incomplete");
-        let mut file = File::create(&next).map_err(fail)?;
+        let mut file = create(&next).map_err(fail)?;
         file.write_all(kept.as_bytes()).and_then(|()| file.sync_all()).map_err(fail)?;
         std::fs::rename(&next, &path).map_err(fail)?;
         Ok(Metrics { file, path, len: kept.len() as u64 })
@@ -128,9 +132,26 @@ impl Metrics {
         &self.path
     }
 
+    /// Writes the file again where somebody has removed or replaced it: its lines are still to be had.
+    fn restore(&mut self) -> Result<(), Error> {
+        let fail = |error: std::io::Error| Error::file(&self.path, error);
+        let of = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+        let open = self.file.metadata().map(of).map_err(fail)?;
+        if std::fs::metadata(&self.path).is_ok_and(|named| of(named) == open) {
+            return Ok(());
+        }
+        let mut lines = vec![0; self.len as usize];
+        self.file.read_exact_at(&mut lines, 0).map_err(fail)?;
+        let mut file = create(&self.path).map_err(fail)?;
+        file.write_all(&lines).map_err(fail)?;
+        self.file = file;
+        Ok(())
+    }
+
     pub(crate) fn write(&mut self, line: &Line) -> Result<(), Error> {
         let mut text = serde_json::to_string(line).expect("plain values");
         text.push('\n');
+        self.restore()?;
         match self.file.write_all(text.as_bytes()) {
             Ok(()) => {
                 self.len += text.len() as u64;
@@ -143,6 +164,11 @@ impl Metrics {
             }
         }
     }
+}
+
+/// An empty file, to write and to read.
+fn create(path: &Path) -> std::io::Result<File> {
+    File::options().read(true).write(true).create(true).truncate(true).open(path)
 }
 
 #[cfg(test)]

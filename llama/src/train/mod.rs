@@ -2,14 +2,20 @@
 
 mod breakdown;
 pub(crate) mod checkpoints;
+mod closing;
 mod cores;
 mod evaluation;
 mod metrics;
+mod non_finite;
 mod plan_table;
+mod progress;
 pub(crate) mod recipe;
+mod resume;
 mod run;
+mod saving;
 mod schedule;
 mod screen;
+mod source;
 mod start;
 mod statistics;
 mod timeline;
@@ -31,6 +37,7 @@ pub(crate) use metrics::Line;
 #[cfg(test)]
 pub(crate) use plan_table::step_bytes;
 pub(crate) use plan_table::{bytes, grouped, plan_table};
+pub(crate) use resume::CHANGEABLE;
 
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;

@@ -5,6 +5,7 @@ use pillion_abs::{Coupling, Settings as ControllerSettings};
 use pillion_kernels::{AdamW, DType};
 use pillion_runtime::{Gather, Mesh, Policy};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::schedule::Schedule;
 use crate::Error;
@@ -17,7 +18,8 @@ const EPSILON: f32 = 1e-8;
 /// More slots than any model has units.
 const MOST_SLOTS: usize = 1024;
 
-/// What decides the numbers of a run, but for its data. Batches count samples.
+/// What decides the numbers of a run, but for its data. Batches count samples. A field that a later version adds has a
+/// default, so that checkpoints of earlier versions stay readable.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Recipe {
     pub(crate) model: Config,
@@ -110,6 +112,18 @@ impl Recipe {
         })
     }
 
+    /// Floating-point operations of a training step for each of its tokens.
+    pub(crate) fn flops_per_token(&self) -> f64 {
+        self.model.flops_per_token(self.seq)
+    }
+
+    /// The placement that flags ask for, with the types that this recipe has.
+    pub(crate) fn placed(&self, flags: &PolicyArgs) -> PolicyArgs {
+        let [precision, reduce_precision] =
+            [&self.precision, &self.reduce_precision].map(|name| Precision::named(name));
+        PolicyArgs { precision, reduce_precision, ..flags.clone() }
+    }
+
     /// The learning rate of a step of `batch` samples, after which `samples` will have been seen.
     pub(crate) fn lr(&self, batch: u64, samples: u64) -> f64 {
         self.schedule.at(samples) * self.coupling.factor(batch, self.controller.base)
@@ -128,26 +142,24 @@ impl Recipe {
         }
     }
 
-    /// Where this recipe differs from a checkpoint's: (key, ours, theirs).
-    pub(crate) fn difference(&self, theirs: &Recipe) -> Option<(String, String, String)> {
+    /// All that differs from a checkpoint's recipe: (key, ours, theirs).
+    pub(crate) fn differences(&self, theirs: &Recipe) -> Vec<(String, String, String)> {
         let [ours, theirs] = [self, theirs].map(|recipe| serde_json::to_value(recipe).expect("plain values"));
-        first_difference("", &ours, &theirs)
+        let mut found = Vec::new();
+        differences("", &ours, &theirs, &mut found);
+        found
     }
 }
 
-fn first_difference(
-    at: &str,
-    ours: &serde_json::Value,
-    theirs: &serde_json::Value,
-) -> Option<(String, String, String)> {
+fn differences(at: &str, ours: &Value, theirs: &Value, found: &mut Vec<(String, String, String)>) {
     match (ours, theirs) {
-        (serde_json::Value::Object(a), serde_json::Value::Object(b)) if a.keys().eq(b.keys()) => {
-            a.iter().find_map(|(key, value)| {
-                first_difference(&format!("{at}{}{key}", if at.is_empty() { "" } else { "." }), value, &b[key])
-            })
+        (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => {
+            for (key, value) in a {
+                differences(&format!("{at}{}{key}", if at.is_empty() { "" } else { "." }), value, &b[key], found);
+            }
         }
-        (a, b) if a == b => None,
-        (a, b) => Some((at.to_owned(), a.to_string(), b.to_string())),
+        (a, b) if a == b => {}
+        (a, b) => found.push((at.to_owned(), a.to_string(), b.to_string())),
     }
 }
 

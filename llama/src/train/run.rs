@@ -1,6 +1,5 @@
 //! The loop of one rank. Every decision is taken from numbers that are the same on every rank.
 
-use std::fs::File;
 use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -9,21 +8,24 @@ use std::time::{Duration, Instant};
 use pillion_abs::{Controller, Observation};
 use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
 use pillion_kernels::{Device, LazyCpu};
-use pillion_runtime::checkpoint::{self, Saved, Saver};
-use pillion_runtime::{Engine, Layout};
+use pillion_runtime::checkpoint::Saver;
+use pillion_runtime::{Engine, Layout, Policy};
 
-use super::checkpoints::{self, Progress};
+use super::checkpoints;
 use super::cores::Processor;
 use super::evaluation::validate;
 use super::metrics::{Line, Metrics};
+use super::non_finite::NonFinite;
+use super::progress::Counters;
 use super::recipe::{self, Recipe};
-use super::screen::{self, Screen};
-use super::start::{Start, fingerprint, is_synthetic, on_rank_zero, on_rank_zero_alone, same_settings, start};
+use super::screen::Screen;
+use super::source::is_synthetic;
+use super::start::{Beginning, Start, begin, on_rank_zero_alone, same_settings};
 use super::timeline::Timeline;
 use super::{Ended, cores, plan_table, statistics, stopping};
-use crate::data::{Dataset, TokenFile, tokenizer, trigram};
-use crate::generate::generate;
+use crate::data::{Dataset, TokenFile, trigram};
 use crate::model::Model;
+use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
 use crate::{Error, complain};
 
@@ -48,46 +50,47 @@ pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> R
 }
 
 /// One rank of a run under way.
-struct Run<'s> {
-    settings: &'s TrainArgs,
-    recipe: Recipe,
-    communicator: Arc<Communicator>,
-    engine: Engine,
-    model: Model,
-    dataset: Dataset,
-    controller: Controller,
-    progress: Counters,
-    saver: Saver,
-    validation_samples: u64,
+pub(super) struct Run<'s> {
+    pub(super) settings: &'s TrainArgs,
+    pub(super) start: Start,
+    pub(super) communicator: Arc<Communicator>,
+    pub(super) engine: Engine,
+    pub(super) model: Model,
+    pub(super) dataset: Dataset,
+    pub(super) controller: Controller,
+    pub(super) progress: Counters,
+    pub(super) non_finite: NonFinite,
+    pub(super) saver: Saver,
     /// On rank 0 alone.
-    output: Option<Output>,
-    processor: Processor,
+    pub(super) output: Option<Output>,
+    pub(super) processor: Processor,
     timeline: Option<Timeline>,
-    /// Keeps other runs out of the folder; on rank 0 alone.
-    _lock: Option<File>,
     inputs: Vec<u32>,
     targets: Vec<u32>,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Counters {
-    step: u64,
-    samples: u64,
-    /// Step of the last checkpoint.
-    saved: Option<u64>,
-}
-
 /// What rank 0 writes.
-struct Output {
-    screen: Screen,
-    metrics: Metrics,
-    mark: Mark,
+pub(super) struct Output {
+    pub(super) screen: Screen,
+    pub(super) metrics: Metrics,
+    pub(super) mark: Mark,
+    /// Keeps other runs out.
+    pub(super) folder: RunFolder,
 }
 
 /// The loss to beat, and what has it.
-struct Mark {
-    loss: f64,
-    of: &'static str,
+pub(super) struct Mark {
+    pub(super) loss: f64,
+    pub(super) of: &'static str,
+}
+
+/// What came of a step.
+enum Outcome {
+    /// An update; whether any rank was asked to stop.
+    Made(Box<Line>, bool),
+    /// A gradient or loss that is not finite, for which nothing was updated. The samples of the batch are still to be
+    /// accounted for.
+    NonFinite { error: Error, batch: u64, stopped: bool },
 }
 
 impl<'s> Run<'s> {
@@ -96,30 +99,14 @@ impl<'s> Run<'s> {
         same_settings(settings, &communicator)?;
         // Before anything is touched.
         cores::threads(settings.threads, launch)?;
-        let mut lock = None;
-        let start = on_rank_zero(&communicator, || start(settings, launch, &mut lock))?;
-        let Start { resume, recipe, tokens, validation_samples } = start;
-        let policy = recipe::policy(&settings.policy, settings.clip, world)?;
-        let vocab = if is_synthetic(settings) { recipe.model.vocab_size } else { tokenizer::VOCAB };
-        let dataset = Dataset::open(TokenFile::open(&tokens, vocab)?, recipe.seq, recipe.seed)?;
-        let controller = match &resume {
-            None => Controller::new(recipe.controller.clone())?,
-            Some(path) => {
-                let saved = checkpoints::progress(&checkpoint::open(path)?)?;
-                Controller::resume(recipe.controller.clone(), saved.controller)?
-            }
-        };
+        let Beginning { start, resume, folder } = begin(settings, launch, &communicator)?;
+        let recipe = &start.recipe;
+        let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
+        let dataset = Dataset::open(TokenFile::open(&start.tokens)?, recipe.seq, recipe.seed)?;
+        let saved = resume.as_ref().map(|whole| checkpoints::progress(whole.checkpoint())).transpose()?;
+        let controller = controller(recipe, saved.as_ref())?;
         if communicator.rank() == 0 {
-            let batch = controller.batch();
-            let between = match (communicator.backend(), communicator.hosts()) {
-                (Backend::Mpi, _) => "MPI".to_owned(),
-                (Backend::Hierarchical, hosts) => format!("shared memory on each of {hosts} hosts, MPI between them"),
-                (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
-            };
-            let backend = format!("{}, {between}", launch.source);
-            let Recipe { model, seq, micro_batch, .. } = &recipe;
-            let table = plan_table(model, &policy, world, launch.local_world, *seq, *micro_batch, batch, &backend)?;
-            crate::print(table);
+            print_plan(recipe, &policy, launch, &communicator, controller.batch())?;
         }
         let processor = Processor::open(settings, launch, &communicator, policy.weights)?;
         let device: Arc<dyn Device> = match settings.device {
@@ -130,38 +117,37 @@ impl<'s> Run<'s> {
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy)?;
         statistics::compare(&mut engine, settings.controller.alignment)?;
         let groups = statistics::groups(&engine, recipe.controller.base / recipe.micro_batch);
-        let warning = statistics::growth_warning(&recipe, groups);
+        let warning = statistics::growth_warning(recipe, groups);
         if let Some(warning) = warning.filter(|_| communicator.rank() == 0) {
             complain(warning);
         }
         let model = Model::new(&*device, &recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq)?;
-        let mut progress = Counters::default();
-        match &resume {
-            None => {
-                engine.initialize(|name, shape, index| recipe.model.initial_value(recipe.seed, name, shape, index))?
+        let progress = match (&resume, saved) {
+            (Some(whole), Some(saved)) => {
+                whole.load(&mut engine)?;
+                Counters::of(saved, whole.checkpoint().path.clone())
             }
-            Some(path) => {
-                let saved = checkpoint::open(path)?;
-                saved.load(&mut engine)?;
-                let found = checkpoints::progress(&saved)?;
-                progress = Counters { step: found.step, samples: found.samples, saved: Some(found.step) };
+            _ => {
+                engine.initialize(|name, shape, index| recipe.model.initial_value(recipe.seed, name, shape, index))?;
+                Counters::default()
             }
-        }
+        };
         let output = on_rank_zero_alone(&communicator, || {
-            checkpoints::tidy(&settings.out, resume.as_deref())?;
-            let metrics = Metrics::open(&settings.out, progress.step)?;
-            let mark = match is_synthetic(settings) {
+            let newest = progress.newest.as_ref().map(|saved| saved.path.as_path());
+            checkpoints::tidy(&start.out, newest)?;
+            let mark = match is_synthetic(dataset.tokens()) {
                 true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
-                false => Mark { loss: trigram::loss(&dataset, validation_samples)?, of: "a trigram model" },
+                false => Mark { loss: trigram::loss(&dataset, start.validation_samples)?, of: "a trigram model" },
             };
             let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
             let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
-            Ok(Output { screen, metrics, mark })
+            let metrics = Metrics::open(&start.out, progress.step)?;
+            Ok(Output { screen, metrics, mark, folder: folder.expect("rank 0 has claimed it") })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
-        let mut saver = Saver::new(&checkpoints::folder(&settings.out), settings.keep.map(NonZero::get))?;
+        let mut saver = Saver::new(&run_folder::checkpoints(&start.out), settings.keep.map(NonZero::get))?;
         saver.reserve(&engine)?;
-        let begin = || Timeline::begin(&settings.out, &communicator, &mut engine);
+        let begin = || Timeline::begin(&start.out, &communicator, &mut engine);
         Ok(Run {
             settings,
             timeline: settings.trace.then(begin).transpose()?,
@@ -171,77 +157,63 @@ impl<'s> Run<'s> {
             dataset,
             controller,
             progress,
+            non_finite: NonFinite::new(start.on_non_finite, settings.non_finite_limit),
             saver,
-            validation_samples,
             output,
             processor,
-            _lock: lock,
             inputs: vec![0; tokens],
             targets: vec![0; tokens],
-            recipe,
+            start,
         })
     }
 
     fn train(&mut self, stop: &AtomicBool) -> Result<Ended, Error> {
+        if self.is_done() {
+            self.say(|| self.nothing_left());
+            return Ok(Ended::Done);
+        }
         let mut validation = self.validate()?;
         if let Some(Output { screen, mark: Mark { loss, of }, .. }) = &self.output {
-            let samples = self.validation_samples;
+            let samples = self.start.validation_samples;
             screen.say(format!("validation loss {validation:.4} on {samples} samples; {of} reaches {loss:.4}"));
         }
         if self.is_asked_to_stop(stop)? {
-            self.say(|| match self.progress.saved {
-                Some(step) => {
-                    format!("interrupted before another step: the checkpoint of step {step} is still the newest")
+            self.say(|| match &self.progress.newest {
+                Some(saved) => {
+                    format!(
+                        "interrupted before another step: the checkpoint of step {} is still the newest",
+                        saved.step
+                    )
                 }
                 None => "interrupted before the first step: nothing was saved".to_owned(),
             });
             return Ok(Ended::Interrupted);
         }
-        while !self.is_done() {
-            let (mut line, stopped) = match self.step(stop) {
-                Err(error) if error.is_of_numbers() => {
-                    // Every rank has it, and all can still save what was under way.
-                    self.finish_saving().or_else(|error| self.survive(error))?;
-                    return Err(error);
+        let mut stopped = false;
+        while !self.is_done() && !stopped {
+            let mut line = match self.step(stop)? {
+                Outcome::Made(line, asked) => {
+                    stopped = asked;
+                    self.non_finite.has_made_a_step();
+                    Some(line)
                 }
-                step => step?,
+                Outcome::NonFinite { error, batch, stopped: asked } => {
+                    stopped = asked;
+                    self.leave_out(error, batch)?;
+                    None
+                }
             };
             let every = self.settings.validate_every;
-            if self.is_done() || (every > 0 && !stopped && self.progress.step.is_multiple_of(every)) {
+            let is_due = line.is_some() && !stopped && every > 0 && self.progress.step.is_multiple_of(every);
+            if self.is_done() || is_due {
                 validation = self.validate()?;
-                line.validation_loss = Some(validation);
-            }
-            if let Some(Output { screen, metrics, .. }) = &mut self.output {
-                line.memory = screen.memory();
-                if let Err(error) = metrics.write(&line) {
-                    // A disk that is full now may not be when there is something to save.
-                    screen.say(format!("no metrics of this step: {error}"));
-                }
-                screen.step(&line);
-                if let Some(loss) = line.validation_loss {
-                    screen.say(format!("validation loss {loss:.4} after {} samples", line.samples_seen));
+                if let Some(line) = &mut line {
+                    line.validation_loss = Some(validation);
                 }
             }
+            self.show(line.as_deref_mut(), validation);
             let every = self.settings.save_every;
-            if stopped || self.is_done() {
-                self.finish_saving().or_else(|error| self.survive(error))?;
-                self.begin_saving()?;
-                self.finish_saving()?;
-                if let Some(timeline) = self.timeline.take() {
-                    match timeline.finish(&self.communicator)? {
-                        Ok(path) => self.say(|| format!("timeline    {}", path.display())),
-                        Err(error) => self.say(|| format!("no timeline: {error}")),
-                    }
-                }
-                if stopped && !self.is_done() {
-                    let (step, folder) = (self.progress.step, checkpoints::folder(&self.settings.out));
-                    let path = folder.join(format!("step-{step:08}"));
-                    self.say(|| {
-                        format!("interrupted: saved {} after step {step}; go on with --resume auto", path.display())
-                    });
-                    return Ok(Ended::Interrupted);
-                }
-            } else if every > 0 && self.progress.step.is_multiple_of(every) {
+            if line.is_some() && !stopped && !self.is_done() && every > 0 && self.progress.step.is_multiple_of(every) {
                 if self.saver.is_busy() {
                     self.say(|| "waiting for the checkpoint before, which is still being written".to_owned());
                 }
@@ -250,8 +222,44 @@ impl<'s> Run<'s> {
                 self.begin_saving().or_else(|error| self.survive(error))?;
             }
         }
+        self.finish_saving().or_else(|error| self.survive(error))?;
+        self.begin_saving()?;
+        self.finish_saving()?;
+        if let Some(timeline) = self.timeline.take() {
+            match timeline.finish(&self.communicator)? {
+                Ok(path) => self.say(|| format!("timeline    {}", path.display())),
+                Err(error) => self.say(|| format!("no timeline: {error}")),
+            }
+        }
+        if stopped && !self.is_done() {
+            let (step, path) = (self.progress.step, self.checkpoint());
+            self.say(|| format!("interrupted: saved {} after step {step}; go on with --resume auto", path.display()));
+            return Ok(Ended::Interrupted);
+        }
         self.summary(validation)?;
         Ok(Ended::Done)
+    }
+
+    /// Writes what a step has done, and what the model reaches where it was validated.
+    fn show(&mut self, line: Option<&mut Line>, validation: f64) {
+        let is_done = self.is_done();
+        let Some(Output { screen, metrics, folder, .. }) = &mut self.output else { return };
+        let Some(line) = line else {
+            if is_done {
+                screen.say(format!("validation loss {validation:.4} after {} samples", self.progress.samples));
+            }
+            return;
+        };
+        line.memory = screen.memory();
+        let restored = folder.restore();
+        if let Err(error) = restored.and_then(|_| metrics.write(line)) {
+            // A disk that is full now may not be when there is something to save.
+            screen.say(format!("no metrics of this step: {error}"));
+        }
+        screen.step(line);
+        if let Some(loss) = line.validation_loss {
+            screen.say(format!("validation loss {loss:.4} after {} samples", line.samples_seen));
+        }
     }
 
     /// Whether any rank has been; a step asks by itself.
@@ -263,21 +271,22 @@ impl<'s> Run<'s> {
 
     fn is_done(&self) -> bool {
         let steps = self.settings.steps.is_some_and(|steps| self.progress.step >= steps);
-        steps || self.progress.samples >= self.recipe.schedule.samples
+        steps || self.progress.samples >= self.start.recipe.schedule.samples
     }
 
     /// One optimizer step: micro-batches are dealt to ranks in turn.
-    fn step(&mut self, stop: &AtomicBool) -> Result<(Line, bool), Error> {
+    fn step(&mut self, stop: &AtomicBool) -> Result<Outcome, Error> {
         if let Some(breakdown) = &self.processor.breakdown {
             breakdown.begin_step();
         }
         let started = Instant::now();
         let (rank, world) = (self.communicator.rank() as u64, self.communicator.world() as u64);
-        let micro_batch = self.recipe.micro_batch;
-        let batch = self.controller.batch().min(self.recipe.schedule.samples - self.progress.samples);
+        let recipe = &self.start.recipe;
+        let micro_batch = recipe.micro_batch;
+        let batch = self.controller.batch().min(recipe.schedule.samples - self.progress.samples);
         let micro_batches = batch / micro_batch;
         let rounds = micro_batches.div_ceil(world);
-        let lr = self.recipe.lr(batch, self.progress.samples + batch);
+        let lr = recipe.lr(batch, self.progress.samples + batch);
         let mut step = self.engine.begin(rounds as usize)?;
         for round in 0..rounds {
             let index = round * world + rank;
@@ -286,7 +295,7 @@ impl<'s> Run<'s> {
                 continue;
             }
             let first = self.progress.samples + index * micro_batch;
-            let seq = self.recipe.seq;
+            let seq = recipe.seq;
             let rows = self.inputs.chunks_exact_mut(seq).zip(self.targets.chunks_exact_mut(seq));
             for (sample, (inputs, targets)) in (first..).zip(rows) {
                 self.dataset.fill(sample, inputs, targets)?;
@@ -295,8 +304,21 @@ impl<'s> Run<'s> {
         }
         let decided = self.controller.batch() as f64;
         let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
-        let report = step.finish(self.recipe.adamw(lr), &mut asked)?;
+        let finished = step.finish(recipe.adamw(lr), &mut asked);
+        let is_of_numbers = matches!(finished, Err(pillion_runtime::Error::NonFinite { .. }));
+        let report = match finished {
+            Err(error) if !is_of_numbers => return Err(error.into()),
+            finished => finished,
+        };
+        // What ranks asked of each other was summed in either case.
         statistics::check_same(world, asked[2], asked[3])?;
+        let saved = self.saver.observe(&self.engine, asked[1]).map_err(Error::from);
+        saved.map(|saved| self.note(saved)).or_else(|error| self.survive(error))?;
+        let stopped = asked[0] > 0.0;
+        let report = match report {
+            Err(error) => return Ok(Outcome::NonFinite { error: error.into(), batch, stopped }),
+            Ok(report) => report,
+        };
         let observation = Observation {
             groups: statistics::groups(&self.engine, micro_batches),
             samples: batch,
@@ -309,8 +331,6 @@ impl<'s> Run<'s> {
         let alignment = statistics::alignment(&self.engine, self.settings.controller.alignment, &observation, &report);
         self.progress.step += 1;
         self.progress.samples += batch;
-        let saved = self.saver.observe(&self.engine, asked[1]).map_err(Error::from);
-        saved.map(|saved| self.note(saved)).or_else(|error| self.survive(error))?;
         let elapsed = started.elapsed();
         if let Some(breakdown) = &mut self.processor.breakdown {
             breakdown.end_step(elapsed, report.exposed);
@@ -320,7 +340,7 @@ impl<'s> Run<'s> {
         }
         let seconds = elapsed.as_secs_f64();
         let tokens_per_s = report.tokens / seconds;
-        let flops = tokens_per_s * self.recipe.model.flops_per_token(self.recipe.seq);
+        let flops = tokens_per_s * self.start.recipe.flops_per_token();
         let line = Line {
             step: self.progress.step,
             loss: report.loss_sum / report.tokens,
@@ -329,6 +349,7 @@ impl<'s> Run<'s> {
             batch_samples: batch,
             batch_tokens: report.tokens as u64,
             samples_seen: self.progress.samples,
+            samples_left_out: self.progress.left_out(),
             tokens_per_s,
             step_ms: seconds * 1e3,
             exposed_ms: report.exposed.as_secs_f64() * 1e3,
@@ -347,99 +368,46 @@ impl<'s> Run<'s> {
             memory: None,
             parameter_memory: self.engine.memory(),
         };
-        Ok((line, asked[0] > 0.0))
+        Ok(Outcome::Made(Box::new(line), stopped))
     }
 
     fn validate(&mut self) -> Result<f64, Error> {
-        let micro_batch = self.recipe.micro_batch;
-        validate(&mut self.engine, &mut self.model, &self.dataset, self.validation_samples, micro_batch)
+        let (samples, micro_batch) = (self.start.validation_samples, self.start.recipe.micro_batch);
+        validate(&mut self.engine, &mut self.model, &self.dataset, samples, micro_batch)
     }
 
-    /// Begins to save in the background.
-    fn begin_saving(&mut self) -> Result<(), Error> {
-        let progress = Progress {
-            recipe: self.recipe.clone(),
-            data: fingerprint(self.dataset.tokens()),
-            step: self.progress.step,
-            samples: self.progress.samples,
-            controller: self.controller.state().clone(),
-        };
-        let extra = serde_json::to_value(&progress).expect("plain values");
-        Ok(self.saver.begin(&self.engine, self.progress.step, &extra)?)
-    }
-
-    /// Waits for the save under way, if any.
-    fn finish_saving(&mut self) -> Result<(), Error> {
-        let saved = self.saver.wait(&self.engine)?;
-        self.note(saved);
-        Ok(())
-    }
-
-    fn note(&mut self, saved: Option<Saved>) {
-        let Some(Saved { path, step, held, took, not_removed }) = saved else { return };
-        self.progress.saved = Some(step);
-        self.say(|| {
-            let (took, held) = (took.as_secs_f64(), held.as_secs_f64() * 1e3);
-            format!("saved {} in {took:.1} s, of which steps waited {held:.0} ms", path.display())
-        });
-        for error in not_removed {
-            self.say(|| format!("an older checkpoint is still there: {error}"));
-        }
-    }
-
-    /// Says that a save has failed, and goes on; any other failure ends the run.
-    fn survive(&self, error: Error) -> Result<(), Error> {
-        match error {
-            Error::Runtime(error @ pillion_runtime::Error::File { .. }) => {
-                self.say(|| format!("no checkpoint of this step: {error}"));
-                Ok(())
-            }
-            error => Err(error),
-        }
-    }
-
-    fn say(&self, text: impl FnOnce() -> String) {
+    pub(super) fn say(&self, text: impl FnOnce() -> String) {
         if let Some(output) = &self.output {
             output.screen.say(text());
         }
     }
+}
 
-    /// What was reached, a sample of text where that was learned, and the paths of what was written.
-    fn summary(&mut self, validation: f64) -> Result<(), Error> {
-        let sample = if is_synthetic(self.settings) { None } else { Some(self.sample()?) };
-        let Some(Output { screen, metrics, mark: Mark { loss, of } }) = &self.output else { return Ok(()) };
-        screen.close();
-        let breakdown = self.processor.breakdown.take();
-        if let Some(table) = breakdown.and_then(|breakdown| breakdown.table(self.processor.own_peak)) {
-            screen.say(format!("\n{table}"));
-        }
-        let against = if validation < *loss { "below" } else { "not below" };
-        let sample = sample.map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
-        screen.say(format!(
-            "\n{} steps, {} samples in {}; batch {} at the end\n\
-             validation loss {validation:.4}, {against} that of {of}, {loss:.4}\n\
-             {sample}\
-             metrics     {}\ncheckpoint  {}",
-            self.progress.step,
-            self.progress.samples,
-            screen::duration(screen.elapsed()),
-            self.controller.batch(),
-            metrics.path().display(),
-            checkpoints::folder(&self.settings.out).join(format!("step-{:08}", self.progress.step)).display(),
-        ));
-        Ok(())
-    }
+/// The controller at the beginning of a run, or where a saved one goes on, perhaps with other settings.
+fn controller(recipe: &Recipe, saved: Option<&checkpoints::Progress>) -> Result<Controller, Error> {
+    let settings = recipe.controller.clone();
+    Ok(match saved {
+        None => Controller::new(settings)?,
+        Some(saved) if saved.recipe.controller == settings => Controller::resume(settings, saved.controller.clone())?,
+        Some(saved) => Controller::change(settings, saved.controller.clone())?,
+    })
+}
 
-    /// Text by the model.
-    fn sample(&mut self) -> Result<String, Error> {
-        const PROMPT: &str = "pub fn ";
-        const LENGTH: usize = 240;
-        let device = self.engine.device().clone();
-        let mut model = Model::new(&*device, &self.recipe.model, self.engine.policy().weights, 1, self.recipe.seq)?;
-        let mut prompt = Vec::new();
-        tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
-        let (seq, seed) = (self.recipe.seq, self.recipe.seed);
-        let text = generate(&mut self.engine, &mut model, seq, &prompt, LENGTH, 0.7, seed)?;
-        Ok(format!("{PROMPT}{}", String::from_utf8_lossy(&tokenizer::decode(&text))))
-    }
+fn print_plan(
+    recipe: &Recipe,
+    policy: &Policy,
+    launch: &Launch,
+    communicator: &Communicator,
+    batch: u64,
+) -> Result<(), Error> {
+    let between = match (communicator.backend(), communicator.hosts()) {
+        (Backend::Mpi, _) => "MPI".to_owned(),
+        (Backend::Hierarchical, hosts) => format!("shared memory on each of {hosts} hosts, MPI between them"),
+        (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
+    };
+    let backend = format!("{}, {between}", launch.source);
+    let Recipe { model, seq, micro_batch, .. } = recipe;
+    let table = plan_table(model, policy, launch.world, launch.local_world, *seq, *micro_batch, batch, &backend)?;
+    crate::print(table);
+    Ok(())
 }

@@ -1,35 +1,179 @@
 //! Before the first step: what ranks must agree on, and what rank 0 finds out for all.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use pillion_collectives::{Communicator, Launch};
-use pillion_runtime::checkpoint::{self, Saver};
+use pillion_runtime::checkpoint::{self, Saver, Whole};
 use pillion_runtime::{Layout, Memory, Policy};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::checkpoints;
+use super::checkpoints::{self, Candidates};
 use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
+use super::{resume, source};
 use crate::Error;
 use crate::controller::by_flag;
-use crate::data::{self, Dataset, TokenFile, synthetic, tokenizer};
+use crate::data::Dataset;
 use crate::model::Model;
-use crate::settings::TrainArgs;
+use crate::run_folder::RunFolder;
+use crate::settings::{OnNonFinite, TrainArgs};
 
 /// What rank 0 finds out before the start.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Start {
-    pub(super) resume: Option<PathBuf>,
+    /// The run's folder.
+    pub(super) out: PathBuf,
     pub(super) recipe: Recipe,
+    /// The token file.
     pub(super) tokens: PathBuf,
+    /// What `--data` said, absolute; none for the default text.
+    pub(super) data: Option<PathBuf>,
     pub(super) validation_samples: u64,
+    pub(super) on_non_finite: OnNonFinite,
+    /// The checkpoint to go on from, and whether another will do if it is damaged.
+    resume: Option<(PathBuf, bool)>,
 }
 
-/// Whether random tokens stand for text.
-pub(super) fn is_synthetic(settings: &TrainArgs) -> bool {
-    settings.data.as_deref() == Some(Path::new(synthetic::NAME))
+/// How a run begins.
+pub(super) struct Beginning {
+    pub(super) start: Start,
+    /// What it goes on from.
+    pub(super) resume: Option<Whole>,
+    /// Claimed until it is dropped; on rank 0 alone.
+    pub(super) folder: Option<RunFolder>,
+}
+
+/// What rank 0 knows while it looks for a way to begin.
+struct Search<'s> {
+    settings: &'s TrainArgs,
+    launch: &'s Launch,
+    candidates: Candidates,
+    folder: Option<RunFolder>,
+    /// What to print before the first step.
+    said: Vec<String>,
+}
+
+/// Finds out, together with the other ranks, how the run begins. Nothing of an earlier run is touched before all that
+/// can be wrong has been found. Collective.
+pub(super) fn begin(settings: &TrainArgs, launch: &Launch, communicator: &Communicator) -> Result<Beginning, Error> {
+    let mut search = on_rank_zero_alone(communicator, || Search::new(settings, launch))?;
+    let alone = |error: Error| if communicator.rank() == 0 { error } else { Error::ByRankZero };
+    let mut decide = |passed_over: Option<pillion_runtime::Error>| {
+        on_rank_zero(communicator, || search.as_mut().expect("on rank 0").decide(passed_over))
+    };
+    let mut start = decide(None)?;
+    let resume = loop {
+        let Some((path, is_one_of_many)) = &start.resume else { break None };
+        match checkpoint::open(path)?.verify_together(communicator) {
+            Ok(whole) => break Some(whole),
+            Err(error @ pillion_runtime::Error::File { .. }) if *is_one_of_many => start = decide(Some(error))?,
+            Err(error @ pillion_runtime::Error::File { .. }) => return Err(alone(error.into())),
+            Err(error) => return Err(error.into()),
+        }
+    };
+    on_rank_zero(communicator, || search.as_mut().expect("on rank 0").settle(&start))?;
+    Ok(Beginning { start, resume, folder: search.and_then(|search| search.folder) })
+}
+
+impl<'s> Search<'s> {
+    fn new(settings: &'s TrainArgs, launch: &'s Launch) -> Result<Search<'s>, Error> {
+        let mut search = Search { settings, launch, candidates: Candidates::default(), folder: None, said: Vec::new() };
+        let Some(wanted) = &settings.resume else { return Ok(search) };
+        if settings.out.exists() {
+            // A run that is just ending may save once more.
+            search.claim()?;
+        }
+        search.candidates = match wanted.as_os_str() == "auto" {
+            true => Candidates::of_run(&settings.out)?,
+            false => Candidates::at(wanted)?,
+        };
+        Ok(search)
+    }
+
+    fn claim(&mut self) -> Result<&RunFolder, Error> {
+        if self.folder.is_none() {
+            self.folder = Some(RunFolder::claim(&self.settings.out)?);
+        }
+        Ok(self.folder.as_ref().expect("it has just been claimed"))
+    }
+
+    /// Decides everything about the run, with the newest checkpoint that was not passed over. Changes nothing but the
+    /// run's token files.
+    fn decide(&mut self, passed_over: Option<pillion_runtime::Error>) -> Result<Start, Error> {
+        if let Some(why) = passed_over {
+            self.candidates.paths.remove(0);
+            self.candidates.pass_over(&why);
+            if self.candidates.paths.is_empty() {
+                return Err(self.candidates.exhausted());
+            }
+        }
+        self.said = self.candidates.passed_over.clone();
+        let saved = match self.candidates.paths.first() {
+            Some(path) => Some((path.clone(), checkpoints::progress(&checkpoint::open(path)?)?)),
+            None => None,
+        };
+        let mut settings = self.settings.clone();
+        if let Some((_, saved)) = &saved {
+            resume::adopt(&mut settings, saved);
+        }
+        let (world, launch) = (self.launch.world, self.launch);
+        let recipe = Recipe::new(&settings, world)?;
+        check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip, world)?, launch)?;
+        let changes = match &saved {
+            Some((path, saved)) => resume::changes(path, saved, &recipe, &settings.change)?,
+            None => Vec::new(),
+        };
+        if saved.as_ref().is_none_or(|(_, saved)| saved.recipe.controller != recipe.controller) {
+            recipe.controller.check_growth().map_err(by_flag)?;
+        }
+        let out = self.claim()?.path().to_owned();
+        let source = match &saved {
+            Some((path, saved)) => source::of_resumed(&settings, &recipe, &out, path, saved)?,
+            None => source::of_new(settings.data.as_deref(), &recipe, &out)?,
+        };
+        let dataset = Dataset::open(source.tokens, recipe.seq, recipe.seed)?;
+        let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
+        match (&saved, &settings.resume) {
+            (Some((path, saved)), _) => {
+                let left_out: u64 = saved.left_out.iter().map(|range| range.end - range.start).sum();
+                let left_out = if left_out > 0 { format!(", {left_out} of them left out") } else { String::new() };
+                let (path, step, samples) = (path.display(), saved.step, saved.samples);
+                self.said.push(format!("going on from {path} after step {step}: {samples} samples{left_out}"));
+            }
+            (None, Some(_)) => {
+                let out = settings.out.display();
+                self.said.push(format!("no checkpoint in {out}: starting from the beginning"));
+            }
+            (None, None) => {}
+        }
+        self.said.extend(source.said);
+        self.said.extend(changes.iter().cloned());
+        Ok(Start {
+            out,
+            tokens: dataset.tokens().path().to_owned(),
+            data: source.data,
+            validation_samples,
+            on_non_finite: settings
+                .on_non_finite
+                .or(saved.as_ref().map(|saved| saved.1.on_non_finite))
+                .unwrap_or_default(),
+            resume: saved.map(|(path, _)| (path, !self.candidates.is_named)),
+            recipe,
+        })
+    }
+
+    /// Sets an earlier run aside, and says how this one begins.
+    fn settle(&mut self, start: &Start) -> Result<(), Error> {
+        let resume = start.resume.as_ref().map(|(path, _)| path.as_path());
+        let traces = self.settings.trace;
+        let aside = self.claim()?.set_aside(resume, traces)?;
+        if let Some(aside) = aside {
+            crate::print(format_args!("the earlier run in {} is now {}", self.settings.out.display(), aside.display()));
+        }
+        self.said.iter().for_each(crate::print);
+        Ok(())
+    }
 }
 
 /// Checks that every rank was given the same settings: a launcher can start each with others.
@@ -42,73 +186,6 @@ pub(super) fn same_settings(settings: &TrainArgs, communicator: &Communicator) -
             Err(Error::Setting(format!("rank {rank} was given other settings than rank 0: give every rank the same")))
         }
     }
-}
-
-/// What rank 0 does first: looks for a checkpoint, checks the settings, claims the folder, prepares the text.
-pub(super) fn start(settings: &TrainArgs, launch: &Launch, lock: &mut Option<File>) -> Result<Start, Error> {
-    let world = launch.world;
-    if settings.resume.is_some() && settings.out.exists() {
-        // A run that is just ending may save once more.
-        *lock = Some(checkpoints::lock(&settings.out)?);
-    }
-    let (resume, said) = checkpoints::find(settings)?;
-    let saved = match &resume {
-        None => None,
-        Some(path) => Some(checkpoints::progress(&checkpoint::open(path)?)?),
-    };
-    let mut settings = settings.clone();
-    if let Some(saved) = &saved {
-        // Defaults that depend on the world are those of the run's beginning.
-        let controller = &saved.recipe.controller;
-        settings.round_to.get_or_insert(controller.round_to);
-        settings.batch.get_or_insert(controller.base);
-        settings.max_batch.get_or_insert(controller.cap);
-    }
-    let recipe = Recipe::new(&settings, world)?;
-    if saved.is_none() {
-        recipe.controller.check_growth().map_err(by_flag)?;
-    }
-    let synthetic = is_synthetic(&settings);
-    if synthetic && recipe.model.vocab_size > synthetic::LARGEST_VOCAB {
-        let (vocab, most) = (recipe.model.vocab_size, synthetic::LARGEST_VOCAB);
-        return Err(Error::Setting(format!(
-            "synthetic data has at most {most} different tokens, but the model knows {vocab}: choose another --model"
-        )));
-    }
-    if !synthetic && recipe.model.vocab_size < tokenizer::VOCAB {
-        let (vocab, needed) = (recipe.model.vocab_size, tokenizer::VOCAB);
-        return Err(Error::Setting(format!(
-            "the model knows {vocab} tokens, but the text needs {needed}: choose another --model"
-        )));
-    }
-    check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip, world)?, launch)?;
-    if let (Some(path), Some(saved)) = (&resume, &saved) {
-        checkpoints::same_recipe(path, saved, &recipe)?;
-    }
-    let tokens = checkpoints::make_tokens_folder(&settings.out)?;
-    if lock.is_none() {
-        *lock = Some(checkpoints::lock(&settings.out)?);
-    }
-    // All that can be wrong is found here, so that it is said once, and before an earlier run is touched.
-    let prepared = match synthetic {
-        true => data::prepare_synthetic(recipe.model.vocab_size, &tokens)?,
-        false => data::prepare(settings.data.as_deref(), &tokens)?,
-    };
-    let fingerprint = fingerprint(&prepared.tokens);
-    let dataset = Dataset::open(prepared.tokens, recipe.seq, recipe.seed)?;
-    let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
-    if let (Some(path), Some(saved)) = (&resume, &saved) {
-        checkpoints::same_data(path, saved, &fingerprint)?;
-    }
-    said.iter().for_each(crate::print);
-    if let Some(aside) = checkpoints::prepare_folder(&settings.out, resume.as_deref())? {
-        crate::print(format_args!("the earlier run in {} is now {}", settings.out.display(), aside.display()));
-    }
-    crate::print(&prepared.summary);
-    if let (Some(path), Some(saved)) = (&resume, &saved) {
-        crate::print(format_args!("going on from {} after step {}", path.display(), saved.step));
-    }
-    Ok(Start { resume, recipe, tokens: dataset.tokens().path().to_owned(), validation_samples })
 }
 
 /// Whether this host has the memory that its ranks will come to use; found out late, it would be the kernel that ends them.
@@ -146,10 +223,6 @@ fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) 
         )));
     }
     Ok(samples)
-}
-
-pub(super) fn fingerprint(tokens: &TokenFile) -> String {
-    format!("{:016x}", tokens.fingerprint())
 }
 
 /// Does something on rank 0 and gives every rank the result; where it fails, every rank fails, and only rank 0 says why.

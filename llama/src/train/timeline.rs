@@ -9,10 +9,11 @@ use pillion_runtime::Engine;
 use pillion_runtime::trace::TraceWriter;
 
 use super::start::on_rank_zero_alone;
-use crate::Error;
+use crate::{Error, run_folder};
 
 /// This rank's part, open.
 pub(crate) struct Timeline {
+    out: PathBuf,
     folder: PathBuf,
     path: PathBuf,
     writer: TraceWriter<BufWriter<File>>,
@@ -31,7 +32,7 @@ impl Timeline {
         };
         let writer = create().map_err(|error| Error::file(&path, error))?;
         engine.record(true)?;
-        Ok(Timeline { folder, path, writer, failed: None })
+        Ok(Timeline { out: out.to_owned(), folder, path, writer, failed: None })
     }
 
     /// Writes what the engine has recorded by now. Training goes on without a timeline; [`Timeline::finish`] says why there is none.
@@ -44,7 +45,7 @@ impl Timeline {
 
     /// Ends it, and joins those of all ranks. Collective; returns the path of the whole, or, on every rank, why there is none.
     pub(crate) fn finish(self, communicator: &Communicator) -> Result<Result<PathBuf, Error>, Error> {
-        let Timeline { folder, path, writer, failed } = self;
+        let Timeline { out, folder, path, writer, failed } = self;
         let mine = failed.map_or(Ok(()), Err);
         let mine = mine.and_then(|()| writer.finish().map_err(|error| Error::file(&path, error)));
         let failed = communicator.all_gather_scalars(&[u64::from(mine.is_err())])?;
@@ -53,7 +54,7 @@ impl Timeline {
                 Error::file(&folder, format!("rank {rank} could not write its part: make room, or leave --trace out"))
             })));
         }
-        let whole = folder.with_extension("json");
+        let whole = run_folder::trace(&out);
         let joined = on_rank_zero_alone(communicator, || Ok(join(&folder, &whole, communicator.world())))?;
         Ok(joined.unwrap_or(Ok(())).map(|()| whole))
     }
@@ -69,7 +70,13 @@ fn join(folder: &Path, whole: &Path, world: usize) -> Result<(), Error> {
         append.map_err(|error| Error::file(&path, error))?;
     }
     writer.finish().map_err(|error| Error::file(whole, error))?;
-    std::fs::remove_dir_all(folder).map_err(|error| Error::file(folder, error))
+    for rank in 0..world {
+        let path = part(folder, rank);
+        std::fs::remove_file(&path).map_err(|error| Error::file(&path, error))?;
+    }
+    // Something else may lie in it.
+    let _ = std::fs::remove_dir(folder);
+    Ok(())
 }
 
 fn part(folder: &Path, rank: usize) -> PathBuf {

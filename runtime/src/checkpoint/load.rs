@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use pillion_collectives::Communicator;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::shard::{self, ShardFile};
@@ -14,25 +15,29 @@ use crate::{Engine, Error, Layout, State};
 
 impl Checkpoint {
     /// Replaces the engine's parameters, optimizer state and number of updates by those saved. Collective; the engine
-    /// may have another number of ranks, and another policy (see [`Checkpoint::differences`]). Each rank reads what its
-    /// shards need, and before that its part of the files to verify them.
+    /// may have another number of ranks, and another policy (see [`Checkpoint::differences`]). The ranks verify the files
+    /// together first ([`Checkpoint::verify_together`]), then each reads what its shards need.
     ///
     /// # Errors
     /// [`Error::File`] when the checkpoint is of another model, the first tensor that differs named, when a file is
     /// missing or damaged, or when ranks see different checkpoints: the engine is unchanged on every rank. Should a
     /// file that has passed become unreadable, or a rank be lost, the engine refuses to go on until a load succeeds.
     pub fn load(&self, engine: &mut Engine) -> Result<(), Error> {
-        let communicator = engine.communicator().clone();
-        self.check_same(engine)?;
-        let tensors = agree(&communicator, &self.path, self.check(engine))?;
-        let (layout, shard) = (engine.layout.clone(), engine.shard_number());
-        engine.health = Health::Torn;
-        let loaded =
-            (0..layout.units.len()).try_for_each(|unit| engine.set_state(unit, &tensors.state(unit, &layout, shard)?));
-        agree(&communicator, &self.path, loaded)?;
-        engine.set_updates(self.manifest.updates);
-        engine.health = Health::Good;
-        Ok(())
+        // What costs nothing comes first.
+        agree(engine.communicator(), &self.path, self.check(engine))?;
+        self.verify_together(engine.communicator())?.load(engine)
+    }
+
+    /// As [`Checkpoint::verify`], but each rank reads its part of the files, and every rank learns the outcome. Collective.
+    ///
+    /// # Errors
+    /// [`Error::File`] on every rank, when ranks see different checkpoints, or a file is missing or damaged.
+    pub fn verify_together(&self, communicator: &Communicator) -> Result<Whole, Error> {
+        self.check_same(communicator)?;
+        let (rank, world) = (communicator.rank(), communicator.world());
+        let verified = (rank..self.manifest.world).step_by(world).try_for_each(|file| self.verify_file(file));
+        agree(communicator, &self.path, verified)?;
+        Ok(Whole(self.clone()))
     }
 
     /// The saved tensors by name: for tools, which need no engine. Does not [`Checkpoint::verify`].
@@ -44,9 +49,9 @@ impl Checkpoint {
     }
 
     /// Whether every rank has opened this very checkpoint.
-    fn check_same(&self, engine: &Engine) -> Result<(), Error> {
+    fn check_same(&self, communicator: &Communicator) -> Result<(), Error> {
         let checksum = xxh3_64(self.manifest.checksum.as_bytes());
-        let checksums = engine.communicator().all_gather_scalars(&[checksum])?;
+        let checksums = communicator.all_gather_scalars(&[checksum])?;
         match checksums.iter().position(|other| other != &checksums[0]) {
             None => Ok(()),
             Some(rank) => {
@@ -59,18 +64,19 @@ impl Checkpoint {
         }
     }
 
-    /// All that can be found wrong before anything changes.
-    fn check(&self, engine: &Engine) -> Result<Tensors<'_>, Error> {
+    /// Whether it can be loaded into this engine at all.
+    fn check(&self, engine: &Engine) -> Result<(), Error> {
         // What a load or an update that failed has left is replaced; a step under way is not.
         if engine.health != Health::Torn {
             engine.check_health()?;
         }
-        let layout = engine.layout();
-        let (rank, world) = (engine.communicator().rank(), engine.communicator().world());
         let wrong = |reason| Error::file(self.path.join(manifest::NAME), reason);
-        self.manifest.check_model(layout).map_err(wrong)?;
-        (rank..self.manifest.world).step_by(world).try_for_each(|file| self.verify_file(file))?;
-        let saved = self.manifest.layout();
+        self.manifest.check_model(engine.layout()).map_err(wrong)
+    }
+
+    /// Opens the files that hold this rank's shards of the engine's units.
+    fn open_shards(&self, engine: &Engine) -> Result<Tensors<'_>, Error> {
+        let (layout, saved) = (engine.layout(), self.manifest.layout());
         let holders = (0..layout.units.len())
             .flat_map(|unit| shard::holders(saved.units[unit].shard, &in_shard(layout, unit, engine.shard_number())));
         self.open_files(holders.collect::<BTreeSet<usize>>())
@@ -84,6 +90,36 @@ impl Checkpoint {
         };
         let files = ranks.into_iter().map(open).collect::<Result<_, Error>>()?;
         Ok(Tensors { checkpoint: self, layout, files })
+    }
+}
+
+/// A checkpoint whose files the ranks of a job have compared with its manifest, each a part of them.
+#[derive(Clone, Debug)]
+pub struct Whole(Checkpoint);
+
+impl Whole {
+    /// What was verified.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.0
+    }
+
+    /// As [`Checkpoint::load`], without reading the files once more to verify them. Collective.
+    ///
+    /// # Errors
+    /// As for [`Checkpoint::load`].
+    pub fn load(&self, engine: &mut Engine) -> Result<(), Error> {
+        let Whole(checkpoint) = self;
+        let communicator = engine.communicator().clone();
+        let tensors = checkpoint.check(engine).and_then(|()| checkpoint.open_shards(engine));
+        let tensors = agree(&communicator, &checkpoint.path, tensors)?;
+        let (layout, shard) = (engine.layout.clone(), engine.shard_number());
+        engine.health = Health::Torn;
+        let loaded =
+            (0..layout.units.len()).try_for_each(|unit| engine.set_state(unit, &tensors.state(unit, &layout, shard)?));
+        agree(&communicator, &checkpoint.path, loaded)?;
+        engine.set_updates(checkpoint.manifest.updates);
+        engine.health = Health::Good;
+        Ok(())
     }
 }
 

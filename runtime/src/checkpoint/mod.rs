@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use pillion_collectives::Communicator;
 use serde_json::Value;
 
-pub use load::Tensors;
+pub use load::{Tensors, Whole};
 pub use manifest::{FileEntry, Manifest};
 pub use save::{remove_left, save, set_later_aside};
 pub use saver::{Saved, Saver};

@@ -52,18 +52,14 @@ impl Folders {
     }
 }
 
-/// Makes an empty folder with a random token in it.
+/// Makes an empty folder with a random token in it, and the folders that lead to it, which somebody may have removed
+/// since the last save.
 pub(super) fn prepare(folders: &Folders) -> Result<u64, Error> {
-    match fs::create_dir(&folders.dir) {
-        Ok(()) => {
-            let parent = folders.dir.parent().filter(|parent| !parent.as_os_str().is_empty());
-            sync_folder(parent.unwrap_or(Path::new(".")))?;
-        }
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-        Err(error) => {
-            let reason = format!("cannot be made: {error}; make its parent folder, or choose another place");
-            return Err(Error::file(&folders.dir, reason));
-        }
+    if !folders.dir.is_dir() {
+        fs::create_dir_all(&folders.dir)
+            .map_err(|error| Error::file(&folders.dir, format!("cannot be made: {error}; choose another place")))?;
+        let parent = folders.dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+        sync_folder(parent.unwrap_or(Path::new(".")))?;
     }
     // What a save that was interrupted has left.
     remove(&folders.incomplete)?;
@@ -127,7 +123,9 @@ pub(super) fn prune(dir: &Path, step: u64, keep: usize) -> Vec<Error> {
     let Some(last) = folders.iter().enumerate().filter(|(_, folder)| sound(folder)).nth(keep - 1) else {
         return Vec::new();
     };
-    let older = folders[last.0 + 1..].iter().filter_map(|folder| discard(folder).err());
+    // A folder without a manifest is not one that a saver wrote.
+    let older = folders[last.0 + 1..].iter().filter(|folder| folder.join(manifest::NAME).exists());
+    let older = older.filter_map(|folder| discard(folder).err());
     older.chain(remove_discarded(dir).err()).collect()
 }
 

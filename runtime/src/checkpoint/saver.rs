@@ -86,7 +86,7 @@ enum Done {
 }
 
 impl Saver {
-    /// Saves into `dir`, whose parent exists and which every rank sees. With `keep`, older checkpoints than the newest that many are removed whenever
+    /// Saves into `dir`, which every rank sees, and which is made where it is missing. With `keep`, older checkpoints than the newest that many are removed whenever
     /// one is complete.
     ///
     /// # Errors
