@@ -1,0 +1,58 @@
+//! The end of a run: what was reached.
+
+use super::run::{Mark, Output, Run};
+use super::screen;
+use super::source::is_synthetic;
+use crate::Error;
+use crate::data::tokenizer;
+use crate::generate::generate;
+
+impl Run<'_> {
+    /// What was reached, a sample of text where that was learned, and the paths of what was written.
+    pub(super) fn summary(&mut self, validation: f64) -> Result<(), Error> {
+        let writes = self.settings.sample > 0 && !is_synthetic(self.dataset.tokens());
+        let sample = if writes { Some(self.sample()?) } else { None };
+        let Some(Output { screen, metrics, mark: Mark { loss, of }, .. }) = &self.output else { return Ok(()) };
+        screen.close();
+        let breakdown = self.processor.breakdown.take();
+        if let Some(table) = breakdown.and_then(|breakdown| breakdown.table(self.processor.own_peak)) {
+            screen.say(format!("\n{table}"));
+        }
+        let against = if validation < *loss { "below" } else { "not below" };
+        let sample = sample.map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
+        screen.say(format!(
+            "\n{} steps, {} samples in {}; batch {} at the end\n\
+             validation loss {validation:.4}, {against} that of {of}, {loss:.4}\n\
+             {sample}\
+             metrics     {}\ncheckpoint  {}",
+            self.progress.step,
+            self.progress.samples,
+            screen::duration(screen.elapsed()),
+            self.controller.batch(),
+            metrics.path().display(),
+            self.checkpoint().display(),
+        ));
+        Ok(())
+    }
+
+    /// Text by the model, in the memory that training has used.
+    fn sample(&mut self) -> Result<String, Error> {
+        const PROMPT: &str = "pub fn ";
+        let mut prompt = Vec::new();
+        tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
+        let (seq, seed, length) = (self.start.recipe.seq, self.start.recipe.seed, self.settings.sample);
+        let text = generate(&mut self.engine, &mut self.model, seq, &prompt, length, 0.7, seed)?;
+        Ok(format!("{PROMPT}{}", String::from_utf8_lossy(&tokenizer::decode(&text))))
+    }
+
+    /// Why a run that is resumed makes no step.
+    pub(super) fn nothing_left(&self) -> String {
+        let (step, samples, wanted) = (self.progress.step, self.progress.samples, self.start.recipe.schedule.samples);
+        match samples >= wanted {
+            true => format!(
+                "nothing left to do: all {wanted} samples were dealt in {step} steps; to train on more, resume with --change samples --samples N"
+            ),
+            false => format!("nothing left to do: {step} steps were made; to make more, resume with a larger --steps"),
+        }
+    }
+}

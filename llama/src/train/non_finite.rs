@@ -1,0 +1,135 @@
+//! What a run does about a step whose gradient or loss is not finite: `--on-non-finite`.
+//!
+//! Such a step has changed no parameter, on any rank. `skip` goes on without the step's samples. `rewind` goes back to
+//! the newest checkpoint, and on without all samples since: whatever led to the step was learnt from these. Samples that
+//! are left out count for every schedule, and are in the checkpoint.
+
+use pillion_collectives::Reduction;
+use pillion_runtime::{State, checkpoint};
+
+use super::checkpoints::progress;
+use super::metrics::Metrics;
+use super::progress::{Counters, Saved};
+use super::run::Run;
+use crate::Error;
+use crate::settings::OnNonFinite;
+
+/// What to do, and how often it was done in a row.
+pub(super) struct NonFinite {
+    pub(super) policy: OnNonFinite,
+    limit: u64,
+    in_a_row: u64,
+}
+
+impl NonFinite {
+    pub(super) fn new(policy: OnNonFinite, limit: u64) -> NonFinite {
+        NonFinite { policy, limit, in_a_row: 0 }
+    }
+
+    /// A step ends what `skip` has counted.
+    pub(super) fn has_made_a_step(&mut self) {
+        if self.policy == OnNonFinite::Skip {
+            self.in_a_row = 0;
+        }
+    }
+
+    /// A new checkpoint ends what `rewind` has counted.
+    pub(super) fn has_saved(&mut self) {
+        if self.policy == OnNonFinite::Rewind {
+            self.in_a_row = 0;
+        }
+    }
+}
+
+impl Run<'_> {
+    /// Goes on without the `batch` samples of the step that has failed with `error`, or ends the run. Collective.
+    pub(super) fn leave_out(&mut self, error: Error, batch: u64) -> Result<(), Error> {
+        // Every rank has the error, and all can still save what is under way.
+        self.finish_saving().or_else(|error| self.survive(error))?;
+        let NonFinite { policy, limit, in_a_row } = &mut self.non_finite;
+        let (policy, limit) = (*policy, *limit);
+        *in_a_row += 1;
+        let number = *in_a_row;
+        if policy == OnNonFinite::Stop {
+            return Err(self.ended(format!("{error}; {}", self.remedies())));
+        }
+        if number > limit {
+            let what = if policy == OnNonFinite::Skip { "steps in a row" } else { "times since the newest checkpoint" };
+            return Err(self.ended(format!(
+                "{error}; this has happened {number} {what}, and --non-finite-limit is {limit}: {}",
+                self.remedies()
+            )));
+        }
+        self.say(|| error.to_string());
+        let next = self.progress.samples + batch;
+        if policy == OnNonFinite::Rewind {
+            self.rewind()?;
+        }
+        let left_out = next - self.progress.samples;
+        self.controller.skip(left_out);
+        self.progress.leave_out_until(next);
+        self.say(|| {
+            let (first, step) = (next - left_out, self.progress.step);
+            format!("going on after step {step} without samples {first} to {}", next - 1)
+        });
+        Ok(())
+    }
+
+    /// Loads the newest checkpoint of this run.
+    fn rewind(&mut self) -> Result<(), Error> {
+        let Some(Saved { path, .. }) = self.progress.newest.clone() else {
+            let reason = "--on-non-finite rewind needs a checkpoint to go back to, and none has been saved";
+            return Err(self.ended(format!("{reason}: save some with --save-every, and {}", self.remedies())));
+        };
+        let saved = checkpoint::open(&path)?;
+        saved.load(&mut self.engine)?;
+        if !self.is_finite()? {
+            let path = path.display();
+            return Err(self.ended(format!(
+                "{path}: what it has saved is not finite, so there is no going on from it: resume from an older checkpoint with --resume PATH, or start afresh"
+            )));
+        }
+        let found = progress(&saved)?;
+        self.controller =
+            pillion_abs::Controller::resume(self.start.recipe.controller.clone(), found.controller.clone())?;
+        self.progress = Counters::of(found, path.clone());
+        let step = self.progress.step;
+        if let Some(output) = &mut self.output {
+            output.metrics = Metrics::open(output.folder.path(), step)?;
+        }
+        self.say(|| format!("gone back to {}", path.display()));
+        Ok(())
+    }
+
+    /// Whether all parameters and moments of all ranks are finite.
+    fn is_finite(&self) -> Result<bool, Error> {
+        let mut state = State::default();
+        let mut bad = [0.0];
+        for unit in 0..self.engine.layout().units.len() {
+            self.engine.read_state(unit, &mut state)?;
+            let State { master, m, v } = &state;
+            if ![master, m, v].into_iter().flatten().all(|value| value.is_finite()) {
+                bad[0] = 1.0;
+            }
+        }
+        self.communicator.all_reduce_scalars(&mut bad, Reduction::Max)?;
+        Ok(bad[0] == 0.0)
+    }
+
+    /// What a user can do about it.
+    fn remedies(&self) -> String {
+        match &self.progress.newest {
+            Some(Saved { path, .. }) => format!(
+                "go on from {} with --resume auto --on-non-finite skip, which leaves this step's samples out, or rewind, \
+                 which leaves out all since a checkpoint, or with another learning rate: --resume auto --change lr --lr X",
+                path.display()
+            ),
+            None => "nothing was saved, so start again with a lower --lr or with --on-non-finite skip".to_owned(),
+        }
+    }
+
+    /// An end that every rank has come to, and rank 0 says.
+    fn ended(&self, reason: String) -> Error {
+        if self.communicator.rank() == 0 { Error::NonFinite(reason) } else { Error::ByRankZero }
+    }
+}

@@ -1,0 +1,70 @@
+//! Checkpoints of a run under way, written in the background.
+
+use std::path::PathBuf;
+
+use pillion_runtime::checkpoint::Saved;
+
+use super::checkpoints::Progress;
+use super::progress;
+use super::run::Run;
+use super::source::fingerprint;
+use crate::{Error, run_folder};
+
+impl Run<'_> {
+    /// Where the checkpoint of the last step is, or will be.
+    pub(super) fn checkpoint(&self) -> PathBuf {
+        run_folder::checkpoints(&self.start.out).join(format!("step-{:08}", self.progress.step))
+    }
+
+    /// Begins to save in the background.
+    pub(super) fn begin_saving(&mut self) -> Result<(), Error> {
+        if let Some(output) = &mut self.output
+            && output.folder.restore()?
+        {
+            self.say(|| format!("{} was removed, and is made again", self.start.out.display()));
+        }
+        let progress = Progress {
+            recipe: self.start.recipe.clone(),
+            data: fingerprint(self.dataset.tokens()),
+            data_path: self.start.data.clone(),
+            step: self.progress.step,
+            samples: self.progress.samples,
+            left_out: self.progress.left_out.clone(),
+            on_non_finite: self.non_finite.policy,
+            controller: self.controller.state().clone(),
+        };
+        let extra = serde_json::to_value(&progress).expect("plain values");
+        Ok(self.saver.begin(&self.engine, self.progress.step, &extra)?)
+    }
+
+    /// Waits for the save under way, if any.
+    pub(super) fn finish_saving(&mut self) -> Result<(), Error> {
+        let saved = self.saver.wait(&self.engine)?;
+        self.note(saved);
+        Ok(())
+    }
+
+    pub(super) fn note(&mut self, saved: Option<Saved>) {
+        let Some(Saved { path, step, held, took, not_removed }) = saved else { return };
+        self.progress.newest = Some(progress::Saved { step, path: path.clone() });
+        self.non_finite.has_saved();
+        self.say(|| {
+            let (took, held) = (took.as_secs_f64(), held.as_secs_f64() * 1e3);
+            format!("saved {} in {took:.1} s, of which steps waited {held:.0} ms", path.display())
+        });
+        for error in not_removed {
+            self.say(|| format!("an older checkpoint is still there: {error}"));
+        }
+    }
+
+    /// Says that a save has failed, and goes on; any other failure ends the run.
+    pub(super) fn survive(&self, error: Error) -> Result<(), Error> {
+        match error {
+            Error::Runtime(error @ pillion_runtime::Error::File { .. }) => {
+                self.say(|| format!("no checkpoint of this step: {error}"));
+                Ok(())
+            }
+            error => Err(error),
+        }
+    }
+}
