@@ -1,5 +1,6 @@
 //! `pillion generate`.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
@@ -8,20 +9,26 @@ use pillion_runtime::{Engine, Layout, Policy, checkpoint};
 
 use crate::Error;
 use crate::data::tokenizer;
+use crate::generate::generate_each;
 use crate::model::Model;
+use crate::output::{Escaped, write};
 use crate::settings::GenerateArgs;
 use crate::train::checkpoints;
 
-/// `pillion generate`: prints text.
+/// `pillion generate`: prints text, each token as soon as it is chosen.
 ///
 /// # Errors
-/// When there is no checkpoint, or settings contradict each other.
+/// When there is no checkpoint, settings contradict each other, or stdout takes nothing more.
 pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
     if !(settings.temperature >= 0.0 && settings.temperature.is_finite()) {
         return Err(Error::Setting(format!("--temperature {} must be a number from 0 up", settings.temperature)));
     }
     if settings.prompt.is_empty() {
         return Err(Error::Setting("--prompt is empty: give at least one character to go on from".to_owned()));
+    }
+    if settings.tokens > MOST_TOKENS {
+        let message = format!("--tokens {} is out of range: at most {MOST_TOKENS}", settings.tokens);
+        return Err(Error::Setting(message));
     }
     let (path, progress) = checkpoints::newest(&settings.checkpoint)?;
     let recipe = progress.recipe;
@@ -38,7 +45,17 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
     tokenizer::encode(settings.prompt.as_bytes(), &mut prompt);
     prompt.truncate(settings.prompt.len());
     let GenerateArgs { tokens, temperature, seed, .. } = *settings;
-    let text = crate::generate::generate(&mut engine, &mut model, recipe.seq, &prompt, tokens, temperature, seed)?;
-    crate::print(format_args!("{}{}", settings.prompt, String::from_utf8_lossy(&tokenizer::decode(&text))));
+    let mut escaped = Escaped::for_stdout();
+    if !write(&escaped.push(settings.prompt.as_bytes()))? {
+        return Ok(0);
+    }
+    generate_each(&mut engine, &mut model, recipe.seq, &prompt, tokens, temperature, seed, |token| {
+        let there = write(&escaped.push(&tokenizer::decode(&[token])))?;
+        Ok::<_, Error>(if there { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+    })?;
+    write(&format!("{}\n", escaped.finish()))?;
     Ok(0)
 }
+
+/// More would take days.
+const MOST_TOKENS: usize = 1 << 20;

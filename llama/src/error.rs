@@ -32,6 +32,9 @@ pub enum Error {
         /// What is wrong, and the remedy.
         reason: String,
     },
+    /// stdout takes nothing more, and it is where the command's result goes.
+    #[error("cannot write to stdout: {0}: free some space, or send the output elsewhere")]
+    Stdout(std::io::Error),
     /// Rank 0 has failed, and said why; exit code [`launcher::EXIT_CONSEQUENCE`].
     #[error("rank 0 gave up")]
     ByRankZero,

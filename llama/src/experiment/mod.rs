@@ -24,7 +24,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 use crate::train::{checkpoints, stopping};
-use crate::{Error, print, train};
+use crate::{Error, print, print_result, train};
 use grid::{Run, grid};
 use results::Results;
 
@@ -123,8 +123,8 @@ pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
         return Err(Error::file(&out, "no run in it is finished: leave --report out to make them"));
     }
     let (path, tables) = report::write(&out, &finished, wanted)?;
-    print(tables);
-    print(format_args!("report      {}", path.display()));
+    print_result(tables)?;
+    print_result(format_args!("report      {}", path.display()))?;
     Ok(0)
 }
 

@@ -14,7 +14,7 @@ use pillion_runtime::{Memory, Mesh};
 use serde::Serialize;
 
 use crate::train::{plan_table, recipe};
-use crate::{Error, print};
+use crate::{Error, print_result};
 use forecast::{Forecast, Setup, best};
 pub use settings::{MachineArgs, PlanArgs};
 use table::{simulation_table, sweep_table};
@@ -80,11 +80,11 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
     let setup = Setup { model: &model, policy, mesh, local, seq, micro_batch, rounds, blocks: 1 };
     let planned = setup.plan();
     if !settings.json {
-        print(plan_table(&model, &policy, ranks, local, seq, micro_batch, batch, "planned")?);
+        print_result(plan_table(&model, &policy, ranks, local, seq, micro_batch, batch, "planned")?)?;
     }
     if settings.operations {
         for (index, operation) in planned.plan.operations.iter().enumerate() {
-            print(format_args!("{index:>5}  {:?} after {:?}", operation.action, operation.after));
+            print_result(format_args!("{index:>5}  {:?} after {:?}", operation.action, operation.after))?;
         }
     }
     let mut report = Report {
@@ -122,13 +122,13 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
         let best_for_train = best(sweep.iter().copied().filter(|forecast| forecast.blocks_per_bucket == 1));
         let best = best(sweep.iter().copied());
         if !settings.json {
-            print(simulation_table(&setup, &machine, &given));
-            print(format_args!("\n{}", sweep_table(sweep.len(), &given, &best_for_train, &best)));
+            print_result(simulation_table(&setup, &machine, &given))?;
+            print_result(format_args!("\n{}", sweep_table(sweep.len(), &given, &best_for_train, &best)))?;
         }
         report.simulation = Some(Simulated { machine, given, best_for_train, best });
     }
     if settings.json {
-        print(serde_json::to_string_pretty(&report).expect("plain values"));
+        print_result(serde_json::to_string_pretty(&report).expect("plain values"))?;
     }
     Ok(0)
 }

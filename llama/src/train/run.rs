@@ -24,6 +24,7 @@ use super::{Ended, cores, plan_table, statistics, stopping};
 use crate::data::{Dataset, TokenFile, tokenizer, trigram};
 use crate::generate::generate;
 use crate::model::Model;
+use crate::output::escaped;
 use crate::settings::{DeviceKind, TrainArgs};
 use crate::{Error, complain};
 
@@ -437,6 +438,6 @@ impl<'s> Run<'s> {
         tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
         let (seq, seed) = (self.recipe.seq, self.recipe.seed);
         let text = generate(&mut self.engine, &mut model, seq, &prompt, LENGTH, 0.7, seed)?;
-        Ok(format!("{PROMPT}{}", String::from_utf8_lossy(&tokenizer::decode(&text))))
+        Ok(format!("{PROMPT}{}", escaped(&tokenizer::decode(&text))))
     }
 }
