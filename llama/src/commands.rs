@@ -36,7 +36,7 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let device: Arc<dyn Device> = Arc::new(Cores::new(threads).map_err(pillion_runtime::Error::from)?);
     let layout = Layout::new(&recipe.model.units(), 1);
-    let mut engine = Engine::new(communicator, device.clone(), layout, Policy::default())?;
+    let mut engine = Engine::for_evaluation(communicator, device.clone(), layout, Policy::default())?;
     checkpoint::open(&path)?.load(&mut engine)?;
     let dtype = engine.policy().weights;
     let mut model = Model::new(&*device, &recipe.model, dtype, 1, recipe.seq)?;
