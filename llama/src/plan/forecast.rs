@@ -144,9 +144,7 @@ impl Setup<'_> {
     /// # Errors
     /// When the links do not let them, however fast they are.
     pub(super) fn calibrate(&self, machine: &Machine, tokens_per_s: f64) -> Result<f64, Error> {
-        if !(tokens_per_s > 0.0 && tokens_per_s.is_finite()) {
-            return Err(Error::Setting(format!("--calibrate {tokens_per_s} must be a number above 0")));
-        }
+        check_speed(tokens_per_s)?;
         let planned = self.plan();
         let reached = |flops: f64| self.tokens() / self.simulate(&planned, &Machine { flops, ..*machine }).step;
         let most = reached(f64::INFINITY);
@@ -175,6 +173,7 @@ impl Setup<'_> {
     /// # Errors
     /// When that is more than without any, or less than with all there can be.
     pub(super) fn contention(&self, machine: &Machine, tokens_per_s: f64) -> Result<f64, Error> {
+        check_speed(tokens_per_s)?;
         let planned = self.plan();
         let reached =
             |contention: f64| self.tokens() / self.simulate(&planned, &Machine { contention, ..*machine }).step;
@@ -208,6 +207,19 @@ impl Setup<'_> {
         });
         setups.map(|setup| setup.forecast(machine)).collect()
     }
+}
+
+/// Tokens a second that can be calibrated.
+const SPEEDS: std::ops::RangeInclusive<f64> = 1e-6..=1e18;
+
+fn check_speed(tokens_per_s: f64) -> Result<(), Error> {
+    if SPEEDS.contains(&tokens_per_s) {
+        return Ok(());
+    }
+    let (least, most) = (SPEEDS.start(), SPEEDS.end());
+    Err(Error::Setting(format!(
+        "--calibrate {tokens_per_s} must be a number above 0, from {least:e} to {most:e} tokens a second"
+    )))
 }
 
 /// Units gathered ahead, at most, and blocks gathered together, in a sweep.
