@@ -1,9 +1,11 @@
 //! What goes to stdout and stderr.
 //!
-//! - A command whose result is what it prints uses [`print_result`] or [`write`]: where stdout takes nothing more, say on a full disk, the command
-//!   fails. A reader that has gone (`| head`) is no failure, because it has read what it wanted.
-//! - A training run uses [`print`]: its results are files, so it goes on, and says once on stderr that stdout is lost.
-//! - Text by a model may hold any bytes: [`Escaped`] keeps control characters from a terminal.
+//! - A command whose result is what it prints uses [`print_result`] or [`write`]. It fails when stdout
+//!   accepts no more bytes, for example on a full disk. A closed pipe (`| head`) is no failure, because
+//!   the reader has read what it wanted.
+//! - A training run uses [`print`]. Its results are files, so it goes on, and reports once on stderr
+//!   that stdout fails.
+//! - Text by a model may hold any bytes. [`Escaped`] keeps control characters from a terminal.
 
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -14,7 +16,7 @@ use crate::Error;
 /// Prints a line of a command's result on stdout.
 ///
 /// # Errors
-/// When stdout takes nothing more, though its reader is there.
+/// When stdout accepts no more bytes, unless its reader has closed the pipe.
 pub(crate) fn print_result(what: impl Display) -> Result<(), Error> {
     write(&format!("{what}\n")).map(drop)
 }
@@ -47,7 +49,8 @@ fn try_write(text: &str) -> std::io::Result<()> {
     stdout.flush()
 }
 
-/// Prints a line on stderr, in one piece: ranks that fail at the same moment write to the same terminal.
+/// Prints a line on stderr, in one piece: ranks that fail at the same moment write to the same
+/// terminal.
 pub(crate) fn complain(what: impl Display) {
     complain_as_it_is(&format!("pillion: {what}\n"));
 }
@@ -60,8 +63,9 @@ pub(crate) fn complain_as_it_is(text: &str) {
 
 /// Text that arrives in pieces, such as single bytes, as it may be printed.
 ///
-/// A character is given out once all of its bytes are there. Bytes that are no UTF-8 become U+FFFD. For a terminal, control characters are escaped, because a terminal
-/// would obey them; line feeds and tabs stay.
+/// [`Escaped::push`] returns a character once all of its bytes have arrived. Bytes that are not
+/// UTF-8 become U+FFFD. For a terminal, control characters are escaped, because a terminal would
+/// obey them; line feeds and tabs stay.
 pub(crate) struct Escaped {
     terminal: bool,
     /// The beginning of a character.

@@ -3,7 +3,8 @@
 //! Weight slots are a cache whose future is known, so what is needed last is evicted (Belady 1966). A gradient slot is taken by a unit's first
 //! backward pass, and free again once its reduction has read it; the longest free one is taken first.
 //!
-//! Nothing is searched for along the list of uses, so a plan takes time in proportion to its length, but for a logarithm.
+//! The builder never searches the list of uses. Planning time is therefore linear in the plan's
+//! length, up to a logarithmic factor.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -26,11 +27,13 @@ pub(crate) struct Builder {
     next: Vec<usize>,
     operations: Vec<Operation>,
     weights: Vec<WeightSlot>,
-    /// Weight slots by the next use of what they hold; the last is the one to evict. The lowest of those that are not needed again comes first.
+    /// Weight slots, ordered by the next use of the unit that they hold. The last entry is evicted
+    /// first. Among slots without a next use, that is the lowest slot.
     by_next_use: BTreeSet<(usize, Reverse<usize>)>,
     /// Unit → the weight slot that holds it.
     resident: Vec<Option<usize>>,
-    /// Free gradient slots, after the reduction of what they held last: first those that held nothing, then the longest free one.
+    /// Free gradient slots, ordered by the reduction that freed them. Slots that were never used
+    /// come first, then the one that has been free longest.
     free: BTreeSet<(Option<usize>, usize)>,
     /// Unit → the gradient slot that it adds to.
     adds_to: Vec<Option<usize>>,
@@ -123,7 +126,9 @@ impl Builder {
         }
     }
 
-    /// Brings in the unit of use `ahead`, unless it is there. What is needed until then is there already, or is older than `ahead`.
+    /// Gathers the unit of use `ahead`, unless a slot holds it. The units of all earlier uses are
+    /// already in slots, and those slots are not evicted, because their next use comes before
+    /// `ahead`.
     fn gather(&mut self, ahead: usize) {
         let unit = self.uses[ahead].unit;
         if self.resident[unit].is_some() {
@@ -246,7 +251,7 @@ mod tests {
         }
     }
 
-    /// As many units as it takes to show that nothing is searched for: with a search it would take minutes.
+    /// Enough units that a builder or verifier that searches lists would take minutes.
     #[test]
     fn many_units_and_many_rounds_are_planned() {
         let units = 1 << 16;

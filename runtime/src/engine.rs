@@ -110,8 +110,8 @@ impl Engine {
         Engine::make(communicator, device, layout, policy, true)
     }
 
-    /// As [`Engine::new`], but for forward passes alone: without gradients and moments. A load reads the weights alone; training steps and
-    /// saves are refused.
+    /// As [`Engine::new`], but for forward passes alone: without gradients and moments. A load
+    /// reads the weights alone; training steps and saves are refused.
     ///
     /// # Errors
     /// As for [`Engine::new`].

@@ -49,7 +49,8 @@ struct Memory {
     replicated: HashMap<usize, usize>,
     updated: HashMap<usize, usize>,
     agreed: Option<usize>,
-    /// The last computation, gather, reduction and sum over groups. What is ordered after one of these is ordered after all earlier ones of its kind, because each kind
+    /// The last computation, gather, reduction and sum over groups. An operation that is ordered
+    /// after one of these is also ordered after all earlier ones of that kind, because each kind
     /// has a first-in, first-out queue.
     last: [Option<usize>; QUEUES],
     /// (unit, pass) → computations.

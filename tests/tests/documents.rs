@@ -1,5 +1,5 @@
-//! Every command in README.md and in docs runs as it stands there. A command that is not in the table below fails the test, so whoever writes
-//! one decides how it is tested.
+//! Runs every command in README.md and docs as the document states it. A command without a row in
+//! the table below fails the test, so each author of a command chooses how it is tested.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -19,7 +19,8 @@ enum How {
     With(&'static str),
     /// Letters stand for values of the reader's: it runs with these in their places.
     For(&'static [(&'static str, &'static str)]),
-    /// Its arguments for our program are parsed, because it needs what is not here: hosts, a cluster, another launcher.
+    /// The test only parses the arguments of our program, because the command needs hosts, a
+    /// cluster or another launcher.
     Parsed,
     /// A script has this line, because the command builds, or takes long.
     In(&'static str, &'static str),
@@ -33,7 +34,8 @@ const SHORT: &str = "--model tiny --steps 1 --validation-samples 16 --data text"
 const SHORT_RUN: &str = "--only 3.3M/constant-16-seed-1 --samples 64 --validation-samples 16 --data text";
 const SHORT_SIZES: &str = "-b 1K -e 1K -n 2 -w 1";
 
-/// Every command, in the order in which they are run: later ones find what earlier ones have written.
+/// Every command, in the order in which the tests run them. Later commands read what earlier ones
+/// have written.
 const TABLE: &[(&str, How)] = &[
     ("cargo run --release -- train", With(SHORT_DEFAULT)),
     ("cargo run --release -- generate --prompt \"impl \"", AsItStands),
@@ -130,7 +132,8 @@ fn what_builds_or_takes_long_is_in_a_script() {
     }
 }
 
-/// Puts the programs where the documents say that they are: on the PATH, in target/release, and behind `cargo run --release --`.
+/// Installs the programs where the documents expect them: on the PATH, in target/release, and
+/// behind `cargo run --release --`.
 fn install(place: &Workplace) {
     fs::create_dir_all(place.path("target/release")).unwrap();
     fs::create_dir(place.path("bin")).unwrap();

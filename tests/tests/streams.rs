@@ -1,4 +1,5 @@
-//! stdout and stderr that are full, closed or slow to be read: output is never lost in silence, and nothing panics.
+//! Runs commands with a full or closed stdout or stderr. No output is lost silently, and nothing
+//! panics.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -153,7 +154,8 @@ fn text_comes_as_it_is_made_and_stays_when_it_is_interrupted() {
     assert!(status.success(), "{status}");
 }
 
-/// Runs the program on a terminal of its own, made by util-linux's `script`; none where there is none, which is said.
+/// Runs the program on a pseudo-terminal that util-linux's `script` makes. Returns nothing, and
+/// says so, where `script` is missing.
 fn on_terminal(place: &Workplace, arguments: &str) -> Option<Ended> {
     let found = Command::new("script").arg("--version").output();
     if !found.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("util-linux")) {

@@ -1,4 +1,5 @@
-//! The builder in its plainest form, for tests: it searches lists wherever [`super::Builder`] looks up, and takes the square of a plan's length.
+//! The reference builder for tests. It searches lists where [`super::Builder`] keeps indices, so
+//! its time is quadratic in the plan's length.
 
 use crate::plan::{Action, Fill, Operation, Outline, Pass, Plan};
 
@@ -17,7 +18,8 @@ pub(crate) struct Builder {
     operations: Vec<Operation>,
     weights: Vec<WeightSlot>,
     gradients: Vec<GradientSlot>,
-    /// Units whose last reduction has been started, and that reduction, until they are summed over the groups.
+    /// Units whose last reduction has been started, and that reduction, until they are summed over
+    /// the groups.
     to_replicate: Vec<(usize, usize)>,
     /// The last operation of each kind that the agreement waits for.
     last_compute: Option<usize>,
@@ -146,12 +148,14 @@ impl Builder {
         }
     }
 
-    /// The slot that backward pass `index` adds to, and the reduction that must have read it before.
+    /// The slot that backward pass `index` adds to, and the reduction that must have read it
+    /// before.
     fn fill(&mut self, index: usize) -> (Fill, Option<usize>) {
         let Use { unit, round, .. } = self.uses[index];
         let again = |use_: &Use| use_.unit == unit && use_.pass == Pass::Backward;
         let whole = self.outline.gradients.is_none();
-        // Not through the rounds that follow: a plan of many rounds would take their square to make.
+        // Not through the rounds that follow: a plan of many rounds would take their square to
+        // make.
         let mut rest = self.uses[index + 1..].iter().take_while(|use_| use_.round == round);
         let last = !rest.any(again) && (!whole || round + 1 == self.rounds);
         if let Some(slot) = self.gradients.iter().position(|slot| slot.unit == Some(unit)) {
@@ -189,5 +193,6 @@ impl Builder {
     }
 }
 
-/// Reductions to shards that may be under way before the first of them is waited for, to sum its shard over the groups.
+/// Reductions to shards that may be under way before the first of them is waited for, to sum its
+/// shard over the groups.
 const LAG: usize = 1;

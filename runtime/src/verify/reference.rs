@@ -1,4 +1,5 @@
-//! The verifier in its plainest form, for tests: it walks over all that came before wherever [`super::verify`] keeps the last of a kind.
+//! The reference verifier for tests. It walks over all earlier operations where [`super::verify`]
+//! keeps the last operation of a kind.
 
 use std::collections::HashMap;
 
