@@ -73,17 +73,17 @@ fn group(identities: &[String], rank: usize, backend: Backend) -> Hosts {
     let even = ranks.iter().all(|host| host.len() == ranks[0].len());
     if backend == Backend::Mpi || !even {
         if !even && rank == 0 {
-            eprintln!(
-                "pillion: hosts have different numbers of ranks, so every rank talks to every other over the network"
+            crate::launcher::say(
+                "hosts have different numbers of ranks, so every rank talks to every other over the network",
             );
         }
         ranks = (0..identities.len()).map(|rank| vec![rank]).collect();
     }
     let consecutive = |host: &Vec<usize>| host.windows(2).all(|pair| pair[0] + 1 == pair[1]);
     if !ranks.iter().all(consecutive) && rank == 0 {
-        eprintln!(
-            "pillion: the ranks of a host are not consecutive, so sums run in an order that one host cannot reproduce; \
-             place ranks in blocks (mpirun --map-by slot) where that matters"
+        crate::launcher::say(
+            "the ranks of a host are not consecutive, so sums run in an order that one host cannot reproduce; \
+             place ranks in blocks (mpirun --map-by slot) where that matters",
         );
     }
     let own = ranks.iter().position(|host| host.contains(&rank)).expect("every rank has an identity");

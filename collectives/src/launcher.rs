@@ -331,7 +331,7 @@ impl Drop for Job {
 }
 
 /// A line on stderr, in one piece, since ranks write there too; a closed stderr must not bring the launcher down.
-fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     use io::Write;
     let _ = io::stderr().write_all(format!("pillion: {line}\n").as_bytes());
 }

@@ -30,6 +30,7 @@ pub const BACKWARD_FLOPS: f64 = 2.0;
 
 /// Far beyond any model, and far below where the number of parameters overflows.
 const LARGEST_SIZE: usize = 1 << 18;
+const MOST_LAYERS: usize = 1 << 16;
 
 /// A model that cannot be.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -121,6 +122,9 @@ impl Config {
         }
         if let Some((name, size)) = sizes.into_iter().find(|&(_, size)| size > LARGEST_SIZE) {
             return fail(format!("{name} is {size}: it must be at most {LARGEST_SIZE}"));
+        }
+        if self.num_hidden_layers > MOST_LAYERS {
+            return fail(format!("num_hidden_layers is {}: it must be at most {MOST_LAYERS}", self.num_hidden_layers));
         }
         if !width.is_multiple_of(heads) {
             return fail(format!(

@@ -35,6 +35,9 @@ pub enum Error {
     /// A gradient or loss that is not finite has ended the run; on rank 0.
     #[error("{0}")]
     NonFinite(String),
+    /// stdout takes nothing more, and it is where the command's result goes.
+    #[error("cannot write to stdout: {0}: free some space, or send the output elsewhere")]
+    Stdout(std::io::Error),
     /// Rank 0 has failed, and said why; exit code [`launcher::EXIT_CONSEQUENCE`].
     #[error("rank 0 gave up")]
     ByRankZero,

@@ -1,5 +1,7 @@
 //! Text out: token by token, each from a forward pass over what came before.
 
+use std::ops::ControlFlow;
+
 use pillion_kernels::random;
 use pillion_runtime::{Engine, Error};
 
@@ -23,25 +25,55 @@ pub fn generate(
     temperature: f64,
     seed: u64,
 ) -> Result<Vec<u16>, Error> {
+    let mut text = Vec::new();
+    generate_each(engine, model, seq, prompt, count, temperature, seed, |token| {
+        text.push(token);
+        Ok::<_, Error>(ControlFlow::Continue(()))
+    })?;
+    Ok(text)
+}
+
+/// As [`generate`], but hands each token to `each` as soon as it is chosen, until that breaks.
+///
+/// # Errors
+/// As for [`generate`], and those of `each`.
+///
+/// # Panics
+/// With an empty prompt.
+pub(crate) fn generate_each<E: From<Error>>(
+    engine: &mut Engine,
+    model: &mut Model,
+    seq: usize,
+    prompt: &[u16],
+    count: usize,
+    temperature: f64,
+    seed: u64,
+    mut each: impl FnMut(u16) -> Result<ControlFlow<()>, E>,
+) -> Result<(), E> {
     assert!(!prompt.is_empty(), "text goes on from a prompt of at least one token");
-    let mut tokens = prompt.to_vec();
+    // No token sees more than `seq` before it.
+    let mut context = prompt[prompt.len().saturating_sub(seq)..].to_vec();
     for index in 0..count {
-        let start = tokens.len().saturating_sub(seq);
-        let context = &tokens[start..];
         let last = context.len() - 1;
         // What follows the context cannot influence it: attention is causal.
         let mut inputs = vec![0; model.tokens()];
-        inputs.iter_mut().zip(context).for_each(|(input, &token)| *input = u32::from(token));
+        inputs.iter_mut().zip(&context).for_each(|(input, &token)| *input = u32::from(token));
         let mut step = engine.begin_evaluation(1)?;
         let logits = model.logits(&mut step, &inputs)?;
         step.end()?;
         let vocab = logits.len() / inputs.len();
         // A model may know more tokens than the tokenizer has.
         let known = &logits[last * vocab..][..vocab.min(tokenizer::VOCAB)];
-        let chosen = choose(known, temperature, random::uniform(seed, 0, index as u64));
-        tokens.push(chosen as u16);
+        let chosen = choose(known, temperature, random::uniform(seed, 0, index as u64)) as u16;
+        if context.len() == seq {
+            context.remove(0);
+        }
+        context.push(chosen);
+        if each(chosen)?.is_break() {
+            break;
+        }
     }
-    Ok(tokens.split_off(prompt.len()))
+    Ok(())
 }
 
 /// The token at which the cumulated probabilities pass `uniform`.

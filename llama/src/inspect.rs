@@ -69,11 +69,11 @@ pub(crate) fn inspect(command: &CheckpointCommand) -> Result<i32, Error> {
     };
     let found: Vec<Found> = folders(dir)?.iter().map(look).collect();
     if *json {
-        crate::print(serde_json::to_string_pretty(&found).expect("plain values"));
+        crate::print_result(serde_json::to_string_pretty(&found).expect("plain values"))?;
     } else {
-        crate::print(table(&found, verify));
+        crate::print_result(table(&found, verify))?;
         if let [Found { contents: Some(contents), .. }] = &*found {
-            crate::print(units(contents));
+            crate::print_result(units(contents))?;
         }
         found.iter().filter_map(|found| found.error.as_ref()).for_each(crate::complain);
     }

@@ -15,6 +15,7 @@
 //! | `config` | shapes of models, their tensors and presets |
 //! | `model` | forward and backward, unit by unit |
 //! | `generate` | text out |
+//! | `output` | stdout and stderr, which may be full or closed |
 //! | `data` | text in, batches out |
 #![forbid(unsafe_code)]
 
@@ -27,6 +28,7 @@ mod experiment;
 mod generate;
 mod inspect;
 pub mod model;
+mod output;
 mod plan;
 mod run_folder;
 pub mod settings;
@@ -37,23 +39,30 @@ mod verify_data;
 pub use error::Error;
 pub use generate::generate;
 
-use std::io::Write;
+use std::ffi::OsString;
 
 use pillion_kernels::cpu::Isa;
+
+pub(crate) use output::{complain, print, print_result};
 use settings::{AbsCommand, Cli, Command, ExperimentCommand};
 
 /// Runs the program with its arguments, the first of which is its name; returns the exit code: 0 when done, 1 after a failure, 2 for
 /// settings that cannot be, 69 when a rank was lost, 75 when a signal ended a run early, and what the launcher says of ranks that
 /// were killed.
-pub fn main(arguments: &[String]) -> i32 {
-    let cli = match Cli::from_arguments(arguments) {
-        Ok(cli) => cli,
-        Err((message, 0)) => {
-            print!("{message}");
-            return 0;
+pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
+    let arguments: Result<Vec<String>, OsString> = arguments.map(OsString::into_string).collect();
+    let arguments = match arguments {
+        Ok(arguments) => arguments,
+        Err(argument) => {
+            return ended(Err(Error::Setting(format!("the argument {} is not UTF-8", argument.display()))));
         }
+    };
+    let cli = match Cli::from_arguments(&arguments) {
+        Ok(cli) => cli,
+        // Help, or the version.
+        Err((message, 0)) => return ended(output::write(&message).map(|_| 0)),
         Err((message, code)) => {
-            eprint!("{message}");
+            output::complain_as_it_is(&message);
             return code;
         }
     };
@@ -68,19 +77,13 @@ pub fn main(arguments: &[String]) -> i32 {
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
     });
+    ended(result)
+}
+
+/// The exit code of a command; prints its error.
+fn ended(result: Result<i32, Error>) -> i32 {
     result.unwrap_or_else(|error| {
         complain(&error);
         error.code()
     })
-}
-
-/// Prints a line on stdout. A reader that has gone (`| head`) or a full disk ends no training: what counts is in files.
-pub(crate) fn print(what: impl std::fmt::Display) {
-    let _ = std::io::stdout().write_all(format!("{what}\n").as_bytes());
-}
-
-/// A line on stderr, in one piece: ranks that fail at the same moment write to the same terminal.
-fn complain(what: impl std::fmt::Display) {
-    // There is nobody to tell that stderr is closed.
-    let _ = std::io::stderr().write_all(format!("pillion: {what}\n").as_bytes());
 }

@@ -21,6 +21,9 @@ pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::simulate::SimulateArgs;
 use crate::train::CHANGEABLE;
 
+/// A year, in seconds.
+const LONGEST_TIMEOUT: u64 = 365 * 24 * 60 * 60;
+
 /// Trains Llama-2 models, sharded over ranks.
 #[derive(Debug, Parser)]
 #[command(name = "pillion", version, arg_required_else_help = true)]
@@ -375,7 +378,7 @@ pub struct TrainArgs {
     #[arg(long)]
     pub trace: bool,
     /// Seconds after which a rank that waits for another gives up.
-    #[arg(long, value_name = "S", default_value_t = 300)]
+    #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
     pub timeout: u64,
     /// Device, for tests.
     #[arg(long, value_enum, default_value = "cpu", hide = true)]

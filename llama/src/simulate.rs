@@ -6,7 +6,7 @@ use pillion_abs::simulation::{Interval, Scatter, Truth, simulate};
 use serde::Serialize;
 
 use crate::controller::by_flag;
-use crate::{Error, print};
+use crate::{Error, print_result};
 
 /// Most normal numbers to draw: some minutes.
 const MOST_DRAWS: u64 = 1 << 35;
@@ -70,8 +70,8 @@ pub(crate) fn run(settings: &SimulateArgs) -> Result<i32, Error> {
         rows.extend(scatters.into_iter().map(|scatter| Row { groups, scatter }));
     }
     match settings.json {
-        true => print(serde_json::to_string_pretty(&rows).expect("plain values")),
-        false => print(table(settings, &rows)),
+        true => print_result(serde_json::to_string_pretty(&rows).expect("plain values"))?,
+        false => print_result(table(settings, &rows))?,
     }
     Ok(0)
 }

@@ -32,9 +32,9 @@ pub(crate) fn verify(command: &DataCommand) -> Result<i32, Error> {
     let DataCommand::Verify(DataArgs { path, json }) = command;
     let found: Vec<Found> = files(path)?.into_iter().map(look).collect();
     if *json {
-        crate::print(serde_json::to_string_pretty(&found).expect("plain values"));
+        crate::print_result(serde_json::to_string_pretty(&found).expect("plain values"))?;
     } else {
-        crate::print(table(&found));
+        crate::print_result(table(&found))?;
         found.iter().filter_map(|found| found.error.as_ref()).for_each(crate::complain);
     }
     Ok(i32::from(found.iter().any(|found| found.error.is_some())))

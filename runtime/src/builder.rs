@@ -2,6 +2,12 @@
 //!
 //! Weight slots are a cache whose future is known, so what is needed last is evicted (Belady 1966). A gradient slot is taken by a unit's first
 //! backward pass, and free again once its reduction has read it; the longest free one is taken first.
+//!
+//! The builder never searches the list of uses. Planning time is therefore linear in the plan's
+//! length, up to a logarithmic factor.
+
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
 
 use crate::plan::{Action, Fill, Operation, Outline, Pass, Plan};
 
@@ -17,9 +23,20 @@ pub(crate) struct Builder {
     outline: Outline,
     rounds: usize,
     uses: Vec<Use>,
+    /// For each use the next one of the same unit, [`NEVER`] after the last.
+    next: Vec<usize>,
     operations: Vec<Operation>,
     weights: Vec<WeightSlot>,
-    gradients: Vec<GradientSlot>,
+    /// Weight slots, ordered by the next use of the unit that they hold. The last entry is evicted
+    /// first. Among slots without a next use, that is the lowest slot.
+    by_next_use: BTreeSet<(usize, Reverse<usize>)>,
+    /// Unit → the weight slot that holds it.
+    resident: Vec<Option<usize>>,
+    /// Free gradient slots, ordered by the reduction that freed them. Slots that were never used
+    /// come first, then the one that has been free longest.
+    free: BTreeSet<(Option<usize>, usize)>,
+    /// Unit → the gradient slot that it adds to.
+    adds_to: Vec<Option<usize>>,
     /// Units whose last reduction has been started, and that reduction, until they are summed over the groups.
     to_replicate: Vec<(usize, usize)>,
     /// The last operation of each kind that the agreement waits for.
@@ -29,19 +46,16 @@ pub(crate) struct Builder {
     train: bool,
 }
 
-#[derive(Clone, Default)]
+/// Beyond every use.
+const NEVER: usize = usize::MAX;
+
+#[derive(Clone)]
 struct WeightSlot {
     unit: Option<usize>,
+    next_use: usize,
     gather: usize,
     /// The last operation that computes with its present content.
     last_use: Option<usize>,
-}
-
-#[derive(Clone, Default)]
-struct GradientSlot {
-    unit: Option<usize>,
-    /// The reduction of what it held last.
-    reduction: Option<usize>,
 }
 
 impl Builder {
@@ -54,13 +68,23 @@ impl Builder {
         let forward = |round| outline.order.iter().map(move |&unit| Use { unit, pass: Pass::Forward, round });
         let backward = |round| outline.order.iter().rev().map(move |&unit| Use { unit, pass: Pass::Backward, round });
         let uses = (0..rounds).flat_map(|round| forward(round).chain(backward(round)));
-        let uses = uses.filter(|use_| train || use_.pass == Pass::Forward).collect();
+        let uses: Vec<Use> = uses.filter(|use_| train || use_.pass == Pass::Forward).collect();
+        let (mut next, mut later) = (vec![NEVER; uses.len()], vec![NEVER; units]);
+        for (index, use_) in uses.iter().enumerate().rev() {
+            next[index] = std::mem::replace(&mut later[use_.unit], index);
+        }
+        let empty = WeightSlot { unit: None, next_use: NEVER, gather: 0, last_use: None };
+        let slots = outline.weights.unwrap_or(0);
         Builder {
-            weights: vec![WeightSlot::default(); outline.weights.unwrap_or(0)],
-            gradients: vec![GradientSlot::default(); outline.gradients.unwrap_or(units)],
+            weights: vec![empty; slots],
+            by_next_use: (0..slots).map(|slot| (NEVER, Reverse(slot))).collect(),
+            resident: vec![None; units],
+            free: (0..outline.gradients.unwrap_or(units)).map(|slot| (None, slot)).collect(),
+            adds_to: vec![None; units],
             outline,
             rounds,
             uses,
+            next,
             operations: Vec::new(),
             to_replicate: Vec::new(),
             last_compute: None,
@@ -97,36 +121,46 @@ impl Builder {
     fn gathers(&mut self, index: usize) {
         if self.outline.weights.is_some() {
             for ahead in index..(index + 1 + self.outline.prefetch).min(self.uses.len()) {
-                self.gather(index, ahead);
+                self.gather(ahead);
             }
         }
     }
 
-    /// Brings in the unit of use `ahead`, unless it is there, while use `now` is about to start.
-    fn gather(&mut self, now: usize, ahead: usize) {
+    /// Gathers the unit of use `ahead`, unless a slot holds it. The units of all earlier uses are
+    /// already in slots, and those slots are not evicted, because their next use comes before
+    /// `ahead`.
+    fn gather(&mut self, ahead: usize) {
         let unit = self.uses[ahead].unit;
-        if self.weights.iter().any(|slot| slot.unit == Some(unit)) {
+        if self.resident[unit].is_some() {
             return;
         }
-        let next_use = |slot: &WeightSlot| {
-            let rest = &self.uses[now..];
-            slot.unit.and_then(|unit| rest.iter().position(|use_| use_.unit == unit)).unwrap_or(usize::MAX)
-        };
-        let slot = if self.weights.len() >= self.outline.units() {
+        let slot = if self.weights.len() >= self.resident.len() {
             unit
         } else {
-            let candidates = (0..self.weights.len()).filter(|&slot| next_use(&self.weights[slot]) > ahead - now);
-            let slot = candidates.max_by_key(|&slot| (next_use(&self.weights[slot]), self.weights.len() - slot));
-            slot.expect("there are more slots than uses from now to then")
+            let (next_use, Reverse(slot)) = self.by_next_use.last().expect("there are slots");
+            assert!(*next_use > ahead, "there are more slots than uses from now to then");
+            *slot
         };
         let released = self.weights[slot].last_use;
         let gather = self.push(Action::Gather { unit, slot }, released);
-        self.weights[slot] = WeightSlot { unit: Some(unit), gather, last_use: None };
+        if let Some(evicted) = self.weights[slot].unit.replace(unit) {
+            self.resident[evicted] = None;
+        }
+        self.resident[unit] = Some(slot);
+        (self.weights[slot].gather, self.weights[slot].last_use) = (gather, None);
+        self.expect(slot, ahead);
+    }
+
+    /// Notes when a weight slot's content is used next.
+    fn expect(&mut self, slot: usize, next_use: usize) {
+        let before = std::mem::replace(&mut self.weights[slot].next_use, next_use);
+        self.by_next_use.remove(&(before, Reverse(slot)));
+        self.by_next_use.insert((next_use, Reverse(slot)));
     }
 
     fn compute(&mut self, index: usize) {
         let Use { unit, pass, round } = self.uses[index];
-        let resident = self.weights.iter().position(|slot| slot.unit == Some(unit));
+        let resident = self.resident[unit];
         let gather = resident.map(|slot| self.weights[slot].gather);
         let (fill, free) = match pass {
             Pass::Forward => (None, None),
@@ -142,6 +176,7 @@ impl Builder {
         let compute = self.push(action, gather.into_iter().chain(free));
         if let Some(slot) = resident {
             self.weights[slot].last_use = Some(compute);
+            self.expect(slot, self.next[index]);
         }
         self.last_compute = Some(compute);
         if let Some(Fill { slot, last: true, .. }) = fill {
@@ -152,19 +187,21 @@ impl Builder {
     /// The slot that backward pass `index` adds to, and the reduction that must have read it before.
     fn fill(&mut self, index: usize) -> (Fill, Option<usize>) {
         let Use { unit, round, .. } = self.uses[index];
-        let again = |use_: &Use| use_.unit == unit && use_.pass == Pass::Backward;
         let whole = self.outline.gradients.is_none();
-        // Not through the rounds that follow: a plan of many rounds would take their square to make.
-        let mut rest = self.uses[index + 1..].iter().take_while(|use_| use_.round == round);
-        let last = !rest.any(again) && (!whole || round + 1 == self.rounds);
-        if let Some(slot) = self.gradients.iter().position(|slot| slot.unit == Some(unit)) {
+        // After its backward passes of a round, a unit's next use is a forward pass.
+        let again = self.uses.get(self.next[index]).is_some_and(|next| next.pass == Pass::Backward);
+        let last = !again && (!whole || round + 1 == self.rounds);
+        if let Some(slot) = self.adds_to[unit] {
             return (Fill { slot, first: false, last }, None);
         }
-        let free = (0..self.gradients.len()).filter(|&slot| self.gradients[slot].unit.is_none());
-        let longest = free.min_by_key(|&slot| self.gradients[slot].reduction);
-        let slot = if whole { unit } else { longest.expect("each unit that is used twice has a slot more") };
-        self.gradients[slot].unit = Some(unit);
-        (Fill { slot, first: true, last }, self.gradients[slot].reduction)
+        let (slot, reduction) = if whole {
+            (unit, None)
+        } else {
+            let (reduction, slot) = self.free.pop_first().expect("each unit that is used twice has a slot more");
+            (slot, reduction)
+        };
+        self.adds_to[unit] = Some(slot);
+        (Fill { slot, first: true, last }, reduction)
     }
 
     fn reduce(&mut self, unit: usize, slot: usize, round: usize, compute: usize) {
@@ -172,7 +209,8 @@ impl Builder {
         if self.outline.sharded {
             let round = if self.outline.gradients.is_some() { round } else { 0 };
             reduced = self.push(Action::Reduce { unit, slot, round }, [compute]);
-            self.gradients[slot] = GradientSlot { unit: None, reduction: Some(reduced) };
+            self.adds_to[unit] = None;
+            self.free.insert((Some(reduced), slot));
             self.last_reduce = Some(reduced);
         }
         if self.outline.replicated && round + 1 == self.rounds {
@@ -194,3 +232,46 @@ impl Builder {
 
 /// Reductions to shards that may be under way before the first of them is waited for, to sum its shard over the groups.
 const LAG: usize = 1;
+
+#[cfg(test)]
+mod reference;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::tests::outlines;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+        #[test]
+        fn plans_are_those_of_the_plain_builder(outline in outlines(), rounds in 1usize..4, train: bool) {
+            let plan = Builder::new(outline.clone(), rounds, train).build();
+            prop_assert_eq!(plan, reference::Builder::new(outline, rounds, train).build());
+        }
+    }
+
+    /// Enough units that a builder or verifier that searches lists would take minutes.
+    #[test]
+    fn many_units_and_many_rounds_are_planned() {
+        let units = 1 << 16;
+        let outline = |weights, gradients, prefetch| Outline {
+            order: (0..units).collect(),
+            prefetch,
+            weights: Some(weights),
+            gradients,
+            sharded: true,
+            replicated: true,
+        };
+        for (outline, rounds) in [
+            (outline(2, Some(2), 1), 1),
+            (outline(units, None, 1), 1),
+            (outline(units / 2, Some(units / 2), 1000), 1),
+            (Outline { order: (0..64).collect(), ..outline(2, Some(2), 1) }, 1024),
+        ] {
+            let units = outline.units();
+            let plan = Plan::step(&outline, rounds).verify().expect("the planner makes no races");
+            assert!(plan.operations.len() >= (3 * rounds + 1) * units);
+        }
+    }
+}

@@ -35,6 +35,8 @@ pub struct Engine {
     /// Updates made so far.
     pub(crate) updates: u64,
     pub(crate) health: Health,
+    /// Whether there are gradients and moments.
+    pub(crate) trains: bool,
     pub(crate) recording: Option<Recording>,
     pub(crate) measures_groups: bool,
     /// The noise-to-gradient ratio that a coordinate may have, where groups are compared.
@@ -105,16 +107,44 @@ impl Engine {
         layout: Layout,
         policy: Policy,
     ) -> Result<Engine, Error> {
+        Engine::make(communicator, device, layout, policy, true)
+    }
+
+    /// As [`Engine::new`], but for forward passes alone: without gradients and moments. A load
+    /// reads the weights alone; training steps and saves are refused.
+    ///
+    /// # Errors
+    /// As for [`Engine::new`].
+    ///
+    /// # Panics
+    /// As for [`Engine::new`].
+    pub fn for_evaluation(
+        communicator: Arc<Communicator>,
+        device: Arc<dyn Device>,
+        layout: Layout,
+        policy: Policy,
+    ) -> Result<Engine, Error> {
+        Engine::make(communicator, device, layout, policy, false)
+    }
+
+    fn make(
+        communicator: Arc<Communicator>,
+        device: Arc<dyn Device>,
+        layout: Layout,
+        policy: Policy,
+        trains: bool,
+    ) -> Result<Engine, Error> {
         let mesh = policy.mesh(communicator.world())?;
         assert_eq!(layout.shards, mesh.shard, "a layout is made for its mesh");
-        let digest = xxh3_64(format!("{layout:?} {policy:?}").as_bytes());
+        let digest = xxh3_64(format!("{layout:?} {policy:?} {trains}").as_bytes());
         let digests = communicator.all_gather_scalars(&[digest])?;
         if let Some(rank) = digests.iter().position(|other| other != &digests[0]) {
             return Err(Error::Different { rank });
         }
         let axes = Axes::new(communicator.clone(), &policy)?;
         // Of a failure of its own this rank tells the others, which would wait for it.
-        Engine::allocate(axes, device, layout, policy, mesh).inspect_err(|error| communicator.abort(&error.to_string()))
+        let made = Engine::allocate(axes, device, layout, policy, mesh, trains);
+        made.inspect_err(|error| communicator.abort(&error.to_string()))
     }
 
     fn allocate(
@@ -123,17 +153,22 @@ impl Engine {
         layout: Layout,
         policy: Policy,
         mesh: Mesh,
+        trains: bool,
     ) -> Result<Engine, Error> {
         let outline = Outline::new(&layout, &policy, mesh);
         let optimizer = layout.units.iter().map(|unit| {
             let allocate = || device.allocate(DType::F32, unit.shard);
             let master = if policy.weights == DType::F32 { None } else { Some(allocate()?) };
-            Ok(OptimizerShard { master, m: allocate()?, v: allocate()? })
+            let moment = || if trains { allocate() } else { device.allocate(DType::F32, 0) };
+            Ok(OptimizerShard { master, m: moment()?, v: moment()? })
         });
         let optimizer = optimizer.collect::<Result<_, Error>>()?;
         Ok(Engine {
             weights: WeightStore::new(&axes, &*device, &layout, &policy, &outline)?,
-            gradients: GradientStore::new(&axes, &*device, &layout, &policy, &outline)?,
+            gradients: match trains {
+                true => GradientStore::new(&axes, &*device, &layout, &policy, &outline)?,
+                false => GradientStore::default(),
+            },
             optimizer,
             written: vec![Event::PAST; layout.units.len()],
             norms: device.allocate(DType::F64, 2 * layout.units.len())?,
@@ -145,6 +180,7 @@ impl Engine {
             events: Vec::new(),
             updates: 0,
             health: Health::Good,
+            trains,
             recording: None,
             measures_groups: true,
             compares_groups: None,
@@ -273,6 +309,7 @@ impl Engine {
     /// # Errors
     /// When an earlier step did not end well.
     pub fn begin(&mut self, rounds: usize) -> Result<Step<'_>, Error> {
+        self.check_trains()?;
         self.begin_kind(Kind::Train, rounds)
     }
 
@@ -311,6 +348,14 @@ impl Engine {
         let plan = Arc::new(plan());
         self.plans.insert((kind, rounds), plan.clone());
         plan
+    }
+
+    fn check_trains(&self) -> Result<(), Error> {
+        if self.trains {
+            return Ok(());
+        }
+        let reason = "this engine has no gradients and no optimizer state: make one that trains, with Engine::new";
+        Err(Error::Policy(reason.to_owned()))
     }
 
     pub(crate) fn check_health(&self) -> Result<(), Error> {
@@ -380,6 +425,7 @@ impl Engine {
     /// # Errors
     /// As for [`Engine::state`].
     pub fn read_state(&self, unit: usize, state: &mut State) -> Result<(), Error> {
+        self.check_trains()?;
         self.check_health()?;
         let shard = &self.optimizer[unit];
         let master = shard.master.as_ref().map_or_else(|| self.weights.shard(unit), Buffer::view);
@@ -404,8 +450,10 @@ impl Engine {
             self.check_health()?;
         }
         let shard = &mut self.optimizer[unit];
-        self.queue.upload(shard.m.view_mut(), &state.m);
-        self.queue.upload(shard.v.view_mut(), &state.v);
+        if self.trains {
+            self.queue.upload(shard.m.view_mut(), &state.m);
+            self.queue.upload(shard.v.view_mut(), &state.v);
+        }
         let weights = self.weights.shard_mut(unit)?;
         match &mut shard.master {
             Some(master) => {

@@ -22,6 +22,8 @@ pub(crate) mod sideband {
     pub(crate) const LEN: usize = 4;
 }
 
+/// By default without slots: where nothing is trained.
+#[derive(Default)]
 pub(crate) struct GradientStore {
     slots: Vec<Slot>,
     /// The sums of each unit, `[shard]`. None at all where nothing is sharded: then a unit's slot becomes its sum.

@@ -141,12 +141,9 @@ impl Layout {
     /// # Panics
     /// When a unit is never used, or there is no such unit.
     pub fn visiting(self, order: Vec<usize>) -> Layout {
-        let used = |unit: usize| order.contains(&unit);
-        assert!(
-            (0..self.units.len()).all(used) && order.iter().all(|&unit| unit < self.units.len()),
-            "an order {order:?} of {} units",
-            self.units.len()
-        );
+        let mut used = vec![false; self.units.len()];
+        let exist = order.iter().all(|&unit| used.get_mut(unit).map(|used| *used = true).is_some());
+        assert!(exist && used.iter().all(|&used| used), "an order {order:?} of {} units", self.units.len());
         Layout { order, ..self }
     }
 

@@ -130,8 +130,9 @@ impl Outline {
 
     /// Number of units that a forward pass uses more than once.
     pub(crate) fn used_twice(&self) -> usize {
-        let uses = |unit: usize| self.order.iter().filter(|&&other| other == unit).count();
-        (0..self.units()).filter(|&unit| uses(unit) > 1).count()
+        let mut uses = vec![0; self.units()];
+        self.order.iter().for_each(|&unit| uses[unit] += 1);
+        uses.into_iter().filter(|&uses| uses > 1).count()
     }
 }
 

@@ -4,25 +4,29 @@
 //! What is complete when an operation starts is kept as a vector clock: for each queue, how many of its operations. Queues are
 //! first-in, first-out, so a number for each says it all.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::plan::{Action, Fill, Operation, Pass, Plan, PlanError};
 
 const QUEUES: usize = 4;
+const COMPUTE: usize = 0;
+const GATHER: usize = 1;
+const REDUCE: usize = 2;
+const REPLICATE: usize = 3;
 
 fn queue(action: Action) -> usize {
     match action {
-        Action::Compute { .. } | Action::Agree | Action::Update { .. } => 0,
-        Action::Gather { .. } => 1,
-        Action::Reduce { .. } => 2,
-        Action::AllReduce { .. } => 3,
+        Action::Compute { .. } | Action::Agree | Action::Update { .. } => COMPUTE,
+        Action::Gather { .. } => GATHER,
+        Action::Reduce { .. } => REDUCE,
+        Action::AllReduce { .. } => REPLICATE,
     }
 }
 
 /// See [`Plan::verify`].
 pub(crate) fn verify(plan: &Plan) -> Result<(), PlanError> {
     let order = Order::of(plan)?;
-    let mut memory = Memory::default();
+    let mut memory = Memory { units: plan.outline.units(), ..Memory::default() };
     for index in 0..plan.operations.len() {
         memory.follow(plan, &order, index)?;
     }
@@ -32,7 +36,10 @@ pub(crate) fn verify(plan: &Plan) -> Result<(), PlanError> {
 /// What is in memory at a point of the list.
 #[derive(Default)]
 struct Memory {
+    units: usize,
     weights: HashMap<usize, Resident>,
+    /// Units that a slot holds.
+    resident: HashSet<usize>,
     /// Gradient slot → what backward passes have added up there and no reduction has read.
     filled: HashMap<usize, Filled>,
     /// Gradient slot → the last reduction that read it.
@@ -42,6 +49,10 @@ struct Memory {
     replicated: HashMap<usize, usize>,
     updated: HashMap<usize, usize>,
     agreed: Option<usize>,
+    /// The last computation, gather, reduction and sum over groups. An operation that is ordered
+    /// after one of these is also ordered after all earlier ones of that kind, because each kind
+    /// has a first-in, first-out queue.
+    last: [Option<usize>; QUEUES],
     /// (unit, pass) → computations.
     uses: HashMap<(usize, Pass), usize>,
 }
@@ -64,11 +75,8 @@ impl Memory {
         let action = plan.operations[index].action;
         let race = |what| PlanError::Race { index, action, what };
         let need = |earlier: usize, what| if order.is_before(earlier, index) { Ok(()) } else { Err(race(what)) };
-        let all_before = |wanted: fn(Action) -> bool, what| {
-            (0..index)
-                .filter(|&earlier| wanted(plan.operations[earlier].action))
-                .try_for_each(|earlier| need(earlier, what))
-        };
+        let last = self.last;
+        let all_before = |queue: usize, what| last[queue].map_or(Ok(()), |earlier| need(earlier, what));
         let within = |slot: usize, slots: usize| match slot < slots {
             true => Ok(()),
             false => Err(PlanError::Slot { index, action, slots }),
@@ -80,17 +88,20 @@ impl Memory {
             Action::Gather { unit, slot } => {
                 let slots = plan.outline.weights.unwrap_or(0);
                 within(slot, slots)?;
-                if slots >= plan.outline.units() && slot != unit {
+                if slots >= self.units && slot != unit {
                     return Err(race("its own slot, which each unit has where there are as many"));
                 }
-                if self.weights.values().any(|resident| resident.unit == unit) {
+                if self.resident.contains(&unit) {
                     return Err(race("the end of what an earlier gather of it brought"));
                 }
                 if let Some(resident) = self.weights.get(&slot) {
                     need(resident.gather, "the gather that filled its slot")?;
                     resident.uses.iter().try_for_each(|&earlier| need(earlier, "every use of what its slot held"))?;
                 }
-                self.weights.insert(slot, Resident { unit, gather: index, uses: Vec::new() });
+                if let Some(replaced) = self.weights.insert(slot, Resident { unit, gather: index, uses: Vec::new() }) {
+                    self.resident.remove(&replaced.unit);
+                }
+                self.resident.insert(unit);
             }
             Action::Compute { unit, pass, weights, gradients } => {
                 if plan.outline.weights.is_some() {
@@ -104,7 +115,7 @@ impl Memory {
                     return Err(race("a gradient slot of a backward pass"));
                 }
                 if let Some(Fill { slot, first, last }) = gradients {
-                    within(slot, plan.outline.gradients.unwrap_or(plan.outline.units()))?;
+                    within(slot, plan.outline.gradients.unwrap_or(self.units))?;
                     if let Some(&reduce) = self.reductions.get(&slot) {
                         need(reduce, "the reduction of what its gradient slot held")?;
                     }
@@ -139,17 +150,18 @@ impl Memory {
                 *self.replicated.entry(unit).or_insert(0) += 1;
             }
             Action::Agree => {
-                all_before(|action| matches!(action, Action::Compute { .. }), "every use of weights")?;
-                let reduces = |action| matches!(action, Action::Reduce { .. } | Action::AllReduce { .. });
-                all_before(reduces, "every reduction")?;
+                all_before(COMPUTE, "every use of weights")?;
+                all_before(REDUCE, "every reduction")?;
+                all_before(REPLICATE, "every reduction")?;
                 self.agreed = Some(index);
             }
             Action::Update { unit } => {
                 need(self.agreed.ok_or(race("an agreement"))?, "the agreement")?;
-                all_before(|action| matches!(action, Action::Gather { .. }), "every gather of what it writes")?;
+                all_before(GATHER, "every gather of what it writes")?;
                 *self.updated.entry(unit).or_insert(0) += 1;
             }
         }
+        self.last[queue(action)] = Some(index);
         Ok(())
     }
 
@@ -160,11 +172,11 @@ impl Memory {
         let stays = |filled: &Filled| filled.complete && !outline.sharded && !outline.replicated;
         if let Some(filled) = self.filled.values().find(|filled| !stays(filled)) {
             let (index, action) = (filled.backward, plan.operations[filled.backward].action);
-            return Err(PlanError::Race { index, action, what: "a reduction of what it computes" });
+            return Err(PlanError::Race { index, action, what: UNREDUCED });
         }
         let trains = self.agreed.is_some();
         let expected = |wanted: bool| usize::from(trains && wanted);
-        for unit in 0..outline.units() {
+        for unit in 0..self.units {
             for (what, times, expected) in [
                 ("summed over the groups", &self.replicated, expected(outline.replicated)),
                 ("updated", &self.updated, expected(true)),
@@ -184,6 +196,7 @@ impl Memory {
     }
 }
 
+const UNREDUCED: &str = "a reduction of what it computes";
 const BACKWARD: &str = "the backward pass that fills its slot";
 
 /// What is complete when an operation starts.
@@ -227,13 +240,16 @@ impl Order {
 }
 
 #[cfg(test)]
-mod tests {
+mod reference;
+
+#[cfg(test)]
+pub(crate) mod tests {
     use super::*;
     use crate::plan::Outline;
     use proptest::prelude::*;
 
     /// Any mesh, placement, depth and order of units, some of which may be used twice.
-    fn outlines() -> impl Strategy<Value = Outline> {
+    pub(crate) fn outlines() -> impl Strategy<Value = Outline> {
         let order = (1usize..7).prop_flat_map(|units| {
             let again = prop::collection::vec(0..units, 0..3);
             again.prop_map(move |again| (0..units).chain(again).collect::<Vec<usize>>())
@@ -294,6 +310,25 @@ mod tests {
         }
 
         #[test]
+        fn any_change_is_judged_as_by_the_plain_verifier(
+            outline in outlines(),
+            rounds in 1usize..3,
+            changes in prop::collection::vec((any::<prop::sample::Index>(), 0usize..7, 0usize..8), 1..3),
+        ) {
+            let mut plan = Plan::step(&outline, rounds);
+            for (index, kind, value) in changes {
+                let index = index.index(plan.operations.len());
+                change(&mut plan, index, kind, value);
+            }
+            let (ours, plain) = (verify(&plan), reference::verify(&plan));
+            match (&ours, &plain) {
+                // One of several, in no order.
+                (Err(PlanError::Race { what: UNREDUCED, .. }), Err(PlanError::Race { what: UNREDUCED, .. })) => {}
+                _ => prop_assert_eq!(ours, plain),
+            }
+        }
+
+        #[test]
         fn no_operation_can_be_left_out_or_done_twice(outline in outlines(), rounds in 1usize..3) {
             let plan = Plan::step(&outline, rounds);
             for index in 0..plan.operations.len() {
@@ -315,6 +350,26 @@ mod tests {
                 let refused = matches!(fewer.verify(), Err(PlanError::Slot { .. }));
                 prop_assert!(refused, "slot {}", most - 1);
             }
+        }
+    }
+
+    /// Replaces a number of an operation by `value`, one of its edges, or the operation's place.
+    fn change(plan: &mut Plan, index: usize, kind: usize, value: usize) {
+        let operations = plan.operations.len();
+        let operation = &mut plan.operations[index];
+        match (kind, &mut operation.action) {
+            (0, Action::Gather { unit, .. } | Action::Compute { unit, .. } | Action::Reduce { unit, .. })
+            | (0, Action::AllReduce { unit } | Action::Update { unit }) => *unit = value,
+            (1, Action::Gather { slot, .. } | Action::Reduce { slot, .. }) => *slot = value,
+            (1, Action::Compute { weights, .. }) => *weights = value,
+            (2, Action::Compute { gradients: Some(fill), .. }) => fill.slot = value,
+            (3, Action::Compute { gradients: Some(fill), .. }) => {
+                (fill.first, fill.last) = (value & 1 > 0, value & 2 > 0)
+            }
+            (4, Action::Reduce { round, .. }) => *round = value,
+            (5, _) if index > 0 && index + 1 < operations => plan.operations.swap(index, index + 1),
+            _ if operation.after.is_empty() => operation.after.extend(index.checked_sub(value + 1)),
+            _ => operation.after.clear(),
         }
     }
 

@@ -4,6 +4,7 @@
 //! the program.
 #![forbid(unsafe_code)]
 
+pub mod documents;
 pub mod golden;
 pub mod program;
 pub mod reference;

@@ -7,7 +7,7 @@ use std::fmt::{self, Write as _};
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -142,11 +142,20 @@ impl Workplace {
     ///
     /// # Panics
     /// When it does not start.
-    pub fn spawn(&self, mut command: Command) -> Running {
+    pub fn spawn(&self, command: Command) -> Running {
+        self.spawn_to(command, None, None)
+    }
+
+    /// As [`Workplace::spawn`], but stdout or stderr goes elsewhere.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn spawn_to(&self, mut command: Command, to_stdout: Option<Stdio>, to_stderr: Option<Stdio>) -> Running {
         let number = self.runs.fetch_add(1, Ordering::Relaxed);
         let [stdout, stderr] = ["stdout", "stderr"].map(|name| self.path(format!("{name}-{number}")));
-        let create = |path: &Path| File::create(path).expect("a new file");
-        command.stdout(create(&stdout)).stderr(create(&stderr)).stdin(std::process::Stdio::null());
+        let create = |path: &Path| Stdio::from(File::create(path).expect("a new file"));
+        command.stdout(to_stdout.unwrap_or_else(|| create(&stdout)));
+        command.stderr(to_stderr.unwrap_or_else(|| create(&stderr))).stdin(Stdio::null());
         let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         Running { child: Some(child), stdout, stderr }
     }

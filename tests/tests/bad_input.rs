@@ -1,6 +1,7 @@
 //! Whatever a user gets wrong: an exit code that is not 0, one line that names the thing and the remedy, and nothing broken behind.
 
 use std::fs;
+use std::process::Command;
 
 use pillion_tests::program::{TINY, Workplace};
 
@@ -50,6 +51,32 @@ fn data_that_cannot_be_trained_on() {
             &["validation needs at least one micro-batch of 8", "4 there are", "smaller --micro-batch"],
         )],
     );
+}
+
+#[test]
+fn data_that_is_a_stream_is_refused_for_what_it_is() {
+    let place = Workplace::new(PROGRAM);
+    let launches = ["--ranks 1", "--ranks 2", "--ranks 2 --launch threads"];
+    for launch in launches {
+        // What bash makes of `--data <(cat text)`: a pipe that the program inherits.
+        for (shell, path) in [
+            ("exec \"$@\" --data <(cat text/*)", "--data /dev/fd/"),
+            ("cat text/* | exec \"$@\" --data /dev/stdin", "--data /dev/stdin"),
+            ("cat text/* | exec \"$@\" --data -", "--data -: stdin is not read"),
+        ] {
+            let mut command = Command::new("bash");
+            place.prepare(&mut command);
+            command.args(["-c", shell, "bash"]).arg(place.program());
+            command.args(
+                format!("train {TINY} --steps 1 --out out {launch}").replace("--data text", "").split_whitespace(),
+            );
+            place.spawn(command).finish().refused(1, &[path, "cannot be read twice", "write the text to a file first"]);
+        }
+    }
+    // A file whose name is a dash is a file.
+    fs::copy(place.path("text/module_000.rs"), place.path("-")).unwrap();
+    let named = format!("train {TINY} --ranks 1 --steps 1 --out out --data -");
+    place.run(&named).succeeded();
 }
 
 #[test]

@@ -17,13 +17,19 @@ pub enum Error {
     },
     /// The path exists but is a pipe, a device or a socket.
     #[error(
-        "--data {}: neither a file nor a folder; save the text to a file and give that",
+        "--data {}: neither a file nor a folder, but a pipe, a terminal or a device, which cannot be read twice; \
+         write the text to a file first and give that",
         path.display()
     )]
     NotAFile {
         /// The path that was given.
         path: PathBuf,
     },
+    /// The path is `-`, which stands for stdin elsewhere.
+    #[error(
+        "--data -: stdin is not read, because it cannot be read twice; write the text to a file first and give that"
+    )]
+    Stdin,
     /// The one file given with `--data` is not UTF-8.
     #[error(
         "--data {}: not UTF-8 text (byte {offset} fits no character); convert it, for example \

@@ -89,18 +89,22 @@ impl fmt::Display for Skipped {
 /// [`Error::Missing`], [`Error::NotAFile`], [`Error::Read`] for a folder or a link that cannot be
 /// read, [`Error::NoText`] if no file with a byte in it is found.
 pub(super) fn under(path: &Path) -> Result<Sources> {
-    let root = fs::canonicalize(path).map_err(|source| match source.kind() {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound if path == Path::new("-") => Error::Stdin,
         io::ErrorKind::NotFound => Error::Missing { path: path.to_owned() },
         _ => Error::Read { path: path.to_owned(), source },
-    })?;
-    let metadata = metadata(&root)?;
+    };
+    let metadata = fs::metadata(path).map_err(failed)?;
+    if !metadata.is_dir() && !metadata.is_file() {
+        // The path of an anonymous pipe can be opened, but has no canonical form.
+        return Err(Error::NotAFile { path: path.to_owned() });
+    }
+    let root = fs::canonicalize(path).map_err(failed)?;
     let mut skipped = Skipped::default();
     let mut files = Vec::new();
     if metadata.is_dir() {
         walk(root, &mut files, &mut skipped)?;
         files.sort_by(|a, b| a.path.cmp(&b.path));
-    } else if !metadata.is_file() {
-        return Err(Error::NotAFile { path: path.to_owned() });
     } else if metadata.len() == 0 {
         skipped.empty += 1;
     } else {

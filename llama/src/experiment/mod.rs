@@ -25,7 +25,7 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 use crate::run_folder::RunFolder;
 use crate::train::stopping;
-use crate::{Error, print, train};
+use crate::{Error, print, print_result, train};
 use grid::{Run, grid};
 use results::Results;
 
@@ -124,8 +124,8 @@ pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
         return Err(Error::file(&out, "no run in it is finished: leave --report out to make them"));
     }
     let (path, tables) = report::write(&out, &finished, wanted)?;
-    print(tables);
-    print(format_args!("report      {}", path.display()));
+    print_result(tables)?;
+    print_result(format_args!("report      {}", path.display()))?;
     Ok(0)
 }
 

@@ -1,5 +1,7 @@
 //! What a step of a model will take on a machine: the plan that the engine would follow, simulated.
 
+use std::sync::Arc;
+
 use pillion_runtime::checkpoint::Saver;
 use pillion_runtime::simulate::{Machine, Sent, Simulation, Work, simulate};
 use pillion_runtime::trace::Track;
@@ -27,7 +29,7 @@ pub(super) struct Setup<'a> {
 
 /// A step's plan and what it needs.
 pub(super) struct Planned {
-    pub(super) layout: Layout,
+    pub(super) layout: Arc<Layout>,
     pub(super) plan: Verified,
     work: Work,
     pub(super) memory: Memory,
@@ -85,8 +87,16 @@ impl Setup<'_> {
 
     /// The plan.
     pub(super) fn plan(&self) -> Planned {
+        self.plan_with(self.layout())
+    }
+
+    fn layout(&self) -> Arc<Layout> {
+        Arc::new(Layout::new(&buckets(self.model.units(), self.blocks), self.mesh.shard))
+    }
+
+    /// The plan, with what [`Setup::layout`] returns, which does not depend on prefetch and slots.
+    fn plan_with(&self, layout: Arc<Layout>) -> Planned {
         let Setup { model, policy, mesh, local, seq, micro_batch, rounds, blocks } = self;
-        let layout = Layout::new(&buckets(model.units(), *blocks), mesh.shard);
         let tokens = *micro_batch as f64 * *seq as f64;
         let forward = sums(&model.forward_flops(*seq), *blocks).iter().map(|flops| flops * tokens).collect::<Vec<_>>();
         let backward = forward.iter().map(|flops| BACKWARD_FLOPS * flops).collect();
@@ -106,8 +116,13 @@ impl Setup<'_> {
     }
 
     /// The figures of a step on `machine`.
-    pub(super) fn forecast(&self, machine: &Machine) -> Forecast {
-        let planned = self.plan();
+    #[cfg(test)]
+    fn forecast(&self, machine: &Machine) -> Forecast {
+        self.forecast_with(self.layout(), machine)
+    }
+
+    fn forecast_with(&self, layout: Arc<Layout>, machine: &Machine) -> Forecast {
+        let planned = self.plan_with(layout);
         let simulation = self.simulate(&planned, machine);
         self.figures(&planned, &simulation)
     }
@@ -144,9 +159,7 @@ impl Setup<'_> {
     /// # Errors
     /// When the links do not let them, however fast they are.
     pub(super) fn calibrate(&self, machine: &Machine, tokens_per_s: f64) -> Result<f64, Error> {
-        if !(tokens_per_s > 0.0 && tokens_per_s.is_finite()) {
-            return Err(Error::Setting(format!("--calibrate {tokens_per_s} must be a number above 0")));
-        }
+        check_speed(tokens_per_s)?;
         let planned = self.plan();
         let reached = |flops: f64| self.tokens() / self.simulate(&planned, &Machine { flops, ..*machine }).step;
         let most = reached(f64::INFINITY);
@@ -175,6 +188,7 @@ impl Setup<'_> {
     /// # Errors
     /// When that is more than without any, or less than with all there can be.
     pub(super) fn contention(&self, machine: &Machine, tokens_per_s: f64) -> Result<f64, Error> {
+        check_speed(tokens_per_s)?;
         let planned = self.plan();
         let reached =
             |contention: f64| self.tokens() / self.simulate(&planned, &Machine { contention, ..*machine }).step;
@@ -199,15 +213,28 @@ impl Setup<'_> {
         let buckets = BUCKETS.into_iter().filter(|&blocks| blocks <= largest);
         let policies = (0..=MOST_PREFETCH).flat_map(|prefetch| [(prefetch, prefetch + 1), (prefetch, prefetch + 2)]);
         let policies: Vec<(usize, usize)> = policies.collect();
-        let setups = buckets.flat_map(|blocks| {
-            policies.iter().map(move |&(prefetch, slots)| Setup {
-                policy: Policy { prefetch, slots, ..self.policy },
-                blocks,
-                ..self.clone()
+        let forecasts = buckets.flat_map(|blocks| {
+            let layout = Setup { blocks, ..self.clone() }.layout();
+            policies.iter().map(move |&(prefetch, slots)| {
+                let policy = Policy { prefetch, slots, ..self.policy };
+                Setup { policy, blocks, ..self.clone() }.forecast_with(layout.clone(), machine)
             })
         });
-        setups.map(|setup| setup.forecast(machine)).collect()
+        forecasts.collect()
     }
+}
+
+/// Tokens a second that can be calibrated.
+const SPEEDS: std::ops::RangeInclusive<f64> = 1e-6..=1e18;
+
+fn check_speed(tokens_per_s: f64) -> Result<(), Error> {
+    if SPEEDS.contains(&tokens_per_s) {
+        return Ok(());
+    }
+    let (least, most) = (SPEEDS.start(), SPEEDS.end());
+    Err(Error::Setting(format!(
+        "--calibrate {tokens_per_s} must be a number above 0, from {least:e} to {most:e} tokens a second"
+    )))
 }
 
 /// Units gathered ahead, at most, and blocks gathered together, in a sweep.

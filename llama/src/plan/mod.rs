@@ -14,7 +14,7 @@ use pillion_runtime::{Memory, Mesh};
 use serde::Serialize;
 
 use crate::train::{plan_table, recipe};
-use crate::{Error, print};
+use crate::{Error, print_result};
 use forecast::{Forecast, Setup, best};
 pub use settings::{MachineArgs, PlanArgs};
 use table::{simulation_table, sweep_table};
@@ -67,24 +67,27 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
     if settings.policy.no_overlap {
         return Err(Error::Setting("--no-overlap is not simulated: leave it out".to_owned()));
     }
+    recipe::check_tokens(seq as u64, micro_batch)?;
     let policy = recipe::policy(&settings.policy, 1.0, ranks)?;
     let mesh = policy.mesh(ranks)?;
     let batch = settings.batch.unwrap_or(settings.rounds.unwrap_or(1) * ranks as u64 * micro_batch);
     if !batch.is_multiple_of(micro_batch) {
         return Err(Error::Setting(format!("--batch {batch} is not a multiple of --micro-batch {micro_batch}")));
     }
-    let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64) as usize;
+    let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64);
+    recipe::check_rounds(&model, rounds, if settings.batch.is_some() { "--batch" } else { "--rounds" })?;
+    let rounds = rounds as usize;
     let machine = settings.machine.machine(mesh)?;
     // Without a machine all ranks are on one host.
     let local = machine.map_or(ranks, |machine| machine.ranks_per_host.min(ranks));
     let setup = Setup { model: &model, policy, mesh, local, seq, micro_batch, rounds, blocks: 1 };
     let planned = setup.plan();
     if !settings.json {
-        print(plan_table(&model, &policy, ranks, local, seq, micro_batch, batch, "planned")?);
+        print_result(plan_table(&model, &policy, ranks, local, seq, micro_batch, batch, "planned")?)?;
     }
     if settings.operations {
         for (index, operation) in planned.plan.operations.iter().enumerate() {
-            print(format_args!("{index:>5}  {:?} after {:?}", operation.action, operation.after));
+            print_result(format_args!("{index:>5}  {:?} after {:?}", operation.action, operation.after))?;
         }
     }
     let mut report = Report {
@@ -109,6 +112,12 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
             }
         }
         let simulation = setup.simulate(&planned, &machine);
+        let step = simulation.step;
+        if step.is_nan() || step > MOST_SECONDS {
+            return Err(Error::Setting(format!(
+                "a step takes {step:.3e} s on this machine, more than the {MOST_SECONDS:e} s that can be drawn: check --flops and the links"
+            )));
+        }
         if let Some(path) = &settings.machine.timeline {
             let write = || {
                 let mut file = BufWriter::new(File::create(path)?);
@@ -122,16 +131,18 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
         let best_for_train = best(sweep.iter().copied().filter(|forecast| forecast.blocks_per_bucket == 1));
         let best = best(sweep.iter().copied());
         if !settings.json {
-            print(simulation_table(&setup, &machine, &given));
-            print(format_args!("\n{}", sweep_table(sweep.len(), &given, &best_for_train, &best)));
+            print_result(simulation_table(&setup, &machine, &given))?;
+            print_result(format_args!("\n{}", sweep_table(sweep.len(), &given, &best_for_train, &best)))?;
         }
         report.simulation = Some(Simulated { machine, given, best_for_train, best });
     }
     if settings.json {
-        print(serde_json::to_string_pretty(&report).expect("plain values"));
+        print_result(serde_json::to_string_pretty(&report).expect("plain values"))?;
     }
     Ok(0)
 }
 
+/// Thirty years.
+const MOST_SECONDS: f64 = 1e9;
 /// Plans of more are long, and no different.
 const MOST_ROUNDS: u64 = 1024;

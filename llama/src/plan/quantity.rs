@@ -20,6 +20,15 @@ impl Kind {
         }
     }
 
+    /// The least that is above 0, and the most: with more, times of steps would not be numbers.
+    fn range(self) -> std::ops::RangeInclusive<f64> {
+        match self {
+            Kind::Bandwidth => 1.0..=1e18,
+            Kind::Duration => 1e-12..=1e6,
+            Kind::Speed => 1.0..=1e24,
+        }
+    }
+
     fn examples(self) -> &'static str {
         match self {
             Kind::Bandwidth => "50GB/s, 12.5GiB/s or 400Gbit/s",
@@ -67,14 +76,22 @@ pub(crate) fn speed(text: &str) -> Result<f64, String> {
 /// # Errors
 /// Says how to write it.
 pub(crate) fn duration(text: &str) -> Result<f64, String> {
-    if text.trim() == "0" { Ok(0.0) } else { quantity(Kind::Duration, text) }
+    let value = if text.trim() == "0" { 0.0 } else { quantity(Kind::Duration, text)? };
+    if value == 0.0 { Ok(value) } else { in_range(Kind::Duration, value) }
 }
 
 fn positive(kind: Kind, text: &str) -> Result<f64, String> {
-    match quantity(kind, text)? {
-        value if value > 0.0 => Ok(value),
-        _ => Err(format!("it must be more than 0, as in {}", kind.examples())),
+    in_range(kind, quantity(kind, text)?)
+}
+
+fn in_range(kind: Kind, value: f64) -> Result<f64, String> {
+    let range = kind.range();
+    if range.contains(&value) {
+        return Ok(value);
     }
+    let (least, most) = (range.start(), range.end());
+    let (unit, _) = kind.units().iter().find(|(_, scale)| *scale == 1.0).expect("each kind has a base unit");
+    Err(format!("it is out of range, from {least:e} {unit} to {most:e} {unit}, as in {}", kind.examples()))
 }
 
 fn quantity(kind: Kind, text: &str) -> Result<f64, String> {

@@ -130,7 +130,9 @@ impl MachineArgs {
             (Some(bandwidth), _) => Link { bandwidth, latency: self.host_latency },
             (None, false) => Link::INSTANT,
             (None, true) => {
-                return fail(format!("{ranks_per_host} ranks on a host need --host-link, such as 450GB/s"));
+                return fail(format!(
+                    "--ranks-per-host {ranks_per_host}: ranks of a host need --host-link, such as 450GB/s"
+                ));
             }
         };
         let flops = self.flops.unwrap_or(f64::INFINITY);

@@ -6,6 +6,7 @@ use super::source::is_synthetic;
 use crate::Error;
 use crate::data::tokenizer;
 use crate::generate::generate;
+use crate::output::escaped;
 
 impl Run<'_> {
     /// What was reached, a sample of text where that was learned, and the paths of what was written.
@@ -42,7 +43,7 @@ impl Run<'_> {
         tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
         let (seq, seed, length) = (self.start.recipe.seq, self.start.recipe.seed, self.settings.sample);
         let text = generate(&mut self.engine, &mut self.model, seq, &prompt, length, 0.7, seed)?;
-        Ok(format!("{PROMPT}{}", String::from_utf8_lossy(&tokenizer::decode(&text))))
+        Ok(format!("{PROMPT}{}", escaped(&tokenizer::decode(&text))))
     }
 
     /// Why a run that is resumed makes no step.

@@ -17,6 +17,10 @@ const BETAS: (f32, f32) = (0.9, 0.95);
 const EPSILON: f32 = 1e-8;
 /// More slots than any model has units.
 const MOST_SLOTS: usize = 1024;
+/// Tokens of a micro-batch at most: activations of more have no 64-bit number of bytes.
+const MOST_TOKENS: u64 = 1 << 22;
+/// Rounds of a step times blocks, at most: the plan of more would not fit into memory.
+const MOST_PASSES: u64 = 1 << 18;
 
 /// What decides the numbers of a run, but for its data. Batches count samples. A field that a later version adds has a
 /// default, so that checkpoints of earlier versions stay readable.
@@ -43,6 +47,7 @@ impl Recipe {
     /// Names the flag and the remedy.
     pub(crate) fn new(settings: &TrainArgs, world: usize) -> Result<Recipe, Error> {
         let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
+        range("--clip", settings.clip, 0.0, f64::MAX)?;
         let policy = policy(&settings.policy, settings.clip, world)?;
         if let Some(eta) = settings.controller.alignment {
             let checked = policy.check_comparison(world, eta);
@@ -67,6 +72,7 @@ impl Recipe {
                 return fail(format!("{flag} {value} is out of range: at most {most}"));
             }
         }
+        check_tokens(settings.seq as u64, micro_batch)?;
         let multiple = |flag: &str, value: u64, of: &str, unit: u64| {
             if unit > 0 && value > 0 && value.is_multiple_of(unit) {
                 return Ok(());
@@ -87,11 +93,15 @@ impl Recipe {
         if cap < batch {
             return fail(format!("--max-batch {cap} is below --batch {batch}: raise it, or lower --batch"));
         }
+        check_rounds(
+            &model,
+            cap.div_ceil(micro_batch).div_ceil(world as u64),
+            "--max-batch, by default 8 times --batch",
+        )?;
         multiple("--samples", settings.samples, "--micro-batch", micro_batch)?;
         range("--lr", settings.lr, 0.0, 1e3)?;
         range("--final-lr", settings.final_lr, 0.0, 1.0)?;
         range("--weight-decay", settings.weight_decay, 0.0, 1e3)?;
-        range("--clip", settings.clip, 0.0, f64::MAX)?;
         if !(0.0..1.0).contains(&settings.warmup) {
             return fail(format!("--warmup {} is a share of the samples: at least 0 and below 1", settings.warmup));
         }
@@ -163,6 +173,34 @@ fn differences(at: &str, ours: &Value, theirs: &Value, found: &mut Vec<(String, 
     }
 }
 
+/// Checks the tokens of a micro-batch.
+///
+/// # Errors
+/// Names the limit.
+pub(crate) fn check_tokens(seq: u64, micro_batch: u64) -> Result<(), Error> {
+    match seq.checked_mul(micro_batch) {
+        Some(tokens) if tokens <= MOST_TOKENS => Ok(()),
+        _ => fail(format!(
+            "--micro-batch {micro_batch} samples of --seq {seq} tokens are out of range: at most {MOST_TOKENS} tokens in all"
+        )),
+    }
+}
+
+/// Checks how long a step's plan is, where `flag` asks for so many rounds.
+///
+/// # Errors
+/// Names the limit.
+pub(crate) fn check_rounds(model: &Config, rounds: u64, flag: &str) -> Result<(), Error> {
+    let layers = model.num_hidden_layers as u64;
+    if rounds.saturating_mul(layers) <= MOST_PASSES {
+        return Ok(());
+    }
+    fail(format!(
+        "{flag}: a step of {rounds} rounds through {layers} blocks is out of range: at most {} rounds of as many blocks; lower it, or raise --micro-batch",
+        MOST_PASSES / layers
+    ))
+}
+
 /// How parameters are kept and moved between `world` ranks, checked.
 ///
 /// # Errors
@@ -207,7 +245,7 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<P
         overlap: !settings.no_overlap,
         clip: (clip > 0.0).then_some(clip),
     };
-    policy.mesh(world)?;
+    policy.mesh(world).map_err(|error| Error::Setting(error.to_string()))?;
     Ok(policy)
 }
 

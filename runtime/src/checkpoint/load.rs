@@ -112,10 +112,10 @@ impl Whole {
         let communicator = engine.communicator().clone();
         let tensors = checkpoint.check(engine).and_then(|()| checkpoint.open_shards(engine));
         let tensors = agree(&communicator, &checkpoint.path, tensors)?;
-        let (layout, shard) = (engine.layout.clone(), engine.shard_number());
+        let (layout, shard, trains) = (engine.layout.clone(), engine.shard_number(), engine.trains);
         engine.health = Health::Torn;
-        let loaded =
-            (0..layout.units.len()).try_for_each(|unit| engine.set_state(unit, &tensors.state(unit, &layout, shard)?));
+        let loaded = (0..layout.units.len())
+            .try_for_each(|unit| engine.set_state(unit, &tensors.state(unit, &layout, shard, trains)?));
         agree(&communicator, &checkpoint.path, loaded)?;
         engine.set_updates(checkpoint.manifest.updates);
         engine.health = Health::Good;
@@ -145,15 +145,16 @@ impl Tensors<'_> {
         Err(Error::file(&self.checkpoint.path, format!("has no tensor {name}: its manifest lists those it has")))
     }
 
-    /// What `rank` of `layout` keeps of a unit.
-    fn state(&self, unit: usize, layout: &Layout, rank: usize) -> Result<State, Error> {
+    /// What `rank` of `layout` keeps of a unit; without moments unless it trains.
+    fn state(&self, unit: usize, layout: &Layout, rank: usize, trains: bool) -> Result<State, Error> {
         let part = |part| {
             let mut values = self.read(unit, part, in_shard(layout, unit, rank))?;
             values.resize(layout.units[unit].shard, 0.0);
             Ok::<_, Error>(values)
         };
         let [master, m, v] = shard::PARTS;
-        Ok(State { master: part(master)?, m: part(m)?, v: part(v)? })
+        let moment = |name| if trains { part(name) } else { Ok(Vec::new()) };
+        Ok(State { master: part(master)?, m: moment(m)?, v: moment(v)? })
     }
 
     /// Elements `flat` of a unit.
@@ -181,12 +182,44 @@ mod tests {
     use std::sync::Arc;
 
     use pillion_collectives::{Communicator, Launch, Options};
-    use pillion_kernels::Cpu;
+    use pillion_kernels::{Cpu, DType};
     use serde_json::Value;
 
     use super::*;
     use crate::checkpoint::{open, save};
     use crate::{Policy, TensorSpec, UnitSpec};
+
+    #[test]
+    fn an_engine_for_evaluation_loads_the_weights_alone_and_cannot_train_or_save() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensor = TensorSpec { name: "x".to_owned(), shape: vec![3], decay: false, frozen: false };
+        let units = [UnitSpec { name: "unit".to_owned(), tensors: vec![tensor] }];
+        for weights in [DType::F32, DType::Bf16] {
+            let policy = Policy { weights, ..Policy::default() };
+            let communicator =
+                || Arc::new(Communicator::connect(&Launch::threads(1).remove(0), Options::default()).unwrap());
+            let mut trained = Engine::new(communicator(), Arc::new(Cpu), Layout::new(&units, 1), policy).unwrap();
+            trained.initialize(|_, _, index| index as f32).unwrap();
+            let step = 1 + weights.bytes() as u64;
+            let folder = save(&trained, dir.path(), step, &Value::Null).unwrap();
+            let mut engine =
+                Engine::for_evaluation(communicator(), Arc::new(Cpu), Layout::new(&units, 1), policy).unwrap();
+            open(&folder).unwrap().load(&mut engine).unwrap();
+            let (all, less) = (trained.memory(), engine.memory());
+            assert_eq!((less.gradients, less.gradient_shard, less.moments), (0, 0, 0));
+            assert_eq!((less.weights, less.master), (all.weights, all.master));
+            let seen = [&mut trained, &mut engine].map(|engine| {
+                let mut step = engine.begin_evaluation(1).unwrap();
+                let forward = step.forward(0).unwrap();
+                let seen = forward.queue.download_bytes(forward.weights.tensor(0));
+                step.end().unwrap();
+                seen
+            });
+            assert_eq!(seen[0], seen[1]);
+            assert!(engine.begin(1).err().unwrap().to_string().contains("Engine::new"));
+            assert!(save(&engine, dir.path(), 9, &Value::Null).unwrap_err().to_string().contains("Engine::new"));
+        }
+    }
 
     #[test]
     fn an_engine_whose_update_failed_cannot_be_saved_and_is_sound_again_after_a_load() {

@@ -2,5 +2,5 @@
 #![forbid(unsafe_code)]
 
 fn main() {
-    std::process::exit(pillion_llama::main(&std::env::args().collect::<Vec<String>>()));
+    std::process::exit(pillion_llama::main(std::env::args_os()));
 }

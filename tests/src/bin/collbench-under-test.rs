@@ -1,0 +1,6 @@
+//! The command `collbench`, built with these tests, so that what they run is never stale.
+#![forbid(unsafe_code)]
+
+fn main() {
+    std::process::exit(pillion_benches::ranks::main(std::env::args_os()));
+}

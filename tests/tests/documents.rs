@@ -1,0 +1,231 @@
+//! Runs every command in README.md and docs as the document states it. A command without a row in
+//! the table below fails the test, so each author of a command chooses how it is tested.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Command;
+
+use pillion_tests::documents::{commands, root};
+use pillion_tests::program::{Ended, Workplace};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
+const COLLBENCH: &str = env!("CARGO_BIN_EXE_collbench-under-test");
+
+/// How a command is tested.
+enum How {
+    /// It runs, and ends with 0.
+    AsItStands,
+    /// It runs with these words behind it, because it would take too long without.
+    With(&'static str),
+    /// Letters stand for values of the reader's: it runs with these in their places.
+    For(&'static [(&'static str, &'static str)]),
+    /// The test only parses the arguments of our program, because the command needs hosts, a
+    /// cluster or another launcher.
+    Parsed,
+    /// A script has this line, because the command builds, or takes long.
+    In(&'static str, &'static str),
+}
+use How::{AsItStands, For, In, Parsed, With};
+
+/// The shortest run on the default text. `ci/run` makes one of the default model.
+const SHORT_DEFAULT: &str = "--model tiny --steps 1 --validation-samples 16";
+/// The shortest on the text of the tests, which is not tokenized for seconds.
+const SHORT: &str = "--model tiny --steps 1 --validation-samples 16 --data text";
+const SHORT_RUN: &str = "--only 3.3M/constant-16-seed-1 --samples 64 --validation-samples 16 --data text";
+const SHORT_SIZES: &str = "-b 1K -e 1K -n 2 -w 1";
+
+/// Every command, in the order in which the tests run them. Later commands read what earlier ones
+/// have written.
+const TABLE: &[(&str, How)] = &[
+    ("cargo run --release -- train", With(SHORT_DEFAULT)),
+    ("cargo run --release -- generate --prompt \"impl \"", AsItStands),
+    ("pillion checkpoint show", AsItStands),
+    ("pillion checkpoint verify", AsItStands),
+    ("pillion train --help", AsItStands),
+    ("pillion train --ranks 4", With(SHORT)),
+    ("pillion train --ranks 4 --launch threads", With(SHORT)),
+    ("mpirun -n 4 target/release/pillion train", With(SHORT)),
+    ("mpirun -n 4 --host one:2,two:2 target/release/pillion train", Parsed),
+    ("torchrun --nproc-per-node 4 --no-python target/release/pillion train", Parsed),
+    ("srun -n 4 target/release/pillion train", Parsed),
+    ("pillion plan", AsItStands),
+    ("pillion plan --operations | head", AsItStands),
+    ("cargo run --release -- plan --model llama2-7b --ranks 64", AsItStands),
+    (
+        "pillion plan --model llama2-7b --seq 4096 --micro-batch 1 --precision bf16 --gather copy --world 512 --link 50GB/s --latency 5us --flops 400T",
+        AsItStands,
+    ),
+    (
+        "pillion plan --model llama2-7b --seq 4096 --micro-batch 1 --precision bf16 --gather copy --world 512 --link 50GB/s --flops 400T \
+         --ranks-per-host 8 --host-link 450GB/s --timeline step.json",
+        AsItStands,
+    ),
+    (
+        "pillion plan --model llama3.1-8b --seq 8192 --micro-batch 2 --precision bf16 --gather copy --world 8 --ranks-per-host 8 --host-link 450GB/s \
+         --memory-bandwidth 2.4TB/s --calibrate 5762",
+        AsItStands,
+    ),
+    ("pillion plan --model small --ranks 2 --link 125MB/s --flops 69G --calibrate 2400 --json", AsItStands),
+    ("pillion abs simulate", AsItStands),
+    (
+        "pillion abs simulate --noise-scale B --batch b --groups K",
+        For(&[(" B ", " 1024 "), (" b ", " 64 "), (" K", " 4")]),
+    ),
+    ("pillion experiment paper --quick", With(SHORT_RUN)),
+    ("pillion experiment paper", With(SHORT_RUN)),
+    ("cargo run --release -- experiment paper", With(SHORT_RUN)),
+    ("collbench --help", AsItStands),
+    ("target/release/collbench reduce-scatter -b 1K -e 32M --check", AsItStands),
+    (
+        "mpirun -n 4 --oversubscribe --bind-to none target/release/collbench all --in-place --check --json results.json",
+        With(SHORT_SIZES),
+    ),
+    ("cargo test --workspace", In("ci/run", "cargo test --workspace")),
+    ("cargo doc --open -p pillion-runtime", In("ci/run", "cargo doc --quiet --workspace --no-deps")),
+    (LONG[0], In("ci/long", LONG[0])),
+    (LONG[1], In("ci/long", LONG[1])),
+    (LONG[2], In("ci/long", LONG[2])),
+    (LONG[3], In("ci/long", LONG[3])),
+    (LONG[4], In("ci/long", LONG[4])),
+    (LONG[5], In("ci/long", LONG[5])),
+    (LONG[6], In("ci/long", LONG[6])),
+    (LONG[7], In("ci/long", LONG[7])),
+    (LONG[8], In("ci/long", LONG[8])),
+    (LONG[9], In("ci/long", LONG[9])),
+];
+
+/// What builds for minutes, or compares with other programs for hours.
+const LONG: [&str; 10] = [
+    "cargo build --release --features mpi",
+    "cargo run --release -p pillion-runtime --example mlp -- --ranks 2",
+    "mpirun -n 2 target/release/examples/mlp",
+    "cargo build --release -p pillion-benches",
+    "cargo build --release -p pillion-benches --features mpi",
+    "mpirun -n 2 --bind-to none target/release/collbench all --check --compare mpi",
+    "benches/peers/setup && benches/peers/compare",
+    "benches/peers/train",
+    "benches/peers/kernels",
+    "cargo bench -p pillion-benches --bench kernels",
+];
+
+#[test]
+fn every_documented_command_has_a_test() {
+    let documented = commands();
+    assert!(documented.len() > 30, "{documented:?}");
+    for found in &documented {
+        let known = TABLE.iter().any(|(command, _)| *command == found.command);
+        assert!(known, "{}: `{}` is in no row of the table here", found.document.display(), found.command);
+    }
+    for (command, _) in TABLE {
+        let stands = documented.iter().any(|found| found.command == *command);
+        assert!(stands, "`{command}` is in no document any more: remove its row");
+    }
+}
+
+#[test]
+fn what_builds_or_takes_long_is_in_a_script() {
+    for (command, how) in TABLE {
+        let In(script, line) = how else { continue };
+        let text = fs::read_to_string(root().join(script)).expect("a script");
+        let has = text.lines().any(|found| found.trim() == *line || found.trim().ends_with(&format!(" {line}")));
+        assert!(has, "{script} has no line `{line}`, which is to test `{command}`");
+    }
+}
+
+/// Installs the programs where the documents expect them: on the PATH, in target/release, and
+/// behind `cargo run --release --`.
+fn install(place: &Workplace) {
+    fs::create_dir_all(place.path("target/release")).unwrap();
+    fs::create_dir(place.path("bin")).unwrap();
+    for (name, program) in [("pillion", PROGRAM), ("collbench", COLLBENCH)] {
+        for folder in ["target/release", "bin"] {
+            symlink(program, place.path(folder).join(name)).unwrap();
+        }
+    }
+    let cargo = "#!/bin/sh\n[ \"$1 $2 $3\" = 'run --release --' ] || { echo \"cargo $*: not here\" >&2; exit 1; }\nshift 3\nexec pillion \"$@\"\n";
+    fs::write(place.path("bin/cargo"), cargo).unwrap();
+    fs::set_permissions(place.path("bin/cargo"), PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+/// Runs a line as a shell does.
+fn shell(place: &Workplace, line: &str) -> Ended {
+    let mut command = Command::new("sh");
+    place.prepare(&mut command);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.args(["-c", line]).env("PATH", format!("{}:{path}", place.path("bin").display()));
+    // Open MPI refuses few cores and root unless told.
+    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("OMPI_MCA_hwloc_base_binding_policy", "none");
+    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    command.env("OMPI_MCA_orte_tmpdir_base", place.path(""));
+    place.spawn(command).finish()
+}
+
+fn is_there(program: &str) -> bool {
+    let there = Command::new(program).arg("--version").output().is_ok();
+    if !there {
+        eprintln!("SKIPPED: there is no {program} on the PATH");
+    }
+    there
+}
+
+/// Runs the rows of the table whose command fits.
+fn run(fits: impl Fn(&str) -> bool) {
+    let place = Workplace::new(PROGRAM);
+    install(&place);
+    for (command, how) in TABLE.iter().filter(|(command, _)| fits(command)) {
+        let line = match how {
+            AsItStands => (*command).to_owned(),
+            With(words) => format!("{command} {words}"),
+            For(values) => {
+                let put = |line: String, (letter, value): &(&str, &str)| {
+                    assert!(line.contains(letter), "{line} has no {letter}");
+                    line.replace(letter, value)
+                };
+                values.iter().fold((*command).to_owned(), put)
+            }
+            Parsed => {
+                let (_, arguments) = command.split_once("target/release/").expect("our program stands there");
+                format!("{arguments} --help")
+            }
+            In(..) => continue,
+        };
+        if line.starts_with("mpirun") && !is_there("mpirun") {
+            continue;
+        }
+        let ended = shell(&place, &line);
+        assert_eq!(ended.code(), Some(0), "{line}: {ended}");
+        ended.has_no_panic();
+    }
+}
+
+#[test]
+fn commands_that_train() {
+    run(|command| ["train", "generate", "checkpoint"].iter().any(|part| command.contains(part)));
+}
+
+#[test]
+fn commands_that_plan_and_simulate() {
+    run(|command| ["plan", "abs"].iter().any(|part| command.contains(part)) && !command.contains("train"));
+}
+
+#[test]
+fn commands_that_experiment() {
+    run(|command| command.contains("experiment"));
+}
+
+#[test]
+fn commands_that_measure() {
+    run(|command| command.contains("collbench"));
+}
+
+#[test]
+fn no_row_is_left_out() {
+    let tested = |command: &str| {
+        ["train", "generate", "checkpoint", "plan", "abs", "experiment", "collbench"]
+            .iter()
+            .any(|part| command.contains(part))
+    };
+    for (command, how) in TABLE {
+        assert!(tested(command) || matches!(how, In(..)), "no test above runs `{command}`");
+    }
+}
