@@ -16,7 +16,7 @@ use serde::Deserialize;
 use tempfile::TempDir;
 
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// What launchers leave in the environment, by prefix; the tests' own runs must not take it for theirs.

@@ -67,6 +67,7 @@ impl Recipe {
             ("--batch", settings.batch.unwrap_or(0), 1 << 20),
             ("--max-batch", settings.max_batch.unwrap_or(0), 1 << 20),
             ("--samples", settings.samples, 1 << 50),
+            ("--sample", settings.sample as u64, 1 << 12),
         ] {
             if value > most {
                 return fail(format!("{flag} {value} is out of range: at most {most}"));
