@@ -314,10 +314,13 @@ fn losses_follow_those_of_pytorch_over_fifty_steps() {
     }
 }
 
+/// A mistake: its name, where it clips, and what it changes in the settings of each step.
+type Mistake = (&'static str, f64, fn(&mut AdamW, usize));
+
 /// Small mistakes, each of which leaves a run that learns as well.
 #[test]
 fn fifty_losses_tell_small_mistakes() {
-    let changes: [(&str, f64, fn(&mut AdamW, usize)); 8] = [
+    let mistakes: [Mistake; 8] = [
         ("β₁ of 0.901", 1.0, |settings, _| settings.beta1 = 0.901),
         ("β₂ of 0.951", 1.0, |settings, _| settings.beta2 = 0.951),
         ("ε of 1e-7", 1.0, |settings, _| settings.epsilon = 1e-7),
@@ -337,7 +340,7 @@ fn fifty_losses_tell_small_mistakes() {
             }
         }),
     ];
-    for (mistake, clip, change) in changes {
+    for (mistake, clip, change) in mistakes {
         let apart = against_fifty_losses(&fifty_losses(1, clip, change));
         println!("{mistake}: {apart:.1} times the bound");
         assert!(apart > 2.0, "{mistake} is not seen: {apart} times the bound");
