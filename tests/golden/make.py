@@ -11,12 +11,17 @@ Every tensor comes from an f32 run. The same weights are also run in f64, and ea
 lies from it ("distance"): a correct f32 implementation lies about as far, so tolerances follow from it. The forward and
 backward passes are also run in bf16, with the weights rounded to it, and the metadata says how far that lies from
 f64 with the same rounded weights ("bf16_distance").
+
+losses.safetensors is of another kind: the losses of 50 steps in f64, and how far three f32 runs lie from them whose
+sums differ in order. A correct f32 implementation adds in a fourth order, and should lie about as far.
 """
 
 import copy
 import json
+import math
 import platform
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
@@ -31,6 +36,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 WEIGHT_STD = 0.2  # wide enough that attention is far from uniform, so its gradients are not small
 NORM_STD = 0.1
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, MAX_NORM, STEPS = 1e-2, (0.9, 0.95), 1e-8, 0.1, 1.0, 3
+
+# Of the 50 steps: a linear warm-up, then a cosine down to a share of the peak, as `pillion train` has them. The batches
+# take turns, so that the losses fall.
+LONG_STEPS, LONG_BATCHES, PEAK, WARMUP, FINAL = 50, 5, 1e-2, 0.1, 0.1
+# Which sequences of a batch of four are back-propagated together, and in which order.
+ORDERS = {"together": [[0, 1, 2, 3]], "in turn": [[0], [1], [2], [3]], "from the last": [[3], [2], [1], [0]]}
 
 # The keys are those of a Hugging Face config.json.
 COMMON = dict(
@@ -71,6 +82,8 @@ def main(folder):
     write_forward_backward(folder / "gqa.safetensors", GQA, gqa, random_batch(GQA, batch=2, sequence=33, seed=12))
     batches = [random_batch(MHA, batch=3, sequence=19, seed=21 + step) for step in range(STEPS)]
     write_adamw(folder / "adamw.safetensors", MHA, mha, batches)
+    batches = [random_batch(MHA, batch=4, sequence=16, seed=31 + number) for number in range(LONG_BATCHES)]
+    write_losses(folder / "losses.safetensors", MHA, mha, batches)
 
 
 def build(config, seed):
@@ -162,18 +175,23 @@ def write_forward_backward(path, config, model, batch):
     write(path, config, inputs, results, exact, {"bf16_distance": json.dumps(bf16_distance)})
 
 
-def adamw_results(model, batches, wide):
-    """STEPS updates. loss.<step> and norm.<step> are from before that step's update and before clipping."""
-    parameters = list(model.parameters())
-    matrices = [parameter for parameter in parameters if parameter.dim() == 2]
-    vectors = [parameter for parameter in parameters if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW(
+def adamw(model):
+    """AdamW over the model's parameters, which decays its matrices."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
         lr=LEARNING_RATE,
         betas=BETAS,
         eps=EPSILON,
         foreach=False,
     )
+
+
+def adamw_results(model, batches, wide):
+    """STEPS updates. loss.<step> and norm.<step> are from before that step's update and before clipping."""
+    parameters = list(model.parameters())
+    optimizer = adamw(model)
     results = {}
     for step, (tokens, targets) in enumerate(batches):
         if wide:
@@ -197,16 +215,67 @@ def write_adamw(path, config, model, batches):
     inputs = {}
     for step, (tokens, targets) in enumerate(batches):
         inputs |= {f"tokens.{step}": tokens, f"targets.{step}": targets}
-    optimizer = {
-        "lr": LEARNING_RATE,
+    settings = {"lr": LEARNING_RATE, **optimizer_settings(), "steps": STEPS}
+    write(path, config, inputs, results, exact, {"optimizer": json.dumps(settings)})
+
+
+def optimizer_settings():
+    return {
         "betas": BETAS,
         "eps": EPSILON,
         "weight_decay_matrices": WEIGHT_DECAY,
         "weight_decay_vectors": 0.0,
         "max_norm": MAX_NORM,
-        "steps": STEPS,
     }
-    write(path, config, inputs, results, exact, {"optimizer": json.dumps(optimizer)})
+
+
+def learning_rate(step):
+    """Of a step, counted from 0."""
+    done = (step + 1) / LONG_STEPS
+    if done < WARMUP:
+        return PEAK * done / WARMUP
+    cosine = 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
+    return PEAK * (FINAL + (1 - FINAL) * cosine)
+
+
+def losses(model, batches, order, wide):
+    """Losses before each of LONG_STEPS updates: the mean over a batch's targets, whose gradient is summed in `order`."""
+    optimizer = adamw(model)
+    found = []
+    for step in range(LONG_STEPS):
+        tokens, targets = batches[step % len(batches)]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.zero_grad()
+        total = 0.0
+        for rows in order:
+            with AllFloat64() if wide else nullcontext():
+                logits = model(input_ids=tokens[rows], use_cache=False).logits
+                assert logits.dtype == (torch.float64 if wide else torch.float32)
+                of_rows = cross_entropy(logits.flatten(0, 1), targets[rows].flatten(), reduction="sum")
+                loss = of_rows / targets.numel()
+                loss.backward()
+            total += loss.item()
+        found.append(total)
+        torch.nn.utils.clip_grad_norm_(list(model.parameters()), MAX_NORM)
+        optimizer.step()
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def write_losses(path, config, model, batches):
+    """The f64 losses, the rates, the batches, and the largest |f32 loss - f64 loss| of each f32 run over all steps."""
+    exact = losses(in_float64(model), batches, ORDERS["together"], wide=True)
+    deviations = {}
+    for name, order in ORDERS.items():
+        deviations[name] = (losses(copy.deepcopy(model), batches, order, wide=False) - exact).abs().max().item()
+    rates = torch.tensor([learning_rate(step) for step in range(LONG_STEPS)], dtype=torch.float64)
+    tensors = {"loss.f64": exact, "lr": rates}
+    for number, (tokens, targets) in enumerate(batches):
+        tensors |= {f"tokens.{number}": tokens, f"targets.{number}": targets}
+    settings = {**optimizer_settings(), "peak": PEAK, "warmup": WARMUP, "final": FINAL, "steps": LONG_STEPS}
+    more = {"optimizer": json.dumps(settings), "deviation": json.dumps(deviations)}
+    save(path, config, tensors, more)
+    print(f"  from {exact[0]:.4f} to {exact[-1]:.4f}, deviations", *(f"{value:.1e}" for value in deviations.values()))
 
 
 def distance(result, exact):
@@ -231,6 +300,13 @@ def write(path, config, inputs, results, exact, more_metadata):
     assert results.keys() == exact.keys()
     assert all(value.dtype == torch.float32 for value in results.values()), "the f32 run is f32 throughout"
     assert all(value.dtype == torch.float64 for value in exact.values()), "the f64 run is f64 throughout"
+    more = {"distance": json.dumps({name: distance(results[name], exact[name]) for name in results}), **more_metadata}
+    save(path, config, inputs | results, more)
+    report(results, exact)
+
+
+def save(path, config, tensors, more_metadata):
+    """Writes tensors, with the model's shape and the versions in the metadata."""
     metadata = {
         "config": json.dumps({"model_type": "llama", **config, "rope_theta": ROPE_THETA}),
         "versions": json.dumps(
@@ -242,13 +318,11 @@ def write(path, config, inputs, results, exact, more_metadata):
                 "numpy": numpy.__version__,
             }
         ),
-        "distance": json.dumps({name: distance(results[name], exact[name]) for name in results}),
         **more_metadata,
     }
-    tensors = {name: value.detach().contiguous() for name, value in (inputs | results).items()}
+    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
     path.write_bytes(with_sorted_metadata(safetensors.torch.save(tensors, metadata)))
     print(f"{path.name}: {path.stat().st_size} bytes")
-    report(results, exact)
 
 
 def with_sorted_metadata(file):

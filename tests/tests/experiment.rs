@@ -35,7 +35,7 @@ fn an_interrupted_experiment_goes_on_and_reports_its_runs() {
         .lines()
         .skip_while(|line| !line.starts_with("|---"))
         .skip(1)
-        .filter(|line| line.starts_with('|'))
+        .take_while(|line| line.starts_with('|'))
         .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
         .collect();
     assert_eq!(rows.len(), 2, "{tables}");
@@ -54,6 +54,10 @@ fn an_interrupted_experiment_goes_on_and_reports_its_runs() {
         let csv = fs::read_to_string(place.path(format!("paper/report/steps/3.3M/{run}-seed-1.csv"))).unwrap();
         assert_eq!(csv.lines().count(), 1 + steps.len());
     }
+    let [usual, longer] = ["constant-64", "constant-64-warm-up-8"]
+        .map(|run| place.steps(&format!("paper/3.3M/{run}-seed-1")).last().unwrap().validation_loss.unwrap());
+    let difference = format!("| constant 64, warm-up × 8 | 1 | {:+.3} |  |", longer - usual);
+    assert!(tables.contains(&difference), "{difference} in {tables}");
     let page = fs::read_to_string(place.path("paper/report/report.html")).unwrap();
     assert_eq!(page.matches("<svg").count(), 4);
     for figure in ["loss-samples", "loss-steps", "loss-time", "batch-samples"] {

@@ -80,6 +80,19 @@ fn train(
     batches: &[Batch],
     settings: AdamW,
 ) -> Vec<Result> {
+    let steps: Vec<(&Batch, AdamW)> = batches.iter().map(|batch| (batch, settings)).collect();
+    train_steps(config, parameters, world, device, policy, &steps)
+}
+
+/// The same with settings of their own for each step.
+fn train_steps(
+    config: &Config,
+    parameters: &Parameters,
+    world: usize,
+    device: fn() -> Arc<dyn Device>,
+    policy: Policy,
+    steps: &[(&Batch, AdamW)],
+) -> Vec<Result> {
     std::thread::scope(|scope| {
         let ranks = Launch::threads(world).into_iter().map(|launch| {
             scope.spawn(move || {
@@ -88,15 +101,15 @@ fn train(
                 let layout = Layout::new(&config.units(), world);
                 let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
                 engine.initialize(|name, _, index| parameters[name][index] as f32).unwrap();
-                let seq = batches[0].seq;
+                let seq = steps[0].0.seq;
                 let mut model = Model::new(&*device, config, policy.weights, 1, seq).unwrap();
                 let mut result = Result::default();
-                for sequence in batches[0].tokens.chunks_exact(seq) {
+                for sequence in steps[0].0.tokens.chunks_exact(seq) {
                     let mut step = engine.begin_evaluation(1).unwrap();
                     result.logits.extend(model.logits(&mut step, sequence).unwrap());
                     step.end().unwrap();
                 }
-                for batch in batches {
+                for &(batch, settings) in steps {
                     let rounds = batch.batch.div_ceil(world);
                     let mut step = engine.begin(rounds).unwrap();
                     for round in 0..rounds {
@@ -247,6 +260,90 @@ fn three_clipped_adamw_steps_match_pytorch() {
             let theirs = golden.by_parameter(kind);
             assert_close(kind, &assembled(&results, &theirs, which), &theirs, TOLERANCE);
         }
+    }
+}
+
+/// The 50 steps of the golden file, whose settings `change` may alter step by step, and their losses.
+fn fifty_losses(world: usize, clip: f64, change: impl Fn(&mut AdamW, usize)) -> Vec<f64> {
+    let (start, golden) = (Golden::load("mha"), Golden::load("losses"));
+    let batches: Vec<Batch> = (0..5).map(|number| Batch::of(&golden, &format!(".{number}"))).collect();
+    let optimizer = golden.metadata("optimizer");
+    let number = |value: &serde_json::Value| value.as_f64().expect("a number") as f32;
+    let steps: Vec<(&Batch, AdamW)> = golden
+        .f64("lr")
+        .iter()
+        .enumerate()
+        .map(|(step, &lr)| {
+            let mut settings = AdamW {
+                lr: lr as f32,
+                beta1: number(&optimizer["betas"][0]),
+                beta2: number(&optimizer["betas"][1]),
+                epsilon: number(&optimizer["eps"]),
+                weight_decay: number(&optimizer["weight_decay_matrices"]),
+                step: 0,
+                gradient_scale: 0.0,
+            };
+            change(&mut settings, step);
+            (&batches[step % batches.len()], settings)
+        })
+        .collect();
+    let parameters = start.by_parameter("param");
+    let mut results = train_steps(&config(&start), &parameters, world, cpu, policy(Some(clip)), &steps);
+    results.swap_remove(0).losses
+}
+
+/// The largest difference from the f64 losses, of what a correct run may have: 4 times the largest of
+/// three PyTorch f32 runs, whose sums differ in order as ours do from each of theirs.
+fn against_fifty_losses(losses: &[f64]) -> f64 {
+    let golden = Golden::load("losses");
+    let deviations = golden.metadata("deviation").as_object().expect("one for each run");
+    assert_eq!(deviations.len(), 3);
+    let largest = deviations.values().map(|value| value.as_f64().expect("a number")).fold(0.0, f64::max);
+    let exact = golden.f64("loss.f64");
+    assert_eq!((losses.len(), exact.len()), (50, 50));
+    assert!(exact[49] < 0.5 * exact[0], "the model must learn for the test to mean something");
+    losses.iter().zip(&exact).map(|(ours, exact)| (ours - exact).abs()).fold(0.0, f64::max) / (4.0 * largest)
+}
+
+#[test]
+fn losses_follow_those_of_pytorch_over_fifty_steps() {
+    for world in [1, 2, 4] {
+        let apart = against_fifty_losses(&fifty_losses(world, 1.0, |_, _| {}));
+        println!("{world} ranks: {apart:.2} of the bound");
+        assert!(apart <= 1.0, "{world} ranks: {apart} times the bound");
+    }
+}
+
+/// A mistake: its name, where it clips, and what it changes in the settings of each step.
+type Mistake = (&'static str, f64, fn(&mut AdamW, usize));
+
+/// Small mistakes, each of which leaves a run that learns as well.
+#[test]
+fn fifty_losses_tell_small_mistakes() {
+    let mistakes: [Mistake; 8] = [
+        ("β₁ of 0.901", 1.0, |settings, _| settings.beta1 = 0.901),
+        ("β₂ of 0.951", 1.0, |settings, _| settings.beta2 = 0.951),
+        ("ε of 1e-7", 1.0, |settings, _| settings.epsilon = 1e-7),
+        ("weight decay of 0.101", 1.0, |settings, _| settings.weight_decay = 0.101),
+        ("clipping at 1.001", 1.001, |_, _| {}),
+        // Moments that are not divided by 1 − β^t: a smaller step, but for ε, and the same decay.
+        ("no bias correction", 1.0, |settings, step| {
+            let of_zero = |beta: f32| 1.0 - beta.powi(step as i32 + 1);
+            let factor = of_zero(settings.beta1) / of_zero(settings.beta2).sqrt();
+            settings.lr *= factor;
+            settings.weight_decay /= factor;
+        }),
+        ("a rate one per mille too high", 1.0, |settings, _| settings.lr *= 1.001),
+        ("no decay in the last step but one", 1.0, |settings, step| {
+            if step == 48 {
+                settings.weight_decay = 0.0;
+            }
+        }),
+    ];
+    for (mistake, clip, change) in mistakes {
+        let apart = against_fifty_losses(&fifty_losses(1, clip, change));
+        println!("{mistake}: {apart:.1} times the bound");
+        assert!(apart > 2.0, "{mistake} is not seen: {apart} times the bound");
     }
 }
 

@@ -18,6 +18,17 @@ const WARMUP: f64 = 0.01;
 /// Noise-to-gradient ratios of the norm test.
 const ETAS: [f64; 3] = [0.3, 0.6, 0.9];
 
+/// What a schedule is compared as.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Family {
+    /// A constant batch with the warm-up that all schedules have.
+    Constant,
+    /// A constant batch with as many steps of warm-up as an adaptive run.
+    LongWarmup,
+    /// A batch that changes.
+    Changing,
+}
+
 /// A run of the experiment.
 pub(super) struct Run {
     /// Its folder's path in the experiment's.
@@ -25,6 +36,8 @@ pub(super) struct Run {
     pub(super) model: &'static str,
     /// Name of the schedule, the same for all seeds.
     pub(super) schedule: String,
+    pub(super) family: Family,
+    pub(super) seed: u64,
     pub(super) samples: u64,
     /// For `pillion train`.
     pub(super) flags: Vec<String>,
@@ -56,17 +69,19 @@ const LARGE: Model = Model {
 struct BatchSchedule {
     name: String,
     flags: String,
+    family: Family,
     one_seed: bool,
 }
 
 impl BatchSchedule {
     fn new(name: impl Into<String>, flags: impl Into<String>) -> BatchSchedule {
-        BatchSchedule { name: name.into(), flags: flags.into(), one_seed: false }
+        BatchSchedule { name: name.into(), flags: flags.into(), family: Family::Changing, one_seed: false }
     }
 }
 
 fn constant(batch: u64) -> BatchSchedule {
-    BatchSchedule::new(format!("constant {batch}"), format!("--controller constant --batch {batch}"))
+    let flags = format!("--controller constant --batch {batch}");
+    BatchSchedule { family: Family::Constant, ..BatchSchedule::new(format!("constant {batch}"), flags) }
 }
 
 fn norm_test(eta: f64) -> BatchSchedule {
@@ -90,7 +105,8 @@ fn schedules() -> Vec<BatchSchedule> {
     all.extend(CONSTANT.map(|batch| {
         let longer = batch / BASE;
         let flags = format!("{} --warmup {}", constant(batch).flags, WARMUP * longer as f64);
-        BatchSchedule::new(format!("constant {batch}, warm-up × {longer}"), flags)
+        let name = format!("constant {batch}, warm-up × {longer}");
+        BatchSchedule { family: Family::LongWarmup, ..BatchSchedule::new(name, flags) }
     }));
     all
 }
@@ -150,6 +166,8 @@ fn run(settings: &PaperArgs, model: &Model, schedule: &BatchSchedule, samples: u
         name: format!("{}/{file}-seed-{seed}", model.name),
         model: model.name,
         schedule: schedule.name.clone(),
+        family: schedule.family,
+        seed,
         samples,
         flags: all.split_whitespace().map(str::to_owned).collect(),
         parameters: model.parameters,

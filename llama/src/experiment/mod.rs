@@ -3,6 +3,9 @@
 //! Every run is a `pillion train` of its own, which saves as it goes; so an experiment that was interrupted goes on where it was. What it reports, it reads
 //! from the runs' `metrics.jsonl`, and nothing else.
 
+mod compare;
+#[cfg(test)]
+mod documented;
 mod figure;
 mod grid;
 mod report;

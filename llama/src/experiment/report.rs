@@ -3,8 +3,9 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use super::compare::{self, Table};
 use super::figure::{Curve, figure};
-use super::grid::Run;
+use super::grid::{Family, Run};
 use super::results::{Part, Results};
 use crate::Error;
 
@@ -12,9 +13,18 @@ use crate::Error;
 const POINTS: u64 = 64;
 
 /// All finished runs of one schedule: the seeds.
-struct Group<'r> {
-    schedule: &'r str,
-    seeds: Vec<&'r Results>,
+pub(super) struct Group<'r> {
+    pub(super) schedule: &'r str,
+    pub(super) family: Family,
+    /// Each seed's number and its run.
+    pub(super) seeds: Vec<(u64, &'r Results)>,
+}
+
+impl<'r> Group<'r> {
+    /// The run of one seed.
+    pub(super) fn seed(&self, seed: u64) -> Option<&'r Results> {
+        self.seeds.iter().find(|(number, _)| *number == seed).map(|(_, run)| *run)
+    }
 }
 
 /// Writes everything, of `wanted` runs those that are finished; returns the path of the page, and the tables.
@@ -47,9 +57,10 @@ pub(super) fn write(out: &Path, finished: &[(Run, Results)], wanted: usize) -> R
             finished.iter().filter(|(run, _)| run.model == model).map(|(_, results)| results.largest_batch()).max();
         // Two of the largest steps begin in each part, so that none is empty.
         let count = (samples / (2 * largest.unwrap_or(1))).clamp(1, POINTS) as usize;
-        let (title, rows) = (format!("{model} parameters, {samples} samples"), rows(&groups));
-        tables.push_str(&markdown(&title, &rows));
-        page.push_str(&html(&title, &rows));
+        for table in model_tables(model, samples, &groups) {
+            tables.push_str(&markdown(&table));
+            page.push_str(&html(&table));
+        }
         for (name, title, x, y, point) in FIGURES {
             let curves: Vec<Curve> = groups.iter().map(|group| curve(group, count, point)).collect();
             let drawn = figure(&format!("{title}, {model}"), x, y, &curves);
@@ -73,7 +84,9 @@ th { border-bottom: 1px solid; } figure { margin: 1.5em 0; }
 </style></head><body><h1>Batch schedules</h1>
 <p>Mean over seeds, and ± the standard deviation between them. Steps: optimizer steps; warm-up steps: until the learning rate was highest. Time: of all steps, without starts and validation, but with whatever
 else the machine did meanwhile; ms a sample: the median over steps, which is less so. Training loss: mean over the last tenth of the samples; validation loss: after the last step; both in nats a token.
-Curves: the mean over seeds, in parts of as many samples each, of the loss before a step, or of its batch, at the samples, steps and seconds that came before it.</p>
+Differences: the mean over seeds, paired by seed, and ± its 95 % interval by Student's t; bold where the interval is on one side of zero, which one in twenty is by chance. Constants at as many steps: on the line through
+the two nearest in the logarithm of steps.</p>
+<p>Curves: the mean over seeds, in parts of as many samples each, of the loss before a step, or of its batch, at the samples, steps and seconds that came before it.</p>
 ";
 
 type Point = fn(&Part) -> (f64, f64);
@@ -87,12 +100,14 @@ const FIGURES: [(&str, &str, &str, &str, Point); 4] = [
 ];
 
 /// Schedules of a model in the order of their first runs.
-fn groups<'r>(finished: &'r [(Run, Results)], model: &str) -> Vec<Group<'r>> {
+pub(super) fn groups<'r>(finished: &'r [(Run, Results)], model: &str) -> Vec<Group<'r>> {
     let mut groups: Vec<Group> = Vec::new();
     for (run, results) in finished.iter().filter(|(run, _)| run.model == model) {
         match groups.iter_mut().find(|group| group.schedule == run.schedule) {
-            Some(group) => group.seeds.push(results),
-            None => groups.push(Group { schedule: &run.schedule, seeds: vec![results] }),
+            Some(group) => group.seeds.push((run.seed, results)),
+            None => {
+                groups.push(Group { schedule: &run.schedule, family: run.family, seeds: vec![(run.seed, results)] })
+            }
         }
     }
     groups
@@ -100,7 +115,7 @@ fn groups<'r>(finished: &'r [(Run, Results)], model: &str) -> Vec<Group<'r>> {
 
 /// The seeds' mean at each part of the run in which all of them have a step.
 fn curve(group: &Group, count: usize, point: Point) -> Curve {
-    let seeds: Vec<Vec<Option<Part>>> = group.seeds.iter().map(|run| run.parts(count)).collect();
+    let seeds: Vec<Vec<Option<Part>>> = group.seeds.iter().map(|(_, run)| run.parts(count)).collect();
     let mean = |part: usize| {
         let points: Option<Vec<(f64, f64)>> = seeds.iter().map(|parts| parts[part].as_ref().map(point)).collect();
         let points = points?;
@@ -110,8 +125,14 @@ fn curve(group: &Group, count: usize, point: Point) -> Curve {
     Curve { name: group.schedule.to_owned(), points: (0..count).filter_map(mean).collect() }
 }
 
-/// A schedule of the table.
-type Row = [String; COLUMNS.len()];
+/// A model's runs, and their differences.
+pub(super) fn model_tables(model: &str, samples: u64, groups: &[Group]) -> Vec<Table> {
+    let title = format!("{model} parameters, {samples} samples");
+    let runs = Table { title, columns: COLUMNS.map(str::to_owned).into(), rows: rows(groups) };
+    let mut differences = compare::tables(groups);
+    differences.iter_mut().for_each(|table| table.title = format!("{}, {model}", table.title));
+    std::iter::once(runs).chain(differences).collect()
+}
 
 const COLUMNS: [&str; 10] = [
     "schedule",
@@ -126,11 +147,11 @@ const COLUMNS: [&str; 10] = [
     "validation loss",
 ];
 
-fn rows(groups: &[Group]) -> Vec<Row> {
+fn rows(groups: &[Group]) -> Vec<Vec<String>> {
     let row = |group: &Group| {
-        let all = |value: fn(&Results) -> f64| group.seeds.iter().map(|run| value(run)).collect::<Vec<f64>>();
+        let all = |value: fn(&Results) -> f64| group.seeds.iter().map(|(_, run)| value(run)).collect::<Vec<f64>>();
         let losses = all(|run| run.validation_loss().unwrap_or(f64::NAN));
-        [
+        vec![
             group.schedule.to_owned(),
             group.seeds.len().to_string(),
             spread(&all(|run| run.steps.len() as f64), 0),
@@ -157,22 +178,24 @@ fn spread(values: &[f64], digits: usize) -> String {
     format!("{mean:.digits$} ± {:.digits$}", variance.sqrt())
 }
 
-fn markdown(title: &str, rows: &[Row]) -> String {
+pub(super) fn markdown(Table { title, columns, rows }: &Table) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-    let mut text =
-        format!("### {title}\n\n{}|---|{}\n", line(&COLUMNS.map(str::to_owned)), "---:|".repeat(COLUMNS.len() - 1));
+    let mut text = format!("### {title}\n\n{}|---|{}\n", line(columns), "---:|".repeat(columns.len() - 1));
     rows.iter().for_each(|row| text.push_str(&line(row)));
     text.push('\n');
     text
 }
 
-fn html(title: &str, rows: &[Row]) -> String {
+fn html(Table { title, columns, rows }: &Table) -> String {
     let line = |tag: &str, cells: &[String]| {
-        let cells = cells.iter().map(|cell| format!("<{tag}>{cell}</{tag}>")).collect::<String>();
-        format!("<tr>{cells}</tr>\n")
+        let cells = cells.iter().map(|cell| match cell.strip_prefix("**").and_then(|cell| cell.strip_suffix("**")) {
+            Some(cell) => format!("<{tag}><b>{cell}</b></{tag}>"),
+            None => format!("<{tag}>{cell}</{tag}>"),
+        });
+        format!("<tr>{}</tr>\n", cells.collect::<String>())
     };
     let body: String = rows.iter().map(|row| line("td", row)).collect();
-    format!("<h2>{title}</h2>\n<table>{}{body}</table>\n", line("th", &COLUMNS.map(str::to_owned)))
+    format!("<h2>{title}</h2>\n<table>{}{body}</table>\n", line("th", columns))
 }
 
 /// What figures and tables are made of.

@@ -46,6 +46,23 @@ impl Results {
         Ok(Results { steps, samples })
     }
 
+    /// From the table of a run's steps that a report has.
+    #[cfg(test)]
+    pub(super) fn of_csv(text: &str, samples: u64) -> Results {
+        let mut rows = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
+        let columns = rows.next().expect("a row of names");
+        let step = |row: Vec<&str>| {
+            let mut line = serde_json::json!({
+                "batch_tokens": 0, "tokens_per_s": 0.0, "exposed_ms": 0.0, "bytes_sent": 0, "collectives": 0, "flops": 0.0
+            });
+            for (name, cell) in columns.iter().zip(row) {
+                line[*name] = if cell.is_empty() { "null" } else { cell }.parse().expect("a number");
+            }
+            serde_json::from_value(line).expect("a step of a run")
+        };
+        Results { steps: rows.map(step).collect(), samples }
+    }
+
     pub(super) fn samples_seen(&self) -> u64 {
         self.steps.last().map_or(0, |line| line.samples_seen)
     }

@@ -304,8 +304,11 @@ mod tests {
         contention: 0.0,
     };
 
+    /// The measured steps on 128 GPUs are 2.7 % and 2.3 % slower than on 8. The simulation hides all
+    /// communication and predicts no difference, so this says that it adds none that is not there,
+    /// and not that it foresees a slowdown.
     #[test]
-    fn what_is_calibrated_on_8_gpus_predicts_128() {
+    fn what_is_calibrated_on_8_gpus_is_within_15_percent_on_128_without_foreseeing_the_slowdown() {
         // Tokens a second and GPU on 8 and 128 H100: pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3, without Float8.
         for (what, on_8, on_128) in [("eager", 5762.0, 5605.0), ("torch.compile", 6667.0, 6514.0)] {
             let model = Preset::named("llama3.1-8b").unwrap().config();
@@ -321,6 +324,10 @@ mod tests {
                 100.0 * error
             );
             assert!(error.abs() < 0.15, "{what}: {predicted} for {on_128}");
+            assert!(
+                (predicted / on_8 - 1.0).abs() < 0.01,
+                "{what}: {predicted}, a difference from 8 GPUs: say so above"
+            );
         }
     }
 

@@ -321,3 +321,53 @@ impl Drop for Writer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use pillion_collectives::{Communicator, Launch, Options};
+    use pillion_kernels::Cpu;
+
+    use super::*;
+    use crate::{Policy, TensorSpec, UnitSpec};
+
+    /// What a save holds the caller up for must not grow by making memory: what was reserved serves
+    /// every save, also after one that failed.
+    #[test]
+    fn the_copies_that_were_reserved_serve_every_save() {
+        let dir = tempfile::tempdir().unwrap();
+        let unit = |name: &str, len| {
+            let tensor = TensorSpec { name: format!("{name}.x"), shape: vec![len], decay: false, frozen: false };
+            UnitSpec { name: name.to_owned(), tensors: vec![tensor] }
+        };
+        let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default()).unwrap());
+        let layout = Layout::new(&[unit("a", 1000), unit("b", 3000)], 1);
+        let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, Policy::default()).unwrap();
+        engine.initialize(|_, _, index| index as f32).unwrap();
+        let mut saver = Saver::new(&dir.path().join("saves"), None).unwrap();
+        saver.reserve(&engine).unwrap();
+        // New memory could lie where the old one was freed, but it would not have this much room.
+        for copy in &mut saver.copies {
+            [&mut copy.master, &mut copy.m, &mut copy.v].into_iter().for_each(|part| part.reserve_exact(777));
+        }
+        let places = |saver: &Saver| -> Vec<_> {
+            let of_part = |part: &Vec<f32>| (part.as_ptr(), part.capacity());
+            let of_unit = |copy: &State| [&copy.master, &copy.m, &copy.v].map(of_part);
+            saver.copies.iter().flat_map(of_unit).collect()
+        };
+        let reserved = places(&saver);
+        assert_eq!(reserved.len(), 2 * shard::PARTS.len());
+        for step in 1..=3 {
+            // A file where the second save's folder should be.
+            let blocked = dir.path().join("saves/step-00000002.incomplete");
+            if step == 2 {
+                std::fs::write(&blocked, "x").unwrap();
+            }
+            let begun = saver.begin(&engine, step, &Value::Null);
+            assert_eq!(begun.is_err(), step == 2, "{begun:?}");
+            assert_eq!(saver.wait(&engine).unwrap().map(|saved| saved.step), (step != 2).then_some(step));
+            assert_eq!(places(&saver), reserved, "after step {step}");
+        }
+    }
+}
