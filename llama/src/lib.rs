@@ -35,6 +35,7 @@ pub use generate::generate;
 
 use std::io::Write;
 
+use pillion_collectives::{Communicator, Launch};
 use pillion_kernels::cpu::Isa;
 use settings::{AbsCommand, Cli, Command, ExperimentCommand};
 
@@ -42,6 +43,8 @@ use settings::{AbsCommand, Cli, Command, ExperimentCommand};
 /// settings that cannot be, 69 when a rank was lost, 75 when a signal ended a run early, and what the launcher says of ranks that
 /// were killed.
 pub fn main(arguments: &[String]) -> i32 {
+    // Without a handler the first write beyond `ulimit -f` ends the program, which then still does.
+    let _ = pillion_collectives::limits::ignore_file_size_signal();
     let cli = match Cli::from_arguments(arguments) {
         Ok(cli) => cli,
         Err((message, 0)) => {
@@ -49,7 +52,9 @@ pub fn main(arguments: &[String]) -> i32 {
             return 0;
         }
         Err((message, code)) => {
-            eprint!("{message}");
+            if !is_said_by_rank_zero(&message) {
+                eprint!("{message}");
+            }
             return code;
         }
     };
@@ -64,9 +69,17 @@ pub fn main(arguments: &[String]) -> i32 {
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
     });
     result.unwrap_or_else(|error| {
-        complain(&error);
+        if error.code() != 2 || !is_said_by_rank_zero(&error.to_string()) {
+            complain(&error);
+        }
         error.code()
     })
+}
+
+/// Whether this is a rank of another launcher, whose rank 0 was given the same settings and refuses
+/// them for the same reason.
+fn is_said_by_rank_zero(reason: &str) -> bool {
+    Launch::detect().is_ok_and(|launch| launch.world > 1 && Communicator::decline(&launch, reason))
 }
 
 /// Prints a line on stdout. A reader that has gone (`| head`) or a full disk ends no training: what counts is in files.

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use pillion_abs::Reason;
+use pillion_collectives::limits::explain;
 use pillion_runtime::Memory;
 use serde::{Deserialize, Serialize};
 
@@ -82,7 +83,7 @@ impl Metrics {
     /// Opens `metrics.jsonl` in `folder`, keeping the lines of steps up to `last_step` of an earlier run.
     pub(crate) fn open(folder: &Path, last_step: u64) -> Result<Metrics, Error> {
         let path = folder.join("metrics.jsonl");
-        let fail = |error: std::io::Error| Error::file(&path, error);
+        let fail = |error: std::io::Error| Error::file(&path, explain(&error));
         let mut kept = String::new();
         if last_step > 0 && path.exists() {
             for line in BufReader::new(File::open(&path).map_err(fail)?).lines() {
@@ -120,7 +121,7 @@ impl Metrics {
             Err(error) => {
                 // Half a line would spoil the next one, too. If this fails as well, there is no more to be done.
                 let _ = self.file.set_len(self.len).and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
-                Err(Error::file(&self.path, error))
+                Err(Error::file(&self.path, explain(&error)))
             }
         }
     }
