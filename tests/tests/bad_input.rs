@@ -188,6 +188,17 @@ fn a_setting_that_is_wrong_for_all_ranks_is_said_once_whoever_starts_them() {
 }
 
 #[test]
+fn the_timeout_counts_for_ranks_that_never_come() {
+    let place = Workplace::new(PROGRAM);
+    let mut command = place.command(&format!("train {TINY} --steps 1 --out out --timeout 2"));
+    command.envs([("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3")]);
+    // The job's name: no other process's.
+    command.env("MASTER_ADDR", format!("timeout-{}", std::process::id())).env("MASTER_PORT", "29500");
+    // Anything else has limits longer than a test's patience.
+    place.spawn(command).finish().refused(1, &["ranks [1, 2] did not come"]);
+}
+
+#[test]
 fn a_model_that_does_not_fit_the_memory() {
     let place = Workplace::new(PROGRAM);
     // 70 billion parameters: over a terabyte of f32 weights, gradients and moments.
