@@ -1,6 +1,7 @@
 //! The command line, parsed into [`Settings`] that can be run: whatever contradicts itself is an error here, before a rank starts.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use pillion_collectives::{Backend, Options, Reduction};
@@ -8,6 +9,7 @@ use pillion_kernels::DType;
 
 use crate::Error;
 use crate::binding::Bind;
+use crate::habits::{Habits, size};
 use crate::operation::{Form, Operation};
 
 /// Times collectives as nccl-tests does: `size count type redop root time algbw busbw #wrong`, and more columns.
@@ -21,7 +23,7 @@ pub struct Arguments {
     /// What to measure; `all` measures each in turn
     #[arg(value_name = "OP", value_parser = operation_names())]
     operation: String,
-    /// Smallest size in bytes; K, M and G are powers of 1024 [default: 8]
+    /// Smallest size in bytes; K, M, G and T are powers of 1024, as are KB and KiB; 1.5M is a size, too [default: 8]
     #[arg(short = 'b', long = "minbytes", value_name = "MIN", value_parser = size)]
     min: Option<usize>,
     /// Largest size in bytes; the last size is the largest MIN x FACTOR^k within it [default: 64M]
@@ -37,20 +39,26 @@ pub struct Arguments {
     #[arg(short = 'n', long, value_name = "ITERS", default_value_t = 20)]
     iters: usize,
     /// Iterations before them that do not count
-    #[arg(short = 'w', long = "warmup_iters", value_name = "WARMUP", default_value_t = 5)]
+    #[arg(short = 'w', visible_short_alias = 'x', long = "warmup_iters", value_name = "WARMUP", default_value_t = 5)]
     warmup: usize,
-    /// Type of the elements, or all of them in turn [default: f32]
-    #[arg(short = 't', long = "type", value_enum, value_name = "TYPE")]
+    /// Type of the elements, or all of them in turn: f32, bf16, f64, i64, all [default: f32]
+    #[arg(short = 't', visible_short_alias = 'd', long = "type", alias = "datatype", value_name = "TYPE", value_parser = type_of)]
     dtype: Option<TypeArgument>,
     /// How elements are combined [default: sum]
     #[arg(short = 'o', long = "op", value_enum, value_name = "REDOP")]
     redop: Option<RedopArgument>,
     /// Number of ranks, where no launcher says it [default: 2]
-    #[arg(short = 'r', long, value_name = "RANKS")]
+    #[arg(short = 'r', visible_short_alias = 'g', long, alias = "ngpus", value_name = "RANKS")]
     ranks: Option<usize>,
     /// Ranks are threads of this process, not processes
     #[arg(long)]
     threads: bool,
+    /// Starts more than 8 ranks for each core
+    #[arg(long)]
+    oversubscribe: bool,
+    /// Seconds after which a rank that waits for another gives up, in an operation [default: 300] and at the start [default: 60]
+    #[arg(short = 'T', long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: Option<u64>,
     /// Measures the form in one buffer, too
     #[arg(long)]
     in_place: bool,
@@ -60,6 +68,8 @@ pub struct Arguments {
     /// Verifies every element of every buffer, before and after the timed iterations
     #[arg(long)]
     check: bool,
+    #[command(flatten)]
+    habits: Habits,
     /// Flushes the caches before each iteration: each rank walks memory of twice the last-level cache, 64 MiB at least
     #[arg(long)]
     cold: bool,
@@ -88,11 +98,25 @@ pub struct Arguments {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum TypeArgument {
+    #[value(aliases = ["float", "float32"])]
     F32,
+    #[value(alias = "bfloat16")]
     Bf16,
+    #[value(aliases = ["double", "float64"])]
     F64,
+    #[value(alias = "int64")]
     I64,
     All,
+}
+
+/// Reads a type; a number is what nccl-tests' -t is followed by.
+fn type_of(text: &str) -> Result<TypeArgument, String> {
+    TypeArgument::from_str(text, true).map_err(|_| match text.parse::<usize>() {
+        Ok(number) => {
+            format!("-t is the type of the elements here; for ranks that are threads give --threads -r {number}")
+        }
+        Err(_) => "there are f32, bf16, f64, i64 and all".to_owned(),
+    })
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -154,6 +178,8 @@ pub struct Settings {
     pub ranks: Option<usize>,
     /// Whether ranks are threads.
     pub threads: bool,
+    /// Whether more ranks start than cores can reasonably run.
+    pub oversubscribe: bool,
     /// Whether the form in one buffer is measured, too.
     pub in_place: bool,
     /// Where buffers lie.
@@ -211,11 +237,14 @@ impl Arguments {
         {
             return usage("this backend needs MPI, which this build does not have: build with --features mpi".into());
         }
+        self.habits.answer()?;
         if self.iters == 0 {
             return usage("-n 0 measures nothing: ask for at least 1 iteration".into());
         }
         if self.ranks == Some(0) {
-            return usage("-r 0 leaves nobody to measure: ask for at least 1 rank".into());
+            return usage(
+                "-r 0 leaves nobody to measure: ask for at least 1 rank (operations with a root have root 0)".into(),
+            );
         }
         let hosts = self.hosts.unwrap_or(1);
         for (flag, number) in [("--hosts", hosts), ("--reduce-groups", self.reduce_groups)] {
@@ -232,7 +261,10 @@ impl Arguments {
                 return usage("--compare mpi compares the first form of each operation: leave --in-place out".into());
             }
         }
+        let default = Options::default();
         let options = Options {
+            timeout: self.timeout.map_or(default.timeout, Duration::from_secs),
+            startup_timeout: self.timeout.map_or(default.startup_timeout, Duration::from_secs),
             backend: match self.backend {
                 BackendArgument::Auto => Backend::Auto,
                 BackendArgument::Shm => Backend::Shm,
@@ -241,7 +273,7 @@ impl Arguments {
             },
             reduce_groups: self.reduce_groups,
             simulated_hosts: hosts,
-            ..Options::default()
+            ..default
         };
         Ok(Settings {
             operations,
@@ -261,9 +293,10 @@ impl Arguments {
             },
             ranks: self.ranks,
             threads: self.threads,
+            oversubscribe: self.oversubscribe,
             in_place: self.in_place,
             buffers: self.buffers.unwrap_or(Buffers::Arena),
-            check: self.check,
+            check: self.check || self.habits.asks_for_checks(),
             cold: self.cold,
             overlap: self.overlap,
             bind: self.bind,
@@ -276,7 +309,11 @@ impl Arguments {
     /// Refuses flags that would have no effect on the only operation.
     fn check_effect(&self, operation: Operation) -> Result<(), Error> {
         let moves = operation.moves_buffers();
-        let sized = self.sizes.is_some() || self.min.is_some() || self.max.is_some() || self.factor.is_some();
+        let sized = self.sizes.is_some()
+            || self.habits.sizes().is_some()
+            || self.min.is_some()
+            || self.max.is_some()
+            || self.factor.is_some();
         let idle = [
             ("size (-b, -e, -f, --sizes)", sized && !moves),
             ("type (-t)", self.dtype.is_some() && !moves),
@@ -296,7 +333,16 @@ impl Arguments {
         if let Some(sizes) = &self.sizes {
             return Ok(sizes.clone());
         }
-        let (min, max, factor) = (self.min.unwrap_or(8), self.max.unwrap_or(64 << 20), self.factor.unwrap_or(8));
+        let (least, most) = self.habits.sizes().unwrap_or_default();
+        for (flag, both) in
+            [("-b", self.min.is_some() && least.is_some()), ("-e", self.max.is_some() && most.is_some())]
+        {
+            if both {
+                return Err(Error::Usage(format!("-m and {flag} both give a size: leave one out")));
+            }
+        }
+        let (least, most) = (self.min.or(least), self.max.or(most));
+        let (min, max, factor) = (least.unwrap_or(8), most.unwrap_or(64 << 20), self.factor.unwrap_or(8));
         if min > max {
             return Err(Error::Usage(format!(
                 "-b {min} is more than -e {max}: the smallest size is at most the largest"
@@ -321,21 +367,6 @@ fn operation_names() -> clap::builder::PossibleValuesParser {
         .into()
 }
 
-/// Bytes: a number with K, M or G for a power of 1024.
-fn size(text: &str) -> Result<usize, String> {
-    let (digits, unit) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (&text[..at], 1usize << 10),
-        Some((at, 'm' | 'M')) => (&text[..at], 1 << 20),
-        Some((at, 'g' | 'G')) => (&text[..at], 1 << 30),
-        _ => (text, 1),
-    };
-    let number: usize = digits.parse().map_err(|_| "expected bytes such as 8, 4K, 1M or 1G".to_string())?;
-    number
-        .checked_mul(unit)
-        .filter(|&bytes| bytes < 1 << 48)
-        .ok_or_else(|| "more than any machine's memory".to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -355,6 +386,45 @@ mod tests {
     }
 
     #[test]
+    fn habits_of_nccl_tests_and_of_osu_are_accepted() {
+        let nccl = parse("all-reduce -b 8 -e 128M -f 2 -g 4 -c 1 -n 10 -w 3 -d float -o sum -T 30").unwrap();
+        assert_eq!((nccl.ranks, nccl.check, nccl.iterations, nccl.warmup), (Some(4), true, 10, 3));
+        assert_eq!((nccl.sizes.len(), nccl.options.timeout), (25, Duration::from_secs(30)));
+        assert!(!parse("all-reduce -c 0").unwrap().check);
+        for (name, dtype) in
+            [("double", DType::F64), ("bfloat16", DType::Bf16), ("int64", DType::I64), ("F32", DType::F32)]
+        {
+            assert_eq!(parse(&format!("all-reduce -d {name}")).unwrap().dtypes, [dtype]);
+        }
+        let osu = parse("all-reduce -m 4:1K -f 4 -x 7").unwrap();
+        assert_eq!((osu.sizes, osu.warmup), (vec![4, 16, 64, 256, 1024], 7));
+        assert_eq!(parse("all-reduce -m 1M: -f 8").unwrap().sizes, [1 << 20, 8 << 20, 64 << 20]);
+        assert_eq!(parse("all-reduce -m :64 -f 8").unwrap().sizes, [8, 64]);
+    }
+
+    #[test]
+    fn habits_that_mean_something_else_are_answered_with_the_flag() {
+        for (line, words) in [
+            ("all-reduce -t 2", "--threads -r 2"),
+            ("all-reduce -d half", "f32, bf16, f64, i64"),
+            ("all-reduce -i 100", "iterations are -n 100"),
+            ("all-reduce -i 1M", "--sizes"),
+            ("all-reduce -m 128", "-e 128"),
+            ("all-reduce -m 2:x", "expected bytes"),
+            ("all-reduce -m 8:64 -b 8", "-m and -b"),
+            ("barrier -m 8:64", "no size"),
+            ("all-reduce -m 64:8", "-b 64 is more than -e 8"),
+            ("all-reduce -a 1", "-a has no counterpart"),
+            ("all-reduce -G 1", "-G has no counterpart"),
+            ("all-reduce -r 0", "root 0"),
+            ("all-reduce -c x", "-c"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(words), "{line}: {error}");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_is_named() {
         for (line, words) in [
             ("all-reduse", "all-reduce"),
@@ -362,7 +432,7 @@ mod tests {
             ("all-reduce -f 1", "-f 1"),
             ("all-reduce -n 0", "-n 0"),
             ("all-reduce -r 0", "-r 0"),
-            ("all-reduce -b 1T", "expected bytes"),
+            ("all-reduce -b 1X", "expected bytes"),
             ("all-reduce -b 99999999999G", "more than any machine"),
             ("all-reduce --sizes 4 -b 4", "cannot be used with"),
             ("all-reduce --reduce-groups 0", "--reduce-groups 0"),

@@ -6,7 +6,7 @@ use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Queue, View, ViewMut};
 use crate::Error;
 use crate::arguments::Buffers;
 use crate::operation::{Form, Operation};
-use crate::pattern::{Integral, POISON, Pattern, wrong};
+use crate::pattern::{Blocks, Integral, POISON, Pattern, What, wrong};
 
 /// Elements filled, compared or consumed at a time: they stay in the first-level cache.
 pub(crate) const BLOCK: usize = 2048;
@@ -82,10 +82,10 @@ impl Case {
         self.pattern.round = round;
         let (pattern, queue) = (self.pattern, &*self.queue);
         if let Some(input) = &mut self.operands.input {
-            fill(queue, input.view_mut(), |index| pattern.input(index));
+            fill(queue, input.view_mut(), &pattern, What::Input);
         }
         if let Some(output) = &mut self.operands.output {
-            fill(queue, output.view_mut(), |index| pattern.output_before(index));
+            fill(queue, output.view_mut(), &pattern, What::Before);
         }
         self.scalar = pattern.value(pattern.rank, 0) as f64;
         self.combined = POISON as f64;
@@ -158,17 +158,27 @@ impl Case {
             _ => run(self)?,
         }
         let output = self.operands.output.as_ref();
-        let of_output =
-            output.map_or(0, |output| differences(&*self.queue, output.view(), 0, |index| pattern.output_after(index)));
+        let of_output = output.map_or(0, |output| differences(&*self.queue, output.view(), &pattern, What::After));
         Ok(of_output + self.differing_input())
     }
 
     fn check_window(&mut self, communicator: &Communicator, round: u64) -> Result<u64, Error> {
+        match self.scratch.dtype() {
+            DType::F32 => self.check_window_of::<f32>(communicator, round),
+            DType::Bf16 => self.check_window_of::<half::bf16>(communicator, round),
+            DType::F64 => self.check_window_of::<f64>(communicator, round),
+            DType::I64 => self.check_window_of::<i64>(communicator, round),
+            DType::U32 => unreachable!("no argument asks for u32"),
+        }
+    }
+
+    fn check_window_of<T: Integral>(&mut self, communicator: &Communicator, round: u64) -> Result<u64, Error> {
         self.prepare(round);
         communicator.barrier()?;
         let (pattern, mut differing) = (self.pattern, 0);
+        let mut expected = Blocks::<T>::new(&pattern, What::After, pattern.count * pattern.world, BLOCK);
         self.run_window(communicator, |queue, block, _, first| {
-            differing += differences(queue, block, first, |index| pattern.output_after(index));
+            differing += differences_of_block(queue, block, first, &mut expected);
         })?;
         Ok(differing + self.differing_input())
     }
@@ -176,7 +186,7 @@ impl Case {
     fn differing_input(&self) -> u64 {
         let pattern = self.pattern;
         let input = self.operands.input.as_ref();
-        input.map_or(0, |input| differences(&*self.queue, input.view(), 0, |index| pattern.input(index)))
+        input.map_or(0, |input| differences(&*self.queue, input.view(), &pattern, What::Input))
     }
 
     fn start(&mut self, communicator: &Communicator, start: Start) -> Flight {
@@ -301,44 +311,52 @@ fn check_barrier(
     Ok(if communicator.hosts() == 1 { all.iter().filter(|other| other[0] > left).count() as u64 } else { 0 })
 }
 
-fn fill(queue: &dyn Queue, view: ViewMut<'_>, value: impl Fn(usize) -> i64) {
+fn fill(queue: &dyn Queue, view: ViewMut<'_>, pattern: &Pattern, what: What) {
     match view.dtype() {
-        DType::F32 => fill_with::<f32>(queue, view, value),
-        DType::Bf16 => fill_with::<half::bf16>(queue, view, value),
-        DType::F64 => fill_with::<f64>(queue, view, value),
-        DType::I64 => fill_with::<i64>(queue, view, value),
+        DType::F32 => fill_with::<f32>(queue, view, pattern, what),
+        DType::Bf16 => fill_with::<half::bf16>(queue, view, pattern, what),
+        DType::F64 => fill_with::<f64>(queue, view, pattern, what),
+        DType::I64 => fill_with::<i64>(queue, view, pattern, what),
         DType::U32 => unreachable!("no argument asks for u32"),
     }
 }
 
-fn fill_with<T: Integral>(queue: &dyn Queue, mut view: ViewMut<'_>, value: impl Fn(usize) -> i64) {
-    for first in (0..view.len()).step_by(BLOCK) {
-        let range = first..view.len().min(first + BLOCK);
-        let block: Vec<T> = range.clone().map(|index| T::of(value(index))).collect();
-        queue.upload(view.reborrow().slice(range), &block);
+fn fill_with<T: Integral>(queue: &dyn Queue, mut view: ViewMut<'_>, pattern: &Pattern, what: What) {
+    let (mut first, len) = (0, view.len());
+    let mut blocks = Blocks::<T>::new(pattern, what, len, BLOCK);
+    while first < len {
+        let block = blocks.from(first, len - first);
+        queue.upload(view.reborrow().slice(first..first + block.len()), block);
+        first += block.len();
     }
 }
 
-fn differences(queue: &dyn Queue, view: View<'_>, first: usize, expected: impl Fn(usize) -> i64) -> u64 {
+fn differences(queue: &dyn Queue, view: View<'_>, pattern: &Pattern, what: What) -> u64 {
+    fn of<T: Integral>(queue: &dyn Queue, view: View<'_>, pattern: &Pattern, what: What) -> u64 {
+        let mut expected = Blocks::<T>::new(pattern, what, view.len(), BLOCK);
+        differences_of_block(queue, view, 0, &mut expected)
+    }
     match view.dtype() {
-        DType::F32 => differences_of::<f32>(queue, view, first, expected),
-        DType::Bf16 => differences_of::<half::bf16>(queue, view, first, expected),
-        DType::F64 => differences_of::<f64>(queue, view, first, expected),
-        DType::I64 => differences_of::<i64>(queue, view, first, expected),
+        DType::F32 => of::<f32>(queue, view, pattern, what),
+        DType::Bf16 => of::<half::bf16>(queue, view, pattern, what),
+        DType::F64 => of::<f64>(queue, view, pattern, what),
+        DType::I64 => of::<i64>(queue, view, pattern, what),
         DType::U32 => unreachable!("no argument asks for u32"),
     }
 }
 
-fn differences_of<T: Integral>(
+/// Wrong elements of a part of a buffer that starts at `first`.
+fn differences_of_block<T: Integral>(
     queue: &dyn Queue,
     view: View<'_>,
     first: usize,
-    expected: impl Fn(usize) -> i64,
+    expected: &mut Blocks<'_, T>,
 ) -> u64 {
-    let blocks = (0..view.len()).step_by(BLOCK);
-    let of_block = |at: usize| {
-        let block = view.slice(at..view.len().min(at + BLOCK));
-        wrong(&queue.download::<T>(block), first + at, &expected)
-    };
-    blocks.map(of_block).sum()
+    let (mut at, mut differing) = (0, 0);
+    while at < view.len() {
+        let block = expected.from(first + at, view.len() - at);
+        differing += wrong(&queue.download::<T>(view.slice(at..at + block.len())), block);
+        at += block.len();
+    }
+    differing
 }

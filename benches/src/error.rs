@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use pillion_collectives::launch::LaunchError;
+use pillion_collectives::limits::human;
 use pillion_collectives::{Backend, launcher};
 
 /// Failures of a run.
@@ -24,8 +25,11 @@ pub enum Error {
     Device(#[from] pillion_kernels::Error),
     /// The buffers of a line exceed the host's memory.
     #[error(
-        "{operation} of {size} bytes needs {needed} bytes on this host for its ranks' buffers, {limit} allows {available}: \
-         choose smaller sizes, or fewer ranks"
+        "{operation} of {} needs {} on this host for its ranks' buffers, {limit} allows {}: choose smaller sizes, \
+         or fewer ranks",
+        human(*size as u64),
+        human(*needed),
+        human(*available)
     )]
     Memory {
         /// The operation.
@@ -89,7 +93,9 @@ impl Error {
     pub fn code(&self) -> i32 {
         use pillion_collectives::Error as Peers;
         match self {
-            Error::Usage(_) | Error::Launch(LaunchError::NoRanks | LaunchError::TooManyRanks { .. }) => 2,
+            Error::Usage(_)
+            | Error::Launch(LaunchError::NoRanks | LaunchError::TooManyRanks { .. } | LaunchError::BeyondMost { .. })
+            | Error::Communication(Peers::Options { .. }) => 2,
             Error::Communication(Peers::PeerLost { .. } | Peers::Aborted { .. }) => launcher::EXIT_CONSEQUENCE,
             _ => 1,
         }

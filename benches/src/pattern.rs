@@ -4,6 +4,11 @@
 //! where they are summed over n ranks, in 0..=⌊256/n⌋. bfloat16 has 8 bits of significand, so all integers up to 2⁸ = 256 are exact in it; no
 //! partial sum exceeds n · ⌊256/n⌋ ≤ 256, so whatever the order, and even if each step were rounded, the sum is exact. That serves
 //! up to 256 ranks. [`POISON`] lies in what an operation must overwrite; no value equals it.
+//!
+//! All ranks read their values from one sequence of random numbers that repeats after [`PERIOD`],
+//! each from a place of its own. So what a large buffer must hold is compared with a table, as fast
+//! as memory is read. Elements that are off by a multiple of the period look right. The period is
+//! a prime, so the smallest such offset of whole pages is 65,521 pages.
 
 use half::bf16;
 use pillion_collectives::Reduction;
@@ -16,6 +21,33 @@ pub const LARGEST: usize = 256;
 
 /// In outputs before an operation.
 pub const POISON: i64 = -1;
+
+/// Values repeat after so many.
+pub const PERIOD: usize = 65_521;
+
+/// From one rank's place in the sequence to the next one's.
+const STRIDE: usize = 25_033;
+
+/// Which buffer, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// The input, which no operation changes.
+    Input,
+    /// The output before the operation.
+    Before,
+    /// The output after it.
+    After,
+}
+
+/// What an element is, and the elements that follow it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Poison,
+    /// A rank's value of this index, and the next ones.
+    Value(usize, usize),
+    /// All ranks' values of this index, combined, and the next ones.
+    Combined(usize),
+}
 
 /// An element type that holds small integers.
 pub trait Integral: Element + PartialEq {
@@ -90,36 +122,43 @@ impl Pattern {
         }
     }
 
-    /// Element of the input, which no operation changes.
-    pub fn input(&self, index: usize) -> i64 {
-        self.value(self.rank, index)
-    }
-
-    /// Element of the output before the operation.
-    pub fn output_before(&self, index: usize) -> i64 {
-        use Operation::*;
-        match (self.operation, self.form) {
-            (AllReduce | ReduceScatter, Form::InPlace) => self.value(self.rank, index),
-            (AllGather, Form::InPlace) if index / self.count == self.rank => self.value(self.rank, index % self.count),
-            (Broadcast, _) if self.is_root() => self.value(self.rank, index),
-            _ => POISON,
+    /// An element of a buffer.
+    pub fn element(&self, what: What, index: usize) -> i64 {
+        match self.source(what, index).0 {
+            Source::Poison => POISON,
+            Source::Value(rank, index) => self.value(rank, index),
+            Source::Combined(index) => self.combined(index),
         }
     }
 
-    /// Element of the output after the operation.
-    pub fn output_after(&self, index: usize) -> i64 {
+    /// What an element is, and for how many elements that goes on.
+    fn source(&self, what: What, index: usize) -> (Source, usize) {
         use Operation::*;
-        match self.operation {
-            AllReduce | Reduce => self.combined(index),
-            ReduceScatter if self.form == Form::OutOfPlace => self.combined(self.rank * self.count + index),
-            ReduceScatter if index / self.count == self.rank => self.combined(index),
-            ReduceScatter => self.value(self.rank, index),
-            AllGather | Gather | Window => self.value(index / self.count, index % self.count),
-            Broadcast => self.value(0, index),
-            Scatter => self.value(0, self.rank * self.count + index),
-            AllToAll => self.value(index / self.count, self.rank * self.count + index % self.count),
-            SendRecv => self.value((self.rank + self.world - 1) % self.world, index),
-            Barrier | Scalars => unreachable!("they have no buffers"),
+        let (rank, count) = (self.rank, self.count);
+        let on = |source| (source, usize::MAX);
+        // One of as many parts as ranks, and how much of it is left.
+        let part =
+            |source: &dyn Fn(usize, usize) -> Source| (source(index / count, index % count), count - index % count);
+        let own = Source::Value(rank, index);
+        match (what, self.operation, self.form) {
+            (_, Barrier | Scalars, _) => unreachable!("they have no buffers"),
+            (What::Input, _, _) => on(own),
+            (What::Before, AllReduce | ReduceScatter, Form::InPlace) => on(own),
+            (What::Before, AllGather, Form::InPlace) => {
+                part(&|at, index| if at == rank { Source::Value(rank, index) } else { Source::Poison })
+            }
+            (What::Before, Broadcast, _) if self.is_root() => on(own),
+            (What::Before, _, _) => on(Source::Poison),
+            (What::After, AllReduce | Reduce, _) => on(Source::Combined(index)),
+            (What::After, ReduceScatter, Form::InPlace) => {
+                part(&|at, _| if at == rank { Source::Combined(index) } else { own })
+            }
+            (What::After, ReduceScatter, _) => on(Source::Combined(rank * count + index)),
+            (What::After, AllGather | Gather | Window, _) => part(&Source::Value),
+            (What::After, Broadcast, _) => on(Source::Value(0, index)),
+            (What::After, Scatter, _) => on(Source::Value(0, rank * count + index)),
+            (What::After, AllToAll, _) => part(&|at, index| Source::Value(at, rank * count + index)),
+            (What::After, SendRecv, _) => on(Source::Value((rank + self.world - 1) % self.world, index)),
         }
     }
 
@@ -134,9 +173,20 @@ impl Pattern {
 
     /// Element of what a rank gives.
     pub fn value(&self, rank: usize, index: usize) -> i64 {
+        self.at(self.place(rank, index))
+    }
+
+    /// Where an element of what a rank gives stands in the sequence.
+    fn place(&self, rank: usize, index: usize) -> usize {
+        let round = (mix(self.round) % PERIOD as u64) as usize;
+        (index % PERIOD + rank % PERIOD * STRIDE + round) % PERIOD
+    }
+
+    /// The sequence.
+    fn at(&self, place: usize) -> i64 {
         let sums = self.operation.reduces() && self.reduction == Reduction::Sum;
         let largest = if sums { LARGEST / self.world } else { LARGEST };
-        (mix((self.round << 56) ^ ((rank as u64) << 44) ^ index as u64) % (largest as u64 + 1)) as i64
+        (mix(place as u64) % (largest as u64 + 1)) as i64
     }
 
     fn is_root(&self) -> bool {
@@ -152,10 +202,64 @@ fn mix(number: u64) -> u64 {
     number ^ (number >> 31)
 }
 
-/// Number of `elements`, which start at `first` in their buffer, that differ from what `expected` says.
-pub fn wrong<T: Integral>(elements: &[T], first: usize, expected: impl Fn(usize) -> i64) -> u64 {
-    let differs = |&(at, &element): &(usize, &T)| element != T::of(expected(first + at));
-    elements.iter().enumerate().filter(differs).count() as u64
+/// Elements of a buffer in blocks: from tables where there are many, else one by one.
+pub struct Blocks<'a, T> {
+    pattern: &'a Pattern,
+    what: What,
+    longest: usize,
+    /// The sequence, its combination over ranks, and poison, each so long that every block of it is
+    /// one piece.
+    tables: Option<[Vec<T>; 3]>,
+    scratch: Vec<T>,
+}
+
+impl<'a, T: Integral> Blocks<'a, T> {
+    /// For a buffer of `len` elements, in blocks of at most `longest`.
+    pub fn new(pattern: &'a Pattern, what: What, len: usize, longest: usize) -> Blocks<'a, T> {
+        let table = |element: &dyn Fn(usize) -> i64| -> Vec<T> {
+            let mut table: Vec<T> = (0..PERIOD).map(|place| T::of(element(place))).collect();
+            for place in 0..longest {
+                table.push(table[place]);
+            }
+            table
+        };
+        let is_long = len > 4 * PERIOD;
+        let tables = is_long.then(|| {
+            let combines = pattern.operation.reduces();
+            [
+                table(&|place| pattern.at(place)),
+                if combines { table(&|index| pattern.combined(index)) } else { Vec::new() },
+                vec![T::of(POISON); longest],
+            ]
+        });
+        Blocks { pattern, what, longest, tables, scratch: Vec::new() }
+    }
+
+    /// The elements from `index` on: as many as one block has, at most `most`.
+    pub fn from(&mut self, index: usize, most: usize) -> &[T] {
+        let (source, room) = self.pattern.source(self.what, index);
+        let len = most.min(room).min(self.longest);
+        let Some([values, combined, poison]) = &self.tables else {
+            self.scratch.clear();
+            let elements = (index..index + len).map(|index| T::of(self.pattern.element(self.what, index)));
+            self.scratch.extend(elements);
+            return &self.scratch;
+        };
+        match source {
+            Source::Poison => &poison[..len],
+            Source::Value(rank, index) => &values[self.pattern.place(rank, index)..][..len],
+            Source::Combined(index) => &combined[index % PERIOD..][..len],
+        }
+    }
+}
+
+/// Number of elements that differ from those expected.
+///
+/// # Panics
+/// When there are not as many of both.
+pub fn wrong<T: Integral>(elements: &[T], expected: &[T]) -> u64 {
+    assert_eq!(elements.len(), expected.len(), "elements and what they must be");
+    elements.iter().zip(expected).map(|(element, expected)| u64::from(element != expected)).sum()
 }
 
 #[cfg(test)]
@@ -174,19 +278,18 @@ mod tests {
     /// Each wrong element counts once, wherever it stands and whatever it is.
     fn finds_each_fault<T: Integral + std::fmt::Debug>(nan: Option<T>, faults: &[usize]) {
         let pattern = pattern(Operation::AllGather, Form::OutOfPlace, 1, 3, 50, 0);
-        let right: Vec<T> = integral((0..150).map(|index| pattern.output_after(index)));
-        assert_eq!(wrong(&right, 0, |index| pattern.output_after(index)), 0);
-        assert_eq!(wrong(&right[40..], 40, |index| pattern.output_after(index)), 0);
+        let right: Vec<T> = integral((0..150).map(|index| pattern.element(What::After, index)));
+        assert_eq!(wrong(&right, &right), 0);
         for (what, bad) in [("poison", Some(T::of(POISON))), ("NaN", nan)] {
             let Some(bad) = bad else { continue };
             let mut elements = right.clone();
             faults.iter().for_each(|&at| elements[at] = bad);
-            assert_eq!(wrong(&elements, 0, |index| pattern.output_after(index)), faults.len() as u64, "{what}");
+            assert_eq!(wrong(&elements, &right), faults.len() as u64, "{what}");
         }
         for &at in faults {
             let mut elements = right.clone();
-            elements[at] = T::of(pattern.output_after(at) + 1);
-            assert_eq!(wrong(&elements, 0, |index| pattern.output_after(index)), 1, "an element that is one too large");
+            elements[at] = T::of(pattern.element(What::After, at) + 1);
+            assert_eq!(wrong(&elements, &right), 1, "an element that is one too large");
         }
     }
 
@@ -203,19 +306,61 @@ mod tests {
     fn what_another_operation_or_rank_or_round_left_is_wrong() {
         const COUNT: usize = 1000;
         let right = pattern(Operation::AllReduce, Form::OutOfPlace, 0, 4, COUNT, 0);
-        let elements: Vec<f32> = integral((0..COUNT).map(|index| right.output_after(index)));
-        let seen = |expected: &dyn Fn(usize) -> i64| wrong(&elements, 0, expected);
-        assert_eq!(seen(&|index| right.output_after(index)), 0);
+        let elements: Vec<f32> = integral((0..COUNT).map(|index| right.element(What::After, index)));
+        let seen = |expected: &dyn Fn(usize) -> i64| wrong(&elements, &integral::<f32>((0..COUNT).map(expected)));
+        assert_eq!(seen(&|index| right.element(What::After, index)), 0);
         // Sums of four values in 0..=64 have 257 possible results; two independent ones agree with probability below 2 %.
         let mostly = COUNT as u64 * 9 / 10;
-        assert!(seen(&|index| Pattern { round: 1, ..right }.output_after(index)) > mostly, "an earlier round");
-        assert!(seen(&|index| right.output_after(index + 1)) > mostly, "a shift by one");
-        assert!(seen(&|index| right.input(index)) > mostly, "one rank's input");
-        assert!(seen(&|index| right.output_after(index) - right.value(3, index)) > mostly, "one rank left out");
+        assert!(seen(&|index| Pattern { round: 1, ..right }.element(What::After, index)) > mostly, "an earlier round");
+        assert!(seen(&|index| right.element(What::After, index + 1)) > mostly, "a shift by one");
+        assert!(seen(&|index| right.element(What::Input, index)) > mostly, "one rank's input");
+        assert!(seen(&|index| right.element(What::After, index) - right.value(3, index)) > mostly, "one rank left out");
         assert!(
-            seen(&|index| Pattern { reduction: Reduction::Max, ..right }.output_after(index)) > mostly,
+            seen(&|index| Pattern { reduction: Reduction::Max, ..right }.element(What::After, index)) > mostly,
             "the largest"
         );
+    }
+
+    #[test]
+    fn blocks_from_tables_are_the_elements_one_by_one() {
+        const COUNT: usize = 2 * PERIOD + 100;
+        for (operation, form) in
+            Operation::ALL.into_iter().flat_map(|one| one.forms().iter().map(move |&form| (one, form)))
+        {
+            for rank in [0, 2] {
+                let pattern = pattern(operation, form, rank, 3, COUNT, 5);
+                let buffers = [
+                    (What::Input, pattern.input_len()),
+                    (What::Before, pattern.output_len()),
+                    (What::After, pattern.output_len()),
+                ];
+                for (what, len) in buffers.into_iter().filter_map(|(what, len)| Some((what, len?))) {
+                    // Where parts and periods begin and end, and in between.
+                    let places = [0, 1, PERIOD - 1, PERIOD, COUNT - 1, COUNT, 2 * COUNT + 77, len.saturating_sub(1000)];
+                    let mut blocks = Blocks::<f32>::new(&pattern, what, 5 * PERIOD, 1024);
+                    for first in places.into_iter().filter(|&place| place < len) {
+                        let block = blocks.from(first, len - first);
+                        assert!(!block.is_empty() && block.len() <= 1024);
+                        for (index, &element) in (first..).zip(block) {
+                            assert_eq!(
+                                element,
+                                pattern.element(what, index) as f32,
+                                "{operation:?} {form:?} {what:?} {index}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_two_ranks_give_the_same_and_neither_do_two_rounds() {
+        let pattern = pattern(Operation::AllGather, Form::OutOfPlace, 0, 256, 1, 0);
+        let mut places: Vec<usize> = (0..256).map(|rank| pattern.place(rank, 0)).collect();
+        places.extend((1..5).map(|round| Pattern { round, ..pattern }.place(0, 0)));
+        places.sort_unstable();
+        assert!(places.windows(2).all(|pair| pair[0] != pair[1]), "{places:?}");
     }
 
     proptest! {
@@ -237,14 +382,14 @@ mod tests {
                 let forms = |operation| [Form::OutOfPlace, Form::InPlace].map(|form| pattern(operation, form, rank, world, count, round));
                 let [out, within] = forms(Operation::ReduceScatter);
                 for index in 0..count {
-                    prop_assert_eq!(out.output_after(index), within.output_after(rank * count + index));
+                    prop_assert_eq!(out.element(What::After, index), within.element(What::After, rank * count + index));
                 }
                 let [out, within] = forms(Operation::AllGather);
                 for index in 0..count * world {
-                    prop_assert_eq!(out.output_after(index), within.output_after(index));
+                    prop_assert_eq!(out.element(What::After, index), within.element(What::After, index));
                 }
                 for index in 0..count {
-                    prop_assert_eq!(out.input(index), within.output_before(rank * count + index));
+                    prop_assert_eq!(out.element(What::Input, index), within.element(What::Before, rank * count + index));
                 }
             }
         }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::Parser;
 use pillion_collectives::launch::Source;
-use pillion_collectives::{Launch, launcher};
+use pillion_collectives::{Communicator, Launch, launcher, limits};
 use pillion_kernels::cpu::Isa;
 
 use crate::arguments::{Arguments, Settings};
@@ -16,21 +16,39 @@ const DEFAULT_RANKS: usize = 2;
 /// Runs the command with these arguments, the program's name first; returns its exit code: 0, 1 for a failure or wrong results, 2 for
 /// arguments that cannot be, or what [`launcher::run_processes`] says of ranks that were lost.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
+    // Without a handler the first write beyond `ulimit -f` ends the program, which then still does.
+    let _ = limits::ignore_file_size_signal();
     let arguments: Vec<OsString> = arguments.collect();
     let command: Vec<String> = arguments.iter().map(|word| word.to_string_lossy().into_owned()).collect();
     let settings = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments.settings(),
         Err(error) => {
-            // A closed stream has no reader to tell.
-            let _ = error.print();
+            if error.exit_code() == 0 || !is_said_by_rank_zero(&error.to_string()) {
+                // A closed stream has no reader to tell.
+                let _ = error.print();
+            }
             return error.exit_code();
         }
     };
-    let result = settings.and_then(|settings| start(&settings, &command));
-    result.unwrap_or_else(|error| {
+    let settings = match settings {
+        Ok(settings) => settings,
+        Err(error) => {
+            if !is_said_by_rank_zero(&error.to_string()) {
+                complain(&error.to_string());
+            }
+            return error.code();
+        }
+    };
+    start(&settings, &command).unwrap_or_else(|error| {
         complain(&error.to_string());
         error.code()
     })
+}
+
+/// Whether this is a rank of another launcher, whose rank 0 was given the same arguments and
+/// refuses them for the same reason.
+fn is_said_by_rank_zero(reason: &str) -> bool {
+    Launch::detect().is_ok_and(|launch| launch.world > 1 && Communicator::decline(&launch, reason))
 }
 
 fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
@@ -45,12 +63,13 @@ fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
     match launch.source {
         Source::Single => {
             let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
-            launcher::check_ranks(ranks)?;
+            launcher::check_ranks(ranks, settings.oversubscribe)?;
             check_groups(settings, ranks)?;
             if settings.threads || ranks == 1 {
-                return Ok(threads(settings, command, ranks));
+                return threads(settings, command, ranks);
             }
-            return Ok(launcher::run_processes(ranks)?);
+            let options = launcher::Options { oversubscribe: settings.oversubscribe, ..launcher::Options::default() };
+            return Ok(launcher::run_processes_with(ranks, &options)?);
         }
         Source::Local => launcher::bind_to_launcher()?,
         source => {
@@ -89,20 +108,17 @@ fn check_groups(settings: &Settings, ranks: usize) -> Result<(), Error> {
 }
 
 /// Runs every rank as a thread of this process.
-fn threads(settings: &Settings, command: &[String], ranks: usize) -> i32 {
-    let codes: Vec<i32> = std::thread::scope(|scope| {
-        let run = |launch: Launch| scope.spawn(move || measure(settings, &launch, command));
-        let ranks: Vec<_> = Launch::threads(ranks).into_iter().map(run).collect();
-        // A panic has been printed.
-        ranks.into_iter().map(|rank| rank.join().unwrap_or(1)).collect()
-    });
+fn threads(settings: &Settings, command: &[String], ranks: usize) -> Result<i32, Error> {
+    let codes = launcher::run_threads(Launch::threads(ranks), |launch| measure(settings, &launch, command))?;
+    // A panic has been printed.
+    let codes = codes.into_iter().map(|code| code.unwrap_or(1));
     // What caused the end counts more than what followed from it.
     let weight = |code: &i32| match *code {
         0 => 0,
         launcher::EXIT_CONSEQUENCE => 1,
         _ => 2,
     };
-    codes.into_iter().max_by_key(weight).unwrap_or(0)
+    Ok(codes.max_by_key(weight).unwrap_or(0))
 }
 
 /// Measures on one rank; prints its error, unless another rank prints the same.
@@ -114,7 +130,7 @@ fn measure(settings: &Settings, launch: &Launch, command: &[String]) -> i32 {
         Err(error) => {
             match &error {
                 // The rank that gave up says why.
-                Error::Communication(Peers::Aborted { .. }) => {}
+                Error::Communication(Peers::Aborted { .. } | Peers::Options { said_by_rank_zero: true, .. }) => {}
                 _ if error.is_everywhere() && launch.rank > 0 => {}
                 _ if error.is_everywhere() => complain(&error.to_string()),
                 _ => complain(&format!("rank {}: {error}", launch.rank)),

@@ -238,7 +238,10 @@ impl Report {
             .filter(|&busbw| busbw > 0.0)
             .collect();
         let wrong: Option<u64> = self.results.iter().filter_map(|form| form.wrong).reduce(|a, b| a + b);
-        let mean = moved.iter().sum::<f64>() / moved.len().max(1) as f64;
+        let mean = match moved.len() {
+            0 => "N/A (nothing was moved)".to_owned(),
+            lines => format!("{:.4}", moved.iter().sum::<f64>() / lines as f64),
+        };
         let verdict = match wrong {
             Some(0) => "0 OK".into(),
             Some(wrong) => format!("{wrong} FAILED"),
@@ -247,7 +250,7 @@ impl Report {
         self.print([
             String::new(),
             format!("# Out of bounds values : {verdict}"),
-            format!("# Avg bus bandwidth    : {mean:.4}"),
+            format!("# Avg bus bandwidth    : {mean}"),
         ])?;
         if let Some((path, file)) = self.file.take() {
             let document = Document { machine, command, results: &self.results };

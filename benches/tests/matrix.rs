@@ -29,7 +29,24 @@ const SIZES: [usize; 5] = [0, 4, 12, 1000, 65_541];
 
 fn collbench(arguments: &str) -> Output {
     // A launcher around the tests is not meant.
-    let inherited = ["PILLION_", "OMPI_", "PMI", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "TORCHELASTIC", "MPI_"];
+    let inherited = [
+        "PILLION_",
+        "OMPI_",
+        "PMI",
+        "SLURM_",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "TORCHELASTIC",
+        "MPI_",
+        "FLUX_",
+        "PALS_",
+        "JSM_",
+        "MV2_",
+        "ALPS_",
+        "MPT_",
+        "MPIRUN_",
+    ];
     let mut command = Command::new(env!("CARGO_BIN_EXE_collbench"));
     for (name, _) in std::env::vars().filter(|(name, _)| inherited.iter().any(|prefix| name.starts_with(prefix))) {
         command.env_remove(name);
@@ -89,6 +106,36 @@ fn no_element_is_wrong_between_processes() {
             run_matrix(ranks, &format!("--buffers {buffers}"));
         }
     }
+}
+
+#[test]
+fn no_element_is_wrong_between_more_ranks_than_fit() {
+    let folder = tempfile::tempdir().unwrap();
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let ranks = 24.max(8 * cores + 1);
+    let refused = collbench(&format!("barrier -r {ranks} --threads"));
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(text(&refused.stderr).contains("--oversubscribe"), "{}", text(&refused.stderr));
+    let arguments = format!("all --sizes 4100 -n 1 -w 0 --check -r {ranks} --threads --oversubscribe");
+    for result in results(&arguments, folder.path()) {
+        assert_eq!((&result["wrong"], &result["ranks"]), (&Value::from(0), &Value::from(ranks)), "{result}");
+    }
+}
+
+/// Large enough for the tables of expected values.
+#[test]
+fn no_element_of_a_large_buffer_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    for result in results("all -t all --sizes 3M -n 1 -w 0 --check --in-place -r 2 --threads", folder.path()) {
+        assert_eq!(result["wrong"], 0, "{result}");
+    }
+}
+
+#[test]
+fn where_nothing_is_moved_there_is_no_bandwidth() {
+    let output = collbench("barrier -n 1 -r 2 --threads");
+    let said = text(&output.stdout);
+    assert!(said.contains("# Avg bus bandwidth    : N/A (nothing was moved)"), "{said}");
 }
 
 #[test]
@@ -199,9 +246,9 @@ fn what_cannot_be_ends_with_code_2_and_a_reason() {
 fn failures_end_every_rank_with_code_1_and_one_message() {
     for kind in ["--threads", ""] {
         for (arguments, reason) in [
-            ("all-reduce --sizes 100000G", "bytes on this host"),
-            ("all-reduce --sizes 100000G --buffers private", "bytes on this host"),
-            ("window --sizes 100000G", "bytes on this host"),
+            ("all-reduce --sizes 100000G", "B on this host for its ranks' buffers"),
+            ("all-reduce --sizes 100000G --buffers private", "B on this host for its ranks' buffers"),
+            ("window --sizes 100000G", "B on this host for its ranks' buffers"),
             ("all-reduce --sizes 8 --json /nowhere/results.json", "cannot write /nowhere/results.json"),
         ] {
             let output = collbench(&format!("{arguments} -r 3 {kind}"));

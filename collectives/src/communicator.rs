@@ -9,6 +9,7 @@ use pillion_kernels::{Buffer, DType, Device, Region};
 
 use crate::call::Purpose;
 use crate::join::{self, Job};
+use crate::limits::explain_thread;
 use crate::shm::arena::available_memory;
 use crate::shm::control::state;
 use crate::shm::shared::Shared;
@@ -45,40 +46,24 @@ impl Communicator {
     /// Joins the ranks of `launch`'s job.
     ///
     /// # Errors
-    /// [`Error::Rendezvous`] or [`Error::Timeout`] when they do not all come in time, [`Error::System`] when the host refuses
-    /// memory or a thread.
+    /// [`Error::Options`] for what cannot be, [`Error::Rendezvous`] or [`Error::Timeout`] when the ranks do not all come in time,
+    /// [`Error::System`] when the host refuses memory or a thread. The other ranks are told of the first and the last, and return
+    /// [`Error::Aborted`].
     pub fn connect(launch: &Launch, options: Options) -> Result<Communicator, Error> {
-        let &Launch { rank, world, local_world, .. } = launch;
-        let refuse = |reason| Err(Error::Rendezvous { rank, world, job: launch.job.clone(), reason });
-        if options.reduce_groups == 0 || !world.is_multiple_of(options.reduce_groups) {
-            let groups = options.reduce_groups;
-            return refuse(format!("{groups} groups of reduction do not divide its {world} ranks: choose a divisor"));
-        }
-        let backend = options.backend;
-        let wants_mpi = matches!(backend, Backend::Mpi | Backend::Hierarchical) && options.simulated_hosts == 1;
-        if wants_mpi && !cfg!(feature = "mpi") {
-            return refuse(format!(
-                "the backend {backend} needs MPI, which this build does not have: build with `--features mpi`, or choose another backend"
-            ));
-        }
-        if local_world != world && options.simulated_hosts == 1 && !cfg!(feature = "mpi") {
-            return refuse(format!(
-                "{local_world} of its {world} ranks are on this host, and this build joins ranks of one host through shared memory: start \
-                 all ranks on one host, or build with `--features mpi` and start with mpirun"
-            ));
-        }
-        if local_world != world && options.backend == Backend::Shm {
-            return refuse(format!(
-                "only {local_world} of its {world} ranks are on this host: choose another backend than shm"
-            ));
-        }
-        if options.simulated_hosts == 0 || !local_world.is_multiple_of(options.simulated_hosts) {
-            return refuse(format!("{} simulated hosts do not divide its {world} ranks", options.simulated_hosts));
-        }
-        Communicator::start(
-            Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world },
-            options,
-        )
+        let world = launch.world;
+        let job = Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world };
+        options.check(launch).map_err(|error| join::decline(&job, error))?;
+        Communicator::start(job, options)
+    }
+
+    /// Tells the other ranks of `launch`'s job that this one cannot join, so that they need not
+    /// wait for it. Call it instead of [`Communicator::connect`]. It takes some seconds where
+    /// nobody listens. Returns whether rank 0 gives up for the same `reason`, so that this rank
+    /// need not print it.
+    pub fn decline(launch: &Launch, reason: &str) -> bool {
+        let world = launch.world;
+        let job = Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world };
+        join::decline_for(&job, reason)
     }
 
     /// Starts the progress thread, which finds the other ranks.
@@ -98,9 +83,10 @@ impl Communicator {
                     let _ = sender.send(Err(error));
                 }
             })
-            .map_err(|error| Error::System { what: "starting the progress thread", reason: error.to_string() })?;
+            .map_err(|error| Error::System { what: "starting a thread", reason: explain_thread(&error) })
+            .map_err(|error| join::decline(&job, error))?;
         // Every phase of joining has the limit of its own, but for what MPI does, which has none; then the thread is left behind.
-        let shared = receiver.recv_timeout(3 * startup).map_err(|error| {
+        let joined = receiver.recv_timeout(startup.saturating_mul(3)).map_err(|error| {
             let reason = match error {
                 RecvTimeoutError::Timeout => {
                     "the other ranks did not answer MPI: were they all started by the same mpirun?"
@@ -109,7 +95,8 @@ impl Communicator {
             };
             let Launch { rank, world, .. } = job.launch;
             Error::Rendezvous { rank, world, job: job.name.clone(), reason: reason.to_owned() }
-        })??;
+        })?;
+        let shared = joined.map_err(|error| join::decline(&job, error))?;
         let communicator = Communicator { shared, progress: Some(progress), job, splits: AtomicU64::new(0) };
         let shared = &communicator.shared;
         let absent = |rank: usize| shared.map.control(rank).state.load(Ordering::Acquire) == state::ABSENT;

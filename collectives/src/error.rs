@@ -1,5 +1,7 @@
 //! What can go wrong between ranks. An error is remembered by its communicator, which returns it again from every later call.
 
+use crate::limits::human;
+
 /// Failures of a communicator.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -50,6 +52,15 @@ pub enum Error {
         /// Its words.
         reason: String,
     },
+    /// Options that contradict each other or the launch. Every rank that was given the same has the
+    /// same error.
+    #[error("{reason}")]
+    Options {
+        /// What is wrong, and the remedy.
+        reason: String,
+        /// Whether rank 0 has the same error, so that this rank need not print it.
+        said_by_rank_zero: bool,
+    },
     /// Ranks did not find each other.
     #[error("rank {rank} of {world} could not join job `{job}`: {reason}")]
     Rendezvous {
@@ -64,7 +75,9 @@ pub enum Error {
     },
     /// The host has no memory for an arena.
     #[error(
-        "{bytes} bytes of shared memory do not fit: {limit} allows {available} more; use a smaller model or fewer ranks on this host"
+        "{} of shared memory do not fit: {limit} allows {} more; use a smaller model or fewer ranks on this host",
+        human(*bytes),
+        human(*available)
     )]
     OutOfMemory {
         /// Bytes asked for.
@@ -86,6 +99,6 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn system(what: &'static str) -> impl Fn(rustix::io::Errno) -> Error {
-        move |errno| Error::System { what, reason: errno.to_string() }
+        move |errno| Error::System { what, reason: crate::limits::explain(&errno.into()) }
     }
 }

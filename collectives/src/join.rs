@@ -1,8 +1,10 @@
 //! How the ranks of a communicator come together: who is on which host, and what connects them.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use crate::hosts::Hosts;
+use crate::shm::arena::MAPPING;
 use crate::shm::rendezvous::{self, Place};
 use crate::shm::shared::Shared;
 use crate::wire::Wire;
@@ -44,7 +46,7 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     if hosts.local().len() > 1 && wire.is_some() && ![1, hosts.ranks.len()].contains(&groups) {
         let reason =
             format!("{groups} groups of reduction were asked for, but {} hosts are groups already", hosts.ranks.len());
-        return Err(Error::Rendezvous { rank, world, job: job.name.clone(), reason });
+        return Err(Error::Options { reason, said_by_rank_zero: rank > 0 });
     }
     // Every host has a place of its own, named after its lowest rank.
     let name = if wire.is_some() { format!("{}@{}", job.name, hosts.local()[0]) } else { job.name.clone() };
@@ -56,8 +58,41 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         global_rank: job.ranks[rank],
         global_world: job.world,
     };
-    let map = rendezvous::join(&place, options.startup_timeout)?;
+    let map = rendezvous::join(&place, options.startup_timeout, options.warn_after)?;
     Ok((Arc::new(Shared::new(map, local, hosts, options)), wire))
+}
+
+/// Tells the other ranks of this host that this one cannot join because of `error`, where nothing
+/// else tells them. Returns the error to report: another one where rank 0 reports the same.
+pub(crate) fn decline(job: &Job, error: Error) -> Error {
+    match error {
+        Error::Options { reason, said_by_rank_zero: false } => {
+            let said_by_rank_zero = decline_for(job, &reason);
+            Error::Options { reason, said_by_rank_zero }
+        }
+        // Rank 0 had given this rank the memory, and all see there that it has failed.
+        Error::System { what: MAPPING, .. } if job.launch.rank > 0 => error,
+        Error::System { .. } | Error::OutOfMemory { .. } => {
+            let reason = error.to_string();
+            if decline_for(job, &reason) { Error::Aborted { rank: 0, reason } } else { error }
+        }
+        error => error,
+    }
+}
+
+/// The same for a reason in words; returns whether rank 0 reports the same.
+pub(crate) fn decline_for(job: &Job, reason: &str) -> bool {
+    let mut hasher = DefaultHasher::new();
+    reason.hash(&mut hasher);
+    let Launch { rank, world, local_rank, local_world, .. } = job.launch;
+    let (global_rank, global_world) = (job.ranks[rank], job.world);
+    // On several hosts those of this host would meet under a name that depends on the others.
+    let name = format!("{}!", job.name);
+    let place = match local_world == job.world {
+        true => Place { name: &job.name, rank, world, global_rank, global_world },
+        false => Place { name: &name, rank: local_rank, world: local_world, global_rank, global_world },
+    };
+    rendezvous::decline(&place, hasher.finish())
 }
 
 /// Puts ranks with equal identities on one host each, if there are as many on every host; every rank on its own otherwise, and where
@@ -93,8 +128,6 @@ fn group(identities: &[String], rank: usize, backend: Backend) -> Hosts {
 /// Opens the wire between hosts and finds out which ranks are on which.
 #[cfg(feature = "mpi")]
 fn between_hosts(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-
     use crate::wire::identities;
     let mut hasher = DefaultHasher::new();
     job.name.hash(&mut hasher);

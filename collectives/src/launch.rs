@@ -9,11 +9,13 @@
 //! 3. Open MPI (`OMPI_COMM_WORLD_*`), then MPICH and Intel MPI (`MPI_LOCALRANKID`, `PMI_*`);
 //! 4. `RANK`, `WORLD_SIZE`, `LOCAL_RANK` and `LOCAL_WORLD_SIZE` set by hand;
 //! 5. a Slurm step; an allocation without `srun` is not one;
-//! 6. nobody: a single process.
+//! 6. JSM (`JSM_NAMESPACE_*`), Flux (`FLUX_*`), PALS (`PALS_*` and `PMI_*`), MVAPICH2 (`MV2_*`);
+//! 7. nobody: a single process.
 //!
 //! Wrapper scripts export some of the variables in 4 for other programs. Next to a launcher that
 //! says everything they are compared, not used. What is half said or contradictory is an error:
-//! N processes that each believe they are alone would train N times.
+//! N processes that each believe they are alone would train N times. For the same reason a variable
+//! that gives a rank and nothing else (`PMIX_RANK`, `ALPS_APP_PE`) is refused by name.
 
 use std::collections::hash_map::RandomState;
 use std::fmt;
@@ -23,7 +25,9 @@ use std::time::{Duration, SystemTime};
 use std::{env, io, process};
 
 use variables::Variables;
+pub(crate) use variables::ancestor_without;
 
+mod names;
 mod variables;
 
 /// The place of one rank in its job.
@@ -69,6 +73,14 @@ pub enum Source {
     Pmi,
     /// Slurm's `srun`.
     Slurm,
+    /// `flux run`.
+    Flux,
+    /// The `mpiexec` of HPE's PALS.
+    Pals,
+    /// MVAPICH2's `mpirun_rsh`.
+    Mvapich,
+    /// JSM's `jsrun`.
+    Jsm,
 }
 
 impl fmt::Display for Source {
@@ -80,6 +92,10 @@ impl fmt::Display for Source {
             Source::OpenMpi => "Open MPI",
             Source::Pmi => "MPICH or Intel MPI",
             Source::Slurm => "Slurm",
+            Source::Flux => "Flux",
+            Source::Pals => "PALS",
+            Source::Mvapich => "MVAPICH2",
+            Source::Jsm => "jsrun",
         })
     }
 }
@@ -97,6 +113,18 @@ pub enum LaunchError {
         missing: String,
         /// What to do.
         remedy: &'static str,
+    },
+    /// A launcher gave this process a rank, but nothing says how many ranks there are.
+    #[error(
+        "{variable} is set, so {launcher} seems to have started this process, but no variable says how many ranks \
+         there are: start with mpirun, srun or torchrun, set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR \
+         and MASTER_PORT, or unset {variable} for a job of its own"
+    )]
+    Unknown {
+        /// The variable.
+        variable: &'static str,
+        /// Who sets it.
+        launcher: &'static str,
     },
     /// A variable holds something unreadable.
     #[error("{variable} is {value:?}, expected {expected}: correct or unset it")]
@@ -159,7 +187,7 @@ pub enum LaunchError {
     /// More ranks than this machine can reasonably run.
     #[error(
         "{ranks} ranks asked for on {cores} cores, at most {limit} can start here: ask for fewer, \
-         or spread them over several hosts with mpirun or srun"
+         spread them over several hosts with mpirun or srun, or insist with --oversubscribe"
     )]
     TooManyRanks {
         /// Ranks asked for.
@@ -168,6 +196,22 @@ pub enum LaunchError {
         cores: usize,
         /// Most ranks accepted.
         limit: usize,
+    },
+    /// More ranks than can share memory.
+    #[error("{ranks} ranks asked for, at most {limit} can share the memory of a host: ask for fewer")]
+    BeyondMost {
+        /// Ranks asked for.
+        ranks: usize,
+        /// Most ranks.
+        limit: usize,
+    },
+    /// The system refused a thread for a rank.
+    #[error("cannot start a thread for each of {ranks} ranks: {reason}")]
+    Threads {
+        /// Ranks asked for.
+        ranks: usize,
+        /// Why not, and the remedy.
+        reason: String,
     },
     /// A rank tried to start ranks.
     #[error("this process is already rank {rank} of a job ({variable} is set): unset {variable} to start another")]
@@ -178,14 +222,14 @@ pub enum LaunchError {
         variable: &'static str,
     },
     /// A rank's process did not start.
-    #[error("cannot start rank {rank} as {program}: {source}; the ranks already started were ended")]
+    #[error("cannot start rank {rank} as {program}: {reason}; the ranks already started were ended")]
     Start {
         /// The rank.
         rank: usize,
         /// The program.
         program: PathBuf,
         /// Why.
-        source: io::Error,
+        reason: String,
     },
     /// The operating system refused something the launcher needs.
     #[error("cannot {action}: {source}")]

@@ -18,16 +18,19 @@
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
-use std::{env, fs, io, thread};
+use std::{env, io, thread};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, Signal};
-use signal_hook::consts::{SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2};
+use signal_hook::consts::{SIGCHLD, SIGCONT, SIGTSTP};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
-use crate::launch::{LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_RANK, OWN_WORLD, fresh_job};
+use crate::launch::{Launch, LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_RANK, OWN_WORLD, fresh_job};
+use crate::limits::explain_thread;
+use crate::stop;
 
 /// Exit code of a rank that stopped early because it was asked to, with its state saved
 /// (`EX_TEMPFAIL` of sysexits.h: try again). No failure: the other ranks are left to do the same.
@@ -40,18 +43,24 @@ pub const EXIT_CONSEQUENCE: i32 = 69;
 /// Most ranks for each core.
 pub const RANKS_PER_CORE: usize = 8;
 
+/// Most ranks that share memory on one host, whatever is asked for: each pair of ranks has a
+/// mailbox.
+pub const MOST_RANKS: usize = 1024;
+
 /// How [`run_processes_with`] runs a job.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Time that the others have to end by themselves once a rank failed; then SIGKILL. Time in
     /// which the job was stopped (Ctrl-Z) does not count.
     pub grace: Duration,
+    /// Whether to start more than [`RANKS_PER_CORE`] ranks for each core.
+    pub oversubscribe: bool,
 }
 
 impl Default for Options {
     /// 5 s of grace: ranks notice a lost peer within 1 s.
     fn default() -> Options {
-        Options { grace: Duration::from_secs(5) }
+        Options { grace: Duration::from_secs(5), oversubscribe: false }
     }
 }
 
@@ -79,7 +88,7 @@ pub fn run_processes(ranks: usize) -> Result<i32, LaunchError> {
 
 /// [`run_processes`] with other options than the default ones.
 pub fn run_processes_with(ranks: usize, options: &Options) -> Result<i32, LaunchError> {
-    check_ranks(ranks)?;
+    check_ranks(ranks, options.oversubscribe)?;
     if let Some(rank) = env::var_os(OWN_RANK) {
         let rank = rank.to_string_lossy().into_owned();
         return Err(LaunchError::Nested { rank, variable: OWN_RANK });
@@ -93,10 +102,16 @@ pub fn run_processes_with(ranks: usize, options: &Options) -> Result<i32, Launch
 /// Whether this machine can start that many ranks, as processes or as threads.
 ///
 /// # Errors
-/// No ranks, or more than [`RANKS_PER_CORE`] for each core.
-pub fn check_ranks(ranks: usize) -> Result<(), LaunchError> {
+/// No ranks, or more than [`RANKS_PER_CORE`] for each core without `oversubscribe`.
+pub fn check_ranks(ranks: usize, oversubscribe: bool) -> Result<(), LaunchError> {
     if ranks == 0 {
         return Err(LaunchError::NoRanks);
+    }
+    if oversubscribe && ranks <= MOST_RANKS {
+        return Ok(());
+    }
+    if oversubscribe {
+        return Err(LaunchError::BeyondMost { ranks, limit: MOST_RANKS });
     }
     let cores = thread::available_parallelism().map_err(system("count the cores"))?.get();
     let limit = cores.saturating_mul(RANKS_PER_CORE);
@@ -104,6 +119,31 @@ pub fn check_ranks(ranks: usize) -> Result<(), LaunchError> {
         return Err(LaunchError::TooManyRanks { ranks, cores, limit });
     }
     Ok(())
+}
+
+/// Runs each rank on a thread of this process, and returns what each returned; `None` for one that
+/// panicked. Either all ranks run, or none does.
+///
+/// # Errors
+/// [`LaunchError::Threads`] when the system refuses a thread.
+pub fn run_threads<T: Send>(
+    launches: Vec<Launch>,
+    run: impl Fn(Launch) -> T + Sync,
+) -> Result<Vec<Option<T>>, LaunchError> {
+    let ranks = launches.len();
+    let all_started: OnceLock<bool> = OnceLock::new();
+    let rank = |launch: Launch| all_started.wait().then(|| run(launch));
+    thread::scope(|scope| {
+        let start = |launch: Launch| {
+            let name = format!("rank-{}", launch.rank);
+            thread::Builder::new().name(name).spawn_scoped(scope, || rank(launch))
+        };
+        let threads: io::Result<Vec<_>> = launches.into_iter().map(start).collect();
+        let _ = all_started.set(threads.is_ok());
+        let threads = threads.map_err(|error| LaunchError::Threads { ranks, reason: explain_thread(&error) })?;
+        // A panic has been printed.
+        Ok(threads.into_iter().map(|thread| thread.join().ok().flatten()).collect())
+    })
 }
 
 /// Makes this process, if our launcher started it, die with the launcher. To be called early in
@@ -128,24 +168,16 @@ pub fn bind_to_launcher() -> Result<(), LaunchError> {
 
 type Signals = SignalDelivery<UnixStream, SignalOnly>;
 
-/// Catches the signals the launcher handles, save those its parent told it to ignore (`nohup`, a
+/// Catches the signals the launcher handles, except those its parent told it to ignore (`nohup`, a
 /// shell's background jobs): the children inherit that, too.
 fn listen() -> io::Result<Signals> {
-    let ignored = ignored_signals()?;
-    let wanted = [SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGTSTP, SIGCONT];
-    let mut caught: Vec<i32> = wanted.into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0).collect();
+    let ignored = stop::ignored_signals()?;
+    let wanted = stop::SIGNALS.into_iter().chain([SIGTSTP, SIGCONT]);
+    let mut caught: Vec<i32> = wanted.filter(|signal| ignored >> (signal - 1) & 1 == 0).collect();
     // Ignored, this one would make the kernel throw away how children ended.
     caught.push(SIGCHLD);
     let (read, write) = UnixStream::pair()?;
     SignalDelivery::with_pipe(read, write, SignalOnly, caught)
-}
-
-/// The mask of ignored signals, bit `n - 1` for signal n: `SigIgn` of proc(5).
-fn ignored_signals() -> io::Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.ok_or_else(|| io::Error::other("/proc/self/status has no readable SigIgn line"))
 }
 
 /// The children, by rank. Dropping it kills and reaps those that are left.
@@ -178,7 +210,7 @@ impl Job {
             match child {
                 Ok(child) => job.children.push(Some(child)),
                 Err(source) => {
-                    return Err(LaunchError::Start { rank, program, source });
+                    return Err(LaunchError::Start { rank, program, reason: explain_thread(&source) });
                 }
             }
         }

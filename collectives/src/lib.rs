@@ -16,12 +16,14 @@ mod hosts;
 mod join;
 pub mod launch;
 pub mod launcher;
+pub mod limits;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod operations;
 mod options;
 mod pending;
 mod shm;
+pub mod stop;
 mod window;
 mod wire;
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::shm::control::Channel;
+use crate::{Error, Launch};
 
 /// What moves the bytes. Displays as its name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,7 +35,8 @@ impl std::fmt::Display for Backend {
 pub struct Options {
     /// An operation that waits longer fails with [`crate::Error::Timeout`]. Default: 300 s.
     pub timeout: Duration,
-    /// Ranks that have not joined by then fail the start. Default: 60 s.
+    /// Ranks that have not joined by then fail the start. A rank that waits longer than
+    /// `warn_after` says for whom. Default: 60 s.
     pub startup_timeout: Duration,
     /// An operation that waits longer prints a line that says for whom. Default: 10 s.
     pub warn_after: Duration,
@@ -69,6 +71,36 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Whether a rank of `launch` can join with these options; [`crate::Communicator::connect`]
+    /// asks, too. A program that starts ranks itself asks before.
+    ///
+    /// # Errors
+    /// [`Error::Options`].
+    pub fn check(&self, launch: &Launch) -> Result<(), Error> {
+        let &Launch { world, local_world, .. } = launch;
+        let (backend, groups, hosts) = (self.backend, self.reduce_groups, self.simulated_hosts);
+        let mpi = cfg!(feature = "mpi");
+        let reason = if groups == 0 || !world.is_multiple_of(groups) {
+            format!("{groups} groups of reduction do not divide {world} ranks: choose a divisor")
+        } else if matches!(backend, Backend::Mpi | Backend::Hierarchical) && hosts == 1 && !mpi {
+            format!(
+                "the backend {backend} needs MPI, which this build does not have: build with `--features mpi`, or choose another backend"
+            )
+        } else if local_world != world && hosts == 1 && !mpi {
+            format!(
+                "{local_world} of {world} ranks are on this host, and this build joins ranks of one host through shared memory: start \
+                 all ranks on one host, or build with `--features mpi` and start with mpirun"
+            )
+        } else if local_world != world && backend == Backend::Shm {
+            format!("only {local_world} of {world} ranks are on this host: choose another backend than shm")
+        } else if hosts == 0 || !local_world.is_multiple_of(hosts) {
+            format!("{hosts} simulated hosts do not divide {world} ranks")
+        } else {
+            return Ok(());
+        };
+        Err(Error::Options { reason, said_by_rank_zero: false })
+    }
+
     pub(crate) fn delay_of(&self, channel: Channel) -> Duration {
         match channel {
             Channel::Gather => self.gather_delay,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use half::bf16;
-use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction, Sideband};
+use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction, Sideband, Start};
 use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event, LazyCpu, Queue, random};
 
 const WORLDS: [usize; 4] = [1, 2, 3, 4];
@@ -374,4 +374,36 @@ fn traffic_counts_operations_and_the_bytes_that_peers_read() {
         (after.operations - before.operations, after.bytes - before.bytes)
     });
     assert!(traffic.iter().all(|&moved| moved == (1, 3 * 8 * 4)), "{traffic:?}");
+}
+
+#[test]
+fn more_ranks_than_processors_agree_on_every_element() {
+    const WORLD: usize = 24;
+    const LEN: usize = 301;
+    ranks(WORLD, Options { reduce_groups: 4, ..Options::default() }, |communicator| {
+        let (rank, queue) = (communicator.rank(), Cpu.queue());
+        let mut turn = [0.0];
+        for _ in 0..20 {
+            communicator.barrier().unwrap();
+            communicator.all_reduce_scalars(&mut turn, Reduction::Max).unwrap();
+            turn[0] += 1.0;
+        }
+        assert_eq!(turn, [20.0]);
+        let input = filled(&Cpu, &*queue, &communicator, &values(rank, WORLD * LEN));
+        let output = Cpu.allocate(DType::F32, LEN).unwrap();
+        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+        let reduce = communicator.reduce_scatter(reduce, Event::PAST).wait().unwrap();
+        let partial = |group: usize, index| {
+            (6 * group + 1..6 * group + 6).fold(value(6 * group, index), |sum, rank| sum + value(rank, index))
+        };
+        let expected: Vec<f32> = (rank * LEN..(rank + 1) * LEN)
+            .map(|index| (1..4).fold(partial(0, index), |sum, group| sum + partial(group, index)))
+            .collect();
+        assert_eq!(bits(&queue.download(reduce.output.view())), bits(&expected));
+        let shard = filled(&Cpu, &*queue, &communicator, &values(rank, LEN));
+        let all = Cpu.allocate(DType::F32, WORLD * LEN).unwrap();
+        let (_, all) = communicator.all_gather(shard, all, Start::Here).wait().unwrap();
+        let expected: Vec<f32> = (0..WORLD).flat_map(|rank| values(rank, LEN)).collect();
+        assert_eq!(queue.download::<f32>(all.view()), expected);
+    });
 }

@@ -89,6 +89,47 @@ const SBATCH: &[(&str, &str)] = &[
     ("SLURM_NODEID", "0"),
     ("SLURM_TASKS_PER_NODE", "2(x3),1"),
 ];
+/// `flux run -N 1 -n 4`, with the PMI that it offers by default.
+const FLUX: &[(&str, &str)] = &[
+    ("FLUX_TASK_RANK", "3"),
+    ("FLUX_JOB_SIZE", "4"),
+    ("FLUX_TASK_LOCAL_ID", "3"),
+    ("FLUX_JOB_NNODES", "1"),
+    ("FLUX_JOB_ID", "23622320128"),
+    ("FLUX_URI", "local:///tmp/flux-abcdef/local-0"),
+    ("PMI_RANK", "3"),
+    ("PMI_SIZE", "4"),
+    ("PMI_FD", "9"),
+];
+/// `mpiexec -n 4 --ppn 2` of HPE's PALS, second host.
+const PALS: &[(&str, &str)] = &[
+    ("PALS_RANKID", "3"),
+    ("PALS_LOCAL_RANKID", "1"),
+    ("PALS_NODEID", "1"),
+    ("PALS_APID", "b5a5a4ef-6bcb-4b4e-9f5c-5f2f0f7f5a11"),
+    ("PMI_RANK", "3"),
+    ("PMI_SIZE", "4"),
+    ("PMI_LOCAL_RANK", "1"),
+    ("PMI_LOCAL_SIZE", "2"),
+];
+/// MVAPICH2's `mpirun_rsh -np 4`, two hosts.
+const MVAPICH: &[(&str, &str)] = &[
+    ("MV2_COMM_WORLD_RANK", "2"),
+    ("MV2_COMM_WORLD_SIZE", "4"),
+    ("MV2_COMM_WORLD_LOCAL_RANK", "0"),
+    ("MV2_COMM_WORLD_LOCAL_SIZE", "2"),
+    ("PMI_ID", "2"),
+];
+/// `jsrun -n 4`, one host.
+const JSRUN: &[(&str, &str)] = &[
+    ("JSM_NAMESPACE_RANK", "1"),
+    ("JSM_NAMESPACE_SIZE", "4"),
+    ("JSM_NAMESPACE_LOCAL_RANK", "1"),
+    ("JSM_NAMESPACE_LOCAL_SIZE", "4"),
+    ("PMIX_NAMESPACE", "7"),
+    ("PMIX_RANK", "1"),
+    ("LSB_JOBID", "123456"),
+];
 
 #[test]
 fn each_launcher_is_recognised() {
@@ -99,6 +140,10 @@ fn each_launcher_is_recognised() {
     assert_eq!(place(OPEN_MPI_5), (Source::OpenMpi, 3, 4, 1, 2));
     assert_eq!(place(HYDRA), (Source::Pmi, 4, 5, 1, 2));
     assert_eq!(place(SRUN), (Source::Slurm, 6, 7, 0, 1));
+    assert_eq!(place(FLUX), (Source::Flux, 3, 4, 3, 4));
+    assert_eq!(place(PALS), (Source::Pals, 3, 4, 1, 2));
+    assert_eq!(place(MVAPICH), (Source::Mvapich, 2, 4, 0, 2));
+    assert_eq!(place(JSRUN), (Source::Jsm, 1, 4, 1, 4));
     assert_eq!(read(OWN).unwrap().job, "1000-local-00ff-0");
     // As seen from Open MPI 5.0.11 on one host: the local count has an order of its own.
     let own_order = ["1", "3", "2", "3"];
@@ -136,6 +181,49 @@ fn the_innermost_launcher_wins() {
 }
 
 #[test]
+fn a_rank_without_a_number_of_ranks_is_refused_by_the_variables_name() {
+    for set in [FLUX, PALS, MVAPICH, JSRUN] {
+        let (variable, value) = set[0];
+        let text = refused(&[(variable, value)]);
+        assert!(text.contains(&format!("{variable} is set, ")) && text.contains(" is not: start with"), "{text}");
+    }
+    for variable in ["PMIX_RANK", "ALPS_APP_PE", "MPT_LRANK", "MPIRUN_RANK", "PMI_LOCAL_RANK"] {
+        for value in ["0", "3"] {
+            let text = refused(&[(variable, value)]);
+            let remedies = [variable, "how many ranks", "mpirun, srun or torchrun", "RANK, WORLD_SIZE", "unset"];
+            assert!(remedies.iter().all(|part| text.contains(part)), "{text}");
+        }
+    }
+    // Flux gives the number of nodes, from which that of a node's tasks follows only on one.
+    let text = refused(&with(FLUX, &[("FLUX_JOB_NNODES", "2")]));
+    assert!(text.contains("FLUX_JOB_NNODES is \"2\"") && text.contains("flux run -N 1"), "{text}");
+}
+
+#[test]
+fn launchers_that_say_the_same_do_not_disturb_each_other_and_others_do() {
+    // Open MPI 5 and `srun --mpi=pmix` set it beside their own.
+    assert_eq!(place(&with(OPEN_MPI_5, &[("PMIX_RANK", "3")])), place(OPEN_MPI_5));
+    assert_eq!(place(&with(SRUN, &[("PMIX_RANK", "6")])), place(SRUN));
+    assert_eq!(place(&with(SRUN, &[("PALS_RANKID", "6"), ("PMI_LOCAL_RANK", "0")])), place(SRUN));
+    // `flux run -o pmi=cray-pals` sets PALS's for Cray MPICH.
+    assert_eq!(place(&with(FLUX, &[("PALS_RANKID", "3"), ("PALS_NODEID", "0")])), place(FLUX));
+    for inner in [OWN, TORCHRUN, OPEN_MPI_5, HYDRA] {
+        for outer in [FLUX, PALS, MVAPICH, JSRUN] {
+            assert_eq!(place(&with(outer, inner)), place(inner));
+        }
+    }
+    // Below a broker that srun has started, every task would be the broker's rank.
+    let text = refused(&with(SRUN, &FLUX[..6]));
+    assert!(text.contains("FLUX_TASK_RANK is 3") && text.contains("SLURM_PROCID is 6"), "{text}");
+    assert_eq!(place(&with(SBATCH, FLUX)), place(FLUX));
+    let text = refused(&with(FLUX, &[("PMIX_RANK", "0")]));
+    assert!(text.contains("PMIX_RANK is 0") && text.contains("FLUX_TASK_RANK is 3"), "{text}");
+    // Exported by a wrapper script.
+    assert_eq!(place(&with(JSRUN, &[("RANK", "1"), ("WORLD_SIZE", "4")])), place(JSRUN));
+    assert!(refused(&with(JSRUN, &[("LOCAL_RANK", "0")])).contains("LOCAL_RANK is 0"));
+}
+
+#[test]
 fn variables_exported_beside_a_launcher_must_agree_with_it() {
     let exported = [("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1"), ("MASTER_PORT", "1")];
     assert_eq!(place(&with(OPEN_MPI_4, &exported)), place(OPEN_MPI_4));
@@ -168,6 +256,10 @@ fn a_missing_variable_is_named_with_the_remedy() {
         (HYDRA, "PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS", "mpiexec"),
         (SRUN, "SLURM_JOB_ID SLURM_PROCID SLURM_STEP_NUM_TASKS", "srun"),
         (SRUN, "SLURM_LOCALID SLURM_NODEID", "srun"),
+        (FLUX, "FLUX_JOB_SIZE FLUX_TASK_LOCAL_ID FLUX_JOB_NNODES FLUX_JOB_ID", "flux run"),
+        (PALS, "PMI_SIZE PALS_LOCAL_RANKID PMI_LOCAL_SIZE PALS_APID", "mpiexec of PALS"),
+        (MVAPICH, "MV2_COMM_WORLD_SIZE MV2_COMM_WORLD_LOCAL_RANK MV2_COMM_WORLD_LOCAL_SIZE", "mpirun_rsh"),
+        (JSRUN, "JSM_NAMESPACE_SIZE JSM_NAMESPACE_LOCAL_RANK JSM_NAMESPACE_LOCAL_SIZE PMIX_NAMESPACE", "jsrun"),
     ];
     for (set, names, remedy) in cases {
         for name in names.split(' ') {
@@ -248,11 +340,15 @@ fn a_slurm_list_that_does_not_fit_is_refused() {
 
 #[test]
 fn ranks_of_a_job_share_its_name() {
-    let cases: [(_, &[(&str, &str)]); 4] = [
+    let cases: [(_, &[(&str, &str)]); 8] = [
         (TORCHRUN, &[("RANK", "4"), ("LOCAL_RANK", "0")]),
         (OPEN_MPI_4, &[("OMPI_COMM_WORLD_RANK", "2"), ("OMPI_COMM_WORLD_LOCAL_RANK", "0")]),
         (HYDRA, &[("PMI_RANK", "3"), ("MPI_LOCALRANKID", "0")]),
         (SRUN, &[("SLURM_PROCID", "0"), ("SLURM_NODEID", "0")]),
+        (FLUX, &[("FLUX_TASK_RANK", "0"), ("FLUX_TASK_LOCAL_ID", "0")]),
+        (PALS, &[("PALS_RANKID", "2"), ("PALS_LOCAL_RANKID", "0")]),
+        (MVAPICH, &[("MV2_COMM_WORLD_RANK", "3"), ("MV2_COMM_WORLD_LOCAL_RANK", "1")]),
+        (JSRUN, &[("JSM_NAMESPACE_RANK", "0"), ("PMIX_RANK", "0"), ("JSM_NAMESPACE_LOCAL_RANK", "0")]),
     ];
     for (set, other) in cases {
         assert_eq!(read(set).unwrap().job, read(&with(set, other)).unwrap().job);
@@ -268,7 +364,7 @@ fn another_job_or_restart_has_another_name() {
         assert!(job.starts_with(&user) && job.len() <= JOB_LENGTH, "{job}");
         assert!(names.insert(job.clone()), "{job} names two jobs");
     };
-    for set in [&[], TORCHRUN, OPEN_MPI_4, OPEN_MPI_5, HYDRA, SRUN] {
+    for set in [&[], TORCHRUN, OPEN_MPI_4, OPEN_MPI_5, HYDRA, SRUN, FLUX, PALS, MVAPICH, JSRUN] {
         new(set);
     }
     new(&[]);
@@ -277,6 +373,11 @@ fn another_job_or_restart_has_another_name() {
     new(&with(TORCHRUN, &[("TORCHELASTIC_RESTART_COUNT", "1")]));
     new(&with(OPEN_MPI_5, &[("PMIX_NAMESPACE", "prterun-node0-257892@1")]));
     new(&with(OPEN_MPI_4, &[("OMPI_MCA_orte_hnp_uri", "3236233216.0;tcp://10.0.0.1:33560")]));
+    new(&with(FLUX, &[("FLUX_JOB_ID", "23622320129")]));
+    new(&with(FLUX, &[("FLUX_URI", "local:///tmp/flux-ghijkl/local-0")]));
+    new(&with(PALS, &[("PALS_APID", "another")]));
+    new(&with(JSRUN, &[("PMIX_NAMESPACE", "8")]));
+    new(&with(JSRUN, &[("LSB_JOBID", "123457")]));
     new(&with(SRUN, &[("SLURM_JOB_ID", "816")]));
     new(&with(SRUN, &[("SLURM_STEP_ID", "1")]));
     new(&with(SRUN, &[("SLURM_RESTART_COUNT", "1")]));
@@ -301,7 +402,7 @@ proptest! {
 
     #[test]
     fn any_values_give_a_valid_place_or_an_error(
-        set in prop::sample::select(vec![OWN, TORCHRUN, OPEN_MPI_4, HYDRA, SRUN]),
+        set in prop::sample::select(vec![OWN, TORCHRUN, OPEN_MPI_4, HYDRA, SRUN, FLUX, PALS, MVAPICH, JSRUN]),
         changed in prop::collection::vec((0usize..9, "[0-9]{0,2}|[ -~]{0,8}"), 0..4),
     ) {
         let changed: Set =

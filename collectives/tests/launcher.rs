@@ -8,15 +8,17 @@
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use pillion_collectives::launch::{Launch, LaunchError, Source};
 use pillion_collectives::launcher::{
-    EXIT_CONSEQUENCE, EXIT_INTERRUPTED, Options, RANKS_PER_CORE, bind_to_launcher, run_processes, run_processes_with,
+    EXIT_CONSEQUENCE, EXIT_INTERRUPTED, MOST_RANKS, Options, RANKS_PER_CORE, bind_to_launcher, check_ranks,
+    run_processes, run_processes_with, run_threads,
 };
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
-use signal_hook::consts::{SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::consts::{SIGALRM, SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU};
 
 const ENTRY: [&str; 5] = ["--exact", "process", "--ignored", "--nocapture", "--test-threads=1"];
 /// Exit code of a test's launcher, or rank, that met an error, which it prints.
@@ -24,7 +26,7 @@ const ERROR: i32 = 99;
 /// Exit code of a rank that fails when told to.
 const FAILED: i32 = 7;
 /// Most ranks in any test.
-const MOST_RANKS: usize = 3;
+const MOST_STARTED: usize = 3;
 const SHORT_GRACE: Duration = Duration::from_millis(200);
 /// Longer than any test may take: its end cannot be what ends the test.
 const LONG_GRACE: Duration = Duration::from_secs(600);
@@ -52,7 +54,7 @@ fn launcher(directory: &Path) -> Result<i32, LaunchError> {
     }
     let ranks = env::var("TEST_RANKS").unwrap().split(' ').count();
     let grace = Duration::from_millis(env::var("TEST_GRACE_MS").unwrap().parse().unwrap());
-    let code = run_processes_with(ranks, &Options { grace })?;
+    let code = run_processes_with(ranks, &Options { grace, ..Options::default() })?;
     // Whatever was not reaped is still a child, running or zombie.
     let left = rustix::process::wait(rustix::process::WaitOptions::NOHANG);
     let no_child = matches!(left, Err(rustix::io::Errno::CHILD));
@@ -76,7 +78,7 @@ fn rank(directory: &Path, launch: &Launch) -> Result<i32, LaunchError> {
         "wait" => {}
         code => return Ok(code.parse().unwrap()),
     }
-    let caught = [SIGALRM, SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGCONT];
+    let caught = [SIGALRM, SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU, SIGCONT];
     let mut signals = signal_hook::iterator::Signals::new(caught).unwrap();
     write("pid", std::process::id().to_string());
     let mut seen = Vec::new();
@@ -169,7 +171,7 @@ impl Drop for Running {
         let _ = self.launcher.wait();
         // A launcher that fails its test may leave ranks behind, and they would hold our output open.
         let directory = format!("TEST_DIRECTORY={}", self.directory.path().display());
-        for rank in 0..MOST_RANKS {
+        for rank in 0..MOST_STARTED {
             let Some(process) = self.file(&format!("pid-{rank}")).and_then(|id| id.parse().ok()) else { continue };
             // The process id may have been given to another since.
             let environment = fs::read(format!("/proc/{process}/environ")).unwrap_or_default();
@@ -306,7 +308,7 @@ fn every_rank_gets_every_forwarded_signal_once() {
     let mut expected = String::new();
     for (signal, number) in [(Signal::USR1, SIGUSR1), (Signal::USR2, SIGUSR2), (Signal::HUP, SIGHUP)]
         .into_iter()
-        .chain([(Signal::INT, SIGINT), (Signal::TERM, SIGTERM)])
+        .chain([(Signal::XCPU, SIGXCPU), (Signal::INT, SIGINT), (Signal::TERM, SIGTERM)])
     {
         // To the group, as a terminal does it.
         kill_process_group(Pid::from_child(&job.launcher), signal).unwrap();
@@ -425,4 +427,20 @@ fn impossible_numbers_of_ranks_are_refused() {
     let ranks = cores * RANKS_PER_CORE + 1;
     let text = run_processes(ranks).unwrap_err().to_string();
     assert!(text.contains(&format!("{ranks} ranks asked for on {cores} cores")), "{text}");
+    assert!(text.contains("--oversubscribe"), "{text}");
+    check_ranks(ranks, true).unwrap();
+    let text = check_ranks(MOST_RANKS + 1, true).unwrap_err().to_string();
+    assert!(text.contains(&format!("at most {MOST_RANKS} can share")), "{text}");
+}
+
+#[test]
+fn ranks_that_are_threads_all_run_and_a_panic_is_one_ranks_end() {
+    let met = Barrier::new(24);
+    let results = run_threads(Launch::threads(24), |launch| {
+        met.wait();
+        assert_ne!(launch.rank, 7, "this rank panics");
+        2 * launch.rank
+    });
+    let expected: Vec<Option<usize>> = (0..24).map(|rank| (rank != 7).then_some(2 * rank)).collect();
+    assert_eq!(results.unwrap(), expected);
 }

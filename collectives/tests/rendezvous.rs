@@ -6,7 +6,7 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use pillion_collectives::{Communicator, Launch, Options, Reduction};
+use pillion_collectives::{Communicator, Error, Launch, Options, Reduction};
 
 /// Only turns a hang into a failure.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -98,11 +98,37 @@ fn a_rank_that_expects_another_world_is_told_both_numbers() {
     }
 }
 
+#[test]
+fn a_limit_of_any_length_can_be_given() {
+    for limit in [Duration::from_secs(u64::MAX), Duration::MAX] {
+        let options = Options { startup_timeout: limit, timeout: limit, ..Options::default() };
+        Communicator::connect(&Launch::single(), options).unwrap().barrier().unwrap();
+    }
+}
+
+#[test]
+fn options_that_are_wrong_for_all_ranks_are_said_by_rank_zero() {
+    let ranks = Launch::threads(4).into_iter().map(|launch| {
+        thread::spawn(move || {
+            let options = Options { reduce_groups: 3, ..Options::default() };
+            match Communicator::connect(&launch, options).err().unwrap() {
+                Error::Options { reason, said_by_rank_zero } => {
+                    assert_eq!(reason, "3 groups of reduction do not divide 4 ranks: choose a divisor");
+                    said_by_rank_zero
+                }
+                other => panic!("{other}"),
+            }
+        })
+    });
+    let said: Vec<bool> = ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect();
+    assert_eq!(said, [false, true, true, true]);
+}
+
 #[cfg(not(feature = "mpi"))]
 #[test]
 fn ranks_of_several_hosts_are_pointed_to_the_build_that_joins_them() {
     let launch = Launch { local_world: 1, local_rank: 0, ..Launch::threads(2)[1].clone() };
     let error = start(&launch, 1.0).join().unwrap().unwrap_err();
-    assert!(error.contains("1 of its 2 ranks are on this host"), "{error}");
+    assert!(error.contains("1 of 2 ranks are on this host"), "{error}");
     assert!(error.contains("build with `--features mpi` and start with mpirun"), "{error}");
 }

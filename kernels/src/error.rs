@@ -14,7 +14,10 @@ pub enum Error {
         bytes: usize,
     },
     /// The system starts no threads.
-    #[error("{threads} threads cannot be started ({reason}): ask for fewer")]
+    #[error(
+        "{threads} threads cannot be started ({reason}): ask for fewer with --threads, or raise the limit of processes and threads \
+         (`ulimit -u`, or pids.max of the container or control group)"
+    )]
     Threads {
         /// How many were asked for.
         threads: usize,

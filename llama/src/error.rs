@@ -38,9 +38,12 @@ pub enum Error {
     /// stdout takes nothing more, and it is where the command's result goes.
     #[error("cannot write to stdout: {0}: free some space, or send the output elsewhere")]
     Stdout(std::io::Error),
-    /// Rank 0 has failed, and said why; exit code [`launcher::EXIT_CONSEQUENCE`].
+    /// Rank 0 has failed, and said why; exit code 2 or [`launcher::EXIT_CONSEQUENCE`].
     #[error("rank 0 gave up")]
-    ByRankZero,
+    ByRankZero {
+        /// Whether because of a setting, which is every rank's.
+        setting: bool,
+    },
 }
 
 impl Error {
@@ -48,28 +51,42 @@ impl Error {
         Error::File { path: path.into(), reason: reason.to_string() }
     }
 
+    /// Whether another rank prints the cause.
+    pub(crate) fn is_said_elsewhere(&self) -> bool {
+        use pillion_collectives::Error as Collective;
+        use pillion_runtime::Error as Runtime;
+        matches!(
+            self,
+            Error::ByRankZero { .. }
+                | Error::Runtime(Runtime::Collective(
+                    Collective::Aborted { .. } | Collective::Options { said_by_rank_zero: true, .. }
+                ))
+        )
+    }
+
     /// Whether every rank has, or will have, an error of its own for the same reason.
     pub(crate) fn is_everywhere(&self) -> bool {
         use pillion_runtime::Error as Runtime;
-        let everywhere = |error: &Runtime| matches!(error, Runtime::Collective(_) | Runtime::NoTokens { .. });
-        match self {
-            Error::ByRankZero | Error::NonFinite(_) => true,
-            Error::Runtime(error) => everywhere(error),
-            _ => false,
-        }
+        self.is_of_one_rank()
+            || matches!(self, Error::ByRankZero { .. } | Error::NonFinite(_) | Error::Runtime(Runtime::NoTokens { .. }))
     }
 
     /// Whether it says how this rank sees the others, so that each rank's words count.
     pub(crate) fn is_of_one_rank(&self) -> bool {
-        matches!(self, Error::Runtime(pillion_runtime::Error::Collective(_)))
+        use pillion_collectives::Error as Collective;
+        use pillion_runtime::Error as Runtime;
+        matches!(self, Error::Runtime(Runtime::Collective(error)) if !matches!(error, Collective::Options { .. }))
     }
 
     /// The exit code.
     pub fn code(&self) -> i32 {
         use pillion_collectives::Error as Collective;
         match self {
-            Error::Setting(_) => 2,
-            Error::ByRankZero => launcher::EXIT_CONSEQUENCE,
+            Error::Setting(_)
+            | Error::ByRankZero { setting: true }
+            | Error::Launch(LaunchError::NoRanks | LaunchError::TooManyRanks { .. } | LaunchError::BeyondMost { .. })
+            | Error::Runtime(pillion_runtime::Error::Collective(Collective::Options { .. })) => 2,
+            Error::ByRankZero { setting: false } => launcher::EXIT_CONSEQUENCE,
             Error::Runtime(pillion_runtime::Error::Collective(
                 Collective::PeerLost { .. } | Collective::Aborted { .. },
             )) => launcher::EXIT_CONSEQUENCE,

@@ -41,6 +41,7 @@ pub use generate::generate;
 
 use std::ffi::OsString;
 
+use pillion_collectives::{Communicator, Launch};
 use pillion_kernels::cpu::Isa;
 
 pub(crate) use output::{complain, print, print_result};
@@ -50,6 +51,8 @@ use settings::{AbsCommand, Cli, Command, ExperimentCommand};
 /// settings that cannot be, 69 when a rank was lost, 75 when a signal ended a run early, and what the launcher says of ranks that
 /// were killed.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
+    // Without a handler the first write beyond `ulimit -f` ends the program, which then still does.
+    let _ = pillion_collectives::limits::ignore_file_size_signal();
     let arguments: Result<Vec<String>, OsString> = arguments.map(OsString::into_string).collect();
     let arguments = match arguments {
         Ok(arguments) => arguments,
@@ -62,7 +65,9 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         // Help, or the version.
         Err((message, 0)) => return ended(output::write(&message).map(|_| 0)),
         Err((message, code)) => {
-            output::complain_as_it_is(&message);
+            if !is_said_by_rank_zero(&message) {
+                output::complain_as_it_is(&message);
+            }
             return code;
         }
     };
@@ -83,7 +88,15 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
 /// The exit code of a command; prints its error.
 fn ended(result: Result<i32, Error>) -> i32 {
     result.unwrap_or_else(|error| {
-        complain(&error);
+        if error.code() != 2 || !is_said_by_rank_zero(&error.to_string()) {
+            complain(&error);
+        }
         error.code()
     })
+}
+
+/// Whether this is a rank of another launcher, whose rank 0 was given the same settings and refuses
+/// them for the same reason.
+fn is_said_by_rank_zero(reason: &str) -> bool {
+    Launch::detect().is_ok_and(|launch| launch.world > 1 && Communicator::decline(&launch, reason))
 }

@@ -284,6 +284,9 @@ pub struct TrainArgs {
     /// How --ranks are started.
     #[arg(long, value_enum, default_value = "processes")]
     pub launch: LaunchKind,
+    /// Start more than 8 ranks for each core.
+    #[arg(long)]
+    pub oversubscribe: bool,
     /// Samples to train on: the horizon of every schedule.
     #[arg(long, value_name = "N", default_value_t = 5120)]
     pub samples: u64,
@@ -377,7 +380,8 @@ pub struct TrainArgs {
     /// Write what each rank computes, waits for and moves into trace.json in --out, a timeline for ui.perfetto.dev.
     #[arg(long)]
     pub trace: bool,
-    /// Seconds after which a rank that waits for another gives up.
+    /// Seconds after which a rank that waits for another gives up, at the start and in each
+    /// operation.
     #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
     pub timeout: u64,
     /// Device, for tests.

@@ -55,7 +55,7 @@ fn main() -> Result<()> {
     let launch = Launch::detect()?;
     match launch.source {
         Source::Single if threads => {
-            launcher::check_ranks(ranks)?;
+            launcher::check_ranks(ranks, false)?;
             return std::thread::scope(|scope| {
                 let start = |launch| scope.spawn(move || train(&launch));
                 let ranks: Vec<_> = Launch::threads(ranks).into_iter().map(start).collect();

@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// What launchers leave in the environment, by prefix; the tests' own runs must not take it for theirs.
-const LAUNCHERS: [&str; 13] = [
+const LAUNCHERS: [&str; 20] = [
     "PILLION_",
     "TORCHELASTIC_",
     "OMPI_",
@@ -28,6 +28,13 @@ const LAUNCHERS: [&str; 13] = [
     "PMI_",
     "MPI_",
     "SLURM_",
+    "FLUX_",
+    "PALS_",
+    "JSM_",
+    "MV2_",
+    "ALPS_",
+    "MPT_",
+    "MPIRUN_",
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",

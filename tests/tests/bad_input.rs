@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use pillion_tests::program::{TINY, Workplace};
+use pillion_tests::program::{Ended, TINY, Workplace};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 
@@ -164,7 +164,7 @@ fn models_and_numbers_that_cannot_be() {
     );
     refused(
         &place,
-        1,
+        2,
         &[("--ranks 0", &["0 ranks", "at least 1"]), ("--ranks 100000", &["100000 ranks", "at most", "ask for fewer"])],
     );
     refused(
@@ -173,6 +173,57 @@ fn models_and_numbers_that_cannot_be() {
         &[("--threads 0", &["--threads is 0"]), ("--threads 100000", &["--threads 100000", "processors"])],
     );
     assert!(!place.path("out").exists(), "nothing was begun");
+}
+
+/// Runs `train` as two ranks by hand, as torchrun's variables say it.
+fn by_hand(place: &Workplace, flags: &str) -> [Ended; 2] {
+    let ranks = [0, 1].map(|rank: usize| {
+        let mut command = place.command(&format!("train {TINY} --steps 1 --out out {flags}"));
+        for (name, value) in [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)] {
+            command.env(name, value.to_string());
+        }
+        let port = 20_000 + std::process::id() % 10_000;
+        command.env("MASTER_ADDR", flags.replace(' ', "_")).env("MASTER_PORT", port.to_string());
+        place.spawn(command)
+    });
+    ranks.map(|rank| rank.finish())
+}
+
+#[test]
+fn a_setting_that_is_wrong_for_all_ranks_is_said_once_whoever_starts_them() {
+    let place = Workplace::new(PROGRAM);
+    let mut cases: Vec<(&str, &[&str])> = vec![
+        ("--reduce-groups 3", &["3 groups of reduction do not divide", "choose a divisor"]),
+        ("--micro-batch 0", &["--micro-batch is 0", "at least 1"]),
+        ("--threads 100000", &["--threads 100000", "processors"]),
+    ];
+    if cfg!(not(feature = "mpi")) {
+        cases.push(("--backend mpi", &["the backend mpi needs MPI", "build with `--features mpi`"]));
+        cases.push(("--backend hierarchical", &["the backend hierarchical needs MPI", "choose another backend"]));
+    }
+    refused(&place, 2, &cases);
+    cases.push(("--micro-bach 8", &["--micro-bach", "--micro-batch"]));
+    cases.push(("--steps few", &["--steps", "few"]));
+    for (flags, parts) in cases {
+        let ended = by_hand(&place, flags);
+        let said =
+            |ended: &Ended| ended.stderr.lines().any(|line| line.contains("pillion:") || line.contains("error:"));
+        assert_eq!(ended.iter().filter(|ended| said(ended)).count(), 1, "{flags}: {}{}", ended[0], ended[1]);
+        assert_eq!(ended.each_ref().map(Ended::code), [Some(2); 2], "{flags}: {}{}", ended[0], ended[1]);
+        assert!(parts.iter().all(|part| ended[0].stderr.contains(part)), "{flags}: {}{}", ended[0], ended[1]);
+    }
+    assert!(!place.path("out").exists(), "nothing was begun");
+}
+
+#[test]
+fn the_timeout_counts_for_ranks_that_never_come() {
+    let place = Workplace::new(PROGRAM);
+    let mut command = place.command(&format!("train {TINY} --steps 1 --out out --timeout 2"));
+    command.envs([("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3")]);
+    // The job's name: no other process's.
+    command.env("MASTER_ADDR", format!("timeout-{}", std::process::id())).env("MASTER_PORT", "29500");
+    // Anything else has limits longer than a test's patience.
+    place.spawn(command).finish().refused(1, &["ranks [1, 2] did not come"]);
 }
 
 #[test]

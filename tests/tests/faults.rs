@@ -1,6 +1,7 @@
 //! Ranks that die, stop, or are asked to end: the others say who it was, and nothing stays behind.
 
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use pillion_tests::program::{Running, TINY, Workplace, is_alive, variable};
@@ -87,6 +88,9 @@ fn a_signal_to_the_launcher_or_to_one_rank_saves_and_the_run_goes_on() {
         (Signal::INT, true, "processes"),
         (Signal::USR1, true, "processes"),
         (Signal::USR1, false, "processes"),
+        (Signal::HUP, true, "processes"),
+        (Signal::USR2, true, "threads"),
+        (Signal::XCPU, true, "processes"),
         (Signal::TERM, false, "processes"),
         (Signal::INT, true, "threads"),
     ] {
@@ -114,6 +118,65 @@ fn a_signal_to_the_launcher_or_to_one_rank_saves_and_the_run_goes_on() {
         assert_eq!(place.steps("out").len() as u64, more);
         assert_eq!(place.steps("out")[..last as usize], steps);
     }
+}
+
+#[test]
+fn a_hangup_that_is_ignored_from_the_start_stays_ignored() {
+    let place = Workplace::new(PROGRAM);
+    // As nohup does it.
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$@\"", "sh"]).arg(place.program());
+    command.args(format!("train {TINY} {LONG} --out out --ranks 2").split_whitespace());
+    place.prepare(&mut command);
+    let running = place.spawn(command);
+    let ranks = running.ranks(2);
+    running.wait_for_step(&place, "out", 3);
+    running.signal(Signal::HUP);
+    kill_process(ranks[1], Signal::HUP).unwrap();
+    running.wait_for_step(&place, "out", place.steps("out").len() + 5);
+    running.signal(Signal::TERM);
+    let ended = running.finish();
+    assert_eq!((ended.code(), ended.stderr.as_str()), (Some(75), ""), "{ended}");
+}
+
+#[test]
+fn a_processor_time_that_is_used_up_ends_the_run_however_often_the_kernel_says_so() {
+    let place = Workplace::new(PROGRAM);
+    let running = place.start(&format!("train {TINY} {LONG} --out out --ranks 2"));
+    let ranks = running.ranks(2);
+    running.wait_for_step(&place, "out", 3);
+    // Some at one rank, which asks the others.
+    for _ in 0..3 {
+        let _ = kill_process(ranks[0], Signal::XCPU);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let ended = running.finish();
+    assert_eq!((ended.code(), ended.stderr.as_str()), (Some(75), ""), "{ended}");
+}
+
+#[test]
+fn ranks_whose_torchrun_is_killed_save_and_end() {
+    let place = Workplace::new(PROGRAM);
+    // An agent as torchrun is one: it has no variables of a rank, and dies of a signal that it does
+    // not know.
+    let mut command = Command::new("env");
+    let start = "export WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500 TORCHELASTIC_RUN_ID=none; \
+                 for rank in 0 1; do RANK=$rank LOCAL_RANK=$rank \"$@\" & echo $! >> pids; done; wait";
+    command.args(["--default-signal", "sh", "-c", start, "sh"]).arg(place.program());
+    command.args(format!("train {TINY} {LONG} --out out").split_whitespace());
+    place.prepare(&mut command);
+    let running = place.spawn(command);
+    running.wait_for_step(&place, "out", 3);
+    let pids = fs::read_to_string(place.path("pids")).unwrap();
+    let ranks: Vec<Pid> = pids.lines().map(|pid| Pid::from_raw(pid.parse().unwrap()).unwrap()).collect();
+    assert!(ranks.len() == 2 && ranks.iter().all(|&rank| is_alive(rank)));
+    running.signal(Signal::USR1);
+    running.wait_for("the ranks' end", || !ranks.iter().any(|&rank| is_alive(rank)));
+    let ended = running.finish();
+    let said = "pillion: the torchrun process that started these ranks is gone: ending early\n";
+    assert_eq!(ended.stderr.matches(said).count(), 1, "{ended}");
+    assert!(ended.stdout.contains("interrupted: saved out/checkpoints/step-"), "{ended}");
+    assert_eq!(place.checkpoints("out").len(), 1, "{ended}");
 }
 
 #[test]

@@ -1,63 +1,19 @@
 //! Reads a rank's place from the variables of each launcher, and names its job.
 //!
-//! The names of the variables are data ([`Names`]); what the launchers have in common is read and
-//! checked in one place, [`Variables::launch`]. What a launcher gives to tell its jobs apart goes
-//! into a digest, since some of it is long or holds characters that a socket's name cannot.
+//! The names of the variables are data ([`super::names`]); what the launchers have in common is
+//! read and checked in one place, [`Variables::launch`]. What a launcher gives to tell its jobs
+//! apart goes into a digest, since some of it is long or holds characters that a socket's name
+//! cannot.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::{fs, io};
 
+use super::names::{FLUX, HYDRA, JSM, MVAPICH, Names, OPEN_MPI, PALS, RANK_ALONE, SLURM, TORCH};
 use super::{JOB_LENGTH, Launch, LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_RANK, OWN_WORLD, Source, fresh_job};
 
 /// More than any machine has, and few enough that a list of them fits into memory.
 const MOST_RANKS: usize = 1 << 20;
-
-/// The names under which a launcher gives a rank's place.
-struct Names {
-    rank: &'static str,
-    world: &'static str,
-    local_rank: &'static str,
-    local_world: &'static str,
-    /// What to do when one of them is missing.
-    remedy: &'static str,
-}
-
-const TORCH: Names = Names {
-    rank: "RANK",
-    world: "WORLD_SIZE",
-    local_rank: "LOCAL_RANK",
-    local_world: "LOCAL_WORLD_SIZE",
-    remedy: "start with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, \
-             MASTER_ADDR and MASTER_PORT, or none of them",
-};
-const OPEN_MPI: Names = Names {
-    rank: "OMPI_COMM_WORLD_RANK",
-    world: "OMPI_COMM_WORLD_SIZE",
-    local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
-    local_world: "OMPI_COMM_WORLD_LOCAL_SIZE",
-    remedy: "start with Open MPI's mpirun, and let it pass its variables on",
-};
-const HYDRA: Names = Names {
-    rank: "PMI_RANK",
-    world: "PMI_SIZE",
-    local_rank: "MPI_LOCALRANKID",
-    local_world: "MPI_LOCALNRANKS",
-    remedy: "start with the mpiexec of MPICH or Intel MPI, or with srun",
-};
-const SLURM: Names = Names {
-    rank: "SLURM_PROCID",
-    world: "SLURM_STEP_NUM_TASKS",
-    local_rank: "SLURM_LOCALID",
-    local_world: "SLURM_STEP_TASKS_PER_NODE",
-    remedy: "start with srun, and let it pass its variables on",
-};
-
-impl Names {
-    fn all(&self) -> [&'static str; 4] {
-        [self.rank, self.world, self.local_rank, self.local_world]
-    }
-}
 
 /// Step ids above this are Slurm's own: batch script, interactive shell, external and pending
 /// (`SLURM_MAX_NORMAL_STEP_ID` in slurm.h).
@@ -91,7 +47,9 @@ impl Variables<'_> {
         let in_step = self.slurm_step()?.is_some();
         let by_hand = TORCH.all();
         let complete = by_hand.iter().all(|name| self.get(name).is_some());
-        if complete || (!in_step && self.any(&by_hand)) {
+        let others = [(Source::Jsm, &JSM), (Source::Flux, &FLUX), (Source::Pals, &PALS), (Source::Mvapich, &MVAPICH)];
+        let other = others.into_iter().find(|(_, names)| self.any(&[names.rank]));
+        if complete || (!in_step && other.is_none() && self.any(&by_hand)) {
             return self.torch_by_hand();
         }
         if in_step {
@@ -99,12 +57,23 @@ impl Variables<'_> {
             for other in [&TORCH, &HYDRA] {
                 self.must_agree(&launch, &SLURM, other)?;
             }
+            self.no_other_rank(&launch, &SLURM)?;
+            return Ok(launch);
+        }
+        // Before hydra's: these launchers set PMI variables for others.
+        if let Some((source, names)) = other {
+            let launch = self.whole(source, names)?;
+            self.must_agree(&launch, names, &TORCH)?;
+            self.no_other_rank(&launch, names)?;
             return Ok(launch);
         }
         if self.any(&HYDRA.all()) {
             return self.hydra();
         }
-        Ok(Launch::single())
+        match RANK_ALONE.iter().find(|(variable, _)| self.any(&[variable])) {
+            Some(&(variable, launcher)) => Err(LaunchError::Unknown { variable, launcher }),
+            None => Ok(Launch::single()),
+        }
     }
 
     fn get(&self, name: &str) -> Option<String> {
@@ -113,6 +82,40 @@ impl Variables<'_> {
 
     fn any(&self, names: &[&str]) -> bool {
         names.iter().any(|name| self.get(name).is_some())
+    }
+
+    /// The launch of a launcher whose variables say everything, but for the variable that names its
+    /// job.
+    fn whole(&self, source: Source, names: &Names) -> Result<Launch, LaunchError> {
+        let identity = || {
+            let job = match source {
+                // `jsrun` numbers its steps in an allocation as PMIx name spaces.
+                Source::Jsm => "PMIX_NAMESPACE",
+                Source::Flux => "FLUX_JOB_ID",
+                Source::Pals => "PALS_APID",
+                // MVAPICH2 has no id, but all ranks of a host descend from one process.
+                _ => return Ok(vec![launcher_process(names.rank, "mpispawn")?]),
+            };
+            let mut identity = vec![self.required(job, &names.all(), names.remedy)?];
+            // Numbers repeat from one allocation, and from one instance of Flux, to the next.
+            identity.extend(["LSB_JOBID", "FLUX_URI"].iter().filter_map(|name| self.get(name)));
+            Ok(identity)
+        };
+        self.launch(source, names, None, identity)
+    }
+
+    /// Refuses a rank of another launcher beside `launch`, which was read from `names`: whichever
+    /// launcher is the inner one, its ranks would all be one rank of the outer.
+    fn no_other_rank(&self, launch: &Launch, names: &Names) -> Result<(), LaunchError> {
+        let others = [JSM.rank, FLUX.rank, PALS.rank, MVAPICH.rank, "PMIX_RANK", "ALPS_APP_PE"];
+        for first in others.into_iter().filter(|&other| other != names.rank && self.any(&[other])) {
+            let first_value = self.number(first, &[], names.remedy)?;
+            if first_value != launch.rank {
+                let (first, second, second_value) = (first.into(), names.rank.into(), launch.rank);
+                return Err(LaunchError::Contradiction { first, first_value, second, second_value });
+            }
+        }
+        Ok(())
     }
 
     fn own(&self) -> Result<Launch, LaunchError> {
@@ -229,13 +232,14 @@ impl Variables<'_> {
         let rank = self.number(names.rank, &all, names.remedy)?;
         let world = self.world(names.world, &all, names.remedy)?;
         must_be_below(names.rank, rank, names.world, world)?;
-        if world == 1 && source != Source::Slurm && !self.any(&all[2..]) {
+        if world == 1 && !matches!(source, Source::Slurm | Source::Flux) && !self.any(&all[2..]) {
             // Alone in the world, so alone on the host.
             return Ok(Launch { source, ..Launch::single() });
         }
         let local_rank = self.number(names.local_rank, &all, names.remedy)?;
         let local_world = match source {
             Source::Slurm => self.slurm_local_world(world)?,
+            Source::Flux => self.flux_local_world(world)?,
             _ => self.number(names.local_world, &all, names.remedy)?,
         };
         must_be_below(names.local_rank, local_rank, names.local_world, local_world)?;
@@ -286,6 +290,19 @@ impl Variables<'_> {
             node -= count;
         }
         Err(malformed())
+    }
+
+    /// Tasks of the job on this node. Flux tells how many nodes there are, not how many tasks run
+    /// on each.
+    fn flux_local_world(&self, world: usize) -> Result<usize, LaunchError> {
+        match self.number(FLUX.local_world, &FLUX.all(), FLUX.remedy)? {
+            1 => Ok(world),
+            nodes => Err(LaunchError::Malformed {
+                variable: FLUX.local_world.into(),
+                value: nodes.to_string(),
+                expected: "1 (flux run -N 1), because Flux does not tell how many tasks run on each node",
+            }),
+        }
     }
 
     /// Compares what `other` says, if anything, with `launch`, which was read from `names`.
@@ -339,6 +356,10 @@ fn job_name(source: Source, identity: &[String], restart: usize) -> String {
         Source::OpenMpi => "openmpi",
         Source::Pmi => "pmi",
         Source::Slurm => "slurm",
+        Source::Flux => "flux",
+        Source::Pals => "pals",
+        Source::Mvapich => "mvapich",
+        Source::Jsm => "jsm",
     };
     // A fixed key: every rank, running the same program, must come to the same name.
     let mut hasher = DefaultHasher::new();
@@ -356,10 +377,15 @@ fn tasks_per_node(list: &str) -> Option<Vec<(usize, usize)>> {
     list.split(',').map(entry).collect()
 }
 
+/// The launcher on this host, as a word that no other process shares.
+fn launcher_process(variable: &str, launcher: &'static str) -> Result<String, LaunchError> {
+    ancestor_without(variable, launcher).map(|(process, start)| format!("{process}@{start}"))
+}
+
 /// Process id and start time of the launcher on this host: the nearest ancestor that `variable`,
 /// which the launcher sets for its ranks, was not given to. A shell between launcher and rank has
 /// the variable too.
-fn launcher_process(variable: &str, launcher: &'static str) -> Result<String, LaunchError> {
+pub(crate) fn ancestor_without(variable: &str, launcher: &'static str) -> Result<(i32, u64), LaunchError> {
     let key = format!("{variable}=");
     let mut ancestor = rustix::process::Pid::as_raw(rustix::process::getppid());
     loop {
@@ -371,7 +397,7 @@ fn launcher_process(variable: &str, launcher: &'static str) -> Result<String, La
         // Unreadable is what belongs to another user, a system daemon: a launcher, not a shell.
         let environment = fs::read(directory.join("environ")).unwrap_or_default();
         if !environment.split(|byte| *byte == 0).any(|entry| entry.starts_with(key.as_bytes())) {
-            return Ok(format!("{ancestor}@{start}"));
+            return Ok((ancestor, start));
         }
         ancestor = parent;
     }

@@ -199,7 +199,10 @@ fn may_open(of_program: bool, level: Level, open: usize) -> Result<(), Error> {
 fn initialise() -> Result<(), Error> {
     let (tell, told) = mpsc::channel();
     let started = thread::Builder::new().name("pillion-mpi".into()).spawn(move || own(&tell));
-    started.map_err(|error| Error::System { what: "starting the thread that owns MPI", reason: error.to_string() })?;
+    started.map_err(|error| Error::System {
+        what: "starting the thread that owns MPI",
+        reason: crate::limits::explain_thread(&error),
+    })?;
     let lost = || Err(Error::System { what: "initialising MPI", reason: "its thread ended".into() });
     told.recv().unwrap_or_else(|_| lost())?;
     // SAFETY: `at_exit` is a function that never unwinds, with the type that C expects.

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::control::RankControl;
+use super::control::{RankControl, state};
 use super::mail::{self, Mailbox};
-use crate::Error;
+use crate::{Error, limits};
 
 pub(super) const PAGE: u64 = 4096;
 /// What the processor can map with one entry; larger allocations start at multiples of it.
@@ -68,6 +68,8 @@ pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).uni
 
 /// Makes the shared file, whose size is final.
 pub(crate) fn create(shape: Shape) -> Result<OwnedFd, Error> {
+    // The kernel answers a larger size with SIGXFSZ, which ends the process.
+    limits::check_file_size(shape.total())?;
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let file = rustix::fs::memfd_create("pillion", flags).map_err(Error::system("making a memfd"))?;
     rustix::fs::ftruncate(&file, shape.total()).map_err(Error::system("sizing a memfd"))?;
@@ -75,9 +77,13 @@ pub(crate) fn create(shape: Shape) -> Result<OwnedFd, Error> {
     Ok(file)
 }
 
+/// What failed when a rank cannot map the shared file.
+pub(crate) const MAPPING: &str = "mapping the job's shared memory (is `ulimit -v` set?)";
+
 /// The shared file, mapped.
 pub(crate) struct Mapping {
     start: NonNull<u8>,
+    bytes: u64,
     shape: Shape,
     file: OwnedFd,
 }
@@ -89,24 +95,50 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    pub(crate) fn new(file: OwnedFd, shape: Shape) -> Result<Arc<Mapping>, Error> {
+    /// Maps the file for a rank. When the system refuses, the ranks that share the file already are
+    /// told.
+    pub(crate) fn new(file: OwnedFd, shape: Shape, rank: usize) -> Result<Arc<Mapping>, Error> {
         let size = rustix::fs::fstat(&file).map_err(Error::system("asking for a memfd's size"))?.st_size as u64;
         if size != shape.total() {
             let reason = format!("it has {size} bytes where {} were expected", shape.total());
             return Err(Error::System { what: "mapping the job's shared memory", reason });
         }
+        match Mapping::of(file, shape, size) {
+            Ok(mapping) => Ok(Arc::new(mapping)),
+            Err((file, errno)) => {
+                let error = Error::system(MAPPING)(errno);
+                // The ranks' words alone need little.
+                if let Ok(words) = Mapping::of(file, shape, shape.control_bytes()) {
+                    words.control(rank).write_reason(&error.to_string());
+                    words.control(rank).state.store(state::ABORTED, Ordering::Release);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Maps the first `bytes` of the file.
+    fn of(file: OwnedFd, shape: Shape, bytes: u64) -> Result<Mapping, (OwnedFd, rustix::io::Errno)> {
+        let size = bytes as usize;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
         let start = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), size as usize, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0)
+            rustix::mm::mmap(std::ptr::null_mut(), size, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0)
         };
-        let start = start.map_err(Error::system("mapping the job's shared memory (is `ulimit -v` set?)"))?;
-        let start: NonNull<u8> = NonNull::new(start.cast()).expect("mmap never returns null for a non-fixed mapping");
-        // A core dump would otherwise read, and so make, every page of it.
-        // SAFETY: the range was mapped just now, and this advice changes no content.
-        unsafe { rustix::mm::madvise(start.as_ptr().cast(), size as usize, rustix::mm::Advice::LinuxDontDump) }
-            .map_err(Error::system("keeping shared memory out of core dumps"))?;
-        Ok(Arc::new(Mapping { start, shape, file }))
+        let start: NonNull<u8> = match start {
+            Ok(start) => NonNull::new(start.cast()).expect("mmap never returns null for a non-fixed mapping"),
+            Err(errno) => return Err((file, errno)),
+        };
+        // A core dump would otherwise read, and so make, every page of it. Where that cannot be
+        // prevented, a dump is only slow. SAFETY: the range was mapped just now, and this advice
+        // changes no content.
+        let _ = unsafe { rustix::mm::madvise(start.as_ptr().cast(), size, rustix::mm::Advice::LinuxDontDump) };
+        Ok(Mapping { start, bytes, shape, file })
+    }
+
+    /// The shared file.
+    pub(crate) fn file(&self) -> &OwnedFd {
+        &self.file
     }
 
     pub(crate) fn shape(&self) -> Shape {
@@ -199,9 +231,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped in `new` with this size; every `Region` over it holds this `Mapping` alive, so nothing refers to it.
-        // A failure leaves the range mapped, which is harmless.
-        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.shape.total() as usize) };
+        // SAFETY: mapped in `of` with this size; every `Region` over it holds this `Mapping` alive,
+        // so nothing refers to it. A failure leaves the range mapped, which is harmless.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes as usize) };
     }
 }
 

@@ -17,13 +17,17 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketAddrUnix};
 
+pub(crate) use self::decline::decline;
 use self::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number};
+use self::patience::Patience;
 use self::serve::serve;
 use self::socket::{dial, peer, wait};
 use super::arena::{self, Mapping, Shape};
 use crate::Error;
 
+mod decline;
 mod message;
+mod patience;
 mod serve;
 mod socket;
 #[cfg(test)]
@@ -47,22 +51,25 @@ pub(crate) struct Place<'a> {
     pub(crate) global_world: usize,
 }
 
-/// Meets the others: each of them returns a mapping of the same memory.
-pub(crate) fn join(place: &Place<'_>, limit: Duration) -> Result<Arc<Mapping>, Error> {
+/// Meets the others within `limit`: each of them returns a mapping of the same memory. A rank that
+/// waits longer than `warn_after` says for whom.
+pub(crate) fn join(place: &Place<'_>, limit: Duration, warn_after: Duration) -> Result<Arc<Mapping>, Error> {
     if place.world == 1 {
         let shape = Shape::of_host(1);
-        return Mapping::new(arena::create(shape)?, shape);
+        return Mapping::new(arena::create(shape)?, shape, 0);
     }
-    let name = format!("pillion/{}", place.name);
-    let address = SocketAddrUnix::new_abstract_name(name.as_bytes())
-        .map_err(|errno| place.fail(format!("the socket's name `{name}`, {} bytes: {errno}", name.len())))?;
-    let deadline = Instant::now().checked_add(limit);
-    let deadline =
-        deadline.ok_or_else(|| place.fail(format!("a limit of {limit:?} is beyond what the clock counts")))?;
-    if place.rank == 0 { serve(place, &address, deadline) } else { connect(place, &address, deadline) }
+    let address = place.address()?;
+    let mut patience = Patience::new(place.global_rank, limit, warn_after);
+    if place.rank == 0 { serve(place, &address, &mut patience) } else { connect(place, &address, &mut patience) }
 }
 
 impl Place<'_> {
+    fn address(&self) -> Result<SocketAddrUnix, Error> {
+        let name = format!("pillion/{}", self.name);
+        SocketAddrUnix::new_abstract_name(name.as_bytes())
+            .map_err(|errno| self.fail(format!("the socket's name `{name}`, {} bytes: {errno}", name.len())))
+    }
+
     fn fail(&self, reason: String) -> Error {
         let (rank, world) = (self.global_rank, self.global_world);
         Error::Rendezvous { rank, world, job: self.name.to_owned(), reason }
@@ -86,23 +93,28 @@ enum Attempt {
     Again(String),
 }
 
-fn connect(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Arc<Mapping>, Error> {
+fn connect(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience) -> Result<Arc<Mapping>, Error> {
     loop {
-        match attempt(place, address, deadline)? {
+        match attempt(place, address, patience)? {
             Attempt::Joined(mapping) => return Ok(mapping),
-            Attempt::Again(obstacle) if Instant::now() >= deadline => {
+            Attempt::Again(obstacle) if Instant::now() >= patience.deadline => {
                 return Err(place.fail(format!("rank 0{} did not come: {obstacle}", place.counting())));
             }
-            Attempt::Again(_) => std::thread::sleep(RETRY_EVERY),
+            Attempt::Again(obstacle) => {
+                patience.warn(|| format!("rank 0{}: {obstacle}", place.counting()));
+                std::thread::sleep(RETRY_EVERY);
+            }
         }
     }
 }
 
-fn attempt(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Attempt, Error> {
+fn attempt(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience) -> Result<Attempt, Error> {
+    let deadline = patience.deadline;
     let again = |obstacle: String| Ok(Attempt::Again(obstacle));
     let socket = match dial(address) {
         Ok(socket) => socket,
         Err(Errno::AGAIN) => return again("whoever listens for it accepts nobody: is it stopped?".to_owned()),
+        Err(errno @ (Errno::MFILE | Errno::NFILE)) => return Err(Error::system("connecting to rank 0")(errno)),
         Err(errno) => {
             return again(format!("nobody listens ({errno}): was it started on this host, with the same job id?"));
         }
@@ -132,7 +144,8 @@ fn attempt(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Re
                 return again(format!("{peer} listens for it, but does not answer: is it stopped?"));
             }
             Err(Errno::AGAIN) => {
-                wait(&mut [PollFd::new(&socket, PollFlags::IN)], deadline)?;
+                patience.warn(|| format!("{peer}, which listens as rank 0 does, to answer"));
+                wait(&mut [PollFd::new(&socket, PollFlags::IN)], patience.next())?;
                 continue;
             }
             Ok(_) | Err(_) if received == 0 => return again(hung_up),
@@ -159,8 +172,10 @@ fn attempt(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Re
             return map(place, file, reserve, heap).map(Attempt::Joined);
         }
         None if number(&answer, 1) == WELCOME => {
-            "rank 0 gave memory, but no file arrived: is this process's limit of open files (`ulimit -n`) reached?"
-                .to_owned()
+            return Err(Error::system("receiving the job's shared memory from rank 0")(Errno::MFILE));
+        }
+        _ if is(Refusal::GaveUp) => {
+            return Err(Error::Aborted { rank: 0, reason: "it cannot start, and has said why".to_owned() });
         }
         _ if is(Refusal::Taken) => {
             format!("rank {}{} has come already: start each rank once", place.rank, place.counting())
@@ -190,5 +205,5 @@ fn map(place: &Place<'_>, file: OwnedFd, reserve: u64, heap: u64) -> Result<Arc<
             "rank 0 sent a file that is no memory of sealed size: start every rank from the same build".to_owned(),
         ));
     }
-    Mapping::new(file, Shape { world: place.world, reserve, heap })
+    Mapping::new(file, Shape { world: place.world, reserve, heap }, place.rank)
 }

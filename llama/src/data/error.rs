@@ -82,7 +82,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The operating system refused to write.
-    #[error("cannot write {}: {source}; check its permissions and the free space", path.display())]
+    #[error("cannot write {}: {}; check its permissions and the free space", path.display(), pillion_collectives::limits::explain(source))]
     Write {
         /// The file or folder.
         path: PathBuf,

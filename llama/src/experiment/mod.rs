@@ -24,7 +24,6 @@ use clap::Args;
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use pillion_collectives::launcher::EXIT_INTERRUPTED;
 use rustix::process::{Pid, Signal, kill_process};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 use crate::run_folder::RunFolder;
 use crate::train::stopping;
@@ -87,7 +86,7 @@ pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
     let _lock = if settings.report { None } else { Some(claim(&out)?) };
     if !settings.report {
         let stop = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM, SIGUSR1] {
+        for signal in pillion_collectives::stop::signals().map_err(|error| Error::file("/proc/self/status", error))? {
             signal_hook::flag::register(signal, stop.clone()).expect("these signals can be handled");
         }
         let mut progress = Progress::new(&runs, &folder)?;

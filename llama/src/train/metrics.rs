@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use pillion_abs::Reason;
+use pillion_collectives::limits::explain;
 use pillion_runtime::Memory;
 use serde::{Deserialize, Serialize};
 
@@ -105,7 +106,7 @@ impl Metrics {
     /// Opens `metrics.jsonl` in `folder`, keeping the lines of steps up to `last_step` of an earlier run.
     pub(crate) fn open(folder: &Path, last_step: u64) -> Result<Metrics, Error> {
         let path = run_folder::metrics(folder);
-        let fail = |error: std::io::Error| Error::file(&path, error);
+        let fail = |error: std::io::Error| Error::file(&path, explain(&error));
         let mut kept = String::new();
         if last_step > 0 && path.exists() {
             for line in BufReader::new(File::open(&path).map_err(fail)?).lines() {
@@ -160,7 +161,7 @@ impl Metrics {
             Err(error) => {
                 // Half a line would spoil the next one, too. If this fails as well, there is no more to be done.
                 let _ = self.file.set_len(self.len).and_then(|()| self.file.seek(SeekFrom::Start(self.len)));
-                Err(Error::file(&self.path, error))
+                Err(Error::file(&self.path, explain(&error)))
             }
         }
     }

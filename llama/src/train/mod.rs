@@ -21,14 +21,11 @@ mod statistics;
 mod timeline;
 
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use pillion_collectives::launch::Source;
-use pillion_collectives::{Launch, launcher};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::iterator::Signals;
+use pillion_collectives::limits::explain_thread;
+use pillion_collectives::{Communicator, Launch, launcher, stop};
 
 use crate::settings::{LaunchKind, TrainArgs};
 use crate::{Error, complain};
@@ -68,29 +65,33 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
         )));
     } else if nobody || settings.ranks.is_some() {
         let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
-        launcher::check_ranks(ranks)?;
+        launcher::check_ranks(ranks, settings.oversubscribe)?;
         cores::check(settings.threads, ranks)?;
+        run::options(settings).check(&Launch::threads(ranks)[0])?;
+        let options = launcher::Options { oversubscribe: settings.oversubscribe, ..launcher::Options::default() };
         return match settings.launch {
-            LaunchKind::Processes if ranks > 1 => Ok(launcher::run_processes(ranks)?),
+            LaunchKind::Processes if ranks > 1 => Ok(launcher::run_processes_with(ranks, &options)?),
             _ => threads(settings, Launch::threads(ranks)),
         };
     }
-    let stop = stop_flag();
-    Ok(exit_code(&launch, run::run(settings, &launch, &stop)))
+    cores::threads(settings.threads, &launch)?;
+    let result = match stop::flag(&launch) {
+        Ok(stop) => run::run(settings, &launch, &stop),
+        Err(error) => {
+            let error = no_signals(&error);
+            let is_said = Communicator::decline(&launch, &error.to_string());
+            Err(if is_said { Error::ByRankZero { setting: false } } else { error })
+        }
+    };
+    Ok(exit_code(&launch, result))
 }
 
 /// Runs every rank as a thread of this process.
 fn threads(settings: &TrainArgs, launches: Vec<Launch>) -> Result<i32, Error> {
-    let stop = stop_flag();
-    let codes = std::thread::scope(|scope| {
-        let run = |launch: Launch| {
-            let stop = &stop;
-            scope.spawn(move || exit_code(&launch, run::run(settings, &launch, stop)))
-        };
-        let ranks: Vec<_> = launches.into_iter().map(run).collect();
-        // A panic has been printed.
-        ranks.into_iter().map(|rank| rank.join().unwrap_or(1)).collect::<Vec<i32>>()
-    });
+    let stop = stop::flag(&launches[0]).map_err(|error| no_signals(&error))?;
+    let codes = launcher::run_threads(launches, |launch| exit_code(&launch, run::run(settings, &launch, &stop)))?;
+    // A panic has been printed.
+    let codes = codes.into_iter().map(|code| code.unwrap_or(1));
     // What caused the end counts more than what followed from it.
     let weight = |code: &i32| match *code {
         0 => 0,
@@ -98,7 +99,7 @@ fn threads(settings: &TrainArgs, launches: Vec<Launch>) -> Result<i32, Error> {
         launcher::EXIT_CONSEQUENCE => 2,
         _ => 3,
     };
-    Ok(codes.into_iter().rev().max_by_key(weight).unwrap_or(0))
+    Ok(codes.rev().max_by_key(weight).unwrap_or(0))
 }
 
 /// How a rank ended, as an exit code; prints its error, unless another rank prints the same.
@@ -106,6 +107,7 @@ fn exit_code(launch: &Launch, result: Result<Ended, Error>) -> i32 {
     match result {
         Ok(Ended::Done) => 0,
         Ok(Ended::Interrupted) => launcher::EXIT_INTERRUPTED,
+        Err(error) if error.is_said_elsewhere() => error.code(),
         Err(error) => {
             let rank = launch.rank;
             let is_one_of_many = rank > 0 || (error.is_of_one_rank() && launch.world > 1);
@@ -119,26 +121,8 @@ fn exit_code(launch: &Launch, result: Result<Ended, Error>) -> i32 {
     }
 }
 
-/// Signals of one kind within this time are one: `timeout` and some schedulers send each twice, to a process and to its group.
-const ONE_SIGNAL: Duration = Duration::from_secs(1);
-
-/// Raised by the first SIGINT, SIGTERM or SIGUSR1, which schedulers send before a time limit; the second ends the process at once.
-fn stop_flag() -> Arc<AtomicBool> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let raised = stop.clone();
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]).expect("these signals can be handled");
-    std::thread::spawn(move || {
-        let mut first = None;
-        for signal in signals.forever() {
-            raised.store(true, Ordering::Relaxed);
-            let (kind, time) = *first.get_or_insert((signal, Instant::now()));
-            if signal != kind || time.elapsed() > ONE_SIGNAL {
-                // As a shell says it: nothing has been saved.
-                signal_hook::low_level::exit(128 + signal);
-            }
-        }
-    });
-    stop
+fn no_signals(error: &std::io::Error) -> Error {
+    pillion_collectives::Error::System { what: "starting a thread", reason: explain_thread(error) }.into()
 }
 
 pub(crate) fn stopping(stop: &AtomicBool) -> bool {

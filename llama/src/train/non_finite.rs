@@ -130,6 +130,6 @@ impl Run<'_> {
 
     /// An end that every rank has come to, and rank 0 says.
     fn ended(&self, reason: String) -> Error {
-        if self.communicator.rank() == 0 { Error::NonFinite(reason) } else { Error::ByRankZero }
+        if self.communicator.rank() == 0 { Error::NonFinite(reason) } else { Error::ByRankZero { setting: false } }
     }
 }

@@ -29,15 +29,21 @@ use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
 use crate::{Error, complain};
 
-/// Joins the other ranks and trains.
-pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> Result<Ended, Error> {
-    let options = Options {
-        timeout: Duration::from_secs(settings.timeout.max(1)),
+/// What the settings say to a communicator.
+pub(super) fn options(settings: &TrainArgs) -> Options {
+    let timeout = Duration::from_secs(settings.timeout.max(1));
+    Options {
+        timeout,
+        startup_timeout: timeout,
         backend: settings.backend.into(),
         reduce_groups: settings.reduce_groups,
         ..Options::default()
-    };
-    let communicator = Arc::new(Communicator::connect(launch, options)?);
+    }
+}
+
+/// Joins the other ranks and trains.
+pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> Result<Ended, Error> {
+    let communicator = Arc::new(Communicator::connect(launch, options(settings))?);
     // Other ranks are told before this one's operations in flight are waited for, which would be in vain.
     let give_up = |error: Error| {
         if !error.is_everywhere() {

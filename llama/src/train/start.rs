@@ -58,7 +58,7 @@ struct Search<'s> {
 /// can be wrong has been found. Collective.
 pub(super) fn begin(settings: &TrainArgs, launch: &Launch, communicator: &Communicator) -> Result<Beginning, Error> {
     let mut search = on_rank_zero_alone(communicator, || Search::new(settings, launch))?;
-    let alone = |error: Error| if communicator.rank() == 0 { error } else { Error::ByRankZero };
+    let alone = |error: Error| if communicator.rank() == 0 { error } else { Error::ByRankZero { setting: false } };
     let mut decide = |passed_over: Option<pillion_runtime::Error>| {
         on_rank_zero(communicator, || search.as_mut().expect("on rank 0").decide(passed_over))
     };
@@ -225,6 +225,9 @@ fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) 
     Ok(samples)
 }
 
+/// What rank 0 sends where a setting is wrong; no JSON begins with it.
+const A_SETTING: u8 = 0xff;
+
 /// Does something on rank 0 and gives every rank the result; where it fails, every rank fails, and only rank 0 says why.
 pub(super) fn on_rank_zero<T: Serialize + DeserializeOwned>(
     communicator: &Communicator,
@@ -233,6 +236,7 @@ pub(super) fn on_rank_zero<T: Serialize + DeserializeOwned>(
     let result = (communicator.rank() == 0).then(work).transpose();
     let bytes = match &result {
         Ok(Some(value)) => serde_json::to_vec(value).expect("plain values"),
+        Err(error) if error.code() == 2 => vec![A_SETTING],
         _ => Vec::new(),
     };
     // Tokenizing text or reading checkpoints may take longer than any operation should.
@@ -240,7 +244,7 @@ pub(super) fn on_rank_zero<T: Serialize + DeserializeOwned>(
     let bytes = communicator.broadcast_bytes(0, &bytes)?;
     match result? {
         Some(value) => Ok(value),
-        None if bytes.is_empty() => Err(Error::ByRankZero),
+        None if matches!(bytes[..], [] | [A_SETTING]) => Err(Error::ByRankZero { setting: !bytes.is_empty() }),
         None => Ok(serde_json::from_slice(&bytes).expect("rank 0 runs the same program")),
     }
 }

@@ -76,7 +76,7 @@ pub(super) fn compare(engine: &mut Engine, eta: Option<f64>) -> Result<(), Error
     let rank = engine.communicator().rank();
     engine.compare_groups(eta).map_err(|error| match error {
         // Every rank has it.
-        pillion_runtime::Error::Policy(_) if rank > 0 => Error::ByRankZero,
+        pillion_runtime::Error::Policy(_) if rank > 0 => Error::ByRankZero { setting: true },
         pillion_runtime::Error::Policy(why) => Error::Setting(format!("--alignment: {why}")),
         error => error.into(),
     })

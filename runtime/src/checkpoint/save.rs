@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use pillion_collectives::limits::explain;
 use serde_json::Value;
 
 use super::manifest::{self, Manifest};
@@ -69,7 +70,7 @@ pub(super) fn prepare(folders: &Folders) -> Result<u64, Error> {
     let token = RandomState::new().hash_one((std::process::id(), SystemTime::now()));
     // It is gone when the folder gets its name, so it need not outlive a crash.
     fs::write(folders.token(), token.to_string())
-        .map_err(|error| Error::file(folders.token(), format!("cannot be written: {error}")))?;
+        .map_err(|error| Error::file(folders.token(), format!("cannot be written: {}", explain(&error))))?;
     Ok(token)
 }
 
@@ -225,7 +226,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         file.write_all(bytes)?;
         file.sync_all()
     });
-    written.map_err(|error| Error::file(path, format!("cannot be written: {error}")))
+    written.map_err(|error| Error::file(path, format!("cannot be written: {}", explain(&error))))
 }
 
 /// Brings a folder's entries to the disk.

@@ -14,6 +14,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use pillion_collectives::limits::explain_thread;
 use serde_json::Value;
 
 use super::agree;
@@ -283,8 +284,9 @@ impl Writer {
             }
         };
         let thread = std::thread::Builder::new().name("pillion-checkpoint".to_owned()).spawn(work);
-        let thread =
-            thread.map_err(|error| Error::file(dir, format!("no thread to write it can be started: {error}")))?;
+        let thread = thread.map_err(|error| {
+            Error::file(dir, format!("no thread to write it can be started: {}", explain_thread(&error)))
+        })?;
         Ok(Writer { jobs: Some(jobs), results, thread: Some(thread), dead: false })
     }
 

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use pillion_collectives::limits::explain;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -43,7 +44,7 @@ pub(super) fn name(rank: usize, world: usize) -> String {
 
 /// Writes a new file, to the disk, of the states of each unit.
 pub(super) fn write(path: &Path, layout: &Layout, states: &[State]) -> Result<Digest, Error> {
-    let failed = |error: std::io::Error| Error::file(path, format!("cannot be written: {error}"));
+    let failed = |error: std::io::Error| Error::file(path, format!("cannot be written: {}", explain(&error)));
     let mut file = File::create_new(path).map_err(failed)?;
     let (mut hash, mut bytes) = (Xxh3::new(), 0);
     let mut put = |data: &[u8]| {

@@ -5,11 +5,14 @@ use std::fmt;
 
 /// First bytes of a greeting and of its answer; the digit is the version of the protocol and of the shared words' layout.
 pub(super) const MAGIC: [u8; 8] = *b"pillion2";
-/// Magic, rank, world.
+/// Magic, rank, world; or magic, rank with [`GIVES_UP`], a digest of the reason.
 pub(super) const GREETING: usize = 24;
-/// Magic, 0 or a [`Refusal`], and two numbers: the shape's reserve and heap, or the world that was expected and 0.
+/// Magic, 0 or a [`Refusal`], and two numbers: the shape's reserve and heap, or the world that was
+/// expected and 0, or the digest of the reason for which rank 0 gives up and 0.
 pub(super) const ANSWER: usize = 32;
 pub(super) const WELCOME: u64 = 0;
+/// In a greeting's rank: this rank cannot join, and says so instead.
+pub(super) const GIVES_UP: u64 = 1 << 63;
 
 /// Why rank 0 turned a connection away; the numbers are sent.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,6 +27,7 @@ pub(super) enum Refusal {
     World,
     NoSuchRank,
     Taken,
+    GaveUp,
 }
 
 impl fmt::Display for Refusal {
@@ -39,6 +43,7 @@ impl fmt::Display for Refusal {
             Refusal::World => "that expected another number of ranks",
             Refusal::NoSuchRank => "with a rank that cannot be",
             Refusal::Taken => "as a rank that had come already",
+            Refusal::GaveUp => "because rank 0 gave up",
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Rank 0's side: it gives the memory to each rank that greets, and turns everybody else away.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -13,9 +13,10 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags};
 
-use super::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number};
-use super::socket::{dial, peer, socket, wait};
-use super::{Place, RETRY_EVERY};
+use super::decline::tell;
+use super::message::{ANSWER, GIVES_UP, GREETING, Refusal, WELCOME, bytes, check_magic, number};
+use super::socket::{dial, is_ready, peer, socket, wait};
+use super::{Patience, Place, RETRY_EVERY};
 use crate::Error;
 use crate::shm::arena::{self, Mapping, Shape};
 use crate::shm::control::state;
@@ -47,8 +48,30 @@ impl fmt::Display for Refused {
     }
 }
 
+/// What a greeting says.
+#[derive(Clone, Copy)]
+enum Arrival {
+    /// This rank was missing, and has been given the memory.
+    Joined(usize),
+    /// This rank cannot join, for a reason with this digest.
+    GivesUp(usize, u64),
+}
+
+/// Why not all ranks came.
+struct Failure {
+    error: Error,
+    /// Where a rank gave up: the digest of its reason, and the ranks that have not been told.
+    gave_up: Option<(u64, BTreeSet<u64>)>,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure { error, gave_up: None }
+    }
+}
+
 /// A connection of a process of this user that has not greeted yet.
-struct Connection {
+pub(super) struct Connection {
     socket: OwnedFd,
     until: Instant,
     greeting: [u8; GREETING],
@@ -56,8 +79,22 @@ struct Connection {
 }
 
 impl Connection {
+    pub(super) fn new(socket: OwnedFd) -> Connection {
+        let until = Instant::now() + GREETING_LIMIT;
+        Connection { socket, until, greeting: [0; GREETING], received: 0 }
+    }
+
+    /// A word of the greeting.
+    pub(super) fn word(&self, word: usize) -> u64 {
+        number(&self.greeting, word)
+    }
+
+    pub(super) fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
     /// Reads what has come. Returns whether the greeting is whole.
-    fn read(&mut self) -> Result<bool, Refusal> {
+    pub(super) fn read(&mut self) -> Result<bool, Refusal> {
         while self.received < GREETING {
             match rustix::io::read(&self.socket, &mut self.greeting[self.received..]) {
                 Ok(0) => return Err(Refusal::HungUp),
@@ -71,18 +108,21 @@ impl Connection {
         Ok(true)
     }
 
-    /// The missing rank that greeted here and was given the memory; `None` while the greeting is not whole.
+    /// Who greeted here; `None` while the greeting is not whole.
     fn admit(
         &mut self,
         place: &Place<'_>,
         missing: &[usize],
         file: &OwnedFd,
         shape: Shape,
-    ) -> Result<Option<usize>, Refusal> {
+    ) -> Result<Option<Arrival>, Refusal> {
         if !self.read()? {
             return Ok(None);
         }
-        let (rank, world) = (number(&self.greeting, 1), number(&self.greeting, 2));
+        let (rank, world) = (self.word(1), self.word(2));
+        if rank & GIVES_UP != 0 && (1..place.world as u64).contains(&(rank & !GIVES_UP)) {
+            return Ok(Some(Arrival::GivesUp((rank & !GIVES_UP) as usize, self.word(2))));
+        }
         if world != place.world as u64 {
             return Err(Refusal::World);
         }
@@ -94,10 +134,10 @@ impl Connection {
             return Err(Refusal::Taken);
         }
         self.answer([WELCOME, shape.reserve, shape.heap], Some(file)).map_err(|_| Refusal::HungUp)?;
-        Ok(Some(rank))
+        Ok(Some(Arrival::Joined(rank)))
     }
 
-    fn answer(&self, numbers: [u64; 3], file: Option<&OwnedFd>) -> rustix::io::Result<usize> {
+    pub(super) fn answer(&self, numbers: [u64; 3], file: Option<&OwnedFd>) -> rustix::io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut message = SendAncillaryBuffer::new(&mut space);
         let files = file.map(|file| [file.as_fd()]);
@@ -113,19 +153,26 @@ impl Connection {
     }
 }
 
-pub(super) fn serve(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Arc<Mapping>, Error> {
-    let listener = listen(place, address, deadline)?;
+pub(super) fn serve(
+    place: &Place<'_>,
+    address: &SocketAddrUnix,
+    patience: &mut Patience,
+) -> Result<Arc<Mapping>, Error> {
     let shape = Shape::of_host(place.world);
-    let file = arena::create(shape)?;
-    let admitted = admit_all(place, &listener, &file, shape, deadline);
-    let mapping = Mapping::new(file, shape)?;
+    // Before anybody is admitted: whoever comes later can then be told that this rank gives up.
+    let mapping = Mapping::new(arena::create(shape)?, shape, place.rank)?;
+    let listener = listen(place, address, patience.deadline)?;
+    let admitted = admit_all(place, &listener, mapping.file(), shape, patience);
+    let Err(Failure { error, gave_up }) = admitted else { return Ok(mapping) };
     // Ranks that were admitted wait for this one now, and would name it at their deadline.
-    admitted.inspect_err(|error| {
-        let control = mapping.control(0);
-        control.write_reason(&error.to_string());
-        control.state.store(state::ABORTED, Ordering::Release);
-    })?;
-    Ok(mapping)
+    let control = mapping.control(0);
+    control.write_reason(&error.to_string());
+    control.state.store(state::ABORTED, Ordering::Release);
+    if let Some((digest, untold)) = gave_up {
+        // This rank ends because of that error, not because of one in passing it on.
+        let _ = tell(&listener, untold, digest);
+    }
+    Err(error)
 }
 
 fn admit_all(
@@ -133,8 +180,9 @@ fn admit_all(
     listener: &OwnedFd,
     file: &OwnedFd,
     shape: Shape,
-    deadline: Instant,
-) -> Result<(), Error> {
+    patience: &mut Patience,
+) -> Result<(), Failure> {
+    let deadline = patience.deadline;
     let mut missing: Vec<usize> = (1..place.world).collect();
     // Oldest first.
     let mut waiting: VecDeque<Connection> = VecDeque::new();
@@ -145,18 +193,31 @@ fn admit_all(
             refused.count(late.overdue());
         }
         if now >= deadline {
-            return Err(place.fail(format!(
+            let reason = format!(
                 "ranks {missing:?}{} did not come: were they started on this host, with the same job id?{refused}",
                 place.counting()
-            )));
+            );
+            return Err(place.fail(reason).into());
         }
+        patience.warn(|| format!("ranks {missing:?}{} to come", place.counting()));
         let sockets = std::iter::once(listener).chain(waiting.iter().map(|connection| &connection.socket));
         let mut events: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
-        wait(&mut events, waiting.front().map_or(deadline, |first| first.until.min(deadline)))?;
+        let until = patience.next();
+        wait(&mut events, waiting.front().map_or(until, |first| first.until.min(until)))?;
+        // The first to give up, and all.
+        let (mut gave_up, mut quitters) = (None, BTreeSet::new());
         waiting.retain_mut(|connection| match connection.admit(place, &missing, file, shape) {
             Ok(None) => true,
-            Ok(Some(rank)) => {
+            Ok(Some(Arrival::Joined(rank))) => {
                 missing.retain(|&other| other != rank);
+                false
+            }
+            Ok(Some(Arrival::GivesUp(rank, digest))) => {
+                // The first learns that it was heard, the others what the first has said.
+                let answer = gave_up.map_or([WELCOME, 0, 0], |(_, first)| [Refusal::GaveUp as u64, first, 0]);
+                let _ = connection.answer(answer, None);
+                gave_up.get_or_insert((rank, digest));
+                quitters.insert(rank);
                 false
             }
             Err(refusal) => {
@@ -166,17 +227,28 @@ fn admit_all(
                 false
             }
         });
+        if let Some((rank, digest)) = gave_up {
+            let error = Error::Aborted { rank, reason: "it cannot join, and has said why".to_owned() };
+            let untold = missing.iter().filter(|other| !quitters.contains(other)).map(|&other| other as u64).collect();
+            return Err(Failure { error, gave_up: Some((digest, untold)) });
+        }
         // No more at once than may wait: one that has greeted is read before newer ones could push it out.
-        for _ in 0..MOST_WAITING {
+        for accepted in 0..MOST_WAITING {
+            // At the limit of open files the system refuses before it looks whether anybody waits.
+            if !is_ready(listener)? {
+                break;
+            }
             let socket = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(socket) => socket,
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => break,
+                // Those that came just now may have greeted, and need no file afterwards.
+                Err(Errno::MFILE | Errno::NFILE) if accepted > 0 => break,
                 // Without the older ones there is room for this one.
                 Err(Errno::MFILE | Errno::NFILE) if waiting.pop_front().is_some() => {
                     refused.count(Refusal::PushedOut);
                     continue;
                 }
-                Err(errno) => return Err(place.fail(format!("accepting a connection: {errno}"))),
+                Err(errno) => return Err(Error::system("accepting a connection of another rank")(errno).into()),
             };
             if !peer(&socket).is_ok_and(|peer| peer.is_ours()) {
                 refused.count(Refusal::Stranger);
@@ -186,17 +258,16 @@ fn admit_all(
                 waiting.pop_front();
                 refused.count(Refusal::PushedOut);
             }
-            let until = Instant::now() + GREETING_LIMIT;
-            waiting.push_back(Connection { socket, until, greeting: [0; GREETING], received: 0 });
+            waiting.push_back(Connection::new(socket));
         }
     }
     Ok(())
 }
 
 /// Takes the name. Waits for a stranger to give it up, but not for another job of this user.
-fn listen(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<OwnedFd, Error> {
-    let failed = |errno: Errno| place.fail(format!("listening for the other ranks: {errno}"));
-    let listener = socket().map_err(failed)?;
+pub(super) fn listen(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<OwnedFd, Error> {
+    let failed = Error::system("listening for the other ranks");
+    let listener = socket().map_err(&failed)?;
     loop {
         match rustix::net::bind(&listener, address) {
             Ok(()) => break,
@@ -216,6 +287,6 @@ fn listen(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Res
         }
         std::thread::sleep(RETRY_EVERY);
     }
-    rustix::net::listen(&listener, i32::from(i16::MAX)).map_err(failed)?;
+    rustix::net::listen(&listener, i32::from(i16::MAX)).map_err(&failed)?;
     Ok(listener)
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
-use rustix::event::{PollFd, Timespec};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -65,4 +65,11 @@ pub(super) fn wait(events: &mut [PollFd<'_>], until: Instant) -> Result<(), Erro
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => Err(Error::system("waiting for connections")(errno)),
     }
+}
+
+/// Whether there is something to accept or to read.
+pub(super) fn is_ready(socket: &OwnedFd) -> Result<bool, Error> {
+    let mut events = [PollFd::new(socket, PollFlags::IN)];
+    wait(&mut events, Instant::now())?;
+    Ok(!events[0].revents().is_empty())
 }

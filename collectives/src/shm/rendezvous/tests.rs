@@ -17,7 +17,7 @@ use rustix::net::{
 };
 use rustix::thread::set_thread_res_uid;
 
-use super::{Place, join};
+use super::{Place, decline, join};
 use crate::Launch;
 use crate::shm::arena::Mapping;
 
@@ -36,7 +36,7 @@ fn start(name: &str, rank: usize, world: usize, limit: Duration) -> Joined {
     let name = name.to_owned();
     thread::spawn(move || {
         let place = Place { name: &name, rank, world, global_rank: rank, global_world: world };
-        join(&place, limit).map_err(|error| error.to_string())
+        join(&place, limit, PATIENCE).map_err(|error| error.to_string())
     })
 }
 
@@ -219,7 +219,7 @@ fn an_answer_that_no_rank_0_gives_is_an_error_that_says_what_is_wrong() {
     let error = failure_of(b"pillion1", None);
     assert!(error.contains("another version of this program: start every rank from the same build"), "{error}");
     let error = failure_of(&welcome, None);
-    assert!(error.contains("no file arrived"), "{error}");
+    assert!(error.contains("shared memory from rank 0") && error.contains("raise `ulimit -n`"), "{error}");
     let unsealed = [SealFlags::empty(), SealFlags::SHRINK | SealFlags::GROW].map(|seals| memory(1 << 20, seals));
     let file = std::fs::File::open("/dev/null").unwrap();
     for file in unsealed.iter().chain([&file.into()]) {
@@ -313,11 +313,49 @@ fn a_second_job_of_the_same_name_is_told_to_take_another_and_the_first_goes_on()
 fn a_part_of_a_job_is_named_with_its_own_count() {
     let name = format!("{}/{}", fresh(), "x".repeat(20));
     let place = Place { name: &name, rank: 0, world: 2, global_rank: 5, global_world: 8 };
-    let error = join(&place, Duration::ZERO).err().unwrap().to_string();
+    let error = join(&place, Duration::ZERO, PATIENCE).err().unwrap().to_string();
     let expected =
         format!("rank 5 of 8 could not join job `{name}`: ranks [1] (counted among the 2 that meet here) did not come");
     assert!(error.starts_with(&expected), "{error}");
     let place = Place { name: &"x".repeat(100), ..place };
-    let error = join(&place, Duration::ZERO).err().unwrap().to_string();
+    let error = join(&place, Duration::ZERO, PATIENCE).err().unwrap().to_string();
     assert!(error.contains("108 bytes"), "{error}");
+}
+
+#[test]
+fn a_rank_that_cannot_join_is_named_to_those_who_can() {
+    let place = |job: &str, rank| (job.to_owned(), rank);
+    let give_up = |(job, rank): (String, usize), digest: u64| {
+        thread::spawn(move || {
+            decline(&Place { name: &job, rank, world: 3, global_rank: rank, global_world: 3 }, digest)
+        })
+    };
+    let job = fresh();
+    let zero = start(&job, 0, 3, PATIENCE);
+    assert!(!give_up(place(&job, 2), 7).join().unwrap(), "rank 0 can join");
+    // Rank 0 passes it on to whoever comes later, with the reason.
+    assert!(give_up(place(&job, 1), 7).join().unwrap(), "for the same reason");
+    assert_eq!(failure(zero), "rank 2 aborted: it cannot join, and has said why");
+
+    let job = fresh();
+    let one = start(&job, 1, 3, PATIENCE);
+    let zero = give_up(place(&job, 0), 7);
+    assert_eq!(failure(one), "rank 0 aborted: it cannot start, and has said why");
+    assert!(give_up(place(&job, 2), 7).join().unwrap(), "for the same reason");
+    assert!(!zero.join().unwrap());
+
+    let job = fresh();
+    let [zero, one, two] = [(0, 7), (1, 7), (2, 8)].map(|(rank, digest)| give_up(place(&job, rank), digest));
+    assert!(one.join().unwrap() && !two.join().unwrap(), "rank 2 has a reason of its own");
+    assert!(!zero.join().unwrap());
+    assert!(!decline(&Place { name: &fresh(), rank: 0, world: 1, global_rank: 0, global_world: 1 }, 7));
+}
+
+#[test]
+fn a_limit_beyond_what_the_clock_counts_is_no_limit() {
+    let job = fresh();
+    let ranks = [0, 1].map(|rank| start(&job, rank, 2, Duration::MAX));
+    for rank in ranks {
+        rank.join().unwrap().unwrap();
+    }
 }
