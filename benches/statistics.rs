@@ -33,7 +33,7 @@ fn pairs(micro_batch: usize) -> Vec<[(f64, f64); 2]> {
         let policy = Policy::default();
         let layout = Layout::new(&config.units(), WORLD);
         let mut engine = Engine::new(communicator.clone(), Arc::new(Cpu), layout, policy).expect("memory");
-        engine.initialize(|name, shape, index| config.initial_value(1, name, shape, index)).expect("ranks are there");
+        engine.initialize(|name, shape| config.initial_values(1, name, shape)).expect("ranks are there");
         let mut model = Model::new(&Cpu, &config, policy.weights, micro_batch, SEQ).expect("memory");
         let tokens: Vec<u32> = (0..micro_batch * SEQ).map(|at| (at * 7 + launch.rank) as u32 % 251).collect();
         let settings =

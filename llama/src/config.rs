@@ -202,13 +202,11 @@ impl Config {
         [0.0].into_iter().chain(std::iter::repeat_n(block, self.num_hidden_layers)).chain([head]).collect()
     }
 
-    /// The initial value of an element: ones for norms; else normal with variance 2/(5·C) (Nguyen and Salazar 2019), and
-    /// for what adds to the residual stream standard deviation 2/(layers·√C) (Wang and Komatsuzaki 2021). Depends on (seed, tensor,
-    /// index) alone.
-    pub fn initial_value(&self, seed: u64, name: &str, shape: &[usize], index: usize) -> f32 {
-        if shape.len() == 1 {
-            return 1.0;
-        }
+    /// The initial values of a tensor's elements, by index: ones for norms; else normal with variance 2/(5·C) (Nguyen
+    /// and Salazar 2019), and for what adds to the residual stream standard deviation 2/(layers·√C) (Wang and
+    /// Komatsuzaki 2021). A value depends on (seed, tensor, index) alone.
+    pub fn initial_values(&self, seed: u64, name: &str, shape: &[usize]) -> impl Fn(usize) -> f32 + use<> {
+        let is_norm = shape.len() == 1;
         let width = self.hidden_size as f64;
         let adds_to_residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
         let deviation = if adds_to_residual {
@@ -217,7 +215,10 @@ impl Config {
             (2.0 / (5.0 * width)).sqrt()
         };
         let stream = xxhash_rust::xxh3::xxh3_64(name.as_bytes());
-        (deviation * pillion_kernels::random::normal(seed, stream, index as u64)) as f32
+        move |index| match is_norm {
+            true => 1.0,
+            false => (deviation * pillion_kernels::random::normal(seed, stream, index as u64)) as f32,
+        }
     }
 }
 

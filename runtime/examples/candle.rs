@@ -179,12 +179,10 @@ fn units() -> Vec<UnitSpec> {
 }
 
 /// The first value of an element, which depends on nothing else, so every number of ranks begins with the same model.
-fn initial(name: &str, shape: &[usize], index: usize) -> f32 {
+fn initial(name: &str, shape: &[usize]) -> impl Fn(usize) -> f32 + use<> {
     let stream = name.bytes().fold(0u64, |hash, byte| hash.wrapping_mul(257) + u64::from(byte));
-    match *shape {
-        [_, inputs] => (random::normal(1, stream, index as u64) / (inputs as f64).sqrt()) as f32,
-        _ => 1.0,
-    }
+    let inputs = if let [_, inputs] = shape { Some(*inputs as f64) } else { None };
+    move |index| inputs.map_or(1.0, |inputs| (random::normal(1, stream, index as u64) / inputs.sqrt()) as f32)
 }
 
 /// The model, unit by unit. `input` is `[SAMPLES, CONTEXT]` bytes for the embedding and `[SAMPLES, CHANNELS]` for the others; the head's output

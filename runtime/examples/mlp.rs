@@ -39,9 +39,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let layout = Layout::new(&units(), policy.mesh(communicator.world())?.shard);
     let mut engine = Engine::new(communicator, device.clone(), layout, policy)?;
     // A value depends on the tensor and the index, so every number of ranks begins with the same network.
-    engine.initialize(|name, shape, index| {
-        (random::normal(1, name.len() as u64 + u64::from(name.as_bytes()[0]), index as u64) / (shape[1] as f64).sqrt())
-            as f32
+    engine.initialize(|name, shape| {
+        let (stream, inputs) = (name.len() as u64 + u64::from(name.as_bytes()[0]), shape[1] as f64);
+        move |index: usize| (random::normal(1, stream, index as u64) / inputs.sqrt()) as f32
     })?;
     let mut network = Network::new(&*device)?;
     let (mut first, mut last) = (None, 0.0);

@@ -368,19 +368,20 @@ impl Engine {
         }
     }
 
-    /// Sets every parameter of this rank's shards: `value(tensor name, shape, index)` gives an element. No rank ever
-    /// holds more than its shards.
+    /// Sets every parameter of this rank's shards: `values(tensor name, shape)` is asked once for each piece of a tensor,
+    /// and gives the element at an index. No rank ever holds more than its shards.
     ///
     /// # Errors
     /// When another rank has failed.
-    pub fn initialize(&mut self, value: impl Fn(&str, &[usize], usize) -> f32) -> Result<(), Error> {
+    pub fn initialize<V: Fn(usize) -> f32>(&mut self, values: impl Fn(&str, &[usize]) -> V) -> Result<(), Error> {
         let layout = self.layout.clone();
         for (index, unit) in layout.units.iter().enumerate() {
             let mut master = vec![0.0; unit.shard];
             for piece in layout.pieces(index, self.shard_number()) {
                 let tensor = &unit.tensors[piece.tensor];
+                let value = values(&tensor.name, &tensor.shape);
                 for (out, element) in master[piece.in_shard].iter_mut().zip(piece.in_tensor) {
-                    *out = value(&tensor.name, &tensor.shape, element);
+                    *out = value(element);
                 }
             }
             self.set_state(index, &State { master, m: vec![0.0; unit.shard], v: vec![0.0; unit.shard] })?;

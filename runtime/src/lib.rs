@@ -29,7 +29,7 @@
 //! let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, policy)?;
 //!
 //! // Each rank asks for the elements of its own shards: none ever holds more than these.
-//! engine.initialize(|_name, _shape, index| index as f32 / 32.0)?;
+//! engine.initialize(|_name, _shape| |index: usize| index as f32 / 32.0)?;
 //!
 //! let rounds = 2; // micro-batches of each rank
 //! let mut step = engine.begin(rounds)?;

@@ -398,8 +398,8 @@ impl<'e> Step<'e> {
         let Engine { queue, gradients, layout, norms, weights, axes, measures_groups, .. } = &mut *self.engine;
         // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
         let mut values = [0.0f64; SUMS + REQUESTS + COMPARISON];
-        let [group_square_norms, _, loss_sum, _, square_norm, non_finite, measuring, tokens] = [0, 1, 2, 3, 4, 5, 6, 7];
-        // A token of a rank is one of its group's, too: each rank adds its own.
+        let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite, measuring] = [0, 1, 2, 3, 4, 5, 6];
+        // Each rank gives its own, in the place that sidebands leave at 0.
         values[tokens] = self.all_tokens as f64;
         values[measuring] = f64::from(u8::from(*measures_groups));
         let world = axes.world.world() as f64;
@@ -491,9 +491,10 @@ fn comparison(sums: &[f64], tokens: f64, world: f64) -> Option<GroupComparison> 
 /// Most numbers that a comparison adds to these.
 const COMPARISON: usize = 3 + COMPARED;
 
-/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, the square norm, the number of
-/// values that are not finite, of ranks that measure groups, and of tokens.
-pub(crate) const SUMS: usize = sideband::LEN + 4;
+/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, with the number of tokens in the
+/// place that these do not use; the square norm; the number of values that are not finite, and of ranks that measure
+/// groups.
+pub(crate) const SUMS: usize = sideband::LEN + 3;
 
 const AXIS: &str = "a plan moves along the axes that there are";
 

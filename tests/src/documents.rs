@@ -4,13 +4,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What commands begin with.
-const PROGRAMS: [&str; 11] = [
+const PROGRAMS: [&str; 15] = [
     "pillion",
     "collbench",
     "cargo",
     "mpirun",
     "torchrun",
     "srun",
+    "flux",
+    "mpiexec",
+    "mpirun_rsh",
+    "jsrun",
     "target/release/pillion",
     "target/release/collbench",
     "benches/peers/",

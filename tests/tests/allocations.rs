@@ -42,7 +42,7 @@ fn allocations(policy: Policy, rounds: usize, idle: bool, more: impl Fn() + Sync
         let (config, device) = (config(), Arc::new(Cpu));
         let layout = Layout::new(&config.units(), policy.mesh(WORLD).unwrap().shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy).unwrap();
-        engine.initialize(|name, shape, index| config.initial_value(1, name, shape, index)).unwrap();
+        engine.initialize(|name, shape| config.initial_values(1, name, shape)).unwrap();
         let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ).unwrap();
         let tokens: Vec<u32> = (0..=SEQ as u32).map(|index| (index * 7) % 61).collect();
         let settings =

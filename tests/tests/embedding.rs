@@ -107,7 +107,7 @@ impl Job {
         let shards = self.policy.mesh(communicator.world()).expect("a policy that fits").shard;
         let mut engine =
             Engine::new(communicator, Arc::new(Cpu), Layout::new(&units, shards), self.policy).expect("an engine");
-        engine.initialize(|_, _, index| index as f32 / 1000.0).expect("initialised");
+        engine.initialize(|_, _| |index: usize| index as f32 / 1000.0).expect("initialised");
         engine
     }
 

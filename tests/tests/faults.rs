@@ -114,7 +114,7 @@ fn a_signal_to_the_launcher_or_to_one_rank_saves_and_the_run_goes_on() {
 
         let more = last + 2;
         let resumed = place.run(&format!("{flags} --resume auto --steps {more}")).succeeded();
-        assert!(resumed.stdout.contains(&format!("after step {last}\n")), "{resumed}");
+        assert!(resumed.stdout.contains(&format!("after step {last}: ")), "{resumed}");
         assert_eq!(place.steps("out").len() as u64, more);
         assert_eq!(place.steps("out")[..last as usize], steps);
     }

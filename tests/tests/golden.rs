@@ -100,7 +100,12 @@ fn train_steps(
                 let device = device();
                 let layout = Layout::new(&config.units(), world);
                 let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
-                engine.initialize(|name, _, index| parameters[name][index] as f32).unwrap();
+                engine
+                    .initialize(|name, _| {
+                        let values = &parameters[name];
+                        move |index: usize| values[index] as f32
+                    })
+                    .unwrap();
                 let seq = steps[0].0.seq;
                 let mut model = Model::new(&*device, config, policy.weights, 1, seq).unwrap();
                 let mut result = Result::default();

@@ -38,7 +38,7 @@ fn of(policy: Policy) -> (Memory, u64) {
         let layout = Layout::new(&units(), mesh.shard);
         let predicted = Memory::of(&layout, &policy, mesh);
         let mut engine = Engine::new(communicator.clone(), Arc::new(Cpu), layout, policy).unwrap();
-        engine.initialize(|_, _, index| index as f32).unwrap();
+        engine.initialize(|_, _| |index: usize| index as f32).unwrap();
         let mut step = engine.begin(1).unwrap();
         step.round(1);
         (0..units().len()).for_each(|unit| drop(step.forward(unit).unwrap()));

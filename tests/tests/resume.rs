@@ -35,8 +35,9 @@ fn two_halves_equal_the_whole_bit_for_bit_with_every_controller_that_grows() {
         let whole = whole_run(&place, growing);
         place.train("halves", &format!("{growing} --ranks 2 --steps 10 --save-every 10"));
         assert_eq!(place.checkpoints("halves"), ["step-00000010"]);
-        let flags = format!("train {TINY} --out halves {growing} --ranks 2 --steps 20 --resume auto");
-        let ended = place.run(&flags).succeeded();
+        // All that decides numbers comes from the checkpoint.
+        let ended =
+            place.run("train --resume auto --out halves --ranks 2 --steps 20 --validation-samples 16").succeeded();
         assert!(ended.stdout.contains("step-00000010 after step 10"), "{ended}");
         let halves = place.steps("halves");
         assert_eq!(whole[19], halves[19], "with the validation loss at the end: {growing}");
@@ -76,6 +77,125 @@ fn another_number_of_ranks_goes_on_alike() {
             assert!((whole.loss - resumed.loss).abs() <= 1e-4 * whole.loss, "{whole:?} {resumed:?}");
         }
     }
+}
+
+#[test]
+fn another_placement_goes_on_with_the_same_batches() {
+    let place = Workplace::new(PROGRAM);
+    let whole = whole_run(&place, GROWING);
+    for (number, shard) in ["zero-2", "zero-1", "nothing"].into_iter().enumerate() {
+        let out = format!("placement-{number}");
+        place.train(&out, &format!("{GROWING} --ranks 2 --steps 10"));
+        place.run(&format!("train --resume auto --out {out} --ranks 2 --steps 20 --shard {shard}")).succeeded();
+        let steps = place.steps(&out);
+        if shard == "zero-2" {
+            // It reduces as often, so it has the same groups and the same sums.
+            assert_eq!(without_validation(steps), without_validation(whole.clone()), "{shard}");
+            continue;
+        }
+        // With gradients that are reduced once, a group is a rank, and sums are made in another order. The first step
+        // has the same weights, samples, batch and rate: its loss is the same f64 sum of at most 32 micro-batches, in
+        // two orders that differ by at most 2·31 roundings of 2^-53.
+        let (ours, theirs) = (&steps[10], &whole[10]);
+        assert_eq!(
+            (ours.batch_samples, ours.lr, ours.samples_seen),
+            (theirs.batch_samples, theirs.lr, theirs.samples_seen)
+        );
+        assert!((ours.loss - theirs.loss).abs() <= 62.0 * 2f64.powi(-53) * theirs.loss, "{shard}: {ours:?} {theirs:?}");
+        // Batches go on from there, and never shrink.
+        assert!(steps.windows(2).all(|pair| pair[0].batch_samples <= pair[1].batch_samples), "{shard}: {steps:?}");
+        // And that run is exact, too.
+        let parts = format!("{out}-parts");
+        place.train(&parts, &format!("{GROWING} --ranks 2 --steps 10"));
+        for steps in [14, 20] {
+            let flags = format!("--out {parts} --ranks 2 --steps {steps} --shard {shard}");
+            place.run(&format!("train --resume auto {flags}")).succeeded();
+        }
+        assert_eq!(without_validation(place.steps(&parts)), without_validation(steps), "{shard}");
+    }
+}
+
+#[test]
+fn a_finished_run_says_so_and_is_made_longer_by_a_change() {
+    let place = Workplace::new(PROGRAM);
+    let short = "--samples 80 --controller stagewise --stages 8:0.5,16:0.5 --max-batch 32";
+    let first = place.train("out", &format!("{short} --ranks 2"));
+    let manifest = |step: u64| fs::read(place.path(format!("out/checkpoints/step-{step:08}/manifest.json"))).unwrap();
+    let saved = manifest(first.len() as u64);
+    let resume = |flags: &str| place.run(&format!("train --resume auto --out out --ranks 2 {flags}"));
+
+    let ended = resume("").succeeded();
+    assert!(ended.stdout.contains("nothing left to do: all 80 samples were dealt in 8 steps"), "{ended}");
+    assert!(ended.stdout.contains("--change samples --samples N"), "{ended}");
+    assert_eq!((place.steps("out"), manifest(8)), (first.clone(), saved));
+    let ended = resume("--steps 3").succeeded();
+    assert!(ended.stdout.contains("nothing left to do"), "{ended}");
+
+    resume("--samples 160").refused(2, &["samples = 80 (here 160)", "--change samples"]);
+    let ended = resume("--samples 160 --change samples").succeeded();
+    assert!(ended.stdout.contains("changed: schedule.samples from 80 to 160"), "{ended}");
+    let longer = place.steps("out");
+    // Half of 160 have come when it goes on: the second stage, and the rate of a run of 160.
+    let whole = place.train("whole", &format!("{short} --samples 160 --ranks 2"));
+    assert_eq!(longer[..8], first);
+    assert_eq!(longer.last().unwrap().samples_seen, 160);
+    let rates = |steps: &[Step]| {
+        let late = steps.iter().filter(|step| step.samples_seen > 80);
+        late.map(|step| (step.samples_seen, step.batch_samples, step.lr)).collect::<Vec<_>>()
+    };
+    assert_eq!(rates(&longer), rates(&whole));
+    // What was changed is in the checkpoint.
+    assert!(resume("").succeeded().stdout.contains("all 160 samples were dealt"), "{ended}");
+}
+
+#[test]
+fn changes_are_named_and_others_are_refused() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--ranks 2 --steps 2 --controller constant");
+    let resume = |flags: &str| place.run(&format!("train --resume auto --out out --ranks 2 --steps 4 {flags}"));
+    // All differences at once.
+    let ended = resume("--lr 0.001 --clip 0.5 --seq 16 --change lr");
+    ended.refused(
+        2,
+        &["clip = 1.0 (here 0.5)", "seq = 32 (here 16)", "--change clip for these", "cannot change its seq"],
+    );
+    assert!(!ended.stderr.contains("lr ="), "{ended}");
+    let ended = place.run(&format!("train {TINY} --out new --change lr"));
+    assert!(ended.code() == Some(2) && ended.stderr.contains("not provided:\n  --resume"), "{ended}");
+    resume("--change seed").refused(2, &["'seed'", "it can change lr"]);
+    // A controller begins with the batch that there is.
+    let flags = "--controller norm-test --eta 0.3 --max-batch 64 --lr 0.001";
+    resume(flags).refused(2, &["rule", "lr = 0.003", "--change controller,lr"]);
+    let ended = resume(&format!("{flags} --change controller,max-batch,lr")).succeeded();
+    assert!(ended.stdout.contains("changed: schedule.lr from 0.003 to 0.001"), "{ended}");
+    let steps = place.steps("out");
+    assert_eq!(steps.iter().map(|step| step.batch_samples).take(3).collect::<Vec<_>>(), [8, 8, 8]);
+    assert!(steps[1].wanted_batch.is_none() && steps[2].wanted_batch.is_some(), "{steps:?}");
+}
+
+#[test]
+fn checkpoints_of_the_first_version_go_on_bit_for_bit() {
+    // Made by the program as it was before checkpoints kept the path of their text: six steps of two ranks, and the
+    // metrics of the twelve that they belong to. With portable instructions, and rounding as IEEE 754 says, the bits
+    // are those of every machine.
+    const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/checkpoint");
+    let place = Workplace::new(PROGRAM);
+    fs::create_dir_all(place.path("out/checkpoints/step-00000006")).unwrap();
+    let metrics = fs::read_to_string(format!("{GOLDEN}/metrics.jsonl")).unwrap();
+    fs::write(place.path("out/metrics.jsonl"), &metrics).unwrap();
+    let golden = place.steps("out");
+    for file in fs::read_dir(format!("{GOLDEN}/step-00000006")).unwrap().flatten() {
+        fs::copy(file.path(), place.path("out/checkpoints/step-00000006").join(file.file_name())).unwrap();
+    }
+    place.run("checkpoint verify out").succeeded();
+    let mut command =
+        place.command("train --resume auto --out out --data text --ranks 2 --steps 12 --validation-samples 16");
+    command.env("PILLION_ISA", "portable");
+    let ended = place.spawn(command).finish().succeeded();
+    assert!(ended.stdout.contains("step-00000006 after step 6: 96 samples"), "{ended}");
+    assert_eq!(place.steps("out"), golden);
+    // And it can be resumed at another number of ranks.
+    place.run("train --resume out/checkpoints/step-00000006 --out other --data text --ranks 3 --steps 7").succeeded();
 }
 
 #[test]

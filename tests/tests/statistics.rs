@@ -105,7 +105,7 @@ impl Case {
             let communicator = Arc::new(Communicator::connect(&launch, Options::default())?);
             let layout = Layout::new(&units(), self.policy.mesh(self.world)?.shard);
             let mut engine = Engine::new(communicator, device.clone(), layout, self.policy)?;
-            engine.initialize(|_, _, index| index as f32)?;
+            engine.initialize(|_, _| |index: usize| index as f32)?;
             engine.measure_groups(self.measured);
             engine.compare_groups(self.compared)?;
             Ok([self.bad, None].map(|bad| self.step(&mut engine, launch.rank, bad)).into())

@@ -196,11 +196,22 @@ impl TokenFile {
     }
 
     /// Calls `visit` with all tokens of a split, in order, in pieces.
-    pub(super) fn for_each_chunk(&self, split: Split, mut visit: impl FnMut(&mut [u16])) -> Result<()> {
+    pub(super) fn for_each_chunk(&self, split: Split, visit: impl FnMut(&mut [u16])) -> Result<()> {
+        self.for_each_chunk_up_to(split, u64::MAX, visit)
+    }
+
+    /// As [`for_each_chunk`](Self::for_each_chunk), for the first `most` tokens.
+    pub(super) fn for_each_chunk_up_to(
+        &self,
+        split: Split,
+        most: u64,
+        mut visit: impl FnMut(&mut [u16]),
+    ) -> Result<()> {
         let mut buffer = vec![0; 1 << 16];
         let mut offset = 0;
-        while offset < self.len(split) {
-            let count = (self.len(split) - offset).min(buffer.len() as u64);
+        let end = self.len(split).min(most);
+        while offset < end {
+            let count = (end - offset).min(buffer.len() as u64);
             let chunk = &mut buffer[..count as usize];
             self.read(split, offset, chunk)?;
             visit(chunk);

@@ -23,7 +23,7 @@ use super::source::is_synthetic;
 use super::start::{Beginning, Start, begin, on_rank_zero_alone, same_settings};
 use super::timeline::Timeline;
 use super::{Ended, cores, plan_table, statistics, stopping};
-use crate::data::{Dataset, TokenFile, trigram};
+use crate::data::{Dataset, Split, TokenFile, trigram};
 use crate::model::Model;
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
@@ -134,7 +134,7 @@ impl<'s> Run<'s> {
                 Counters::of(saved, whole.checkpoint().path.clone())
             }
             _ => {
-                engine.initialize(|name, shape, index| recipe.model.initial_value(recipe.seed, name, shape, index))?;
+                engine.initialize(|name, shape| recipe.model.initial_values(recipe.seed, name, shape))?;
                 Counters::default()
             }
         };
@@ -143,7 +143,15 @@ impl<'s> Run<'s> {
             checkpoints::tidy(&start.out, newest)?;
             let mark = match is_synthetic(dataset.tokens()) {
                 true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
-                false => Mark { loss: trigram::loss(&dataset, start.validation_samples)?, of: "a trigram model" },
+                false => {
+                    let is_long = dataset.tokens().len(Split::Train) > trigram::MOST_TOKENS;
+                    let of = if is_long {
+                        "a trigram model of the text's first 67 million tokens"
+                    } else {
+                        "a trigram model"
+                    };
+                    Mark { loss: trigram::loss(&dataset, start.validation_samples)?, of }
+                }
             };
             let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
             let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);

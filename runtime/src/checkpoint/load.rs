@@ -199,7 +199,7 @@ mod tests {
             let communicator =
                 || Arc::new(Communicator::connect(&Launch::threads(1).remove(0), Options::default()).unwrap());
             let mut trained = Engine::new(communicator(), Arc::new(Cpu), Layout::new(&units, 1), policy).unwrap();
-            trained.initialize(|_, _, index| index as f32).unwrap();
+            trained.initialize(|_, _| |index: usize| index as f32).unwrap();
             let step = 1 + weights.bytes() as u64;
             let folder = save(&trained, dir.path(), step, &Value::Null).unwrap();
             let mut engine =
@@ -229,7 +229,7 @@ mod tests {
         let launch = Launch::threads(1).remove(0);
         let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
         let mut engine = Engine::new(communicator, Arc::new(Cpu), Layout::new(&units, 1), Policy::default()).unwrap();
-        engine.initialize(|_, _, index| index as f32).unwrap();
+        engine.initialize(|_, _| |index: usize| index as f32).unwrap();
         let state = engine.state(0).unwrap();
         let folder = save(&engine, dir.path(), 1, &Value::Null).unwrap();
         engine.health = Health::Torn;

@@ -346,7 +346,7 @@ mod tests {
         let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default()).unwrap());
         let layout = Layout::new(&[unit("a", 1000), unit("b", 3000)], 1);
         let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, Policy::default()).unwrap();
-        engine.initialize(|_, _, index| index as f32).unwrap();
+        engine.initialize(|_, _| |index: usize| index as f32).unwrap();
         let mut saver = Saver::new(&dir.path().join("saves"), None).unwrap();
         saver.reserve(&engine).unwrap();
         // New memory could lie where the old one was freed, but it would not have this much room.

@@ -44,7 +44,7 @@ fn what_is_saved_is_the_state_at_the_beginning_although_training_goes_on() {
             engines(world, &uneven(), policy, device, |mut engine| {
                 let mut saver = Saver::new(dir.path(), None).unwrap();
                 fill(&mut engine, 0);
-                engine.initialize(|_, _, index| index as f32).unwrap();
+                engine.initialize(|_, _| |index: usize| index as f32).unwrap();
                 train(&mut engine);
                 for step in [1, 2] {
                     let expected = states(&engine);
@@ -72,7 +72,7 @@ fn a_save_that_fails_on_one_rank_fails_on_all_and_training_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     on_cpu(3, &uneven(), |mut engine| {
         let mut saver = Saver::new(dir.path(), None).unwrap();
-        engine.initialize(|_, _, index| index as f32).unwrap();
+        engine.initialize(|_, _| |index: usize| index as f32).unwrap();
         saver.begin(&engine, 1, &json!(null)).unwrap();
         // Whether its file is there by then or not, the folder cannot get its name any more.
         engine.communicator().barrier().unwrap();

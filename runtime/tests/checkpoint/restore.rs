@@ -95,8 +95,10 @@ fn a_resumed_run_goes_on_as_the_run_that_was_not_interrupted() {
         let policy = Policy { weights, ..Policy::default() };
         let states = |engine: &Engine| (0..3).map(|unit| bits(&engine.state(unit).unwrap())).collect::<Vec<_>>();
         let straight = engines(2, &units, policy, Arc::new(Cpu), |mut engine| {
-            let normal =
-                |name: &str, _: &[usize], index: usize| random::normal(1, name.len() as u64, index as u64) as f32;
+            let normal = |name: &str, _: &[usize]| {
+                let stream = name.len() as u64;
+                move |index: usize| random::normal(1, stream, index as u64) as f32
+            };
             engine.initialize(normal).unwrap();
             train(&mut engine);
             train(&mut engine);

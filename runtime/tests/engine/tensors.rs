@@ -44,7 +44,7 @@ fn step(
         let shards = policy.mesh(WORLD)?.shard;
         let layout = Layout::new(&units(frozen), shards).visiting(order.to_vec());
         let mut engine = Engine::new(communicator, device.clone(), layout.clone(), policy)?;
-        engine.initialize(|_, _, index| index as f32)?;
+        engine.initialize(|_, _| |index: usize| index as f32)?;
         let mut step = engine.begin(rounds)?;
         for round in 0..rounds {
             step.round(TOKENS);

@@ -36,10 +36,13 @@ pub(crate) fn units() -> Vec<UnitSpec> {
 }
 
 /// The first value of an element: norms near 1, matrices with variance 1/WIDTH, so that activations stay of order 1.
-pub(crate) fn initial(name: &str, shape: &[usize], index: usize) -> f32 {
+pub(crate) fn initial(name: &str, shape: &[usize]) -> impl Fn(usize) -> f32 + use<> {
     let stream = name.bytes().fold(0u64, |hash, byte| hash.wrapping_mul(257) + u64::from(byte));
-    let normal = random::normal(1, stream, index as u64);
-    (if shape.len() == 1 { 1.0 + 0.1 * normal } else { normal / (WIDTH as f64).sqrt() }) as f32
+    let is_norm = shape.len() == 1;
+    move |index| {
+        let normal = random::normal(1, stream, index as u64);
+        (if is_norm { 1.0 + 0.1 * normal } else { normal / (WIDTH as f64).sqrt() }) as f32
+    }
 }
 
 /// A sample's token and the token that follows.

@@ -43,7 +43,7 @@ impl Reference {
                         .range
                         .clone()
                         .enumerate()
-                        .map(|(index, _)| f64::from(initial(&tensor.name, &tensor.shape, index)))
+                        .map(|(index, _)| f64::from(initial(&tensor.name, &tensor.shape)(index)))
                 });
                 values.collect()
             })

@@ -1,0 +1,334 @@
+//! The settings of a training run.
+
+use std::collections::BTreeSet;
+use std::num::NonZero;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use pillion_kernels::DType;
+use pillion_runtime::{Mesh, Sharded};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, PRESETS, Preset};
+use crate::controller::ControllerArgs;
+use crate::train::CHANGEABLE;
+
+/// A year, in seconds.
+const LONGEST_TIMEOUT: u64 = 365 * 24 * 60 * 60;
+
+/// How ranks of this host are started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LaunchKind {
+    /// Each rank is a process.
+    Processes,
+    /// Each rank is a thread of this process.
+    Threads,
+}
+
+/// Type of the weights that are computed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    /// 32-bit floating point.
+    F32,
+    /// bfloat16 weights and operands of matrix products; sums, the residual stream, gradients of weights and their update stay f32.
+    Bf16,
+}
+
+impl Precision {
+    /// The one that a recipe calls `name`.
+    pub(crate) fn named(name: &str) -> Precision {
+        if name == DType::Bf16.name() { Precision::Bf16 } else { Precision::F32 }
+    }
+}
+
+/// How ranks get the weights they compute with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GatherKind {
+    /// By copying each unit into a slot.
+    Copy,
+    /// In place, through memory that all ranks of a host map.
+    Window,
+}
+
+/// What moves the bytes between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendKind {
+    /// Shared memory on one host, hierarchical on several.
+    Auto,
+    /// Shared memory: all ranks are on one host.
+    Shm,
+    /// MPI between all ranks, in a build with the feature mpi.
+    Mpi,
+    /// Shared memory on each host and MPI between hosts, in a build with the feature mpi.
+    Hierarchical,
+}
+
+impl From<BackendKind> for pillion_collectives::Backend {
+    fn from(kind: BackendKind) -> Self {
+        match kind {
+            BackendKind::Auto => Self::Auto,
+            BackendKind::Shm => Self::Shm,
+            BackendKind::Mpi => Self::Mpi,
+            BackendKind::Hierarchical => Self::Hierarchical,
+        }
+    }
+}
+
+/// The device that ranks compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// The processor.
+    Cpu,
+    /// A processor that runs work as late as allowed, for tests.
+    LazyCpu,
+}
+
+/// The model's shape: a preset, and what differs from it.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// Preset of the model's shape.
+    #[arg(long, value_name = "PRESET", default_value = "small", value_parser = preset)]
+    pub model: Preset,
+    /// Width of the residual stream, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub hidden_size: Option<usize>,
+    /// Width of the feed-forward layer, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub intermediate_size: Option<usize>,
+    /// Number of blocks, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// Number of query heads, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub heads: Option<usize>,
+    /// Number of key and value heads, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub kv_heads: Option<usize>,
+    /// The shape of the run that goes on, which stands for the preset.
+    #[arg(skip)]
+    pub(crate) base: Option<Config>,
+}
+
+impl ModelArgs {
+    /// The shape, checked.
+    ///
+    /// # Errors
+    /// When the numbers contradict each other.
+    pub fn config(&self) -> Result<Config, crate::config::ConfigError> {
+        let mut config = self.base.clone().unwrap_or_else(|| self.model.config());
+        let overrides = [
+            (self.hidden_size, &mut config.hidden_size),
+            (self.intermediate_size, &mut config.intermediate_size),
+            (self.layers, &mut config.num_hidden_layers),
+            (self.heads, &mut config.num_attention_heads),
+            (self.kv_heads, &mut config.num_key_value_heads),
+        ];
+        for (value, field) in overrides {
+            *field = value.unwrap_or(*field);
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// How parameters are kept and moved.
+#[derive(Clone, Debug, Args)]
+pub struct PolicyArgs {
+    /// Type of the weights that are computed with.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Precision,
+    /// Type in which gradients travel: bf16 halves the bytes, and rounds each rank's gradient once.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub reduce_precision: Precision,
+    /// The ranks as a grid of `replicate` groups that hold the same, of `shard` ranks each; default: one group.
+    #[arg(long, value_name = "replicate=R,shard=S", value_parser = mesh)]
+    pub mesh: Option<Mesh>,
+    /// What the ranks of a group divide: parameters,gradients,optimizer, some of these, or one of nothing, zero-1, zero-2, zero-3.
+    #[arg(long, value_name = "WHAT", default_value = "zero-3")]
+    pub shard: Sharded,
+    /// How ranks get sharded weights that they compute with; default: window.
+    #[arg(long, value_enum)]
+    pub gather: Option<GatherKind>,
+    /// Units gathered ahead of the one in use.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub prefetch: usize,
+    /// Wait for each collective where it starts: shows what overlap is worth.
+    #[arg(long)]
+    pub no_overlap: bool,
+    /// Gathered units that exist at a time; default: prefetch + 1.
+    #[arg(long, value_name = "N")]
+    pub slots: Option<usize>,
+}
+
+/// What to do about a step whose gradient or loss is not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnNonFinite {
+    /// End the run.
+    #[default]
+    Stop,
+    /// Go on without the step's samples.
+    Skip,
+    /// Go back to the newest checkpoint, and on without the samples since it.
+    Rewind,
+}
+
+/// Settings of a training run.
+#[derive(Clone, Debug, Args)]
+pub struct TrainArgs {
+    /// File of settings in TOML, with the names of these flags as keys; flags win.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Text to train on, a file or a folder, or `synthetic` for random tokens; default: the sources of the crates this program is built
+    /// from.
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Folder for everything the run writes; an earlier run in it is moved aside, unless it is resumed.
+    #[arg(long, value_name = "DIR", default_value = "runs/train")]
+    pub out: PathBuf,
+    /// Number of ranks to start on this host; default: those of mpirun, torchrun or srun, else 2.
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// How --ranks are started.
+    #[arg(long, value_enum, default_value = "processes")]
+    pub launch: LaunchKind,
+    /// Start more than 8 ranks for each core.
+    #[arg(long)]
+    pub oversubscribe: bool,
+    /// Samples to train on: the horizon of every schedule.
+    #[arg(long, value_name = "N", default_value_t = 5120)]
+    pub samples: u64,
+    /// Stop after this many steps, wherever the schedules are.
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Seed of the weights and of the order of samples.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Tokens in a sample.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub seq: usize,
+    /// Samples that a rank computes at a time.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub micro_batch: u64,
+    /// Samples in a step, over all ranks, at first; default: --round-to, and at least two micro-batches where noise is measured.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<u64>,
+    /// Samples in a step at most; default: 8 times --batch.
+    #[arg(long, value_name = "N")]
+    pub max_batch: Option<u64>,
+    /// Batches are multiples of this, itself a multiple of --micro-batch; default: ranks times --micro-batch.
+    #[arg(long, value_name = "N")]
+    pub round_to: Option<u64>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub controller: ControllerArgs,
+    /// Peak learning rate.
+    #[arg(long, value_name = "X", default_value_t = 3e-3)]
+    pub lr: f64,
+    /// Share of the samples over which the learning rate rises.
+    #[arg(long, value_name = "X", default_value_t = 0.02)]
+    pub warmup: f64,
+    /// Learning rate at the end, as a share of the peak; it falls along a cosine.
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    pub final_lr: f64,
+    /// Decoupled weight decay of matrices.
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    pub weight_decay: f64,
+    /// Largest norm of the gradient; 0 for no limit.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub clip: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub policy: PolicyArgs,
+    /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that are not given are those
+    /// that the run began with, and so are its tokens.
+    #[arg(long, value_name = "auto|PATH")]
+    pub resume: Option<PathBuf>,
+    /// Settings in which a resumed run may differ from its checkpoint, by their flags: lr,samples,…
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = changeable, requires = "resume")]
+    pub change: Vec<String>,
+    /// What to do about a step whose gradient or loss is not finite; default: stop, or what a resumed run did. skip goes
+    /// on without the step's samples; rewind goes back to the newest checkpoint, and on without the samples since it.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub on_non_finite: Option<OnNonFinite>,
+    /// Steps in a row that may be left out by skip, and times in a row that rewind may go back to the same checkpoint.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub non_finite_limit: u64,
+    /// Save every N steps, besides at the end; 0: only at the end.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub save_every: u64,
+    /// Keep this many of the newest checkpoints, and remove older ones; default: all.
+    #[arg(long, value_name = "N")]
+    pub keep: Option<NonZero<usize>>,
+    /// Validate every N steps, besides at the start and the end; 0: only then.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub validate_every: u64,
+    /// Samples to validate on; where the validation text has fewer, all of it.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub validation_samples: u64,
+    /// Tokens of text that the trained model writes at the end; 0 for none. Each takes a forward pass, for which all
+    /// weights are gathered.
+    #[arg(long, value_name = "N", default_value_t = 240)]
+    pub sample: usize,
+    /// What moves the bytes between ranks.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub backend: BackendKind,
+    /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts gives its bits on one host.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub reduce_groups: usize,
+    /// Threads of each rank; default: the processors that it may run on, divided among the ranks of its host.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Print where the time of the steps after the first went, kernel by kernel.
+    #[arg(long)]
+    pub profile: bool,
+    /// Write what each rank computes, waits for and moves into trace.json in --out, a timeline for ui.perfetto.dev.
+    #[arg(long)]
+    pub trace: bool,
+    /// Seconds after which a rank that waits for another gives up, at the start and in each
+    /// operation.
+    #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
+    pub timeout: u64,
+    /// Device, for tests.
+    #[arg(long, value_enum, default_value = "cpu", hide = true)]
+    pub device: DeviceKind,
+    /// The flags that were given, on the command line or in the file, without dashes.
+    #[arg(skip)]
+    pub given: BTreeSet<String>,
+}
+
+/// Reads `replicate=R,shard=S`, in either order.
+fn mesh(text: &str) -> Result<Mesh, String> {
+    let mut sizes = [("replicate", None), ("shard", None)];
+    for part in text.split(',') {
+        let (axis, size) = part.split_once('=').unwrap_or((part, ""));
+        let slot = sizes.iter_mut().find(|(name, size)| *name == axis.trim() && size.is_none());
+        let size = size.trim().parse::<usize>().ok().filter(|size| (1..=1 << 20).contains(size));
+        match (slot, size) {
+            (Some((_, slot)), Some(size)) => *slot = Some(size),
+            _ => return Err(format!("{part:?} is no axis of a mesh: give both sizes, as in replicate=2,shard=4")),
+        }
+    }
+    match sizes {
+        [(_, Some(replicate)), (_, Some(shard))] => Ok(Mesh { replicate, shard }),
+        _ => Err("a mesh has two axes: give both sizes, as in replicate=2,shard=4".to_owned()),
+    }
+}
+
+fn changeable(name: &str) -> Result<String, String> {
+    let name = name.trim_start_matches("--");
+    match CHANGEABLE.contains(&name) {
+        true => Ok(name.to_owned()),
+        false => Err(format!("a run cannot change this; it can change {}", CHANGEABLE.join(", "))),
+    }
+}
+
+fn preset(name: &str) -> Result<Preset, String> {
+    Preset::named(name).ok_or_else(|| {
+        let names: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
+        format!("no preset has this name; there are {}", names.join(", "))
+    })
+}
