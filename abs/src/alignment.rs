@@ -101,9 +101,9 @@ mod tests {
         }
     }
 
-    /// 40,000 coordinates of pure noise, of variances from 1 to 4: the standard error of a share p is
-    /// √(p(1 − p)/40,000) ≤ 0.0025, that of the mass at most 0.004 (squares of a normal number vary
-    /// by twice their mean's square), and 0.02 is five of the larger.
+    /// 40,000 coordinates of pure noise, of variances from 1 to 4: the standard error of a share p
+    /// is √(p(1 − p)/40,000) ≤ 0.0025, that of the mass at most 0.004 (squares of a normal number
+    /// vary by twice their mean's square), and 0.02 is five of the larger.
     #[test]
     fn as_much_noise_passes_as_is_said() {
         let mut random = ChaCha8Rng::seed_from_u64(1);

@@ -119,8 +119,9 @@ impl Controller {
         }
     }
 
-    /// A controller that goes on from a saved state with other settings. What it has measured stays. The batch becomes
-    /// the one that a schedule says at this sample, or the nearest one that the limits of a measured batch allow.
+    /// A controller that goes on from a saved state with other settings. What it has measured
+    /// stays. The batch becomes the one that a schedule says at this sample, or the nearest one
+    /// that the limits of a measured batch allow.
     ///
     /// # Errors
     /// As for [`Controller::resume`].
@@ -134,7 +135,8 @@ impl Controller {
         Self::resume(settings, state)
     }
 
-    /// Passes over samples that no step has learnt from: schedules go on as if one had. Measured batches stay.
+    /// Passes over samples that no step has learnt from: schedules go on as if one had. Measured
+    /// batches stay.
     pub fn skip(&mut self, samples: u64) {
         self.state.samples = self.state.samples.saturating_add(samples);
         if let Proposal::Scheduled(batch) = propose(&self.settings, &self.state) {

@@ -9,8 +9,9 @@ use crate::{Error, Noise};
 #[serde(rename_all = "kebab-case")]
 pub enum Variant {
     /// b' = σ̂²/(η²Q), both as measured. Q contains the noise of the batch itself, so this variant
-    /// asks for less than the true gradient would: in expectation for at most b/η² samples, whatever
-    /// the noise. η must therefore be below 1 ([`Settings::check_growth`](crate::Settings::check_growth)).
+    /// asks for less than the true gradient would: in expectation for at most b/η² samples,
+    /// whatever the noise. η must therefore be below 1
+    /// ([`Settings::check_growth`](crate::Settings::check_growth)).
     #[default]
     Unbiased,
     /// b' = B_simple/η²: Q less its noise, |Ĝ|², in its place.

@@ -1,7 +1,7 @@
 //! What `docs/batch-size.md` derives of steps, samples and time, computed from numbers.
 //!
-//! The model is that of McCandlish et al. 2018: a step of batch b makes 1/(1 + B/b) of the progress of
-//! a perfect one, where the noise scale B changes as training goes on. A step costs t₀ + t₁·b.
+//! The model is that of McCandlish et al. 2018: a step of batch b makes 1/(1 + B/b) of the progress
+//! of a perfect one, where the noise scale B changes as training goes on. A step costs t₀ + t₁·b.
 
 /// B at equal parts of the progress: a run whose noise scale rises a hundredfold, as ours do.
 fn noise_scales() -> Vec<f64> {

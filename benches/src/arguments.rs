@@ -23,7 +23,8 @@ pub struct Arguments {
     /// What to measure; `all` measures each in turn
     #[arg(value_name = "OP", value_parser = operation_names())]
     operation: String,
-    /// Smallest size in bytes; K, M, G and T are powers of 1024, as are KB and KiB; 1.5M is a size, too [default: 8]
+    /// Smallest size in bytes; K, M, G and T are powers of 1024, as are KB and KiB; 1.5M is a size,
+    /// too [default: 8]
     #[arg(short = 'b', long = "minbytes", value_name = "MIN", value_parser = size)]
     min: Option<usize>,
     /// Largest size in bytes; the last size is the largest MIN x FACTOR^k within it [default: 64M]
@@ -56,7 +57,8 @@ pub struct Arguments {
     /// Starts more than 8 ranks for each core
     #[arg(long)]
     oversubscribe: bool,
-    /// Seconds after which a rank that waits for another gives up, in an operation [default: 300] and at the start [default: 60]
+    /// Seconds after which a rank that waits for another gives up, in an operation [default: 300]
+    /// and at the start [default: 60]
     #[arg(short = 'T', long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
     /// Measures the form in one buffer, too

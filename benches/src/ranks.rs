@@ -23,9 +23,12 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     let settings = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments.settings(),
         Err(error) => {
-            if error.exit_code() == 0 || !is_said_by_rank_zero(&error.to_string()) {
-                // A closed stream has no reader to tell.
-                let _ = error.print();
+            // A closed stream has no reader to tell.
+            let print = || drop(error.print());
+            if error.exit_code() == 0 {
+                print()
+            } else {
+                say_once(&error.to_string(), print)
             }
             return error.exit_code();
         }
@@ -33,9 +36,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     let settings = match settings {
         Ok(settings) => settings,
         Err(error) => {
-            if !is_said_by_rank_zero(&error.to_string()) {
-                complain(&error.to_string());
-            }
+            say_once(&error.to_string(), || complain(&error.to_string()));
             return error.code();
         }
     };
@@ -45,10 +46,21 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     })
 }
 
-/// Whether this is a rank of another launcher, whose rank 0 was given the same arguments and
-/// refuses them for the same reason.
-fn is_said_by_rank_zero(reason: &str) -> bool {
-    Launch::detect().is_ok_and(|launch| launch.world > 1 && Communicator::decline(&launch, reason))
+/// Prints why this process ends, unless it is a rank of a job whose rank 0 ends for the same reason
+/// and prints it. Rank 0 prints first, because the other ranks may never come to be told.
+fn say_once(reason: &str, print: impl Fn()) {
+    match Launch::detect() {
+        Ok(launch) if launch.world > 1 => {
+            if launch.rank == 0 {
+                print();
+            }
+            let is_said = Communicator::decline(&launch, reason);
+            if launch.rank > 0 && !is_said {
+                print();
+            }
+        }
+        _ => print(),
+    }
 }
 
 fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {

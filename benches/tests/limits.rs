@@ -1,4 +1,5 @@
-//! `collbench` under limits of the system, and as ranks that were all given the same wrong arguments.
+//! `collbench` under limits of the system, and as ranks that were all given the same wrong
+//! arguments.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};

@@ -46,9 +46,9 @@ impl Communicator {
     /// Joins the ranks of `launch`'s job.
     ///
     /// # Errors
-    /// [`Error::Options`] for what cannot be, [`Error::Rendezvous`] or [`Error::Timeout`] when the ranks do not all come in time,
-    /// [`Error::System`] when the host refuses memory or a thread. The other ranks are told of the first and the last, and return
-    /// [`Error::Aborted`].
+    /// [`Error::Options`] for what cannot be, [`Error::Rendezvous`] or [`Error::Timeout`] when the
+    /// ranks do not all come in time, [`Error::System`] when the host refuses memory or a thread.
+    /// The other ranks are told of the first and the last, and return [`Error::Aborted`].
     pub fn connect(launch: &Launch, options: Options) -> Result<Communicator, Error> {
         let world = launch.world;
         let job = Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world };

@@ -2,6 +2,7 @@
 //!
 //! A training loop looks at the [`flag`] once a step, agrees with the other ranks, and saves.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -26,9 +27,10 @@ pub const SIGNALS: [i32; 6] = [SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCP
 const ONE_SIGNAL: Duration = Duration::from_secs(1);
 
 /// A flag that the first of [`SIGNALS`] raises. A signal that this process was started to ignore
-/// (`nohup`) stays ignored. A second signal, of another kind or more than a second later, ends the
-/// process at once with exit code 128 + signal. SIGXCPU never does, because the kernel repeats it
-/// every second.
+/// (`nohup`) stays ignored. The same signal again, more than a second later, ends the process at
+/// once with exit code 128 + signal. Another signal does not, because schedulers and service
+/// managers send two kinds (SIGUSR1 or SIGHUP and then SIGTERM) while a run saves. SIGXCPU never
+/// does, because the kernel repeats it every second.
 ///
 /// A launcher that is killed cannot end its ranks. So the flag is also raised when the torchrun
 /// agent, `mpirun` or `mpirun_rsh` that started this rank is gone. The ranks of our own launcher
@@ -62,7 +64,7 @@ fn watch(
     flag: &AtomicBool,
     says: bool,
 ) {
-    let mut first = None;
+    let mut first = BTreeMap::new();
     loop {
         let mut events = vec![PollFd::new(signals.get_read(), PollFlags::IN)];
         events.extend(launcher.iter().map(|launcher| PollFd::from_borrowed_fd(launcher.handle.as_fd(), PollFlags::IN)));
@@ -80,8 +82,8 @@ fn watch(
         }
         for signal in signals.pending() {
             flag.store(true, Ordering::Relaxed);
-            let (kind, time) = *first.get_or_insert((signal, Instant::now()));
-            if signal != SIGXCPU && (signal != kind || time.elapsed() > ONE_SIGNAL) {
+            let time = *first.entry(signal).or_insert_with(Instant::now);
+            if signal != SIGXCPU && time.elapsed() > ONE_SIGNAL {
                 // As a shell says it: nothing has been saved.
                 signal_hook::low_level::exit(128 + signal);
             }

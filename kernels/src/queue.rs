@@ -158,9 +158,10 @@ pub unsafe trait Queue: Send {
         up: View<'_>,
     );
 
-    /// loss += Σₙ −log softmax(logits)\[n, targets\[n\]\]; then logits become the gradient of that sum,
-    /// softmax(logits) − onehot(targets), or `rounded` does, and logits are undefined.
-    /// `logits: [N, V]` f32, `rounded: [N, V]` A, `targets: [N]` u32 below V, `loss: [1]` f64, in nats.
+    /// loss += Σₙ −log softmax(logits)\[n, targets\[n\]\]; then logits become the gradient of that
+    /// sum, softmax(logits) − onehot(targets), or `rounded` does, and logits are undefined.
+    /// `logits: [N, V]` f32, `rounded: [N, V]` A, `targets: [N]` u32 below V, `loss: [1]` f64, in
+    /// nats.
     fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>);
 
     /// One AdamW update in one pass: with g = gradient_scale · grad,

@@ -202,9 +202,10 @@ impl Config {
         [0.0].into_iter().chain(std::iter::repeat_n(block, self.num_hidden_layers)).chain([head]).collect()
     }
 
-    /// The initial values of a tensor's elements, by index: ones for norms; else normal with variance 2/(5·C) (Nguyen
-    /// and Salazar 2019), and for what adds to the residual stream standard deviation 2/(layers·√C) (Wang and
-    /// Komatsuzaki 2021). A value depends on (seed, tensor, index) alone.
+    /// The initial values of a tensor's elements, by index: ones for norms; else normal with
+    /// variance 2/(5·C) (Nguyen and Salazar 2019), and for what adds to the residual stream
+    /// standard deviation 2/(layers·√C) (Wang and Komatsuzaki 2021). A value depends on (seed,
+    /// tensor, index) alone.
     pub fn initial_values(&self, seed: u64, name: &str, shape: &[usize]) -> impl Fn(usize) -> f32 + use<> {
         let is_norm = shape.len() == 1;
         let width = self.hidden_size as f64;

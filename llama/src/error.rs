@@ -38,11 +38,11 @@ pub enum Error {
     /// stdout takes nothing more, and it is where the command's result goes.
     #[error("cannot write to stdout: {0}: free some space, or send the output elsewhere")]
     Stdout(std::io::Error),
-    /// Rank 0 has failed, and said why; exit code 2 or [`launcher::EXIT_CONSEQUENCE`].
+    /// Rank 0 has failed, and said why.
     #[error("rank 0 gave up")]
     ByRankZero {
-        /// Whether because of a setting, which is every rank's.
-        setting: bool,
+        /// Its exit code, which is every rank's: a launcher reports whichever rank ends first.
+        code: i32,
     },
 }
 
@@ -83,10 +83,9 @@ impl Error {
         use pillion_collectives::Error as Collective;
         match self {
             Error::Setting(_)
-            | Error::ByRankZero { setting: true }
             | Error::Launch(LaunchError::NoRanks | LaunchError::TooManyRanks { .. } | LaunchError::BeyondMost { .. })
             | Error::Runtime(pillion_runtime::Error::Collective(Collective::Options { .. })) => 2,
-            Error::ByRankZero { setting: false } => launcher::EXIT_CONSEQUENCE,
+            Error::ByRankZero { code } => *code,
             Error::Runtime(pillion_runtime::Error::Collective(
                 Collective::PeerLost { .. } | Collective::Aborted { .. },
             )) => launcher::EXIT_CONSEQUENCE,

@@ -8,8 +8,9 @@ use pillion_runtime::{Engine, Error};
 use crate::data::tokenizer;
 use crate::model::Model;
 
-/// Goes on from `prompt` for `count` tokens; `model` is one of `seq` tokens, and of any batch: the first sequence is the
-/// text, and the others are not used. Every rank calls it alike and gets the same. `temperature` divides the logits; at 0 the likeliest token is taken.
+/// Goes on from `prompt` for `count` tokens; `model` is one of `seq` tokens, and of any batch: the
+/// first sequence is the text, and the others are not used. Every rank calls it alike and gets the
+/// same. `temperature` divides the logits; at 0 the likeliest token is taken.
 ///
 /// # Errors
 /// When another rank has failed.

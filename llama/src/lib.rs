@@ -65,9 +65,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         // Help, or the version.
         Err((message, 0)) => return ended(output::write(&message).map(|_| 0)),
         Err((message, code)) => {
-            if !is_said_by_rank_zero(&message) {
-                output::complain_as_it_is(&message);
-            }
+            let is_job = arguments.get(1).is_some_and(|command| command == "train");
+            say_once(is_job, &message, || output::complain_as_it_is(&message));
             return code;
         }
     };
@@ -82,21 +81,34 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
     });
-    ended(result)
-}
-
-/// The exit code of a command; prints its error.
-fn ended(result: Result<i32, Error>) -> i32 {
     result.unwrap_or_else(|error| {
-        if error.code() != 2 || !is_said_by_rank_zero(&error.to_string()) {
-            complain(&error);
-        }
+        let is_job = matches!(cli.command, Command::Train(_)) && error.code() == 2;
+        say_once(is_job, &error.to_string(), || complain(&error));
         error.code()
     })
 }
 
-/// Whether this is a rank of another launcher, whose rank 0 was given the same settings and refuses
-/// them for the same reason.
-fn is_said_by_rank_zero(reason: &str) -> bool {
-    Launch::detect().is_ok_and(|launch| launch.world > 1 && Communicator::decline(&launch, reason))
+/// The exit code of a command that has no ranks; prints its error.
+fn ended(result: Result<i32, Error>) -> i32 {
+    result.unwrap_or_else(|error| {
+        complain(&error);
+        error.code()
+    })
+}
+
+/// Prints why this process ends, unless it is a rank of a job whose rank 0 ends for the same reason
+/// and prints it. Rank 0 prints first, because the other ranks may never come to be told.
+fn say_once(is_job: bool, reason: &str, print: impl Fn()) {
+    match Launch::detect() {
+        Ok(launch) if is_job && launch.world > 1 => {
+            if launch.rank == 0 {
+                print();
+            }
+            let is_said = Communicator::decline(&launch, reason);
+            if launch.rank > 0 && !is_said {
+                print();
+            }
+        }
+        _ => print(),
+    }
 }

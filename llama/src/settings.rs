@@ -74,7 +74,8 @@ pub enum CheckpointCommand {
 /// What to do with token files.
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Read all of a run's token files, and compare each with its checksum; ends with 1 when any is damaged.
+    /// Read all of a run's token files, and compare each with its checksum; ends with 1 when any is
+    /// damaged.
     Verify(DataArgs),
 }
 

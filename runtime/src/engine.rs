@@ -368,8 +368,9 @@ impl Engine {
         }
     }
 
-    /// Sets every parameter of this rank's shards: `values(tensor name, shape)` is asked once for each piece of a tensor,
-    /// and gives the element at an index. No rank ever holds more than its shards.
+    /// Sets every parameter of this rank's shards: `values(tensor name, shape)` is asked once for
+    /// each piece of a tensor, and gives the element at an index. No rank ever holds more than its
+    /// shards.
     ///
     /// # Errors
     /// When another rank has failed.

@@ -74,9 +74,12 @@
 //!
 //! # Errors
 //!
-//! [`Error::NonFinite`] leaves everything as it was: skip the batch, or go back. [`Error::OffPlan`] and [`Error::NoTokens`] are mistakes of the caller, named. After an error of another
-//! rank ([`Error::Collective`]) every later call returns an error too; load the last checkpoint in a new process. A rank that gives up alone, off the plan or for reasons of its own, says so
-//! with [`Communicator::abort`](pillion_collectives::Communicator::abort): otherwise the others wait for it until their deadline.
+//! [`Error::NonFinite`] leaves everything as it was: skip the batch, or go back. [`Error::OffPlan`]
+//! and [`Error::NoTokens`] are mistakes of the caller, named. After an error of another rank
+//! ([`Error::Collective`]) every later call returns an error too; load the last checkpoint in a new
+//! process. A rank that gives up alone, off the plan or for reasons of its own, says so with
+//! [`Communicator::abort`](pillion_collectives::Communicator::abort): otherwise the others wait for
+//! it until their deadline.
 #![forbid(unsafe_code)]
 
 mod axes;

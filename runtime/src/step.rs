@@ -16,8 +16,9 @@ use crate::trace::label;
 use crate::update::Agreed;
 use crate::{Error, Unit};
 
-/// A step under way. It ends with [`Step::finish`] (training), [`Step::end`] (evaluation) or [`Step::abandon`]. A step
-/// that is dropped before leaves the engine unusable, because other ranks wait for the rest of its collectives.
+/// A step under way. It ends with [`Step::finish`] (training), [`Step::end`] (evaluation) or
+/// [`Step::abandon`]. A step that is dropped before leaves the engine unusable, because other ranks
+/// wait for the rest of its collectives.
 pub struct Step<'e> {
     pub(crate) engine: &'e mut Engine,
     kind: Kind,
@@ -54,7 +55,8 @@ pub struct Backward<'s> {
     pub weights: Weights<'s>,
     /// The unit's gradients, to add to.
     pub gradients: Gradients<'s>,
-    /// `[1]` f64, to add to: the sum of the losses of this rank's tokens, in nats. One unit of a model adds to it.
+    /// `[1]` f64, to add to: the sum of the losses of this rank's tokens, in nats. One unit of a
+    /// model adds to it.
     pub loss: ViewMut<'s>,
 }
 
@@ -155,9 +157,10 @@ impl<'e> Step<'e> {
         }
     }
 
-    /// Begins a round whose micro-batch on this rank has `tokens` tokens in its loss: tokens that a mask leaves out do
-    /// not count. This is the only count of tokens. The update divides the gradient by its sum over all ranks and
-    /// rounds, and the statistics weigh each group by its own ([`StepReport::group_square_norms`]).
+    /// Begins a round whose micro-batch on this rank has `tokens` tokens in its loss: tokens that a
+    /// mask leaves out do not count. This is the only count of tokens. The update divides the
+    /// gradient by its sum over all ranks and rounds, and the statistics weigh each group by its
+    /// own ([`StepReport::group_square_norms`]).
     pub fn round(&mut self, tokens: usize) {
         self.close();
         self.all_tokens += tokens;
@@ -215,7 +218,8 @@ impl<'e> Step<'e> {
     /// Weight decay applies to the tensors whose specification says so.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] and [`Error::NoTokens`] with the parameters as they were and the requests summed; another rank's failure, after which they may be invalid.
+    /// [`Error::NonFinite`] and [`Error::NoTokens`] with the parameters as they were and the
+    /// requests summed; another rank's failure, after which they may be invalid.
     pub fn finish(self, settings: AdamW, requests: &mut [f64]) -> Result<StepReport, Error> {
         self.agree(requests)?.update(settings)
     }
@@ -245,10 +249,11 @@ impl<'e> Step<'e> {
         Ok(())
     }
 
-    /// Ends a step without an update: parameters, optimizer state and the number of updates are as they were before it,
-    /// and the engine can begin another step. Collective: every rank abandons the same step, each from wherever it is,
-    /// because a rank takes part in the collectives that it has not come to yet. They move what is in the slots, so the
-    /// sums mean nothing. No kernel of the model runs.
+    /// Ends a step without an update: parameters, optimizer state and the number of updates are as
+    /// they were before it, and the engine can begin another step. Collective: every rank abandons
+    /// the same step, each from wherever it is, because a rank takes part in the collectives that
+    /// it has not come to yet. They move what is in the slots, so the sums mean nothing. No kernel
+    /// of the model runs.
     ///
     /// # Errors
     /// When another rank has failed.
@@ -491,9 +496,9 @@ fn comparison(sums: &[f64], tokens: f64, world: f64) -> Option<GroupComparison> 
 /// Most numbers that a comparison adds to these.
 const COMPARISON: usize = 3 + COMPARED;
 
-/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, with the number of tokens in the
-/// place that these do not use; the square norm; the number of values that are not finite, and of ranks that measure
-/// groups.
+/// Numbers that the ranks sum in a step, before the requests: totals of the sidebands, with the
+/// number of tokens in the place that these do not use; the square norm; the number of values that
+/// are not finite, and of ranks that measure groups.
 pub(crate) const SUMS: usize = sideband::LEN + 3;
 
 const AXIS: &str = "a plan moves along the axes that there are";

@@ -191,8 +191,8 @@ fn what_four_ranks_saved_goes_on_with_one_two_and_three_within_the_bound_of_f32(
     }
 }
 
-/// Earlier versions began runs with an η of 1 and more, by which no batch is expected to grow: such a
-/// run goes on, rank 0 warns, and a new run is refused.
+/// Earlier versions began runs with an η of 1 and more, by which no batch is expected to grow: such
+/// a run goes on, rank 0 warns, and a new run is refused.
 #[test]
 fn an_eta_that_a_new_run_may_not_have_is_warned_of_in_a_resume() {
     let place = Workplace::new(PROGRAM);

@@ -1,5 +1,6 @@
-//! The tokens of a run: a resume has those that it began with, whatever became of the text; content decides what is the
-//! same text; damage is found by who reads it, and all of it by `pillion data verify`.
+//! The tokens of a run: a resume has those that it began with, whatever became of the text; content
+//! decides what is the same text; damage is found by who reads it, and all of it by `pillion data
+//! verify`.
 
 use std::fs;
 
@@ -53,7 +54,7 @@ fn another_text_is_refused_and_the_same_elsewhere_is_not() {
     fs::rename(place.path("moved"), place.path("kept")).unwrap();
     fs::rename(place.path("other"), place.path("moved")).unwrap();
     let ended = place.run("train --resume auto --out out --ranks 1 --steps 3");
-    ended.refused(2, &["other text", "bring the text back as it was", "is gone, too"]);
+    ended.refused(2, &["other text", "is gone, so bring the text back as it was"]);
     fs::remove_dir_all(place.path("moved")).unwrap();
     fs::rename(place.path("kept"), place.path("moved")).unwrap();
     place.run("train --resume auto --out out --ranks 1 --steps 3").succeeded();
@@ -109,7 +110,7 @@ fn verify_reads_all_tokens_and_a_run_those_that_it_needs() {
     let mut damaged = bytes.clone();
     damaged[1000] ^= 1;
     fs::write(&file, &damaged).unwrap();
-    place.run("data verify out").refused(1, &[&name, "damaged: expected checksum", "delete it"]);
+    place.run("data verify out").refused(1, &[&name, "damaged: expected checksum", "delete the file"]);
     let (code, found) = json("out");
     assert!(code == Some(1) && found[0]["error"].as_str().unwrap().contains("damaged"), "{found}");
 

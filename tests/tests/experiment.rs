@@ -114,7 +114,11 @@ fn settings_that_cannot_be_are_named() {
     ] {
         place.run(flags).refused(2, parts);
     }
-    place.run("experiment paper --data nowhere --quick").refused(1, &["constant-16-seed-1", "failed", "see this log"]);
+    for (data, part) in [("nowhere", "no such file or folder"), ("-", "cannot be read twice")] {
+        place.run(&format!("experiment paper --data {data} --quick")).refused(1, &[part, "--data"]);
+    }
+    std::fs::write(place.path("short"), "a few words").unwrap();
+    place.run("experiment paper --data short --quick").refused(1, &["constant-16-seed-1", "failed", "see this log"]);
 }
 
 #[test]

@@ -268,7 +268,8 @@ fn three_clipped_adamw_steps_match_pytorch() {
     }
 }
 
-/// The 50 steps of the golden file, whose settings `change` may alter step by step, and their losses.
+/// The 50 steps of the golden file, whose settings `change` may alter step by step, and their
+/// losses.
 fn fifty_losses(world: usize, clip: f64, change: impl Fn(&mut AdamW, usize)) -> Vec<f64> {
     let (start, golden) = (Golden::load("mha"), Golden::load("losses"));
     let batches: Vec<Batch> = (0..5).map(|number| Batch::of(&golden, &format!(".{number}"))).collect();
@@ -297,8 +298,8 @@ fn fifty_losses(world: usize, clip: f64, change: impl Fn(&mut AdamW, usize)) -> 
     results.swap_remove(0).losses
 }
 
-/// The largest difference from the f64 losses, of what a correct run may have: 4 times the largest of
-/// three PyTorch f32 runs, whose sums differ in order as ours do from each of theirs.
+/// The largest difference from the f64 losses, of what a correct run may have: 4 times the largest
+/// of three PyTorch f32 runs, whose sums differ in order as ours do from each of theirs.
 fn against_fifty_losses(losses: &[f64]) -> f64 {
     let golden = Golden::load("losses");
     let deviations = golden.metadata("deviation").as_object().expect("one for each run");

@@ -1,4 +1,5 @@
-//! Runs whose numbers are not finite, and each way out: the message's remedies, `skip` and `rewind`.
+//! Runs whose numbers are not finite, and each way out: the message's remedies, `skip` and
+//! `rewind`.
 
 use std::sync::Arc;
 
@@ -9,8 +10,9 @@ use pillion_tests::program::{Step, TINY, Workplace};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 
-/// Diverges in its second stage, where the batch and with it the rate is 32 times as large: weights then grow 15-fold a
-/// step, by a weight decay that overshoots. In the third stage they shrink again.
+/// Diverges in its second stage, where the batch and with it the rate is 32 times as large: weights
+/// then grow 15-fold a step, by a weight decay that overshoots. In the third stage they shrink
+/// again.
 const DIVERGING: &str = "--data text --model tiny --seq 8 --micro-batch 8 --seed 7 --batch 8 --round-to 8 --max-batch 256 \
     --validation-samples 16 --ranks 2 --samples 5000 --lr 0.0005 --weight-decay 1000 --warmup 0 --final-lr 1 --clip 0 \
     --controller stagewise --stages 8:0.016,256:0.88,8:0.104 --shrink --lr-coupling linear";
@@ -29,7 +31,14 @@ fn a_run_that_stops_names_remedies_and_each_leads_to_a_finite_end() {
     let ended = place.run(&format!("train {DIVERGING} --save-every 10 --out out"));
     ended.refused(
         1,
-        &["not finite", "no parameter was changed", "--on-non-finite skip", "rewind", "--change lr --lr X"],
+        &[
+            "not finite",
+            "no parameter was changed",
+            "--on-non-finite skip",
+            "rewind",
+            "--change lr --lr X",
+            "--resume PATH",
+        ],
     );
     assert!(ended.stderr.contains("out/checkpoints/step-00000020"), "{ended}");
     let before = place.checkpoints("out");
@@ -73,18 +82,40 @@ fn what_a_rewind_has_left_out_stays_left_out_in_a_resume() {
 }
 
 #[test]
+fn a_rewind_goes_back_before_a_change_of_the_batch() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--controller constant --ranks 2 --steps 2");
+    // Diverges at once, in the first step with the changed batch.
+    let changed = "--batch 32 --max-batch 32 --lr 1000 --weight-decay 1000 --clip 0 --warmup 0";
+    let flags = format!("--change batch,max-batch,lr,weight-decay,clip,warmup {changed} --on-non-finite rewind");
+    let ended = place.run(&format!("train --resume auto --out out --ranks 2 {flags} --non-finite-limit 2"));
+    ended.refused(1, &["3 times since the newest checkpoint", "--non-finite-limit is 2"]);
+    assert_eq!(ended.stdout.matches("gone back to out/checkpoints/step-00000002").count(), 2, "{ended}");
+    assert!(ended.stdout.contains("without samples 16 to"), "{ended}");
+}
+
+#[test]
+fn a_run_that_stops_before_its_first_save_keeps_what_it_has_learnt() {
+    let place = Workplace::new(PROGRAM);
+    let ended = place.run(&format!("train {DIVERGING} --out out"));
+    ended.refused(1, &["not finite", "go on from out/checkpoints/step-"]);
+    assert_eq!(place.checkpoints("out").len(), 1);
+    place.run("checkpoint verify out").succeeded();
+}
+
+#[test]
 fn without_a_checkpoint_or_beyond_the_limit_a_run_stops_and_says_so() {
     let place = Workplace::new(PROGRAM);
     let ended = place.run(&format!("train {DIVERGING} --out none --on-non-finite rewind"));
     ended.refused(1, &["needs a checkpoint to go back to", "--save-every"]);
     // The weights are too large by then: each further step fails as well.
     let ended = place.run(&format!("train {DIVERGING} --out limit --on-non-finite skip --non-finite-limit 3"));
-    ended.refused(1, &["4 steps in a row", "--non-finite-limit is 3"]);
+    ended.refused(1, &["4 times in a row", "--non-finite-limit is 3", "older checkpoint with --resume PATH"]);
     assert_eq!(ended.stdout.matches("going on after step").count(), 3, "{ended}");
 }
 
-/// Gives the byte `~` an embedding that is infinite, in a copy of a checkpoint: samples with this byte have no finite
-/// loss, and no others are touched.
+/// Gives the byte `~` an embedding that is infinite, in a copy of a checkpoint: samples with this
+/// byte have no finite loss, and no others are touched.
 fn poison(place: &Workplace, from: &str, to: &str) {
     let saved = checkpoint::open(&place.path(from)).unwrap();
     let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default()).unwrap());

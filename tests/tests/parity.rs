@@ -206,9 +206,9 @@ fn metrics_hold_every_promised_key() {
 }
 
 /// From K, N, S = Σ‖G_k‖²/n_k and T = ‖ΣG_k‖² alone, by the formulas in the documentation of
-/// `pillion-abs`: σ̂² = (S − T/N)/(K − 1)·b/N and |Ĝ|² = (T/N − (S − T/N)/(K − 1))/N for a step, whose
-/// sums over steps, discounted by 0.9, give the noise scale and what the norm test asks for. Each
-/// value is rounded some ten times, relative to the largest term of its difference.
+/// `pillion-abs`: σ̂² = (S − T/N)/(K − 1)·b/N and |Ĝ|² = (T/N − (S − T/N)/(K − 1))/N for a step,
+/// whose sums over steps, discounted by 0.9, give the noise scale and what the norm test asks for.
+/// Each value is rounded some ten times, relative to the largest term of its difference.
 #[test]
 fn statistics_follow_from_the_sums_in_the_metrics() {
     let place = Workplace::new(PROGRAM);

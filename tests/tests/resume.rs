@@ -93,9 +93,10 @@ fn another_placement_goes_on_with_the_same_batches() {
             assert_eq!(without_validation(steps), without_validation(whole.clone()), "{shard}");
             continue;
         }
-        // With gradients that are reduced once, a group is a rank, and sums are made in another order. The first step
-        // has the same weights, samples, batch and rate: its loss is the same f64 sum of at most 32 micro-batches, in
-        // two orders that differ by at most 2·31 roundings of 2^-53.
+        // With gradients that are reduced once, a group is a rank, and sums are made in another
+        // order. The first step has the same weights, samples, batch and rate: its loss is the same
+        // f64 sum of at most 32 micro-batches, in two orders that differ by at most 2·31 roundings
+        // of 2^-53.
         let (ours, theirs) = (&steps[10], &whole[10]);
         assert_eq!(
             (ours.batch_samples, ours.lr, ours.samples_seen),
@@ -149,6 +150,39 @@ fn a_finished_run_says_so_and_is_made_longer_by_a_change() {
 }
 
 #[test]
+fn what_a_run_keeps_and_checks_is_kept_by_a_resume() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--ranks 2 --steps 3 --save-every 2 --keep 2 --validate-every 2 --sample 3");
+    let ended = place.run("train --resume auto --out out --ranks 2 --steps 9").succeeded();
+    assert_eq!(place.checkpoints("out"), ["step-00000008", "step-00000009"], "{ended}");
+    let validated = place.steps("out").into_iter().filter(|step| step.validation_loss.is_some());
+    assert_eq!(validated.map(|step| step.step).collect::<Vec<_>>(), [2, 3, 4, 6, 8, 9]);
+    assert!(ended.stdout.contains("on 16 samples"), "{ended}");
+    let ended = place.run("train --resume auto --out out --ranks 2 --steps 12 --keep 1 --save-every 0").succeeded();
+    assert_eq!(place.checkpoints("out"), ["step-00000012"], "{ended}");
+}
+
+#[test]
+fn lines_of_steps_that_a_resume_goes_back_before_are_kept() {
+    let place = Workplace::new(PROGRAM);
+    let six = place.train("out", "--ranks 2 --steps 6 --save-every 2");
+    // What makes no step touches nothing.
+    let back = "--resume out/checkpoints/step-00000002 --out out --ranks 2";
+    let ended = place.run(&format!("train {back} --steps 2")).succeeded();
+    assert!(ended.stdout.contains("nothing left to do: 2 steps were made"), "{ended}");
+    assert_eq!((place.steps("out"), place.checkpoints("out").len()), (six.clone(), 3));
+    place.run(&format!("train {back} --steps 3")).succeeded();
+    assert_eq!(place.steps("out").len(), 3);
+    let aside = fs::read_to_string(place.path("out/metrics.aside.jsonl")).unwrap();
+    let aside: Vec<Step> = aside.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(aside, six[2..]);
+    let ended = place.run("train --resume out/checkpoints/step-00000006.aside --out out --ranks 2 --steps 9");
+    ended.refused(1, &["step-00000006.aside", "its name has no step"]);
+    let ended = place.run("train --resume auto --out nowhere --change lr --lr 0.1");
+    ended.refused(2, &["--change needs a checkpoint", "nowhere"]);
+}
+
+#[test]
 fn changes_are_named_and_others_are_refused() {
     let place = Workplace::new(PROGRAM);
     place.train("out", "--ranks 2 --steps 2 --controller constant");
@@ -162,6 +196,8 @@ fn changes_are_named_and_others_are_refused() {
     assert!(!ended.stderr.contains("lr ="), "{ended}");
     let ended = place.run(&format!("train {TINY} --out new --change lr"));
     assert!(ended.code() == Some(2) && ended.stderr.contains("not provided:\n  --resume"), "{ended}");
+    resume("--change lr").refused(2, &["--change lr: give --lr as well"]);
+    resume("--change samples --samples 8").refused(2, &["--samples 8", "was made after 16 samples"]);
     resume("--change seed").refused(2, &["'seed'", "it can change lr"]);
     // A controller begins with the batch that there is.
     let flags = "--controller norm-test --eta 0.3 --max-batch 64 --lr 0.001";
@@ -175,9 +211,9 @@ fn changes_are_named_and_others_are_refused() {
 
 #[test]
 fn checkpoints_of_the_first_version_go_on_bit_for_bit() {
-    // Made by the program as it was before checkpoints kept the path of their text: six steps of two ranks, and the
-    // metrics of the twelve that they belong to. With portable instructions, and rounding as IEEE 754 says, the bits
-    // are those of every machine.
+    // Made by the program as it was before checkpoints kept the path of their text: six steps of
+    // two ranks, and the metrics of the twelve that they belong to. With portable instructions, and
+    // rounding as IEEE 754 says, the bits are those of every machine.
     const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/checkpoint");
     let place = Workplace::new(PROGRAM);
     fs::create_dir_all(place.path("out/checkpoints/step-00000006")).unwrap();
@@ -267,7 +303,7 @@ fn when_no_checkpoint_is_whole_nothing_is_started_afresh() {
     let manifest = place.path("out/checkpoints/step-00000002/manifest.json");
     fs::write(&manifest, "{").unwrap();
     let ended = place.run(&format!("train {TINY} --out out --ranks 2 --steps 4 --resume auto"));
-    ended.refused(1, &["no checkpoint", "manifest.json", "--resume PATH"]);
+    ended.refused(1, &["no checkpoint", "manifest.json", "name another one by its path"]);
     assert_eq!(place.steps("out").len(), 2);
 }
 

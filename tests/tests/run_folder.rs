@@ -1,5 +1,6 @@
-//! The folder of a run, as users have them: in the text itself, full of their own files, behind links and mounts, removed
-//! in the middle, on file systems without locks. A run never learns from runs, and moves nothing but what runs wrote.
+//! The folder of a run, as users have them: in the text itself, full of their own files, behind
+//! links and mounts, removed in the middle, on file systems without locks. A run never learns from
+//! runs, and moves nothing but what runs wrote.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -54,12 +55,19 @@ fn files_of_the_user_stay_where_they_are() {
     let place = Workplace::new(PROGRAM);
     fs::create_dir_all(place.path("work/checkpoints")).unwrap();
     fs::create_dir_all(place.path("work/trace")).unwrap();
-    let mine = ["notes.md", "checkpoints/best.pt", "trace/mine.json"];
+    let mine = [
+        "notes.md",
+        "metrics.jsonl.incomplete",
+        "checkpoints/best.pt",
+        "checkpoints/epoch-3/model.pth",
+        "trace/rank-0000.json",
+    ];
     for name in mine {
+        fs::create_dir_all(place.path("work").join(name).parent().unwrap()).unwrap();
         fs::write(place.path("work").join(name), "mine").unwrap();
     }
     for _ in 0..3 {
-        let mut command = place.command(&format!("train {FLAGS} --data ../text --out . --steps 1 --trace"));
+        let mut command = place.command(&format!("train {FLAGS} --data ../text --out . --steps 1 --trace --keep 1"));
         command.current_dir(place.path("work"));
         place.spawn(command).finish().succeeded();
     }
@@ -72,6 +80,7 @@ fn files_of_the_user_stay_where_they_are() {
         "earlier-1",
         "earlier-2",
         "metrics.jsonl",
+        "metrics.jsonl.incomplete",
         "notes.md",
         "tokens",
         "trace",
@@ -82,6 +91,36 @@ fn files_of_the_user_stay_where_they_are() {
         assert_eq!(names(&place.path("work").join(number)), ["checkpoints", "metrics.jsonl", "trace.json"]);
         assert_eq!(place.checkpoints(&format!("work/{number}")), ["step-00000001"]);
     }
+}
+
+#[test]
+fn another_programs_checkpoint_of_the_same_step_is_not_replaced() {
+    let place = Workplace::new(PROGRAM);
+    for name in ["step-00000001", "step-00009000.incomplete", "step-00009000.old"] {
+        let file = place.path(format!("{name}/checkpoints/{name}/model.pth"));
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, "mine").unwrap();
+        // Before anything is trained that could not be saved.
+        let ended = place.run(&format!("train {FLAGS} --data text --out {name} --steps 1"));
+        ended.refused(1, &[name, "was not written by pillion", "--out DIR"]);
+        assert_eq!(fs::read_to_string(file).unwrap(), "mine");
+    }
+}
+
+#[test]
+fn checkpoints_may_lie_on_another_file_system() {
+    let place = Workplace::new(PROGRAM);
+    let Ok(scratch) = tempfile::tempdir_in("/dev/shm") else {
+        eprintln!("SKIPPED: /dev/shm cannot be written");
+        return;
+    };
+    fs::create_dir(place.path("out")).unwrap();
+    symlink(scratch.path(), place.path("out/checkpoints")).unwrap();
+    for _ in 0..2 {
+        place.run(&format!("train {FLAGS} --data text --out out --steps 1")).succeeded();
+    }
+    place.run("train --resume auto --out out/earlier-1 --steps 2").succeeded();
+    assert_eq!((place.steps("out").len(), place.steps("out/earlier-1").len()), (1, 2));
 }
 
 #[test]
@@ -116,7 +155,8 @@ fn a_folder_may_be_a_link_or_have_dots_or_lie_where_nobody_may_write() {
     fs::set_permissions(place.path("closed"), fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// Runs the program without the rights of root, where this user has them, which no permission keeps out.
+/// Runs the program without the rights of root, where this user has them, which no permission keeps
+/// out.
 fn unprivileged(place: &Workplace, arguments: &str) -> pillion_tests::program::Ended {
     if !rustix::process::getuid().is_root() {
         return place.run(arguments);
@@ -194,14 +234,17 @@ fn a_folder_that_is_removed_during_a_run_is_made_again() {
 fn a_run_waits_for_another_that_is_ending() {
     let place = Workplace::new(PROGRAM);
     place.run(&format!("train {FLAGS} --data text --out out --steps 1")).succeeded();
-    // Holds the lock, as a rank does that the system is still tearing down, until it is told to end.
+    // Holds the lock, as a rank does that the system is still tearing down, until it is told to
+    // end.
     let mut holder = Command::new("flock");
     holder.args([place.path("out/.pillion.lock").to_str().unwrap(), "sh", "-c", "touch held; read line"]);
     holder.current_dir(place.path("")).stdin(std::process::Stdio::piped());
     let mut holder = holder.spawn().unwrap();
+    while !place.path("held").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
     let running = place.start("train --resume auto --out out --steps 2");
-    running.wait_for("the lock", || place.path("held").exists());
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    running.wait_for("its words", || running.stderr().contains("out: waiting for another run"));
     drop(holder.stdin.take());
     holder.wait().unwrap();
     running.finish().succeeded();

@@ -26,7 +26,8 @@ fn cross_entropy(logits: &[Bounded], targets: &[u32]) -> (Vec<Bounded>, Vec<Boun
     (losses, gradients)
 }
 
-/// (sum, gradients), where the sum starts at 3.5; the gradients in place of the logits, or of this type.
+/// (sum, gradients), where the sum starts at 3.5; the gradients in place of the logits, or of this
+/// type.
 fn cross_entropy_by_kernel(rounded: Option<DType>, logits: &[f32], targets: &[u32]) -> (f64, Vec<f32>) {
     let [sum, gradients] = run(|stage| {
         let mut rounded = rounded.map(|dtype| stage.output_as(dtype, logits.len()));

@@ -87,7 +87,7 @@ pub fn prepare(data: Option<&Path>, cache: &Path) -> Result<Prepared> {
     if let (Some(data), 0) = (data, origin.files) {
         return Err(sources::no_text(data, &skipped));
     }
-    let summary = Summary { missing, skipped, ..Summary::of(&tokens, description) };
+    let summary = Summary { missing, skipped: Some(skipped), ..Summary::of(&tokens, description) };
     Ok(Prepared { tokens, summary })
 }
 
@@ -109,8 +109,8 @@ pub fn prepare_synthetic(vocab: usize, cache: &Path) -> Result<Prepared> {
     Ok(Prepared { tokens, summary })
 }
 
-/// The token file of this fingerprint in one of `folders`, if there is one: for a run that goes on. Files that are no token
-/// files are passed over.
+/// The token file of this fingerprint in one of `folders`, if there is one: for a run that goes on.
+/// Files that are no token files are passed over.
 ///
 /// # Errors
 /// [`Error::Read`] if a folder that exists cannot be listed.
@@ -128,6 +128,14 @@ pub fn find(fingerprint: u64, folders: &[PathBuf]) -> Result<Option<TokenFile>> 
     Ok(None)
 }
 
+/// Checks that a path that the user gives can be text at all, before anything is begun.
+///
+/// # Errors
+/// [`Error`] that names the path, and what it is instead of a file or a folder.
+pub fn check(path: &Path) -> Result<()> {
+    sources::check(path).map(drop)
+}
+
 /// What [`prepare`] found. Prints as a few lines for the screen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -141,8 +149,9 @@ pub struct Summary {
     pub files: u64,
     /// Bytes of text.
     pub bytes: u64,
-    /// What was left out.
-    pub skipped: Skipped,
+    /// What was left out when the text was looked through; none where a run goes on with its
+    /// tokens.
+    pub skipped: Option<Skipped>,
     /// Tokens to learn from.
     pub train_tokens: u64,
     /// Tokens to measure on.
@@ -156,13 +165,13 @@ pub struct Summary {
 impl Summary {
     /// Of a token file, whose text is described in words.
     pub fn of(tokens: &TokenFile, description: String) -> Summary {
-        let Origin { files, bytes, not_text } = tokens.origin();
+        let Origin { files, bytes, .. } = tokens.origin();
         Summary {
             description,
             missing: Vec::new(),
             files,
             bytes,
-            skipped: Skipped { not_text, ..Skipped::default() },
+            skipped: None,
             train_tokens: tokens.len(Split::Train),
             validation_tokens: tokens.len(Split::Validation),
             fingerprint: tokens.fingerprint(),
@@ -177,7 +186,11 @@ impl fmt::Display for Summary {
             0 => writeln!(f, "data: {}", self.description)?,
             files => {
                 let megabytes = self.bytes as f64 / 1e6;
-                writeln!(f, "data: {}: {files} files, {megabytes:.1} MB; skipped: {}", self.description, self.skipped)?;
+                write!(f, "data: {}: {files} files, {megabytes:.1} MB", self.description)?;
+                match &self.skipped {
+                    Some(skipped) => writeln!(f, "; skipped: {skipped}")?,
+                    None => writeln!(f)?,
+                }
             }
         }
         let all = self.train_tokens + self.validation_tokens;
@@ -242,7 +255,7 @@ mod tests {
         let cache = cache.path().join("not/yet/there");
         let first = prepare(Some(text.path()), &cache).unwrap().summary;
         assert_eq!(first.files, 40);
-        assert_eq!(first.skipped.not_text, 1);
+        assert_eq!(first.skipped.unwrap().not_text, 1);
         assert_eq!(first.train_tokens + first.validation_tokens, first.bytes + 40);
         let made = fs::metadata(&first.path).unwrap().modified().unwrap();
         assert_eq!(prepare(Some(text.path()), &cache).unwrap().summary, first);
@@ -286,7 +299,7 @@ mod tests {
         fs::write(text.path().join("runs/one/notes"), "text").unwrap();
         let after = prepare(Some(text.path()), cache.path()).unwrap().summary;
         assert_eq!((after.fingerprint, after.files), (before.fingerprint, before.files));
-        assert_eq!(after.skipped.runs, 4, "three names beside the text, and a folder: {after}");
+        assert_eq!(after.skipped.unwrap().runs, 4, "three names beside the text, and a folder: {after}");
     }
 
     #[test]
@@ -366,7 +379,7 @@ mod tests {
         for error in [damaged(20).unwrap_err(), damaged(1000).unwrap().tokens.verify().unwrap_err()] {
             let error = error.to_string();
             assert!(error.contains(path.to_str().unwrap()), "{error}");
-            assert!(error.contains("delete it"), "{error}");
+            assert!(error.contains("delete the file"), "{error}");
         }
     }
 

@@ -54,7 +54,8 @@ pub struct Skipped {
     pub not_text: u64,
     /// Source files beyond a crate's share of the default data.
     pub over_share: u64,
-    /// What runs of this program have written: each run's folder within the text, or what lies in the text's folder itself.
+    /// What runs of this program have written: each run's folder within the text, or what lies in
+    /// the text's folder itself.
     pub runs: u64,
 }
 
@@ -81,6 +82,20 @@ impl fmt::Display for Skipped {
     }
 }
 
+/// What a path that the user gives is: a file or a folder.
+///
+/// # Errors
+/// [`Error::Missing`], [`Error::Stdin`], [`Error::NotAFile`], [`Error::Read`].
+pub(super) fn check(path: &Path) -> Result<Metadata> {
+    let metadata = fs::metadata(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound if path == Path::new("-") => Error::Stdin,
+        io::ErrorKind::NotFound => Error::Missing { path: path.to_owned() },
+        _ => Error::Read { path: path.to_owned(), source },
+    })?;
+    // The path of an anonymous pipe can be opened, but has no canonical form.
+    if metadata.is_dir() || metadata.is_file() { Ok(metadata) } else { Err(Error::NotAFile { path: path.to_owned() }) }
+}
+
 /// Lists the files under `path`: itself, or all files of a folder and the folders within, sorted by
 /// path. Names that begin with a dot are left out below `path`, and so is what runs have written
 /// there: a run must not learn from its own output. Links are followed to files, not to folders.
@@ -89,17 +104,8 @@ impl fmt::Display for Skipped {
 /// [`Error::Missing`], [`Error::NotAFile`], [`Error::Read`] for a folder or a link that cannot be
 /// read, [`Error::NoText`] if no file with a byte in it is found.
 pub(super) fn under(path: &Path) -> Result<Sources> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound if path == Path::new("-") => Error::Stdin,
-        io::ErrorKind::NotFound => Error::Missing { path: path.to_owned() },
-        _ => Error::Read { path: path.to_owned(), source },
-    };
-    let metadata = fs::metadata(path).map_err(failed)?;
-    if !metadata.is_dir() && !metadata.is_file() {
-        // The path of an anonymous pipe can be opened, but has no canonical form.
-        return Err(Error::NotAFile { path: path.to_owned() });
-    }
-    let root = fs::canonicalize(path).map_err(failed)?;
+    let metadata = check(path)?;
+    let root = fs::canonicalize(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     let mut skipped = Skipped::default();
     let mut files = Vec::new();
     if metadata.is_dir() {

@@ -70,8 +70,8 @@ pub struct TokenFile {
 }
 
 impl TokenFile {
-    /// Opens a token file, and checks its header and its size: enough to read it safely, and quick at
-    /// any size. [`TokenFile::verify`] reads all of it.
+    /// Opens a token file, and checks its header and its size: enough to read it safely, and quick
+    /// at any size. [`TokenFile::verify`] reads all of it.
     ///
     /// # Errors
     /// [`Error::Read`] if it cannot be read; [`Error::Tokens`], naming the file, if it is not a

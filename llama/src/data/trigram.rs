@@ -20,14 +20,14 @@ use super::error::Result;
 use super::tokenizer::VOCAB;
 use super::tokens::{Split, TokenFile};
 
-/// Tokens that a model counts at most: the counts of a longer text are those of its beginning, so that
-/// the start of a run takes seconds at any size.
+/// Tokens that a model counts at most: the counts of a longer text are those of its beginning, so
+/// that the start of a run takes seconds at any size.
 pub const MOST_TOKENS: u64 = 1 << 26;
 
 /// Mean loss, in nats a token, of a trigram model trained on the train split, or the first
-/// [`MOST_TOKENS`] of it, and evaluated on the first `windows` validation windows of `dataset`, with the inputs and targets that
-/// [`Dataset::validation`] gives a model. It too sees nothing from before a window: the first
-/// target is predicted from one token.
+/// [`MOST_TOKENS`] of it, and evaluated on the first `windows` validation windows of `dataset`,
+/// with the inputs and targets that [`Dataset::validation`] gives a model. It too sees nothing from
+/// before a window: the first target is predicted from one token.
 ///
 /// # Errors
 /// [`Error::Read`](super::Error::Read) if the token file can no longer be read.

@@ -40,8 +40,8 @@ impl Paired {
         self.half_width.is_some_and(|half_width| self.mean.abs() > half_width)
     }
 
-    /// Whether an interval so wide that `count` such intervals all hold with 95 % (Bonferroni) is on
-    /// one side of zero.
+    /// Whether an interval so wide that `count` such intervals all hold with 95 % (Bonferroni) is
+    /// on one side of zero.
     #[cfg(test)]
     pub(super) fn separates_among(&self, count: usize) -> bool {
         let quantile = |tail: f64| t((self.seeds - 1) as f64, 1.0 - tail);

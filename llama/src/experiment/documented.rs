@@ -152,7 +152,8 @@ fn the_guide_says_what_the_noise_scales_of_the_runs_allow() {
     );
 }
 
-/// t₀ from the medians of a step's milliseconds a sample at batches of 8 and of 64, in the same run.
+/// t₀ from the medians of a step's milliseconds a sample at batches of 8 and of 64, in the same
+/// run.
 #[test]
 fn the_documents_say_what_is_known_of_the_time_of_a_step() {
     let (runs, page, guide) = (runs(), document("paper/README.md"), document("batch-size.md"));

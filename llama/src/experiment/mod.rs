@@ -25,6 +25,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use pillion_collectives::launcher::EXIT_INTERRUPTED;
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::data;
 use crate::run_folder::RunFolder;
 use crate::train::stopping;
 use crate::{Error, print, print_result, train};
@@ -74,6 +75,10 @@ pub struct PaperArgs {
 /// When a run fails, named, or a file cannot be written.
 pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
     let runs = grid(settings)?;
+    if let (Some(text), false) = (&settings.data, settings.report) {
+        // Otherwise the first run would find out, in a log of its own.
+        data::check(text)?;
+    }
     let out = settings
         .out
         .clone()

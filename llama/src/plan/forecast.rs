@@ -304,9 +304,9 @@ mod tests {
         contention: 0.0,
     };
 
-    /// The measured steps on 128 GPUs are 2.7 % and 2.3 % slower than on 8. The simulation hides all
-    /// communication and predicts no difference, so this says that it adds none that is not there,
-    /// and not that it foresees a slowdown.
+    /// The measured steps on 128 GPUs are 2.7 % and 2.3 % slower than on 8. The simulation hides
+    /// all communication and predicts no difference, so this says that it adds none that is not
+    /// there, and not that it foresees a slowdown.
     #[test]
     fn what_is_calibrated_on_8_gpus_is_within_15_percent_on_128_without_foreseeing_the_slowdown() {
         // Tokens a second and GPU on 8 and 128 H100: pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3, without Float8.

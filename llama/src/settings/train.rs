@@ -30,7 +30,8 @@ pub enum LaunchKind {
 pub enum Precision {
     /// 32-bit floating point.
     F32,
-    /// bfloat16 weights and operands of matrix products; sums, the residual stream, gradients of weights and their update stay f32.
+    /// bfloat16 weights and operands of matrix products; sums, the residual stream, gradients of
+    /// weights and their update stay f32.
     Bf16,
 }
 
@@ -140,10 +141,12 @@ pub struct PolicyArgs {
     /// Type in which gradients travel: bf16 halves the bytes, and rounds each rank's gradient once.
     #[arg(long, value_enum, default_value = "f32")]
     pub reduce_precision: Precision,
-    /// The ranks as a grid of `replicate` groups that hold the same, of `shard` ranks each; default: one group.
+    /// The ranks as a grid of `replicate` groups that hold the same, of `shard` ranks each;
+    /// default: one group.
     #[arg(long, value_name = "replicate=R,shard=S", value_parser = mesh)]
     pub mesh: Option<Mesh>,
-    /// What the ranks of a group divide: parameters,gradients,optimizer, some of these, or one of nothing, zero-1, zero-2, zero-3.
+    /// What the ranks of a group divide: parameters,gradients,optimizer, some of these, or one of
+    /// nothing, zero-1, zero-2, zero-3.
     #[arg(long, value_name = "WHAT", default_value = "zero-3")]
     pub shard: Sharded,
     /// How ranks get sharded weights that they compute with; default: window.
@@ -179,11 +182,12 @@ pub struct TrainArgs {
     /// File of settings in TOML, with the names of these flags as keys; flags win.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Text to train on, a file or a folder, or `synthetic` for random tokens; default: the sources of the crates this program is built
-    /// from.
+    /// Text to train on, a file or a folder, or `synthetic` for random tokens; default: the sources
+    /// of the crates this program is built from.
     #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
-    /// Folder for everything the run writes; an earlier run in it is moved aside, unless it is resumed.
+    /// Folder for everything the run writes; an earlier run in it is moved aside, unless it is
+    /// resumed.
     #[arg(long, value_name = "DIR", default_value = "runs/train")]
     pub out: PathBuf,
     /// Number of ranks to start on this host; default: those of mpirun, torchrun or srun, else 2.
@@ -213,13 +217,15 @@ pub struct TrainArgs {
     /// Samples that a rank computes at a time.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub micro_batch: u64,
-    /// Samples in a step, over all ranks, at first; default: --round-to, and at least two micro-batches where noise is measured.
+    /// Samples in a step, over all ranks, at first; default: --round-to, and at least two
+    /// micro-batches where noise is measured.
     #[arg(long, value_name = "N")]
     pub batch: Option<u64>,
     /// Samples in a step at most; default: 8 times --batch.
     #[arg(long, value_name = "N")]
     pub max_batch: Option<u64>,
-    /// Batches are multiples of this, itself a multiple of --micro-batch; default: ranks times --micro-batch.
+    /// Batches are multiples of this, itself a multiple of --micro-batch; default: ranks times
+    /// --micro-batch.
     #[arg(long, value_name = "N")]
     pub round_to: Option<u64>,
     #[command(flatten)]
@@ -243,18 +249,20 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub policy: PolicyArgs,
-    /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that are not given are those
-    /// that the run began with, and so are its tokens.
+    /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that
+    /// are not given are those that the run began with, and so are its tokens.
     #[arg(long, value_name = "auto|PATH")]
     pub resume: Option<PathBuf>,
     /// Settings in which a resumed run may differ from its checkpoint, by their flags: lr,samples,…
     #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = changeable, requires = "resume")]
     pub change: Vec<String>,
-    /// What to do about a step whose gradient or loss is not finite; default: stop, or what a resumed run did. skip goes
-    /// on without the step's samples; rewind goes back to the newest checkpoint, and on without the samples since it.
+    /// What to do about a step whose gradient or loss is not finite; default: stop, or what a
+    /// resumed run did. skip goes on without the step's samples; rewind goes back to the newest
+    /// checkpoint, and on without the samples since it.
     #[arg(long, value_enum, value_name = "WHAT")]
     pub on_non_finite: Option<OnNonFinite>,
-    /// Steps in a row that may be left out by skip, and times in a row that rewind may go back to the same checkpoint.
+    /// Steps in a row that may be left out by skip, and times in a row that rewind may go back to
+    /// the same checkpoint.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub non_finite_limit: u64,
     /// Save every N steps, besides at the end; 0: only at the end.
@@ -269,23 +277,26 @@ pub struct TrainArgs {
     /// Samples to validate on; where the validation text has fewer, all of it.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub validation_samples: u64,
-    /// Tokens of text that the trained model writes at the end; 0 for none. Each takes a forward pass, for which all
-    /// weights are gathered.
+    /// Tokens of text that the trained model writes at the end; 0 for none. Each takes a forward
+    /// pass, for which all weights are gathered.
     #[arg(long, value_name = "N", default_value_t = 240)]
     pub sample: usize,
     /// What moves the bytes between ranks.
     #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
     pub backend: BackendKind,
-    /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts gives its bits on one host.
+    /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts
+    /// gives its bits on one host.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub reduce_groups: usize,
-    /// Threads of each rank; default: the processors that it may run on, divided among the ranks of its host.
+    /// Threads of each rank; default: the processors that it may run on, divided among the ranks of
+    /// its host.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
     /// Print where the time of the steps after the first went, kernel by kernel.
     #[arg(long)]
     pub profile: bool,
-    /// Write what each rank computes, waits for and moves into trace.json in --out, a timeline for ui.perfetto.dev.
+    /// Write what each rank computes, waits for and moves into trace.json in --out, a timeline for
+    /// ui.perfetto.dev.
     #[arg(long)]
     pub trace: bool,
     /// Seconds after which a rank that waits for another gives up, at the start and in each
@@ -319,7 +330,7 @@ fn mesh(text: &str) -> Result<Mesh, String> {
 }
 
 fn changeable(name: &str) -> Result<String, String> {
-    let name = name.trim_start_matches("--");
+    let name = name.trim().trim_start_matches("--");
     match CHANGEABLE.contains(&name) {
         true => Ok(name.to_owned()),
         false => Err(format!("a run cannot change this; it can change {}", CHANGEABLE.join(", "))),

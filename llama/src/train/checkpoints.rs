@@ -1,5 +1,6 @@
 //! What a run keeps besides its parameters, and which checkpoint it goes on from.
 
+use std::num::NonZero;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -9,18 +10,19 @@ use pillion_runtime::checkpoint::{self, Checkpoint, Whole};
 use serde::{Deserialize, Serialize};
 
 use super::recipe::Recipe;
-use crate::settings::OnNonFinite;
+use crate::settings::{OnNonFinite, TrainArgs};
 use crate::{Error, run_folder};
 
-/// The trainer's part of a checkpoint. A field that a later version adds has a default, so that checkpoints of earlier
-/// versions stay readable.
+/// The trainer's part of a checkpoint. A field that a later version adds has a default, so that
+/// checkpoints of earlier versions stay readable.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Progress {
     /// What decides the run's numbers.
     pub(crate) recipe: Recipe,
     /// Checksum of the tokens.
     pub(crate) data: String,
-    /// What `--data` said, absolute; none for the default text, and in checkpoints of versions that did not keep it.
+    /// What `--data` said, absolute; none for the default text, and in checkpoints of versions that
+    /// did not keep it.
     #[serde(default)]
     pub(crate) data_path: Option<PathBuf>,
     /// Steps made.
@@ -30,11 +32,34 @@ pub(crate) struct Progress {
     /// Of these, the samples that were left out because their gradients were not finite, in order.
     #[serde(default)]
     pub(crate) left_out: Vec<Range<u64>>,
-    /// What the run does about such samples.
+    /// None in checkpoints of versions that did not keep them.
     #[serde(default)]
-    pub(crate) on_non_finite: OnNonFinite,
+    pub(crate) habits: Option<Habits>,
     /// The controller's.
     pub(crate) controller: ControllerState,
+}
+
+/// How a run saves, validates, and ends, which decides no number of the training. A resume keeps
+/// them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Habits {
+    pub(crate) save_every: u64,
+    pub(crate) keep: Option<NonZero<usize>>,
+    pub(crate) validate_every: u64,
+    pub(crate) validation_samples: u64,
+    /// Tokens of text at the end.
+    pub(crate) sample: usize,
+    pub(crate) on_non_finite: OnNonFinite,
+    pub(crate) non_finite_limit: u64,
+}
+
+impl Habits {
+    pub(crate) fn of(settings: &TrainArgs) -> Habits {
+        let &TrainArgs { save_every, keep, validate_every, validation_samples, sample, non_finite_limit, .. } =
+            settings;
+        let on_non_finite = settings.on_non_finite.unwrap_or_default();
+        Habits { save_every, keep, validate_every, validation_samples, sample, on_non_finite, non_finite_limit }
+    }
 }
 
 /// What a run may go on from.
@@ -101,10 +126,8 @@ impl Candidates {
 
     /// That none of them was of any use.
     pub(crate) fn exhausted(&self) -> Error {
-        let reason = format!(
-            "no checkpoint in it is whole ({}); name another with --resume PATH, or leave --resume out to start afresh",
-            self.passed_over.join("; ")
-        );
+        let reason =
+            format!("no checkpoint in it is whole ({}); name another one by its path", self.passed_over.join("; "));
         Error::file(&self.folder, reason)
     }
 }
@@ -126,6 +149,20 @@ pub(crate) fn newest(path: &Path, communicator: &Communicator) -> Result<(Whole,
     Err(candidates.exhausted())
 }
 
+/// Checks that a run in whose folder a checkpoint lies can go on from it: checkpoints of later
+/// steps get other names then.
+///
+/// # Errors
+/// [`Error::File`] when its name has no step, as of one that was set aside.
+pub(crate) fn check_name(path: &Path) -> Result<(), Error> {
+    match checkpoint::is_named_as_one(path) {
+        true => Ok(()),
+        false => {
+            Err(Error::file(path, "its name has no step: give it the name step-, with eight digits of its step, first"))
+        }
+    }
+}
+
 /// A checkpoint's trainer's part.
 pub(crate) fn progress(checkpoint: &Checkpoint) -> Result<Progress, Error> {
     serde_json::from_value(checkpoint.extra().clone()).map_err(|error| {
@@ -136,9 +173,9 @@ pub(crate) fn progress(checkpoint: &Checkpoint) -> Result<Progress, Error> {
     })
 }
 
-/// Makes order among the checkpoints of the run in `out`, once it has begun or every rank has loaded what it goes on
-/// from: removes what interrupted saves have left, and gives other names to checkpoints of later steps, which were passed
-/// over or are not wanted any more.
+/// Makes order among the checkpoints of the run in `out`, once it has begun or every rank has
+/// loaded what it goes on from: removes what interrupted saves have left, and gives other names to
+/// checkpoints of later steps, which were passed over or are not wanted any more.
 pub(crate) fn tidy(out: &Path, resume: Option<&Path>) -> Result<(), Error> {
     for gone in checkpoint::remove_left(&run_folder::checkpoints(out))? {
         crate::print(format_args!("removed {}, which an interrupted run has left", gone.display()));

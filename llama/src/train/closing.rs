@@ -1,5 +1,7 @@
 //! The end of a run: what was reached.
 
+use super::checkpoints::Progress;
+use super::recipe::Recipe;
 use super::run::{Mark, Output, Run};
 use super::screen;
 use super::source::is_synthetic;
@@ -9,9 +11,10 @@ use crate::generate::generate;
 use crate::output::escaped;
 
 impl Run<'_> {
-    /// What was reached, a sample of text where that was learned, and the paths of what was written.
+    /// What was reached, a sample of text where that was learned, and the paths of what was
+    /// written.
     pub(super) fn summary(&mut self, validation: f64) -> Result<(), Error> {
-        let writes = self.settings.sample > 0 && !is_synthetic(self.dataset.tokens());
+        let writes = self.start.habits.sample > 0 && !is_synthetic(self.dataset.tokens());
         let sample = if writes { Some(self.sample()?) } else { None };
         let Some(Output { screen, metrics, mark: Mark { loss, of }, .. }) = &self.output else { return Ok(()) };
         screen.close();
@@ -19,10 +22,14 @@ impl Run<'_> {
         if let Some(table) = breakdown.and_then(|breakdown| breakdown.table(self.processor.own_peak)) {
             screen.say(format!("\n{table}"));
         }
+        let left_out = match self.progress.left_out() {
+            0 => String::new(),
+            samples => format!(", {samples} of them left out,"),
+        };
         let against = if validation < *loss { "below" } else { "not below" };
         let sample = sample.map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
         screen.say(format!(
-            "\n{} steps, {} samples in {}; batch {} at the end\n\
+            "\n{} steps, {} samples{left_out} in {}; batch {} at the end\n\
              validation loss {validation:.4}, {against} that of {of}, {loss:.4}\n\
              {sample}\
              metrics     {}\ncheckpoint  {}",
@@ -41,19 +48,21 @@ impl Run<'_> {
         const PROMPT: &str = "pub fn ";
         let mut prompt = Vec::new();
         tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
-        let (seq, seed, length) = (self.start.recipe.seq, self.start.recipe.seed, self.settings.sample);
+        let (seq, seed, length) = (self.start.recipe.seq, self.start.recipe.seed, self.start.habits.sample);
         let text = generate(&mut self.engine, &mut self.model, seq, &prompt, length, 0.7, seed)?;
         Ok(format!("{PROMPT}{}", escaped(&tokenizer::decode(&text))))
     }
+}
 
-    /// Why a run that is resumed makes no step.
-    pub(super) fn nothing_left(&self) -> String {
-        let (step, samples, wanted) = (self.progress.step, self.progress.samples, self.start.recipe.schedule.samples);
-        match samples >= wanted {
-            true => format!(
-                "nothing left to do: all {wanted} samples were dealt in {step} steps; to train on more, resume with --change samples --samples N"
-            ),
-            false => format!("nothing left to do: {step} steps were made; to make more, resume with a larger --steps"),
-        }
+/// Why a run that is resumed has no step to make, if it has none.
+pub(super) fn nothing_left(saved: &Progress, recipe: &Recipe, steps: Option<u64>) -> Option<String> {
+    let (made, wanted) = (saved.step, recipe.schedule.samples);
+    if saved.samples >= wanted {
+        return Some(format!(
+            "nothing left to do: all {wanted} samples were dealt in {made} steps; to train on more, resume with \
+             --change samples --samples N"
+        ));
     }
+    let is_enough = steps.is_some_and(|steps| made >= steps);
+    is_enough.then(|| format!("nothing left to do: {made} steps were made; to make more, resume with a larger --steps"))
 }

@@ -42,11 +42,12 @@ pub(crate) struct Line {
     /// as are the next two.
     #[serde(default)]
     pub(crate) groups: Option<u64>,
-    /// Σ_k ‖G_k‖²/n_k, where G_k is the gradient of the summed loss of group k's n_k tokens, in nats:
-    /// so nats² a token, over the square of a parameter's unit. Before clipping.
+    /// Σ_k ‖G_k‖²/n_k, where G_k is the gradient of the summed loss of group k's n_k tokens, in
+    /// nats: so nats² a token, over the square of a parameter's unit. Before clipping.
     #[serde(default)]
     pub(crate) group_square_norms: Option<f64>,
-    /// ‖Σ_k G_k‖²: nats², over the square of a parameter's unit. Before clipping, divided by nothing.
+    /// ‖Σ_k G_k‖²: nats², over the square of a parameter's unit. Before clipping, divided by
+    /// nothing.
     #[serde(default)]
     pub(crate) sum_square_norm: Option<f64>,
     /// B_simple in samples, smoothed; null while unknown.
@@ -103,26 +104,29 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// Opens `metrics.jsonl` in `folder`, keeping the lines of steps up to `last_step` of an earlier run.
+    /// Opens `metrics.jsonl` in `folder`, keeping the lines of steps up to `last_step` of an
+    /// earlier run. Lines of later steps, which will be made again, go to `metrics.aside.jsonl`.
     pub(crate) fn open(folder: &Path, last_step: u64) -> Result<Metrics, Error> {
         let path = run_folder::metrics(folder);
         let fail = |error: std::io::Error| Error::file(&path, explain(&error));
-        let mut kept = String::new();
-        if last_step > 0 && path.exists() {
+        let (mut kept, mut later) = (String::new(), String::new());
+        if path.exists() {
             for line in BufReader::new(File::open(&path).map_err(fail)?).lines() {
                 let line = line.map_err(fail)?;
                 // A line that was cut off by a crash belongs to a step that will be made again.
-                match serde_json::from_str::<Line>(&line) {
-                    Ok(parsed) if parsed.step <= last_step => {
-                        kept.push_str(&line);
-                        kept.push('\n');
-                    }
-                    _ => {}
+                if let Ok(parsed) = serde_json::from_str::<Line>(&line) {
+                    let lines = if parsed.step <= last_step { &mut kept } else { &mut later };
+                    lines.push_str(&line);
+                    lines.push('\n');
                 }
             }
         }
+        if !later.is_empty() {
+            let aside = File::options().append(true).create(true).open(run_folder::metrics_aside(folder));
+            aside.and_then(|mut aside| aside.write_all(later.as_bytes())).map_err(fail)?;
+        }
         // Replaced at once, so that no crash loses the lines that are kept.
-        let next = path.with_extension("jsonl.incomplete");
+        let next = run_folder::unfinished(folder, "metrics");
         let mut file = create(&next).map_err(fail)?;
         file.write_all(kept.as_bytes()).and_then(|()| file.sync_all()).map_err(fail)?;
         std::fs::rename(&next, &path).map_err(fail)?;
@@ -133,7 +137,8 @@ impl Metrics {
         &self.path
     }
 
-    /// Writes the file again where somebody has removed or replaced it: its lines are still to be had.
+    /// Writes the file again where somebody has removed it: its lines are still to be had. The
+    /// caller holds the folder's lock, so no other run has written a file of this name.
     fn restore(&mut self) -> Result<(), Error> {
         let fail = |error: std::io::Error| Error::file(&self.path, error);
         let of = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
@@ -143,7 +148,7 @@ impl Metrics {
         }
         let mut lines = vec![0; self.len as usize];
         self.file.read_exact_at(&mut lines, 0).map_err(fail)?;
-        let mut file = create(&self.path).map_err(fail)?;
+        let mut file = File::options().read(true).write(true).create_new(true).open(&self.path).map_err(fail)?;
         file.write_all(&lines).map_err(fail)?;
         self.file = file;
         Ok(())

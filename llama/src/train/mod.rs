@@ -80,7 +80,7 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
         Err(error) => {
             let error = no_signals(&error);
             let is_said = Communicator::decline(&launch, &error.to_string());
-            Err(if is_said { Error::ByRankZero { setting: false } } else { error })
+            Err(if is_said { Error::ByRankZero { code: error.code() } } else { error })
         }
     };
     Ok(exit_code(&launch, result))

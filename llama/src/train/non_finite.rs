@@ -1,8 +1,9 @@
 //! What a run does about a step whose gradient or loss is not finite: `--on-non-finite`.
 //!
-//! Such a step has changed no parameter, on any rank. `skip` goes on without the step's samples. `rewind` goes back to
-//! the newest checkpoint, and on without all samples since: whatever led to the step was learnt from these. Samples that
-//! are left out count for every schedule, and are in the checkpoint.
+//! Such a step has changed no parameter, on any rank. `skip` goes on without the step's samples.
+//! `rewind` goes back to the newest checkpoint, and on without all samples since: whatever led to
+//! the step was learnt from these. Samples that are left out count for every schedule, and are in
+//! the checkpoint.
 
 use pillion_collectives::Reduction;
 use pillion_runtime::{State, checkpoint};
@@ -10,7 +11,7 @@ use pillion_runtime::{State, checkpoint};
 use super::checkpoints::progress;
 use super::metrics::Metrics;
 use super::progress::{Counters, Saved};
-use super::run::Run;
+use super::run::{Run, controller};
 use crate::Error;
 use crate::settings::OnNonFinite;
 
@@ -42,7 +43,8 @@ impl NonFinite {
 }
 
 impl Run<'_> {
-    /// Goes on without the `batch` samples of the step that has failed with `error`, or ends the run. Collective.
+    /// Goes on without the `batch` samples of the step that has failed with `error`, or ends the
+    /// run. Collective.
     pub(super) fn leave_out(&mut self, error: Error, batch: u64) -> Result<(), Error> {
         // Every rank has the error, and all can still save what is under way.
         self.finish_saving().or_else(|error| self.survive(error))?;
@@ -51,16 +53,22 @@ impl Run<'_> {
         *in_a_row += 1;
         let number = *in_a_row;
         if policy == OnNonFinite::Stop {
-            return Err(self.ended(format!("{error}; {}", self.remedies())));
+            // This step has changed nothing: what was learnt before it can be gone on from.
+            if self.progress.newest.is_none() && self.progress.step > 0 && self.is_finite()? {
+                let saved = self.begin_saving().and_then(|()| self.finish_saving());
+                saved.or_else(|error| self.survive(error))?;
+            }
+            return Err(self.ended(format!("{}: {}", what(&error), self.remedies())));
         }
         if number > limit {
-            let what = if policy == OnNonFinite::Skip { "steps in a row" } else { "times since the newest checkpoint" };
+            let since = if policy == OnNonFinite::Skip { "in a row" } else { "since the newest checkpoint" };
             return Err(self.ended(format!(
-                "{error}; this has happened {number} {what}, and --non-finite-limit is {limit}: {}",
-                self.remedies()
+                "{}; this has happened {number} times {since}, and --non-finite-limit is {limit}: the weights are probably \
+                 broken, so go on from an older checkpoint with --resume PATH, or with a lower rate (--change lr --lr X)",
+                what(&error)
             )));
         }
-        self.say(|| error.to_string());
+        self.say(|| what(&error));
         let next = self.progress.samples + batch;
         if policy == OnNonFinite::Rewind {
             self.rewind()?;
@@ -90,8 +98,7 @@ impl Run<'_> {
             )));
         }
         let found = progress(&saved)?;
-        self.controller =
-            pillion_abs::Controller::resume(self.start.recipe.controller.clone(), found.controller.clone())?;
+        self.controller = controller(&self.start.recipe, Some(&found))?;
         self.progress = Counters::of(found, path.clone());
         let step = self.progress.step;
         if let Some(output) = &mut self.output {
@@ -120,8 +127,9 @@ impl Run<'_> {
     fn remedies(&self) -> String {
         match &self.progress.newest {
             Some(Saved { path, .. }) => format!(
-                "go on from {} with --resume auto --on-non-finite skip, which leaves this step's samples out, or rewind, \
-                 which leaves out all since a checkpoint, or with another learning rate: --resume auto --change lr --lr X",
+                "go on from {} without this step's samples (--resume auto --on-non-finite skip), without all samples since a \
+                 checkpoint (rewind), or with another learning rate (--resume auto --change lr --lr X); if that fails, its \
+                 weights are broken already: go on from an older checkpoint with --resume PATH",
                 path.display()
             ),
             None => "nothing was saved, so start again with a lower --lr or with --on-non-finite skip".to_owned(),
@@ -130,6 +138,16 @@ impl Run<'_> {
 
     /// An end that every rank has come to, and rank 0 says.
     fn ended(&self, reason: String) -> Error {
-        if self.communicator.rank() == 0 { Error::NonFinite(reason) } else { Error::ByRankZero { setting: false } }
+        if self.communicator.rank() == 0 { Error::NonFinite(reason) } else { Error::ByRankZero { code: 1 } }
+    }
+}
+
+/// What is wrong with a step, without what a caller of the runtime could do about it.
+fn what(error: &Error) -> String {
+    match error {
+        Error::Runtime(pillion_runtime::Error::NonFinite { step, count, loss }) => format!(
+            "{count} gradient values of update {step} are not finite and its loss is {loss}, so no parameter was changed"
+        ),
+        error => error.to_string(),
     }
 }

@@ -22,8 +22,8 @@ const MOST_TOKENS: u64 = 1 << 22;
 /// Rounds of a step times blocks, at most: the plan of more would not fit into memory.
 const MOST_PASSES: u64 = 1 << 18;
 
-/// What decides the numbers of a run, but for its data. Batches count samples. A field that a later version adds has a
-/// default, so that checkpoints of earlier versions stay readable.
+/// What decides the numbers of a run, but for its data. Batches count samples. A field that a later
+/// version adds has a default, so that checkpoints of earlier versions stay readable.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Recipe {
     pub(crate) model: Config,
@@ -269,5 +269,7 @@ fn range(flag: &str, value: f64, least: f64, most: f64) -> Result<(), Error> {
     if (least..=most).contains(&value) {
         return Ok(());
     }
+    // The largest number that there is has 309 digits.
+    let most = if most > 1e15 { format!("{most:e}") } else { most.to_string() };
     fail(format!("{flag} {value} is out of range: between {least} and {most}"))
 }

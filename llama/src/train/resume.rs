@@ -1,17 +1,17 @@
-//! With which settings a run goes on: those of the checkpoint, but for what the user asks to change.
+//! The settings of a run that goes on: those of the checkpoint, and what the user asks to change.
 
 use std::path::Path;
 
 use pillion_abs::{Rule, Stage, Variant};
 
-use super::checkpoints::Progress;
+use super::checkpoints::{Habits, Progress};
 use super::recipe::Recipe;
 use crate::Error;
 use crate::controller::{ControllerArgs, ControllerKind, CouplingKind, VariantKind, flag};
 use crate::settings::{Precision, TrainArgs};
 
-/// The settings that `--change` takes: schedules and limits. The others decide which numbers the model has, or which
-/// samples it sees.
+/// The settings that `--change` takes: schedules and limits. The others decide which numbers the
+/// model has, or which samples it sees.
 #[rustfmt::skip]
 pub(crate) const CHANGEABLE: &[&str] = &[
     "lr", "warmup", "final-lr", "samples", "weight-decay", "clip", "lr-coupling", "batch", "max-batch", "round-to",
@@ -19,10 +19,12 @@ pub(crate) const CHANGEABLE: &[&str] = &[
     "shrink",
 ];
 
-/// Gives every setting that decides the run's numbers, and was not given, the value that the saved run had.
+/// Gives every setting that decides the run's numbers, and was not given, the value that the saved
+/// run had.
 pub(crate) fn adopt(settings: &mut TrainArgs, saved: &Progress) {
-    let given = settings.given.clone();
-    let keeps = |flag: &str| !given.contains(flag);
+    let (given, changed) = (settings.given.clone(), settings.change.clone());
+    // A switch that is to be off cannot be given.
+    let keeps = |flag: &str| !given.contains(flag) && !changed.iter().any(|name| name == flag);
     let Recipe { model, precision, reduce_precision, seq, micro_batch, seed, .. } = &saved.recipe;
     let Recipe { controller, schedule, coupling, weight_decay, clip, .. } = &saved.recipe;
     if keeps("model") {
@@ -60,6 +62,9 @@ pub(crate) fn adopt(settings: &mut TrainArgs, saved: &Progress) {
     if keeps("seq") {
         settings.seq = *seq;
     }
+    if let Some(habits) = &saved.habits {
+        adopt_habits(settings, &keeps, habits);
+    }
     // Defaults that depend on the world are those of the run's beginning.
     settings.round_to.get_or_insert(controller.round_to);
     settings.batch.get_or_insert(controller.base);
@@ -68,6 +73,26 @@ pub(crate) fn adopt(settings: &mut TrainArgs, saved: &Progress) {
         settings.controller.lr_coupling = CouplingKind::from(*coupling);
     }
     adopt_controller(&mut settings.controller, &keeps, controller, schedule.samples);
+}
+
+fn adopt_habits(settings: &mut TrainArgs, keeps: &impl Fn(&str) -> bool, saved: &Habits) {
+    for (flag, saved, setting) in [
+        ("save-every", saved.save_every, &mut settings.save_every),
+        ("validate-every", saved.validate_every, &mut settings.validate_every),
+        ("validation-samples", saved.validation_samples, &mut settings.validation_samples),
+        ("non-finite-limit", saved.non_finite_limit, &mut settings.non_finite_limit),
+    ] {
+        if keeps(flag) {
+            *setting = saved;
+        }
+    }
+    if keeps("keep") {
+        settings.keep = saved.keep;
+    }
+    if keeps("sample") {
+        settings.sample = saved.sample;
+    }
+    settings.on_non_finite.get_or_insert(saved.on_non_finite);
 }
 
 fn adopt_controller(
@@ -109,7 +134,8 @@ fn adopt_controller(
     }
 }
 
-/// Compares the settings of a run with those of the checkpoint at `path`; returns what changes, in words to print.
+/// Compares the settings of a run with those of the checkpoint at `path`; returns what changes, in
+/// words to print.
 ///
 /// # Errors
 /// [`Error::Setting`] with every difference that `--change` does not name.
@@ -117,9 +143,22 @@ pub(crate) fn changes(
     path: &Path,
     saved: &Progress,
     recipe: &Recipe,
-    allowed: &[String],
+    settings: &TrainArgs,
 ) -> Result<Vec<String>, Error> {
     let differences = recipe.differences(&saved.recipe);
+    let is_given = |name: &String| settings.given.contains(name) || name == "shrink";
+    if let Some(name) = settings.change.iter().find(|name| !is_given(name)) {
+        return Err(Error::Setting(format!("--change {name}: give --{name} as well, with its new value")));
+    }
+    let allowed = &settings.change;
+    if recipe.schedule.samples < saved.samples {
+        let (wanted, dealt) = (recipe.schedule.samples, saved.samples);
+        return Err(Error::Setting(format!(
+            "--samples {wanted}: the checkpoint {} was made after {dealt} samples: give at least as many, or go on from an \
+             older checkpoint",
+            path.display()
+        )));
+    }
     let is_allowed = |flag: &String| allowed.contains(flag);
     // The end of a stage or ramp is a share of the samples, and moves with them.
     let follows = |key: &str| {
@@ -130,7 +169,7 @@ pub(crate) fn changes(
         let said = |(key, ours, theirs): &(String, String, String)| format!("changed: {key} from {theirs} to {ours}");
         return Ok(differences.iter().map(said).collect());
     }
-    let mut flags: Vec<String> = refused.iter().map(|(key, ..)| flag(key)).collect();
+    let mut flags: Vec<String> = refused.iter().map(|(key, ..)| given_flag(key, settings)).collect();
     flags.sort();
     flags.dedup();
     let listed: Vec<String> =
@@ -151,6 +190,20 @@ pub(crate) fn changes(
         listed.join(" and "),
         dashed.join(" and "),
     )))
+}
+
+/// The flag that made a setting differ: one field of the model's shape can be given by itself, or
+/// with a preset.
+fn given_flag(key: &str, settings: &TrainArgs) -> String {
+    let of_field = match key.strip_prefix("model.") {
+        Some("hidden_size") => "hidden-size",
+        Some("intermediate_size") => "intermediate-size",
+        Some("num_hidden_layers") => "layers",
+        Some("num_attention_heads") => "heads",
+        Some("num_key_value_heads") => "kv-heads",
+        _ => return flag(key),
+    };
+    if settings.given.contains(of_field) { of_field.to_owned() } else { "model".to_owned() }
 }
 
 impl ControllerKind {

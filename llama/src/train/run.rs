@@ -12,6 +12,7 @@ use pillion_runtime::checkpoint::Saver;
 use pillion_runtime::{Engine, Layout, Policy};
 
 use super::checkpoints;
+use super::closing::nothing_left;
 use super::cores::Processor;
 use super::evaluation::validate;
 use super::metrics::{Line, Metrics};
@@ -51,8 +52,10 @@ pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> R
         }
         error
     };
-    let mut run = Run::new(settings, launch, communicator.clone()).map_err(give_up)?;
-    run.train(stop).map_err(give_up)
+    match Run::new(settings, launch, communicator.clone()).map_err(give_up)? {
+        Some(mut run) => run.train(stop).map_err(give_up),
+        None => Ok(Ended::Done),
+    }
 }
 
 /// One rank of a run under way.
@@ -94,13 +97,18 @@ pub(super) struct Mark {
 enum Outcome {
     /// An update; whether any rank was asked to stop.
     Made(Box<Line>, bool),
-    /// A gradient or loss that is not finite, for which nothing was updated. The samples of the batch are still to be
-    /// accounted for.
+    /// A gradient or loss that is not finite, for which nothing was updated. The samples of the
+    /// batch are still to be accounted for.
     NonFinite { error: Error, batch: u64, stopped: bool },
 }
 
 impl<'s> Run<'s> {
-    fn new(settings: &'s TrainArgs, launch: &Launch, communicator: Arc<Communicator>) -> Result<Run<'s>, Error> {
+    /// None when there is nothing left to do, which has been said.
+    fn new(
+        settings: &'s TrainArgs,
+        launch: &Launch,
+        communicator: Arc<Communicator>,
+    ) -> Result<Option<Run<'s>>, Error> {
         let world = communicator.world();
         same_settings(settings, &communicator)?;
         // Before anything is touched.
@@ -110,6 +118,12 @@ impl<'s> Run<'s> {
         let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
         let dataset = Dataset::open(TokenFile::open(&start.tokens)?, recipe.seq, recipe.seed)?;
         let saved = resume.as_ref().map(|whole| checkpoints::progress(whole.checkpoint())).transpose()?;
+        if let Some(nothing) = saved.as_ref().and_then(|saved| nothing_left(saved, recipe, settings.steps)) {
+            if communicator.rank() == 0 {
+                crate::print(nothing);
+            }
+            return Ok(None);
+        }
         let controller = controller(recipe, saved.as_ref())?;
         if communicator.rank() == 0 {
             print_plan(recipe, &policy, launch, &communicator, controller.batch())?;
@@ -139,7 +153,12 @@ impl<'s> Run<'s> {
             }
         };
         let output = on_rank_zero_alone(&communicator, || {
-            let newest = progress.newest.as_ref().map(|saved| saved.path.as_path());
+            let (folder, newest) = (folder.expect("rank 0 has claimed it"), progress.newest.as_ref());
+            let newest = newest.map(|saved| saved.path.as_path());
+            if let Some(aside) = folder.set_aside(newest, settings.trace)? {
+                let (out, aside) = (start.out.display(), aside.display());
+                crate::print(format_args!("the earlier run in {out} is now {aside}"));
+            }
             checkpoints::tidy(&start.out, newest)?;
             let mark = match is_synthetic(dataset.tokens()) {
                 true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
@@ -156,13 +175,13 @@ impl<'s> Run<'s> {
             let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
             let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
             let metrics = Metrics::open(&start.out, progress.step)?;
-            Ok(Output { screen, metrics, mark, folder: folder.expect("rank 0 has claimed it") })
+            Ok(Output { screen, metrics, mark, folder })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
-        let mut saver = Saver::new(&run_folder::checkpoints(&start.out), settings.keep.map(NonZero::get))?;
+        let mut saver = Saver::new(&run_folder::checkpoints(&start.out), start.habits.keep.map(NonZero::get))?;
         saver.reserve(&engine)?;
         let begin = || Timeline::begin(&start.out, &communicator, &mut engine);
-        Ok(Run {
+        Ok(Some(Run {
             settings,
             timeline: settings.trace.then(begin).transpose()?,
             communicator,
@@ -171,21 +190,17 @@ impl<'s> Run<'s> {
             dataset,
             controller,
             progress,
-            non_finite: NonFinite::new(start.on_non_finite, settings.non_finite_limit),
+            non_finite: NonFinite::new(start.habits.on_non_finite, start.habits.non_finite_limit),
             saver,
             output,
             processor,
             inputs: vec![0; tokens],
             targets: vec![0; tokens],
             start,
-        })
+        }))
     }
 
     fn train(&mut self, stop: &AtomicBool) -> Result<Ended, Error> {
-        if self.is_done() {
-            self.say(|| self.nothing_left());
-            return Ok(Ended::Done);
-        }
         let mut validation = self.validate()?;
         if let Some(Output { screen, mark: Mark { loss, of }, .. }) = &self.output {
             let samples = self.start.validation_samples;
@@ -217,7 +232,7 @@ impl<'s> Run<'s> {
                     None
                 }
             };
-            let every = self.settings.validate_every;
+            let every = self.start.habits.validate_every;
             let is_due = line.is_some() && !stopped && every > 0 && self.progress.step.is_multiple_of(every);
             if self.is_done() || is_due {
                 validation = self.validate()?;
@@ -225,8 +240,8 @@ impl<'s> Run<'s> {
                     line.validation_loss = Some(validation);
                 }
             }
-            self.show(line.as_deref_mut(), validation);
-            let every = self.settings.save_every;
+            self.show(line.as_deref_mut(), validation)?;
+            let every = self.start.habits.save_every;
             if line.is_some() && !stopped && !self.is_done() && every > 0 && self.progress.step.is_multiple_of(every) {
                 if self.saver.is_busy() {
                     self.say(|| "waiting for the checkpoint before, which is still being written".to_owned());
@@ -255,18 +270,21 @@ impl<'s> Run<'s> {
     }
 
     /// Writes what a step has done, and what the model reaches where it was validated.
-    fn show(&mut self, line: Option<&mut Line>, validation: f64) {
+    fn show(&mut self, line: Option<&mut Line>, validation: f64) -> Result<(), Error> {
         let is_done = self.is_done();
-        let Some(Output { screen, metrics, folder, .. }) = &mut self.output else { return };
+        let Some(Output { screen, metrics, folder, .. }) = &mut self.output else { return Ok(()) };
         let Some(line) = line else {
             if is_done {
                 screen.say(format!("validation loss {validation:.4} after {} samples", self.progress.samples));
             }
-            return;
+            return Ok(());
         };
         line.memory = screen.memory();
         let restored = folder.restore();
-        if let Err(error) = restored.and_then(|_| metrics.write(line)) {
+        if folder.is_lost() {
+            return restored;
+        }
+        if let Err(error) = restored.and_then(|()| metrics.write(line)) {
             // A disk that is full now may not be when there is something to save.
             screen.say(format!("no metrics of this step: {error}"));
         }
@@ -274,6 +292,7 @@ impl<'s> Run<'s> {
         if let Some(loss) = line.validation_loss {
             screen.say(format!("validation loss {loss:.4} after {} samples", line.samples_seen));
         }
+        Ok(())
     }
 
     /// Whether any rank has been; a step asks by itself.
@@ -397,8 +416,9 @@ impl<'s> Run<'s> {
     }
 }
 
-/// The controller at the beginning of a run, or where a saved one goes on, perhaps with other settings.
-fn controller(recipe: &Recipe, saved: Option<&checkpoints::Progress>) -> Result<Controller, Error> {
+/// The controller at the beginning of a run, or where a saved one goes on, perhaps with other
+/// settings.
+pub(super) fn controller(recipe: &Recipe, saved: Option<&checkpoints::Progress>) -> Result<Controller, Error> {
     let settings = recipe.controller.clone();
     Ok(match saved {
         None => Controller::new(settings)?,

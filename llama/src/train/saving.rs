@@ -6,7 +6,7 @@ use pillion_runtime::checkpoint::Saved;
 
 use super::checkpoints::Progress;
 use super::progress;
-use super::run::Run;
+use super::run::{Output, Run};
 use super::source::fingerprint;
 use crate::{Error, run_folder};
 
@@ -18,10 +18,14 @@ impl Run<'_> {
 
     /// Begins to save in the background.
     pub(super) fn begin_saving(&mut self) -> Result<(), Error> {
-        if let Some(output) = &mut self.output
-            && output.folder.restore()?
+        if let Some(Output { folder, screen, .. }) = &mut self.output
+            && let Err(error) = folder.restore()
         {
-            self.say(|| format!("{} was removed, and is made again", self.start.out.display()));
+            if folder.is_lost() {
+                return Err(error);
+            }
+            // The saver, which every rank asks, will say so.
+            screen.say(&error);
         }
         let progress = Progress {
             recipe: self.start.recipe.clone(),
@@ -30,7 +34,7 @@ impl Run<'_> {
             step: self.progress.step,
             samples: self.progress.samples,
             left_out: self.progress.left_out.clone(),
-            on_non_finite: self.non_finite.policy,
+            habits: Some(self.start.habits.clone()),
             controller: self.controller.state().clone(),
         };
         let extra = serde_json::to_value(&progress).expect("plain values");

@@ -1,4 +1,5 @@
-//! Which tokens a run learns from: text prepared now, or, where a run goes on, the token file that it began with.
+//! Which tokens a run learns from: text prepared now, or, where a run goes on, the token file that
+//! it began with.
 
 use std::path::{Path, PathBuf};
 
@@ -53,11 +54,12 @@ pub(super) fn of_new(data: Option<&Path>, recipe: &Recipe, out: &Path) -> Result
     Ok(Source { tokens, data: absolute(data), said: vec![summary.to_string()] })
 }
 
-/// Of a run that goes on in the folder `out`, from `checkpoint`. The run's own token file serves it, whatever has become
-/// of the text since: a text that grew, moved or is gone stops no resume.
+/// Of a run that goes on in the folder `out`, from `checkpoint`. The run's own token file serves
+/// it, whatever has become of the text since: a text that grew, moved or is gone stops no resume.
 ///
 /// # Errors
-/// [`Error::Setting`] when `--data` names another text, or the token file is gone and the text is not what it was.
+/// [`Error::Setting`] when `--data` names another text, or the token file is gone and the text is
+/// not what it was.
 pub(super) fn of_resumed(
     settings: &TrainArgs,
     recipe: &Recipe,
@@ -91,7 +93,7 @@ pub(super) fn of_resumed(
         (own, Ok(found)) => {
             let remedy = match own {
                 Some(_) => "leave --data out to go on with the run's own tokens",
-                None => "bring the text back as it was; the token file that the run began with is gone, too",
+                None => "the token file that the run began with is gone, so bring the text back as it was",
             };
             Err(Error::Setting(format!(
                 "the checkpoint {} was made on other text (checksum {}, but {text} has {}): {remedy}, or start afresh \
@@ -113,9 +115,11 @@ fn own_source(own: TokenFile, saved: &Progress, mut said: Vec<String>) -> Source
     Source { tokens: own, data: saved.data_path.clone(), said }
 }
 
-/// The token file that a run began with, which lies in its folder; copied into `out` where that is another one.
+/// The token file that a run began with, which lies in its folder; copied into `out` where that is
+/// another one.
 fn own(out: &Path, checkpoint: &Path, saved: &Progress) -> Result<Option<TokenFile>, Error> {
-    // A manifest's checksum has seen to its being whole; a fingerprint that cannot be read is of no token file.
+    // A manifest's checksum has seen to its being whole; a fingerprint that cannot be read is of no
+    // token file.
     let Ok(fingerprint) = u64::from_str_radix(&saved.data, 16) else { return Ok(None) };
     let here = run_folder::tokens(out);
     let run = checkpoint.canonicalize().ok().and_then(|path| Some(path.parent()?.parent()?.to_owned()));

@@ -8,7 +8,7 @@ use pillion_runtime::{Layout, Memory, Policy};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::checkpoints::{self, Candidates};
+use super::checkpoints::{self, Candidates, Habits};
 use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
 use super::{resume, source};
@@ -16,8 +16,8 @@ use crate::Error;
 use crate::controller::by_flag;
 use crate::data::Dataset;
 use crate::model::Model;
-use crate::run_folder::RunFolder;
-use crate::settings::{OnNonFinite, TrainArgs};
+use crate::run_folder::{self, RunFolder};
+use crate::settings::TrainArgs;
 
 /// What rank 0 finds out before the start.
 #[derive(Serialize, Deserialize)]
@@ -29,8 +29,9 @@ pub(super) struct Start {
     pub(super) tokens: PathBuf,
     /// What `--data` said, absolute; none for the default text.
     pub(super) data: Option<PathBuf>,
+    /// Samples that it is validated on: a multiple of the micro-batch, at most what there is.
     pub(super) validation_samples: u64,
-    pub(super) on_non_finite: OnNonFinite,
+    pub(super) habits: Habits,
     /// The checkpoint to go on from, and whether another will do if it is damaged.
     resume: Option<(PathBuf, bool)>,
 }
@@ -54,11 +55,11 @@ struct Search<'s> {
     said: Vec<String>,
 }
 
-/// Finds out, together with the other ranks, how the run begins. Nothing of an earlier run is touched before all that
-/// can be wrong has been found. Collective.
+/// Finds out, together with the other ranks, how the run begins. Touches nothing of an earlier run.
+/// Collective.
 pub(super) fn begin(settings: &TrainArgs, launch: &Launch, communicator: &Communicator) -> Result<Beginning, Error> {
     let mut search = on_rank_zero_alone(communicator, || Search::new(settings, launch))?;
-    let alone = |error: Error| if communicator.rank() == 0 { error } else { Error::ByRankZero { setting: false } };
+    let alone = |error: Error| if communicator.rank() == 0 { error } else { Error::ByRankZero { code: error.code() } };
     let mut decide = |passed_over: Option<pillion_runtime::Error>| {
         on_rank_zero(communicator, || search.as_mut().expect("on rank 0").decide(passed_over))
     };
@@ -72,7 +73,7 @@ pub(super) fn begin(settings: &TrainArgs, launch: &Launch, communicator: &Commun
             Err(error) => return Err(error.into()),
         }
     };
-    on_rank_zero(communicator, || search.as_mut().expect("on rank 0").settle(&start))?;
+    search.iter().for_each(Search::say);
     Ok(Beginning { start, resume, folder: search.and_then(|search| search.folder) })
 }
 
@@ -98,8 +99,8 @@ impl<'s> Search<'s> {
         Ok(self.folder.as_ref().expect("it has just been claimed"))
     }
 
-    /// Decides everything about the run, with the newest checkpoint that was not passed over. Changes nothing but the
-    /// run's token files.
+    /// Decides everything about the run, with the newest checkpoint that was not passed over.
+    /// Changes nothing but the run's token files.
     fn decide(&mut self, passed_over: Option<pillion_runtime::Error>) -> Result<Start, Error> {
         if let Some(why) = passed_over {
             self.candidates.paths.remove(0);
@@ -121,13 +122,18 @@ impl<'s> Search<'s> {
         let recipe = Recipe::new(&settings, world)?;
         check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip, world)?, launch)?;
         let changes = match &saved {
-            Some((path, saved)) => resume::changes(path, saved, &recipe, &settings.change)?,
+            Some((path, saved)) => resume::changes(path, saved, &recipe, &settings)?,
             None => Vec::new(),
         };
         if saved.as_ref().is_none_or(|(_, saved)| saved.recipe.controller != recipe.controller) {
             recipe.controller.check_growth().map_err(by_flag)?;
         }
-        let out = self.claim()?.path().to_owned();
+        let folder = self.claim()?;
+        folder.check(settings.trace)?;
+        let out = folder.path().to_owned();
+        if let Some((path, _)) = saved.as_ref().filter(|(path, _)| run_folder::is_of(&out, path)) {
+            checkpoints::check_name(path)?;
+        }
         let source = match &saved {
             Some((path, saved)) => source::of_resumed(&settings, &recipe, &out, path, saved)?,
             None => source::of_new(settings.data.as_deref(), &recipe, &out)?,
@@ -140,6 +146,12 @@ impl<'s> Search<'s> {
                 let left_out = if left_out > 0 { format!(", {left_out} of them left out") } else { String::new() };
                 let (path, step, samples) = (path.display(), saved.step, saved.samples);
                 self.said.push(format!("going on from {path} after step {step}: {samples} samples{left_out}"));
+            }
+            (None, Some(_)) if !settings.change.is_empty() => {
+                let out = settings.out.display();
+                return Err(Error::Setting(format!(
+                    "--change needs a checkpoint, and there is none in {out}: leave it out"
+                )));
             }
             (None, Some(_)) => {
                 let out = settings.out.display();
@@ -154,25 +166,15 @@ impl<'s> Search<'s> {
             tokens: dataset.tokens().path().to_owned(),
             data: source.data,
             validation_samples,
-            on_non_finite: settings
-                .on_non_finite
-                .or(saved.as_ref().map(|saved| saved.1.on_non_finite))
-                .unwrap_or_default(),
+            habits: Habits::of(&settings),
             resume: saved.map(|(path, _)| (path, !self.candidates.is_named)),
             recipe,
         })
     }
 
-    /// Sets an earlier run aside, and says how this one begins.
-    fn settle(&mut self, start: &Start) -> Result<(), Error> {
-        let resume = start.resume.as_ref().map(|(path, _)| path.as_path());
-        let traces = self.settings.trace;
-        let aside = self.claim()?.set_aside(resume, traces)?;
-        if let Some(aside) = aside {
-            crate::print(format_args!("the earlier run in {} is now {}", self.settings.out.display(), aside.display()));
-        }
+    /// Says how the run begins.
+    fn say(&self) {
         self.said.iter().for_each(crate::print);
-        Ok(())
     }
 }
 
@@ -225,8 +227,8 @@ fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) 
     Ok(samples)
 }
 
-/// What rank 0 sends where a setting is wrong; no JSON begins with it.
-const A_SETTING: u8 = 0xff;
+/// What rank 0 sends before its exit code where it has failed; no JSON begins with it.
+const FAILED: u8 = 0xff;
 
 /// Does something on rank 0 and gives every rank the result; where it fails, every rank fails, and only rank 0 says why.
 pub(super) fn on_rank_zero<T: Serialize + DeserializeOwned>(
@@ -236,16 +238,18 @@ pub(super) fn on_rank_zero<T: Serialize + DeserializeOwned>(
     let result = (communicator.rank() == 0).then(work).transpose();
     let bytes = match &result {
         Ok(Some(value)) => serde_json::to_vec(value).expect("plain values"),
-        Err(error) if error.code() == 2 => vec![A_SETTING],
-        _ => Vec::new(),
+        Err(error) => vec![FAILED, error.code() as u8],
+        Ok(None) => Vec::new(),
     };
     // Tokenizing text or reading checkpoints may take longer than any operation should.
     communicator.patient_barrier()?;
     let bytes = communicator.broadcast_bytes(0, &bytes)?;
     match result? {
         Some(value) => Ok(value),
-        None if matches!(bytes[..], [] | [A_SETTING]) => Err(Error::ByRankZero { setting: !bytes.is_empty() }),
-        None => Ok(serde_json::from_slice(&bytes).expect("rank 0 runs the same program")),
+        None => match bytes[..] {
+            [FAILED, code] => Err(Error::ByRankZero { code: code.into() }),
+            _ => Ok(serde_json::from_slice(&bytes).expect("rank 0 runs the same program")),
+        },
     }
 }
 

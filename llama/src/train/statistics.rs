@@ -28,8 +28,8 @@ pub(super) fn groups(engine: &Engine, micro_batches: u64) -> u64 {
     }
 }
 
-/// Why no batch of this run can be expected to grow, if it follows measurements. A step of the first
-/// batch has `groups` groups.
+/// Why no batch of this run can be expected to grow, if it follows measurements. A step of the
+/// first batch has `groups` groups.
 pub(super) fn growth_warning(recipe: &Recipe, groups: u64) -> Option<String> {
     let settings = &recipe.controller;
     let base = settings.base;
@@ -76,7 +76,7 @@ pub(super) fn compare(engine: &mut Engine, eta: Option<f64>) -> Result<(), Error
     let rank = engine.communicator().rank();
     engine.compare_groups(eta).map_err(|error| match error {
         // Every rank has it.
-        pillion_runtime::Error::Policy(_) if rank > 0 => Error::ByRankZero { setting: true },
+        pillion_runtime::Error::Policy(_) if rank > 0 => Error::ByRankZero { code: 2 },
         pillion_runtime::Error::Policy(why) => Error::Setting(format!("--alignment: {why}")),
         error => error.into(),
     })

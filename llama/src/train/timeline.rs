@@ -24,7 +24,7 @@ pub(crate) struct Timeline {
 impl Timeline {
     /// Begins to record. Collective; `out` is the run's folder.
     pub(crate) fn begin(out: &Path, communicator: &Communicator, engine: &mut Engine) -> Result<Timeline, Error> {
-        let folder = out.join("trace");
+        let folder = run_folder::unfinished(out, "trace");
         let path = part(&folder, communicator.rank());
         let create = || {
             std::fs::create_dir_all(&folder)?;

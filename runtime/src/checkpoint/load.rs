@@ -14,9 +14,10 @@ use crate::engine::Health;
 use crate::{Engine, Error, Layout, State};
 
 impl Checkpoint {
-    /// Replaces the engine's parameters, optimizer state and number of updates by those saved. Collective; the engine
-    /// may have another number of ranks, and another policy (see [`Checkpoint::differences`]). The ranks verify the files
-    /// together first ([`Checkpoint::verify_together`]), then each reads what its shards need.
+    /// Replaces the engine's parameters, optimizer state and number of updates by those saved.
+    /// Collective; the engine may have another number of ranks, and another policy (see
+    /// [`Checkpoint::differences`]). The ranks verify the files together first
+    /// ([`Checkpoint::verify_together`]), then each reads what its shards need.
     ///
     /// # Errors
     /// [`Error::File`] when the checkpoint is of another model, the first tensor that differs named, when a file is
@@ -28,10 +29,12 @@ impl Checkpoint {
         self.verify_together(engine.communicator())?.load(engine)
     }
 
-    /// As [`Checkpoint::verify`], but each rank reads its part of the files, and every rank learns the outcome. Collective.
+    /// As [`Checkpoint::verify`], but each rank reads its part of the files, and every rank learns
+    /// the outcome. Collective.
     ///
     /// # Errors
-    /// [`Error::File`] on every rank, when ranks see different checkpoints, or a file is missing or damaged.
+    /// [`Error::File`] on every rank, when ranks see different checkpoints, or a file is missing or
+    /// damaged.
     pub fn verify_together(&self, communicator: &Communicator) -> Result<Whole, Error> {
         self.check_same(communicator)?;
         let (rank, world) = (communicator.rank(), communicator.world());
@@ -93,7 +96,8 @@ impl Checkpoint {
     }
 }
 
-/// A checkpoint whose files the ranks of a job have compared with its manifest, each a part of them.
+/// A checkpoint whose files the ranks of a job have compared with its manifest, each a part of
+/// them.
 #[derive(Clone, Debug)]
 pub struct Whole(Checkpoint);
 

@@ -27,7 +27,7 @@ use serde_json::Value;
 
 pub use load::{Tensors, Whole};
 pub use manifest::{FileEntry, Manifest};
-pub use save::{remove_left, save, set_later_aside};
+pub use save::{is_ours, remove_left, save, set_later_aside};
 pub use saver::{Saved, Saver};
 
 use crate::{Error, Policy};

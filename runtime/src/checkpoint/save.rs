@@ -49,18 +49,25 @@ impl Folders {
     }
 
     fn token(&self) -> PathBuf {
-        self.incomplete.join("token")
+        self.incomplete.join(TOKEN)
     }
 }
 
-/// Makes an empty folder with a random token in it, and the folders that lead to it, which somebody may have removed
-/// since the last save.
+/// Makes an empty folder with a random token in it, and the folders that lead to it, which somebody
+/// may have removed since the last save.
 pub(super) fn prepare(folders: &Folders) -> Result<u64, Error> {
     if !folders.dir.is_dir() {
         fs::create_dir_all(&folders.dir)
             .map_err(|error| Error::file(&folders.dir, format!("cannot be made: {error}; choose another place")))?;
         let parent = folders.dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         sync_folder(parent.unwrap_or(Path::new(".")))?;
+    }
+    for folder in [&folders.complete, &folders.incomplete, &folders.old] {
+        if folder.exists() && !is_ours(folder) {
+            let reason =
+                "was not written by pillion, and this checkpoint would replace it: move it, or choose another place";
+            return Err(Error::file(folder, reason));
+        }
     }
     // What a save that was interrupted has left.
     remove(&folders.incomplete)?;
@@ -124,12 +131,13 @@ pub(super) fn prune(dir: &Path, step: u64, keep: usize) -> Vec<Error> {
     let Some(last) = folders.iter().enumerate().filter(|(_, folder)| sound(folder)).nth(keep - 1) else {
         return Vec::new();
     };
-    // A folder without a manifest is not one that a saver wrote.
-    let older = folders[last.0 + 1..].iter().filter(|folder| folder.join(manifest::NAME).exists());
+    let older = folders[last.0 + 1..].iter().filter(|folder| is_ours(folder));
     let older = older.filter_map(|folder| discard(folder).err());
     older.chain(remove_discarded(dir).err()).collect()
 }
 
+/// A file that shows that all ranks see the same folder.
+const TOKEN: &str = "token";
 /// What a folder is called while it is written.
 const INCOMPLETE: &str = ".incomplete";
 /// What a folder is called while it is removed, so that what an interruption leaves is not taken for whole.
@@ -170,12 +178,27 @@ fn endings(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, Error> {
     Ok(found)
 }
 
-/// Removes from `dir` what saves and removals have left that an end of the program interrupted, of any step; returns the folders that are gone. Not while a run saves there.
+/// Whether a folder has only files of the names that a saver gives them. Another program's
+/// checkpoint may have the name of one of ours, and is never moved or removed. An empty folder has
+/// nothing to lose.
+pub fn is_ours(folder: &Path) -> bool {
+    let is_ours = |name: &str| {
+        let is_shard = name.starts_with("rank-") && name.ends_with(".safetensors");
+        is_shard || [manifest::NAME, TOKEN].contains(&name)
+    };
+    let entries = fs::read_dir(folder).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    entries.is_ok_and(|entries| entries.iter().all(|entry| entry.file_name().to_str().is_some_and(is_ours)))
+}
+
+/// Removes from `dir` what saves and removals have left that an end of the program interrupted, of
+/// any step; returns the folders that are gone. Folders that are not ours ([`is_ours`]) stay. Not
+/// while a run saves there.
 ///
 /// # Errors
 /// [`Error::File`] when the folder cannot be read, or something in it not be removed.
 pub fn remove_left(dir: &Path) -> Result<Vec<PathBuf>, Error> {
-    let left = endings(dir, &[INCOMPLETE, DISCARDED])?;
+    let mut left = endings(dir, &[INCOMPLETE, DISCARDED])?;
+    left.retain(|folder| is_ours(folder));
     left.iter().try_for_each(|folder| remove(folder))?;
     Ok(left)
 }
@@ -192,7 +215,7 @@ pub fn set_later_aside(from: &Path) -> Result<Vec<PathBuf>, Error> {
     };
     let is_newer = |folder: &Candidate| folder.step > step || (replaced && folder.step == step && !folder.replaced);
     let mut moved = Vec::new();
-    for folder in candidates(dir)?.into_iter().filter(is_newer) {
+    for folder in candidates(dir)?.into_iter().filter(|folder| is_newer(folder) && is_ours(&folder.path)) {
         let name = folder.path.file_name().expect("a candidate has a name").to_string_lossy().into_owned();
         let named = |number: u32| {
             dir.join(if number == 1 { format!("{name}.aside") } else { format!("{name}.aside.{number}") })

@@ -87,8 +87,8 @@ enum Done {
 }
 
 impl Saver {
-    /// Saves into `dir`, which every rank sees, and which is made where it is missing. With `keep`, older checkpoints than the newest that many are removed whenever
-    /// one is complete.
+    /// Saves into `dir`, which every rank sees, and which is made where it is missing. With `keep`,
+    /// older checkpoints than the newest that many are removed whenever one is complete.
     ///
     /// # Errors
     /// When no thread can be started.

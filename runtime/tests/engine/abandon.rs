@@ -1,4 +1,5 @@
-//! A step that every rank abandons, each at a place of its own, leaves engine and parameters as they were before it.
+//! A step that every rank abandons, each at a place of its own, leaves engine and parameters as
+//! they were before it.
 
 use pillion_kernels::DType;
 use pillion_runtime::{Engine, Gather, Sharded, Step};
@@ -11,7 +12,8 @@ const ROUNDS: usize = 2;
 /// Forward and backward passes of a step.
 const PASSES: usize = ROUNDS * 2 * UNITS;
 
-/// The first `count` passes of a step. Their gradients are ones: nothing of them may be left behind.
+/// The first `count` passes of a step. Their gradients are ones: nothing of them may be left
+/// behind.
 fn passes(step: &mut Step<'_>, count: usize) {
     for pass in 0..count {
         let place = pass % (2 * UNITS);

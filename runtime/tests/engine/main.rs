@@ -379,8 +379,9 @@ fn ones_of(step: &mut Step<'_>, unit: usize) {
 
 #[test]
 fn the_mean_and_the_statistics_have_one_count_of_tokens() {
-    // A mask that leaves out half of the tokens halves what `round` is told, and nothing else. Then the mean gradient,
-    // the loss and each group's weight follow. Powers of two, so that every quotient is exact.
+    // A mask that leaves out half of the tokens halves what `round` is told, and nothing else. Then
+    // the mean gradient, the loss and each group's weight follow. Powers of two, so that every
+    // quotient is exact.
     for sharded in [Sharded::EVERYTHING, Sharded::OPTIMIZER] {
         let reports = [8, 4].map(|tokens| {
             let program = |mut rank: Rank| {
