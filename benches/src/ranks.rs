@@ -28,7 +28,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
             if error.exit_code() == 0 {
                 print()
             } else {
-                say_once(&error.to_string(), print)
+                Communicator::decline_once(&error.to_string(), print)
             }
             return error.exit_code();
         }
@@ -36,7 +36,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     let settings = match settings {
         Ok(settings) => settings,
         Err(error) => {
-            say_once(&error.to_string(), || complain(&error.to_string()));
+            Communicator::decline_once(&error.to_string(), || complain(&error.to_string()));
             return error.code();
         }
     };
@@ -44,23 +44,6 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         complain(&error.to_string());
         error.code()
     })
-}
-
-/// Prints why this process ends, unless it is a rank of a job whose rank 0 ends for the same reason
-/// and prints it. Rank 0 prints first, because the other ranks may never come to be told.
-fn say_once(reason: &str, print: impl Fn()) {
-    match Launch::detect() {
-        Ok(launch) if launch.world > 1 => {
-            if launch.rank == 0 {
-                print();
-            }
-            let is_said = Communicator::decline(&launch, reason);
-            if launch.rank > 0 && !is_said {
-                print();
-            }
-        }
-        _ => print(),
-    }
 }
 
 fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {

@@ -41,7 +41,7 @@ pub use generate::generate;
 
 use std::ffi::OsString;
 
-use pillion_collectives::{Communicator, Launch};
+use pillion_collectives::Communicator;
 use pillion_kernels::cpu::Isa;
 
 pub(crate) use output::{complain, print, print_result};
@@ -96,19 +96,7 @@ fn ended(result: Result<i32, Error>) -> i32 {
     })
 }
 
-/// Prints why this process ends, unless it is a rank of a job whose rank 0 ends for the same reason
-/// and prints it. Rank 0 prints first, because the other ranks may never come to be told.
+/// Prints why a command ends; of ranks that end for the same reason, one prints it.
 fn say_once(is_job: bool, reason: &str, print: impl Fn()) {
-    match Launch::detect() {
-        Ok(launch) if is_job && launch.world > 1 => {
-            if launch.rank == 0 {
-                print();
-            }
-            let is_said = Communicator::decline(&launch, reason);
-            if launch.rank > 0 && !is_said {
-                print();
-            }
-        }
-        _ => print(),
-    }
+    if is_job { Communicator::decline_once(reason, print) } else { print() }
 }

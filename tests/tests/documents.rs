@@ -93,6 +93,7 @@ const TABLE: &[(&str, How)] = &[
         With(SHORT_SIZES),
     ),
     ("cargo test --workspace", In("ci/run", "cargo test --workspace")),
+    ("cargo build --release", In("ci/long", "cargo build --release")),
     ("cargo doc --open -p pillion-runtime", In("ci/run", "cargo doc --quiet --workspace --no-deps")),
     (LONG[0], In("ci/long", LONG[0])),
     (LONG[1], In("ci/long", LONG[1])),
@@ -215,7 +216,7 @@ fn run(fits: impl Fn(&str) -> bool) {
 
 #[test]
 fn commands_that_train() {
-    run(|command| ["train", "generate", "checkpoint"].iter().any(|part| command.contains(part)));
+    run(|command| ["train", "generate", "checkpoint", "data verify"].iter().any(|part| command.contains(part)));
 }
 
 #[test]
@@ -236,7 +237,7 @@ fn commands_that_measure() {
 #[test]
 fn no_row_is_left_out() {
     let tested = |command: &str| {
-        ["train", "generate", "checkpoint", "plan", "abs", "experiment", "collbench"]
+        ["train", "generate", "checkpoint", "data verify", "plan", "abs", "experiment", "collbench"]
             .iter()
             .any(|part| command.contains(part))
     };

@@ -177,10 +177,16 @@ fn what_interruptions_have_left_is_removed_and_nothing_else() {
     let kept = ["step-00000003", "step-00000004.old", "step-00000005.aside", "mine.incomplete"];
     for name in kept.iter().chain(&["step-00000006.incomplete", "step-00000002.removed", "step-00000002.old.removed"]) {
         fs::create_dir(dir.path().join(name)).unwrap();
-        fs::write(dir.path().join(name).join("file"), "x").unwrap();
+        fs::write(dir.path().join(name).join("token"), "x").unwrap();
+    }
+    // Another program's may have such a name.
+    let foreign = ["step-00000008.incomplete", "step-00000009.removed"];
+    for name in foreign {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        fs::write(dir.path().join(name).join("model.pth"), "x").unwrap();
     }
     assert_eq!(checkpoint::remove_left(dir.path()).unwrap().len(), 3);
-    let mut expected = kept.map(str::to_owned);
+    let mut expected: Vec<String> = kept.iter().chain(&foreign).map(|&name| name.to_owned()).collect();
     expected.sort();
     assert_eq!(names(dir.path()), expected);
     assert!(checkpoint::remove_left(&dir.path().join("nothing")).unwrap().is_empty());
