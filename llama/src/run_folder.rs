@@ -1,11 +1,11 @@
-//! The folder of a run: whose it is, what runs write there, and what happens to an earlier run in
-//! it.
+//! The folder of a run: the lock that keeps other runs out, the files that runs write, and how an
+//! earlier run in the folder is set aside.
 //!
 //! ```text
-//! OUT/.pillion.lock        held by the run that writes here; its presence says that this is the folder of runs
+//! OUT/.pillion.lock        held by the run that writes here; marks the folder as one of runs
 //!     .pillion-*           files that a run has not finished yet
 //!     metrics.jsonl        one line a step
-//!     metrics.aside.jsonl  lines of steps that a resume or a rewind went back before
+//!     metrics.aside.jsonl  lines of steps that a resume or a rewind undid
 //!     checkpoints/step-…   see `pillion_runtime::checkpoint`
 //!     tokens/*.tokens      see `data::TokenFile`; shared by all runs in this folder
 //!     trace.json           with --trace
@@ -38,8 +38,8 @@ const TOKENS: &str = "tokens";
 const TRACE: &str = "trace.json";
 const EARLIER: &str = "earlier-";
 
-/// How long a run waits for another one that may be ending: the system takes a while to end a
-/// process of many gigabytes.
+/// How long a run waits for another run that may be ending. The system needs seconds to end a
+/// process with many gigabytes of memory.
 const PATIENCE: Duration = Duration::from_secs(5);
 const RETRY_EVERY: Duration = Duration::from_millis(20);
 /// How long it waits before it says so.
@@ -64,7 +64,7 @@ pub(crate) fn is_one(folder: &Path) -> bool {
         || (folder.join(CHECKPOINTS).is_dir() && matches!(written(folder, METRICS, METRICS_BEGIN), Ok(Some(_))))
 }
 
-/// Whether an entry of a folder of runs has a name that they write under.
+/// Whether runs write files or folders of this name.
 pub(crate) fn is_of_run(name: &OsStr) -> bool {
     let is_earlier = |name: &str| name.strip_prefix(EARLIER).is_some_and(|number| number.parse::<u32>().is_ok());
     name.to_str()
@@ -76,7 +76,7 @@ pub(crate) fn metrics(out: &Path) -> PathBuf {
     out.join(METRICS)
 }
 
-/// Where the lines of a run's metrics are that it went back before.
+/// Where a run keeps the metrics of steps that a resume or a rewind undid.
 pub(crate) fn metrics_aside(out: &Path) -> PathBuf {
     out.join(METRICS_ASIDE)
 }
@@ -281,7 +281,7 @@ fn lock(folder: &Path, patience: Duration) -> Result<File, Error> {
     let open = File::options().read(true).write(true).create(true).truncate(false).custom_flags(flags).open(&path);
     let mut file = open.map_err(|error| cannot_write(&path, error))?;
     let mut holder = String::new();
-    // What cannot be read is not what a run wrote.
+    // A run writes one line of text into its lock.
     let is_text = file.read_to_string(&mut holder).is_ok();
     if !is_text || !(holder.is_empty() || holder.starts_with(HOLDER)) {
         return Err(Error::file(path, FOREIGN));

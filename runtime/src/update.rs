@@ -8,7 +8,8 @@ use pillion_kernels::{AdamW, DType, Queue, View, ViewMut};
 use crate::engine::Health;
 use crate::layout::Piece;
 use crate::plan::Action;
-use crate::step::{Step, StepReport};
+use crate::report::StepReport;
+use crate::step::Step;
 use crate::{Error, Unit};
 
 /// A step whose gradients are summed. It ends with [`Agreed::update`] or [`Agreed::update_with`]; one that is dropped leaves the parameters as they were, and the

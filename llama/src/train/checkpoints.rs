@@ -39,6 +39,11 @@ pub(crate) struct Progress {
     pub(crate) controller: ControllerState,
 }
 
+/// Number of samples in some ranges.
+pub(crate) fn count(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
+}
+
 /// How a run saves, validates, and ends, which decides no number of the training. A resume keeps
 /// them.
 #[derive(Clone, Debug, Serialize, Deserialize)]

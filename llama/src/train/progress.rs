@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use super::checkpoints::Progress;
+use super::checkpoints::{Progress, count};
 
 /// Steps and samples of a run, and what it can go back to.
 #[derive(Clone, Debug, Default)]
@@ -43,6 +43,6 @@ impl Counters {
 
     /// Number of samples that were left out.
     pub(super) fn left_out(&self) -> u64 {
-        self.left_out.iter().map(|range| range.end - range.start).sum()
+        count(&self.left_out)
     }
 }

@@ -337,11 +337,9 @@ impl<'s> Run<'s> {
         }
         let decided = self.controller.batch() as f64;
         let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
-        let finished = step.finish(recipe.adamw(lr), &mut asked);
-        let is_of_numbers = matches!(finished, Err(pillion_runtime::Error::NonFinite { .. }));
-        let report = match finished {
-            Err(error) if !is_of_numbers => return Err(error.into()),
-            finished => finished,
+        let report = match step.finish(recipe.adamw(lr), &mut asked) {
+            Err(error) if !matches!(error, pillion_runtime::Error::NonFinite { .. }) => return Err(error.into()),
+            report => report,
         };
         // What ranks asked of each other was summed in either case.
         statistics::check_same(world, asked[2], asked[3])?;

@@ -118,8 +118,7 @@ fn own_source(own: TokenFile, saved: &Progress, mut said: Vec<String>) -> Source
 /// The token file that a run began with, which lies in its folder; copied into `out` where that is
 /// another one.
 fn own(out: &Path, checkpoint: &Path, saved: &Progress) -> Result<Option<TokenFile>, Error> {
-    // A manifest's checksum has seen to its being whole; a fingerprint that cannot be read is of no
-    // token file.
+    // A fingerprint is a hexadecimal number; no token file has any other.
     let Ok(fingerprint) = u64::from_str_radix(&saved.data, 16) else { return Ok(None) };
     let here = run_folder::tokens(out);
     let run = checkpoint.canonicalize().ok().and_then(|path| Some(path.parent()?.parent()?.to_owned()));

@@ -142,8 +142,10 @@ impl<'s> Search<'s> {
         let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
         match (&saved, &settings.resume) {
             (Some((path, saved)), _) => {
-                let left_out: u64 = saved.left_out.iter().map(|range| range.end - range.start).sum();
-                let left_out = if left_out > 0 { format!(", {left_out} of them left out") } else { String::new() };
+                let left_out = match checkpoints::count(&saved.left_out) {
+                    0 => String::new(),
+                    samples => format!(", {samples} of them left out"),
+                };
                 let (path, step, samples) = (path.display(), saved.step, saved.samples);
                 self.said.push(format!("going on from {path} after step {step}: {samples} samples{left_out}"));
             }
