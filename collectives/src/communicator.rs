@@ -66,9 +66,9 @@ impl Communicator {
         join::decline_for(&job, reason)
     }
 
-    /// Prints why this process ends before it joins a job, unless it is a rank of a job whose rank 0
-    /// ends for the same reason and prints it. Rank 0 prints first, because the other ranks may never
-    /// come to be told.
+    /// Prints why this process ends before it joins a job, unless it is a rank of a job whose rank
+    /// 0 ends for the same reason and prints it. Rank 0 prints first, because the other ranks may
+    /// never come to be told.
     pub fn decline_once(reason: &str, print: impl Fn()) {
         match Launch::detect() {
             Ok(launch) if launch.world > 1 => {

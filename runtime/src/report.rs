@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-/// What a training step has done; every number is the same on every rank, but for those of this rank's traffic and time.
+/// What a training step has done; every number is the same on every rank, but for those of this
+/// rank's traffic and time.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepReport {
     /// Sum of the losses over all tokens, in nats.
@@ -13,10 +14,13 @@ pub struct StepReport {
     pub gradient_norm: f64,
     /// ‖Σₖ Gₖ‖² over groups k, each a micro-batch of a rank.
     pub square_norm: f64,
-    /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k, of the values that travelled. Where gradients are whole, a group is all micro-batches of a rank. None unless every rank measured its
-    /// own ([`Engine::measure_groups`]).
+    /// Σₖ ‖Gₖ‖² / nₖ, nₖ tokens in group k, of the values that travelled. Where gradients are
+    /// whole, a group is all micro-batches of a rank. None unless every rank measured its own
+    /// ([`measure_groups`](crate::Engine::measure_groups)).
     pub group_square_norms: Option<f64>,
-    /// What each group has in common with all of them. None unless asked for ([`Engine::compare_groups`]), in a step that reduces once, of groups of as many tokens each on all ranks.
+    /// What each group has in common with all of them. None unless asked for
+    /// ([`compare_groups`](crate::Engine::compare_groups)), in a step that reduces once, of groups
+    /// of as many tokens each on all ranks.
     pub comparison: Option<GroupComparison>,
     /// Time for which this rank's host waited for a collective.
     pub exposed: Duration,
@@ -31,13 +35,16 @@ pub struct StepReport {
 pub struct GroupComparison {
     /// ⟨Gₖ, G⟩ for each rank k.
     pub products: Vec<f64>,
-    /// Number of coordinates i whose noise is at most η times their gradient: σ̂ᵢ²/N ≤ η² (Gᵢ/N)², where σ̂ᵢ² is the unbiased estimate from the groups. Those without a gradient are not counted.
+    /// Number of coordinates i whose noise is at most η times their gradient: σ̂ᵢ²/N ≤ η² (Gᵢ/N)²,
+    /// where σ̂ᵢ² is the unbiased estimate from the groups. Those without a gradient are not
+    /// counted.
     pub passing: f64,
     /// Σ Gᵢ² over those.
     pub passing_square_norm: f64,
 }
 
-/// What the sums of a comparison say, unless groups have different numbers of tokens: only of equal ones is the mean of the squares the square of the mean.
+/// What the sums of a comparison say, unless groups have different numbers of tokens: only of equal
+/// ones is the mean of the squares the square of the mean.
 pub(crate) fn comparison(sums: &[f64], tokens: f64, world: f64) -> Option<GroupComparison> {
     let [squares, passing, passing_square_norm, products @ ..] = sums else { return None };
     let equal = squares * world == tokens * tokens;
