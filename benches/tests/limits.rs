@@ -24,6 +24,18 @@ fn run(command: &mut Command) -> Output {
 }
 
 #[test]
+fn a_reader_that_has_read_enough_is_no_failure() {
+    let kernelbench = env!("CARGO_BIN_EXE_kernelbench");
+    let (reader, writer) = std::io::pipe().expect("the system has pipes");
+    drop(reader);
+    let output = run(Command::new(kernelbench).arg("--list").stdout(writer));
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+    let output = run(Command::new(kernelbench).arg("--list").stdout(full));
+    assert_eq!((output.status.code(), text(&output.stderr).lines().count()), (Some(1), 1));
+}
+
+#[test]
 fn a_limit_of_file_sizes_is_named_once() {
     for kind in ["--threads", ""] {
         let mut command = Command::new("prlimit");
@@ -36,6 +48,12 @@ fn a_limit_of_file_sizes_is_named_once() {
     }
 }
 
+/// Copies a program in another process. A child that another test starts meanwhile would inherit
+/// this process's open file, and no file that is open for writing can be executed.
+fn copy_program(from: impl AsRef<std::ffi::OsStr>, to: impl AsRef<std::ffi::OsStr>) {
+    assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+}
+
 /// Needs a user of whom nothing else runs, since root's limit of processes does not hold.
 #[test]
 fn a_limit_of_processes_and_threads_is_named() {
@@ -45,7 +63,7 @@ fn a_limit_of_processes_and_threads_is_named() {
     }
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("collbench");
-    std::fs::copy(COLLBENCH, &program).unwrap();
+    copy_program(COLLBENCH, &program);
     let user = 2_000_000 + std::process::id();
     for path in [folder.path(), &program] {
         std::os::unix::fs::chown(path, Some(user), None).unwrap();

@@ -380,11 +380,17 @@ fn signals_ignored_at_the_start_stay_ignored() {
     assert_eq!(job.signals(0), SIGTERM.to_string());
 }
 
+/// Copies a program in another process. A child that another test starts meanwhile would inherit
+/// this process's open file, and no file that is open for writing can be executed.
+fn copy_program(from: impl AsRef<std::ffi::OsStr>, to: impl AsRef<std::ffi::OsStr>) {
+    assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+}
+
 #[test]
 fn a_program_that_cannot_be_started_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let program = directory.path().join("program");
-    fs::copy(env::current_exe().unwrap(), &program).unwrap();
+    copy_program(env::current_exe().unwrap(), &program);
     let mut command = Command::new(&program);
     command.args(ENTRY).env("TEST_DELETE_PROGRAM", "1");
     let ended = start_as(&mut command, "0 0", LONG_GRACE).finish();

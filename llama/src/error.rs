@@ -83,7 +83,15 @@ impl Error {
         use pillion_collectives::Error as Collective;
         match self {
             Error::Setting(_)
-            | Error::Launch(LaunchError::NoRanks | LaunchError::TooManyRanks { .. } | LaunchError::BeyondMost { .. })
+            | Error::Launch(
+                LaunchError::NoRanks
+                | LaunchError::TooManyRanks { .. }
+                | LaunchError::BeyondMost { .. }
+                | LaunchError::Unknown { .. }
+                | LaunchError::Contradiction { .. }
+                | LaunchError::Malformed { .. }
+                | LaunchError::OutOfRange { .. },
+            )
             | Error::Runtime(pillion_runtime::Error::Collective(Collective::Options { .. })) => 2,
             Error::ByRankZero { code } => *code,
             Error::Runtime(pillion_runtime::Error::Collective(

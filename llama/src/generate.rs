@@ -3,8 +3,9 @@
 use std::ops::ControlFlow;
 
 use pillion_kernels::random;
-use pillion_runtime::{Engine, Error};
+use pillion_runtime::Engine;
 
+use crate::Error;
 use crate::data::tokenizer;
 use crate::model::Model;
 
@@ -13,7 +14,7 @@ use crate::model::Model;
 /// same. `temperature` divides the logits; at 0 the likeliest token is taken.
 ///
 /// # Errors
-/// When another rank has failed.
+/// [`Error::NonFinite`] when the model's logits are not finite; when another rank has failed.
 ///
 /// # Panics
 /// With an empty prompt.
@@ -59,12 +60,16 @@ pub(crate) fn generate_each<E: From<Error>>(
         // What follows the context cannot influence it: attention is causal.
         let mut inputs = vec![0; model.tokens()];
         inputs.iter_mut().zip(&context).for_each(|(input, &token)| *input = u32::from(token));
-        let mut step = engine.begin_evaluation(1)?;
-        let logits = model.logits(&mut step, &inputs)?;
-        step.end()?;
+        let mut step = engine.begin_evaluation(1).map_err(Error::from)?;
+        let logits = model.logits(&mut step, &inputs).map_err(Error::from)?;
+        step.end().map_err(Error::from)?;
         let vocab = logits.len() / inputs.len();
         // A model may know more tokens than the tokenizer has.
         let known = &logits[last * vocab..][..vocab.min(tokenizer::VOCAB)];
+        if !known.iter().all(|logit| logit.is_finite()) {
+            let reason = "the model's outputs are not finite, so its weights are broken: use an older checkpoint";
+            return Err(Error::NonFinite(reason.to_owned()).into());
+        }
         let chosen = choose(known, temperature, random::uniform(seed, 0, index as u64)) as u16;
         if context.len() == seq {
             context.remove(0);

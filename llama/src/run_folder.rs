@@ -5,7 +5,7 @@
 //! OUT/.pillion.lock        held by the run that writes here; marks the folder as one of runs
 //!     .pillion-*           files that a run has not finished yet
 //!     metrics.jsonl        one line a step
-//!     metrics.aside.jsonl  lines of steps that a resume or a rewind undid
+//!     metrics.aside.jsonl  lines of steps that a resume or a rewind undid, and lines of others
 //!     checkpoints/step-…   see `pillion_runtime::checkpoint`
 //!     tokens/*.tokens      see `data::TokenFile`; shared by all runs in this folder
 //!     trace.json           with --trace
@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use pillion_runtime::checkpoint;
-use rustix::fs::OFlags;
+use rustix::fs::{Access, OFlags};
 
 use crate::{Error, complain};
 
@@ -69,6 +69,11 @@ pub(crate) fn is_of_run(name: &OsStr) -> bool {
     let is_earlier = |name: &str| name.strip_prefix(EARLIER).is_some_and(|number| number.parse::<u32>().is_ok());
     name.to_str()
         .is_some_and(|name| [METRICS, METRICS_ASIDE, CHECKPOINTS, TOKENS, TRACE].contains(&name) || is_earlier(name))
+}
+
+/// Whether a line begins as those of the metrics do.
+pub(crate) fn begins_as_metrics(line: &str) -> bool {
+    line.starts_with(METRICS_BEGIN)
 }
 
 /// Where a run's metrics are.
@@ -160,6 +165,12 @@ impl RunFolder {
         if traces {
             written(&self.path, TRACE, pillion_runtime::trace::HEADER)?;
         }
+        let folder = checkpoints(&self.path);
+        if folder.is_dir()
+            && let Err(error) = rustix::fs::access(&folder, Access::WRITE_OK)
+        {
+            return Err(cannot_write(&folder, error.into()));
+        }
         let is_savers = |name: &str| checkpoint::is_named_as_one(Path::new(name.trim_end_matches(".incomplete")));
         match self.in_checkpoints()?.into_iter().find(|(name, is_ours)| is_savers(name) && !is_ours) {
             None => Ok(()),
@@ -224,6 +235,10 @@ impl RunFolder {
     fn in_checkpoints(&self) -> Result<Vec<(String, bool)>, Error> {
         let folder = checkpoints(&self.path);
         let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && folder.is_symlink() => {
+                let reason = "is a link that leads nowhere: remove it, or choose another folder with --out DIR";
+                return Err(Error::file(folder, reason));
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.and_then(Iterator::collect::<io::Result<Vec<_>>>),
         };

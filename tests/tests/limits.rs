@@ -61,6 +61,12 @@ fn a_file_that_grows_beyond_the_limit_is_named_and_ends_no_rank_by_a_signal() {
     }
 }
 
+/// Copies a program in another process. A child that another test starts meanwhile would inherit
+/// this process's open file, and no file that is open for writing can be executed.
+fn copy_program(from: impl AsRef<std::ffi::OsStr>, to: impl AsRef<std::ffi::OsStr>) {
+    assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+}
+
 /// A user of whom nothing else runs, whose limit of processes holds (root's does not); `None`, and
 /// a line that says so, where this user may not become another.
 fn lonely_user(place: &Workplace) -> Option<u32> {
@@ -70,7 +76,7 @@ fn lonely_user(place: &Workplace) -> Option<u32> {
     }
     // Each test process has its own, so that tests that run at once do not count together.
     let user = 1_000_000 + std::process::id();
-    std::fs::copy(place.program(), place.path("program")).unwrap();
+    copy_program(place.program(), place.path("program"));
     for path in ["", "text", "program"].map(|name| place.path(name)) {
         std::os::unix::fs::chown(path, Some(user), None).unwrap();
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::Cpu;
-use pillion_runtime::{Engine, Layout, Policy, checkpoint};
+use pillion_runtime::{Engine, Layout, Policy, State, checkpoint};
 use pillion_tests::program::{Step, TINY, Workplace};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
@@ -107,26 +107,46 @@ fn a_run_that_stops_before_its_first_save_keeps_what_it_has_learnt() {
 fn without_a_checkpoint_or_beyond_the_limit_a_run_stops_and_says_so() {
     let place = Workplace::new(PROGRAM);
     let ended = place.run(&format!("train {DIVERGING} --out none --on-non-finite rewind"));
-    ended.refused(1, &["needs a checkpoint to go back to", "--save-every"]);
+    ended.refused(1, &["found no checkpoint to go back to", "--save-every", "go on from none/checkpoints/step-"]);
+    assert_eq!(place.checkpoints("none").len(), 1, "what was learnt is kept");
     // The weights are too large by then: each further step fails as well.
     let ended = place.run(&format!("train {DIVERGING} --out limit --on-non-finite skip --non-finite-limit 3"));
     ended.refused(1, &["4 times in a row", "--non-finite-limit is 3", "older checkpoint with --resume PATH"]);
     assert_eq!(ended.stdout.matches("going on after step").count(), 3, "{ended}");
 }
 
-/// Gives the byte `~` an embedding that is infinite, in a copy of a checkpoint: samples with this
-/// byte have no finite loss, and no others are touched.
-fn poison(place: &Workplace, from: &str, to: &str) {
+/// A copy of a checkpoint whose embedding `change` has spoiled; it is told the embedding's width.
+fn spoil(place: &Workplace, from: &str, to: &str, change: impl Fn(&mut State, usize)) {
     let saved = checkpoint::open(&place.path(from)).unwrap();
     let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default()).unwrap());
     let layout = Layout::new(&saved.manifest.units, 1);
     let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, Policy::default()).unwrap();
     saved.load(&mut engine).unwrap();
     let mut state = engine.state(0).unwrap();
-    let width = engine.layout().units[0].tensors[0].shape[1];
-    state.master[usize::from(b'~') * width..][..width].fill(f32::INFINITY);
+    change(&mut state, engine.layout().units[0].tensors[0].shape[1]);
     engine.set_state(0, &state).unwrap();
     checkpoint::save(&engine, &place.path(to), saved.manifest.step, saved.extra()).unwrap();
+}
+
+/// Weights that no step can mend are a failure at once, and those of the last step are one, too.
+#[test]
+fn broken_weights_at_the_beginning_or_the_end_are_a_failure() {
+    let place = Workplace::new(PROGRAM);
+    place.train("first", "--steps 1");
+    let first = "first/checkpoints/step-00000001";
+    spoil(&place, first, "broken", |state, _| state.master.fill(f32::NAN));
+    let ended = place.run("train --resume broken/step-00000001 --out out --on-non-finite skip");
+    ended.refused(1, &["validation loss of broken/step-00000001 is NaN", "--resume PATH", "start again"]);
+    for temperature in ["0", "1"] {
+        let ended = place.run(&format!("generate --checkpoint broken --tokens 4 --temperature {temperature}"));
+        ended.refused(1, &["not finite", "older checkpoint"]);
+    }
+    // The weights are as they were, until the first update divides this by the root of nearly
+    // nothing.
+    spoil(&place, first, "breaking", |state, _| state.m.fill(f32::MAX));
+    let ended = place.run("train --resume breaking/step-00000001 --out end --steps 2");
+    ended.refused(1, &["validation loss of the last step is", "--resume PATH", "start again"]);
+    assert_eq!(place.checkpoints("end"), ["step-00000002"]);
 }
 
 #[test]
@@ -140,7 +160,11 @@ fn skipped_samples_are_the_failing_steps_and_a_resume_is_exact() {
     }
     let flags = "--samples 800 --controller linear-ramp --ramp 32:0.5 --max-batch 32 --lr-coupling sqrt";
     place.train("first", &format!("{flags} --steps 2 --ranks 2"));
-    poison(&place, "first/checkpoints/step-00000002", "poisoned");
+    // The byte `~` has an infinite embedding: samples with this byte have no finite loss, and no
+    // others are touched.
+    spoil(&place, "first/checkpoints/step-00000002", "poisoned", |state, width| {
+        state.master[usize::from(b'~') * width..][..width].fill(f32::INFINITY);
+    });
     let from = "--resume poisoned/step-00000002 --ranks 2";
 
     let ended = place.run(&format!("train {from} --out whole --on-non-finite skip --save-every 5")).succeeded();

@@ -137,6 +137,45 @@ fn a_foreign_file_with_the_name_of_ours_is_not_overwritten() {
 }
 
 #[test]
+fn checkpoints_that_cannot_be_written_are_refused_before_the_first_step() {
+    let place = Workplace::new(PROGRAM);
+    fs::create_dir_all(place.path("out")).unwrap();
+    symlink("nowhere", place.path("out/checkpoints")).unwrap();
+    let ended = place.run(&format!("train {TINY} --out out"));
+    ended.refused(1, &["out/checkpoints", "leads nowhere", "--out DIR"]);
+    assert!(!ended.stdout.contains("validation loss"), "{ended}");
+}
+
+#[test]
+fn an_earlier_run_stays_where_it_is_when_the_next_one_cannot_begin() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--steps 2");
+    let before = names(&place.path("out"));
+    let tokens = place.path("out/tokens").join(&names(&place.path("out/tokens"))[0]);
+    // A token that the vocabulary does not have, in the part that a run reads whole.
+    let mut bytes = fs::read(&tokens).unwrap();
+    let half = bytes.len() / 2;
+    bytes[half..].fill(0xff);
+    fs::write(&tokens, bytes).unwrap();
+    place.run(&format!("train {TINY} --out out --steps 2")).refused(1, &["token file"]);
+    assert_eq!(names(&place.path("out")), before);
+}
+
+#[test]
+fn lines_of_others_in_the_metrics_are_kept_aside() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--steps 2");
+    let metrics = place.path("out/metrics.jsonl");
+    let mut text = fs::read_to_string(&metrics).unwrap();
+    text.push_str("my own note\n{\"step\":3,\"lo");
+    fs::write(&metrics, text).unwrap();
+    place.run("train --resume auto --out out --steps 3").succeeded();
+    assert_eq!(place.lines("out").len(), 3);
+    // What a crash has cut off belongs to a step that was made again.
+    assert_eq!(fs::read_to_string(place.path("out/metrics.aside.jsonl")).unwrap(), "my own note\n");
+}
+
+#[test]
 fn a_folder_may_be_a_link_or_have_dots_or_lie_where_nobody_may_write() {
     let place = Workplace::new(PROGRAM);
     fs::create_dir_all(place.path("real")).unwrap();

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
-use std::io::{BufRead, Write};
+use std::io::{BufRead, ErrorKind, Write};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -29,6 +29,12 @@ struct Arguments {
 fn main() {
     let arguments = Arguments::parse();
     if let Err(error) = serve(&arguments) {
+        let is_closed =
+            error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::BrokenPipe);
+        if is_closed {
+            // Whoever reads has read enough.
+            return;
+        }
         eprintln!("kernelbench: {error}");
         std::process::exit(1);
     }
@@ -36,6 +42,7 @@ fn main() {
 
 fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     Isa::of_process()?;
+    let mut stdout = std::io::stdout();
     let processors = std::thread::available_parallelism()?.get();
     if !(1..=processors).contains(&arguments.threads) {
         return Err(format!("--threads {}: between 1 and the {processors} processors here", arguments.threads).into());
@@ -43,8 +50,7 @@ fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let cases: Vec<Case> =
         Product::ALL.into_iter().flat_map(kernels::products).chain([kernels::adamw(64 << 20, false)]).collect();
     if arguments.list {
-        cases.iter().for_each(|case| println!("{}", case.name()));
-        return Ok(());
+        return Ok(cases.iter().try_for_each(|case| writeln!(stdout, "{}", case.name()))?);
     }
     let cases: HashMap<String, Case> = cases.into_iter().map(|case| (case.name(), case)).collect();
     let queue = Cores::new(arguments.threads)?.queue();
@@ -59,8 +65,8 @@ fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             ready = Some((name, case.operands()?));
         }
         let call = &mut ready.as_mut().expect("it was just made").1;
-        println!("{}", median(call, &*queue, shortest));
-        std::io::stdout().flush()?;
+        writeln!(stdout, "{}", median(call, &*queue, shortest))?;
+        stdout.flush()?;
     }
     Ok(())
 }

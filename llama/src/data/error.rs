@@ -90,7 +90,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The token file is damaged, cut short or not ours.
-    #[error("token file {}: {problem}; while the text is as it was, delete the file, and the next run makes it again", path.display())]
+    #[error("token file {}: {problem}; if a run made this file and the text is as it was, delete the file, and the next run makes it again", path.display())]
     Tokens {
         /// The token file.
         path: PathBuf,

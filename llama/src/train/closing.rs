@@ -15,7 +15,11 @@ impl Run<'_> {
     /// written.
     pub(super) fn summary(&mut self, validation: f64) -> Result<(), Error> {
         let writes = self.start.habits.sample > 0 && !is_synthetic(self.dataset.tokens());
-        let sample = if writes { Some(self.sample()?) } else { None };
+        let sample = match writes.then(|| self.sample()) {
+            // The validation tells whether the run has failed: its text may lack what broke this.
+            Some(Err(Error::NonFinite(reason))) => Some(format!("no sample of text: {reason}")),
+            sample => sample.transpose()?,
+        };
         let Some(Output { screen, metrics, mark: Mark { loss, of }, .. }) = &self.output else { return Ok(()) };
         screen.close();
         let breakdown = self.processor.breakdown.take();

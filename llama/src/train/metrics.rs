@@ -113,12 +113,14 @@ impl Metrics {
         if path.exists() {
             for line in BufReader::new(File::open(&path).map_err(fail)?).lines() {
                 let line = line.map_err(fail)?;
-                // A line that was cut off by a crash belongs to a step that will be made again.
-                if let Ok(parsed) = serde_json::from_str::<Line>(&line) {
-                    let lines = if parsed.step <= last_step { &mut kept } else { &mut later };
-                    lines.push_str(&line);
-                    lines.push('\n');
-                }
+                let lines = match serde_json::from_str::<Line>(&line) {
+                    Ok(parsed) if parsed.step <= last_step => &mut kept,
+                    // A line that was cut off by a crash belongs to a step that will be made again.
+                    Err(_) if run_folder::begins_as_metrics(&line) => continue,
+                    _ => &mut later,
+                };
+                lines.push_str(&line);
+                lines.push('\n');
             }
         }
         if !later.is_empty() {

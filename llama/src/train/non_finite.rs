@@ -53,11 +53,7 @@ impl Run<'_> {
         *in_a_row += 1;
         let number = *in_a_row;
         if policy == OnNonFinite::Stop {
-            // This step has changed nothing: what was learnt before it can be gone on from.
-            if self.progress.newest.is_none() && self.progress.step > 0 && self.is_finite()? {
-                let saved = self.begin_saving().and_then(|()| self.finish_saving());
-                saved.or_else(|error| self.survive(error))?;
-            }
+            self.save_what_was_learnt()?;
             return Err(self.ended(format!("{}: {}", what(&error), self.remedies())));
         }
         if number > limit {
@@ -83,11 +79,33 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Saves the state before the failing step, which has changed nothing, unless a checkpoint
+    /// exists already: the user can go on from it. Collective.
+    fn save_what_was_learnt(&mut self) -> Result<(), Error> {
+        if self.progress.newest.is_some() || self.progress.step == 0 || !self.is_finite()? {
+            return Ok(());
+        }
+        let saved = self.begin_saving().and_then(|()| self.finish_saving());
+        saved.or_else(|error| self.survive(error))
+    }
+
+    /// Ends a run whose weights were not finite when it was validated: no step can mend them.
+    pub(super) fn check_validation(&self, loss: f64, weights: &str) -> Result<(), Error> {
+        if loss.is_finite() {
+            return Ok(());
+        }
+        Err(self.ended(format!(
+            "the validation loss of {weights} is {loss}, so these weights are broken: go on from an older checkpoint with \
+             --resume PATH, or start again with a lower --lr"
+        )))
+    }
+
     /// Loads the newest checkpoint of this run.
     fn rewind(&mut self) -> Result<(), Error> {
         let Some(Saved { path, .. }) = self.progress.newest.clone() else {
-            let reason = "--on-non-finite rewind needs a checkpoint to go back to, and none has been saved";
-            return Err(self.ended(format!("{reason}: save some with --save-every, and {}", self.remedies())));
+            self.save_what_was_learnt()?;
+            let reason = "--on-non-finite rewind found no checkpoint to go back to (--save-every N makes some)";
+            return Err(self.ended(format!("{reason}: {}", self.remedies())));
         };
         let saved = checkpoint::open(&path)?;
         saved.load(&mut self.engine)?;

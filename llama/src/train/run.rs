@@ -153,13 +153,7 @@ impl<'s> Run<'s> {
             }
         };
         let output = on_rank_zero_alone(&communicator, || {
-            let (folder, newest) = (folder.expect("rank 0 has claimed it"), progress.newest.as_ref());
-            let newest = newest.map(|saved| saved.path.as_path());
-            if let Some(aside) = folder.set_aside(newest, settings.trace)? {
-                let (out, aside) = (start.out.display(), aside.display());
-                crate::print(format_args!("the earlier run in {out} is now {aside}"));
-            }
-            checkpoints::tidy(&start.out, newest)?;
+            // This reads all tokens. Where they are damaged, the earlier run stays in its place.
             let mark = match is_synthetic(dataset.tokens()) {
                 true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
                 false => {
@@ -172,6 +166,13 @@ impl<'s> Run<'s> {
                     Mark { loss: trigram::loss(&dataset, start.validation_samples)?, of }
                 }
             };
+            let (folder, newest) = (folder.expect("rank 0 has claimed it"), progress.newest.as_ref());
+            let newest = newest.map(|saved| saved.path.as_path());
+            if let Some(aside) = folder.set_aside(newest, settings.trace)? {
+                let (out, aside) = (start.out.display(), aside.display());
+                crate::print(format_args!("the earlier run in {out} is now {aside}"));
+            }
+            checkpoints::tidy(&start.out, newest)?;
             let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
             let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
             let metrics = Metrics::open(&start.out, progress.step)?;
@@ -202,6 +203,9 @@ impl<'s> Run<'s> {
 
     fn train(&mut self, stop: &AtomicBool) -> Result<Ended, Error> {
         let mut validation = self.validate()?;
+        let newest = self.progress.newest.as_ref();
+        let weights = newest.map_or("the initial weights".to_owned(), |saved| saved.path.display().to_string());
+        self.check_validation(validation, &weights)?;
         if let Some(Output { screen, mark: Mark { loss, of }, .. }) = &self.output {
             let samples = self.start.validation_samples;
             screen.say(format!("validation loss {validation:.4} on {samples} samples; {of} reaches {loss:.4}"));
@@ -266,6 +270,7 @@ impl<'s> Run<'s> {
             return Ok(Ended::Interrupted);
         }
         self.summary(validation)?;
+        self.check_validation(validation, "the last step")?;
         Ok(Ended::Done)
     }
 
