@@ -265,7 +265,7 @@ impl Case {
             let block = window.view().slice(first..first + len);
             consume(&*self.queue, block, self.scratch.slice_mut(0..len), first);
         }
-        window.release(&self.queue.record());
+        window.release(&self.queue.record())?;
         self.window = Some(window);
         Ok(())
     }
@@ -355,7 +355,10 @@ fn differences_of_block<T: Integral>(
     let (mut at, mut differing) = (0, 0);
     while at < view.len() {
         let block = expected.from(first + at, view.len() - at);
-        differing += wrong(&queue.download::<T>(view.slice(at..at + block.len())), block);
+        differing += wrong(
+            &queue.download::<T>(view.slice(at..at + block.len())).expect("the operations before have ended well"),
+            block,
+        );
         at += block.len();
     }
     differing

@@ -199,8 +199,8 @@ mod tests {
         let sum = Sum { dtype: DType::F32, count: 4, inputs: 3, outputs: 2 };
         local::fold(sum, &mut from, Some(&mut to), true);
         let sums = [11.5f32, 22.5, 33.5, 44.5];
-        assert_eq!(queue.download::<f32>(to.view()), [sums, sums].concat());
+        assert_eq!(queue.download::<f32>(to.view()).unwrap(), [sums, sums].concat());
         local::fold(sum, &mut from, None, false);
-        assert_eq!(queue.download::<f32>(from.view()), [&sums[..], &sums, &[0.5; 4]].concat());
+        assert_eq!(queue.download::<f32>(from.view()).unwrap(), [&sums[..], &sums, &[0.5; 4]].concat());
     }
 }

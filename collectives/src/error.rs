@@ -1,5 +1,7 @@
 //! What can go wrong between ranks. An error is remembered by its communicator, which returns it again from every later call.
 
+use pillion_kernels::Failure;
+
 use crate::limits::human;
 
 /// Failures of a communicator.
@@ -32,6 +34,20 @@ pub enum Error {
         /// What that rank's heartbeat says.
         how: String,
     },
+    /// This rank called an operation, whose start event has not happened in time.
+    #[error(
+        "{op} has not started for {seconds} s, because the event that it starts after has not happened on this rank: \
+         look at the work that the event follows"
+    )]
+    NotStarted {
+        /// The operation.
+        op: String,
+        /// How long this rank waited, not counting time in which it was stopped itself.
+        seconds: u64,
+    },
+    /// The event that an operation starts after failed, and no communicator was the reason.
+    #[error("an operation did not start, because the work before it failed: {0}")]
+    Before(Failure),
     /// Two ranks called different operations.
     #[error(
         "rank {peer} called {theirs} where this rank called {ours}: every rank must make the same calls in the same order"
@@ -95,6 +111,25 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
+}
+
+impl From<Failure> for Error {
+    /// The error of the communicator that failed first, if one did.
+    fn from(failure: Failure) -> Error {
+        match failure.cause::<Error>() {
+            Some(error) => error.clone(),
+            None => Error::Before(failure),
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        match error {
+            Error::Before(failure) => failure,
+            error => Failure::new(error),
+        }
+    }
 }
 
 impl Error {

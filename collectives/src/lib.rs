@@ -32,7 +32,7 @@ pub use error::Error;
 pub use launch::Launch;
 #[cfg(feature = "mpi")]
 pub use mpi::library as mpi_library;
-pub use operations::{Comparison, Reduce, Sideband, Start};
+pub use operations::{Comparison, Reduce, Sideband, Start, Summand, Sums};
 pub use options::{Backend, Options};
 pub use pending::Pending;
 pub use pillion_kernels::cpu::reduce::Reduction;

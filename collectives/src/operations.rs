@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use pillion_kernels::cpu::reduce::{Fold, Reduction};
-use pillion_kernels::{Buffer, DType, Event};
+use pillion_kernels::{Buffer, Completion, DType, Event};
 
 use crate::algorithms::{
     self, AnyCollective, BriefAllReduce, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands,
@@ -54,6 +54,39 @@ pub struct Sideband {
     pub own: Buffer,
     /// `[4]` f64: the sums of the ranks' numbers, in order of rank.
     pub totals: Buffer,
+}
+
+/// What a reduce-scatter reads, until it is complete.
+#[derive(Debug)]
+pub struct Summand {
+    /// As in [`Reduce`].
+    pub input: Buffer,
+    /// [`Sideband::own`].
+    pub own: Option<Buffer>,
+}
+
+/// What a reduce-scatter writes.
+#[derive(Debug)]
+pub struct Sums {
+    /// As in [`Reduce`].
+    pub output: Buffer,
+    /// [`Sideband::totals`].
+    pub totals: Option<Buffer>,
+}
+
+impl Reduce {
+    /// What is read, and what is written.
+    pub fn split(self) -> (Summand, Sums) {
+        let (own, totals) = self.sideband.map(|Sideband { own, totals }| (own, totals)).unzip();
+        (Summand { input: self.input, own }, Sums { output: self.output, totals })
+    }
+}
+
+impl Pending<Reduce> {
+    /// The same reduce-scatter, whose summand and sums come back apart.
+    pub fn split(self) -> (Pending<Summand>, Pending<Sums>) {
+        self.form_in_flight(Reduce::split).split()
+    }
 }
 
 /// The ranks' inputs of a reduce-scatter beside their sum, in this rank's part.
@@ -193,6 +226,21 @@ impl Communicator {
         self.run_all_reduce(operands, input.len(), combination, start.into(), (input, output))
     }
 
+    /// Combines the output of a reduce-scatter over the ranks of this communicator, in place, once
+    /// the reduce-scatter is complete. It may be one of another communicator: that of the ranks
+    /// that share the output's place with this one. The host does not wait.
+    pub fn all_reduce_sums(&self, mut sums: Pending<Sums>, reduction: Reduction) -> Pending<Sums> {
+        let after = sums.event();
+        let Some(sums) = sums.take_in_flight() else {
+            // The other ranks of this communicator would wait for this one.
+            sums.failure().map(|failure| self.shared.fail_after(failure));
+            return sums;
+        };
+        let combination = self.combination(reduction, &sums.output, &sums.output);
+        let operands = operands(Some(&sums.output), Some(&sums.output));
+        self.run_all_reduce(operands, sums.output.len(), combination, Start::After(after), sums)
+    }
+
     fn run_all_reduce<T>(
         &self,
         operands: Operands,
@@ -290,8 +338,7 @@ impl Communicator {
             Start::After(event) => self.shared.start_mail(flight(event)),
             Start::Here => {
                 self.shared.run_mail_here(flight(Event::PAST));
-                let result = outcome.outcome();
-                return Pending::ended(result, buffer);
+                return Pending::ended(outcome.wait().map_err(Error::from), buffer);
             }
         }
         Pending::new(outcome, buffer)
@@ -360,7 +407,7 @@ impl Communicator {
             None => {
                 let gathered = Arc::new(Mutex::new(Vec::new()));
                 let course = Course::new(&scalars, Channel::Control, patient);
-                self.submit(scalars.deliver_to(gathered.clone()).into(), course, Event::PAST).outcome()?;
+                self.submit(scalars.deliver_to(gathered.clone()).into(), course, Event::PAST).wait()?;
                 Ok(std::mem::take(&mut *gathered.lock()))
             }
         }
@@ -421,8 +468,8 @@ impl Communicator {
                     return Pending::ended(result, value);
                 }
                 let course = Course::new(&collective, channel, false);
-                let result = self.submit(collective.into(), course, Event::PAST).outcome();
-                return Pending::ended(result, value);
+                let outcome = self.submit(collective.into(), course, Event::PAST);
+                return Pending::ended(outcome.wait().map_err(Error::from), value);
             }
         };
         let course = Course::new(&collective, channel, false);
@@ -431,7 +478,7 @@ impl Communicator {
 
     fn submit(&self, collective: AnyCollective, course: Course, after: Event) -> Arc<Outcome> {
         let outcome = self.shared.outcomes.get();
-        self.shared.submit(Flight::new(collective, course, after, outcome.clone()));
+        self.shared.submit(Flight::new(collective, course, after, self.shared.options.timeout, outcome.clone()));
         outcome
     }
 

@@ -1,9 +1,11 @@
 //! Operations in flight.
 
+use std::any::Any;
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 
 use parking_lot::{Condvar, Mutex};
-use pillion_kernels::{Completion, Event, Queue};
+use pillion_kernels::{Completion, Event, Failure, Queue, Status};
 
 use crate::Error;
 use crate::shm::shared::AT_A_TIME;
@@ -14,10 +16,11 @@ use crate::shm::shared::AT_A_TIME;
 #[must_use = "an operation's buffers come back through `then` or `wait`"]
 pub struct Pending<T> {
     state: State,
+    /// None once it is taken, and where it was lost with a failed operation.
     value: Option<Value<T>>,
 }
 
-/// The buffers, or how to make what they become: only once the operation is complete does anybody get hold of them.
+/// The buffers, or how to make what they become once the operation is complete.
 enum Value<T> {
     Ready(T),
     Later(Box<dyn FnOnce() -> T + Send>),
@@ -25,17 +28,24 @@ enum Value<T> {
 
 #[derive(Clone)]
 enum State {
-    /// It was over when its call returned. (Errors are large, and rare.)
-    Ended(Result<(), Box<Error>>),
+    /// It was over when its call returned.
+    Ended(Result<(), Failure>),
     Flying(Arc<Outcome>),
 }
 
 impl State {
-    /// Blocks until the operation has ended.
-    fn outcome(&self) -> Result<(), Error> {
+    fn status(&self) -> Status {
         match self {
-            State::Ended(result) => result.clone().map_err(|error| *error),
-            State::Flying(outcome) => outcome.outcome(),
+            State::Ended(result) => Poll::Ready(result.clone()),
+            State::Flying(outcome) => outcome.status(),
+        }
+    }
+
+    /// Blocks until the operation has ended.
+    fn wait(&self) -> Result<(), Failure> {
+        match self {
+            State::Ended(result) => result.clone(),
+            State::Flying(outcome) => outcome.wait(),
         }
     }
 }
@@ -47,19 +57,24 @@ impl<T> Pending<T> {
 
     /// An operation that is over already.
     pub(crate) fn ended(result: Result<(), Error>, value: T) -> Pending<T> {
-        Pending { state: State::Ended(result.map_err(Box::new)), value: Some(Value::Ready(value)) }
+        Pending { state: State::Ended(result.map_err(Failure::from)), value: Some(Value::Ready(value)) }
     }
 
     /// Orders what `queue` runs from now on after the operation, and gives the buffers back. The host waits only where the
-    /// queue runs its work at once.
+    /// queue runs its work at once, and where [`Pending::map`] has yet to form the buffers.
     ///
     /// # Errors
-    /// The operation's failure where it is known by now; otherwise the communicator's next call returns it.
+    /// The operation's failure where it is known by now. A later failure stops the queue: it runs
+    /// nothing that it was given after this call, and its next event, synchronisation or download
+    /// has the failure.
     pub fn then(mut self, queue: &dyn Queue) -> Result<T, Error> {
         queue.wait_for(&self.event());
-        match &self.state {
-            State::Ended(result) => result.clone().map_err(|error| *error)?,
-            State::Flying(outcome) => outcome.result.lock().clone().unwrap_or(Ok(()))?,
+        let status = match self.value {
+            Some(Value::Later(_)) => Poll::Ready(self.state.wait()),
+            _ => self.state.status(),
+        };
+        if let Poll::Ready(result) = status {
+            result?;
         }
         Ok(self.take())
     }
@@ -69,14 +84,16 @@ impl<T> Pending<T> {
     /// # Errors
     /// The operation's failure.
     pub fn wait(mut self) -> Result<T, Error> {
-        self.state.outcome()?;
+        self.state.wait()?;
         Ok(self.take())
     }
 
-    /// The moment at which the operation is complete, for other operations to start after.
+    /// The moment at which the operation is complete, for other operations to start after. It fails
+    /// if the operation fails.
     pub fn event(&self) -> Event {
         match &self.state {
-            State::Ended(_) => Event::PAST,
+            State::Ended(Ok(())) => Event::PAST,
+            State::Ended(Err(failure)) => Event::failed(failure.clone()),
             State::Flying(outcome) => Event::new(outcome.clone()),
         }
     }
@@ -86,16 +103,52 @@ impl<T> Pending<T> {
     where
         T: Send + 'static,
     {
-        let value = self.value.take().expect(HELD);
-        let value = match &self.state {
+        let value = self.value.take().map(|value| match &self.state {
             State::Ended(Ok(())) => Value::Ready(form(value.get())),
             State::Ended(Err(_)) | State::Flying(_) => Value::Later(Box::new(move || form(value.get()))),
-        };
-        Pending { state: self.state.clone(), value: Some(value) }
+        });
+        Pending { state: self.state.clone(), value }
     }
 
     fn take(&mut self) -> T {
         self.value.take().expect(HELD).get()
+    }
+
+    /// The buffers while the operation may still be in flight, for another operation that starts
+    /// after [`Pending::event`]. None where it has failed already. Where [`Pending::map`] has yet
+    /// to form the buffers, the host waits.
+    pub(crate) fn take_in_flight(&mut self) -> Option<T> {
+        match self.value.take()? {
+            Value::Ready(value) => Some(value),
+            Value::Later(make) => self.state.wait().is_ok().then(make),
+        }
+    }
+}
+
+impl<T> Pending<T> {
+    /// The same operation, with its buffers in another form at once: `form` moves them and does not
+    /// touch their elements.
+    pub(crate) fn form_in_flight<U>(mut self, form: impl FnOnce(T) -> U) -> Pending<U> {
+        let value = self.take_in_flight().map(|value| Value::Ready(form(value)));
+        Pending { state: self.state.clone(), value }
+    }
+
+    /// The failure, where it is known by now.
+    pub(crate) fn failure(&self) -> Option<Failure> {
+        match self.state.status() {
+            Poll::Ready(result) => result.err(),
+            Poll::Pending => None,
+        }
+    }
+}
+
+impl<A, B> Pending<(A, B)> {
+    /// The same operation, whose buffers come back in two parts. Where [`Pending::map`] has yet to
+    /// form them, the host waits.
+    pub fn split(mut self) -> (Pending<A>, Pending<B>) {
+        let (a, b) = self.take_in_flight().unzip();
+        let state = self.state.clone();
+        (Pending { state: state.clone(), value: a.map(Value::Ready) }, Pending { state, value: b.map(Value::Ready) })
     }
 }
 
@@ -114,34 +167,46 @@ impl<T> Drop for Pending<T> {
     fn drop(&mut self) {
         if self.value.is_some() {
             // The error, if any, comes back from the communicator's next call.
-            let _ = self.state.outcome();
+            let _ = self.state.wait();
         }
     }
 }
 
-/// How an operation ended, once it has.
+/// How an operation ended, once it has, and which threads wait for it.
 #[derive(Default)]
 pub(crate) struct Outcome {
-    result: Mutex<Option<Result<(), Error>>>,
+    state: Mutex<OutcomeState>,
     changed: Condvar,
+}
+
+struct OutcomeState {
+    result: Option<Result<(), Failure>>,
+    /// What to wake once there is a result.
+    wakers: Vec<Waker>,
+}
+
+impl Default for OutcomeState {
+    /// Two queues or operations may follow an operation without an allocation.
+    fn default() -> OutcomeState {
+        OutcomeState { result: None, wakers: Vec::with_capacity(2) }
+    }
 }
 
 impl Outcome {
     /// Ends the operation; the first end counts.
     pub(crate) fn set(&self, result: Result<(), Error>) {
-        self.result.lock().get_or_insert(result);
-        self.changed.notify_all();
-    }
-
-    /// Blocks until the operation has ended.
-    pub(crate) fn outcome(&self) -> Result<(), Error> {
-        let mut result = self.result.lock();
-        loop {
-            match &*result {
-                Some(result) => return result.clone(),
-                None => self.changed.wait(&mut result),
-            }
+        let mut state = self.state.lock();
+        if state.result.is_some() {
+            return;
         }
+        state.result = Some(result.map_err(Failure::from));
+        let mut wakers = std::mem::take(&mut state.wakers);
+        // A waker is foreign code, which may ask for the status.
+        drop(state);
+        self.changed.notify_all();
+        wakers.drain(..).for_each(Waker::wake);
+        // The next operation that uses this outcome needs no memory for its own wakers.
+        self.state.lock().wakers = wakers;
     }
 }
 
@@ -159,7 +224,7 @@ impl Outcomes {
     pub(crate) fn get(&self) -> Arc<Outcome> {
         let mut all = self.0.lock();
         let unused = all.iter_mut().find_map(|outcome| {
-            Arc::get_mut(outcome)?.result.get_mut().take();
+            Arc::get_mut(outcome)?.state.get_mut().result.take();
             Some(outcome.clone())
         });
         unused.unwrap_or_else(|| {
@@ -170,12 +235,33 @@ impl Outcomes {
 }
 
 impl Completion for Outcome {
-    fn is_complete(&self) -> bool {
-        self.result.lock().is_some()
+    fn status(&self) -> Status {
+        self.state.lock().result.clone().map_or(Poll::Pending, Poll::Ready)
     }
 
-    fn wait(&self) {
-        let _ = self.outcome();
+    fn call_back(&self, waker: &Waker) {
+        let mut state = self.state.lock();
+        match state.result {
+            None => state.wakers.push(waker.clone()),
+            Some(_) => {
+                drop(state);
+                waker.wake_by_ref();
+            }
+        }
+    }
+
+    fn wait(&self) -> Result<(), Failure> {
+        let mut state = self.state.lock();
+        loop {
+            match &state.result {
+                Some(result) => return result.clone(),
+                None => self.changed.wait(&mut state),
+            }
+        }
+    }
+
+    fn origin(&self) -> &dyn Any {
+        self
     }
 }
 

@@ -87,15 +87,20 @@ impl Window {
     }
 
     /// Ends this rank's reading: blocks until `after`, which follows the last read, then tells the others.
-    pub fn release(&mut self, after: &Event) {
+    ///
+    /// # Errors
+    /// When `after` fails. The window then stays gathered, because work that reads it may not have
+    /// run.
+    pub fn release(&mut self, after: &Event) -> Result<(), Error> {
         if self.gathered {
-            after.wait();
+            after.wait()?;
             self.gathered = false;
             publish(self.released(self.shared.rank), self.gathers);
             for rank in (0..self.shared.world()).filter(|&rank| rank != self.shared.rank) {
                 self.shared.ring_rank(rank, WINDOW_BELL, subject::WINDOW);
             }
         }
+        Ok(())
     }
 
     /// Starts a gather by the ranks of `shared`; the caller has every rank do the same and waits for all before anyone reads.

@@ -34,4 +34,7 @@ pub enum Error {
         /// The widest set of instructions here.
         widest: &'static str,
     },
+    /// Work on the device could not run, because work that it follows failed.
+    #[error(transparent)]
+    Failed(#[from] crate::Failure),
 }

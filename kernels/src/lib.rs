@@ -19,12 +19,14 @@ pub mod cpu;
 mod device;
 mod dtype;
 mod error;
+mod event;
 mod queue;
 pub mod random;
 
 pub use buffer::{Buffer, Region, Span, View, ViewMut, exclusive};
 pub use cpu::{Cores, Cpu, LazyCpu};
-pub use device::{Completion, Device, Event};
+pub use device::Device;
 pub use dtype::{DType, Element};
 pub use error::Error;
+pub use event::{Completion, Event, Failure, HAPPENED, Status};
 pub use queue::{AdamW, AttentionShape, Queue};

@@ -9,7 +9,7 @@
 //!
 //! Every function returns once the work is enqueued, and panics when shapes disagree: that is a programmer's error.
 
-use crate::{DType, Element, Event, View, ViewMut};
+use crate::{DType, Element, Event, Failure, View, ViewMut};
 
 /// Sizes of an attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,26 +48,37 @@ pub struct AdamW {
 /// An ordered stream of work on one device.
 ///
 /// # Safety
-/// Whoever lends memory to an operation in flight trusts a queue with it: work that is enqueued after [`Queue::wait_for`] must not touch
-/// any memory before the event has happened, and an event of [`Queue::record`] must not happen before all work enqueued earlier has
-/// finished with its memory.
+/// Whoever lends memory to an operation in flight trusts a queue with it: work that is enqueued
+/// after [`Queue::wait_for`] must not touch any memory before the event has happened, nor ever if
+/// the event fails. An event of [`Queue::record`] must not end before all work enqueued earlier has
+/// finished with its memory, and must fail if any of that work could not run.
 pub unsafe trait Queue: Send {
-    /// An event that happens once everything enqueued so far has run.
+    /// An event that happens once everything enqueued so far has run. It fails if this queue waits
+    /// for an event that fails.
     fn record(&self) -> Event;
 
     /// Work enqueued from now on runs after `event`. On a device that runs work at once this blocks until then.
+    ///
+    /// If the event fails, this queue runs no more work: everything that is enqueued from now on
+    /// comes after the failure.
     fn wait_for(&self, event: &Event);
 
     /// Blocks the host until everything enqueued so far has run.
-    fn synchronize(&self) {
-        self.record().wait();
+    ///
+    /// # Errors
+    /// The failure of the first event that this queue waited for and that failed.
+    fn synchronize(&self) -> Result<(), Failure> {
+        self.record().wait()
     }
 
     /// Copies bytes of the host into `out`: exactly its size.
     fn upload_bytes(&self, out: ViewMut<'_>, bytes: &[u8]);
 
     /// Copies `x` to the host, after everything enqueued before; blocks until then. `out` has exactly its size.
-    fn read_bytes(&self, x: View<'_>, out: &mut [u8]);
+    ///
+    /// # Errors
+    /// As for [`Queue::synchronize`]; `out` is then unchanged.
+    fn read_bytes(&self, x: View<'_>, out: &mut [u8]) -> Result<(), Failure>;
 
     /// out = 0.
     fn zero(&self, out: ViewMut<'_>);
@@ -187,33 +198,50 @@ impl dyn Queue + '_ {
 
     /// out += data, added up on the host: for gradients that something else than kernels has computed. Same type, same length; blocks until
     /// everything enqueued before has run.
-    pub fn accumulate<T: Element + std::ops::AddAssign>(&self, mut out: ViewMut<'_>, data: &[T]) {
+    ///
+    /// # Errors
+    /// As for [`Queue::synchronize`].
+    pub fn accumulate<T: Element + std::ops::AddAssign>(
+        &self,
+        mut out: ViewMut<'_>,
+        data: &[T],
+    ) -> Result<(), Failure> {
         check(out.dtype(), out.len(), T::DTYPE, data.len());
-        let mut sums: Vec<T> = self.download(out.as_view());
+        let mut sums: Vec<T> = self.download(out.as_view())?;
         sums.iter_mut().zip(data).for_each(|(sum, &value)| *sum += value);
         self.upload(out.reborrow(), &sums);
+        Ok(())
     }
 
     /// Copies `x` to the host; blocks until everything enqueued before has run.
-    pub fn download<T: Element>(&self, x: View<'_>) -> Vec<T> {
+    ///
+    /// # Errors
+    /// As for [`Queue::synchronize`].
+    pub fn download<T: Element>(&self, x: View<'_>) -> Result<Vec<T>, Failure> {
         let mut data = vec![T::zeroed(); x.len()];
-        self.read(x, &mut data);
-        data
+        self.read(x, &mut data)?;
+        Ok(data)
     }
 
     /// The bytes of `x`, copied to the host; blocks until everything enqueued before has run.
-    pub fn download_bytes(&self, x: View<'_>) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// As for [`Queue::synchronize`].
+    pub fn download_bytes(&self, x: View<'_>) -> Result<Vec<u8>, Failure> {
         let mut data = vec![0; x.len() * x.dtype().bytes()];
-        self.read_bytes(x, &mut data);
-        data
+        self.read_bytes(x, &mut data)?;
+        Ok(data)
     }
 
     /// As [`Queue::download`], into memory of the caller's: same type, same length.
     ///
+    /// # Errors
+    /// As for [`Queue::synchronize`].
+    ///
     /// [`Queue::download`]: #method.download
-    pub fn read<T: Element>(&self, x: View<'_>, out: &mut [T]) {
+    pub fn read<T: Element>(&self, x: View<'_>, out: &mut [T]) -> Result<(), Failure> {
         check(x.dtype(), x.len(), T::DTYPE, out.len());
-        self.read_bytes(x, bytemuck::cast_slice_mut(out));
+        self.read_bytes(x, bytemuck::cast_slice_mut(out))
     }
 }
 

@@ -138,7 +138,7 @@ impl Model {
         let queue = device.queue();
         queue.upload(cos.view_mut(), &cos_table);
         queue.upload(sin.view_mut(), &sin_table);
-        queue.synchronize();
+        queue.synchronize()?;
         Ok(Model {
             attention: AttentionShape {
                 batch,
@@ -238,10 +238,13 @@ impl Model {
     }
 
     /// (sum of losses, number of tokens) of the evaluations since the last call.
-    pub fn take_loss(&mut self, queue: &dyn Queue) -> (f64, f64) {
-        let loss = queue.download::<f64>(self.loss.view())[0];
+    ///
+    /// # Errors
+    /// When a gather that an evaluation needed failed.
+    pub fn take_loss(&mut self, queue: &dyn Queue) -> Result<(f64, f64), Error> {
+        let loss = queue.download::<f64>(self.loss.view())?[0];
         queue.zero(self.loss.view_mut());
-        (loss, std::mem::take(&mut self.evaluated) as f64)
+        Ok((loss, std::mem::take(&mut self.evaluated) as f64))
     }
 
     /// One round of an evaluation: the logits, `[B, T, V]`.
@@ -253,7 +256,7 @@ impl Model {
         let (vocab, mut all) = (self.config.vocab_size, Vec::new());
         for rows in self.head_parts() {
             self.head.multiply(queue, weights.tensor(tensor::LM_HEAD), rows.clone(), vocab);
-            all.extend(queue.download::<f32>(self.head.logits.slice(0..rows.len() * vocab)));
+            all.extend(queue.download::<f32>(self.head.logits.slice(0..rows.len() * vocab))?);
         }
         Ok(all)
     }

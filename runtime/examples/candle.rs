@@ -132,10 +132,10 @@ fn micro_batch(step: &mut Step<'_>, units: &[UnitSpec], number: usize) -> Result
         let gradients = (output * gradient)?.sum_all()?.backward()?;
         let of = |leaf: &Tensor| gradients.get(leaf).cloned().ok_or("an output that does not depend on its input");
         for (tensor, weights) in weights.iter().enumerate() {
-            pass.queue.accumulate(pass.gradients.tensor(tensor), &of(weights)?.flatten_all()?.to_vec1::<f32>()?);
+            pass.queue.accumulate(pass.gradients.tensor(tensor), &of(weights)?.flatten_all()?.to_vec1::<f32>()?)?;
         }
         if index == HEAD {
-            pass.queue.accumulate(pass.loss, &[f64::from(loss.to_scalar::<f32>()?)]);
+            pass.queue.accumulate(pass.loss, &[f64::from(loss.to_scalar::<f32>()?)])?;
         }
         if index == 0 {
             break;
@@ -148,7 +148,7 @@ fn micro_batch(step: &mut Step<'_>, units: &[UnitSpec], number: usize) -> Result
 /// A unit's weights as candle's tensors: a copy of one unit, which lives as long as it computes.
 fn tensors(queue: &dyn Queue, weights: &Weights<'_>, unit: &UnitSpec) -> Result<Vec<Tensor>> {
     let tensor = |(index, spec): (usize, &TensorSpec)| {
-        let values: Vec<f32> = queue.download(weights.tensor(index));
+        let values: Vec<f32> = queue.download(weights.tensor(index))?;
         Ok(Tensor::from_vec(values, spec.shape.as_slice(), &Device::Cpu)?)
     };
     unit.tensors.iter().enumerate().map(tensor).collect()

@@ -37,8 +37,6 @@ pub(crate) struct Builder {
     free: BTreeSet<(Option<usize>, usize)>,
     /// Unit → the gradient slot that it adds to.
     adds_to: Vec<Option<usize>>,
-    /// Units whose last reduction has been started, and that reduction, until they are summed over the groups.
-    to_replicate: Vec<(usize, usize)>,
     /// The last operation of each kind that the agreement waits for.
     last_compute: Option<usize>,
     last_reduce: Option<usize>,
@@ -86,7 +84,6 @@ impl Builder {
             uses,
             next,
             operations: Vec::new(),
-            to_replicate: Vec::new(),
             last_compute: None,
             last_reduce: None,
             last_all_reduce: None,
@@ -100,9 +97,6 @@ impl Builder {
             self.compute(index);
         }
         if self.train {
-            while !self.to_replicate.is_empty() {
-                self.all_reduce();
-            }
             let before = [self.last_compute, self.last_reduce, self.last_all_reduce];
             let agree = self.push(Action::Agree, before.into_iter().flatten());
             for unit in 0..self.outline.units() {
@@ -169,9 +163,6 @@ impl Builder {
                 (Some(fill), free)
             }
         };
-        if self.to_replicate.len() > LAG {
-            self.all_reduce();
-        }
         let action = Action::Compute { unit, pass, weights: resident.unwrap_or(unit), gradients: fill };
         let compute = self.push(action, gather.into_iter().chain(free));
         if let Some(slot) = resident {
@@ -214,24 +205,10 @@ impl Builder {
             self.last_reduce = Some(reduced);
         }
         if self.outline.replicated && round + 1 == self.rounds {
-            self.to_replicate.push((unit, reduced));
-            if !self.outline.sharded {
-                self.all_reduce();
-            }
-        }
-    }
-
-    /// Sums the unit that was reduced first over the groups, if one waits for that.
-    fn all_reduce(&mut self) {
-        if !self.to_replicate.is_empty() {
-            let (unit, reduced) = self.to_replicate.remove(0);
             self.last_all_reduce = Some(self.push(Action::AllReduce { unit }, [reduced]));
         }
     }
 }
-
-/// Reductions to shards that may be under way before the first of them is waited for, to sum its shard over the groups.
-const LAG: usize = 1;
 
 #[cfg(test)]
 mod reference;
@@ -248,6 +225,24 @@ mod tests {
         fn plans_are_those_of_the_plain_builder(outline in outlines(), rounds in 1usize..4, train: bool) {
             let plan = Builder::new(outline.clone(), rounds, train).build();
             prop_assert_eq!(plan, reference::Builder::new(outline, rounds, train).build());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn a_sum_over_groups_follows_its_reduction_and_nothing_else(outline in outlines(), rounds in 1usize..4) {
+            let plan = Builder::new(outline, rounds, true).build();
+            for (index, operation) in plan.operations.iter().enumerate() {
+                if let Action::AllReduce { unit } = operation.action {
+                    prop_assert_eq!(&operation.after, &[index - 1]);
+                    let of = match plan.operations[index - 1].action {
+                        Action::Reduce { unit, .. } | Action::Compute { unit, pass: Pass::Backward, .. } => Some(unit),
+                        _ => None,
+                    };
+                    prop_assert_eq!(of, Some(unit));
+                }
+            }
         }
     }
 

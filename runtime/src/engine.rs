@@ -405,7 +405,7 @@ impl Engine {
                 self.queue.upload(shard.view_mut(), &master);
                 let output = self.device.allocate(DType::F32, padded)?;
                 let (_, output) = group.all_gather(shard, output, self.queue.record()).then(&*self.queue)?;
-                self.queue.download(output.view())
+                self.queue.download(output.view())?
             }
         };
         whole.truncate(len);
@@ -434,7 +434,7 @@ impl Engine {
         let State { master: to_master, m, v } = state;
         for (from, to) in [(master, to_master), (shard.m.view(), m), (shard.v.view(), v)] {
             to.resize(from.len(), 0.0);
-            self.queue.read(from, to);
+            self.queue.read(from, to)?;
         }
         Ok(())
     }

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use pillion_kernels::Failure;
+
 /// What can go wrong above the collectives.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -70,6 +72,15 @@ pub enum Error {
         /// What is wrong, and the remedy.
         reason: String,
     },
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Error {
+        match failure.cause::<pillion_collectives::Error>() {
+            Some(error) => Error::Collective(error.clone()),
+            None => Error::Device(failure.into()),
+        }
+    }
 }
 
 impl Error {

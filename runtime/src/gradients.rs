@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Comparison, Pending, Reduce, Reduction, Sideband};
+use pillion_collectives::{Communicator, Comparison, Pending, Reduce, Reduction, Sideband, Summand, Sums};
 use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
 
 use crate::axes::Axes;
@@ -32,7 +32,6 @@ pub(crate) struct GradientStore {
 
 /// What a collective has is None here until the flight is over.
 struct Slot {
-    unit: usize,
     /// f32.
     gradient: Option<Buffer>,
     /// The gradient as it travels, where that is narrower.
@@ -44,9 +43,7 @@ struct Slot {
 
 enum Flight {
     /// To the shards.
-    Scatter(Pending<Reduce>),
-    /// To the shards, compared.
-    Compared(Pending<(Reduce, Comparison)>),
+    Scatter(Pending<Summand>),
     /// Over the groups, in place.
     Sum(Pending<Buffer>),
     /// Over the groups, from the narrow buffer into the gradient.
@@ -59,8 +56,9 @@ struct Sum {
     totals: Option<Buffer>,
     /// What a comparison of the ranks' gradients with the sum has found; made when it is first wanted.
     compared: Option<Buffer>,
-    /// Over the groups.
-    flight: Option<Pending<Buffer>>,
+    /// To the shards, and then over the groups.
+    flight: Option<Pending<Sums>>,
+    comparing: Option<Pending<Comparison>>,
 }
 
 impl GradientStore {
@@ -82,12 +80,12 @@ impl GradientStore {
             };
             let narrow = is_narrow.then(|| Axes::allocate(shared, device, policy.reduce, len)).transpose()?;
             let sideband = Some(device.allocate(DType::F64, sideband::LEN)?);
-            Ok(Slot { unit: 0, gradient: Some(gradient), narrow, is_narrow, sideband, flight: None })
+            Ok(Slot { gradient: Some(gradient), narrow, is_narrow, sideband, flight: None })
         };
         let sum = |unit: &Unit| {
             let gradient = Axes::allocate(axes.replicate.as_ref(), device, DType::F32, unit.shard)?;
             let totals = device.allocate(DType::F64, sideband::LEN)?;
-            Ok(Sum { gradient: Some(gradient), totals: Some(totals), compared: None, flight: None })
+            Ok(Sum { gradient: Some(gradient), totals: Some(totals), compared: None, flight: None, comparing: None })
         };
         let slots: Result<_, Error> = match outline.gradients {
             Some(count) => (0..count).map(|_| slot(layout.longest_unit())).collect(),
@@ -161,60 +159,50 @@ impl GradientStore {
         after: Event,
         queue: &dyn Queue,
     ) -> Result<(), Error> {
+        let sum = &mut self.sums[unit];
         // With few units, an earlier round's reduction of the same unit may still have its sums.
-        self.bring_scatter_of(unit, queue)?;
-        let Sum { gradient, totals, compared, .. } = &mut self.sums[unit];
-        let (output, totals) = (gradient.take().expect(LOST), totals.take().expect(LOST));
+        sum.bring(queue)?;
+        let (output, totals) = (sum.gradient.take().expect(LOST), sum.totals.take().expect(LOST));
         let slot = &mut self.slots[slot];
         let input = if slot.is_narrow { slot.narrow.take() } else { slot.gradient.take() }.expect(LOST);
         let sideband = Some(Sideband { own: slot.sideband.take().expect(LOST), totals });
         let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate, sideband };
-        slot.unit = unit;
-        slot.flight = Some(match limit {
-            None => Flight::Scatter(group.reduce_scatter(reduce, after)),
+        let reduce = match limit {
+            None => group.reduce_scatter(reduce, after),
             Some(limit) => {
-                let comparison = Comparison { totals: compared.take().expect(LOST), limit };
-                Flight::Compared(group.reduce_scatter_compared(reduce, comparison, after))
+                let comparison = Comparison { totals: sum.compared.take().expect(LOST), limit };
+                let (reduce, comparison) = group.reduce_scatter_compared(reduce, comparison, after).split();
+                sum.comparing = Some(comparison);
+                reduce
             }
-        });
+        };
+        let (summand, sums) = reduce.split();
+        slot.flight = Some(Flight::Scatter(summand));
+        sum.flight = Some(sums);
         Ok(())
     }
 
-    /// Starts to sum a unit's shard, or its slot where there are no shards, over the groups.
-    pub(crate) fn all_reduce(
-        &mut self,
-        groups: &Arc<Communicator>,
-        unit: usize,
-        after: Event,
-        queue: &dyn Queue,
-    ) -> Result<(), Error> {
+    /// Starts to sum a unit over the groups: its shard, once that is reduced, or its slot where
+    /// there are no shards.
+    pub(crate) fn all_reduce(&mut self, groups: &Arc<Communicator>, unit: usize, after: Event) {
         if self.sums.is_empty() {
             let slot = &mut self.slots[unit];
-            slot.unit = unit;
             let gradient = slot.gradient.take().expect(LOST);
             slot.flight = Some(match slot.narrow.take() {
                 Some(narrow) => Flight::Widen(groups.all_reduce_into(narrow, gradient, Reduction::Sum, after)),
                 None => Flight::Sum(groups.all_reduce(gradient, Reduction::Sum, after)),
             });
-            return Ok(());
+            return;
         }
-        self.bring_scatter_of(unit, queue)?;
-        // The shard came to the queue, not to the host.
-        let after = Event::all([after, queue.record()]);
         let sum = &mut self.sums[unit];
-        sum.flight = Some(groups.all_reduce(sum.gradient.take().expect(LOST), Reduction::Sum, after));
-        Ok(())
+        let reduced = sum.flight.take().expect("a shard is reduced before it is summed over the groups");
+        sum.flight = Some(groups.all_reduce_sums(reduced, Reduction::Sum));
     }
 
     /// Orders `queue` after every reduction.
     pub(crate) fn bring_all(&mut self, queue: &dyn Queue) -> Result<(), Error> {
         (0..self.slots.len()).try_for_each(|slot| self.bring(slot, queue))?;
-        for sum in &mut self.sums {
-            if let Some(flight) = sum.flight.take() {
-                sum.gradient = Some(flight.then(queue)?);
-            }
-        }
-        Ok(())
+        self.sums.iter_mut().try_for_each(|sum| sum.bring(queue))
     }
 
     /// A unit's summed gradient, `[shard]`, and the totals of its sidebands over the ranks of the group.
@@ -226,24 +214,14 @@ impl GradientStore {
         (gradient.as_ref().expect(LOST).view(), totals.as_ref().expect(LOST).view())
     }
 
-    fn bring_scatter_of(&mut self, unit: usize, queue: &dyn Queue) -> Result<(), Error> {
-        let has =
-            |slot: &Slot| slot.unit == unit && matches!(slot.flight, Some(Flight::Scatter(_) | Flight::Compared(_)));
-        match self.slots.iter().position(has) {
-            Some(slot) => self.bring(slot, queue),
-            None => Ok(()),
-        }
-    }
-
     fn bring(&mut self, slot: usize, queue: &dyn Queue) -> Result<(), Error> {
         let slot = &mut self.slots[slot];
         match slot.flight.take() {
             None => {}
-            Some(Flight::Scatter(pending)) => put_back(slot, &mut self.sums, pending.then(queue)?),
-            Some(Flight::Compared(pending)) => {
-                let (reduce, Comparison { totals, .. }) = pending.then(queue)?;
-                self.sums[slot.unit].compared = Some(totals);
-                put_back(slot, &mut self.sums, reduce);
+            Some(Flight::Scatter(pending)) => {
+                let Summand { input, own } = pending.then(queue)?;
+                *(if slot.is_narrow { &mut slot.narrow } else { &mut slot.gradient }) = Some(input);
+                slot.sideband = own;
             }
             Some(Flight::Sum(pending)) => slot.gradient = Some(pending.then(queue)?),
             Some(Flight::Widen(pending)) => {
@@ -255,12 +233,16 @@ impl GradientStore {
     }
 }
 
-/// Gives a slot and its unit's sum back what a reduction had.
-fn put_back(slot: &mut Slot, sums: &mut [Sum], reduce: Reduce) {
-    let Reduce { input, output, sideband, .. } = reduce;
-    let Sideband { own, totals } = sideband.expect("a gradient is reduced with its sideband");
-    *(if slot.is_narrow { &mut slot.narrow } else { &mut slot.gradient }) = Some(input);
-    slot.sideband = Some(own);
-    let sum = &mut sums[slot.unit];
-    (sum.gradient, sum.totals) = (Some(output), Some(totals));
+impl Sum {
+    /// Orders `queue` after the reduction that has it, if one does.
+    fn bring(&mut self, queue: &dyn Queue) -> Result<(), Error> {
+        if let Some(pending) = self.flight.take() {
+            let Sums { output, totals } = pending.then(queue)?;
+            (self.gradient, self.totals) = (Some(output), totals);
+        }
+        if let Some(pending) = self.comparing.take() {
+            self.compared = Some(pending.then(queue)?.totals);
+        }
+        Ok(())
+    }
 }

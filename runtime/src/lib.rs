@@ -42,9 +42,9 @@
 //!     for unit in (0..2).rev() {
 //!         let mut pass = step.backward(unit)?;
 //!         // Kernels add to gradients; here the host does.
-//!         pass.queue.accumulate(pass.gradients.tensor(0), &[1.0f32; 32]);
+//!         pass.queue.accumulate(pass.gradients.tensor(0), &[1.0f32; 32])?;
 //!         if unit == 1 {
-//!             pass.queue.accumulate(pass.loss, &[40.0]); // the sum of the losses
+//!             pass.queue.accumulate(pass.loss, &[40.0])?; // the sum of the losses
 //!         }
 //!     }
 //! }

@@ -211,8 +211,7 @@ impl<'e> Step<'e> {
         if self.next < self.plan.operations.len() {
             return Err(self.off_plan("the end of the evaluation"));
         }
-        self.leave();
-        Ok(())
+        self.leave()
     }
 
     /// Ends a step without an update: parameters, optimizer state and the number of updates are as
@@ -235,19 +234,20 @@ impl<'e> Step<'e> {
         }
         let engine = &mut *self.engine;
         engine.gradients.bring_all(&*engine.queue)?;
-        self.leave();
+        self.leave()?;
         // No rank is still reading this one's shards when the caller goes on to write them.
         Ok(self.engine.axes.world.barrier()?)
     }
 
     /// Leaves the engine ready for another step, after the last operation that this one has issued.
-    fn leave(&mut self) {
+    fn leave(&mut self) -> Result<(), Error> {
         // Kernels may still read the slots: the next gathers start after them.
         let done = self.engine.queue.record();
-        self.engine.weights.release(&done);
+        self.engine.weights.release(&done)?;
         self.engine.written.fill(done);
         self.engine.health = Health::Good;
         self.record_collectives();
+        Ok(())
     }
 
     /// The host has waited for a collective since then.
@@ -325,12 +325,12 @@ impl<'e> Step<'e> {
             }
             Action::AllReduce { unit } => {
                 let groups = engine.axes.replicate.as_ref().expect(AXIS);
-                let waiting = Instant::now();
-                engine.gradients.all_reduce(groups, unit, after, &*engine.queue)?;
+                engine.gradients.all_reduce(groups, unit, after);
                 if !engine.policy.overlap {
+                    let waiting = Instant::now();
                     engine.gradients.bring_all(&*engine.queue)?;
+                    self.waited(waiting, Some(unit));
                 }
-                self.waited(waiting, Some(unit));
             }
             action => unreachable!("{action:?} is no collective"),
         }
@@ -380,17 +380,17 @@ impl<'e> Step<'e> {
             queue.square_norm(norms.slice_mut(2 * unit..2 * unit + 2), gradient.slice(part), 1.0);
             if axes.shard_number() == 0 {
                 let mut totals = [0.0; sideband::LEN];
-                queue.read(unit_totals, &mut totals);
+                queue.read(unit_totals, &mut totals)?;
                 values.iter_mut().zip(totals).for_each(|(value, total)| *value += total);
             }
         }
         for unit in 0..layout.units.len() {
             let mut norm = [0.0; 2];
-            queue.read(norms.slice(2 * unit..2 * unit + 2), &mut norm);
+            queue.read(norms.slice(2 * unit..2 * unit + 2), &mut norm)?;
             values[square_norm] += norm[0];
             values[non_finite] += norm[1];
         }
-        weights.release(&queue.record());
+        weights.release(&queue.record())?;
         let requested = SUMS..SUMS + requests.len();
         values[requested.clone()].copy_from_slice(requests);
         // The square of this rank's tokens, and what its part of each unit says.
@@ -400,7 +400,7 @@ impl<'e> Step<'e> {
             let mut of_unit = [0.0; COMPARISON];
             let of_unit = &mut of_unit[..found.len()];
             for unit in 0..layout.units.len() {
-                queue.read(gradients.compared(unit), of_unit);
+                queue.read(gradients.compared(unit), of_unit)?;
                 found.iter_mut().zip(&*of_unit).for_each(|(found, of_unit)| *found += of_unit);
             }
         }

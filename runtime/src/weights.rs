@@ -194,10 +194,11 @@ impl WeightStore {
     }
 
     /// Ends the reading of everything gathered; blocks the host until `after`, which follows the last kernel that reads.
-    pub(crate) fn release(&mut self, after: &Event) {
+    pub(crate) fn release(&mut self, after: &Event) -> Result<(), Error> {
         if let Memory::Windows(windows) = &mut self.memory {
-            windows.iter_mut().for_each(|window| window.get_mut().release(after));
+            windows.iter_mut().try_for_each(|window| window.get_mut().release(after))?;
         }
+        Ok(())
     }
 
     /// This rank's shard of a unit.

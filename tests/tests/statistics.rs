@@ -131,7 +131,7 @@ impl Case {
             }
             for unit in (0..LENGTHS.len()).rev() {
                 let mut pass = step.backward(unit)?;
-                let mut values: Vec<f32> = pass.queue.download(pass.gradients.tensor(0).as_view());
+                let mut values: Vec<f32> = pass.queue.download(pass.gradients.tensor(0).as_view()).unwrap();
                 values
                     .iter_mut()
                     .zip(gradient(micro_batch, self.tokens(micro_batch), unit))
@@ -141,7 +141,7 @@ impl Case {
                 }
                 pass.queue.upload(pass.gradients.tensor(0), &values);
                 if unit + 1 == LENGTHS.len() {
-                    pass.queue.accumulate(pass.loss, &[1.0]);
+                    pass.queue.accumulate(pass.loss, &[1.0]).unwrap();
                 }
             }
         }

@@ -51,7 +51,7 @@ impl Shared {
     pub(crate) fn start_mail(&self, mut flight: MailFlight) {
         if flight.is_short() && !self.has_wire() {
             let _guard = AbortOnPanic::new(self);
-            match self.healthy().and_then(|()| flight.poll(self, None)) {
+            match self.healthy().and_then(|()| flight.poll(self, None, None)) {
                 Ok(false) => {}
                 Ok(true) => return flight.finish(Ok(())),
                 Err(error) => return flight.finish(Err(self.fail(error))),
@@ -67,7 +67,7 @@ impl Shared {
         }
         let _guard = AbortOnPanic::new(self);
         let bell = &self.control().callers[MAIL_BELL];
-        let result = self.wait(bell, subject::MAIL, || flight.poll(self, None).map(|done| done.then_some(())));
+        let result = self.wait(bell, subject::MAIL, || flight.poll(self, None, None).map(|done| done.then_some(())));
         flight.finish(result.map_err(|error| self.fail(error)));
     }
 

@@ -13,6 +13,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use pillion_kernels::{Completion, Event};
@@ -21,6 +22,7 @@ use super::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
 use super::place::Place;
 use super::record::Span;
 use super::shared::{Count, Shared};
+use super::start::StartEvent;
 use super::watch::Watch;
 use crate::Error;
 use crate::algorithms::AnyCollective;
@@ -285,7 +287,7 @@ impl Course {
 pub(crate) struct Flight {
     collective: AnyCollective,
     course: Course,
-    after: Event,
+    after: StartEvent,
     outcome: Arc<Outcome>,
     delay: Option<Instant>,
 }
@@ -293,7 +295,7 @@ pub(crate) struct Flight {
 impl Drop for Flight {
     /// Nobody waits for ever for an operation that a panic has ended; any other end has been set before.
     fn drop(&mut self) {
-        if !self.outcome.is_complete() {
+        if self.outcome.status().is_pending() {
             let reason = "the thread that drove it panicked".to_owned();
             self.outcome.set(Err(Error::System { what: "an operation", reason }));
         }
@@ -301,8 +303,15 @@ impl Drop for Flight {
 }
 
 impl Flight {
-    pub(crate) fn new(collective: AnyCollective, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
-        Flight { collective, course, after, outcome, delay: None }
+    /// Fails if its event does not happen within `limit` from now.
+    pub(crate) fn new(
+        collective: AnyCollective,
+        course: Course,
+        after: Event,
+        limit: Duration,
+        outcome: Arc<Outcome>,
+    ) -> Flight {
+        Flight { collective, course, after: StartEvent::new(after, limit), outcome, delay: None }
     }
 
     pub(crate) fn channel(&self) -> Channel {
@@ -318,10 +327,16 @@ impl Flight {
         &mut self,
         shared: &Shared,
         count: &mut Count,
-        wire: Option<&mut (dyn Wire + 'static)>,
+        mut wire: Option<&mut (dyn Wire + 'static)>,
+        waker: &Waker,
     ) -> Result<bool, Error> {
         if self.course.taken == 0 {
-            if !self.after.advance() {
+            let Course { channel, call, .. } = self.course;
+            let is_late = |rank: usize| {
+                shared.map.control(rank).channels[channel as usize].steps.load(Ordering::Acquire) <= count.steps
+            };
+            let op = || describe(Call { sequence: count.sequence + 1, ..call });
+            if !self.after.has_happened(shared, Some(waker), wire.as_deref_mut(), &is_late, &op)? {
                 return Ok(false);
             }
             // An injected delay, for tests: the operation starts late, everything else goes on.

@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Waker;
 
 use parking_lot::Mutex;
 use pillion_kernels::cpu::stream;
@@ -22,6 +23,7 @@ use super::control::{Call, MAIL_BELL, subject};
 use super::place::Place;
 use super::protocol::publish;
 use super::shared::{Inbox, Shared};
+use super::start::StartEvent;
 use super::watch::Watch;
 use crate::Error;
 use crate::call::{Detail, Kind, call, describe};
@@ -54,6 +56,13 @@ struct Receiver {
     taken: AtomicU64,
     /// What it expected instead of the message whose piece is next: length, number and type; type 0 while it has no objection.
     refused: [AtomicU64; 3],
+}
+
+impl Mailbox {
+    /// Whether the receiver has something to take.
+    fn is_full(&self) -> bool {
+        self.sent.load(Ordering::Acquire) != self.receiver.taken.load(Ordering::Relaxed)
+    }
 }
 
 /// Which way a message goes, seen from this rank.
@@ -96,7 +105,7 @@ pub(crate) struct MailFlight {
     /// The other rank, as the communicator counts.
     peer: usize,
     buffer: Span,
-    after: Event,
+    after: StartEvent,
     outcome: Arc<Outcome>,
     number: u64,
     /// Elements that have been put out or taken.
@@ -140,7 +149,7 @@ impl MailFlight {
             direction,
             peer,
             buffer,
-            after,
+            after: StartEvent::new(after, shared.options.timeout),
             outcome,
             number,
             moved: 0,
@@ -179,12 +188,27 @@ impl MailFlight {
     }
 
     /// Goes as far as the other rank allows; true once complete.
-    pub(crate) fn poll(&mut self, shared: &Shared, wire: Option<&mut (dyn Wire + 'static)>) -> Result<bool, Error> {
+    pub(crate) fn poll(
+        &mut self,
+        shared: &Shared,
+        mut wire: Option<&mut (dyn Wire + 'static)>,
+        waker: Option<&Waker>,
+    ) -> Result<bool, Error> {
         let completed = &shared.mail.lines[self.peer][self.direction as usize].1;
-        if completed.load(Ordering::Acquire) != self.number || !self.after.advance() {
+        if completed.load(Ordering::Acquire) != self.number {
             return Ok(false);
         }
-        let done = match (shared.hosts.local().iter().position(|&rank| rank == self.peer), self.direction) {
+        let local_peer = shared.hosts.local().iter().position(|&rank| rank == self.peer);
+        let (op, direction) = (self.describe(), self.direction);
+        // A sender may put all of a message out and leave before its receiver starts.
+        let is_late = |rank: usize| {
+            Some(rank) == local_peer
+                && (direction == Direction::Send || !shared.map.mailbox(rank, shared.rank).is_full())
+        };
+        if !self.after.has_happened(shared, waker, wire.as_deref_mut(), &is_late, &op)? {
+            return Ok(false);
+        }
+        let done = match (local_peer, self.direction) {
             (Some(peer), Direction::Send) => self.send(shared, peer)?,
             (Some(peer), Direction::Receive) => self.receive(shared, peer)?,
             (None, _) => self.pass_wire(shared, wire.expect("a rank of another host has a wire"))?,

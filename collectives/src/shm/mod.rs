@@ -21,4 +21,5 @@ pub(crate) mod protocol;
 pub(crate) mod record;
 pub(crate) mod rendezvous;
 pub(crate) mod shared;
+mod start;
 pub(crate) mod watch;

@@ -3,7 +3,9 @@
 //! It polls the channels in turn, and when nothing moves spins for a moment, then sleeps at its bell, which peers ring when they take a step
 //! that it waits for.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use super::caller::NAP;
@@ -54,7 +56,7 @@ struct Turn {
 
 impl Shared {
     /// The progress thread: declares the rank joined, drives its operations, and leaves in order once told to stop.
-    pub(crate) fn run(&self, wire: Option<Box<dyn Wire>>) {
+    pub(crate) fn run(self: &Arc<Self>, wire: Option<Box<dyn Wire>>) {
         let control = self.control();
         // SAFETY: once per rank, on fresh memory, before the state says so; the mapping outlives this thread's use of it, being
         // held by `self`.
@@ -67,7 +69,7 @@ impl Shared {
         self.publish_processors();
         control.state.store(state::JOINED, Ordering::Release);
         self.ring_everybody();
-        let mut driver = Driver { shared: self, wire, mail: Vec::new() };
+        let mut driver = Driver { shared: self, waker: Waker::from(self.clone()), wire, mail: Vec::new() };
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive())).is_err() {
             // The panic has been printed.
             self.abort("its progress thread panicked");
@@ -94,6 +96,8 @@ impl Shared {
 /// The progress thread of a rank, and what it alone has.
 struct Driver<'a> {
     shared: &'a Shared,
+    /// Rings the bell at which this thread sleeps.
+    waker: Waker,
     wire: Option<Box<dyn Wire>>,
     /// Messages in flight.
     mail: Vec<MailFlight>,
@@ -115,7 +119,9 @@ impl Driver<'_> {
             inbox.drain(|flight| lane.flights.push_back(flight));
             let Lane { flights, count } = &mut *lane;
             while let Some(flight) = flights.front_mut() {
-                let result = match shared.healthy().and_then(|()| flight.poll(shared, count, self.wire.as_deref_mut()))
+                let result = match shared
+                    .healthy()
+                    .and_then(|()| flight.poll(shared, count, self.wire.as_deref_mut(), &self.waker))
                 {
                     Ok(false) => {
                         turn.waiting_for |= channel.subject();
@@ -133,7 +139,7 @@ impl Driver<'_> {
         shared.mail.inbox.drain(|flight| self.mail.push(flight));
         let mut index = 0;
         while let Some(flight) = self.mail.get_mut(index) {
-            match shared.healthy().and_then(|()| flight.poll(shared, self.wire.as_deref_mut())) {
+            match shared.healthy().and_then(|()| flight.poll(shared, self.wire.as_deref_mut(), Some(&self.waker))) {
                 Ok(false) => {
                     index += 1;
                     turn.waiting_for |= subject::MAIL;
@@ -185,7 +191,7 @@ impl Driver<'_> {
                 control.progress.awake();
                 continue;
             }
-            // An operation whose event needs this thread's help (a deferring queue) rings no bell, so such waits are polled.
+            // A peer that dies rings no bell, so this thread looks at the others now and then.
             let nap = if !in_flight {
                 REST
             } else if self.wire.is_some() {

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
+use pillion_kernels::Failure;
 
 use super::arena::{Allocator, Mapping};
 use super::control::{CHANNELS, Channel, RankControl, ring, state, subject};
@@ -186,7 +187,7 @@ impl Shared {
     pub(crate) fn fail(&self, error: Error) -> Error {
         let mut failure = self.failure.lock();
         if failure.is_none() {
-            if matches!(error, Error::System { .. } | Error::OutOfMemory { .. }) {
+            if matches!(error, Error::System { .. } | Error::OutOfMemory { .. } | Error::NotStarted { .. }) {
                 self.say_aborted(&error.to_string());
             }
             let culprit = match error {
@@ -198,6 +199,20 @@ impl Shared {
             self.control().set_culprit(culprit);
         }
         let error = failure.get_or_insert(error).clone();
+        self.failed.store(true, Ordering::Release);
+        error
+    }
+
+    /// As [`Shared::fail`], because of the work that an operation of this rank follows. The ranks
+    /// that an error of another communicator names are not ranks of this one, so peers are told
+    /// only that this rank gave up.
+    pub(crate) fn fail_after(&self, failure: Failure) -> Error {
+        let error = Error::from(failure);
+        let mut remembered = self.failure.lock();
+        if remembered.is_none() {
+            self.say_aborted(&error.to_string());
+        }
+        let error = remembered.get_or_insert(error).clone();
         self.failed.store(true, Ordering::Release);
         error
     }

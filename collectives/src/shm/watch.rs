@@ -70,6 +70,27 @@ impl Watch {
         Ok(())
     }
 
+    /// As [`Watch::check`], for the event that an operation of this rank starts after.
+    pub(super) fn check_start(
+        &mut self,
+        shared: &Shared,
+        wire: Option<&mut (dyn Wire + 'static)>,
+        is_late: &dyn Fn(usize) -> bool,
+        op: &dyn Fn() -> String,
+    ) -> Result<(), Error> {
+        if self.passed(|| false) {
+            if let Some((rank, reason)) = wire.and_then(|wire| wire.aborted()) {
+                return Err(Error::Aborted { rank, reason });
+            }
+            self.look_around(shared, is_late, op)?;
+            self.warn(shared, &|| format!("for the event that starts {} here", op()));
+            if self.waited >= self.limit {
+                return Err(Error::NotStarted { op: op(), seconds: self.waited.as_secs() });
+            }
+        }
+        Ok(())
+    }
+
     /// Whether it is time to look again, counting the time since the last look unless `excused`.
     fn passed(&mut self, excused: impl Fn() -> bool) -> bool {
         if self.glances < GLANCES {
@@ -126,21 +147,22 @@ impl Watch {
         op: &dyn Fn() -> String,
         how: &dyn Fn() -> String,
     ) -> Result<(), Error> {
-        if !self.warned && self.waited >= shared.options.warn_after {
-            self.warned = true;
-            let seconds = self.waited.as_secs_f32();
-            let (rank, op, how) = (shared.name(shared.rank), op(), how());
-            // A closed stderr must not end the thread that says this.
-            let _ = writeln!(
-                std::io::stderr(),
-                "pillion: rank {rank} has waited {seconds:.0} s for rank {late} in {op} ({how})"
-            );
-        }
+        self.warn(shared, &|| format!("for rank {late} in {} ({})", op(), how()));
         if self.waited >= self.limit {
             let seconds = self.waited.as_secs();
             return Err(Error::Timeout { op: op(), waiting_on: late, seconds, how: how() });
         }
         Ok(())
+    }
+
+    /// Says once, when this rank has waited for long, what it waits for.
+    fn warn(&mut self, shared: &Shared, what: &dyn Fn() -> String) {
+        if !self.warned && self.waited >= shared.options.warn_after {
+            self.warned = true;
+            let (rank, seconds, what) = (shared.name(shared.rank), self.waited.as_secs_f32(), what());
+            // A closed stderr must not end the thread that says this.
+            let _ = writeln!(std::io::stderr(), "pillion: rank {rank} has waited {seconds:.0} s {what}");
+        }
     }
 }
 

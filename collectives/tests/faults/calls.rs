@@ -319,7 +319,7 @@ fn come_and_go(rank: &Rank, end: usize, name: &str) -> Result<(), Error> {
     let shared = communicator.allocate(&Cpu, DType::F32, 10_000)?;
     let mut window =
         communicator.gather_window(communicator.window(&Cpu, DType::F32, rank.world * 1000)?, Event::PAST).wait()?;
-    window.release(&Event::PAST);
+    window.release(&Event::PAST).unwrap();
     match (end, rank.is_victim()) {
         (0, _) => {
             let shared = communicator.all_reduce(shared, Reduction::Sum, Event::PAST).wait()?;

@@ -119,7 +119,7 @@ fn one(
             let mut held = window.take().expect("put back");
             held.shard_mut()?;
             let mut held = communicator.gather_window(held, start()).wait()?;
-            held.release(&Event::PAST);
+            held.release(&Event::PAST).unwrap();
             *window = Some(held);
         }
         _ => {

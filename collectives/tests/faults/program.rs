@@ -232,7 +232,7 @@ impl Rank {
         if self.is_victim() {
             self.park();
         }
-        window.release(&Event::PAST);
+        window.release(&Event::PAST).unwrap();
         window.shard_mut().map(|_| ())
     }
 

@@ -5,38 +5,67 @@
 //! weights arrived, computes on stale memory, and the test that compares bits fails. On [`super::Cpu`] the same mistake would go
 //! unseen, since each kernel is done when its call returns.
 
+use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Poll, Wake, Waker};
 
 use parking_lot::Mutex;
 
 use super::HostQueue;
 use super::team::Team;
-use crate::{Buffer, Completion, DType, Device, Error, Event, Queue, exclusive, random};
+use crate::{Buffer, Completion, DType, Device, Error, Event, Failure, Queue, Status, exclusive, random};
 
 /// A processor that runs work as late as its events allow and otherwise in random order.
 #[derive(Clone)]
 pub struct LazyCpu {
     state: Arc<Mutex<State>>,
+    sleepers: Arc<Sleepers>,
 }
 
 struct State {
-    queues: Vec<VecDeque<Item>>,
+    queues: Vec<Line>,
     seed: u64,
     steps: u64,
 }
 
+/// The work of one queue.
+#[derive(Default)]
+struct Line {
+    items: VecDeque<Item>,
+    /// The failure of an event that this queue has waited for.
+    failure: Option<Failure>,
+}
+
 enum Item {
     Kernel(Box<dyn FnOnce() + Send>),
-    Wait(Event),
-    Record(Arc<AtomicBool>),
+    Wait { event: Event, calls_back: bool },
+    Record(Arc<Moment>),
+}
+
+/// How a record ended, once it has.
+type Moment = OnceLock<Result<(), Failure>>;
+
+/// Threads that wait for moments of this device. Whenever its work may get further, they are woken.
+#[derive(Default)]
+struct Sleepers(Mutex<Vec<(Arc<Moment>, Waker)>>);
+
+impl Wake for Sleepers {
+    fn wake(self: Arc<Self>) {
+        let mut sleepers = self.0.lock();
+        let wakers: Vec<Waker> = sleepers.iter().map(|(_, waker)| waker.clone()).collect();
+        sleepers.retain(|(moment, _)| moment.get().is_none());
+        // A waker is foreign code, which may come back here.
+        drop(sleepers);
+        wakers.into_iter().for_each(Waker::wake);
+    }
 }
 
 impl LazyCpu {
     /// A device whose random order is drawn from `seed`.
     pub fn new(seed: u64) -> LazyCpu {
-        LazyCpu { state: Arc::new(Mutex::new(State { queues: Vec::new(), seed, steps: 0 })) }
+        let state = State { queues: Vec::new(), seed, steps: 0 };
+        LazyCpu { state: Arc::new(Mutex::new(state)), sleepers: Arc::default() }
     }
 }
 
@@ -51,10 +80,9 @@ impl Device for LazyCpu {
 
     fn queue(&self) -> Box<dyn Queue> {
         let mut state = self.state.lock();
-        state.queues.push(VecDeque::new());
-        let index = state.queues.len() - 1;
-        let lazy = Some(LazyQueue { state: self.state.clone(), index });
-        Box::new(HostQueue { lazy, team: Team::default(), profile: None })
+        state.queues.push(Line::default());
+        let lazy = LazyQueue { device: self.clone(), index: state.queues.len() - 1 };
+        Box::new(HostQueue::new(Some(lazy), Team::default(), None))
     }
 
     fn deferred(&self) -> bool {
@@ -64,7 +92,7 @@ impl Device for LazyCpu {
 
 /// One queue of a [`LazyCpu`].
 pub(super) struct LazyQueue {
-    state: Arc<Mutex<State>>,
+    device: LazyCpu,
     index: usize,
 }
 
@@ -74,73 +102,113 @@ impl LazyQueue {
     }
 
     pub(super) fn wait_for(&self, event: &Event) {
-        self.push_item(Item::Wait(event.clone()));
+        // The order of this device's own work is known here, so such an event calls nobody back.
+        let own = event.origin::<Reached>().is_some_and(|reached| reached.is_of(&self.device));
+        self.push_item(Item::Wait { event: event.clone(), calls_back: own });
     }
 
     pub(super) fn record(&self) -> Event {
-        let reached = Arc::new(AtomicBool::new(false));
-        self.push_item(Item::Record(reached.clone()));
-        Event::new(Arc::new(Reached { state: self.state.clone(), index: self.index, reached }))
+        let moment = Arc::new(Moment::new());
+        self.push_item(Item::Record(moment.clone()));
+        Event::new(Arc::new(Reached { device: self.device.clone(), index: self.index, moment }))
     }
 
     fn push_item(&self, item: Item) {
-        self.state.lock().queues[self.index].push_back(item);
+        self.device.state.lock().queues[self.index].items.push_back(item);
     }
 }
 
+/// A moment in a queue: everything before it has run, or cannot.
 struct Reached {
-    state: Arc<Mutex<State>>,
+    device: LazyCpu,
     index: usize,
-    reached: Arc<AtomicBool>,
+    moment: Arc<Moment>,
+}
+
+impl Reached {
+    fn is_of(&self, device: &LazyCpu) -> bool {
+        Arc::ptr_eq(&self.device.state, &device.state)
+    }
 }
 
 impl Completion for Reached {
-    fn is_complete(&self) -> bool {
-        self.reached.load(Ordering::Acquire)
+    fn status(&self) -> Status {
+        self.moment.get().map_or(Poll::Pending, |result| Poll::Ready(result.clone()))
     }
 
-    fn advance(&self) -> bool {
-        if self.is_complete() {
-            return true;
+    fn advance(&self) -> Status {
+        if self.status().is_ready() {
+            return self.status();
         }
-        let mut state = self.state.lock();
-        while !self.is_complete() {
+        let LazyCpu { state, sleepers } = &self.device;
+        let mut state = state.lock();
+        let waker = Waker::from(sleepers.clone());
+        while self.status().is_pending() {
             if state.coin() {
                 let other = state.random_queue();
-                state.step(other);
+                state.step(other, &waker);
             }
-            if !state.step(self.index) && !state.step_any() {
-                return self.is_complete();
+            if !state.step(self.index, &waker) && !state.step_any(&waker) {
+                break;
             }
         }
-        true
+        drop(state);
+        // Records may have been reached for which other threads wait.
+        waker.wake();
+        self.status()
+    }
+
+    fn call_back(&self, waker: &Waker) {
+        self.device.sleepers.0.lock().push((self.moment.clone(), waker.clone()));
+        if self.status().is_ready() {
+            waker.wake_by_ref();
+        }
+    }
+
+    fn origin(&self) -> &dyn Any {
+        self
     }
 }
 
 impl State {
-    /// Runs the first item of a queue; false when there is none or it waits for something that has not happened.
-    fn step(&mut self, index: usize) -> bool {
-        if let Some(Item::Wait(event)) = self.queues[index].front()
-            && !event.is_complete()
+    /// Runs the first item of a queue; false when there is none or it waits for something that has
+    /// not ended, which then wakes `waker`.
+    fn step(&mut self, index: usize, waker: &Waker) -> bool {
+        let Line { items, failure } = &mut self.queues[index];
+        if let Some(Item::Wait { event, calls_back }) = items.front_mut()
+            && event.status().is_pending()
         {
-            return false;
+            if !std::mem::replace(calls_back, true) {
+                event.call_back(waker);
+            }
+            if event.status().is_pending() {
+                return false;
+            }
         }
-        match self.queues[index].pop_front() {
+        match items.pop_front() {
             None => return false,
-            Some(Item::Kernel(kernel)) => {
+            Some(Item::Kernel(kernel)) if failure.is_none() => {
                 let _access = exclusive(true);
                 kernel();
             }
-            Some(Item::Wait(_)) => {}
-            Some(Item::Record(reached)) => reached.store(true, Ordering::Release),
+            Some(Item::Kernel(_)) => {}
+            Some(Item::Wait { event, .. }) => {
+                if let (None, Poll::Ready(Err(error))) = (&failure, event.status()) {
+                    *failure = Some(error);
+                }
+            }
+            Some(Item::Record(moment)) => {
+                let result = failure.clone().map_or(Ok(()), Err);
+                moment.set(result).expect("a moment is reached once");
+            }
         }
         true
     }
 
     /// Runs one item of some queue; false when every queue is empty or blocked.
-    fn step_any(&mut self) -> bool {
+    fn step_any(&mut self, waker: &Waker) -> bool {
         let first = self.random_queue();
-        (0..self.queues.len()).any(|offset| self.step((first + offset) % self.queues.len()))
+        (0..self.queues.len()).any(|offset| self.step((first + offset) % self.queues.len(), waker))
     }
 
     fn coin(&mut self) -> bool {
@@ -162,7 +230,7 @@ mod tests {
     use super::*;
 
     fn values(queue: &dyn Queue, buffer: &Buffer) -> Vec<f32> {
-        queue.download(buffer.view())
+        queue.download(buffer.view()).unwrap()
     }
 
     #[test]
@@ -172,10 +240,10 @@ mod tests {
         let mut x = device.allocate(DType::F32, 2).unwrap();
         queue.upload(x.view_mut(), &[1.0f32, 2.0]);
         let event = queue.record();
-        assert!(!event.is_complete(), "nobody has waited yet");
+        assert!(event.status().is_pending(), "nobody has waited yet");
         reader.wait_for(&event);
         assert_eq!(values(&*reader, &x), [1.0, 2.0]);
-        assert!(event.is_complete());
+        assert!(event.status().is_ready());
     }
 
     #[test]

@@ -27,9 +27,10 @@ pub use isa::Isa;
 pub use lazy::LazyCpu;
 pub use profile::{KernelTime, Profile};
 
-use crate::{Buffer, DType, Device, Element, Error, Queue, Span, View, ViewMut};
+use crate::{Buffer, DType, Device, Element, Error, Failure, Queue, Span, View, ViewMut};
 use isa::vectorized;
 use lazy::LazyQueue;
+use std::cell::OnceCell;
 use std::sync::Arc;
 use team::Team;
 
@@ -99,7 +100,7 @@ impl Device for Cores {
     }
 
     fn queue(&self) -> Box<dyn Queue> {
-        Box::new(HostQueue { lazy: None, team: self.team.clone(), profile: self.profile.clone() })
+        Box::new(HostQueue::new(None, self.team.clone(), self.profile.clone()))
     }
 
     fn deferred(&self) -> bool {
@@ -110,6 +111,8 @@ impl Device for Cores {
 /// A queue of the host: runs its work now, or hands it to the [`LazyCpu`].
 struct HostQueue {
     lazy: Option<LazyQueue>,
+    /// Why this queue runs nothing any more. A [`LazyQueue`] keeps its own.
+    failure: OnceCell<Failure>,
     team: Team,
     profile: Option<Arc<Profile>>,
 }
@@ -140,6 +143,10 @@ struct Output<'a>(&'a Span);
 struct Input<'a>(&'a Span);
 
 impl HostQueue {
+    fn new(lazy: Option<LazyQueue>, team: Team, profile: Option<Arc<Profile>>) -> HostQueue {
+        HostQueue { lazy, failure: OnceCell::new(), team, profile }
+    }
+
     /// Enqueues `kernel` with its outputs and inputs as slices.
     fn run<const W: usize, const R: usize>(
         &self,
@@ -155,7 +162,8 @@ impl HostQueue {
         }));
     }
 
-    /// Runs `kernel` before it returns, on a queue that does not defer.
+    /// Runs `kernel` before it returns, on a queue that does not defer; unless this queue has
+    /// failed.
     fn run_now<const W: usize, const R: usize>(
         &self,
         work: Work,
@@ -165,6 +173,9 @@ impl HostQueue {
     ) {
         assert!(self.lazy.is_none(), "a queue that defers runs nothing at once");
         let (writes, reads) = self.spans(writes, reads);
+        if self.failure.get().is_some() {
+            return;
+        }
         let run = || kernel(&self.team, writes.each_ref().map(Output), reads.each_ref().map(Input));
         match &self.profile {
             None => run(),

@@ -7,7 +7,7 @@ use half::bf16;
 use super::matmul::{Matrix, Right, Start, product};
 use super::team::{Read, Write};
 use super::{HostQueue, Work, adamw, attention, embedding, loss, maths, mlp, norm, rope, scratch, vectorized};
-use crate::{AdamW, AttentionShape, DType, Event, Queue, View, ViewMut};
+use crate::{AdamW, AttentionShape, DType, Event, Failure, Queue, View, ViewMut};
 
 /// Elements below which a thread more does not pay for a kernel that does little with each.
 const SHARE: usize = 1 << 16;
@@ -64,12 +64,20 @@ fn same(what: &str, lens: &[usize]) {
 // and waiting for one holds up what follows.
 unsafe impl Queue for HostQueue {
     fn record(&self) -> Event {
-        self.lazy.as_ref().map_or(Event::PAST, |lazy| lazy.record())
+        match (&self.lazy, self.failure.get()) {
+            (Some(lazy), _) => lazy.record(),
+            (None, Some(failure)) => Event::failed(failure.clone()),
+            (None, None) => Event::PAST,
+        }
     }
 
     fn wait_for(&self, event: &Event) {
         match &self.lazy {
-            None => event.wait(),
+            None => {
+                if let Err(failure) = event.wait() {
+                    self.failure.get_or_init(|| failure);
+                }
+            }
             Some(lazy) => lazy.wait_for(event),
         }
     }
@@ -85,19 +93,21 @@ unsafe impl Queue for HostQueue {
         }
     }
 
-    fn read_bytes(&self, x: View<'_>, out: &mut [u8]) {
+    fn read_bytes(&self, x: View<'_>, out: &mut [u8]) -> Result<(), Failure> {
         assert_eq!(x.len() * x.dtype().bytes(), out.len(), "a download fills its destination");
         let work = Work::moves("download");
         if self.lazy.is_none() {
-            return self.run_now(work, [], [x], |_, [], [x]| out.copy_from_slice(x.bytes()));
+            self.run_now(work, [], [x], |_, [], [x]| out.copy_from_slice(x.bytes()));
+            return self.failure.get().map_or(Ok(()), |failure| Err(failure.clone()));
         }
         let (sender, receiver) = std::sync::mpsc::channel();
         self.run(work, [], [x], move |_, [], [x]| {
             // The receiver lives until the value has arrived, below.
             let _ = sender.send(x.bytes().to_vec());
         });
-        self.synchronize();
+        self.synchronize()?;
         out.copy_from_slice(&receiver.recv().expect("the queue ran everything before its event"));
+        Ok(())
     }
 
     fn zero(&self, out: ViewMut<'_>) {

@@ -81,7 +81,8 @@ fn cores() -> [Cores; 2] {
 /// Runs a kernel on `Cpu`, on `Cores`, and on `LazyCpu` in several orders, asserts that all bits agree, and returns what it wrote.
 pub(crate) fn run<const N: usize>(kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Values; N] {
     let on = |stage: Stage| {
-        kernel(&stage).map(|buffer| Values { bytes: stage.queue.download_bytes(buffer.view()), dtype: buffer.dtype() })
+        kernel(&stage)
+            .map(|buffer| Values { bytes: stage.queue.download_bytes(buffer.view()).unwrap(), dtype: buffer.dtype() })
     };
     let expected = on(Stage::new(Cpu));
     let compare = |name: String, stage: Stage| {

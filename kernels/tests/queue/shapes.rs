@@ -126,7 +126,7 @@ fn an_upload_fills_its_buffer() {
 #[should_panic(expected = "a transfer between 3 × f32 and 3 × u32")]
 fn a_download_names_the_type() {
     let stage = lazy();
-    stage.queue.download::<u32>(stage.output(3).view());
+    stage.queue.download::<u32>(stage.output(3).view()).unwrap();
 }
 
 #[test]

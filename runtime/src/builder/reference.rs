@@ -18,9 +18,6 @@ pub(crate) struct Builder {
     operations: Vec<Operation>,
     weights: Vec<WeightSlot>,
     gradients: Vec<GradientSlot>,
-    /// Units whose last reduction has been started, and that reduction, until they are summed over
-    /// the groups.
-    to_replicate: Vec<(usize, usize)>,
     /// The last operation of each kind that the agreement waits for.
     last_compute: Option<usize>,
     last_reduce: Option<usize>,
@@ -61,7 +58,6 @@ impl Builder {
             rounds,
             uses,
             operations: Vec::new(),
-            to_replicate: Vec::new(),
             last_compute: None,
             last_reduce: None,
             last_all_reduce: None,
@@ -75,9 +71,6 @@ impl Builder {
             self.compute(index);
         }
         if self.train {
-            while !self.to_replicate.is_empty() {
-                self.all_reduce();
-            }
             let before = [self.last_compute, self.last_reduce, self.last_all_reduce];
             let agree = self.push(Action::Agree, before.into_iter().flatten());
             for unit in 0..self.outline.units() {
@@ -134,9 +127,6 @@ impl Builder {
                 (Some(fill), free)
             }
         };
-        if self.to_replicate.len() > LAG {
-            self.all_reduce();
-        }
         let action = Action::Compute { unit, pass, weights: resident.unwrap_or(unit), gradients: fill };
         let compute = self.push(action, gather.into_iter().chain(free));
         if let Some(slot) = resident {
@@ -177,22 +167,7 @@ impl Builder {
             self.last_reduce = Some(reduced);
         }
         if self.outline.replicated && round + 1 == self.rounds {
-            self.to_replicate.push((unit, reduced));
-            if !self.outline.sharded {
-                self.all_reduce();
-            }
-        }
-    }
-
-    /// Sums the unit that was reduced first over the groups, if one waits for that.
-    fn all_reduce(&mut self) {
-        if !self.to_replicate.is_empty() {
-            let (unit, reduced) = self.to_replicate.remove(0);
             self.last_all_reduce = Some(self.push(Action::AllReduce { unit }, [reduced]));
         }
     }
 }
-
-/// Reductions to shards that may be under way before the first of them is waited for, to sum its
-/// shard over the groups.
-const LAG: usize = 1;

@@ -76,7 +76,6 @@ pub fn simulate(
         issued_after: match operation.action {
             // Both want the same shard, which the earlier one has until it is complete.
             Action::Reduce { unit, .. } => reductions.insert(unit, index),
-            Action::AllReduce { unit } => reductions.get(&unit).copied(),
             _ => None,
         },
         fixed: cost.fixed,

@@ -143,9 +143,9 @@ fn groups_sum_their_shards_beside_the_reductions_that_come_after() {
         let spans = plan.operations.iter().zip(&simulation.spans).filter(|(operation, _)| wanted(&operation.action));
         spans.map(|(_, span)| (span.start, span.end)).collect()
     };
-    // Forward to 4, backward to 12. Units are summed over the groups one later than they are reduced, in the end both.
+    // Forward to 4, backward to 12. Each unit is summed over the groups once it is reduced.
     assert_eq!(ran(|action| matches!(action, Action::Reduce { .. })), [(8.0, 8.0), (12.0, 12.0)]);
-    assert_eq!(ran(|action| matches!(action, Action::AllReduce { .. })), [(12.0, 13.0), (13.0, 14.0)]);
+    assert_eq!(ran(|action| matches!(action, Action::AllReduce { .. })), [(8.0, 9.0), (12.0, 13.0)]);
     assert_eq!(simulation.sent(&plan, Track::Replicate), Sent { link: 2 * 1024, host: 0 });
 }
 

@@ -371,9 +371,9 @@ fn ones(step: &mut Step<'_>) {
 /// The backward pass of a unit, whose first tensor has ones for its gradient.
 fn ones_of(step: &mut Step<'_>, unit: usize) {
     let mut pass = step.backward(unit).unwrap();
-    pass.queue.accumulate(pass.gradients.tensor(0), &vec![1.0f32; pass.weights.tensor(0).len()]);
+    pass.queue.accumulate(pass.gradients.tensor(0), &vec![1.0f32; pass.weights.tensor(0).len()]).unwrap();
     if unit == HEAD {
-        pass.queue.accumulate(pass.loss, &[1.0]);
+        pass.queue.accumulate(pass.loss, &[1.0]).unwrap();
     }
 }
 

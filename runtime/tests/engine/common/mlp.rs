@@ -222,7 +222,7 @@ impl Mlp {
     pub(crate) fn loss(&mut self, queue: &dyn Queue) -> f64 {
         queue.zero(self.loss.view_mut());
         cross_entropy(queue, &mut self.logits, &self.targets, self.rows, self.loss.view_mut());
-        queue.download::<f64>(self.loss.view())[0]
+        queue.download::<f64>(self.loss.view()).unwrap()[0]
     }
 }
 

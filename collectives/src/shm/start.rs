@@ -1,0 +1,63 @@
+//! The event that an operation starts after.
+
+use std::sync::Arc;
+use std::task::{Poll, Wake, Waker};
+use std::time::Duration;
+
+use pillion_kernels::Event;
+
+use super::shared::Shared;
+use super::watch::Watch;
+use crate::Error;
+use crate::wire::Wire;
+
+impl Wake for Shared {
+    /// Wakes the progress thread.
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.ring_progress();
+    }
+}
+
+/// What an operation of this rank waits for before it starts.
+pub(super) struct StartEvent {
+    event: Event,
+    /// Whether the event wakes the progress thread.
+    calls_back: bool,
+    watch: Watch,
+}
+
+impl StartEvent {
+    /// An operation that is called now may wait for its event for `limit`.
+    pub(super) fn new(event: Event, limit: Duration) -> StartEvent {
+        StartEvent { event, calls_back: false, watch: Watch::new(limit, false) }
+    }
+
+    /// Whether the operation may start. `waker` is the progress thread's, if that is the thread
+    /// that asks. `is_late` tells whether a rank of this host has yet to come to the operation.
+    ///
+    /// # Errors
+    /// When the event has failed or does not happen in time, and when a rank is lost meanwhile.
+    pub(super) fn has_happened(
+        &mut self,
+        shared: &Shared,
+        waker: Option<&Waker>,
+        wire: Option<&mut (dyn Wire + 'static)>,
+        is_late: &dyn Fn(usize) -> bool,
+        op: &dyn Fn() -> String,
+    ) -> Result<bool, Error> {
+        if let (Some(waker), false) = (waker, self.calls_back)
+            && self.event.status().is_pending()
+        {
+            self.event.call_back(waker);
+            self.calls_back = true;
+        }
+        match self.event.advance() {
+            Poll::Ready(result) => result.map(|()| true).map_err(|failure| shared.fail_after(failure)),
+            Poll::Pending => self.watch.check_start(shared, wire, is_late, op).map(|()| false),
+        }
+    }
+}
