@@ -37,11 +37,9 @@ pub(crate) fn clear(to: &mut [f32]) {
 /// # Panics
 /// For another type than f32, and for memory that work may still use.
 pub(crate) fn numbers(buffer: &mut Buffer) -> &mut [f32] {
-    let span = buffer.span();
-    assert!(span.dtype() == DType::F32 && !span.deferred(), "{buffer:?} is not f32 that is at rest");
-    // SAFETY: the buffer holds that many f32, at a multiple of their size; it is borrowed exclusively for as long as the slice is, and no
-    // operation owns it meanwhile.
-    unsafe { std::slice::from_raw_parts_mut(span.address().as_ptr().cast(), span.len()) }
+    let dtype = buffer.dtype();
+    let numbers = buffer.view_mut().into_slice();
+    numbers.unwrap_or_else(|| panic!("{dtype} that work may still use is not f32 at rest"))
 }
 
 /// A sum of parts, of `count` elements of `dtype` each.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread::JoinHandle;
 
-use pillion_kernels::{Buffer, DType, Device, Region};
+use pillion_kernels::{Buffer, DType, Device, Region, Space};
 
 use crate::call::Purpose;
 use crate::join::{self, Job};
@@ -208,7 +208,7 @@ impl Communicator {
         self.agree(Memory::Arena, bytes, bytes.saturating_mul(shared.world() as u64))?;
         let offset = shared.allocator.arena(bytes);
         shared.map.reserve(shared.rank, offset, bytes).map_err(|error| self.give_up(error))?;
-        Ok(self.buffer(device, dtype, shared.rank, offset, bytes))
+        self.buffer(device, dtype, shared.rank, offset, bytes)
     }
 
     /// A window of `len` elements, zeroed and writable; every rank makes the same.
@@ -232,7 +232,7 @@ impl Communicator {
         map.reserve(heap, words, words_bytes)
             .and_then(|()| shards.try_for_each(|rank| map.reserve(heap, start + rank as u64 * share, share)))
             .map_err(|error| self.give_up(error))?;
-        Ok(Window::new(self.buffer(device, dtype, heap, start, bytes), words, self.shared.clone()))
+        Ok(Window::new(self.buffer(device, dtype, heap, start, bytes)?, words, self.shared.clone()))
     }
 
     /// Gives up: every call here and, once it next waits, on every other rank returns [`Error::Aborted`] with this reason.
@@ -264,14 +264,25 @@ impl Communicator {
         Ok(())
     }
 
-    fn buffer(&self, device: &dyn Device, dtype: DType, arena: usize, offset: u64, bytes: u64) -> Buffer {
+    fn buffer(
+        &self,
+        device: &dyn Device,
+        dtype: DType,
+        arena: usize,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Buffer, Error> {
         let start = self.shared.map.address(arena, offset, bytes);
         let owner = Box::new(self.shared.map.clone());
         // SAFETY: the range is mapped while `owner` lives and starts at a page. The allocator hands each range out once, so no other region
         // of this rank overlaps it. Other ranks map it too; they access it only inside operations that own the buffer, or through a
         // window's protocol.
-        let region = unsafe { Region::from_raw(start, bytes as usize, device.deferred(), owner) };
-        Buffer::whole(region, dtype)
+        let region = unsafe { Region::from_raw(start, bytes as usize, Space::Host, owner) };
+        let taken = device.take_in(region).and_then(|region| Buffer::whole(region, dtype));
+        taken.map_err(|error| {
+            let reason = format!("{}: {error}", device.name());
+            self.give_up(Error::System { what: "taking shared memory into a device's use", reason })
+        })
     }
 }
 

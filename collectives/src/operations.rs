@@ -331,8 +331,9 @@ impl Communicator {
     }
 
     fn message(&self, direction: Direction, buffer: Buffer, peer: usize, start: Start) -> Pending<Buffer> {
+        on_host(&buffer);
         assert!(peer < self.world(), "a message between rank {} and rank {peer} of {}", self.rank(), self.world());
-        let outcome = Arc::new(Outcome::default());
+        let (outcome, deferred) = (Arc::new(Outcome::default()), buffer.span().deferred());
         let flight = |after| MailFlight::new(&self.shared, direction, peer, buffer.span(), after, outcome.clone());
         match start {
             Start::After(event) => self.shared.start_mail(flight(event)),
@@ -341,7 +342,7 @@ impl Communicator {
                 return Pending::ended(outcome.wait().map_err(Error::from), buffer);
             }
         }
-        Pending::new(outcome, buffer)
+        Pending::new(outcome, buffer, deferred)
     }
 
     /// Combines each of `values` over all ranks, in order of rank; blocks until it is done. No rank returns before every
@@ -473,7 +474,8 @@ impl Communicator {
             }
         };
         let course = Course::new(&collective, channel, false);
-        Pending::new(self.submit(collective.into(), course, after), value)
+        let deferred = course.is_deferred();
+        Pending::new(self.submit(collective.into(), course, after), value, deferred)
     }
 
     fn submit(&self, collective: AnyCollective, course: Course, after: Event) -> Arc<Outcome> {
@@ -518,9 +520,15 @@ impl Communicator {
 }
 
 fn operands(input: Option<&Buffer>, output: Option<&Buffer>) -> Operands {
+    [input, output].into_iter().flatten().for_each(on_host);
     let dtype = input.or(output).expect("an operation has a buffer").dtype();
     let to = output.map_or(dtype, Buffer::dtype);
     Operands { input: input.map(Buffer::span), output: output.map(Buffer::span), dtype, to }
+}
+
+fn on_host(buffer: &Buffer) {
+    let space = buffer.span().space();
+    assert!(space.is_host(), "collectives move memory of the host, and {buffer:?} is {space}");
 }
 
 /// Memory of a deferring device has a lock, which an operation takes for all of its buffers or for none.

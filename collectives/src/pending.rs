@@ -16,6 +16,8 @@ use crate::shm::shared::AT_A_TIME;
 #[must_use = "an operation's buffers come back through `then` or `wait`"]
 pub struct Pending<T> {
     state: State,
+    /// Whether work on the buffers may run later than the call that enqueues it.
+    deferred: bool,
     /// None once it is taken, and where it was lost with a failed operation.
     value: Option<Value<T>>,
 }
@@ -51,17 +53,23 @@ impl State {
 }
 
 impl<T> Pending<T> {
-    pub(crate) fn new(outcome: Arc<Outcome>, value: T) -> Pending<T> {
-        Pending { state: State::Flying(outcome), value: Some(Value::Ready(value)) }
+    /// An operation in flight on buffers whose memory is `deferred` or not.
+    pub(crate) fn new(outcome: Arc<Outcome>, value: T, deferred: bool) -> Pending<T> {
+        Pending { state: State::Flying(outcome), deferred, value: Some(Value::Ready(value)) }
     }
 
     /// An operation that is over already.
     pub(crate) fn ended(result: Result<(), Error>, value: T) -> Pending<T> {
-        Pending { state: State::Ended(result.map_err(Failure::from)), value: Some(Value::Ready(value)) }
+        Pending {
+            state: State::Ended(result.map_err(Failure::from)),
+            deferred: false,
+            value: Some(Value::Ready(value)),
+        }
     }
 
-    /// Orders what `queue` runs from now on after the operation, and gives the buffers back. The host waits only where the
-    /// queue runs its work at once, and where [`Pending::map`] has yet to form the buffers.
+    /// Orders what `queue` runs from now on after the operation, and gives the buffers back. The
+    /// host waits where a processor may access the buffers at once, where the queue runs its work
+    /// at once, and where [`Pending::map`] has yet to form the buffers.
     ///
     /// # Errors
     /// The operation's failure where it is known by now. A later failure stops the queue: it runs
@@ -70,8 +78,8 @@ impl<T> Pending<T> {
     pub fn then(mut self, queue: &dyn Queue) -> Result<T, Error> {
         queue.wait_for(&self.event());
         let status = match self.value {
-            Some(Value::Later(_)) => Poll::Ready(self.state.wait()),
-            _ => self.state.status(),
+            Some(Value::Ready(_)) if self.deferred => self.state.status(),
+            _ => Poll::Ready(self.state.wait()),
         };
         if let Poll::Ready(result) = status {
             result?;
@@ -107,7 +115,7 @@ impl<T> Pending<T> {
             State::Ended(Ok(())) => Value::Ready(form(value.get())),
             State::Ended(Err(_)) | State::Flying(_) => Value::Later(Box::new(move || form(value.get()))),
         });
-        Pending { state: self.state.clone(), value }
+        Pending { state: self.state.clone(), deferred: self.deferred, value }
     }
 
     fn take(&mut self) -> T {
@@ -130,7 +138,7 @@ impl<T> Pending<T> {
     /// touch their elements.
     pub(crate) fn form_in_flight<U>(mut self, form: impl FnOnce(T) -> U) -> Pending<U> {
         let value = self.take_in_flight().map(|value| Value::Ready(form(value)));
-        Pending { state: self.state.clone(), value }
+        Pending { state: self.state.clone(), deferred: self.deferred, value }
     }
 
     /// The failure, where it is known by now.
@@ -147,8 +155,11 @@ impl<A, B> Pending<(A, B)> {
     /// form them, the host waits.
     pub fn split(mut self) -> (Pending<A>, Pending<B>) {
         let (a, b) = self.take_in_flight().unzip();
-        let state = self.state.clone();
-        (Pending { state: state.clone(), value: a.map(Value::Ready) }, Pending { state, value: b.map(Value::Ready) })
+        let (state, deferred) = (self.state.clone(), self.deferred);
+        (
+            Pending { state: state.clone(), deferred, value: a.map(Value::Ready) },
+            Pending { state, deferred, value: b.map(Value::Ready) },
+        )
     }
 }
 
@@ -275,7 +286,7 @@ mod tests {
         let never = |()| unreachable!("peers may still write to this memory");
         assert!(Pending::ended(Err(failure()), ()).map(never).wait().is_err());
         let flying = Arc::new(Outcome::default());
-        let pending = Pending::new(flying.clone(), ()).map(never);
+        let pending = Pending::new(flying.clone(), (), true).map(never);
         flying.set(Err(failure()));
         assert!(pending.wait().is_err());
         assert_eq!(Pending::ended(Ok(()), 1).map(|one| one + 1).wait().unwrap(), 2);

@@ -1,9 +1,11 @@
 //! Every operation against its definition: over worlds and hosts, in arenas and in private memory, for lengths at which pieces and
 //! chunks are ragged. The expected values are computed from all ranks' inputs, in the order that the documentation promises.
 
+use std::ptr::NonNull;
+
 use half::bf16;
 use pillion_collectives::{Communicator, Comparison, Launch, Options, Pending, Reduce, Reduction, Sideband, Start};
-use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event};
+use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event, Space};
 
 /// Ranks, simulated hosts, groups of reduction.
 const WORLDS: [(usize, usize, usize); 11] = [
@@ -32,9 +34,21 @@ fn lengths(world: usize) -> impl Iterator<Item = usize> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Memory {
     Arena,
+    /// That of another program, at addresses that are multiples of the element size and of nothing
+    /// more.
     Private,
     /// Inputs of even ranks in arenas, everything else private.
     Mixed,
+}
+
+/// Zeroed memory of a `Vec`, one element behind a multiple of 64 bytes.
+fn foreign(dtype: DType, len: usize) -> Buffer {
+    let mut owner = vec![0u8; 64 + (1 + len) * dtype.bytes()];
+    let first = owner.as_ptr().align_offset(64) + dtype.bytes();
+    let pointer = NonNull::new(owner[first..].as_mut_ptr()).unwrap();
+    // SAFETY: the vector has that many bytes from there, is never resized, and lives in the buffer;
+    // nobody else uses it.
+    unsafe { Buffer::foreign(pointer, len, dtype, Space::Host, Box::new(owner)) }.unwrap()
 }
 
 /// A type of elements that can be reduced.
@@ -97,7 +111,7 @@ impl Rank<'_> {
             Memory::Private => None,
             _ => Some(self.communicator.allocate(&Cpu, T::DTYPE, data.len()).unwrap()),
         };
-        let private = || Cpu.allocate(T::DTYPE, data.len()).unwrap();
+        let private = || foreign(T::DTYPE, data.len());
         let mut buffer = shared.filter(|_| arena).unwrap_or_else(private);
         Cpu.queue().upload(buffer.view_mut(), data);
         buffer

@@ -1,165 +1,20 @@
 //! Memory with one owner ([`Buffer`]), and the borrows that kernels take ([`View`], [`ViewMut`]).
 //!
-//! A `Buffer` points into a [`Region`]: heap memory of a device, or a piece of a communicator's arena that other
-//! ranks map too. A [`Span`] is what an operation in flight keeps: it holds the region alive and says where to
-//! read or write, and turning it into a slice is `unsafe`, because only the operation's protocol knows that nobody else is there.
+//! A `Buffer` points into a [`Region`]: heap memory of a device, a piece of a communicator's arena
+//! that other ranks map too, or memory of another program. A [`Span`] is what an operation in
+//! flight keeps: it holds the region alive and says where to read or write, and turning it into a
+//! slice is `unsafe`, because only the operation's protocol knows that nobody else is there.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::any::Any;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
 
-use parking_lot::{Mutex, MutexGuard};
+use crate::{DType, Element, Error, Raw, Region, Space, Span};
 
-use crate::{DType, Element, Error};
-
-/// Buffers start at multiples of this many bytes: a page, so that no two of them share a cache line or a TLB entry.
-const ALIGNMENT: usize = 4096;
-
-/// Serialises every access to memory of a deferring device (see [`exclusive`]).
-static DEFERRED_ACCESS: Mutex<()> = Mutex::new(());
-
-/// A range of addresses that stays valid while anything refers to it.
-pub struct Region {
-    start: NonNull<u8>,
-    bytes: usize,
-    deferred: bool,
-    /// Unmaps or frees when the last reference goes.
-    _owner: Box<dyn Any + Send + Sync>,
-}
-
-// SAFETY: a Region is an address range, not an access to it. Every dereference goes through `Span`, whose unsafe
-// functions state what the caller must know.
-unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
-
-impl Region {
-    /// Wraps memory that somebody else owns, such as a mapping shared with other ranks.
-    ///
-    /// # Safety
-    /// `start..start + bytes` must be mapped readable and writable for as long as `owner` lives, must be aligned to 64 bytes, and no other
-    /// `Region` of this process may overlap it unless the code that accesses both orders the accesses itself.
-    pub unsafe fn from_raw(
-        start: NonNull<u8>,
-        bytes: usize,
-        deferred: bool,
-        owner: Box<dyn Any + Send + Sync>,
-    ) -> Region {
-        assert!(start.as_ptr().addr().is_multiple_of(64), "a region starts at a multiple of 64 bytes");
-        Region { start, bytes, deferred, _owner: owner }
-    }
-
-    /// Zeroed heap memory.
-    fn heap(device: &'static str, bytes: usize, deferred: bool) -> Result<Region, Error> {
-        let layout =
-            Layout::from_size_align(bytes.max(1), ALIGNMENT).map_err(|_| Error::OutOfMemory { device, bytes })?;
-        // SAFETY: the layout's size is at least 1.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(Error::OutOfMemory { device, bytes })?;
-        let heap = Heap { start, layout };
-        // SAFETY: `Heap` frees the allocation when dropped and not before; nobody else has the address.
-        Ok(unsafe { Region::from_raw(start, bytes, deferred, Box::new(heap)) })
-    }
-}
-
-struct Heap {
-    start: NonNull<u8>,
-    layout: Layout,
-}
-
-// SAFETY: `Heap` only frees.
-unsafe impl Send for Heap {}
-// SAFETY: it has no methods that take `&self`.
-unsafe impl Sync for Heap {}
-
-impl Drop for Heap {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `Region::heap` with this layout, freed once.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
-    }
-}
-
-/// `len` elements of one type inside a region, held by an operation in flight.
-#[derive(Clone)]
-pub struct Span {
-    region: Arc<Region>,
-    offset: usize,
-    len: usize,
-    dtype: DType,
-}
-
-impl Span {
-    /// Number of elements.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are no elements.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Type of the elements.
-    pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
-    /// Address of the first element.
-    pub fn address(&self) -> NonNull<u8> {
-        // SAFETY: the constructors keep `offset` inside the region.
-        unsafe { self.region.start.add(self.offset) }
-    }
-
-    /// Whether the memory belongs to a device that runs work later than the call.
-    pub fn deferred(&self) -> bool {
-        self.region.deferred
-    }
-
-    /// The elements, for reading.
-    ///
-    /// # Safety
-    /// Nobody may write them while the slice lives.
-    pub unsafe fn as_slice<T: Element>(&self) -> &[T] {
-        assert_eq!(self.dtype, T::DTYPE, "a kernel asked for another dtype than the buffer's");
-        // SAFETY: the span lies in a live region (constructors), aligned for T (offsets are multiples of the element size, regions of
-        // 64 bytes); any bit pattern is a T; no writer, by the caller's promise.
-        unsafe { std::slice::from_raw_parts(self.address().cast().as_ptr(), self.len) }
-    }
-
-    /// The elements, for writing.
-    ///
-    /// # Safety
-    /// Nobody else may read or write them while the slice lives.
-    #[allow(clippy::mut_from_ref)]
-    pub unsafe fn as_mut_slice<T: Element>(&self) -> &mut [T] {
-        assert_eq!(self.dtype, T::DTYPE, "a kernel asked for another dtype than the buffer's");
-        // SAFETY: as in `as_slice`, and exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.address().cast().as_ptr(), self.len) }
-    }
-
-    /// A part of it.
-    ///
-    /// # Panics
-    /// When there are not so many elements.
-    pub fn range(&self, range: Range<usize>) -> Span {
-        assert!(range.start <= range.end && range.end <= self.len, "elements {range:?} of a buffer of {}", self.len);
-        Span {
-            region: self.region.clone(),
-            offset: self.offset + range.start * self.dtype.bytes(),
-            len: range.len(),
-            dtype: self.dtype,
-        }
-    }
-}
-
-/// Holds the right to touch memory of a deferring device, where views in the program do not order accesses in time.
-///
-/// Whoever turns spans into slices outside the thread that owns the buffer (a deferring queue, a progress thread) takes
-/// this first when [`Span::deferred`] says so. A missing dependency then gives wrong values, but never two accesses at once.
-pub fn exclusive(deferred: bool) -> Option<MutexGuard<'static, ()>> {
-    deferred.then(|| DEFERRED_ACCESS.lock())
+/// Bytes of `len` elements.
+pub(crate) fn byte_count(device: &'static str, dtype: DType, len: usize) -> Result<usize, Error> {
+    len.checked_mul(dtype.bytes()).ok_or(Error::OutOfMemory { device, bytes: usize::MAX })
 }
 
 /// Memory on a device, with one owner.
@@ -168,36 +23,52 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Zeroed heap memory for `len` elements; devices of the host call this.
-    pub(crate) fn heap(device: &'static str, dtype: DType, len: usize, deferred: bool) -> Result<Buffer, Error> {
-        let bytes = len.checked_mul(dtype.bytes()).ok_or(Error::OutOfMemory { device, bytes: usize::MAX })?;
-        Ok(Buffer::whole(Region::heap(device, bytes, deferred)?, dtype))
+    /// A buffer over a whole region, which it takes over: no two buffers share memory.
+    ///
+    /// # Errors
+    /// [`Error::Misaligned`].
+    pub fn whole(region: Region, dtype: DType) -> Result<Buffer, Error> {
+        Ok(Buffer { span: Span::whole(region, dtype)? })
     }
 
-    /// A buffer over a whole region, which it takes over: no two buffers share memory.
-    pub fn whole(region: Region, dtype: DType) -> Buffer {
-        let len = region.bytes / dtype.bytes();
-        Buffer { span: Span { region: Arc::new(region), offset: 0, len, dtype } }
+    /// Memory of somebody else's, without a copy: `len` elements at `pointer`, which stay valid
+    /// while `owner` lives.
+    ///
+    /// # Errors
+    /// [`Error::Misaligned`]; [`Error::OutOfMemory`] when there is no such length.
+    ///
+    /// # Safety
+    /// As for [`Region::from_raw`].
+    pub unsafe fn foreign(
+        pointer: NonNull<u8>,
+        len: usize,
+        dtype: DType,
+        space: Space,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Result<Buffer, Error> {
+        let bytes = byte_count("foreign", dtype, len)?;
+        // SAFETY: the caller's promise.
+        Buffer::whole(unsafe { Region::from_raw(pointer, bytes, space, owner) }, dtype)
     }
 
     /// Number of elements.
     pub fn len(&self) -> usize {
-        self.span.len
+        self.span.len()
     }
 
     /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
-        self.span.len == 0
+        self.span.len() == 0
     }
 
     /// Type of the elements.
     pub fn dtype(&self) -> DType {
-        self.span.dtype
+        self.span.dtype()
     }
 
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
-        self.span.len * self.span.dtype.bytes()
+        self.span.len() * self.span.dtype().bytes()
     }
 
     /// All elements, for reading.
@@ -242,17 +113,17 @@ pub struct View<'a> {
 impl<'a> View<'a> {
     /// Number of elements.
     pub fn len(&self) -> usize {
-        self.span.len
+        self.span.len()
     }
 
     /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
-        self.span.len == 0
+        self.span.len() == 0
     }
 
     /// Type of the elements.
     pub fn dtype(&self) -> DType {
-        self.span.dtype
+        self.span.dtype()
     }
 
     /// A part of it.
@@ -260,7 +131,29 @@ impl<'a> View<'a> {
         View { span: self.span.range(range), _borrow: PhantomData }
     }
 
-    pub(crate) fn into_span(self) -> Span {
+    /// Where the elements lie. Reading them is sound once everything that writes them has run, and
+    /// while the view lives.
+    pub fn raw(&self) -> Raw {
+        self.span.raw()
+    }
+
+    /// The elements, where a processor may read them at once: in memory of the host, on a device
+    /// that runs its work at once. None elsewhere, and where the type is another.
+    pub fn as_slice<T: Element>(&self) -> Option<&'a [T]> {
+        if !self.span.yields_slices() || self.span.dtype() != T::DTYPE {
+            return None;
+        }
+        // SAFETY: this view borrows the buffer for 'a, which excludes every `ViewMut` of these
+        // elements and keeps the region alive. No kernel still writes them, because memory that is
+        // not deferred has kernels that run within their call. An operation of a communicator owns
+        // its buffers, and lends no views, until it is complete.
+        let slice = unsafe { self.span.as_slice::<T>() };
+        // SAFETY: as before; the region lives as long as the buffer, longer than 'a.
+        Some(unsafe { std::slice::from_raw_parts(slice.as_ptr(), slice.len()) })
+    }
+
+    /// What an operation keeps that reads these elements later.
+    pub fn into_span(self) -> Span {
         self.span
     }
 }
@@ -274,17 +167,17 @@ pub struct ViewMut<'a> {
 impl<'a> ViewMut<'a> {
     /// Number of elements.
     pub fn len(&self) -> usize {
-        self.span.len
+        self.span.len()
     }
 
     /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
-        self.span.len == 0
+        self.span.len() == 0
     }
 
     /// Type of the elements.
     pub fn dtype(&self) -> DType {
-        self.span.dtype
+        self.span.dtype()
     }
 
     /// The same elements for a shorter time.
@@ -304,11 +197,29 @@ impl<'a> ViewMut<'a> {
 
     /// Two disjoint parts: the first `at` elements and the rest.
     pub fn split_at(self, at: usize) -> (ViewMut<'a>, ViewMut<'a>) {
-        let tail = self.span.range(at..self.span.len);
+        let tail = self.span.range(at..self.span.len());
         (ViewMut { span: self.span.range(0..at), _borrow: PhantomData }, ViewMut { span: tail, _borrow: PhantomData })
     }
 
-    pub(crate) fn into_span(self) -> Span {
+    /// As [`View::raw`], for writing too.
+    pub fn raw(&self) -> Raw {
+        self.span.raw()
+    }
+
+    /// As [`View::as_slice`], for writing.
+    pub fn into_slice<T: Element>(self) -> Option<&'a mut [T]> {
+        if !self.span.yields_slices() || self.span.dtype() != T::DTYPE {
+            return None;
+        }
+        // SAFETY: as in `View::as_slice`; this view was the only borrow of these elements, for 'a,
+        // and it is gone.
+        let slice = unsafe { self.span.as_mut_slice::<T>() };
+        // SAFETY: as before; the region lives as long as the buffer, longer than 'a.
+        Some(unsafe { std::slice::from_raw_parts_mut(slice.as_mut_ptr(), slice.len()) })
+    }
+
+    /// What an operation keeps that writes these elements later.
+    pub fn into_span(self) -> Span {
         self.span
     }
 }

@@ -1,6 +1,6 @@
 //! Devices.
 
-use crate::{Buffer, DType, Error, Queue};
+use crate::{Buffer, DType, Error, Queue, Region};
 
 /// Something that owns memory and runs kernels.
 pub trait Device: Send + Sync {
@@ -16,7 +16,10 @@ pub trait Device: Send + Sync {
     /// A new queue, ordered with nothing else.
     fn queue(&self) -> Box<dyn Queue>;
 
-    /// Whether a kernel may run later than the call that enqueues it. Memory that a communicator lends to a device carries
-    /// this mark, and a queue refuses buffers whose mark differs from its own.
-    fn deferred(&self) -> bool;
+    /// Takes memory of the host into use, such as a communicator's arena. A queue of this device
+    /// then accepts buffers in it, and may refuse buffers in any other.
+    ///
+    /// # Errors
+    /// When the device cannot reach it.
+    fn take_in(&self, region: Region) -> Result<Region, Error>;
 }

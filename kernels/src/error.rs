@@ -34,6 +34,14 @@ pub enum Error {
         /// The widest set of instructions here.
         widest: &'static str,
     },
+    /// Memory of somebody else's does not start at a multiple of the element size.
+    #[error("memory at address {address:#x} cannot hold {dtype}, whose elements lie at multiples of their size")]
+    Misaligned {
+        /// The address.
+        address: usize,
+        /// The type of the elements.
+        dtype: crate::DType,
+    },
     /// Work on the device could not run, because work that it follows failed.
     #[error(transparent)]
     Failed(#[from] crate::Failure),

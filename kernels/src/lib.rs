@@ -20,13 +20,15 @@ mod device;
 mod dtype;
 mod error;
 mod event;
+mod memory;
 mod queue;
 pub mod random;
 
-pub use buffer::{Buffer, Region, Span, View, ViewMut, exclusive};
+pub use buffer::{Buffer, View, ViewMut};
 pub use cpu::{Cores, Cpu, LazyCpu};
 pub use device::Device;
 pub use dtype::{DType, Element};
 pub use error::Error;
 pub use event::{Completion, Event, Failure, HAPPENED, Status};
+pub use memory::{Raw, Region, Space, Span, exclusive};
 pub use queue::{AdamW, AttentionShape, Queue};

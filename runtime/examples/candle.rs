@@ -13,11 +13,11 @@ use std::error::Error;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{D, Device, Tensor, Var};
+use candle_core::{D, Device, Storage, Tensor, Var};
 use clap::Parser;
 use pillion_collectives::launch::{Launch, Source};
 use pillion_collectives::{Communicator, Options, launcher};
-use pillion_kernels::{AdamW, Cpu, Queue, random};
+use pillion_kernels::{AdamW, Cpu, ViewMut, random};
 use pillion_runtime::{Engine, Layout, Policy, Step, TensorSpec, UnitSpec, Weights};
 
 const TEXT: &[u8] = include_bytes!("candle.rs");
@@ -117,25 +117,25 @@ fn micro_batch(step: &mut Step<'_>, units: &[UnitSpec], number: usize) -> Result
     let mut inputs = vec![context];
     for (index, unit) in units.iter().enumerate() {
         let pass = step.forward(index)?;
-        let weights = tensors(pass.queue, &pass.weights, unit)?;
+        let weights = tensors(&pass.weights, unit, |values, shape| Tensor::from_slice(values, shape, &Device::Cpu))?;
         inputs.push(forward(index, &weights, &inputs[index], &next)?);
     }
     let loss = inputs.pop().expect("each unit has an output");
     let mut gradient = loss.ones_like()?;
     for (index, unit) in units.iter().enumerate().rev() {
         let mut pass = step.backward(index)?;
-        let weights = tensors(pass.queue, &pass.weights, unit)?;
-        let weights = weights.iter().map(leaf).collect::<Result<Vec<_>>>()?;
+        let variable = |values: &_, shape: &_| Ok(Var::from_slice(values, shape, &Device::Cpu)?.into_inner());
+        let weights = tensors(&pass.weights, unit, variable)?;
         // The first input is bytes, which have no gradient.
-        let input = if index > 0 { leaf(&inputs[index])? } else { inputs[0].clone() };
+        let input = if index > 0 { Var::from_tensor(&inputs[index])?.into_inner() } else { inputs[0].clone() };
         let output = forward(index, &weights, &input, &next)?;
         let gradients = (output * gradient)?.sum_all()?.backward()?;
         let of = |leaf: &Tensor| gradients.get(leaf).cloned().ok_or("an output that does not depend on its input");
         for (tensor, weights) in weights.iter().enumerate() {
-            pass.queue.accumulate(pass.gradients.tensor(tensor), &of(weights)?.flatten_all()?.to_vec1::<f32>()?)?;
+            add(pass.gradients.tensor(tensor), &of(weights)?)?;
         }
         if index == HEAD {
-            pass.queue.accumulate(pass.loss, &[f64::from(loss.to_scalar::<f32>()?)])?;
+            pass.loss.into_slice::<f64>().expect(HOST)[0] += f64::from(loss.to_scalar::<f32>()?);
         }
         if index == 0 {
             break;
@@ -145,18 +145,30 @@ fn micro_batch(step: &mut Step<'_>, units: &[UnitSpec], number: usize) -> Result
     Ok(())
 }
 
-/// A unit's weights as candle's tensors: a copy of one unit, which lives as long as it computes.
-fn tensors(queue: &dyn Queue, weights: &Weights<'_>, unit: &UnitSpec) -> Result<Vec<Tensor>> {
+const HOST: &str = "Cpu lends its memory to the processor";
+
+/// A unit's weights as candle's tensors, which `make` copies from the gathered memory: a tensor of
+/// candle owns what it holds. The copies live as long as the unit computes.
+fn tensors(
+    weights: &Weights<'_>,
+    unit: &UnitSpec,
+    make: impl Fn(&[f32], &[usize]) -> candle_core::Result<Tensor>,
+) -> Result<Vec<Tensor>> {
     let tensor = |(index, spec): (usize, &TensorSpec)| {
-        let values: Vec<f32> = queue.download(weights.tensor(index))?;
-        Ok(Tensor::from_vec(values, spec.shape.as_slice(), &Device::Cpu)?)
+        Ok(make(weights.tensor(index).as_slice().expect(HOST), spec.shape.as_slice())?)
     };
     unit.tensors.iter().enumerate().map(tensor).collect()
 }
 
-/// The same numbers, as something that candle differentiates by.
-fn leaf(tensor: &Tensor) -> Result<Tensor> {
-    Ok(Var::from_tensor(tensor)?.into_inner())
+/// Adds a gradient of candle's to the runtime's, without a copy.
+fn add(to: ViewMut<'_>, gradient: &Tensor) -> Result<()> {
+    let gradient = gradient.contiguous()?;
+    let (storage, layout) = gradient.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { return Err("a gradient that is not in memory of the host".into()) };
+    let values = &storage.as_slice::<f32>()?[layout.start_offset()..][..gradient.elem_count()];
+    assert_eq!(to.len(), values.len(), "a gradient has the shape of its weights");
+    to.into_slice::<f32>().expect(HOST).iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+    Ok(())
 }
 
 /// An embedding of each byte, residual SwiGLU blocks on the context as a whole, and a head.

@@ -181,6 +181,11 @@ impl Course {
         }
     }
 
+    /// Whether work on the operation's buffers may run later than the call that enqueues it.
+    pub(crate) fn is_deferred(&self) -> bool {
+        self.call.deferred == 1
+    }
+
     /// Goes as far as the other ranks allow; true once complete.
     pub(crate) fn poll(
         &mut self,

@@ -14,7 +14,8 @@ use parking_lot::Mutex;
 
 use super::HostQueue;
 use super::team::Team;
-use crate::{Buffer, Completion, DType, Device, Error, Event, Failure, Queue, Status, exclusive, random};
+use crate::buffer::byte_count;
+use crate::{Buffer, Completion, DType, Device, Error, Event, Failure, Queue, Region, Status, exclusive, random};
 
 /// A processor that runs work as late as its events allow and otherwise in random order.
 #[derive(Clone)]
@@ -75,7 +76,8 @@ impl Device for LazyCpu {
     }
 
     fn allocate(&self, dtype: DType, len: usize) -> Result<Buffer, Error> {
-        Buffer::heap(self.name(), dtype, len, self.deferred())
+        let region = Region::heap(self.name(), byte_count(self.name(), dtype, len)?)?;
+        Buffer::whole(self.take_in(region)?, dtype)
     }
 
     fn queue(&self) -> Box<dyn Queue> {
@@ -85,8 +87,8 @@ impl Device for LazyCpu {
         Box::new(HostQueue::new(Some(lazy), Team::default(), None))
     }
 
-    fn deferred(&self) -> bool {
-        true
+    fn take_in(&self, region: Region) -> Result<Region, Error> {
+        Ok(region.deferred())
     }
 }
 

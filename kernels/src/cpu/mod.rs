@@ -27,7 +27,8 @@ pub use isa::Isa;
 pub use lazy::LazyCpu;
 pub use profile::{KernelTime, Profile};
 
-use crate::{Buffer, DType, Device, Element, Error, Failure, Queue, Span, View, ViewMut};
+use crate::buffer::byte_count;
+use crate::{Buffer, DType, Device, Element, Error, Failure, Queue, Region, Span, View, ViewMut};
 use isa::vectorized;
 use lazy::LazyQueue;
 use std::cell::OnceCell;
@@ -44,15 +45,15 @@ impl Device for Cpu {
     }
 
     fn allocate(&self, dtype: DType, len: usize) -> Result<Buffer, Error> {
-        Buffer::heap(self.name(), dtype, len, self.deferred())
+        Buffer::whole(Region::heap(self.name(), byte_count(self.name(), dtype, len)?)?, dtype)
     }
 
     fn queue(&self) -> Box<dyn Queue> {
         Cores::default().queue()
     }
 
-    fn deferred(&self) -> bool {
-        false
+    fn take_in(&self, region: Region) -> Result<Region, Error> {
+        Ok(region)
     }
 }
 
@@ -103,8 +104,8 @@ impl Device for Cores {
         Box::new(HostQueue::new(None, self.team.clone(), self.profile.clone()))
     }
 
-    fn deferred(&self) -> bool {
-        false
+    fn take_in(&self, region: Region) -> Result<Region, Error> {
+        Ok(region)
     }
 }
 

@@ -6,6 +6,7 @@ use half::bf16;
 use pillion_kernels::{Buffer, Cores, Cpu, DType, Device, Element, LazyCpu, Queue, random};
 
 use crate::bounded::{Bounded, sum};
+use crate::foreign::Foreign;
 
 /// The types in which activations and weights come.
 pub(crate) const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
@@ -78,7 +79,8 @@ fn cores() -> [Cores; 2] {
     CORES.get_or_init(|| [2, 3].map(|threads| Cores::new(threads).unwrap())).clone()
 }
 
-/// Runs a kernel on `Cpu`, on `Cores`, and on `LazyCpu` in several orders, asserts that all bits agree, and returns what it wrote.
+/// Runs a kernel on `Cpu`, on `Cores`, in memory of another program, and on `LazyCpu` in several
+/// orders, asserts that all bits agree, and returns what it wrote.
 pub(crate) fn run<const N: usize>(kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Values; N] {
     let on = |stage: Stage| {
         kernel(&stage)
@@ -93,6 +95,7 @@ pub(crate) fn run<const N: usize>(kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Va
     for cores in cores() {
         compare(format!("Cores::new({})", cores.threads()), Stage::new(cores));
     }
+    compare("memory of another program".to_owned(), Stage::new(Foreign::default()));
     (0..3).for_each(|seed| compare(format!("LazyCpu::new({seed})"), Stage::new(LazyCpu::new(seed))));
     expected
 }
