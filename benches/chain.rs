@@ -4,9 +4,9 @@
 //!
 //!     cargo bench -p pillion-benches --bench chain
 //!
-//! Four ranks as threads. `queue` orders the second operation after a queue that waits for the
+//! Four ranks as threads. `stream` orders the second operation after a stream that waits for the
 //! first, on a device that runs work at once and on one that defers it; `operation` orders the
-//! second operation after the first, without a queue.
+//! second operation after the first, without a stream.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ const LENGTHS: [usize; 3] = [64, 16 << 10, 1 << 20];
 
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
-    Queue,
+    Stream,
     Operation,
 }
 
@@ -27,7 +27,7 @@ fn chains(world: &Communicator, device: &dyn Device, way: Way, len: usize) -> Ve
     let rank = world.rank() as u64;
     let group = |color: u64| world.split(Some(color), rank).expect("the ranks split").expect("each has a color");
     let (shard, replicate) = (group(rank / 2), group(2 + rank % 2));
-    let queue = device.queue();
+    let stream = device.stream();
     let mut buffers = Some((
         shard.allocate(device, DType::F32, 2 * len).expect("there is memory"),
         replicate.allocate(device, DType::F32, len).expect("there is memory"),
@@ -38,11 +38,11 @@ fn chains(world: &Communicator, device: &dyn Device, way: Way, len: usize) -> Ve
         world.barrier().expect("the others come");
         let started = Instant::now();
         let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
-        let reduce = shard.reduce_scatter(reduce, queue.record());
+        let reduce = shard.reduce_scatter(reduce, stream.record());
         let (input, output) = match way {
-            Way::Queue => {
-                let Reduce { input, output, .. } = reduce.then(&*queue).expect("it is reduced");
-                let output = replicate.all_reduce(output, Reduction::Sum, queue.record()).wait();
+            Way::Stream => {
+                let Reduce { input, output, .. } = reduce.then(&*stream).expect("it is reduced");
+                let output = replicate.all_reduce(output, Reduction::Sum, stream.record()).wait();
                 (input, output.expect("it is summed"))
             }
             Way::Operation => {
@@ -60,12 +60,8 @@ fn chains(world: &Communicator, device: &dyn Device, way: Way, len: usize) -> Ve
 
 fn main() {
     println!("{:>10} {:>10} {:>12} {:>12} {:>12}", "elements", "by", "device", "median us", "p95 us");
-    let devices: [(Way, fn() -> Box<dyn Device>); 3] = [
-        (Way::Queue, || Box::new(Cpu)),
-        (Way::Queue, || Box::new(LazyCpu::new(1))),
-        (Way::Operation, || Box::new(Cpu)),
-    ];
-    for (way, device) in devices {
+    for (way, deferred) in [(Way::Stream, false), (Way::Stream, true), (Way::Operation, false)] {
+        let device = || -> Box<dyn Device> { if deferred { Box::new(LazyCpu::new(1)) } else { Box::new(Cpu) } };
         for len in LENGTHS {
             let times = std::thread::scope(|scope| {
                 let run = |launch: Launch| {
@@ -81,7 +77,7 @@ fn main() {
                 times
             });
             let at = |share: usize| times[times.len() * share / 100].as_secs_f64() * 1e6;
-            let by = if way == Way::Queue { "queue" } else { "operation" };
+            let by = if way == Way::Stream { "stream" } else { "operation" };
             println!("{len:>10} {by:>10} {:>12} {:>12.1} {:>12.1}", device().name(), at(50), at(95));
         }
     }

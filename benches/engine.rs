@@ -85,7 +85,7 @@ fn step(policy: Policy, count: usize, time: Duration) -> f64 {
             for unit in (0..count).rev() {
                 let backward = step.backward(unit).expect("the plan");
                 if unit == 0 {
-                    backward.queue.accumulate(backward.loss, &[1.0]).unwrap();
+                    backward.stream.accumulate_from(backward.loss, &[1.0]).unwrap();
                 }
                 pass();
             }

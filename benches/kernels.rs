@@ -44,9 +44,10 @@ fn measured(criterion: &mut Criterion, case: &Case) -> Option<Row> {
     // Criterion warns where the time does not suffice for its samples, so this is the time of a slow core.
     let (throughput, seconds) = match case.work {
         Work::Products { operations, .. } => (Throughput::Elements(operations as u64), operations / 40e9),
-        Work::Stream(stream) => (Throughput::Bytes(stream.bytes() as u64), stream.bytes() as f64 / 5e9),
+        Work::Memory(traffic) => (Throughput::Bytes(traffic.bytes() as u64), traffic.bytes() as f64 / 5e9),
     };
-    let (queue, mut call, mut samples) = (Cpu.queue(), None, Vec::new());
+    let (stream, mut call, mut samples) = (Cpu.stream(), None, Vec::new());
+    let kernels = stream.kernels().expect("Cpu has kernels");
     let mut group = criterion.benchmark_group(case.kernel);
     group.sampling_mode(SamplingMode::Flat).throughput(throughput);
     group.measurement_time(Duration::from_secs_f64(10.0 * seconds));
@@ -56,7 +57,7 @@ fn measured(criterion: &mut Criterion, case: &Case) -> Option<Row> {
             let before = samples.len();
             for _ in 0..iterations {
                 let started = Instant::now();
-                call(&*queue);
+                call(kernels);
                 samples.push(started.elapsed().as_nanos() as u64);
             }
             Duration::from_nanos(samples[before..].iter().sum())
@@ -70,7 +71,7 @@ fn measured(criterion: &mut Criterion, case: &Case) -> Option<Row> {
     let microseconds = Summary::of(&samples).p50_us;
     let (work, unit, roof) = match case.work {
         Work::Products { operations, dtype } => (operations, "GFLOP/s", peak(dtype)),
-        Work::Stream(stream) => (stream.bytes() as f64, "GB/s", stream.bandwidth().expect("memory")),
+        Work::Memory(traffic) => (traffic.bytes() as f64, "GB/s", traffic.bandwidth().expect("memory")),
     };
     let (rate, roof) = (work / microseconds / 1e3, roof / 1e9);
     Some(Row { name: case.name(), milliseconds: microseconds / 1e3, rate, unit, roof })

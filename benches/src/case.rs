@@ -1,7 +1,7 @@
 //! One operation at one size: its buffers, how it is called, and whether it gave what it should.
 
 use pillion_collectives::{Communicator, Pending, Reduce, Start, Window};
-use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Queue, View, ViewMut};
+use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Stream, View, ViewMut};
 
 use crate::Error;
 use crate::arguments::Buffers;
@@ -21,7 +21,7 @@ pub struct Case {
     scalar: f64,
     /// What the ranks' scalars came to.
     combined: f64,
-    queue: Box<dyn Queue>,
+    stream: Box<dyn Stream>,
 }
 
 #[derive(Default)]
@@ -74,18 +74,18 @@ impl Case {
         }
         let scratch = Cpu.allocate(dtype, BLOCK)?;
         let operands = Operands { input, output };
-        Ok(Case { pattern, operands, window, scratch, scalar: 0.0, combined: 0.0, queue: Cpu.queue() })
+        Ok(Case { pattern, operands, window, scratch, scalar: 0.0, combined: 0.0, stream: Cpu.stream() })
     }
 
     /// Writes inputs, and poison where results go; values are those of `round`.
     pub fn prepare(&mut self, round: u64) {
         self.pattern.round = round;
-        let (pattern, queue) = (self.pattern, &*self.queue);
+        let (pattern, stream) = (self.pattern, &*self.stream);
         if let Some(input) = &mut self.operands.input {
-            fill(queue, input.view_mut(), &pattern, What::Input);
+            fill(stream, input.view_mut(), &pattern, What::Input);
         }
         if let Some(output) = &mut self.operands.output {
-            fill(queue, output.view_mut(), &pattern, What::Before);
+            fill(stream, output.view_mut(), &pattern, What::Before);
         }
         self.scalar = pattern.value(pattern.rank, 0) as f64;
         self.combined = POISON as f64;
@@ -104,8 +104,8 @@ impl Case {
                 [self.combined] = values;
                 Ok(())
             }
-            Operation::Window => self.run_window(communicator, |queue, block, scratch, _| {
-                queue.cast(scratch, block);
+            Operation::Window => self.run_window(communicator, |stream, block, scratch, _| {
+                stream.cast(scratch, block);
             }),
             _ => {
                 let flight = self.start(communicator, Start::Here);
@@ -158,7 +158,7 @@ impl Case {
             _ => run(self)?,
         }
         let output = self.operands.output.as_ref();
-        let of_output = output.map_or(0, |output| differences(&*self.queue, output.view(), &pattern, What::After));
+        let of_output = output.map_or(0, |output| differences(&*self.stream, output.view(), &pattern, What::After));
         Ok(of_output + self.differing_input())
     }
 
@@ -177,8 +177,8 @@ impl Case {
         communicator.barrier()?;
         let (pattern, mut differing) = (self.pattern, 0);
         let mut expected = Blocks::<T>::new(&pattern, What::After, pattern.count * pattern.world, BLOCK);
-        self.run_window(communicator, |queue, block, _, first| {
-            differing += differences_of_block(queue, block, first, &mut expected);
+        self.run_window(communicator, |stream, block, _, first| {
+            differing += differences_of_block(stream, block, first, &mut expected);
         })?;
         Ok(differing + self.differing_input())
     }
@@ -186,7 +186,7 @@ impl Case {
     fn differing_input(&self) -> u64 {
         let pattern = self.pattern;
         let input = self.operands.input.as_ref();
-        input.map_or(0, |input| differences(&*self.queue, input.view(), &pattern, What::Input))
+        input.map_or(0, |input| differences(&*self.stream, input.view(), &pattern, What::Input))
     }
 
     fn start(&mut self, communicator: &Communicator, start: Start) -> Flight {
@@ -254,18 +254,18 @@ impl Case {
     fn run_window(
         &mut self,
         communicator: &Communicator,
-        mut consume: impl FnMut(&dyn Queue, View<'_>, ViewMut<'_>, usize),
+        mut consume: impl FnMut(&dyn Stream, View<'_>, ViewMut<'_>, usize),
     ) -> Result<(), Error> {
         let mut window = self.window.take().expect("a window's case has one");
         let shard = self.operands.input.as_ref().expect("and a shard to write");
-        self.queue.cast(window.shard_mut()?, shard.view());
+        self.stream.cast(window.shard_mut()?, shard.view());
         let mut window = communicator.gather_window(window, Start::Here).wait()?;
         for first in (0..window.len()).step_by(BLOCK) {
             let len = BLOCK.min(window.len() - first);
             let block = window.view().slice(first..first + len);
-            consume(&*self.queue, block, self.scratch.slice_mut(0..len), first);
+            consume(&*self.stream, block, self.scratch.slice_mut(0..len), first);
         }
-        window.release(&self.queue.record())?;
+        window.release(&self.stream.record())?;
         self.window = Some(window);
         Ok(())
     }
@@ -311,43 +311,43 @@ fn check_barrier(
     Ok(if communicator.hosts() == 1 { all.iter().filter(|other| other[0] > left).count() as u64 } else { 0 })
 }
 
-fn fill(queue: &dyn Queue, view: ViewMut<'_>, pattern: &Pattern, what: What) {
+fn fill(stream: &dyn Stream, view: ViewMut<'_>, pattern: &Pattern, what: What) {
     match view.dtype() {
-        DType::F32 => fill_with::<f32>(queue, view, pattern, what),
-        DType::Bf16 => fill_with::<half::bf16>(queue, view, pattern, what),
-        DType::F64 => fill_with::<f64>(queue, view, pattern, what),
-        DType::I64 => fill_with::<i64>(queue, view, pattern, what),
+        DType::F32 => fill_with::<f32>(stream, view, pattern, what),
+        DType::Bf16 => fill_with::<half::bf16>(stream, view, pattern, what),
+        DType::F64 => fill_with::<f64>(stream, view, pattern, what),
+        DType::I64 => fill_with::<i64>(stream, view, pattern, what),
         DType::U32 => unreachable!("no argument asks for u32"),
     }
 }
 
-fn fill_with<T: Integral>(queue: &dyn Queue, mut view: ViewMut<'_>, pattern: &Pattern, what: What) {
+fn fill_with<T: Integral>(stream: &dyn Stream, mut view: ViewMut<'_>, pattern: &Pattern, what: What) {
     let (mut first, len) = (0, view.len());
     let mut blocks = Blocks::<T>::new(pattern, what, len, BLOCK);
     while first < len {
         let block = blocks.from(first, len - first);
-        queue.upload(view.reborrow().slice(first..first + block.len()), block);
+        stream.upload(view.reborrow().slice(first..first + block.len()), block);
         first += block.len();
     }
 }
 
-fn differences(queue: &dyn Queue, view: View<'_>, pattern: &Pattern, what: What) -> u64 {
-    fn of<T: Integral>(queue: &dyn Queue, view: View<'_>, pattern: &Pattern, what: What) -> u64 {
+fn differences(stream: &dyn Stream, view: View<'_>, pattern: &Pattern, what: What) -> u64 {
+    fn of<T: Integral>(stream: &dyn Stream, view: View<'_>, pattern: &Pattern, what: What) -> u64 {
         let mut expected = Blocks::<T>::new(pattern, what, view.len(), BLOCK);
-        differences_of_block(queue, view, 0, &mut expected)
+        differences_of_block(stream, view, 0, &mut expected)
     }
     match view.dtype() {
-        DType::F32 => of::<f32>(queue, view, pattern, what),
-        DType::Bf16 => of::<half::bf16>(queue, view, pattern, what),
-        DType::F64 => of::<f64>(queue, view, pattern, what),
-        DType::I64 => of::<i64>(queue, view, pattern, what),
+        DType::F32 => of::<f32>(stream, view, pattern, what),
+        DType::Bf16 => of::<half::bf16>(stream, view, pattern, what),
+        DType::F64 => of::<f64>(stream, view, pattern, what),
+        DType::I64 => of::<i64>(stream, view, pattern, what),
         DType::U32 => unreachable!("no argument asks for u32"),
     }
 }
 
 /// Wrong elements of a part of a buffer that starts at `first`.
 fn differences_of_block<T: Integral>(
-    queue: &dyn Queue,
+    stream: &dyn Stream,
     view: View<'_>,
     first: usize,
     expected: &mut Blocks<'_, T>,
@@ -356,7 +356,7 @@ fn differences_of_block<T: Integral>(
     while at < view.len() {
         let block = expected.from(first + at, view.len() - at);
         differing += wrong(
-            &queue.download::<T>(view.slice(at..at + block.len())).expect("the operations before have ended well"),
+            &stream.download::<T>(view.slice(at..at + block.len())).expect("the operations before have ended well"),
             block,
         );
         at += block.len();

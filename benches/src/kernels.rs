@@ -1,14 +1,15 @@
-//! Every kernel of [`Queue`], with operands of random numbers, ready to be called: `cargo bench` measures all of them, `kernelbench`
-//! lets some take turns with PyTorch's.
+//! Every kernel of [`Kernels`] and [`Stream`](pillion_kernels::Stream), with operands of random
+//! numbers, ready to be called: `cargo bench` measures all of them, `kernelbench` lets some take
+//! turns with PyTorch's.
 //!
 //! What moves memory works on [`ELEMENTS`], so that no operand stays in a cache. Products are those of the Llama of 30 M parameters.
 
 use half::bf16;
 use pillion_kernels::DType::{Bf16, F32, F64};
-use pillion_kernels::{AdamW, AttentionShape, Buffer, Cpu, DType, Device, Queue, random};
+use pillion_kernels::{AdamW, AttentionShape, Buffer, Cpu, DType, Device, Kernels, random};
 
 use crate::Error;
-use crate::stream::Stream;
+use crate::traffic::Traffic;
 
 /// Inputs and outputs of the layers whose products are measured.
 pub const LAYERS: [(usize, usize); 4] = [(512, 512), (512, 1408), (1408, 512), (512, 4096)];
@@ -22,11 +23,11 @@ const HEADS: usize = 8;
 const HEAD_DIM: usize = 64;
 
 /// A kernel with its operands.
-pub type Call = Box<dyn FnMut(&dyn Queue)>;
+pub type Call = Box<dyn FnMut(&dyn Kernels)>;
 
 /// A kernel and its sizes.
 pub struct Case {
-    /// The method of [`Queue`].
+    /// The method of [`Kernels`].
     pub kernel: &'static str,
     /// Types and sizes.
     pub variant: String,
@@ -46,7 +47,7 @@ pub enum Work {
         dtype: DType,
     },
     /// Memory.
-    Stream(Stream),
+    Memory(Traffic),
 }
 
 impl Case {
@@ -110,17 +111,17 @@ fn linear(product: Product, dtype: DType, (rows, inputs, outputs): (usize, usize
         Ok(match product {
             Product::Forward => {
                 let (x, w, mut y) = (numbers(1, dtype, x)?, numbers(2, dtype, w)?, numbers(3, dtype, y)?);
-                Box::new(move |queue| queue.linear(y.view_mut(), x.view(), w.view(), None, rows))
+                Box::new(move |stream| stream.linear(y.view_mut(), x.view(), w.view(), None, rows))
             }
             Product::Input => {
                 let (grad_y, w, mut grad_x) = (numbers(1, dtype, y)?, numbers(2, dtype, w)?, numbers(3, dtype, x)?);
-                Box::new(move |queue| {
-                    queue.linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), rows, false);
+                Box::new(move |stream| {
+                    stream.linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), rows, false);
                 })
             }
             Product::Weight => {
                 let (grad_y, x, mut grad_w) = (numbers(1, dtype, y)?, numbers(2, dtype, x)?, numbers(3, F32, w)?);
-                Box::new(move |queue| queue.linear_backward_weight(grad_w.view_mut(), grad_y.view(), x.view(), rows))
+                Box::new(move |stream| stream.linear_backward_weight(grad_w.view_mut(), grad_y.view(), x.view(), rows))
             }
         })
     })
@@ -130,16 +131,16 @@ fn linear(product: Product, dtype: DType, (rows, inputs, outputs): (usize, usize
 pub fn adamw(len: usize, copied: bool) -> Case {
     let settings =
         AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 10, gradient_scale: 1.0 };
-    let work = Stream { read: 4, updated: 12, written: if copied { 2 } else { 0 }, elements: len };
+    let work = Traffic { read: 4, updated: 12, written: if copied { 2 } else { 0 }, elements: len };
     let copy = if copied { ", bf16 copy" } else { "" };
-    case("adamw", format!("{} M{copy}", len >> 20), Work::Stream(work), move || {
+    case("adamw", format!("{} M{copy}", len >> 20), Work::Memory(work), move || {
         let (mut master, mut m, grad) = (numbers(1, F32, len)?, numbers(2, F32, len)?, numbers(3, F32, len)?);
         // Squares are not negative.
         let mut v = upload(&(0..len as u64).map(|index| random::uniform(4, 0, index) as f32).collect::<Vec<f32>>())?;
         let mut weights = if copied { Some(numbers(5, Bf16, len)?) } else { None };
-        Ok(Box::new(move |queue| {
+        Ok(Box::new(move |stream| {
             let weights = weights.as_mut().map(Buffer::view_mut);
-            queue.adamw(weights, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
+            stream.adamw(weights, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
         }))
     })
 }
@@ -158,9 +159,9 @@ fn attention(dtype: DType, seq: usize) -> Case {
         let tensor = |stream| numbers(stream, dtype, seq * WIDTH);
         let (q, k, v, mut out) = (tensor(1)?, tensor(2)?, tensor(3)?, tensor(4)?);
         let mut log_sum = numbers(5, F32, HEADS * seq)?;
-        Ok(Box::new(move |queue| {
+        Ok(Box::new(move |stream| {
             let shape = attention_shape(seq);
-            queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+            stream.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
         }))
     })
 }
@@ -174,79 +175,86 @@ fn attention_backward(dtype: DType, seq: usize) -> Case {
         let mut log_sum = numbers(9, F32, HEADS * seq)?;
         let shape = attention_shape(seq);
         // The backward pass relies on what the forward pass leaves.
-        Cpu.queue().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
-        Ok(Box::new(move |queue| {
+        Cpu.stream().kernels().expect("Cpu has kernels").attention(
+            out.view_mut(),
+            log_sum.view_mut(),
+            q.view(),
+            k.view(),
+            v.view(),
+            shape,
+        );
+        Ok(Box::new(move |stream| {
             let grads = [grad_q.view_mut(), grad_k.view_mut(), grad_v.view_mut()];
             let [grad_q, grad_k, grad_v] = grads;
             let (grad_out, q, k, v) = (grad_out.view(), q.view(), k.view(), v.view());
-            queue.attention_backward(grad_q, grad_k, grad_v, grad_out, q, k, v, out.view(), log_sum.view(), shape);
+            stream.attention_backward(grad_q, grad_k, grad_v, grad_out, q, k, v, out.view(), log_sum.view(), shape);
         }))
     })
 }
 
 fn rms_norm(dtype: DType) -> Case {
-    let traffic = Stream { read: 4, written: dtype.bytes(), ..Stream::NOTHING };
+    let traffic = Traffic { read: 4, written: dtype.bytes(), ..Traffic::NOTHING };
     memory("rms_norm", dtype.name(), traffic, move || {
         let (x, weight, mut out) =
             (numbers(1, F32, ELEMENTS)?, numbers(2, dtype, WIDTH)?, numbers(3, dtype, ELEMENTS)?);
         let mut inverse_rms = numbers(4, F32, ELEMENTS / WIDTH)?;
-        Ok(Box::new(move |queue| {
-            queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), 1e-5);
+        Ok(Box::new(move |stream| {
+            stream.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), 1e-5);
         }))
     })
 }
 
 fn rms_norm_backward(weights: DType) -> Case {
     let variant = format!("{weights} weights");
-    memory("rms_norm_backward", &variant, Stream { read: 8, updated: 4, ..Stream::NOTHING }, move || {
+    memory("rms_norm_backward", &variant, Traffic { read: 8, updated: 4, ..Traffic::NOTHING }, move || {
         let (x, grad_out) = (numbers(1, F32, ELEMENTS)?, numbers(2, F32, ELEMENTS)?);
         let (weight, inverse_rms) = (numbers(3, weights, WIDTH)?, numbers(4, F32, ELEMENTS / WIDTH)?);
         let (mut grad_x, mut grad_weight) = (numbers(5, F32, ELEMENTS)?, numbers(6, F32, WIDTH)?);
-        Ok(Box::new(move |queue| {
+        Ok(Box::new(move |stream| {
             let (grad_x, grad_weight) = (grad_x.view_mut(), grad_weight.view_mut());
-            queue.rms_norm_backward(grad_x, grad_weight, grad_out.view(), x.view(), inverse_rms.view(), weight.view());
+            stream.rms_norm_backward(grad_x, grad_weight, grad_out.view(), x.view(), inverse_rms.view(), weight.view());
         }))
     })
 }
 
 fn swiglu(dtype: DType) -> Case {
-    let traffic = Stream { read: 2 * dtype.bytes(), written: dtype.bytes(), ..Stream::NOTHING };
+    let traffic = Traffic { read: 2 * dtype.bytes(), written: dtype.bytes(), ..Traffic::NOTHING };
     memory("swiglu", dtype.name(), traffic, move || {
         let tensor = |stream| numbers(stream, dtype, ELEMENTS);
         let (gate, up, mut out) = (tensor(1)?, tensor(2)?, tensor(3)?);
-        Ok(Box::new(move |queue| queue.swiglu(out.view_mut(), gate.view(), up.view())))
+        Ok(Box::new(move |stream| stream.swiglu(out.view_mut(), gate.view(), up.view())))
     })
 }
 
 fn swiglu_backward(dtype: DType) -> Case {
-    let traffic = Stream { read: 3 * dtype.bytes(), written: 3 * dtype.bytes(), ..Stream::NOTHING };
+    let traffic = Traffic { read: 3 * dtype.bytes(), written: 3 * dtype.bytes(), ..Traffic::NOTHING };
     memory("swiglu_backward", dtype.name(), traffic, move || {
         let tensor = |stream| numbers(stream, dtype, ELEMENTS);
         let (gate, up, grad_out) = (tensor(1)?, tensor(2)?, tensor(3)?);
         let (mut out, mut grad_gate, mut grad_up) = (tensor(4)?, tensor(5)?, tensor(6)?);
-        Ok(Box::new(move |queue| {
+        Ok(Box::new(move |stream| {
             let (out, grad_gate, grad_up) = (out.view_mut(), grad_gate.view_mut(), grad_up.view_mut());
-            queue.swiglu_backward(out, grad_gate, grad_up, grad_out.view(), gate.view(), up.view());
+            stream.swiglu_backward(out, grad_gate, grad_up, grad_out.view(), gate.view(), up.view());
         }))
     })
 }
 
 fn rope(dtype: DType) -> Case {
     const SEQ: usize = 1024;
-    memory("rope", dtype.name(), Stream { updated: dtype.bytes(), ..Stream::NOTHING }, move || {
+    memory("rope", dtype.name(), Traffic { updated: dtype.bytes(), ..Traffic::NOTHING }, move || {
         let mut x = numbers(1, dtype, ELEMENTS)?;
         let angles: Vec<f32> = (0..(SEQ * HEAD_DIM / 2) as u64).map(|at| random::uniform(2, 0, at) as f32).collect();
         let cos = upload(&angles.iter().map(|angle| angle.cos()).collect::<Vec<f32>>())?;
         let sin = upload(&angles.iter().map(|angle| angle.sin()).collect::<Vec<f32>>())?;
-        Ok(Box::new(move |queue| queue.rope(x.view_mut(), cos.view(), sin.view(), HEADS, HEAD_DIM, false)))
+        Ok(Box::new(move |stream| stream.rope(x.view_mut(), cos.view(), sin.view(), HEADS, HEAD_DIM, false)))
     })
 }
 
 fn cross_entropy(rounded: bool) -> Case {
     const VOCABULARY: usize = 4096;
     let (variant, traffic) = match rounded {
-        true => ("rounded to bf16", Stream { read: 4, written: 2, ..Stream::NOTHING }),
-        false => ("f32", Stream { updated: 4, ..Stream::NOTHING }),
+        true => ("rounded to bf16", Traffic { read: 4, written: 2, ..Traffic::NOTHING }),
+        false => ("f32", Traffic { updated: 4, ..Traffic::NOTHING }),
     };
     memory("cross_entropy", variant, traffic, move || {
         let mut logits = numbers(1, F32, ELEMENTS)?;
@@ -254,32 +262,32 @@ fn cross_entropy(rounded: bool) -> Case {
             (0..(ELEMENTS / VOCABULARY) as u64).map(|row| (random::bits(2, 0, row) % VOCABULARY as u64) as u32);
         let (targets, mut loss) = (upload(&targets.collect::<Vec<u32>>())?, Cpu.allocate(F64, 1)?);
         let mut narrow = if rounded { Some(numbers(3, Bf16, ELEMENTS)?) } else { None };
-        Ok(Box::new(move |queue| {
+        Ok(Box::new(move |stream| {
             let narrow = narrow.as_mut().map(Buffer::view_mut);
-            queue.cross_entropy(logits.view_mut(), narrow, targets.view(), loss.view_mut());
+            stream.cross_entropy(logits.view_mut(), narrow, targets.view(), loss.view_mut());
         }))
     })
 }
 
 fn square_norm() -> Case {
-    memory("square_norm", "f32", Stream { read: 4, ..Stream::NOTHING }, || {
+    memory("square_norm", "f32", Traffic { read: 4, ..Traffic::NOTHING }, || {
         let (x, mut out) = (numbers(1, F32, ELEMENTS)?, Cpu.allocate(F64, 2)?);
-        Ok(Box::new(move |queue| queue.square_norm(out.view_mut(), x.view(), 1.0)))
+        Ok(Box::new(move |stream| stream.square_norm(out.view_mut(), x.view(), 1.0)))
     })
 }
 
 fn cast(from: DType, to: DType) -> Case {
-    let traffic = Stream { read: from.bytes(), written: to.bytes(), ..Stream::NOTHING };
+    let traffic = Traffic { read: from.bytes(), written: to.bytes(), ..Traffic::NOTHING };
     memory("cast", &format!("{from} to {to}"), traffic, move || {
         let (x, mut out) = (numbers(1, from, ELEMENTS)?, numbers(2, to, ELEMENTS)?);
-        Ok(Box::new(move |queue| queue.cast(out.view_mut(), x.view())))
+        Ok(Box::new(move |stream| stream.cast(out.view_mut(), x.view())))
     })
 }
 
 fn zero() -> Case {
-    memory("zero", "f32", Stream { written: 4, ..Stream::NOTHING }, || {
+    memory("zero", "f32", Traffic { written: 4, ..Traffic::NOTHING }, || {
         let mut out = numbers(1, F32, ELEMENTS)?;
-        Ok(Box::new(move |queue| queue.zero(out.view_mut())))
+        Ok(Box::new(move |stream| stream.zero(out.view_mut())))
     })
 }
 
@@ -291,18 +299,18 @@ fn shuffled_rows() -> Result<Buffer, Error> {
 }
 
 fn embedding() -> Case {
-    memory("embedding", "f32", Stream { read: 4, written: 4, ..Stream::NOTHING }, || {
+    memory("embedding", "f32", Traffic { read: 4, written: 4, ..Traffic::NOTHING }, || {
         let (table, mut out) = (numbers(1, F32, ELEMENTS)?, numbers(2, F32, ELEMENTS)?);
         let tokens = shuffled_rows()?;
-        Ok(Box::new(move |queue| queue.embedding(out.view_mut(), table.view(), tokens.view())))
+        Ok(Box::new(move |stream| stream.embedding(out.view_mut(), table.view(), tokens.view())))
     })
 }
 
 fn embedding_backward() -> Case {
-    memory("embedding_backward", "f32", Stream { read: 4, updated: 4, ..Stream::NOTHING }, || {
+    memory("embedding_backward", "f32", Traffic { read: 4, updated: 4, ..Traffic::NOTHING }, || {
         let (grad_out, mut grad_table) = (numbers(1, F32, ELEMENTS)?, numbers(2, F32, ELEMENTS)?);
         let tokens = shuffled_rows()?;
-        Ok(Box::new(move |queue| queue.embedding_backward(grad_table.view_mut(), grad_out.view(), tokens.view())))
+        Ok(Box::new(move |stream| stream.embedding_backward(grad_table.view_mut(), grad_out.view(), tokens.view())))
     })
 }
 
@@ -318,10 +326,10 @@ fn case(
 fn memory(
     kernel: &'static str,
     variant: &str,
-    traffic: Stream,
+    traffic: Traffic,
     operands: impl Fn() -> Result<Call, Error> + 'static,
 ) -> Case {
-    case(kernel, variant.to_string(), Work::Stream(Stream { elements: ELEMENTS, ..traffic }), operands)
+    case(kernel, variant.to_string(), Work::Memory(Traffic { elements: ELEMENTS, ..traffic }), operands)
 }
 
 /// Numbers in [−1, 1), others for every `stream`: zeros would be multiplied faster.
@@ -335,7 +343,7 @@ fn numbers(stream: u64, dtype: DType, len: usize) -> Result<Buffer, Error> {
 
 fn upload<T: pillion_kernels::Element>(values: &[T]) -> Result<Buffer, Error> {
     let mut buffer = Cpu.allocate(T::DTYPE, values.len())?;
-    Cpu.queue().upload(buffer.view_mut(), values);
+    Cpu.stream().upload(buffer.view_mut(), values);
     Ok(buffer)
 }
 
@@ -349,7 +357,7 @@ mod tests {
         let cases = all();
         let names: HashSet<String> = cases.iter().map(Case::name).collect();
         assert_eq!(names.len(), cases.len());
-        // The methods of `Queue` but those of events and transfers.
+        // The methods of `Kernels` and `Stream` but those of events and transfers.
         let kernels: HashSet<&str> = cases.iter().map(|case| case.kernel).collect();
         assert_eq!(kernels.len(), 17);
     }
@@ -358,10 +366,10 @@ mod tests {
     fn a_product_runs_on_its_operands() {
         for product in Product::ALL {
             for dtype in [F32, Bf16] {
-                linear(product, dtype, (3, 16, 8)).operands().unwrap()(&*Cpu.queue());
+                linear(product, dtype, (3, 16, 8)).operands().unwrap()(Cpu.stream().kernels().unwrap());
             }
         }
-        adamw(100, true).operands().unwrap()(&*Cpu.queue());
-        attention_backward(Bf16, 4).operands().unwrap()(&*Cpu.queue());
+        adamw(100, true).operands().unwrap()(Cpu.stream().kernels().unwrap());
+        attention_backward(Bf16, 4).operands().unwrap()(Cpu.stream().kernels().unwrap());
     }
 }

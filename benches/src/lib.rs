@@ -1,7 +1,7 @@
 //! How fast: benchmarks of kernels and collectives. `RESULTS.md` beside this crate's manifest records what was seen, with command
 //! and machine.
 //!
-//! `cargo bench` runs the [`kernels`] beside the [`stream`] that bounds them; `kernelbench` times
+//! `cargo bench` runs the [`kernels`] beside the memory [`traffic`] that bounds them; `kernelbench` times
 //! them on request, for a comparison with PyTorch's. The binary `collbench` measures collectives as
 //! nccl-tests and the OSU benchmarks do; this is its code, in the order in which a run meets it:
 //! [`arguments`] with the habits of others, [`ranks`], [`binding`], [`sweep`] over operations and
@@ -26,8 +26,8 @@ pub mod pattern;
 pub mod ranks;
 pub mod report;
 pub mod roofline;
-pub mod stream;
 pub mod sweep;
 pub mod timing;
+pub mod traffic;
 
 pub use error::Error;

@@ -1,8 +1,8 @@
 //! The loops of the memory roofline, as safe functions over buffers that this rank alone has.
 #![allow(unsafe_code)]
 
+use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::cpu::reduce::{self, Fold, Reduction};
-use pillion_kernels::cpu::stream;
 use pillion_kernels::{Buffer, DType};
 
 /// to\[..bytes\] = from\[..bytes\].
@@ -13,7 +13,7 @@ pub(crate) fn copy(from: &Buffer, to: &mut Buffer, bytes: usize, stream: bool) {
     assert!(from.bytes() >= bytes && to.bytes() >= bytes, "a copy of {bytes} bytes from {from:?} to {to:?}");
     // SAFETY: both are that long. They are two buffers, so they do not overlap; `from` is borrowed and `to` exclusively, and no operation
     // owns them meanwhile.
-    unsafe { stream::copy(from.span().address().as_ptr(), to.span().address().as_ptr(), bytes, stream) }
+    unsafe { non_temporal::copy(from.span().address().as_ptr(), to.span().address().as_ptr(), bytes, stream) }
 }
 
 /// to = from.
@@ -23,7 +23,7 @@ pub(crate) fn copy(from: &Buffer, to: &mut Buffer, bytes: usize, stream: bool) {
 pub(crate) fn store(from: &[f32], to: &mut [f32], stream: bool) {
     assert_eq!(from.len(), to.len(), "a copy between different lengths");
     // SAFETY: both are that long, and a shared and an exclusive borrow do not overlap.
-    unsafe { stream::copy(from.as_ptr().cast(), to.as_mut_ptr().cast(), size_of_val(from), stream) }
+    unsafe { non_temporal::copy(from.as_ptr().cast(), to.as_mut_ptr().cast(), size_of_val(from), stream) }
 }
 
 /// to = 0.

@@ -91,11 +91,11 @@ impl Work {
             }
             Work::Consume { written, read } => {
                 local::copy(from, to, written, stream);
-                let queue = Cpu.queue();
+                let stream = Cpu.stream();
                 let len = read / dtype.bytes();
                 for first in (0..len).step_by(BLOCK) {
                     let count = BLOCK.min(len - first);
-                    queue.cast(scratch.slice_mut(0..count), from.slice(first..first + count));
+                    stream.cast(scratch.slice_mut(0..count), from.slice(first..first + count));
                 }
             }
         }
@@ -134,7 +134,7 @@ impl Loops {
         let touched = |bytes: usize| -> Result<Buffer, Error> {
             let mut buffer = Cpu.allocate(dtype, bytes / dtype.bytes())?;
             // Pages that were never written are all one page.
-            Cpu.queue().zero(buffer.view_mut());
+            Cpu.stream().zero(buffer.view_mut());
             Ok(buffer)
         };
         let (read, written) = work.traffic(dtype);
@@ -194,13 +194,13 @@ mod tests {
     fn local_sums_are_sums() {
         let mut from = Cpu.allocate(DType::F32, 12).unwrap();
         let mut to = Cpu.allocate(DType::F32, 8).unwrap();
-        let queue = Cpu.queue();
-        queue.upload(from.view_mut(), &[1f32, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0, 0.5, 0.5, 0.5, 0.5]);
+        let stream = Cpu.stream();
+        stream.upload(from.view_mut(), &[1f32, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0, 0.5, 0.5, 0.5, 0.5]);
         let sum = Sum { dtype: DType::F32, count: 4, inputs: 3, outputs: 2 };
         local::fold(sum, &mut from, Some(&mut to), true);
         let sums = [11.5f32, 22.5, 33.5, 44.5];
-        assert_eq!(queue.download::<f32>(to.view()).unwrap(), [sums, sums].concat());
+        assert_eq!(stream.download::<f32>(to.view()).unwrap(), [sums, sums].concat());
         local::fold(sum, &mut from, None, false);
-        assert_eq!(queue.download::<f32>(from.view()).unwrap(), [&sums[..], &sums, &[0.5; 4]].concat());
+        assert_eq!(stream.download::<f32>(from.view()).unwrap(), [&sums[..], &sums, &[0.5; 4]].concat());
     }
 }

@@ -1,8 +1,9 @@
 //! Peers: ranks, launch, rendezvous, moving and reducing buffers.
 //!
-//! A program asks its [`Launch`] who it is, joins the others as a [`Communicator`], and calls collectives on buffers that the
-//! communicator allocated. An operation takes its buffers by value and returns a [`Pending`], which gives them back once a queue is
-//! ordered after it or the host has waited: memory in flight cannot be touched by accident.
+//! A program asks its [`Launch`] who it is, joins the others as a [`Communicator`], and calls
+//! collectives on buffers that the communicator allocated. An operation takes its buffers by value
+//! and returns a [`Pending`], which gives them back once a stream is ordered after it or the host
+//! has waited: memory in flight cannot be touched by accident.
 //!
 //! Ranks of one host, processes or threads, read each other's buffers in place, in shared memory. With the feature `mpi` and started by
 //! mpirun, ranks of several hosts exchange messages besides. Reductions run in a fixed order and round once, so a result has

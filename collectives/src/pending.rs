@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 
 use parking_lot::{Condvar, Mutex};
-use pillion_kernels::{Completion, Event, Failure, Queue, Status};
+use pillion_kernels::{Completion, Event, Failure, Status, Stream};
 
 use crate::Error;
 use crate::shm::shared::AT_A_TIME;
@@ -67,16 +67,16 @@ impl<T> Pending<T> {
         }
     }
 
-    /// Orders what `queue` runs from now on after the operation, and gives the buffers back. The
-    /// host waits where a processor may access the buffers at once, where the queue runs its work
+    /// Orders what `stream` runs from now on after the operation, and gives the buffers back. The
+    /// host waits where a processor may access the buffers at once, where the stream runs its work
     /// at once, and where [`Pending::map`] has yet to form the buffers.
     ///
     /// # Errors
-    /// The operation's failure where it is known by now. A later failure stops the queue: it runs
+    /// The operation's failure where it is known by now. A later failure stops the stream: it runs
     /// nothing that it was given after this call, and its next event, synchronisation or download
     /// has the failure.
-    pub fn then(mut self, queue: &dyn Queue) -> Result<T, Error> {
-        queue.wait_for(&self.event());
+    pub fn then(mut self, stream: &dyn Stream) -> Result<T, Error> {
+        stream.wait_for(&self.event());
         let status = match self.value {
             Some(Value::Ready(_)) if self.deferred => self.state.status(),
             _ => Poll::Ready(self.state.wait()),
@@ -197,7 +197,7 @@ struct OutcomeState {
 }
 
 impl Default for OutcomeState {
-    /// Two queues or operations may follow an operation without an allocation.
+    /// Two streams or operations may follow an operation without an allocation.
     fn default() -> OutcomeState {
         OutcomeState { result: None, wakers: Vec::with_capacity(2) }
     }

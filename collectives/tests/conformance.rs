@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use half::bf16;
 use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction, Sideband, Start};
-use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event, LazyCpu, Queue, random};
+use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event, LazyCpu, Stream, random};
 
 const WORLDS: [usize; 4] = [1, 2, 3, 4];
 const LENGTHS: [usize; 6] = [0, 1, 3, 64, 1023, 20_000];
@@ -37,9 +37,9 @@ fn values(rank: usize, len: usize) -> Vec<f32> {
     (0..len).map(|index| value(rank, index)).collect()
 }
 
-fn filled<T: Element>(device: &dyn Device, queue: &dyn Queue, communicator: &Communicator, data: &[T]) -> Buffer {
+fn filled<T: Element>(device: &dyn Device, stream: &dyn Stream, communicator: &Communicator, data: &[T]) -> Buffer {
     let mut buffer = communicator.allocate(device, T::DTYPE, data.len()).unwrap();
-    queue.upload(buffer.view_mut(), data);
+    stream.upload(buffer.view_mut(), data);
     buffer
 }
 
@@ -57,16 +57,16 @@ fn all_gather_concatenates_shards_in_order_of_rank() {
     for world in WORLDS {
         ranks(world, Options::default(), |communicator| {
             for device in devices() {
-                let queue = device.queue();
+                let stream = device.stream();
                 for len in LENGTHS {
-                    let shard = filled(&*device, &*queue, &communicator, &values(communicator.rank(), len));
+                    let shard = filled(&*device, &*stream, &communicator, &values(communicator.rank(), len));
                     let output = device.allocate(DType::F32, world * len).unwrap();
-                    let pending = communicator.all_gather(shard, output, queue.record());
-                    let (shard, output) = pending.then(&*queue).unwrap();
+                    let pending = communicator.all_gather(shard, output, stream.record());
+                    let (shard, output) = pending.then(&*stream).unwrap();
                     let expected: Vec<f32> = (0..world).flat_map(|rank| values(rank, len)).collect();
-                    assert_eq!(queue.download::<f32>(output.view()).unwrap(), expected);
+                    assert_eq!(stream.download::<f32>(output.view()).unwrap(), expected);
                     assert_eq!(
-                        queue.download::<f32>(shard.view()).unwrap(),
+                        stream.download::<f32>(shard.view()).unwrap(),
                         values(communicator.rank(), len),
                         "the shard is unchanged"
                     );
@@ -82,25 +82,25 @@ fn reduce_scatter_sums_in_order_of_rank_and_carries_the_sideband() {
         ranks(world, Options::default(), |communicator| {
             let rank = communicator.rank();
             for device in devices() {
-                let queue = device.queue();
+                let stream = device.stream();
                 for len in LENGTHS {
                     for accumulate in [false, true] {
-                        let input = filled(&*device, &*queue, &communicator, &values(rank, world * len));
+                        let input = filled(&*device, &*stream, &communicator, &values(rank, world * len));
                         let mut output = device.allocate(DType::F32, len).unwrap();
-                        queue.upload(output.view_mut(), &vec![0.25f32; len]);
+                        stream.upload(output.view_mut(), &vec![0.25f32; len]);
                         let mut sideband = device.allocate(DType::F64, 4).unwrap();
-                        queue.upload(sideband.view_mut(), &[rank as f64, 1.0, 0.5, 1e-30]);
+                        stream.upload(sideband.view_mut(), &[rank as f64, 1.0, 0.5, 1e-30]);
                         let mut totals = device.allocate(DType::F64, 4).unwrap();
-                        queue.upload(totals.view_mut(), &[8.0, 8.0, 8.0, 0.0]);
+                        stream.upload(totals.view_mut(), &[8.0, 8.0, 8.0, 0.0]);
                         let sideband = Some(Sideband { own: sideband, totals });
                         let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate, sideband };
-                        let reduce = communicator.reduce_scatter(reduce, queue.record()).then(&*queue).unwrap();
+                        let reduce = communicator.reduce_scatter(reduce, stream.record()).then(&*stream).unwrap();
                         let expected: Vec<f32> = (rank * len..(rank + 1) * len)
                             .map(|index| if accumulate { 0.25 + sum(world, index) } else { sum(world, index) })
                             .collect();
-                        assert_eq!(bits(&queue.download(reduce.output.view()).unwrap()), bits(&expected));
+                        assert_eq!(bits(&stream.download(reduce.output.view()).unwrap()), bits(&expected));
                         let ranks = world as f64;
-                        let sideband = queue.download::<f64>(reduce.sideband.unwrap().totals.view()).unwrap();
+                        let sideband = stream.download::<f64>(reduce.sideband.unwrap().totals.view()).unwrap();
                         let before = if accumulate { 8.0 } else { 0.0 };
                         assert_eq!(
                             sideband[..3],
@@ -121,10 +121,10 @@ fn reduce_scatter_sums_in_order_of_rank_and_carries_the_sideband() {
 fn bf16_is_reduced_in_f32() {
     for world in WORLDS {
         ranks(world, Options::default(), |communicator| {
-            let (rank, queue) = (communicator.rank(), Cpu.queue());
+            let (rank, stream) = (communicator.rank(), Cpu.stream());
             let narrow = |rank, index| bf16::from_f32(value(rank, index));
             let data: Vec<bf16> = (0..world * 100).map(|index| narrow(rank, index)).collect();
-            let input = filled(&Cpu, &*queue, &communicator, &data);
+            let input = filled(&Cpu, &*stream, &communicator, &data);
             let output = Cpu.allocate(DType::F32, 100).unwrap();
             let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
             let reduce = communicator.reduce_scatter(reduce, Event::PAST).wait().unwrap();
@@ -133,7 +133,7 @@ fn bf16_is_reduced_in_f32() {
                     (1..world).fold(narrow(0, index).to_f32(), |total, rank| total + narrow(rank, index).to_f32())
                 })
                 .collect();
-            assert_eq!(bits(&queue.download(reduce.output.view()).unwrap()), bits(&expected));
+            assert_eq!(bits(&stream.download(reduce.output.view()).unwrap()), bits(&expected));
         });
     }
 }
@@ -143,12 +143,13 @@ fn all_reduce_gives_every_rank_the_same_sum() {
     for world in WORLDS {
         ranks(world, Options::default(), |communicator| {
             for device in devices() {
-                let queue = device.queue();
+                let stream = device.stream();
                 for len in LENGTHS {
-                    let buffer = filled(&*device, &*queue, &communicator, &values(communicator.rank(), len));
-                    let buffer = communicator.all_reduce(buffer, Reduction::Sum, queue.record()).then(&*queue).unwrap();
+                    let buffer = filled(&*device, &*stream, &communicator, &values(communicator.rank(), len));
+                    let buffer =
+                        communicator.all_reduce(buffer, Reduction::Sum, stream.record()).then(&*stream).unwrap();
                     let expected: Vec<f32> = (0..len).map(|index| sum(world, index)).collect();
-                    assert_eq!(bits(&queue.download(buffer.view()).unwrap()), bits(&expected));
+                    assert_eq!(bits(&stream.download(buffer.view()).unwrap()), bits(&expected));
                 }
             }
         });
@@ -159,11 +160,11 @@ fn all_reduce_gives_every_rank_the_same_sum() {
 fn broadcasts_copy_from_any_root() {
     for world in WORLDS {
         ranks(world, Options::default(), |communicator| {
-            let queue = Cpu.queue();
+            let stream = Cpu.stream();
             for root in 0..world {
-                let buffer = filled(&Cpu, &*queue, &communicator, &values(communicator.rank(), 777));
+                let buffer = filled(&Cpu, &*stream, &communicator, &values(communicator.rank(), 777));
                 let buffer = communicator.broadcast(buffer, root, Event::PAST).wait().unwrap();
-                assert_eq!(queue.download::<f32>(buffer.view()).unwrap(), values(root, 777));
+                assert_eq!(stream.download::<f32>(buffer.view()).unwrap(), values(root, 777));
                 for len in [0, 1, 511, 512, 513, 3000] {
                     let bytes: Vec<u8> = (0..len).map(|index| (index * 7 + communicator.rank()) as u8).collect();
                     let expected: Vec<u8> = (0..len).map(|index| (index * 7 + root) as u8).collect();
@@ -199,17 +200,17 @@ fn a_window_shows_every_rank_what_each_has_written() {
     for world in WORLDS {
         ranks(world, Options::default(), |communicator| {
             for device in devices() {
-                let queue = device.queue();
+                let stream = device.stream();
                 let rank = communicator.rank();
                 let mut window = communicator.window(&*device, DType::F32, world * 1000).unwrap();
                 for round in 0..ROUNDS {
                     let shard = vec![(round * 10 + rank) as f32; 1000];
-                    queue.upload(window.shard_mut().unwrap(), &shard);
-                    window = communicator.gather_window(window, queue.record()).then(&*queue).unwrap();
+                    stream.upload(window.shard_mut().unwrap(), &shard);
+                    window = communicator.gather_window(window, stream.record()).then(&*stream).unwrap();
                     let expected: Vec<f32> =
                         (0..world).flat_map(|rank| vec![(round * 10 + rank) as f32; 1000]).collect();
-                    assert_eq!(queue.download::<f32>(window.view()).unwrap(), expected);
-                    window.release(&queue.record()).unwrap();
+                    assert_eq!(stream.download::<f32>(window.view()).unwrap(), expected);
+                    window.release(&stream.record()).unwrap();
                 }
             }
         });
@@ -220,10 +221,10 @@ fn a_window_shows_every_rank_what_each_has_written() {
 fn operations_in_flight_on_two_channels_do_not_wait_for_each_other() {
     // Ranks start the two operations in opposite order; each channel keeps its own.
     ranks(2, Options::default(), |communicator| {
-        let queue = Cpu.queue();
+        let stream = Cpu.stream();
         let rank = communicator.rank();
-        let mut shard = Some(filled(&Cpu, &*queue, &communicator, &values(rank, 10)));
-        let mut summand = Some(filled(&Cpu, &*queue, &communicator, &values(rank, 10)));
+        let mut shard = Some(filled(&Cpu, &*stream, &communicator, &values(rank, 10)));
+        let mut summand = Some(filled(&Cpu, &*stream, &communicator, &values(rank, 10)));
         let (mut gather, mut reduce) = (None, None);
         for turn in 0..2 {
             if (turn == 0) == (rank == 0) {
@@ -234,18 +235,18 @@ fn operations_in_flight_on_two_channels_do_not_wait_for_each_other() {
             }
         }
         let (_, output) = gather.unwrap().wait().unwrap();
-        assert_eq!(queue.download::<f32>(output.view()).unwrap()[10..], values(1, 10));
+        assert_eq!(stream.download::<f32>(output.view()).unwrap()[10..], values(1, 10));
         let total = reduce.unwrap().wait().unwrap();
-        assert_eq!(queue.download::<f32>(total.view()).unwrap()[3], sum(2, 3));
+        assert_eq!(stream.download::<f32>(total.view()).unwrap()[3], sum(2, 3));
     });
 }
 
 #[test]
 fn a_wrong_call_is_named_by_every_other_rank_and_poisons_the_communicator() {
     let errors = ranks(4, Options::default(), |communicator| {
-        let queue = Cpu.queue();
+        let stream = Cpu.stream();
         let rank = communicator.rank();
-        let buffer = filled(&Cpu, &*queue, &communicator, &values(rank, 16));
+        let buffer = filled(&Cpu, &*stream, &communicator, &values(rank, 16));
         // Rank 2 makes another call on the same channel.
         let error = if rank == 2 {
             communicator.broadcast(buffer, 0, Event::PAST).wait().unwrap_err()
@@ -355,11 +356,11 @@ fn delays_change_no_result() {
     let delay = Duration::from_millis(20);
     let options = Options { gather_delay: delay, reduce_delay: delay, ..Options::default() };
     ranks(2, options, |communicator| {
-        let queue = Cpu.queue();
-        let shard = filled(&Cpu, &*queue, &communicator, &values(communicator.rank(), 5));
+        let stream = Cpu.stream();
+        let shard = filled(&Cpu, &*stream, &communicator, &values(communicator.rank(), 5));
         let output = Cpu.allocate(DType::F32, 10).unwrap();
-        let (_, output) = communicator.all_gather(shard, output, Event::PAST).then(&*queue).unwrap();
-        assert_eq!(queue.download::<f32>(output.view()).unwrap(), [values(0, 5), values(1, 5)].concat());
+        let (_, output) = communicator.all_gather(shard, output, Event::PAST).then(&*stream).unwrap();
+        assert_eq!(stream.download::<f32>(output.view()).unwrap(), [values(0, 5), values(1, 5)].concat());
     });
 }
 
@@ -381,7 +382,7 @@ fn more_ranks_than_processors_agree_on_every_element() {
     const WORLD: usize = 24;
     const LEN: usize = 301;
     ranks(WORLD, Options { reduce_groups: 4, ..Options::default() }, |communicator| {
-        let (rank, queue) = (communicator.rank(), Cpu.queue());
+        let (rank, stream) = (communicator.rank(), Cpu.stream());
         let mut turn = [0.0];
         for _ in 0..20 {
             communicator.barrier().unwrap();
@@ -389,7 +390,7 @@ fn more_ranks_than_processors_agree_on_every_element() {
             turn[0] += 1.0;
         }
         assert_eq!(turn, [20.0]);
-        let input = filled(&Cpu, &*queue, &communicator, &values(rank, WORLD * LEN));
+        let input = filled(&Cpu, &*stream, &communicator, &values(rank, WORLD * LEN));
         let output = Cpu.allocate(DType::F32, LEN).unwrap();
         let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
         let reduce = communicator.reduce_scatter(reduce, Event::PAST).wait().unwrap();
@@ -399,11 +400,11 @@ fn more_ranks_than_processors_agree_on_every_element() {
         let expected: Vec<f32> = (rank * LEN..(rank + 1) * LEN)
             .map(|index| (1..4).fold(partial(0, index), |sum, group| sum + partial(group, index)))
             .collect();
-        assert_eq!(bits(&queue.download(reduce.output.view()).unwrap()), bits(&expected));
-        let shard = filled(&Cpu, &*queue, &communicator, &values(rank, LEN));
+        assert_eq!(bits(&stream.download(reduce.output.view()).unwrap()), bits(&expected));
+        let shard = filled(&Cpu, &*stream, &communicator, &values(rank, LEN));
         let all = Cpu.allocate(DType::F32, WORLD * LEN).unwrap();
         let (_, all) = communicator.all_gather(shard, all, Start::Here).wait().unwrap();
         let expected: Vec<f32> = (0..WORLD).flat_map(|rank| values(rank, LEN)).collect();
-        assert_eq!(queue.download::<f32>(all.view()).unwrap(), expected);
+        assert_eq!(stream.download::<f32>(all.view()).unwrap(), expected);
     });
 }

@@ -1,4 +1,4 @@
-//! What failed, late and missing events do to the operations and queues that follow them.
+//! What failed, late and missing events do to the operations and streams that follow them.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -45,14 +45,20 @@ fn ranks<R: Send + 'static>(
 
 /// An event that a test ends.
 #[derive(Default)]
-struct Manual(Mutex<(Option<Result<(), Failure>>, Vec<Waker>)>);
+struct Manual(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    result: Option<Result<(), Failure>>,
+    wakers: Vec<Waker>,
+}
 
 impl Manual {
     fn end(&self, result: Result<(), Failure>) {
         let wakers = {
             let mut state = self.0.lock();
-            state.0 = Some(result);
-            std::mem::take(&mut state.1)
+            state.result = Some(result);
+            std::mem::take(&mut state.wakers)
         };
         wakers.into_iter().for_each(Waker::wake);
     }
@@ -60,11 +66,11 @@ impl Manual {
 
 impl Completion for Manual {
     fn status(&self) -> Status {
-        self.0.lock().0.clone().map_or(Poll::Pending, Poll::Ready)
+        self.0.lock().result.clone().map_or(Poll::Pending, Poll::Ready)
     }
 
     fn call_back(&self, waker: &Waker) {
-        self.0.lock().1.push(waker.clone());
+        self.0.lock().wakers.push(waker.clone());
         if self.status().is_ready() {
             waker.wake_by_ref();
         }
@@ -85,12 +91,12 @@ fn burnt() -> Failure {
 
 fn buffer(len: usize) -> pillion_kernels::Buffer {
     let mut buffer = Cpu.allocate(DType::F32, len).unwrap();
-    Cpu.queue().upload(buffer.view_mut(), &vec![1.0f32; len]);
+    Cpu.stream().upload(buffer.view_mut(), &vec![1.0f32; len]);
     buffer
 }
 
 /// On a 2×2 mesh a rank leaves while the others reduce to shards. The rank that shares its group
-/// has no sum, and so the other replica must never receive one. Deferring queues have the buffers
+/// has no sum, and so the other replica must never receive one. Deferring streams have the buffers
 /// of the reduction while it is in flight.
 #[test]
 fn a_sum_that_failed_is_never_passed_on_to_another_group() {
@@ -103,22 +109,22 @@ fn a_sum_that_failed_is_never_passed_on_to_another_group() {
                 return Ok(Vec::new());
             }
             let device = LazyCpu::new(rank as u64);
-            let queue = device.queue();
+            let stream = device.stream();
             let mut input = device.allocate(DType::F32, 2 * 1000).unwrap();
-            queue.upload(input.view_mut(), &[7.0f32; 2 * 1000]);
+            stream.upload(input.view_mut(), &[7.0f32; 2 * 1000]);
             let output = device.allocate(DType::F32, 1000).unwrap();
             let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
-            let reduce = shard.reduce_scatter(reduce, queue.record());
+            let reduce = shard.reduce_scatter(reduce, stream.record());
             let sum = if chained {
                 let (_summand, sums) = reduce.split();
-                replicate.all_reduce_sums(sums, Reduction::Sum).then(&*queue).map(|sums| sums.output)
+                replicate.all_reduce_sums(sums, Reduction::Sum).then(&*stream).map(|sums| sums.output)
             } else {
-                reduce.then(&*queue).and_then(|reduce| {
-                    replicate.all_reduce(reduce.output, Reduction::Sum, queue.record()).then(&*queue)
+                reduce.then(&*stream).and_then(|reduce| {
+                    replicate.all_reduce(reduce.output, Reduction::Sum, stream.record()).then(&*stream)
                 })
             };
             let sum = sum?;
-            Ok::<Vec<f32>, Error>(queue.download::<f32>(sum.view())?)
+            Ok::<Vec<f32>, Error>(stream.download::<f32>(sum.view())?)
         });
         // Ranks 0 and 1 share a group; rank 2 has the place of rank 0 in the other group. Rank 3
         // has that of rank 1.
@@ -137,17 +143,17 @@ fn the_first_failure_surfaces_at_the_end_of_a_chain_on_every_device() {
     let lazy = || Arc::new(LazyCpu::new(4)) as Arc<dyn Device>;
     for device in [Arc::new(Cpu) as Arc<dyn Device>, lazy()] {
         let text = ranks(1, patient, move |communicator| {
-            let queue = device.queue();
+            let stream = device.stream();
             let manual = Arc::new(Manual::default());
             let failing = manual.clone();
             let thread = std::thread::spawn(move || failing.end(Err(burnt())));
             let mut buffer = device.allocate(DType::F32, 8).unwrap();
-            queue.upload(buffer.view_mut(), &[1.0f32; 8]);
-            queue.wait_for(&Event::new(manual));
-            queue.upload(buffer.view_mut(), &[2.0f32; 8]);
+            stream.upload(buffer.view_mut(), &[1.0f32; 8]);
+            stream.wait_for(&Event::new(manual));
+            stream.upload(buffer.view_mut(), &[2.0f32; 8]);
             thread.join().unwrap();
-            let second = device.queue();
-            let buffer = match communicator.all_reduce(buffer, Reduction::Sum, queue.record()).then(&*second) {
+            let second = device.stream();
+            let buffer = match communicator.all_reduce(buffer, Reduction::Sum, stream.record()).then(&*second) {
                 Ok(buffer) => buffer,
                 Err(error) => return error.to_string(),
             };
@@ -160,18 +166,18 @@ fn the_first_failure_surfaces_at_the_end_of_a_chain_on_every_device() {
 #[test]
 fn a_queue_runs_nothing_after_an_event_that_failed() {
     for device in [Arc::new(Cpu) as Arc<dyn Device>, Arc::new(LazyCpu::new(2))] {
-        let (queue, other) = (device.queue(), device.queue());
+        let (stream, other) = (device.stream(), device.stream());
         let mut x = device.allocate(DType::F32, 1).unwrap();
-        queue.upload(x.view_mut(), &[1.0f32]);
-        let before = queue.record();
-        queue.wait_for(&Event::failed(burnt()));
-        queue.upload(x.view_mut(), &[2.0f32]);
-        assert!(queue.synchronize().unwrap_err().cause::<Fire>().is_some());
-        assert!(queue.download::<f32>(x.view()).is_err());
+        stream.upload(x.view_mut(), &[1.0f32]);
+        let before = stream.record();
+        stream.wait_for(&Event::failed(burnt()));
+        stream.upload(x.view_mut(), &[2.0f32]);
+        assert!(stream.synchronize().unwrap_err().cause::<Fire>().is_some());
+        assert!(stream.download::<f32>(x.view()).is_err());
         assert!(before.wait().is_ok(), "what came before has happened");
         // Its events pass the failure on, and what did not run has changed nothing.
         assert_eq!(other.download::<f32>(x.view()).unwrap(), [1.0]);
-        other.wait_for(&Event::all([Event::PAST, queue.record()]));
+        other.wait_for(&Event::all([Event::PAST, stream.record()]));
         assert!(other.synchronize().is_err());
     }
 }
@@ -181,7 +187,7 @@ fn map_forms_nothing_from_a_failed_operation_and_not_before_it_is_complete() {
     for fails in [true, false] {
         let formed = ranks(1, patient, move |communicator| {
             let device = LazyCpu::new(1);
-            let queue = device.queue();
+            let stream = device.stream();
             let (manual, complete) = (Arc::new(Manual::default()), Arc::new(AtomicBool::new(false)));
             let pending = communicator.all_reduce(buffer(4), Reduction::Sum, Event::new(manual.clone()));
             let seen = complete.clone();
@@ -191,7 +197,7 @@ fn map_forms_nothing_from_a_failed_operation_and_not_before_it_is_complete() {
                 complete.store(true, Ordering::Release);
                 manual.end(if fails { Err(burnt()) } else { Ok(()) });
             });
-            let result = pending.then(&*queue).map(|(_, complete)| complete);
+            let result = pending.then(&*stream).map(|(_, complete)| complete);
             thread.join().unwrap();
             result.map_err(|error| error.to_string())
         });
@@ -268,7 +274,7 @@ fn a_message_outlives_its_sender() {
         let pending = communicator.receive(Cpu.allocate(DType::F32, 8).unwrap(), 0, Event::new(manual.clone()));
         std::thread::sleep(Duration::from_millis(100));
         manual.end(Ok(()));
-        Cpu.queue().download::<f32>(pending.wait().unwrap().view()).unwrap()
+        Cpu.stream().download::<f32>(pending.wait().unwrap().view()).unwrap()
     });
     assert_eq!(received[1], [1.0; 8]);
 }
@@ -303,7 +309,7 @@ fn events_call_back_who_waits_for_them() {
         let pending = communicator.all_reduce(buffer(8), Reduction::Sum, Event::new(manual.clone()));
         let count = woken(&pending.event());
         assert!(!seen(&count));
-        while manual.0.lock().1.is_empty() {
+        while manual.0.lock().wakers.is_empty() {
             // The progress thread asks to be woken before it sleeps.
             std::thread::yield_now();
         }
@@ -315,12 +321,12 @@ fn events_call_back_who_waits_for_them() {
         }
     });
 
-    // A deferring queue that waits for another device's event lets its own waiters know.
+    // A deferring stream that waits for another device's event lets its own waiters know.
     let device = LazyCpu::new(0);
-    let queue = device.queue();
+    let stream = device.stream();
     let manual = Arc::new(Manual::default());
-    queue.wait_for(&Event::new(manual.clone()));
-    let event = queue.record();
+    stream.wait_for(&Event::new(manual.clone()));
+    let event = stream.record();
     assert!(event.advance().is_pending());
     let count = woken(&event);
     manual.end(Ok(()));

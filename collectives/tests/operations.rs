@@ -113,7 +113,7 @@ impl Rank<'_> {
         };
         let private = || foreign(T::DTYPE, data.len());
         let mut buffer = shared.filter(|_| arena).unwrap_or_else(private);
-        Cpu.queue().upload(buffer.view_mut(), data);
+        Cpu.stream().upload(buffer.view_mut(), data);
         buffer
     }
 
@@ -138,7 +138,7 @@ impl Rank<'_> {
     }
 
     fn check<T: Number>(&self, what: &str, buffer: &Buffer, expected: &[T]) {
-        let found = Cpu.queue().download::<T>(buffer.view()).unwrap();
+        let found = Cpu.stream().download::<T>(buffer.view()).unwrap();
         let wrong = (0..expected.len().max(found.len())).find(|&index| found.get(index) != expected.get(index));
         if let Some(index) = wrong {
             let (rank, found, expected) = (self.communicator.rank(), found.get(index), expected.get(index));
@@ -300,7 +300,7 @@ impl Rank<'_> {
             }
         }
         self.check("compared sum", &reduce.output, &sums);
-        let found: Vec<f64> = Cpu.queue().download(comparison.totals.view()).unwrap();
+        let found: Vec<f64> = Cpu.stream().download(comparison.totals.view()).unwrap();
         assert_eq!(found[..2], expected[..2], "what passes of {len} {}, {:?}", T::DTYPE, self.memory);
         assert!(len < 1000 || world == 1 || (1.0..len as f64).contains(&found[0]), "some pass, and some do not");
         for ((found, expected), size) in found[2..].iter().zip(&expected[2..]).zip(sizes) {
@@ -382,16 +382,16 @@ fn what_is_combined_is_combined_in_order_and_rounded_once() {
 fn windows_show_what_ranks_of_all_hosts_have_written() {
     for (world, hosts, groups) in WORLDS {
         ranks(world, hosts, groups, |rank| {
-            let (c, queue) = (rank.communicator, Cpu.queue());
+            let (c, stream) = (rank.communicator, Cpu.stream());
             let mut window = c.window(&Cpu, DType::F32, world * 1000).unwrap();
             for round in 0..10 {
                 let shard: Vec<f32> = (0..1000).map(|index| f32::new(c.rank() + 100 * round, index)).collect();
-                queue.upload(window.shard_mut().unwrap(), &shard);
+                stream.upload(window.shard_mut().unwrap(), &shard);
                 window = c.gather_window(window, rank.start()).wait().unwrap();
                 let expected: Vec<f32> = (0..world)
                     .flat_map(|from| (0..1000).map(move |index| f32::new(from + 100 * round, index)))
                     .collect();
-                assert_eq!(queue.download::<f32>(window.view()).unwrap(), expected);
+                assert_eq!(stream.download::<f32>(window.view()).unwrap(), expected);
                 window.release(&Event::PAST).unwrap();
             }
         });
@@ -415,10 +415,10 @@ fn split_communicators_number_their_ranks_by_key_and_do_not_disturb_each_other()
                 members.reverse();
                 assert_eq!((part.world(), members[part.rank()]), (members.len(), c.rank()));
                 let mut buffer = Cpu.allocate(DType::I64, 100).unwrap();
-                Cpu.queue().upload(buffer.view_mut(), &[c.rank() as i64; 100]);
+                Cpu.stream().upload(buffer.view_mut(), &[c.rank() as i64; 100]);
                 let sum: i64 = members.iter().map(|&member| member as i64).sum();
                 let buffer = part.all_reduce(buffer, Reduction::Sum, Start::Here).wait().unwrap();
-                assert_eq!(Cpu.queue().download::<i64>(buffer.view()).unwrap(), [sum; 100]);
+                assert_eq!(Cpu.stream().download::<i64>(buffer.view()).unwrap(), [sum; 100]);
             }
             c.barrier().unwrap();
         });

@@ -1,6 +1,6 @@
 //! Devices.
 
-use crate::{Buffer, DType, Error, Queue, Region};
+use crate::{Buffer, DType, Error, Region, Stream};
 
 /// Something that owns memory and runs kernels.
 pub trait Device: Send + Sync {
@@ -13,10 +13,10 @@ pub trait Device: Send + Sync {
     /// [`Error::OutOfMemory`].
     fn allocate(&self, dtype: DType, len: usize) -> Result<Buffer, Error>;
 
-    /// A new queue, ordered with nothing else.
-    fn queue(&self) -> Box<dyn Queue>;
+    /// A new stream, ordered with nothing else.
+    fn stream(&self) -> Box<dyn Stream>;
 
-    /// Takes memory of the host into use, such as a communicator's arena. A queue of this device
+    /// Takes memory of the host into use, such as a communicator's arena. A stream of this device
     /// then accepts buffers in it, and may refuse buffers in any other.
     ///
     /// # Errors

@@ -34,6 +34,9 @@ pub enum Error {
         /// The widest set of instructions here.
         widest: &'static str,
     },
+    /// A model needs more than copies and arithmetic on flat arrays.
+    #[error("this device has no kernels for a model: use one that has them, such as cpu")]
+    NoKernels,
     /// Memory of somebody else's does not start at a multiple of the element size.
     #[error("memory at address {address:#x} cannot hold {dtype}, whose elements lie at multiples of their size")]
     Misaligned {

@@ -1,4 +1,4 @@
-//! Events: what orders queues and collectives, and how a failure stops the work that follows it.
+//! Events: what orders streams and collectives, and how a failure stops the work that follows it.
 
 use std::any::Any;
 use std::fmt;
@@ -47,7 +47,7 @@ pub type Status = Poll<Result<(), Failure>>;
 /// The status of an event that has happened.
 pub const HAPPENED: Status = Poll::Ready(Ok(()));
 
-/// A moment in the life of a queue or of a collective.
+/// A moment in the life of a stream or of a collective.
 pub trait Completion: Send + Sync {
     /// How far it is. Never blocks.
     fn status(&self) -> Status;
@@ -79,7 +79,7 @@ pub trait Completion: Send + Sync {
         }
     }
 
-    /// The implementation itself, so that a queue can recognise an event of its own kind and order
+    /// The implementation itself, so that a stream can recognise an event of its own kind and order
     /// its work after that event without the host.
     fn origin(&self) -> &dyn Any;
 }
@@ -150,7 +150,7 @@ impl Event {
         self.0.as_ref().map_or(Ok(()), |completion| completion.wait())
     }
 
-    /// What the event follows, if it is a `T`: a queue thereby recognises events of its own kind.
+    /// What the event follows, if it is a `T`: a stream thereby recognises events of its own kind.
     pub fn origin<T: 'static>(&self) -> Option<&T> {
         self.0.as_ref()?.origin().downcast_ref()
     }

@@ -248,7 +248,7 @@ impl Span {
 /// Holds the right to touch memory of a deferring device, where views in the program do not order
 /// accesses in time.
 ///
-/// Whoever turns spans into slices outside the thread that owns the buffer (a deferring queue, a
+/// Whoever turns spans into slices outside the thread that owns the buffer (a deferring stream, a
 /// progress thread) takes this first when [`Span::deferred`] says so. A missing dependency then
 /// gives wrong values, but never two accesses at once.
 pub fn exclusive(deferred: bool) -> Option<MutexGuard<'static, ()>> {

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use pillion_kernels::{AttentionShape, Buffer, DType, Device, Queue, View, ViewMut};
+use pillion_kernels::{AttentionShape, Buffer, DType, Device, Kernels, Stream, View, ViewMut};
 use pillion_runtime::{Backward, Error, Forward, Step};
 
 use crate::config::Config;
@@ -135,10 +135,10 @@ impl Model {
         };
         let (mut cos, mut sin) = (wide(seq * config.head_dim() / 2)?, wide(seq * config.head_dim() / 2)?);
         let (cos_table, sin_table) = rotary_tables(config, seq);
-        let queue = device.queue();
-        queue.upload(cos.view_mut(), &cos_table);
-        queue.upload(sin.view_mut(), &sin_table);
-        queue.synchronize()?;
+        let stream = device.stream();
+        stream.upload(cos.view_mut(), &cos_table);
+        stream.upload(sin.view_mut(), &sin_table);
+        stream.synchronize()?;
         Ok(Model {
             attention: AttentionShape {
                 batch,
@@ -207,16 +207,15 @@ impl Model {
     /// When another rank has failed, or the step has no round left.
     pub fn train(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
         step.round(inputs.len());
-        let queue = step.queue();
-        queue.upload(self.targets.view_mut(), targets);
+        step.stream().upload(self.targets.view_mut(), targets);
         self.forward(step, inputs)?;
         let layers = self.blocks.len();
-        self.head_backward(step.backward(layers + 1)?);
+        self.head_backward(step.backward(layers + 1)?)?;
         for layer in (0..layers).rev() {
-            self.block_backward(layer, step.backward(layer + 1)?);
+            self.block_backward(layer, step.backward(layer + 1)?)?;
         }
-        let Backward { queue, mut gradients, .. } = step.backward(0)?;
-        queue.embedding_backward(gradients.tensor(0), self.gradients.residual.view(), self.inputs.view());
+        let Backward { stream, mut gradients, .. } = step.backward(0)?;
+        kernels(stream)?.embedding_backward(gradients.tensor(0), self.gradients.residual.view(), self.inputs.view());
         Ok(())
     }
 
@@ -226,13 +225,13 @@ impl Model {
     /// As for [`Model::train`].
     pub fn evaluate(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
         self.evaluated += targets.len();
-        step.queue().upload(self.targets.view_mut(), targets);
-        let Forward { queue, weights } = self.forward(step, inputs)?;
+        step.stream().upload(self.targets.view_mut(), targets);
+        let Forward { stream, weights } = self.forward(step, inputs)?;
         let vocab = self.config.vocab_size;
         for rows in self.head_parts() {
             let (logits, targets) = (0..rows.len() * vocab, self.targets.slice(rows.clone()));
-            self.head.multiply(queue, weights.tensor(tensor::LM_HEAD), rows, vocab);
-            queue.cross_entropy(self.head.logits.slice_mut(logits), None, targets, self.loss.view_mut());
+            self.head.multiply(kernels(stream)?, weights.tensor(tensor::LM_HEAD), rows, vocab);
+            kernels(stream)?.cross_entropy(self.head.logits.slice_mut(logits), None, targets, self.loss.view_mut());
         }
         Ok(())
     }
@@ -241,9 +240,9 @@ impl Model {
     ///
     /// # Errors
     /// When a gather that an evaluation needed failed.
-    pub fn take_loss(&mut self, queue: &dyn Queue) -> Result<(f64, f64), Error> {
-        let loss = queue.download::<f64>(self.loss.view())?[0];
-        queue.zero(self.loss.view_mut());
+    pub fn take_loss(&mut self, stream: &dyn Stream) -> Result<(f64, f64), Error> {
+        let loss = stream.download::<f64>(self.loss.view())?[0];
+        stream.zero(self.loss.view_mut());
         Ok((loss, std::mem::take(&mut self.evaluated) as f64))
     }
 
@@ -252,33 +251,34 @@ impl Model {
     /// # Errors
     /// As for [`Model::train`].
     pub fn logits(&mut self, step: &mut Step<'_>, inputs: &[u32]) -> Result<Vec<f32>, Error> {
-        let Forward { queue, weights } = self.forward(step, inputs)?;
+        let Forward { stream, weights } = self.forward(step, inputs)?;
         let (vocab, mut all) = (self.config.vocab_size, Vec::new());
         for rows in self.head_parts() {
-            self.head.multiply(queue, weights.tensor(tensor::LM_HEAD), rows.clone(), vocab);
-            all.extend(queue.download::<f32>(self.head.logits.slice(0..rows.len() * vocab))?);
+            self.head.multiply(kernels(stream)?, weights.tensor(tensor::LM_HEAD), rows.clone(), vocab);
+            all.extend(stream.download::<f32>(self.head.logits.slice(0..rows.len() * vocab))?);
         }
         Ok(all)
     }
 
     /// Through all units, to the norm before the logits; returns what the head needs.
     fn forward<'s>(&mut self, step: &'s mut Step<'_>, inputs: &[u32]) -> Result<Forward<'s>, Error> {
-        let Forward { queue, weights } = step.forward(0)?;
-        queue.upload(self.inputs.view_mut(), inputs);
-        queue.embedding(self.residual[0].view_mut(), weights.tensor(0), self.inputs.view());
+        let Forward { stream, weights } = step.forward(0)?;
+        stream.upload(self.inputs.view_mut(), inputs);
+        kernels(stream)?.embedding(self.residual[0].view_mut(), weights.tensor(0), self.inputs.view());
         for layer in 0..self.blocks.len() {
-            self.block_forward(layer, step.forward(layer + 1)?);
+            self.block_forward(layer, step.forward(layer + 1)?)?;
         }
         let head = step.forward(self.blocks.len() + 1)?;
         let x = self.residual.last().expect("the stream has a last part");
         let (normed, inverse) = (self.head.normed.view_mut(), self.head.inverse_rms.view_mut());
         let weight = head.weights.tensor(tensor::FINAL_NORM);
-        head.queue.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
+        kernels(head.stream)?.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
         Ok(head)
     }
 
-    fn block_forward(&mut self, layer: usize, unit: Forward<'_>) {
-        let Forward { queue, weights } = unit;
+    fn block_forward(&mut self, layer: usize, unit: Forward<'_>) -> Result<(), Error> {
+        let Forward { stream, weights } = unit;
+        let kernels = kernels(stream)?;
         let rows = self.attention.batch * self.attention.seq;
         let (before, after) = self.residual.split_at_mut(layer + 1);
         let (x, out) = (&before[layer], &mut after[0]);
@@ -286,44 +286,52 @@ impl Model {
         let epsilon = self.config.rms_norm_eps;
 
         let (normed, inverse) = (recomputed.normed.view_mut(), block.input_inverse_rms.view_mut());
-        queue.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
-        queue.linear(block.q.view_mut(), recomputed.normed.view(), weights.tensor(tensor::Q), None, rows);
-        queue.linear(block.k.view_mut(), recomputed.normed.view(), weights.tensor(tensor::K), None, rows);
-        queue.linear(block.v.view_mut(), recomputed.normed.view(), weights.tensor(tensor::V), None, rows);
-        rotate(queue, &mut block.q, &mut block.k, &self.cos, &self.sin, self.attention, false);
+        kernels.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
+        kernels.linear(block.q.view_mut(), recomputed.normed.view(), weights.tensor(tensor::Q), None, rows);
+        kernels.linear(block.k.view_mut(), recomputed.normed.view(), weights.tensor(tensor::K), None, rows);
+        kernels.linear(block.v.view_mut(), recomputed.normed.view(), weights.tensor(tensor::V), None, rows);
+        rotate(kernels, &mut block.q, &mut block.k, &self.cos, &self.sin, self.attention, false);
         let (attended, log_sum) = (block.attended.view_mut(), block.log_sum.view_mut());
-        queue.attention(attended, log_sum, block.q.view(), block.k.view(), block.v.view(), self.attention);
+        kernels.attention(attended, log_sum, block.q.view(), block.k.view(), block.v.view(), self.attention);
         let (middle, o) = (block.middle.view_mut(), weights.tensor(tensor::O));
-        queue.linear(middle, block.attended.view(), o, Some(x.view()), rows);
+        kernels.linear(middle, block.attended.view(), o, Some(x.view()), rows);
 
         let (normed, inverse) = (recomputed.normed.view_mut(), block.middle_inverse_rms.view_mut());
-        queue.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
-        queue.linear(block.gate.view_mut(), recomputed.normed.view(), weights.tensor(tensor::GATE), None, rows);
-        queue.linear(block.up.view_mut(), recomputed.normed.view(), weights.tensor(tensor::UP), None, rows);
-        queue.swiglu(recomputed.activated.view_mut(), block.gate.view(), block.up.view());
+        kernels.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
+        kernels.linear(block.gate.view_mut(), recomputed.normed.view(), weights.tensor(tensor::GATE), None, rows);
+        kernels.linear(block.up.view_mut(), recomputed.normed.view(), weights.tensor(tensor::UP), None, rows);
+        kernels.swiglu(recomputed.activated.view_mut(), block.gate.view(), block.up.view());
         let (down, middle) = (weights.tensor(tensor::DOWN), block.middle.view());
-        queue.linear(out.view_mut(), recomputed.activated.view(), down, Some(middle), rows);
+        kernels.linear(out.view_mut(), recomputed.activated.view(), down, Some(middle), rows);
+        Ok(())
     }
 
     /// Turns the gradient of the residual stream after the block into that before it.
-    fn block_backward(&mut self, layer: usize, unit: Backward<'_>) {
-        let Backward { queue, weights, mut gradients, .. } = unit;
+    fn block_backward(&mut self, layer: usize, unit: Backward<'_>) -> Result<(), Error> {
+        let Backward { stream, weights, mut gradients, .. } = unit;
+        let kernels = kernels(stream)?;
         let rows = self.attention.batch * self.attention.seq;
         let (x, block, d) = (&self.residual[layer], &mut self.blocks[layer], &mut self.gradients);
         let (recomputed, epsilon) = (&mut self.recomputed, self.config.rms_norm_eps);
 
-        let stream = narrowed(queue, &d.residual, &mut d.narrow);
-        queue.linear_backward_input(d.activated.view_mut(), stream.clone(), weights.tensor(tensor::DOWN), rows, false);
+        let stream = narrowed(kernels, &d.residual, &mut d.narrow);
+        kernels.linear_backward_input(
+            d.activated.view_mut(),
+            stream.clone(),
+            weights.tensor(tensor::DOWN),
+            rows,
+            false,
+        );
         let (activated, grad_gate, grad_up) = (recomputed.activated.view_mut(), d.gate.view_mut(), d.up.view_mut());
-        queue.swiglu_backward(activated, grad_gate, grad_up, d.activated.view(), block.gate.view(), block.up.view());
-        queue.linear_backward_weight(gradients.tensor(tensor::DOWN), stream, recomputed.activated.view(), rows);
+        kernels.swiglu_backward(activated, grad_gate, grad_up, d.activated.view(), block.gate.view(), block.up.view());
+        kernels.linear_backward_weight(gradients.tensor(tensor::DOWN), stream, recomputed.activated.view(), rows);
         let (normed, inverse) = (recomputed.normed.view_mut(), block.middle_inverse_rms.view_mut());
-        queue.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
+        kernels.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
         for (index, grad, first) in [(tensor::GATE, &d.gate, true), (tensor::UP, &d.up, false)] {
-            queue.linear_backward_input(d.normed.view_mut(), grad.view(), weights.tensor(index), rows, !first);
-            queue.linear_backward_weight(gradients.tensor(index), grad.view(), recomputed.normed.view(), rows);
+            kernels.linear_backward_input(d.normed.view_mut(), grad.view(), weights.tensor(index), rows, !first);
+            kernels.linear_backward_weight(gradients.tensor(index), grad.view(), recomputed.normed.view(), rows);
         }
-        queue.rms_norm_backward(
+        kernels.rms_norm_backward(
             d.residual.view_mut(),
             gradients.tensor(tensor::MLP_NORM),
             d.normed.view(),
@@ -332,10 +340,10 @@ impl Model {
             weights.tensor(tensor::MLP_NORM),
         );
 
-        let stream = narrowed(queue, &d.residual, &mut d.narrow);
-        queue.linear_backward_input(d.attended.view_mut(), stream.clone(), weights.tensor(tensor::O), rows, false);
-        queue.linear_backward_weight(gradients.tensor(tensor::O), stream, block.attended.view(), rows);
-        queue.attention_backward(
+        let stream = narrowed(kernels, &d.residual, &mut d.narrow);
+        kernels.linear_backward_input(d.attended.view_mut(), stream.clone(), weights.tensor(tensor::O), rows, false);
+        kernels.linear_backward_weight(gradients.tensor(tensor::O), stream, block.attended.view(), rows);
+        kernels.attention_backward(
             d.q.view_mut(),
             d.k.view_mut(),
             d.v.view_mut(),
@@ -347,15 +355,15 @@ impl Model {
             block.log_sum.view(),
             self.attention,
         );
-        rotate(queue, &mut d.q, &mut d.k, &self.cos, &self.sin, self.attention, true);
+        rotate(kernels, &mut d.q, &mut d.k, &self.cos, &self.sin, self.attention, true);
         let (normed, inverse) = (recomputed.normed.view_mut(), block.input_inverse_rms.view_mut());
-        queue.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
+        kernels.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
         let projections = [(tensor::Q, &d.q, true), (tensor::K, &d.k, false), (tensor::V, &d.v, false)];
         for (index, grad, first) in projections {
-            queue.linear_backward_input(d.normed.view_mut(), grad.view(), weights.tensor(index), rows, !first);
-            queue.linear_backward_weight(gradients.tensor(index), grad.view(), recomputed.normed.view(), rows);
+            kernels.linear_backward_input(d.normed.view_mut(), grad.view(), weights.tensor(index), rows, !first);
+            kernels.linear_backward_weight(gradients.tensor(index), grad.view(), recomputed.normed.view(), rows);
         }
-        queue.rms_norm_backward(
+        kernels.rms_norm_backward(
             d.residual.view_mut(),
             gradients.tensor(tensor::INPUT_NORM),
             d.normed.view(),
@@ -363,6 +371,7 @@ impl Model {
             block.input_inverse_rms.view(),
             weights.tensor(tensor::INPUT_NORM),
         );
+        Ok(())
     }
 
     /// The tokens in parts whose logits exist at a time.
@@ -372,24 +381,25 @@ impl Model {
     }
 
     /// The loss, and the gradient of the residual stream after the last block.
-    fn head_backward(&mut self, unit: Backward<'_>) {
-        let Backward { queue, weights, mut gradients, mut loss } = unit;
+    fn head_backward(&mut self, unit: Backward<'_>) -> Result<(), Error> {
+        let Backward { stream, weights, mut gradients, mut loss } = unit;
+        let kernels = kernels(stream)?;
         let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
         for rows in self.head_parts() {
             let (count, lm_head) = (rows.len(), weights.tensor(tensor::LM_HEAD));
-            self.head.multiply(queue, lm_head.clone(), rows.clone(), vocab);
+            self.head.multiply(kernels, lm_head.clone(), rows.clone(), vocab);
             let (head, d) = (&mut self.head, &mut self.gradients);
             let logits = 0..count * vocab;
-            head.loss(queue, logits.clone(), self.targets.slice(rows.clone()), loss.reborrow());
+            head.loss(kernels, logits.clone(), self.targets.slice(rows.clone()), loss.reborrow());
             let grad = head.grad_logits(logits);
             let of_rows = rows.start * width..rows.end * width;
-            queue.linear_backward_input(d.normed.slice_mut(of_rows.clone()), grad.clone(), lm_head, count, false);
-            queue.linear_backward_weight(gradients.tensor(tensor::LM_HEAD), grad, head.normed.slice(of_rows), count);
+            kernels.linear_backward_input(d.normed.slice_mut(of_rows.clone()), grad.clone(), lm_head, count, false);
+            kernels.linear_backward_weight(gradients.tensor(tensor::LM_HEAD), grad, head.normed.slice(of_rows), count);
         }
         let x = self.residual.last().expect("the stream has a last part");
         let (head, d) = (&mut self.head, &mut self.gradients);
-        queue.zero(d.residual.view_mut());
-        queue.rms_norm_backward(
+        kernels.zero(d.residual.view_mut());
+        kernels.rms_norm_backward(
             d.residual.view_mut(),
             gradients.tensor(tensor::FINAL_NORM),
             d.normed.view(),
@@ -397,6 +407,7 @@ impl Model {
             head.inverse_rms.view(),
             weights.tensor(tensor::FINAL_NORM),
         );
+        Ok(())
     }
 }
 
@@ -405,16 +416,16 @@ const HEAD_ROWS: usize = 512;
 
 impl Head {
     /// The logits of some tokens.
-    fn multiply(&mut self, queue: &dyn Queue, lm_head: View<'_>, rows: Range<usize>, vocab: usize) {
+    fn multiply(&mut self, kernels: &dyn Kernels, lm_head: View<'_>, rows: Range<usize>, vocab: usize) {
         let (count, width) = (rows.len(), lm_head.len() / vocab);
         let normed = self.normed.slice(rows.start * width..rows.end * width);
-        queue.linear(self.logits.slice_mut(0..count * vocab), normed, lm_head, None, count);
+        kernels.linear(self.logits.slice_mut(0..count * vocab), normed, lm_head, None, count);
     }
 
     /// Adds the loss of some tokens, and makes the gradient of their logits.
-    fn loss(&mut self, queue: &dyn Queue, logits: Range<usize>, targets: View<'_>, sum: ViewMut<'_>) {
+    fn loss(&mut self, kernels: &dyn Kernels, logits: Range<usize>, targets: View<'_>, sum: ViewMut<'_>) {
         let narrow = self.narrow.as_mut().map(|narrow| narrow.slice_mut(logits.clone()));
-        queue.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sum);
+        kernels.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sum);
     }
 
     /// What [`Head::loss`] has made.
@@ -423,12 +434,17 @@ impl Head {
     }
 }
 
+/// The mathematics of the stream's device.
+fn kernels(stream: &dyn Stream) -> Result<&dyn Kernels, Error> {
+    Ok(stream.kernels().ok_or(pillion_kernels::Error::NoKernels)?)
+}
+
 /// What products take of an f32 tensor: itself, or a copy in their type.
-fn narrowed<'a>(queue: &dyn Queue, wide: &'a Buffer, narrow: &'a mut Option<Buffer>) -> View<'a> {
+fn narrowed<'a>(kernels: &dyn Kernels, wide: &'a Buffer, narrow: &'a mut Option<Buffer>) -> View<'a> {
     match narrow {
         None => wide.view(),
         Some(narrow) => {
-            queue.cast(narrow.view_mut(), wide.view());
+            kernels.cast(narrow.view_mut(), wide.view());
             narrow.view()
         }
     }
@@ -436,7 +452,7 @@ fn narrowed<'a>(queue: &dyn Queue, wide: &'a Buffer, narrow: &'a mut Option<Buff
 
 /// Rotates queries and keys by position, or back.
 fn rotate(
-    queue: &dyn Queue,
+    kernels: &dyn Kernels,
     q: &mut Buffer,
     k: &mut Buffer,
     cos: &Buffer,
@@ -445,7 +461,7 @@ fn rotate(
     inverse: bool,
 ) {
     for (x, heads) in [(q, shape.heads), (k, shape.kv_heads)] {
-        queue.rope(x.view_mut(), cos.view(), sin.view(), heads, shape.head_dim, inverse);
+        kernels.rope(x.view_mut(), cos.view(), sin.view(), heads, shape.head_dim, inverse);
     }
 }
 

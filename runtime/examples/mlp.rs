@@ -9,7 +9,7 @@ use std::sync::Arc;
 use clap::Parser;
 use pillion_collectives::launch::{Launch, Source};
 use pillion_collectives::{Communicator, Options, launcher};
-use pillion_kernels::{AdamW, Buffer, Cpu, DType, Device, random};
+use pillion_kernels::{AdamW, Buffer, Cpu, DType, Device, Kernels, Stream, random};
 use pillion_runtime::{Engine, Layout, Policy, Step, TensorSpec, UnitSpec};
 
 /// Points of a micro-batch, and micro-batches of a step, which are dealt to the ranks.
@@ -111,19 +111,19 @@ impl Network {
     fn train(&mut self, step: &mut Step<'_>, batch: usize) -> Result<(), Box<dyn Error>> {
         let (points, labels): (Vec<[f32; 3]>, Vec<u32>) = (0..POINTS).map(|index| point(batch, index)).unzip();
         step.round(POINTS);
-        step.queue().upload(self.x[0].view_mut(), points.as_flattened());
-        step.queue().upload(self.labels.view_mut(), &labels);
+        step.stream().upload(self.x[0].view_mut(), points.as_flattened());
+        step.stream().upload(self.labels.view_mut(), &labels);
         for layer in 0..3 {
             let unit = step.forward(layer)?;
             let (before, after) = self.x.split_at_mut(layer + 1);
             let (x, y) = (&before[layer], &mut after[0]);
             if layer == 2 {
-                unit.queue.linear(y.view_mut(), x.view(), unit.weights.tensor(0), None, POINTS);
+                kernels(unit.stream).linear(y.view_mut(), x.view(), unit.weights.tensor(0), None, POINTS);
                 continue;
             }
-            unit.queue.linear(self.gate[layer].view_mut(), x.view(), unit.weights.tensor(0), None, POINTS);
-            unit.queue.linear(self.up[layer].view_mut(), x.view(), unit.weights.tensor(1), None, POINTS);
-            unit.queue.swiglu(y.view_mut(), self.gate[layer].view(), self.up[layer].view());
+            kernels(unit.stream).linear(self.gate[layer].view_mut(), x.view(), unit.weights.tensor(0), None, POINTS);
+            kernels(unit.stream).linear(self.up[layer].view_mut(), x.view(), unit.weights.tensor(1), None, POINTS);
+            kernels(unit.stream).swiglu(y.view_mut(), self.gate[layer].view(), self.up[layer].view());
         }
         for layer in (0..3).rev() {
             let mut unit = step.backward(layer)?;
@@ -131,24 +131,35 @@ impl Network {
             let dx = &mut before[layer];
             if layer == 2 {
                 // The logits become the gradient of the loss.
-                unit.queue.cross_entropy(self.x[3].view_mut(), None, self.labels.view(), unit.loss);
+                kernels(unit.stream).cross_entropy(self.x[3].view_mut(), None, self.labels.view(), unit.loss);
                 let dy = &self.x[3];
-                unit.queue.linear_backward_weight(unit.gradients.tensor(0), dy.view(), self.x[2].view(), POINTS);
-                unit.queue.linear_backward_input(dx.view_mut(), dy.view(), unit.weights.tensor(0), POINTS, false);
+                kernels(unit.stream).linear_backward_weight(
+                    unit.gradients.tensor(0),
+                    dy.view(),
+                    self.x[2].view(),
+                    POINTS,
+                );
+                kernels(unit.stream).linear_backward_input(
+                    dx.view_mut(),
+                    dy.view(),
+                    unit.weights.tensor(0),
+                    POINTS,
+                    false,
+                );
                 continue;
             }
             let (gate, up) = (self.gate[layer].view(), self.up[layer].view());
             // It also makes the layer's output again, which is not needed here.
             let [out, dgate, dup] = [&mut self.out, &mut self.dgate, &mut self.dup].map(Buffer::view_mut);
-            unit.queue.swiglu_backward(out, dgate, dup, after[0].view(), gate, up);
+            kernels(unit.stream).swiglu_backward(out, dgate, dup, after[0].view(), gate, up);
             for (tensor, dy) in [&self.dgate, &self.dup].into_iter().enumerate() {
-                unit.queue.linear_backward_weight(
+                kernels(unit.stream).linear_backward_weight(
                     unit.gradients.tensor(tensor),
                     dy.view(),
                     self.x[layer].view(),
                     POINTS,
                 );
-                unit.queue.linear_backward_input(
+                kernels(unit.stream).linear_backward_input(
                     dx.view_mut(),
                     dy.view(),
                     unit.weights.tensor(tensor),
@@ -168,4 +179,9 @@ fn point(batch: usize, index: usize) -> ([f32; 3], u32) {
     let along = random::bits(2, 0, number) as f64 / u64::MAX as f64;
     let angle = 4.0 * along + std::f64::consts::PI * label as f64;
     ([(2.0 * along * angle.cos()) as f32, (2.0 * along * angle.sin()) as f32, 1.0], label as u32)
+}
+
+/// What multiplies.
+fn kernels(stream: &dyn Stream) -> &dyn Kernels {
+    stream.kernels().expect("Cpu has kernels")
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use pillion_collectives::Communicator;
-use pillion_kernels::{Buffer, DType, Device, Event, Queue};
+use pillion_kernels::{Buffer, DType, Device, Event, Stream};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::axes::Axes;
@@ -20,7 +20,7 @@ use crate::{Error, Layout, Memory, Mesh, Policy, Unit};
 pub struct Engine {
     pub(crate) axes: Axes,
     pub(crate) device: Arc<dyn Device>,
-    pub(crate) queue: Box<dyn Queue>,
+    pub(crate) stream: Box<dyn Stream>,
     pub(crate) layout: Arc<Layout>,
     pub(crate) policy: Policy,
     pub(crate) weights: WeightStore,
@@ -172,7 +172,7 @@ impl Engine {
             optimizer,
             written: vec![Event::PAST; layout.units.len()],
             norms: device.allocate(DType::F64, 2 * layout.units.len())?,
-            queue: device.queue(),
+            stream: device.stream(),
             axes,
             device,
             layout: Arc::new(layout),
@@ -233,9 +233,9 @@ impl Engine {
         &self.device
     }
 
-    /// The queue that kernels run on, for work between steps.
-    pub fn queue(&self) -> &dyn Queue {
-        &*self.queue
+    /// The stream that kernels run on, for work between steps.
+    pub fn stream(&self) -> &dyn Stream {
+        &*self.stream
     }
 
     /// What this rank's parameters take, counted from the buffers that there are, between steps; [`Memory::of`] predicts it.
@@ -288,8 +288,9 @@ impl Engine {
         Ok(())
     }
 
-    /// What was recorded of the steps that have ended since this was last asked, for [`write_trace`](crate::trace::write_trace). A queue that runs its work later shows
-    /// when the host enqueued it.
+    /// What was recorded of the steps that have ended since this was last asked, for
+    /// [`write_trace`](crate::trace::write_trace). A stream that runs its work later shows when the
+    /// host enqueued it.
     pub fn recorded(&mut self) -> Vec<TraceEvent> {
         self.recording.as_mut().map_or_else(Vec::new, Recording::take)
     }
@@ -402,10 +403,10 @@ impl Engine {
             None => master,
             Some(group) => {
                 let mut shard = self.device.allocate(DType::F32, master.len())?;
-                self.queue.upload(shard.view_mut(), &master);
+                self.stream.upload(shard.view_mut(), &master);
                 let output = self.device.allocate(DType::F32, padded)?;
-                let (_, output) = group.all_gather(shard, output, self.queue.record()).then(&*self.queue)?;
-                self.queue.download(output.view())?
+                let (_, output) = group.all_gather(shard, output, self.stream.record()).then(&*self.stream)?;
+                self.stream.download(output.view())?
             }
         };
         whole.truncate(len);
@@ -434,7 +435,7 @@ impl Engine {
         let State { master: to_master, m, v } = state;
         for (from, to) in [(master, to_master), (shard.m.view(), m), (shard.v.view(), v)] {
             to.resize(from.len(), 0.0);
-            self.queue.read(from, to)?;
+            self.stream.read(from, to)?;
         }
         Ok(())
     }
@@ -453,18 +454,18 @@ impl Engine {
         }
         let shard = &mut self.optimizer[unit];
         if self.trains {
-            self.queue.upload(shard.m.view_mut(), &state.m);
-            self.queue.upload(shard.v.view_mut(), &state.v);
+            self.stream.upload(shard.m.view_mut(), &state.m);
+            self.stream.upload(shard.v.view_mut(), &state.v);
         }
         let weights = self.weights.shard_mut(unit)?;
         match &mut shard.master {
             Some(master) => {
-                self.queue.upload(master.view_mut(), &state.master);
-                self.queue.cast(weights, master.view());
+                self.stream.upload(master.view_mut(), &state.master);
+                self.stream.cast(weights, master.view());
             }
-            None => self.queue.upload(weights, &state.master),
+            None => self.stream.upload(weights, &state.master),
         }
-        self.written[unit] = self.queue.record();
+        self.written[unit] = self.stream.record();
         Ok(())
     }
 

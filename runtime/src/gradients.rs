@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Comparison, Pending, Reduce, Reduction, Sideband, Summand, Sums};
-use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
+use pillion_kernels::{Buffer, DType, Device, Event, Stream, View, ViewMut};
 
 use crate::axes::Axes;
 use crate::engine::bytes;
@@ -103,13 +103,14 @@ impl GradientStore {
         (slots.flatten().map(bytes).sum(), sums.flatten().map(bytes).sum())
     }
 
-    /// Orders `queue` after what a slot's last reduction reads. The `first` to add to it zeroes `len` elements.
-    pub(crate) fn open(&mut self, slot: usize, len: usize, first: bool, queue: &dyn Queue) -> Result<(), Error> {
-        self.bring(slot, queue)?;
+    /// Orders `stream` after what a slot's last reduction reads. The `first` to add to it zeroes
+    /// `len` elements.
+    pub(crate) fn open(&mut self, slot: usize, len: usize, first: bool, stream: &dyn Stream) -> Result<(), Error> {
+        self.bring(slot, stream)?;
         if first {
             let (gradient, sideband) = self.opened(slot);
-            queue.zero(gradient.slice(0..len));
-            queue.zero(sideband);
+            stream.zero(gradient.slice(0..len));
+            stream.zero(sideband);
         }
         Ok(())
     }
@@ -122,16 +123,23 @@ impl GradientStore {
 
     /// Rounds a complete gradient, of `padded` elements with its padding, to the type in which it travels. With a `weight` it takes that times the square norm of
     /// what will travel, of `len` elements, into the slot's sideband.
-    pub(crate) fn complete(&mut self, slot: usize, len: usize, padded: usize, weight: Option<f64>, queue: &dyn Queue) {
+    pub(crate) fn complete(
+        &mut self,
+        slot: usize,
+        len: usize,
+        padded: usize,
+        weight: Option<f64>,
+        stream: &dyn Stream,
+    ) {
         let Slot { gradient, narrow, sideband, .. } = &mut self.slots[slot];
         let gradient = gradient.as_ref().expect(LOST);
         if let Some(narrow) = narrow {
-            queue.cast(narrow.slice_mut(0..padded), gradient.slice(0..padded));
+            stream.cast(narrow.slice_mut(0..padded), gradient.slice(0..padded));
         }
         if let Some(weight) = weight {
             let travels = narrow.as_ref().unwrap_or(gradient).slice(0..len);
             let sideband = sideband.as_mut().expect(LOST).view_mut();
-            queue.square_norm(sideband.slice(sideband::SQUARE_NORM), travels, weight);
+            stream.square_norm(sideband.slice(sideband::SQUARE_NORM), travels, weight);
         }
     }
 
@@ -157,11 +165,11 @@ impl GradientStore {
         accumulate: bool,
         limit: Option<f64>,
         after: Event,
-        queue: &dyn Queue,
+        stream: &dyn Stream,
     ) -> Result<(), Error> {
         let sum = &mut self.sums[unit];
         // With few units, an earlier round's reduction of the same unit may still have its sums.
-        sum.bring(queue)?;
+        sum.bring(stream)?;
         let (output, totals) = (sum.gradient.take().expect(LOST), sum.totals.take().expect(LOST));
         let slot = &mut self.slots[slot];
         let input = if slot.is_narrow { slot.narrow.take() } else { slot.gradient.take() }.expect(LOST);
@@ -199,10 +207,10 @@ impl GradientStore {
         sum.flight = Some(groups.all_reduce_sums(reduced, Reduction::Sum));
     }
 
-    /// Orders `queue` after every reduction.
-    pub(crate) fn bring_all(&mut self, queue: &dyn Queue) -> Result<(), Error> {
-        (0..self.slots.len()).try_for_each(|slot| self.bring(slot, queue))?;
-        self.sums.iter_mut().try_for_each(|sum| sum.bring(queue))
+    /// Orders `stream` after every reduction.
+    pub(crate) fn bring_all(&mut self, stream: &dyn Stream) -> Result<(), Error> {
+        (0..self.slots.len()).try_for_each(|slot| self.bring(slot, stream))?;
+        self.sums.iter_mut().try_for_each(|sum| sum.bring(stream))
     }
 
     /// A unit's summed gradient, `[shard]`, and the totals of its sidebands over the ranks of the group.
@@ -214,18 +222,18 @@ impl GradientStore {
         (gradient.as_ref().expect(LOST).view(), totals.as_ref().expect(LOST).view())
     }
 
-    fn bring(&mut self, slot: usize, queue: &dyn Queue) -> Result<(), Error> {
+    fn bring(&mut self, slot: usize, stream: &dyn Stream) -> Result<(), Error> {
         let slot = &mut self.slots[slot];
         match slot.flight.take() {
             None => {}
             Some(Flight::Scatter(pending)) => {
-                let Summand { input, own } = pending.then(queue)?;
+                let Summand { input, own } = pending.then(stream)?;
                 *(if slot.is_narrow { &mut slot.narrow } else { &mut slot.gradient }) = Some(input);
                 slot.sideband = own;
             }
-            Some(Flight::Sum(pending)) => slot.gradient = Some(pending.then(queue)?),
+            Some(Flight::Sum(pending)) => slot.gradient = Some(pending.then(stream)?),
             Some(Flight::Widen(pending)) => {
-                let (narrow, gradient) = pending.then(queue)?;
+                let (narrow, gradient) = pending.then(stream)?;
                 (slot.narrow, slot.gradient) = (Some(narrow), Some(gradient));
             }
         }
@@ -234,14 +242,14 @@ impl GradientStore {
 }
 
 impl Sum {
-    /// Orders `queue` after the reduction that has it, if one does.
-    fn bring(&mut self, queue: &dyn Queue) -> Result<(), Error> {
+    /// Orders `stream` after the reduction that has it, if one does.
+    fn bring(&mut self, stream: &dyn Stream) -> Result<(), Error> {
         if let Some(pending) = self.flight.take() {
-            let Sums { output, totals } = pending.then(queue)?;
+            let Sums { output, totals } = pending.then(stream)?;
             (self.gradient, self.totals) = (Some(output), totals);
         }
         if let Some(pending) = self.comparing.take() {
-            self.compared = Some(pending.then(queue)?.totals);
+            self.compared = Some(pending.then(stream)?.totals);
         }
         Ok(())
     }

@@ -37,14 +37,14 @@
 //!     step.round(16); // tokens in the loss of this rank's micro-batch
 //!     for unit in 0..2 {
 //!         let pass = step.forward(unit)?;
-//!         let _weights = pass.weights.tensor(0); // kernels on `pass.queue` read them in place
+//!         let _weights = pass.weights.tensor(0); // kernels on `pass.stream` read them in place
 //!     }
 //!     for unit in (0..2).rev() {
 //!         let mut pass = step.backward(unit)?;
 //!         // Kernels add to gradients; here the host does.
-//!         pass.queue.accumulate(pass.gradients.tensor(0), &[1.0f32; 32])?;
+//!         pass.stream.accumulate_from(pass.gradients.tensor(0), &[1.0f32; 32])?;
 //!         if unit == 1 {
-//!             pass.queue.accumulate(pass.loss, &[40.0])?; // the sum of the losses
+//!             pass.stream.accumulate_from(pass.loss, &[40.0])?; // the sum of the losses
 //!         }
 //!     }
 //! }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pillion_collectives::{Reduction, Traffic};
-use pillion_kernels::{AdamW, Event, Queue, View, ViewMut};
+use pillion_kernels::{AdamW, Event, Stream, View, ViewMut};
 
 use crate::engine::{Engine, Health, Kind};
 use crate::gradients::sideband;
@@ -43,7 +43,7 @@ pub struct Step<'e> {
 /// What a forward pass through one unit needs. The borrow ends before the step is asked for the next.
 pub struct Forward<'s> {
     /// Where kernels go.
-    pub queue: &'s dyn Queue,
+    pub stream: &'s dyn Stream,
     /// The unit's weights.
     pub weights: Weights<'s>,
 }
@@ -51,7 +51,7 @@ pub struct Forward<'s> {
 /// What a backward pass through one unit needs.
 pub struct Backward<'s> {
     /// Where kernels go.
-    pub queue: &'s dyn Queue,
+    pub stream: &'s dyn Stream,
     /// The unit's weights.
     pub weights: Weights<'s>,
     /// The unit's gradients, to add to.
@@ -148,12 +148,13 @@ impl<'e> Step<'e> {
         layout.order.iter().rev().try_for_each(|&unit| self.backward(unit).map(|_| ()))
     }
 
-    /// The queue that kernels run on, for work that belongs to no unit.
-    pub fn queue(&self) -> &dyn Queue {
-        &*self.engine.queue
+    /// The stream that kernels run on, for work that belongs to no unit.
+    pub fn stream(&self) -> &dyn Stream {
+        &*self.engine.stream
     }
 
-    /// Orders the queue after the gather of a unit, and starts the gathers that the plan wants under way by now.
+    /// Orders the stream after the gather of a unit, and starts the gathers that the plan wants
+    /// under way by now.
     ///
     /// # Errors
     /// [`Error::OffPlan`] when the plan says otherwise, or another rank's failure.
@@ -161,7 +162,7 @@ impl<'e> Step<'e> {
         let slot = self.enter(unit, Pass::Forward)?.0;
         let engine = &*self.engine;
         let weights = Weights { view: engine.weights.gathered(unit, slot), unit: &engine.layout.units[unit] };
-        Ok(Forward { queue: &*engine.queue, weights })
+        Ok(Forward { stream: &*engine.stream, weights })
     }
 
     /// As [`Step::forward`], with room for the unit's gradients. What kernels add to them is reduced from the next call on.
@@ -171,12 +172,12 @@ impl<'e> Step<'e> {
     pub fn backward(&mut self, unit: usize) -> Result<Backward<'_>, Error> {
         let (slot, fill) = self.enter(unit, Pass::Backward)?;
         let Fill { slot: gradients, .. } = fill.expect("a backward pass has a gradient slot");
-        let Engine { queue, weights, gradients: store, layout, .. } = &mut *self.engine;
+        let Engine { stream, weights, gradients: store, layout, .. } = &mut *self.engine;
         let unit_layout = &layout.units[unit];
         let weights = Weights { view: weights.gathered(unit, slot), unit: unit_layout };
         let (view, sideband) = store.opened(gradients);
         let loss = sideband.slice(sideband::LOSS);
-        Ok(Backward { queue: &**queue, weights, gradients: Gradients { view, unit: unit_layout }, loss })
+        Ok(Backward { stream: &**stream, weights, gradients: Gradients { view, unit: unit_layout }, loss })
     }
 
     /// Ends a training step: agrees with every rank on the norm and on `requests` (at most [`REQUESTS`] numbers, which become their sums over
@@ -233,7 +234,7 @@ impl<'e> Step<'e> {
             }
         }
         let engine = &mut *self.engine;
-        engine.gradients.bring_all(&*engine.queue)?;
+        engine.gradients.bring_all(&*engine.stream)?;
         self.leave()?;
         // No rank is still reading this one's shards when the caller goes on to write them.
         Ok(self.engine.axes.world.barrier()?)
@@ -242,7 +243,7 @@ impl<'e> Step<'e> {
     /// Leaves the engine ready for another step, after the last operation that this one has issued.
     fn leave(&mut self) -> Result<(), Error> {
         // Kernels may still read the slots: the next gathers start after them.
-        let done = self.engine.queue.record();
+        let done = self.engine.stream.record();
         self.engine.weights.release(&done)?;
         self.engine.written.fill(done);
         self.engine.health = Health::Good;
@@ -275,9 +276,9 @@ impl<'e> Step<'e> {
         };
         let waiting = Instant::now();
         let engine = &mut *self.engine;
-        engine.weights.bring(unit, weights, &*engine.queue)?;
+        engine.weights.bring(unit, weights, &*engine.stream)?;
         if let Some(Fill { slot, first, .. }) = gradients {
-            engine.gradients.open(slot, engine.layout.units[unit].padded, first, &*engine.queue)?;
+            engine.gradients.open(slot, engine.layout.units[unit].padded, first, &*engine.stream)?;
         }
         self.waited(waiting, Some(unit));
         self.open = Some(self.next);
@@ -310,16 +311,16 @@ impl<'e> Step<'e> {
                 engine.weights.gather(group, unit, slot, after);
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
-                    engine.weights.bring(unit, slot, &*engine.queue)?;
+                    engine.weights.bring(unit, slot, &*engine.stream)?;
                     self.waited(waiting, Some(unit));
                 }
             }
             Action::Reduce { unit, slot, round } => {
                 let group = engine.axes.shard.as_ref().expect(AXIS);
-                engine.gradients.reduce(group, unit, slot, round > 0, self.limit, after, &*engine.queue)?;
+                engine.gradients.reduce(group, unit, slot, round > 0, self.limit, after, &*engine.stream)?;
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
-                    engine.gradients.bring_all(&*engine.queue)?;
+                    engine.gradients.bring_all(&*engine.stream)?;
                     self.waited(waiting, Some(unit));
                 }
             }
@@ -328,7 +329,7 @@ impl<'e> Step<'e> {
                 engine.gradients.all_reduce(groups, unit, after);
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
-                    engine.gradients.bring_all(&*engine.queue)?;
+                    engine.gradients.bring_all(&*engine.stream)?;
                     self.waited(waiting, Some(unit));
                 }
             }
@@ -347,13 +348,13 @@ impl<'e> Step<'e> {
             let Unit { len, padded, tensors, .. } = &engine.layout.units[unit];
             let (mut gradient, _) = engine.gradients.opened(slot);
             for tensor in tensors.iter().filter(|tensor| tensor.frozen) {
-                engine.queue.zero(gradient.reborrow().slice(tensor.range.clone()));
+                engine.stream.zero(gradient.reborrow().slice(tensor.range.clone()));
             }
             let weight = if self.tokens == 0 { 0.0 } else { 1.0 / self.tokens as f64 };
             let weight = engine.measures_groups.then_some(weight);
-            engine.gradients.complete(slot, *len, *padded, weight, &*engine.queue);
+            engine.gradients.complete(slot, *len, *padded, weight, &*engine.stream);
         }
-        engine.events[index] = engine.queue.record();
+        engine.events[index] = engine.stream.record();
         if let (Some(recording), Some(opened)) = (&mut engine.recording, self.opened.take()) {
             let (_, name, unit) = label(action);
             recording.host(name, unit, opened);
@@ -363,10 +364,10 @@ impl<'e> Step<'e> {
     /// The one scalar all-reduce of a step.
     fn sum(&mut self, requests: &mut [f64]) -> Result<StepReport, Error> {
         let waiting = Instant::now();
-        let Engine { queue, gradients, .. } = &mut *self.engine;
-        gradients.bring_all(&**queue)?;
+        let Engine { stream, gradients, .. } = &mut *self.engine;
+        gradients.bring_all(&**stream)?;
         self.waited(waiting, None);
-        let Engine { queue, gradients, layout, norms, weights, axes, measures_groups, .. } = &mut *self.engine;
+        let Engine { stream, gradients, layout, norms, weights, axes, measures_groups, .. } = &mut *self.engine;
         // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
         let mut values = [0.0f64; SUMS + REQUESTS + COMPARISON];
         let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite, measuring] = [0, 1, 2, 3, 4, 5, 6];
@@ -377,20 +378,20 @@ impl<'e> Step<'e> {
         for unit in 0..layout.units.len() {
             let (gradient, unit_totals) = gradients.sums(unit);
             let part = part(gradient.len(), axes.mesh.replicate, axes.replica());
-            queue.square_norm(norms.slice_mut(2 * unit..2 * unit + 2), gradient.slice(part), 1.0);
+            stream.square_norm(norms.slice_mut(2 * unit..2 * unit + 2), gradient.slice(part), 1.0);
             if axes.shard_number() == 0 {
                 let mut totals = [0.0; sideband::LEN];
-                queue.read(unit_totals, &mut totals)?;
+                stream.read(unit_totals, &mut totals)?;
                 values.iter_mut().zip(totals).for_each(|(value, total)| *value += total);
             }
         }
         for unit in 0..layout.units.len() {
             let mut norm = [0.0; 2];
-            queue.read(norms.slice(2 * unit..2 * unit + 2), &mut norm)?;
+            stream.read(norms.slice(2 * unit..2 * unit + 2), &mut norm)?;
             values[square_norm] += norm[0];
             values[non_finite] += norm[1];
         }
-        weights.release(&queue.record())?;
+        weights.release(&stream.record())?;
         let requested = SUMS..SUMS + requests.len();
         values[requested.clone()].copy_from_slice(requests);
         // The square of this rank's tokens, and what its part of each unit says.
@@ -400,7 +401,7 @@ impl<'e> Step<'e> {
             let mut of_unit = [0.0; COMPARISON];
             let of_unit = &mut of_unit[..found.len()];
             for unit in 0..layout.units.len() {
-                queue.read(gradients.compared(unit), of_unit)?;
+                stream.read(gradients.compared(unit), of_unit)?;
                 found.iter_mut().zip(&*of_unit).for_each(|(found, of_unit)| *found += of_unit);
             }
         }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use pillion_kernels::{AdamW, DType, Queue, View, ViewMut};
+use pillion_kernels::{AdamW, DType, Stream, View, ViewMut};
 
 use crate::engine::Health;
 use crate::layout::Piece;
@@ -27,7 +27,7 @@ pub struct ShardUpdate<'s> {
     /// Its name and tensors.
     pub layout: &'s Unit,
     /// Where kernels go.
-    pub queue: &'s dyn Queue,
+    pub stream: &'s dyn Stream,
     /// The gradient summed over tokens, f32. Zero for frozen tensors and for padding.
     pub gradient: View<'s>,
     /// What makes it the clipped mean: the clip factor divided by the number of tokens.
@@ -59,9 +59,9 @@ impl<'e> Agreed<'e> {
         self.step.engine.gradients.sums(unit).0
     }
 
-    /// The queue that it is complete on.
-    pub fn queue(&self) -> &dyn Queue {
-        &*self.step.engine.queue
+    /// The stream that it is complete on.
+    pub fn stream(&self) -> &dyn Stream {
+        &*self.step.engine.stream
     }
 
     /// Updates the parameters by AdamW; see [`Step::finish`].
@@ -106,7 +106,7 @@ impl<'e> Agreed<'e> {
             if let Some(recording) = &mut step.engine.recording {
                 recording.host("update", Some(unit), started);
             }
-            step.engine.written[unit] = step.engine.queue.record();
+            step.engine.written[unit] = step.engine.stream.record();
             step.next += 1;
         }
         step.engine.updates = number;
@@ -138,7 +138,7 @@ impl Step<'_> {
                 Some(master) => (Some(weights), master.slice_mut(range.clone())),
                 None => (None, weights),
             };
-            engine.queue.adamw(
+            engine.stream.adamw(
                 weights,
                 master,
                 state.m.slice_mut(range.clone()),
@@ -168,7 +168,7 @@ impl Step<'_> {
         optimizer(ShardUpdate {
             unit,
             layout: &engine.layout.units[unit],
-            queue: &*engine.queue,
+            stream: &*engine.stream,
             gradient: engine.gradients.sums(unit).0,
             gradient_scale,
             step: number,
@@ -179,7 +179,7 @@ impl Step<'_> {
         });
         if let Some(master) = &state.master {
             debug_assert_ne!(weights.dtype(), DType::F32, "f32 weights are their own master");
-            engine.queue.cast(weights, master.view());
+            engine.stream.cast(weights, master.view());
         }
         Ok(())
     }

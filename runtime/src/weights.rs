@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use pillion_collectives::{Communicator, Pending, Window};
-use pillion_kernels::{Buffer, DType, Device, Event, Queue, View, ViewMut};
+use pillion_kernels::{Buffer, DType, Device, Event, Stream, View, ViewMut};
 
 use crate::axes::Axes;
 use crate::engine::bytes;
@@ -21,10 +21,10 @@ enum Held<T, M = T> {
 pub(crate) const LOST: &str = "a buffer is lost after an error, which the caller was told";
 
 impl<T: From<M>, M> Held<T, M> {
-    /// Orders `queue` after the collective that has it, if one does.
-    fn bring(&mut self, queue: &dyn Queue) -> Result<(), Error> {
+    /// Orders `stream` after the collective that has it, if one does.
+    fn bring(&mut self, stream: &dyn Stream) -> Result<(), Error> {
         *self = match std::mem::replace(self, Held::Lost) {
-            Held::Moving(pending) => Held::Here(pending.then(queue)?.into()),
+            Held::Moving(pending) => Held::Here(pending.then(stream)?.into()),
             here => here,
         };
         Ok(())
@@ -168,19 +168,19 @@ impl WeightStore {
         }
     }
 
-    /// Orders `queue` after the gather of a unit.
-    pub(crate) fn bring(&mut self, unit: usize, slot: usize, queue: &dyn Queue) -> Result<(), Error> {
+    /// Orders `stream` after the gather of a unit.
+    pub(crate) fn bring(&mut self, unit: usize, slot: usize, stream: &dyn Stream) -> Result<(), Error> {
         match &mut self.memory {
             Memory::Slots { shards, slots } => {
                 let slot = &mut slots[slot];
-                slot.held.bring(queue)?;
+                slot.held.bring(stream)?;
                 if let Some(shard) = slot.held.get_mut().shard.take() {
                     shards[slot.unit] = Some(shard);
                 }
                 Ok(())
             }
-            Memory::Windows(windows) => windows[unit].bring(queue),
-            Memory::Whole(whole) => whole[unit].bring(queue),
+            Memory::Windows(windows) => windows[unit].bring(stream),
+            Memory::Whole(whole) => whole[unit].bring(stream),
         }
     }
 

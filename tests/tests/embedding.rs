@@ -123,7 +123,7 @@ impl Job {
         }
         let unit = 2 * UNITS - 1 - place;
         let mut pass = step.backward(unit).expect("a backward pass");
-        let weights: Vec<f32> = pass.queue.download(pass.weights.tensor(0)).unwrap();
+        let weights: Vec<f32> = pass.stream.download(pass.weights.tensor(0)).unwrap();
         let mut gradient = vec![0.0f32; weights.len()];
         let mut loss = 0.0;
         let stream = ((number * ROUNDS + round) * WORLD + rank) * UNITS + unit;
@@ -132,10 +132,10 @@ impl Job {
             *gradient = distance;
             loss += f64::from(distance).powi(2) / 2.0;
         }
-        pass.queue.accumulate(pass.gradients.tensor(0), &gradient).unwrap();
+        pass.stream.accumulate_from(pass.gradients.tensor(0), &gradient).unwrap();
         // One unit's loss is enough to see that weights come nearer.
         if unit == 0 {
-            pass.queue.accumulate(pass.loss, &[loss]).unwrap();
+            pass.stream.accumulate_from(pass.loss, &[loss]).unwrap();
         }
     }
 }

@@ -45,7 +45,7 @@ fn of(policy: Policy) -> (Memory, u64) {
         for unit in (0..units().len()).rev() {
             let pass = step.backward(unit).unwrap();
             if unit == 0 {
-                pass.queue.accumulate(pass.loss, &[1.0]).unwrap();
+                pass.stream.accumulate_from(pass.loss, &[1.0]).unwrap();
             }
         }
         let settings =

@@ -131,7 +131,7 @@ impl Case {
             }
             for unit in (0..LENGTHS.len()).rev() {
                 let mut pass = step.backward(unit)?;
-                let mut values: Vec<f32> = pass.queue.download(pass.gradients.tensor(0).as_view()).unwrap();
+                let mut values: Vec<f32> = pass.stream.download(pass.gradients.tensor(0).as_view()).unwrap();
                 values
                     .iter_mut()
                     .zip(gradient(micro_batch, self.tokens(micro_batch), unit))
@@ -139,9 +139,9 @@ impl Case {
                 if bad == Some(micro_batch) && unit == 0 {
                     values[7] = f32::NAN;
                 }
-                pass.queue.upload(pass.gradients.tensor(0), &values);
+                pass.stream.upload(pass.gradients.tensor(0), &values);
                 if unit + 1 == LENGTHS.len() {
-                    pass.queue.accumulate(pass.loss, &[1.0]).unwrap();
+                    pass.stream.accumulate_from(pass.loss, &[1.0]).unwrap();
                 }
             }
         }

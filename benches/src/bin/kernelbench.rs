@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use pillion_benches::kernels::{self, Call, Case, Product};
 use pillion_kernels::cpu::Isa;
-use pillion_kernels::{Cores, Device, Queue};
+use pillion_kernels::{Cores, Device, Kernels};
 
 /// Reads names of cases on lines, and answers each with the median seconds of a call; the first call does not count
 #[derive(Parser)]
@@ -53,7 +53,8 @@ fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         return Ok(cases.iter().try_for_each(|case| writeln!(stdout, "{}", case.name()))?);
     }
     let cases: HashMap<String, Case> = cases.into_iter().map(|case| (case.name(), case)).collect();
-    let queue = Cores::new(arguments.threads)?.queue();
+    let stream = Cores::new(arguments.threads)?.stream();
+    let kernels = stream.kernels().expect("a device of the host has kernels");
     let shortest = Duration::from_millis(arguments.milliseconds);
     let mut ready: Option<(String, Call)> = None;
     for name in std::io::stdin().lock().lines() {
@@ -65,19 +66,19 @@ fn serve(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             ready = Some((name, case.operands()?));
         }
         let call = &mut ready.as_mut().expect("it was just made").1;
-        writeln!(stdout, "{}", median(call, &*queue, shortest))?;
+        writeln!(stdout, "{}", median(call, kernels, shortest))?;
         stdout.flush()?;
     }
     Ok(())
 }
 
 /// Seconds of a call, of three at least.
-fn median(call: &mut Call, queue: &dyn Queue, shortest: Duration) -> f64 {
-    call(queue);
+fn median(call: &mut Call, kernels: &dyn Kernels, shortest: Duration) -> f64 {
+    call(kernels);
     let (began, mut samples) = (Instant::now(), Vec::new());
     while samples.len() < 3 || began.elapsed() < shortest {
         let started = Instant::now();
-        call(queue);
+        call(kernels);
         samples.push(started.elapsed().as_secs_f64());
     }
     samples.sort_by(f64::total_cmp);

@@ -2,7 +2,7 @@
 //! messages with ranks of other hosts. What several ranks of a host want from another host comes to one of them, from which
 //! the others then copy it.
 
-use pillion_kernels::cpu::stream;
+use pillion_kernels::cpu::non_temporal;
 use smallvec::SmallVec;
 
 use super::between_hosts::Held;
@@ -111,6 +111,6 @@ fn copy(sides: &Sides, to: usize, piece: &Piece, source: *const u8, streams: boo
         // SAFETY: whose memory this is leaves the elements as they are until its next step, which it takes after this rank has taken
         // its own; the output is this operation's. They do not overlap: they belong to different ranks, to different buffers, or, in
         // place, are different chunks of one.
-        unsafe { stream::copy(source, target, range.len() * sides.output.width, streams) };
+        unsafe { non_temporal::copy(source, target, range.len() * sides.output.width, streams) };
     }
 }

@@ -12,7 +12,7 @@
 //! any more, and its half of the stages is free for piece k+1; after the last exchange nobody touches anybody's memory.
 //! With other hosts an exchange has a second half, in which ranks copy from each other what came over the wire.
 
-use pillion_kernels::cpu::stream;
+use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::{DType, Span, exclusive};
 
 use super::between_hosts::OnWire;
@@ -160,7 +160,7 @@ impl Operation {
             let from = self.sides.own(End::Input, chunk, range.start, range.len());
             let to = self.sides.published(peers, peers.rank(), End::Input, chunk, range, piece)?;
             // SAFETY: this operation owns its buffer, nobody writes to its inputs, and this half of the stage is free (see above).
-            unsafe { stream::copy(from, to, bytes, false) };
+            unsafe { non_temporal::copy(from, to, bytes, false) };
         }
         Ok(())
     }
@@ -181,7 +181,7 @@ impl Operation {
             let from = self.sides.published(peers, peers.rank(), End::Output, chunk, range, piece)?;
             // SAFETY: this operation owns its buffer; the peers that wrote this half of the stage have taken a step since, and write the
             // other half now.
-            unsafe { stream::copy(from, to, bytes, self.streams(peers)) };
+            unsafe { non_temporal::copy(from, to, bytes, self.streams(peers)) };
         }
         Ok(())
     }
@@ -202,7 +202,7 @@ impl Operation {
     pub(super) fn streams(&self, peers: &Peers<'_>) -> bool {
         let side = |side: &Side| side.chunks * side.width;
         let bytes = (side(&self.sides.input) + side(&self.sides.output)) * self.sides.chunk * peers.world();
-        stream::pays(bytes)
+        non_temporal::pays(bytes)
     }
 
     /// Sums the sidebands of all ranks, in order of rank. `words` are those of a rank, given by its number.

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 
 use parking_lot::Mutex;
-use pillion_kernels::cpu::stream;
+use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::{DType, Event, Span, exclusive};
 
 use super::control::{Call, MAIL_BELL, subject};
@@ -260,7 +260,7 @@ impl MailFlight {
                         unsafe {
                             let from = self.buffer.address().as_ptr().add(self.moved * width);
                             let to = shared.map.address(shared.rank, at, (count * width) as u64);
-                            stream::copy(from, to.as_ptr(), count * width, false);
+                            non_temporal::copy(from, to.as_ptr(), count * width, false);
                         }
                         self.moved += count;
                         Place::Stage(at)
@@ -310,14 +310,14 @@ impl MailFlight {
                 let reason = format!("rank {} published a message outside its arena", self.peer);
                 return Err(Error::System { what: "receiving a message", reason });
             }
-            let large = stream::pays(2 * len * width) && count == len;
+            let large = non_temporal::pays(2 * len * width) && count == len;
             let _access = exclusive(self.buffer.deferred());
             // SAFETY: the source lies in the peer's arena, and the peer leaves it as it is until this rank has taken the piece; the
             // destination lies in the buffer, which this flight owns. They belong to different ranks or different buffers.
             unsafe {
                 let from = shared.map.address(peer, offset, (count * width) as u64);
                 let to = self.buffer.address().as_ptr().add(self.moved * width);
-                stream::copy(from.as_ptr(), to, count * width, large);
+                non_temporal::copy(from.as_ptr(), to, count * width, large);
             }
             self.moved += count;
             self.begun = true;

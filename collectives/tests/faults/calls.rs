@@ -67,7 +67,7 @@ pub(crate) struct Memory {
 impl Memory {
     fn new(communicator: &Communicator, in_arena: bool) -> Result<Memory, Error> {
         // A number, so that no copy changes its bits.
-        let (queue, fill) = (Cpu.queue(), 1e6f32.to_bits() + communicator.rank() as u32);
+        let (stream, fill) = (Cpu.stream(), 1e6f32.to_bits() + communicator.rank() as u32);
         let mut memory = Memory { buffers: Vec::new(), windows: Vec::new(), spans: Vec::new(), fill };
         let lengths = [12, 13, PART, 2 * PART, 3 * PART, 3 * PART, 6 * PART, LONG];
         for (dtype, len) in
@@ -77,8 +77,8 @@ impl Memory {
                 let mut buffer =
                     if in_arena { communicator.allocate(&Cpu, dtype, len)? } else { Cpu.allocate(dtype, len).unwrap() };
                 match dtype {
-                    DType::U32 => queue.upload(buffer.view_mut(), &vec![fill; len]),
-                    _ => queue.upload(buffer.view_mut(), &vec![f32::from_bits(fill); len]),
+                    DType::U32 => stream.upload(buffer.view_mut(), &vec![fill; len]),
+                    _ => stream.upload(buffer.view_mut(), &vec![f32::from_bits(fill); len]),
                 }
                 memory.spans.push(buffer.span());
                 if !guard {

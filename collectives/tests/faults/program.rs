@@ -297,7 +297,7 @@ impl Rank {
 /// Memory that no other rank can read.
 pub(crate) fn private(len: usize) -> Buffer {
     let mut buffer = Cpu.allocate(DType::F32, len).unwrap();
-    Cpu.queue().upload(buffer.view_mut(), &vec![1.0f32; len]);
+    Cpu.stream().upload(buffer.view_mut(), &vec![1.0f32; len]);
     buffer
 }
 

@@ -1,8 +1,9 @@
 //! [`LazyCpu`]: a device for tests that runs work as late as its events allow.
 //!
-//! Enqueued work waits until somebody needs an event; then just the work before that event runs, and between its steps, at
-//! random, steps of other queues. A collective that starts before the kernels it depends on, or a kernel that starts before its
-//! weights arrived, computes on stale memory, and the test that compares bits fails. On [`super::Cpu`] the same mistake would go
+//! Enqueued work waits until somebody needs an event; then just the work before that event runs,
+//! and between its steps, at random, steps of other streams. A collective that starts before the
+//! kernels it depends on, or a kernel that starts before its weights arrived, computes on stale
+//! memory, and the test that compares bits fails. On [`super::Cpu`] the same mistake would go
 //! unseen, since each kernel is done when its call returns.
 
 use std::any::Any;
@@ -12,10 +13,10 @@ use std::task::{Poll, Wake, Waker};
 
 use parking_lot::Mutex;
 
-use super::HostQueue;
+use super::HostStream;
 use super::team::Team;
 use crate::buffer::byte_count;
-use crate::{Buffer, Completion, DType, Device, Error, Event, Failure, Queue, Region, Status, exclusive, random};
+use crate::{Buffer, Completion, DType, Device, Error, Event, Failure, Region, Status, Stream, exclusive, random};
 
 /// A processor that runs work as late as its events allow and otherwise in random order.
 #[derive(Clone)]
@@ -25,16 +26,16 @@ pub struct LazyCpu {
 }
 
 struct State {
-    queues: Vec<Line>,
+    streams: Vec<Line>,
     seed: u64,
     steps: u64,
 }
 
-/// The work of one queue.
+/// The work of one stream.
 #[derive(Default)]
 struct Line {
     items: VecDeque<Item>,
-    /// The failure of an event that this queue has waited for.
+    /// The failure of an event that this stream has waited for.
     failure: Option<Failure>,
 }
 
@@ -65,7 +66,7 @@ impl Wake for Sleepers {
 impl LazyCpu {
     /// A device whose random order is drawn from `seed`.
     pub fn new(seed: u64) -> LazyCpu {
-        let state = State { queues: Vec::new(), seed, steps: 0 };
+        let state = State { streams: Vec::new(), seed, steps: 0 };
         LazyCpu { state: Arc::new(Mutex::new(state)), sleepers: Arc::default() }
     }
 }
@@ -80,11 +81,11 @@ impl Device for LazyCpu {
         Buffer::whole(self.take_in(region)?, dtype)
     }
 
-    fn queue(&self) -> Box<dyn Queue> {
+    fn stream(&self) -> Box<dyn Stream> {
         let mut state = self.state.lock();
-        state.queues.push(Line::default());
-        let lazy = LazyQueue { device: self.clone(), index: state.queues.len() - 1 };
-        Box::new(HostQueue::new(Some(lazy), Team::default(), None))
+        state.streams.push(Line::default());
+        let lazy = LazyStream { device: self.clone(), index: state.streams.len() - 1 };
+        Box::new(HostStream::new(Some(lazy), Team::default(), None))
     }
 
     fn take_in(&self, region: Region) -> Result<Region, Error> {
@@ -92,13 +93,13 @@ impl Device for LazyCpu {
     }
 }
 
-/// One queue of a [`LazyCpu`].
-pub(super) struct LazyQueue {
+/// One stream of a [`LazyCpu`].
+pub(super) struct LazyStream {
     device: LazyCpu,
     index: usize,
 }
 
-impl LazyQueue {
+impl LazyStream {
     pub(super) fn push(&self, kernel: Box<dyn FnOnce() + Send>) {
         self.push_item(Item::Kernel(kernel));
     }
@@ -116,11 +117,11 @@ impl LazyQueue {
     }
 
     fn push_item(&self, item: Item) {
-        self.device.state.lock().queues[self.index].items.push_back(item);
+        self.device.state.lock().streams[self.index].items.push_back(item);
     }
 }
 
-/// A moment in a queue: everything before it has run, or cannot.
+/// A moment in a stream: everything before it has run, or cannot.
 struct Reached {
     device: LazyCpu,
     index: usize,
@@ -173,10 +174,10 @@ impl Completion for Reached {
 }
 
 impl State {
-    /// Runs the first item of a queue; false when there is none or it waits for something that has
+    /// Runs the first item of a stream; false when there is none or it waits for something that has
     /// not ended, which then wakes `waker`.
     fn step(&mut self, index: usize, waker: &Waker) -> bool {
-        let Line { items, failure } = &mut self.queues[index];
+        let Line { items, failure } = &mut self.streams[index];
         if let Some(Item::Wait { event, calls_back }) = items.front_mut()
             && event.status().is_pending()
         {
@@ -207,10 +208,10 @@ impl State {
         true
     }
 
-    /// Runs one item of some queue; false when every queue is empty or blocked.
+    /// Runs one item of some stream; false when every stream is empty or blocked.
     fn step_any(&mut self, waker: &Waker) -> bool {
         let first = self.random_queue();
-        (0..self.queues.len()).any(|offset| self.step((first + offset) % self.queues.len(), waker))
+        (0..self.streams.len()).any(|offset| self.step((first + offset) % self.streams.len(), waker))
     }
 
     fn coin(&mut self) -> bool {
@@ -218,7 +219,7 @@ impl State {
     }
 
     fn random_queue(&mut self) -> usize {
-        (self.draw() % self.queues.len() as u64) as usize
+        (self.draw() % self.streams.len() as u64) as usize
     }
 
     fn draw(&mut self) -> u64 {
@@ -231,17 +232,17 @@ impl State {
 mod tests {
     use super::*;
 
-    fn values(queue: &dyn Queue, buffer: &Buffer) -> Vec<f32> {
-        queue.download(buffer.view()).unwrap()
+    fn values(stream: &dyn Stream, buffer: &Buffer) -> Vec<f32> {
+        stream.download(buffer.view()).unwrap()
     }
 
     #[test]
     fn work_runs_only_when_somebody_waits() {
         let device = LazyCpu::new(1);
-        let (queue, reader) = (device.queue(), device.queue());
+        let (stream, reader) = (device.stream(), device.stream());
         let mut x = device.allocate(DType::F32, 2).unwrap();
-        queue.upload(x.view_mut(), &[1.0f32, 2.0]);
-        let event = queue.record();
+        stream.upload(x.view_mut(), &[1.0f32, 2.0]);
+        let event = stream.record();
         assert!(event.status().is_pending(), "nobody has waited yet");
         reader.wait_for(&event);
         assert_eq!(values(&*reader, &x), [1.0, 2.0]);
@@ -253,7 +254,7 @@ mod tests {
         let stale = (0..20)
             .filter(|&seed| {
                 let device = LazyCpu::new(seed);
-                let (writer, reader) = (device.queue(), device.queue());
+                let (writer, reader) = (device.stream(), device.stream());
                 let mut x = device.allocate(DType::F32, 1).unwrap();
                 writer.upload(x.view_mut(), &[1.0f32]);
                 values(&*reader, &x) == [0.0]
@@ -268,6 +269,6 @@ mod tests {
     #[should_panic(expected = "another device")]
     fn a_queue_refuses_buffers_of_another_device() {
         let mut x = super::super::Cpu.allocate(DType::F32, 1).unwrap();
-        LazyCpu::new(0).queue().zero(x.view_mut());
+        LazyCpu::new(0).stream().zero(x.view_mut());
     }
 }

@@ -1,25 +1,28 @@
 //! The processor as a device: running work at once, on the caller's thread ([`Cpu`]) or on several ([`Cores`]), and as late as
 //! allowed ([`LazyCpu`]).
 //!
-//! Each subject is a file of plain functions on slices; `queue.rs` here binds them to the trait [`Queue`].
+//! Each subject is a file of plain functions on slices; `stream.rs` and `kernels.rs`
+//! here bind them to the traits [`Stream`] and [`Kernels`](crate::Kernels).
 
 mod adamw;
 mod attention;
 pub mod compare;
 mod embedding;
 mod isa;
+mod kernels;
 mod lazy;
 mod loss;
 mod maths;
 mod matmul;
 mod mlp;
+pub mod non_temporal;
 mod norm;
 mod profile;
-mod queue;
 pub mod reduce;
 mod rope;
 mod scratch;
-pub mod stream;
+mod shapes;
+mod stream;
 mod team;
 mod value;
 
@@ -28,9 +31,9 @@ pub use lazy::LazyCpu;
 pub use profile::{KernelTime, Profile};
 
 use crate::buffer::byte_count;
-use crate::{Buffer, DType, Device, Element, Error, Failure, Queue, Region, Span, View, ViewMut};
+use crate::{Buffer, DType, Device, Element, Error, Failure, Region, Span, Stream, View, ViewMut};
 use isa::vectorized;
-use lazy::LazyQueue;
+use lazy::LazyStream;
 use std::cell::OnceCell;
 use std::sync::Arc;
 use team::Team;
@@ -48,8 +51,8 @@ impl Device for Cpu {
         Buffer::whole(Region::heap(self.name(), byte_count(self.name(), dtype, len)?)?, dtype)
     }
 
-    fn queue(&self) -> Box<dyn Queue> {
-        Cores::default().queue()
+    fn stream(&self) -> Box<dyn Stream> {
+        Cores::default().stream()
     }
 
     fn take_in(&self, region: Region) -> Result<Region, Error> {
@@ -85,7 +88,7 @@ impl Cores {
         self.team.threads()
     }
 
-    /// The same device, whose queues add the time of each kernel to `profile`.
+    /// The same device, whose streams add the time of each kernel to `profile`.
     pub fn profiled(self, profile: Arc<Profile>) -> Cores {
         Cores { profile: Some(profile), ..self }
     }
@@ -100,8 +103,8 @@ impl Device for Cores {
         Cpu.allocate(dtype, len)
     }
 
-    fn queue(&self) -> Box<dyn Queue> {
-        Box::new(HostQueue::new(None, self.team.clone(), self.profile.clone()))
+    fn stream(&self) -> Box<dyn Stream> {
+        Box::new(HostStream::new(None, self.team.clone(), self.profile.clone()))
     }
 
     fn take_in(&self, region: Region) -> Result<Region, Error> {
@@ -109,10 +112,10 @@ impl Device for Cores {
     }
 }
 
-/// A queue of the host: runs its work now, or hands it to the [`LazyCpu`].
-struct HostQueue {
-    lazy: Option<LazyQueue>,
-    /// Why this queue runs nothing any more. A [`LazyQueue`] keeps its own.
+/// A stream of the host: runs its work now, or hands it to the [`LazyCpu`].
+struct HostStream {
+    lazy: Option<LazyStream>,
+    /// Why this stream runs nothing any more. A [`LazyStream`] keeps its own.
     failure: OnceCell<Failure>,
     team: Team,
     profile: Option<Arc<Profile>>,
@@ -143,9 +146,9 @@ struct Output<'a>(&'a Span);
 /// Elements a kernel reads.
 struct Input<'a>(&'a Span);
 
-impl HostQueue {
-    fn new(lazy: Option<LazyQueue>, team: Team, profile: Option<Arc<Profile>>) -> HostQueue {
-        HostQueue { lazy, failure: OnceCell::new(), team, profile }
+impl HostStream {
+    fn new(lazy: Option<LazyStream>, team: Team, profile: Option<Arc<Profile>>) -> HostStream {
+        HostStream { lazy, failure: OnceCell::new(), team, profile }
     }
 
     /// Enqueues `kernel` with its outputs and inputs as slices.
@@ -163,7 +166,7 @@ impl HostQueue {
         }));
     }
 
-    /// Runs `kernel` before it returns, on a queue that does not defer; unless this queue has
+    /// Runs `kernel` before it returns, on a stream that does not defer; unless this stream has
     /// failed.
     fn run_now<const W: usize, const R: usize>(
         &self,
@@ -172,7 +175,7 @@ impl HostQueue {
         reads: [View<'_>; R],
         kernel: impl FnOnce(&Team, [Output<'_>; W], [Input<'_>; R]),
     ) {
-        assert!(self.lazy.is_none(), "a queue that defers runs nothing at once");
+        assert!(self.lazy.is_none(), "a stream that defers runs nothing at once");
         let (writes, reads) = self.spans(writes, reads);
         if self.failure.get().is_some() {
             return;
@@ -194,7 +197,7 @@ impl HostQueue {
     ) -> ([Span; W], [Span; R]) {
         let (writes, reads) = (writes.map(ViewMut::into_span), reads.map(View::into_span));
         for span in writes.iter().chain(&reads) {
-            assert_eq!(span.deferred(), self.lazy.is_some(), "a queue was given a buffer of another device");
+            assert_eq!(span.deferred(), self.lazy.is_some(), "a stream was given a buffer of another device");
         }
         (writes, reads)
     }
@@ -202,12 +205,14 @@ impl HostQueue {
 
 impl<'a> Output<'a> {
     fn of<T: Element>(self) -> &'a mut [T] {
-        // SAFETY: `Output` is made only in `HostQueue::run` and `run_now`, from a `ViewMut`: while the views lived, the borrow checker excluded every
-        // other view of these elements, and the kernel's other arguments with them.
-        // On `Cpu` the views outlive the kernel. On `LazyCpu` the kernel runs later, but spans of a deferring device are only ever
-        // accessed under `exclusive` (by `LazyQueue` around each kernel, by collectives around each access), and `Cpu` refuses them
-        // above; so no two accesses are ever simultaneous, and within one kernel the arguments are disjoint as before.
-        // An operation of a communicator owns its buffers until it is complete, and lends out views only afterwards.
+        // SAFETY: `Output` is made only in `HostStream::run` and `run_now`, from a `ViewMut`: while
+        // the views lived, the borrow checker excluded every other view of these elements, and the
+        // kernel's other arguments with them. On `Cpu` the views outlive the kernel. On `LazyCpu`
+        // the kernel runs later, but spans of a deferring device are only ever accessed under
+        // `exclusive` (by `LazyStream` around each kernel, by collectives around each access), and
+        // `Cpu` refuses them above; so no two accesses are ever simultaneous, and within one kernel
+        // the arguments are disjoint as before. An operation of a communicator owns its buffers
+        // until it is complete, and lends out views only afterwards.
         unsafe { self.0.as_mut_slice() }
     }
 

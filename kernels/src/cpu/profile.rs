@@ -15,7 +15,7 @@ pub struct Profile {
 /// All calls of one kernel.
 #[derive(Clone, Debug)]
 pub struct KernelTime {
-    /// As the method of [`crate::Queue`] is called.
+    /// As the method of [`crate::Stream`] is called.
     pub name: &'static str,
     /// How often it ran.
     pub calls: u64,

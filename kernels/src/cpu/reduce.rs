@@ -6,7 +6,7 @@
 
 use half::bf16;
 
-use super::{maths, stream, vectorized};
+use super::{maths, non_temporal, vectorized};
 use crate::DType;
 
 /// How elements are combined.
@@ -94,7 +94,7 @@ pub unsafe fn fold(job: &Fold<'_>) {
         }
     }
     if job.stream {
-        stream::fence();
+        non_temporal::fence();
     }
 }
 
@@ -296,7 +296,7 @@ unsafe fn emit<O: Stored<A>, A: Wide, const BLOCK: usize>(
             }
         }
         // SAFETY: the caller's promise; the block is memory of this function.
-        return unsafe { stream::store(block.as_ptr().cast(), out.cast(), size_of_val(block)) };
+        return unsafe { non_temporal::store(block.as_ptr().cast(), out.cast(), size_of_val(block)) };
     }
     // SAFETY: the caller's promise.
     let out = unsafe { std::slice::from_raw_parts_mut(out, total.len()) };

@@ -1,147 +1,165 @@
-//! Copies, and stores that pass by the caches.
-//!
-//! A normal store first reads its cache line. A non-temporal one does not, so a large result moves a third less through the memory bus; a
-//! small one would be thrown out of the cache in which its reader looks. Where the one overtakes the other is measured, since the cache sizes
-//! that virtual machines report mislead.
+//! Binds the functions of this folder to the trait [`Stream`]: checks shapes, and enqueues.
 
-use std::sync::OnceLock;
-use std::time::Instant;
+use std::cell::Cell;
 
-use super::reduce::{Fold, Reduction, fold};
-use crate::DType;
+use super::shapes::{SHARE, same, with_type};
+use super::team::{Read, Write};
+use super::{HostStream, Work, adamw, loss, maths, scratch, vectorized};
+use crate::{AdamW, DType, Event, Failure, Kernels, Stream, View, ViewMut};
 
-/// to\[..\] = from\[..\], `bytes` of them, with non-temporal stores where `stream` says so; those are complete for other cores
-/// once this returns and a release store follows.
-///
-/// # Safety
-/// `from` is readable and `to` is writable for `bytes`; they do not overlap, and nobody else writes the one or touches the other meanwhile.
-pub unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize, stream: bool) {
-    if stream {
-        // SAFETY: the caller's promise.
-        unsafe { store(from, to, bytes) };
-        fence();
-    } else {
-        // SAFETY: the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) }
-    }
+thread_local! {
+    static NORMS: Cell<Vec<(f64, u64)>> = const { Cell::new(Vec::new()) };
 }
 
-/// Copies with non-temporal stores, without the fence that must follow before others are told.
-///
-/// # Safety
-/// As for [`copy`].
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-pub(super) unsafe fn store(from: *const u8, to: *mut u8, bytes: usize) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-    const LINE: usize = 64;
-    let head = to.align_offset(LINE).min(bytes);
-    let lines = (bytes - head) / LINE;
-    // SAFETY: head + 64 · lines ≤ bytes, so every access lies in the caller's ranges; the streamed addresses are multiples of 16, being
-    // multiples of 64 plus 0, 16, 32 or 48. SSE2 is part of x86-64.
-    unsafe {
-        std::ptr::copy_nonoverlapping(from, to, head);
-        for line in 0..lines {
-            let (from, to) = (from.add(head + line * LINE), to.add(head + line * LINE));
-            let quarters = [0, 16, 32, 48].map(|at| _mm_loadu_si128(from.add(at).cast::<__m128i>()));
-            for (index, quarter) in quarters.into_iter().enumerate() {
-                _mm_stream_si128(to.add(16 * index).cast(), quarter);
+// SAFETY: a host stream runs its work in order: at once, after blocking for the event, or in its
+// thread, where an event is work like any other and waiting for one holds up what follows.
+unsafe impl Stream for HostStream {
+    fn record(&self) -> Event {
+        match (&self.lazy, self.failure.get()) {
+            (Some(lazy), _) => lazy.record(),
+            (None, Some(failure)) => Event::failed(failure.clone()),
+            (None, None) => Event::PAST,
+        }
+    }
+
+    fn wait_for(&self, event: &Event) {
+        match &self.lazy {
+            None => {
+                if let Err(failure) = event.wait() {
+                    self.failure.get_or_init(|| failure);
+                }
+            }
+            Some(lazy) => lazy.wait_for(event),
+        }
+    }
+
+    fn upload_bytes(&self, out: ViewMut<'_>, bytes: &[u8]) {
+        assert_eq!(out.len() * out.dtype().bytes(), bytes.len(), "an upload fills its buffer");
+        match self.lazy {
+            None => self.run_now(Work::moves("upload"), [out], [], |_, [out], []| out.bytes().copy_from_slice(bytes)),
+            Some(_) => {
+                let bytes = bytes.to_vec();
+                self.run(Work::moves("upload"), [out], [], move |_, [out], []| out.bytes().copy_from_slice(&bytes));
             }
         }
-        let done = head + lines * LINE;
-        std::ptr::copy_nonoverlapping(from.add(done), to.add(done), bytes - done);
     }
-}
 
-/// Where there are no non-temporal stores, a copy.
-///
-/// # Safety
-/// As for [`copy`].
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-pub(super) unsafe fn store(from: *const u8, to: *mut u8, bytes: usize) {
-    // SAFETY: the caller's promise.
-    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) }
-}
-
-/// Orders non-temporal stores before the release store that tells others of them, which alone would not: they are weakly ordered.
-#[inline(always)]
-pub(super) fn fence() {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE is part of x86-64, and the instruction touches no memory.
-    unsafe {
-        std::arch::x86_64::_mm_sfence()
-    };
-}
-
-/// Below this many bytes, all operands together, nobody's caches are too small.
-const ALWAYS_CACHED: usize = 1 << 20;
-/// Above this many, all are.
-const NEVER_CACHED: usize = 48 << 20;
-
-/// Whether a pass over `bytes`, everything that all cores read and write in it, should use non-temporal stores.
-///
-/// The first question about a size that could go either way measures the crossover, which takes some tens of milliseconds.
-pub fn pays(bytes: usize) -> bool {
-    static CROSSOVER: OnceLock<usize> = OnceLock::new();
-    match bytes {
-        0..=ALWAYS_CACHED => false,
-        NEVER_CACHED.. => cfg!(target_arch = "x86_64"),
-        _ => cfg!(target_arch = "x86_64") && bytes >= *CROSSOVER.get_or_init(crossover),
+    fn read_bytes(&self, x: View<'_>, out: &mut [u8]) -> Result<(), Failure> {
+        assert_eq!(x.len() * x.dtype().bytes(), out.len(), "a download fills its destination");
+        let work = Work::moves("download");
+        if self.lazy.is_none() {
+            self.run_now(work, [], [x], |_, [], [x]| out.copy_from_slice(x.bytes()));
+            return self.failure.get().map_or(Ok(()), |failure| Err(failure.clone()));
+        }
+        let (sender, receiver) = std::sync::mpsc::channel();
+        self.run(work, [], [x], move |_, [], [x]| {
+            // The receiver lives until the value has arrived, below.
+            let _ = sender.send(x.bytes().to_vec());
+        });
+        self.synchronize()?;
+        out.copy_from_slice(&receiver.recv().expect("the stream ran everything before its event"));
+        Ok(())
     }
-}
 
-/// Bytes of a sum's operands from which on streaming its result is faster than caching it.
-fn crossover() -> usize {
-    let longest = NEVER_CACHED / 3 / 4;
-    let [a, b, mut out] = [1.0f32, 2.0, 0.0].map(|x| vec![x; longest]);
-    let mut size = NEVER_CACHED;
-    while size > ALWAYS_CACHED {
-        let count = size / 3 / 4;
-        let inputs = [a.as_ptr().cast(), b.as_ptr().cast()];
-        let mut time = |stream| {
-            let outputs = [out.as_mut_ptr().cast()];
-            let job =
-                Fold { inputs: &inputs, outputs: &outputs, count, stream, ..Fold::new(DType::F32, Reduction::Sum) };
-            let runs = (0..3).map(|_| {
-                let started = Instant::now();
-                // SAFETY: the vectors hold at least `count` elements and are this function's own.
-                unsafe { fold(&job) };
-                started.elapsed()
+    fn zero(&self, out: ViewMut<'_>) {
+        self.run(Work::moves("zero"), [out], [], |team, [out], []| {
+            team.split(Write(out.bytes(), 1), SHARE, |Write(out, _)| out.fill(0));
+        });
+    }
+
+    fn cast(&self, out: ViewMut<'_>, x: View<'_>) {
+        same("cast", &[out.len(), x.len()]);
+        let types = (out.dtype(), x.dtype());
+        self.run(Work::moves("cast"), [out], [x], move |team, [out], [x]| match types {
+            (DType::F32, DType::Bf16) => {
+                let rows = (Write(out.of(), 1), Read(x.of(), 1));
+                team.split(rows, SHARE, |(out, x)| maths::widen(out.0, x.0));
+            }
+            (DType::Bf16, DType::F32) => {
+                let rows = (Write(out.of(), 1), Read(x.of(), 1));
+                team.split(rows, SHARE, |(out, x)| maths::narrow(out.0, x.0));
+            }
+            (to, from) if to == from => out.bytes().copy_from_slice(x.bytes()),
+            (to, from) => panic!("no cast from {from} to {to}"),
+        });
+    }
+
+    fn square_norm(&self, out: ViewMut<'_>, x: View<'_>, weight: f64) {
+        assert_eq!(out.len(), 2, "square_norm writes a sum and a count");
+        let (dtype, parts) = (x.dtype(), x.len().div_ceil(loss::PART));
+        self.run(Work::moves("square_norm"), [out], [x], move |team, [out], [x]| {
+            scratch::with(&NORMS, parts, |norms| {
+                with_type!(dtype, T => {
+                    team.split((Write(&mut *norms, 1), Read(x.of::<T>(), loss::PART)), 1, |(norms, x)| {
+                        vectorized(
+                            #[inline(always)]
+                            || loss::square_norms(norms.0, x.0),
+                        );
+                    });
+                });
+                let (sum, non_finite) = norms.iter().fold((0.0, 0), |sums, norm| (sums.0 + norm.0, sums.1 + norm.1));
+                out.of().copy_from_slice(&[weight * sum, non_finite as f64]);
             });
-            runs.min().expect("three runs")
+        });
+    }
+
+    fn copy(&self, out: ViewMut<'_>, x: View<'_>) {
+        assert!(out.dtype() == x.dtype(), "a copy from {} to {}", x.dtype(), out.dtype());
+        self.cast(out, x);
+    }
+
+    fn accumulate(&self, out: ViewMut<'_>, x: View<'_>) {
+        same("accumulate", &[out.len(), x.len()]);
+        self.run(Work::moves("accumulate"), [out], [x], |team, [out], [x]| {
+            let rows = (Write(out.of::<f32>(), 1), Read(x.of::<f32>(), 1));
+            team.split(rows, SHARE, |(out, x)| {
+                vectorized(
+                    #[inline(always)]
+                    || out.0.iter_mut().zip(x.0).for_each(|(sum, &x)| *sum += x),
+                );
+            });
+        });
+    }
+
+    fn adamw(
+        &self,
+        weights: Option<ViewMut<'_>>,
+        master: ViewMut<'_>,
+        m: ViewMut<'_>,
+        v: ViewMut<'_>,
+        grad: View<'_>,
+        settings: AdamW,
+    ) {
+        same("adamw", &[master.len(), m.len(), v.len(), grad.len()]);
+        let (work, gradient) = (Work::moves("adamw"), grad.dtype());
+        let Some(weights) = weights else {
+            return self.run(work, [master, m, v], [grad], move |team, [master, m, v], [grad]| {
+                with_type!(gradient, G => {
+                    let grad = Read(grad.of::<G>(), 1);
+                    let rows = (Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), grad);
+                    team.split(rows, SHARE, |(master, m, v, grad)| {
+                        vectorized(#[inline(always)] || adamw::update(master.0, m.0, v.0, grad.0, settings));
+                    });
+                });
+            });
         };
-        if time(true) >= time(false) {
-            break;
-        }
-        size /= 2;
-    }
-    size
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn a_copy_copies_what_it_was_told_and_nothing_else(len in 0usize..400, from in 0usize..70, to in 0usize..70, stream: bool) {
-            let source: Vec<u8> = (0..500).map(|index| (index * 7 % 251) as u8).collect();
-            let mut target = vec![255u8; 500];
-            // SAFETY: 70 + 400 ≤ 500.
-            unsafe { copy(source.as_ptr().add(from), target.as_mut_ptr().add(to), len, stream) };
-            for (index, &byte) in target.iter().enumerate() {
-                let expected = if (to..to + len).contains(&index) { source[index - to + from] } else { 255 };
-                prop_assert_eq!(byte, expected);
-            }
-        }
+        same("adamw weights", &[weights.len(), master.len()]);
+        let dtype = weights.dtype();
+        self.run(work, [weights, master, m, v], [grad], move |team, [weights, master, m, v], [grad]| {
+            with_type!(dtype, W => with_type!(gradient, G => {
+                let (weights, grad) = (Write(weights.of::<W>(), 1), Read(grad.of::<G>(), 1));
+                let rows = (weights, Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), grad);
+                team.split(rows, SHARE, |(weights, master, m, v, grad)| {
+                    vectorized(
+                        #[inline(always)]
+                        || adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, settings),
+                    );
+                });
+            }));
+        });
     }
 
-    #[test]
-    fn small_passes_are_cached_and_the_crossover_lies_where_it_was_looked_for() {
-        assert!(!pays(ALWAYS_CACHED));
-        let crossover = crossover();
-        assert!((ALWAYS_CACHED / 2..=NEVER_CACHED).contains(&crossover), "{crossover}");
+    fn kernels(&self) -> Option<&dyn Kernels> {
+        Some(self)
     }
 }

@@ -37,7 +37,7 @@ pub(crate) fn validate(
         model.evaluate(&mut step, &inputs, &targets)?;
     }
     step.end()?;
-    let (loss, tokens) = model.take_loss(engine.queue())?;
+    let (loss, tokens) = model.take_loss(engine.stream())?;
     let mut sums = [loss, tokens];
     communicator.all_reduce_scalars(&mut sums, Reduction::Sum)?;
     Ok(sums[0] / sums[1])

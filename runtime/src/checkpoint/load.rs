@@ -215,7 +215,7 @@ mod tests {
             let seen = [&mut trained, &mut engine].map(|engine| {
                 let mut step = engine.begin_evaluation(1).unwrap();
                 let forward = step.forward(0).unwrap();
-                let seen = forward.queue.download_bytes(forward.weights.tensor(0)).unwrap();
+                let seen = forward.stream.download_bytes(forward.weights.tensor(0)).unwrap();
                 step.end().unwrap();
                 seen
             });

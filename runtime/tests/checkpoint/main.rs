@@ -171,10 +171,10 @@ fn train_asking(engine: &mut Engine, requests: &mut [f64]) {
         let mut backward = step.backward(unit).unwrap();
         for (index, &len) in lens[unit].iter().enumerate() {
             let gradient = |at| random::normal(number, (unit * 8 + index) as u64, at as u64) as f32;
-            backward.queue.upload(backward.gradients.tensor(index), &(0..len).map(gradient).collect::<Vec<f32>>());
+            backward.stream.upload(backward.gradients.tensor(index), &(0..len).map(gradient).collect::<Vec<f32>>());
         }
         if unit == 0 {
-            backward.queue.upload(backward.loss, &[1.0]);
+            backward.stream.upload(backward.loss, &[1.0]);
         }
     }
     let (lr, beta1, beta2, epsilon, weight_decay) = (0.01, 0.9, 0.95, 1e-8, 0.1);

@@ -130,7 +130,7 @@ fn the_weights_that_are_computed_with_are_those_restored() {
         for (unit, spec) in uneven().iter().enumerate() {
             let forward = step.forward(unit).unwrap();
             for (index, tensor) in spec.tensors.iter().enumerate() {
-                let found = forward.queue.download::<f32>(forward.weights.tensor(index)).unwrap();
+                let found = forward.stream.download::<f32>(forward.weights.tensor(index)).unwrap();
                 let expected = (0..found.len()).map(|at| value(4, 0, &tensor.name, at).to_bits());
                 assert!(found.iter().map(|value| value.to_bits()).eq(expected), "{}", tensor.name);
             }

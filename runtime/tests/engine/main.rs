@@ -3,6 +3,7 @@
 
 mod abandon;
 mod common;
+mod device;
 mod exact;
 mod placement;
 mod tensors;
@@ -188,9 +189,10 @@ fn a_reduction_that_does_not_wait_for_its_backward_pass_changes_bits() {
     assert!(shown > 0, "{shown} of {} seeds show the missing edge", SEEDS.end);
 }
 
-/// The edges that ownership stands for as well: what a collective holds comes back through `Pending::then`, which orders the
-/// queue after it, and the engine cannot lend out or wait for a buffer without that. So leaving them out of a plan changes no bit, and
-/// what can be asked is that the plan is refused, which keeps plans true for who prints, simulates or ports them.
+/// The edges that ownership stands for as well: what a collective holds comes back through
+/// `Pending::then`, which orders the stream after it, and the engine cannot lend out or wait for a
+/// buffer without that. So leaving them out of a plan changes no bit, and what can be asked is that
+/// the plan is refused, which keeps plans true for who prints, simulates or ports them.
 const OWNED: [(Edge, &str); 3] = [
     ((is_gather, is_compute), "the gather of its weights"),
     ((is_reduce, is_compute), "the reduction of what its gradient slot held"),
@@ -213,7 +215,7 @@ fn plans_without_the_edges_that_ownership_stands_for_are_refused() {
     for edge in [(is_compute as fn(Action) -> bool, is_gather as fn(Action) -> bool), (is_backward, is_reduce)] {
         assert!(without(edge, outline, 2).0.verify().is_err(), "and those that a run shows are refused too");
     }
-    // Computing, agreeing and updating share a queue, which orders them without these edges.
+    // Computing, agreeing and updating share a stream, which orders them without these edges.
     for edge in [(is_compute as fn(Action) -> bool, is_agree as fn(Action) -> bool), (is_agree, is_update)] {
         let (plan, removed) = without(edge, outline, 2);
         assert!(removed > 0 && plan.verify().is_ok());
@@ -308,7 +310,7 @@ fn train_with_values(setup: &Setup, schedule: &Schedule, culprits: &[usize], val
         let error = rank.step_with(schedule, 1, |round, unit, pass| {
             if round == 0 && unit == 2 && culprits.contains(&number) {
                 let gradient = pass.gradients.tensor(1).slice(40..40 + values.len());
-                pass.queue.upload(gradient, values);
+                pass.stream.upload(gradient, values);
             }
             Ok(())
         });
@@ -371,9 +373,9 @@ fn ones(step: &mut Step<'_>) {
 /// The backward pass of a unit, whose first tensor has ones for its gradient.
 fn ones_of(step: &mut Step<'_>, unit: usize) {
     let mut pass = step.backward(unit).unwrap();
-    pass.queue.accumulate(pass.gradients.tensor(0), &vec![1.0f32; pass.weights.tensor(0).len()]).unwrap();
+    pass.stream.accumulate_from(pass.gradients.tensor(0), &vec![1.0f32; pass.weights.tensor(0).len()]).unwrap();
     if unit == HEAD {
-        pass.queue.accumulate(pass.loss, &[1.0]).unwrap();
+        pass.stream.accumulate_from(pass.loss, &[1.0]).unwrap();
     }
 }
 

@@ -230,17 +230,17 @@ fn an_optimizer_of_the_callers_own_updates_shards() {
                 let agreed = rank.agree(&schedule, 0).unwrap();
                 let scale = 1.0 / agreed.report().tokens as f32;
                 let gradients: Vec<Vec<f32>> =
-                    (0..before.len()).map(|unit| agreed.queue().download(agreed.gradient(unit)).unwrap()).collect();
+                    (0..before.len()).map(|unit| agreed.stream().download(agreed.gradient(unit)).unwrap()).collect();
                 agreed
                     .update_with(|shard| {
                         let [mut weights, gradient] = [shard.master.as_view(), shard.gradient]
-                            .map(|part| shard.queue.download::<f32>(part).unwrap());
+                            .map(|part| shard.stream.download::<f32>(part).unwrap());
                         weights
                             .iter_mut()
                             .zip(&gradient)
                             .for_each(|(weight, g)| *weight -= LR * shard.gradient_scale * g);
                         assert_eq!((shard.gradient_scale, shard.step), (scale, 1));
-                        shard.queue.upload(shard.master, &weights);
+                        shard.stream.upload(shard.master, &weights);
                     })
                     .unwrap();
                 for (unit, state) in rank.states().unwrap().iter().enumerate() {

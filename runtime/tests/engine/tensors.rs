@@ -54,15 +54,15 @@ fn step(
             for (visit, &unit) in order.iter().rev().enumerate() {
                 let mut pass = step.backward(unit)?;
                 for tensor in 0..layout.units[unit].tensors.len() {
-                    let mut values: Vec<f32> = pass.queue.download(pass.gradients.tensor(tensor).as_view()).unwrap();
+                    let mut values: Vec<f32> = pass.stream.download(pass.gradients.tensor(tensor).as_view()).unwrap();
                     values.iter_mut().for_each(|value| *value += added(launch.rank, round, visit, tensor));
-                    pass.queue.upload(pass.gradients.tensor(tensor), &values);
+                    pass.stream.upload(pass.gradients.tensor(tensor), &values);
                 }
             }
         }
         let agreed = step.agree(&mut [])?;
         let gradients =
-            (0..layout.units.len()).map(|unit| agreed.queue().download(agreed.gradient(unit)).unwrap()).collect();
+            (0..layout.units.len()).map(|unit| agreed.stream().download(agreed.gradient(unit)).unwrap()).collect();
         let report = agreed.update(ADAMW)?;
         Ok((report, gradients, (0..layout.units.len()).map(|unit| engine.state(unit)).collect::<Result<_, _>>()?))
     };

@@ -1,9 +1,10 @@
-//! A little model on the kernels of [`Queue`]: an embedding, two residual SwiGLU blocks and a head. A sample is a token and the one
-//! that follows it. Widths are odd, so that tensors straddle ranks and shards end in padding.
+//! A little model on the kernels of [`Stream`]: an embedding, two residual SwiGLU blocks and a
+//! head. A sample is a token and the one that follows it. Widths are odd, so that tensors straddle
+//! ranks and shards end in padding.
 
 use std::ops::Range;
 
-use pillion_kernels::{Buffer, DType, Device, Queue, ViewMut, random};
+use pillion_kernels::{Buffer, DType, Device, Kernels, Stream, ViewMut, random};
 use pillion_runtime::{Backward, Error, Forward, TensorSpec, UnitSpec};
 
 pub(crate) const VOCAB: usize = 19;
@@ -115,68 +116,68 @@ impl Mlp {
     }
 
     /// Begins a micro-batch.
-    pub(crate) fn load(&mut self, queue: &dyn Queue, samples: Range<u64>) {
+    pub(crate) fn load(&mut self, stream: &dyn Stream, samples: Range<u64>) {
         let (tokens, targets): (Vec<u32>, Vec<u32>) = samples.map(sample).unzip();
         self.rows = tokens.len();
-        queue.upload(self.tokens.slice_mut(0..self.rows), &tokens);
-        queue.upload(self.targets.slice_mut(0..self.rows), &targets);
+        stream.upload(self.tokens.slice_mut(0..self.rows), &tokens);
+        stream.upload(self.targets.slice_mut(0..self.rows), &targets);
     }
 
     pub(crate) fn forward(&mut self, unit: usize, pass: &Forward<'_>) {
-        let (queue, rows) = (pass.queue, self.rows);
+        let (stream, rows) = (kernels(pass.stream), self.rows);
         let (wide, deep) = (0..rows * WIDTH, 0..rows * HIDDEN);
         let weight = |index| pass.weights.tensor(index);
         match unit {
             0 => {
                 let out = self.residual[0].slice_mut(wide);
-                queue.embedding(out, weight(0), self.tokens.slice(0..rows));
+                stream.embedding(out, weight(0), self.tokens.slice(0..rows));
             }
             HEAD => {
                 let (out, inverse) = (self.normed.slice_mut(wide.clone()), self.inverse_rms.slice_mut(0..rows));
-                queue.rms_norm(out, inverse, self.residual[BLOCKS].slice(wide.clone()), weight(0), NORM_EPSILON);
+                stream.rms_norm(out, inverse, self.residual[BLOCKS].slice(wide.clone()), weight(0), NORM_EPSILON);
                 let logits = self.logits.slice_mut(0..rows * VOCAB);
-                queue.linear(logits, self.normed.slice(wide), weight(1), None, rows);
+                stream.linear(logits, self.normed.slice(wide), weight(1), None, rows);
             }
             _ => {
                 let block = &mut self.blocks[unit - 1];
                 let (before, after) = self.residual.split_at_mut(unit);
                 let (x, out) = (&before[unit - 1], &mut after[0]);
                 let (normed, inverse) = (block.normed.slice_mut(wide.clone()), block.inverse_rms.slice_mut(0..rows));
-                queue.rms_norm(normed, inverse, x.slice(wide.clone()), weight(0), NORM_EPSILON);
+                stream.rms_norm(normed, inverse, x.slice(wide.clone()), weight(0), NORM_EPSILON);
                 let normed = block.normed.slice(wide.clone());
-                queue.linear(block.gate.slice_mut(deep.clone()), normed.clone(), weight(1), None, rows);
-                queue.linear(block.up.slice_mut(deep.clone()), normed, weight(2), None, rows);
+                stream.linear(block.gate.slice_mut(deep.clone()), normed.clone(), weight(1), None, rows);
+                stream.linear(block.up.slice_mut(deep.clone()), normed, weight(2), None, rows);
                 let (gate, up) = (block.gate.slice(deep.clone()), block.up.slice(deep.clone()));
-                queue.swiglu(block.act.slice_mut(deep.clone()), gate, up);
+                stream.swiglu(block.act.slice_mut(deep.clone()), gate, up);
                 let out = out.slice_mut(wide.clone());
-                queue.linear(out, block.act.slice(deep), weight(3), Some(x.slice(wide)), rows);
+                stream.linear(out, block.act.slice(deep), weight(3), Some(x.slice(wide)), rows);
             }
         }
     }
 
     pub(crate) fn backward(&mut self, unit: usize, pass: &mut Backward<'_>) {
-        let (queue, rows) = (pass.queue, self.rows);
+        let (stream, rows) = (kernels(pass.stream), self.rows);
         let (wide, deep) = (0..rows * WIDTH, 0..rows * HIDDEN);
         let weight = |index| pass.weights.tensor(index);
         let gradients = &mut pass.gradients;
         match unit {
             0 => {
-                queue.embedding_backward(gradients.tensor(0), self.grad.slice(wide), self.tokens.slice(0..rows));
+                stream.embedding_backward(gradients.tensor(0), self.grad.slice(wide), self.tokens.slice(0..rows));
             }
             HEAD => {
                 let logits = 0..rows * VOCAB;
-                cross_entropy(queue, &mut self.logits, &self.targets, rows, pass.loss.reborrow());
+                cross_entropy(stream, &mut self.logits, &self.targets, rows, pass.loss.reborrow());
                 let grad_logits = self.logits.slice(logits);
-                queue.linear_backward_weight(
+                stream.linear_backward_weight(
                     gradients.tensor(1),
                     grad_logits.clone(),
                     self.normed.slice(wide.clone()),
                     rows,
                 );
                 let grad_normed = self.grad_normed.slice_mut(wide.clone());
-                queue.linear_backward_input(grad_normed, grad_logits, weight(1), rows, false);
-                queue.zero(self.grad.slice_mut(wide.clone()));
-                queue.rms_norm_backward(
+                stream.linear_backward_input(grad_normed, grad_logits, weight(1), rows, false);
+                stream.zero(self.grad.slice_mut(wide.clone()));
+                stream.rms_norm_backward(
                     self.grad.slice_mut(wide.clone()),
                     gradients.tensor(0),
                     self.grad_normed.slice(wide.clone()),
@@ -188,9 +189,9 @@ impl Mlp {
             _ => {
                 let block = &self.blocks[unit - 1];
                 let grad = self.grad.slice(wide.clone());
-                queue.linear_backward_weight(gradients.tensor(3), grad.clone(), block.act.slice(deep.clone()), rows);
-                queue.linear_backward_input(self.grad_act.slice_mut(deep.clone()), grad, weight(3), rows, false);
-                queue.swiglu_backward(
+                stream.linear_backward_weight(gradients.tensor(3), grad.clone(), block.act.slice(deep.clone()), rows);
+                stream.linear_backward_input(self.grad_act.slice_mut(deep.clone()), grad, weight(3), rows, false);
+                stream.swiglu_backward(
                     self.act_again.slice_mut(deep.clone()),
                     self.grad_gate.slice_mut(deep.clone()),
                     self.grad_up.slice_mut(deep.clone()),
@@ -202,11 +203,11 @@ impl Mlp {
                 let inputs = [&self.grad_gate, &self.grad_up];
                 for (index, grad) in inputs.into_iter().enumerate() {
                     let grad = grad.slice(deep.clone());
-                    queue.linear_backward_weight(gradients.tensor(1 + index), grad.clone(), normed.clone(), rows);
+                    stream.linear_backward_weight(gradients.tensor(1 + index), grad.clone(), normed.clone(), rows);
                     let grad_normed = self.grad_normed.slice_mut(wide.clone());
-                    queue.linear_backward_input(grad_normed, grad, weight(1 + index), rows, index > 0);
+                    stream.linear_backward_input(grad_normed, grad, weight(1 + index), rows, index > 0);
                 }
-                queue.rms_norm_backward(
+                stream.rms_norm_backward(
                     self.grad.slice_mut(wide.clone()),
                     gradients.tensor(0),
                     self.grad_normed.slice(wide.clone()),
@@ -219,13 +220,17 @@ impl Mlp {
     }
 
     /// The sum of the losses, after forward passes alone.
-    pub(crate) fn loss(&mut self, queue: &dyn Queue) -> f64 {
-        queue.zero(self.loss.view_mut());
-        cross_entropy(queue, &mut self.logits, &self.targets, self.rows, self.loss.view_mut());
-        queue.download::<f64>(self.loss.view()).unwrap()[0]
+    pub(crate) fn loss(&mut self, stream: &dyn Stream) -> f64 {
+        stream.zero(self.loss.view_mut());
+        cross_entropy(stream, &mut self.logits, &self.targets, self.rows, self.loss.view_mut());
+        stream.download::<f64>(self.loss.view()).unwrap()[0]
     }
 }
 
-fn cross_entropy(queue: &dyn Queue, logits: &mut Buffer, targets: &Buffer, rows: usize, loss: ViewMut<'_>) {
-    queue.cross_entropy(logits.slice_mut(0..rows * VOCAB), None, targets.slice(0..rows), loss);
+fn kernels(stream: &dyn Stream) -> &dyn Kernels {
+    stream.kernels().expect("devices of the host have kernels")
+}
+
+fn cross_entropy(stream: &dyn Stream, logits: &mut Buffer, targets: &Buffer, rows: usize, loss: ViewMut<'_>) {
+    kernels(stream).cross_entropy(logits.slice_mut(0..rows * VOCAB), None, targets.slice(0..rows), loss);
 }

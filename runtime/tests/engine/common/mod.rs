@@ -1,5 +1,6 @@
 //! Ranks as threads that train the little model of `mlp.rs` with an engine, and what a training leaves behind.
 
+pub(crate) mod logged;
 pub(crate) mod mlp;
 pub(crate) mod reference;
 
@@ -20,7 +21,8 @@ use mlp::Mlp;
 pub(crate) const ADAMW: AdamW =
     AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 0.02, weight_decay: 0.1, step: 0, gradient_scale: 0.0 };
 
-/// Which device a run computes on. All ranks of a run share it, so on [`LazyCpu`] the seed also decides how their queues interleave.
+/// Which device a run computes on. All ranks of a run share it, so on [`LazyCpu`] the seed also
+/// decides how their streams interleave.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Host {
     Cpu,
@@ -129,7 +131,7 @@ pub(crate) struct Rank {
 }
 
 impl Rank {
-    fn new(launch: &Launch, setup: &Setup, device: Arc<dyn Device>) -> Result<Rank, Error> {
+    pub(crate) fn new(launch: &Launch, setup: &Setup, device: Arc<dyn Device>) -> Result<Rank, Error> {
         let communicator = Arc::new(Communicator::connect(launch, setup.options[launch.rank].clone())?);
         let mut engine = Engine::new(communicator, device.clone(), setup.layout(), setup.policy)?;
         if let Some(planner) = setup.planner.clone() {
@@ -193,11 +195,11 @@ impl Rank {
     /// The sum of the losses of some samples, from forward passes alone.
     pub(crate) fn evaluate(&mut self, samples: Range<u64>) -> Result<f64, Error> {
         let mut step = self.engine.begin_evaluation(1)?;
-        self.mlp.load(step.queue(), samples);
+        self.mlp.load(step.stream(), samples);
         for unit in 0..mlp::UNITS {
             self.mlp.forward(unit, &step.forward(unit)?);
         }
-        let loss = self.mlp.loss(step.queue());
+        let loss = self.mlp.loss(step.stream());
         step.end()?;
         Ok(loss)
     }
@@ -214,7 +216,7 @@ fn micro_batch_of(
     mut after_backward: impl FnMut(usize, &mut pillion_runtime::Backward<'_>) -> Result<(), Error>,
 ) -> Result<(), Error> {
     step.round(samples.clone().count());
-    mlp.load(step.queue(), samples);
+    mlp.load(step.stream(), samples);
     for unit in 0..mlp::UNITS {
         mlp.forward(unit, &step.forward(unit)?);
     }

@@ -14,7 +14,7 @@ const RUNS: usize = 5;
 
 /// What passes between memory and processor. Of what is read, updated and written, each is one stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stream {
+pub struct Traffic {
     /// Bytes read of each element; even.
     pub read: usize,
     /// Bytes read and then written of each element; even.
@@ -25,9 +25,9 @@ pub struct Stream {
     pub elements: usize,
 }
 
-impl Stream {
+impl Traffic {
     /// No bytes.
-    pub const NOTHING: Stream = Stream { read: 0, updated: 0, written: 0, elements: 0 };
+    pub const NOTHING: Traffic = Traffic { read: 0, updated: 0, written: 0, elements: 0 };
 
     /// Bytes that pass: those updated pass twice.
     pub fn bytes(self) -> usize {
@@ -97,7 +97,7 @@ mod tests {
     fn every_byte_is_updated_and_written_once() {
         for elements in [0, 2, BLOCK, 3 * BLOCK + 10] {
             for stream in [false, true] {
-                let work = Stream { read: 2, updated: 6, written: 4, elements };
+                let work = Traffic { read: 2, updated: 6, written: 4, elements };
                 let (mut updated, mut written) = (vec![3.0; elements * 6 / 4], vec![3.0; elements]);
                 work.run(&vec![5.0; elements / 2], &mut updated, &mut written, stream);
                 assert!(updated.iter().all(|&x| x == 2.0), "3 / 2 + 1 / 2");
@@ -110,6 +110,6 @@ mod tests {
 
     #[test]
     fn updated_bytes_pass_twice() {
-        assert_eq!(Stream { read: 4, updated: 12, written: 2, elements: 10 }.bytes(), 300);
+        assert_eq!(Traffic { read: 4, updated: 12, written: 2, elements: 10 }.bytes(), 300);
     }
 }

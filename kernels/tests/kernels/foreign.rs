@@ -1,10 +1,10 @@
-//! Memory of another program: [`Cpu`]'s queues over a plain `Vec`, at addresses that are multiples
+//! Memory of another program: [`Cpu`]'s streams over a plain `Vec`, at addresses that are multiples
 //! of the element size and of nothing more.
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pillion_kernels::{Buffer, Cpu, DType, Device, Error, LazyCpu, Queue, Region, Space};
+use pillion_kernels::{Buffer, Cpu, DType, Device, Error, LazyCpu, Region, Space, Stream};
 
 /// A device whose memory belongs to somebody else.
 #[derive(Default)]
@@ -32,8 +32,8 @@ impl Device for Foreign {
         Ok(foreign(dtype, len, 1 + self.allocations.fetch_add(1, Ordering::Relaxed) % 5))
     }
 
-    fn queue(&self) -> Box<dyn Queue> {
-        Cpu.queue()
+    fn stream(&self) -> Box<dyn Stream> {
+        Cpu.stream()
     }
 
     fn take_in(&self, region: Region) -> Result<Region, Error> {
@@ -43,7 +43,7 @@ impl Device for Foreign {
 
 #[test]
 fn memory_that_does_not_suit_its_elements_is_refused() {
-    let mut owner = vec![0u8; 64];
+    let mut owner = [0u8; 64];
     let odd = owner.as_ptr().align_offset(8) + 1;
     let pointer = NonNull::new(owner[odd..].as_mut_ptr()).unwrap();
     for dtype in [DType::Bf16, DType::F32, DType::F64, DType::I64, DType::U32] {
@@ -63,7 +63,7 @@ fn memory_that_does_not_suit_its_elements_is_refused() {
 #[test]
 fn slices_are_lent_where_a_processor_may_access_the_memory_at_once() {
     let mut buffer = foreign(DType::F32, 4, 3);
-    Cpu.queue().upload(buffer.view_mut(), &[1.0f32, 2.0, 3.0, 4.0]);
+    Cpu.stream().upload(buffer.view_mut(), &[1.0f32, 2.0, 3.0, 4.0]);
     buffer.slice_mut(1..3).into_slice::<f32>().unwrap()[0] = 7.0;
     assert_eq!(buffer.slice(1..4).as_slice::<f32>().unwrap(), [7.0, 3.0, 4.0]);
     assert!(buffer.view().as_slice::<u32>().is_none(), "another type");
@@ -87,5 +87,5 @@ fn a_queue_of_the_host_does_not_touch_memory_of_a_device() {
     // SAFETY: nothing accesses the address, which is said to be a device's.
     let far =
         unsafe { Buffer::foreign(NonNull::<f32>::dangling().cast(), 4, DType::F32, Space::Device(1), Box::new(())) };
-    Cpu.queue().zero(far.unwrap().view_mut());
+    Cpu.stream().zero(far.unwrap().view_mut());
 }

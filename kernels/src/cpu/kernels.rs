@@ -1,157 +1,19 @@
-//! Binds the functions of this folder to the trait [`Queue`]: checks shapes, and enqueues.
+//! Binds the functions of this folder to the trait [`Kernels`]: checks shapes, and enqueues.
 
 use std::cell::Cell;
 
-use half::bf16;
-
 use super::matmul::{Matrix, Right, Start, product};
+use super::shapes::{SHARE, columns, rows, same, same_type, with_type};
 use super::team::{Read, Write};
-use super::{HostQueue, Work, adamw, attention, embedding, loss, maths, mlp, norm, rope, scratch, vectorized};
-use crate::{AdamW, AttentionShape, DType, Event, Failure, Queue, View, ViewMut};
-
-/// Elements below which a thread more does not pay for a kernel that does little with each.
-const SHARE: usize = 1 << 16;
+use super::{HostStream, Work, attention, embedding, loss, mlp, norm, rope, scratch, vectorized};
+use crate::{AttentionShape, DType, Kernels, View, ViewMut};
 
 thread_local! {
     static GRAD_WEIGHT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     static LOSSES: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
-    static NORMS: Cell<Vec<(f64, u64)>> = const { Cell::new(Vec::new()) };
 }
 
-/// `$body` with `$T` the type of activations or weights.
-macro_rules! with_type {
-    ($dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            DType::F32 => {
-                type $T = f32;
-                $body
-            }
-            DType::Bf16 => {
-                type $T = bf16;
-                $body
-            }
-            other => panic!("activations and weights are f32 or bf16, not {other}"),
-        }
-    };
-}
-
-/// All types equal the first, which is returned.
-fn same_type(what: &str, types: &[DType]) -> DType {
-    for &other in types {
-        assert!(other == types[0], "{what}: {} and {other} should be one type", types[0]);
-    }
-    types[0]
-}
-
-/// `len = rows · columns` with known rows gives the columns.
-fn columns(what: &str, len: usize, rows: usize) -> usize {
-    assert!(rows > 0 && len.is_multiple_of(rows), "{what}: {len} elements in {rows} rows");
-    len / rows
-}
-
-/// `len = rows · columns` with known columns gives the rows.
-fn rows(what: &str, len: usize, columns: usize) -> usize {
-    assert!(columns > 0 && len.is_multiple_of(columns), "{what}: {len} elements in rows of {columns}");
-    len / columns
-}
-
-/// All lengths equal the first.
-fn same(what: &str, lens: &[usize]) {
-    assert!(lens.iter().all(|&len| len == lens[0]), "{what}: lengths {lens:?} should be equal");
-}
-
-// SAFETY: a host queue runs its work in order: at once, after blocking for the event, or in its thread, where an event is work like any other
-// and waiting for one holds up what follows.
-unsafe impl Queue for HostQueue {
-    fn record(&self) -> Event {
-        match (&self.lazy, self.failure.get()) {
-            (Some(lazy), _) => lazy.record(),
-            (None, Some(failure)) => Event::failed(failure.clone()),
-            (None, None) => Event::PAST,
-        }
-    }
-
-    fn wait_for(&self, event: &Event) {
-        match &self.lazy {
-            None => {
-                if let Err(failure) = event.wait() {
-                    self.failure.get_or_init(|| failure);
-                }
-            }
-            Some(lazy) => lazy.wait_for(event),
-        }
-    }
-
-    fn upload_bytes(&self, out: ViewMut<'_>, bytes: &[u8]) {
-        assert_eq!(out.len() * out.dtype().bytes(), bytes.len(), "an upload fills its buffer");
-        match self.lazy {
-            None => self.run_now(Work::moves("upload"), [out], [], |_, [out], []| out.bytes().copy_from_slice(bytes)),
-            Some(_) => {
-                let bytes = bytes.to_vec();
-                self.run(Work::moves("upload"), [out], [], move |_, [out], []| out.bytes().copy_from_slice(&bytes));
-            }
-        }
-    }
-
-    fn read_bytes(&self, x: View<'_>, out: &mut [u8]) -> Result<(), Failure> {
-        assert_eq!(x.len() * x.dtype().bytes(), out.len(), "a download fills its destination");
-        let work = Work::moves("download");
-        if self.lazy.is_none() {
-            self.run_now(work, [], [x], |_, [], [x]| out.copy_from_slice(x.bytes()));
-            return self.failure.get().map_or(Ok(()), |failure| Err(failure.clone()));
-        }
-        let (sender, receiver) = std::sync::mpsc::channel();
-        self.run(work, [], [x], move |_, [], [x]| {
-            // The receiver lives until the value has arrived, below.
-            let _ = sender.send(x.bytes().to_vec());
-        });
-        self.synchronize()?;
-        out.copy_from_slice(&receiver.recv().expect("the queue ran everything before its event"));
-        Ok(())
-    }
-
-    fn zero(&self, out: ViewMut<'_>) {
-        self.run(Work::moves("zero"), [out], [], |team, [out], []| {
-            team.split(Write(out.bytes(), 1), SHARE, |Write(out, _)| out.fill(0));
-        });
-    }
-
-    fn cast(&self, out: ViewMut<'_>, x: View<'_>) {
-        same("cast", &[out.len(), x.len()]);
-        let types = (out.dtype(), x.dtype());
-        self.run(Work::moves("cast"), [out], [x], move |team, [out], [x]| match types {
-            (DType::F32, DType::Bf16) => {
-                let rows = (Write(out.of(), 1), Read(x.of(), 1));
-                team.split(rows, SHARE, |(out, x)| maths::widen(out.0, x.0));
-            }
-            (DType::Bf16, DType::F32) => {
-                let rows = (Write(out.of(), 1), Read(x.of(), 1));
-                team.split(rows, SHARE, |(out, x)| maths::narrow(out.0, x.0));
-            }
-            (to, from) if to == from => out.bytes().copy_from_slice(x.bytes()),
-            (to, from) => panic!("no cast from {from} to {to}"),
-        });
-    }
-
-    fn square_norm(&self, out: ViewMut<'_>, x: View<'_>, weight: f64) {
-        assert_eq!(out.len(), 2, "square_norm writes a sum and a count");
-        let (dtype, parts) = (x.dtype(), x.len().div_ceil(loss::PART));
-        self.run(Work::moves("square_norm"), [out], [x], move |team, [out], [x]| {
-            scratch::with(&NORMS, parts, |norms| {
-                with_type!(dtype, T => {
-                    team.split((Write(&mut *norms, 1), Read(x.of::<T>(), loss::PART)), 1, |(norms, x)| {
-                        vectorized(
-                            #[inline(always)]
-                            || loss::square_norms(norms.0, x.0),
-                        );
-                    });
-                });
-                let (sum, non_finite) = norms.iter().fold((0.0, 0), |sums, norm| (sums.0 + norm.0, sums.1 + norm.1));
-                out.of().copy_from_slice(&[weight * sum, non_finite as f64]);
-            });
-        });
-    }
-
+impl Kernels for HostStream {
     fn embedding(&self, out: ViewMut<'_>, table: View<'_>, tokens: View<'_>) {
         let width = columns("embedding", out.len(), tokens.len());
         rows("embedding table", table.len(), width);
@@ -428,44 +290,6 @@ unsafe impl Queue for HostQueue {
                     vectorized(#[inline(always)] || loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0));
                 });
                 add(sum.of(), losses);
-            }));
-        });
-    }
-
-    fn adamw(
-        &self,
-        weights: Option<ViewMut<'_>>,
-        master: ViewMut<'_>,
-        m: ViewMut<'_>,
-        v: ViewMut<'_>,
-        grad: View<'_>,
-        settings: AdamW,
-    ) {
-        same("adamw", &[master.len(), m.len(), v.len(), grad.len()]);
-        let (work, gradient) = (Work::moves("adamw"), grad.dtype());
-        let Some(weights) = weights else {
-            return self.run(work, [master, m, v], [grad], move |team, [master, m, v], [grad]| {
-                with_type!(gradient, G => {
-                    let grad = Read(grad.of::<G>(), 1);
-                    let rows = (Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), grad);
-                    team.split(rows, SHARE, |(master, m, v, grad)| {
-                        vectorized(#[inline(always)] || adamw::update(master.0, m.0, v.0, grad.0, settings));
-                    });
-                });
-            });
-        };
-        same("adamw weights", &[weights.len(), master.len()]);
-        let dtype = weights.dtype();
-        self.run(work, [weights, master, m, v], [grad], move |team, [weights, master, m, v], [grad]| {
-            with_type!(dtype, W => with_type!(gradient, G => {
-                let (weights, grad) = (Write(weights.of::<W>(), 1), Read(grad.of::<G>(), 1));
-                let rows = (weights, Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), grad);
-                team.split(rows, SHARE, |(weights, master, m, v, grad)| {
-                    vectorized(
-                        #[inline(always)]
-                        || adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, settings),
-                    );
-                });
             }));
         });
     }

@@ -147,7 +147,7 @@ fn forward_by_kernel(dtype: DType, qkv: [&[f32]; 3], shape: AttentionShape) -> [
         let (mut out, mut log_sum) =
             (stage.output_as(dtype, qkv[0].len()), stage.output(shape.batch * shape.heads * shape.seq));
         let [q, k, v] = qkv.map(|x| stage.buffer_as(dtype, x));
-        stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+        stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
         [out, log_sum]
     })
 }
@@ -160,8 +160,8 @@ fn backward_by_kernel(dtype: DType, grad_out: &[f32], qkv: [&[f32]; 3], shape: A
         let [mut grad_q, mut grad_k, mut grad_v] = qkv.map(|x| stage.output_as(dtype, x.len()));
         let [q, k, v] = qkv.map(|x| stage.buffer_as(dtype, x));
         let grad_out = stage.buffer_as(dtype, grad_out);
-        stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
-        stage.queue.attention_backward(
+        stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+        stage.kernels().attention_backward(
             grad_q.view_mut(),
             grad_k.view_mut(),
             grad_v.view_mut(),

@@ -55,9 +55,9 @@ fn check_forward((rows, inputs, outputs): (usize, usize, usize), x_type: DType, 
         let (x, w, addend) = (stage.buffer_as(x_type, &x), stage.buffer_as(w_type, &w), stage.buffer(&addend));
         let [mut wide, mut narrow, mut added] =
             [DType::F32, DType::Bf16, DType::F32].map(|dtype| stage.output_as(dtype, rows * outputs));
-        stage.queue.linear(wide.view_mut(), x.view(), w.view(), None, rows);
-        stage.queue.linear(narrow.view_mut(), x.view(), w.view(), None, rows);
-        stage.queue.linear(added.view_mut(), x.view(), w.view(), Some(addend.view()), rows);
+        stage.kernels().linear(wide.view_mut(), x.view(), w.view(), None, rows);
+        stage.kernels().linear(narrow.view_mut(), x.view(), w.view(), None, rows);
+        stage.kernels().linear(added.view_mut(), x.view(), w.view(), Some(addend.view()), rows);
         [wide, narrow, added]
     });
     let [x, w] = [exact(&x), exact(&w)];
@@ -80,10 +80,10 @@ fn check_backward((rows, inputs, outputs): (usize, usize, usize), dtype: DType, 
         let (mut accumulated_x, mut grad_w) = (stage.buffer(&before_x), stage.buffer(&before_w));
         let (x, grad_y) = (stage.buffer_as(dtype, &x), stage.buffer_as(dtype, &grad_y));
         let w = stage.buffer_as(w_type, &w);
-        stage.queue.linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), rows, false);
-        stage.queue.linear_backward_input(narrow_x.view_mut(), grad_y.view(), w.view(), rows, false);
-        stage.queue.linear_backward_input(accumulated_x.view_mut(), grad_y.view(), w.view(), rows, true);
-        stage.queue.linear_backward_weight(grad_w.view_mut(), grad_y.view(), x.view(), rows);
+        stage.kernels().linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), rows, false);
+        stage.kernels().linear_backward_input(narrow_x.view_mut(), grad_y.view(), w.view(), rows, false);
+        stage.kernels().linear_backward_input(accumulated_x.view_mut(), grad_y.view(), w.view(), rows, true);
+        stage.kernels().linear_backward_weight(grad_w.view_mut(), grad_y.view(), x.view(), rows);
         [grad_x, narrow_x, accumulated_x, grad_w]
     });
     let (wide_x, wide_w, direction) = (exact(&x), exact(&w), exact(&grad_y));

@@ -13,7 +13,7 @@ fn lazy() -> Stage {
 fn linear_refuses_a_weight_of_another_shape() {
     let stage = lazy();
     let (mut y, x, w) = (stage.output(6), stage.output(10), stage.output(14));
-    stage.queue.linear(y.view_mut(), x.view(), w.view(), None, 2);
+    stage.kernels().linear(y.view_mut(), x.view(), w.view(), None, 2);
 }
 
 #[test]
@@ -21,7 +21,7 @@ fn linear_refuses_a_weight_of_another_shape() {
 fn linear_refuses_ragged_rows() {
     let stage = lazy();
     let (mut y, x, w) = (stage.output(6), stage.output(10), stage.output(14));
-    stage.queue.linear(y.view_mut(), x.view(), w.view(), None, 3);
+    stage.kernels().linear(y.view_mut(), x.view(), w.view(), None, 3);
 }
 
 #[test]
@@ -29,7 +29,7 @@ fn linear_refuses_ragged_rows() {
 fn linear_adds_to_no_narrow_output() {
     let stage = Stage::new(Cpu);
     let (mut y, x, w, addend) = (stage.output_as(DType::Bf16, 6), stage.output(10), stage.output(15), stage.output(6));
-    stage.queue.linear(y.view_mut(), x.view(), w.view(), Some(addend.view()), 2);
+    stage.kernels().linear(y.view_mut(), x.view(), w.view(), Some(addend.view()), 2);
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn linear_adds_to_no_narrow_output() {
 fn linear_backward_input_accumulates_in_no_narrow_gradient() {
     let stage = Stage::new(Cpu);
     let (mut grad_x, grad_y, w) = (stage.output_as(DType::Bf16, 10), stage.output(6), stage.output(15));
-    stage.queue.linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), 2, true);
+    stage.kernels().linear_backward_input(grad_x.view_mut(), grad_y.view(), w.view(), 2, true);
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn attention_refuses_activations_of_two_types() {
     let (mut out, mut log_sum) = (stage.output(2), stage.output(1));
     let (q, k, v) = (stage.output_as(DType::Bf16, 2), stage.output(2), stage.output(2));
     let shape = AttentionShape { batch: 1, seq: 1, heads: 1, kv_heads: 1, head_dim: 2 };
-    stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn attention_refuses_activations_of_two_types() {
 fn rms_norm_refuses_a_missing_row() {
     let stage = lazy();
     let (mut out, mut inverse_rms, x, weight) = (stage.output(6), stage.output(1), stage.output(6), stage.output(3));
-    stage.queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), 1e-5);
+    stage.kernels().rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), 1e-5);
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn attention_refuses_heads_that_do_not_group() {
     let (mut out, mut log_sum, q, k, v) =
         (stage.output(6), stage.output(3), stage.output(6), stage.output(4), stage.output(4));
     let shape = AttentionShape { batch: 1, seq: 1, heads: 3, kv_heads: 2, head_dim: 2 };
-    stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn attention_refuses_values_of_another_shape() {
     let (mut out, mut log_sum, q, k, v) =
         (stage.output(4), stage.output(2), stage.output(4), stage.output(4), stage.output(2));
     let shape = AttentionShape { batch: 1, seq: 1, heads: 2, kv_heads: 2, head_dim: 2 };
-    stage.queue.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
 }
 
 #[test]
@@ -83,7 +83,7 @@ fn attention_refuses_values_of_another_shape() {
 fn rope_refuses_part_of_a_head() {
     let stage = lazy();
     let (mut x, cos, sin) = (stage.output(7), stage.output(2), stage.output(2));
-    stage.queue.rope(x.view_mut(), cos.view(), sin.view(), 1, 4, false);
+    stage.kernels().rope(x.view_mut(), cos.view(), sin.view(), 1, 4, false);
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn rope_refuses_part_of_a_head() {
 fn embedding_refuses_a_table_with_part_of_a_row() {
     let stage = lazy();
     let (mut out, table, tokens) = (stage.output(6), stage.output(10), stage.buffer(&[0u32, 1]));
-    stage.queue.embedding(out.view_mut(), table.view(), tokens.view());
+    stage.kernels().embedding(out.view_mut(), table.view(), tokens.view());
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn embedding_refuses_a_table_with_part_of_a_row() {
 fn embedding_backward_refuses_a_table_with_part_of_a_row() {
     let stage = lazy();
     let (mut grad_table, grad_out, tokens) = (stage.output(10), stage.output(6), stage.buffer(&[0u32, 1]));
-    stage.queue.embedding_backward(grad_table.view_mut(), grad_out.view(), tokens.view());
+    stage.kernels().embedding_backward(grad_table.view_mut(), grad_out.view(), tokens.view());
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn adamw_refuses_a_longer_gradient() {
     let settings =
         AdamW { lr: 0.1, beta1: 0.9, beta2: 0.9, epsilon: 0.1, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
     let [master, m, v] = [&mut master, &mut m, &mut v].map(|x| x.view_mut());
-    stage.queue.adamw(Some(weights.view_mut()), master, m, v, grad.view(), settings);
+    stage.stream.adamw(Some(weights.view_mut()), master, m, v, grad.view(), settings);
 }
 
 #[test]
@@ -119,14 +119,14 @@ fn adamw_refuses_a_longer_gradient() {
 fn an_upload_fills_its_buffer() {
     let stage = lazy();
     let mut x = stage.output(3);
-    stage.queue.upload(x.view_mut(), &[1.0f32, 2.0]);
+    stage.stream.upload(x.view_mut(), &[1.0f32, 2.0]);
 }
 
 #[test]
 #[should_panic(expected = "a transfer between 3 × f32 and 3 × u32")]
 fn a_download_names_the_type() {
     let stage = lazy();
-    stage.queue.download::<u32>(stage.output(3).view()).unwrap();
+    stage.stream.download::<u32>(stage.output(3).view()).unwrap();
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn a_download_names_the_type() {
 fn ids_are_not_cast() {
     let stage = Stage::new(Cpu);
     let (mut out, x) = (stage.output(1), stage.buffer(&[1u32]));
-    stage.queue.cast(out.view_mut(), x.view());
+    stage.stream.cast(out.view_mut(), x.view());
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn ids_are_not_cast() {
 fn embedding_refuses_a_token_beyond_the_vocabulary() {
     let stage = Stage::new(Cpu);
     let (mut out, table, tokens) = (stage.output(2), stage.output(6), stage.buffer(&[3u32]));
-    stage.queue.embedding(out.view_mut(), table.view(), tokens.view());
+    stage.kernels().embedding(out.view_mut(), table.view(), tokens.view());
 }
 
 #[test]
@@ -150,5 +150,5 @@ fn embedding_refuses_a_token_beyond_the_vocabulary() {
 fn cross_entropy_refuses_a_target_beyond_the_vocabulary() {
     let stage = Stage::new(Cpu);
     let (mut logits, targets, mut loss) = (stage.output(3), stage.buffer(&[3u32]), stage.buffer(&[0.0f64]));
-    stage.queue.cross_entropy(logits.view_mut(), None, targets.view(), loss.view_mut());
+    stage.kernels().cross_entropy(logits.view_mut(), None, targets.view(), loss.view_mut());
 }

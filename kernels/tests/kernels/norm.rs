@@ -41,7 +41,7 @@ fn forward_by_kernel(x: &[f32], weight: &[f32], types: (DType, DType)) -> [Value
     run(|stage| {
         let (mut out, mut inverse_rms) = (stage.output_as(types.0, x.len()), stage.output(x.len() / weight.len()));
         let (x, weight) = (stage.buffer(x), stage.buffer_as(types.1, weight));
-        stage.queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), EPSILON);
+        stage.kernels().rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), EPSILON);
         [out, inverse_rms]
     })
 }
@@ -75,8 +75,8 @@ fn backward_is_within_its_bound() {
                 let (mut grad_x, mut grad_weight) = (stage.buffer(&before_x), stage.buffer(&before_weight));
                 let (x, weight, grad_out) =
                     (stage.buffer(&x), stage.buffer_as(dtype, &weight), stage.buffer(&grad_out));
-                stage.queue.rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), EPSILON);
-                stage.queue.rms_norm_backward(
+                stage.kernels().rms_norm(out.view_mut(), inverse_rms.view_mut(), x.view(), weight.view(), EPSILON);
+                stage.kernels().rms_norm_backward(
                     grad_x.view_mut(),
                     grad_weight.view_mut(),
                     grad_out.view(),

@@ -33,7 +33,7 @@ fn cross_entropy_by_kernel(rounded: Option<DType>, logits: &[f32], targets: &[u3
         let mut rounded = rounded.map(|dtype| stage.output_as(dtype, logits.len()));
         let (mut logits, targets, mut sum) = (stage.buffer(logits), stage.buffer(targets), stage.buffer(&[3.5f64]));
         let rounded_view = rounded.as_mut().map(|x| x.view_mut());
-        stage.queue.cross_entropy(logits.view_mut(), rounded_view, targets.view(), sum.view_mut());
+        stage.kernels().cross_entropy(logits.view_mut(), rounded_view, targets.view(), sum.view_mut());
         [sum, rounded.unwrap_or(logits)]
     });
     (sum.of::<f64>()[0], gradients.wide())
@@ -98,7 +98,7 @@ fn a_nan_among_the_logits_reaches_the_loss_and_its_rows_gradient() {
 fn square_norm_by_kernel<T: Element>(x: &[T], weight: f64) -> Vec<f64> {
     let [sums] = run(|stage| {
         let (mut sums, x) = (stage.buffer(&[f64::NAN; 2]), stage.buffer(x));
-        stage.queue.square_norm(sums.view_mut(), x.view(), weight);
+        stage.stream.square_norm(sums.view_mut(), x.view(), weight);
         [sums]
     });
     sums.of()

@@ -30,7 +30,7 @@ fn forward_by_kernel(dtype: DType, gate: &[f32], up: &[f32]) -> Vec<f32> {
     let [out] = run(|stage| {
         let (mut out, gate, up) =
             (stage.output_as(dtype, gate.len()), stage.buffer_as(dtype, gate), stage.buffer_as(dtype, up));
-        stage.queue.swiglu(out.view_mut(), gate.view(), up.view());
+        stage.kernels().swiglu(out.view_mut(), gate.view(), up.view());
         [out]
     });
     out.wide()
@@ -41,7 +41,7 @@ fn backward_by_kernel(dtype: DType, grad_out: &[f32], gate: &[f32], up: &[f32]) 
     let outputs = run(|stage| {
         let [mut out, mut grad_gate, mut grad_up] = [(); 3].map(|()| stage.output_as(dtype, gate.len()));
         let [grad_out, gate, up] = [grad_out, gate, up].map(|x| stage.buffer_as(dtype, x));
-        stage.queue.swiglu_backward(
+        stage.kernels().swiglu_backward(
             out.view_mut(),
             grad_gate.view_mut(),
             grad_up.view_mut(),

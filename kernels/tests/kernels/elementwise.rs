@@ -14,7 +14,7 @@ fn what_was_uploaded_is_downloaded() {
         for stage in [Stage::new(Cpu), Stage::new(LazyCpu::new(1))] {
             let buffer = stage.buffer(data);
             assert_eq!((buffer.len(), buffer.dtype()), (data.len(), T::DTYPE));
-            assert_eq!(stage.queue.download::<T>(buffer.view()).unwrap(), data);
+            assert_eq!(stage.stream.download::<T>(buffer.view()).unwrap(), data);
         }
     }
     for len in LENGTHS {
@@ -30,9 +30,9 @@ fn what_was_uploaded_is_downloaded() {
 fn slices_are_moved_alone() {
     let [buffer] = run(|stage| {
         let mut buffer = stage.buffer(&[0u32, 1, 2, 3, 4, 5, 6]);
-        stage.queue.upload(buffer.slice_mut(2..4), &[20u32, 30]);
-        stage.queue.zero(buffer.slice_mut(5..6));
-        assert_eq!(stage.queue.download::<u32>(buffer.slice(1..4)).unwrap(), [1, 20, 30]);
+        stage.stream.upload(buffer.slice_mut(2..4), &[20u32, 30]);
+        stage.stream.zero(buffer.slice_mut(5..6));
+        assert_eq!(stage.stream.download::<u32>(buffer.slice(1..4)).unwrap(), [1, 20, 30]);
         [buffer]
     });
     assert_eq!(buffer.of::<u32>(), [0, 1, 20, 30, 4, 0, 6]);
@@ -42,12 +42,12 @@ fn slices_are_moved_alone() {
 fn new_memory_is_zero_and_zero_makes_it_so_again() {
     for dtype in [DType::F32, DType::Bf16, DType::F64, DType::U32] {
         let device = LazyCpu::new(2);
-        let (queue, mut buffer) = (device.queue(), device.allocate(dtype, 33).unwrap());
+        let (stream, mut buffer) = (device.stream(), device.allocate(dtype, 33).unwrap());
         let zeros = vec![0; buffer.bytes()];
-        assert_eq!(queue.download_bytes(buffer.view()).unwrap(), zeros);
-        queue.upload_bytes(buffer.view_mut(), &vec![0xa5; zeros.len()]);
-        queue.zero(buffer.view_mut());
-        assert_eq!(queue.download_bytes(buffer.view()).unwrap(), zeros);
+        assert_eq!(stream.download_bytes(buffer.view()).unwrap(), zeros);
+        stream.upload_bytes(buffer.view_mut(), &vec![0xa5; zeros.len()]);
+        stream.zero(buffer.view_mut());
+        assert_eq!(stream.download_bytes(buffer.view()).unwrap(), zeros);
     }
 }
 
@@ -56,7 +56,7 @@ fn threads_leave_nothing_that_is_not_zero() {
     for len in LENGTHS {
         let [buffer] = run(|stage| {
             let mut buffer = stage.buffer(&integers(len + 2, 1 << 32, 1));
-            stage.queue.zero(buffer.slice_mut(1..len + 1));
+            stage.stream.zero(buffer.slice_mut(1..len + 1));
             [buffer]
         });
         let mut expected = integers(len + 2, 1 << 32, 1);
@@ -79,9 +79,9 @@ fn casts_round_to_the_nearest_even_and_widen_exactly() {
             let x = stage.buffer(&x);
             let mut narrow = stage.buffer(&vec![bf16::NAN; len]);
             let (mut wide, mut copied) = (stage.output(len), stage.output(len));
-            stage.queue.cast(narrow.view_mut(), x.view());
-            stage.queue.cast(wide.view_mut(), narrow.view());
-            stage.queue.cast(copied.view_mut(), x.view());
+            stage.stream.cast(narrow.view_mut(), x.view());
+            stage.stream.cast(wide.view_mut(), narrow.view());
+            stage.stream.cast(copied.view_mut(), x.view());
             [narrow, wide, copied]
         });
         let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();

@@ -47,7 +47,7 @@ fn rotated_by_kernel(
 ) -> Vec<f32> {
     let [out] = run(|stage| {
         let (mut x, cos, sin) = (stage.buffer_as(dtype, x), stage.buffer(cos), stage.buffer(sin));
-        stage.queue.rope(x.view_mut(), cos.view(), sin.view(), heads, dim, inverse);
+        stage.kernels().rope(x.view_mut(), cos.view(), sin.view(), heads, dim, inverse);
         [x]
     });
     out.wide()

@@ -1,4 +1,4 @@
-//! Every kernel of `Queue` through the public API: against f64, within bounds that the reference
+//! Every kernel of `Stream` through the public API: against f64, within bounds that the reference
 //! computes with each value (`bounded.rs`), and with equal bits on `Cpu`, `Cores` and `LazyCpu`,
 //! and in memory of another program (`common.rs`). Inputs in bf16 are numbers that it holds
 //! exactly; what a kernel rounds to bf16, the reference rounds as well.

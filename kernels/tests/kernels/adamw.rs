@@ -29,7 +29,7 @@ impl State {
             let [mut master, mut m, mut v, grad] = self.0.each_ref().map(|x| stage.buffer(x));
             let state = [master.view_mut(), m.view_mut(), v.view_mut()];
             let [master_view, m_view, v_view] = state;
-            stage.queue.adamw(Some(weights.view_mut()), master_view, m_view, v_view, grad.view(), settings);
+            stage.stream.adamw(Some(weights.view_mut()), master_view, m_view, v_view, grad.view(), settings);
             [weights, master, m, v]
         });
         (weights.wide(), [master, m, v].map(|x| x.of()))
@@ -42,7 +42,7 @@ fn an_update_without_a_copy_gives_the_same_state() {
         let (state, settings) = (State::random(len), settings(3, 0.1));
         let alone = run(|stage| {
             let [mut master, mut m, mut v, grad] = state.0.each_ref().map(|x| stage.buffer(x));
-            stage.queue.adamw(None, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
+            stage.stream.adamw(None, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
             [master, m, v]
         });
         let (weights, copied) = state.updated(DType::F32, settings);
@@ -109,7 +109,7 @@ fn a_bf16_gradient_is_what_it_says_in_f32() {
                 let [mut master, mut m, mut v, _] = state.0.each_ref().map(|x| stage.buffer(x));
                 let grad = stage.buffer_as(DType::Bf16, &state.0[3]);
                 let copy = copied.then(|| weights.view_mut());
-                stage.queue.adamw(copy, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
+                stage.stream.adamw(copy, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
                 [weights, master, m, v]
             });
             assert_eq!([master, m, v].map(|x| x.of::<f32>()), expected.1);

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use half::bf16;
-use pillion_kernels::{Buffer, Cores, Cpu, DType, Device, Element, LazyCpu, Queue, random};
+use pillion_kernels::{Buffer, Cores, Cpu, DType, Device, Element, Kernels, LazyCpu, Stream, random};
 
 use crate::bounded::{Bounded, sum};
 use crate::foreign::Foreign;
@@ -11,23 +11,27 @@ use crate::foreign::Foreign;
 /// The types in which activations and weights come.
 pub(crate) const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
 
-/// A device with one queue for the kernel under test and another for its inputs.
+/// A device with one stream for the kernel under test and another for its inputs.
 pub(crate) struct Stage {
     device: Box<dyn Device>,
-    transfers: Box<dyn Queue>,
-    pub(crate) queue: Box<dyn Queue>,
+    transfers: Box<dyn Stream>,
+    pub(crate) stream: Box<dyn Stream>,
 }
 
 impl Stage {
     pub(crate) fn new(device: impl Device + 'static) -> Stage {
-        Stage { transfers: device.queue(), queue: device.queue(), device: Box::new(device) }
+        Stage { transfers: device.stream(), stream: device.stream(), device: Box::new(device) }
     }
 
-    /// A buffer with these elements, which the kernels' queue may use from now on.
+    pub(crate) fn kernels(&self) -> &dyn Kernels {
+        self.stream.kernels().expect("devices of the host have kernels")
+    }
+
+    /// A buffer with these elements, which the kernels' stream may use from now on.
     pub(crate) fn buffer<T: Element>(&self, data: &[T]) -> Buffer {
         let mut buffer = self.device.allocate(T::DTYPE, data.len()).unwrap();
         self.transfers.upload(buffer.view_mut(), data);
-        self.queue.wait_for(&self.transfers.record());
+        self.stream.wait_for(&self.transfers.record());
         buffer
     }
 
@@ -84,7 +88,7 @@ fn cores() -> [Cores; 2] {
 pub(crate) fn run<const N: usize>(kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Values; N] {
     let on = |stage: Stage| {
         kernel(&stage)
-            .map(|buffer| Values { bytes: stage.queue.download_bytes(buffer.view()).unwrap(), dtype: buffer.dtype() })
+            .map(|buffer| Values { bytes: stage.stream.download_bytes(buffer.view()).unwrap(), dtype: buffer.dtype() })
     };
     let expected = on(Stage::new(Cpu));
     let compare = |name: String, stage: Stage| {

@@ -15,7 +15,7 @@ fn forward_copies_rows_exactly() {
             let [out] = run(|stage| {
                 let (mut out, table, ids) =
                     (stage.output(tokens * width), stage.buffer_as(dtype, &table), stage.buffer(&ids));
-                stage.queue.embedding(out.view_mut(), table.view(), ids.view());
+                stage.kernels().embedding(out.view_mut(), table.view(), ids.view());
                 [out]
             });
             let expected: Vec<f32> =
@@ -32,7 +32,7 @@ fn backward_adds_up_the_gradients_of_each_row() {
             (integers(tokens, vocab, 2), normals(tokens * width, 3), normals(vocab * width, 4));
         let [grad_table] = run(|stage| {
             let (mut grad_table, grad_out, ids) = (stage.buffer(&before), stage.buffer(&grad_out), stage.buffer(&ids));
-            stage.queue.embedding_backward(grad_table.view_mut(), grad_out.view(), ids.view());
+            stage.kernels().embedding_backward(grad_table.view_mut(), grad_out.view(), ids.view());
             [grad_table]
         });
         let terms = |index: usize| {
