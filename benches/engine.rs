@@ -70,8 +70,7 @@ fn step(policy: Policy, count: usize, time: Duration) -> f64 {
         let layout = Layout::new(&units(count), policy.mesh(WORLD).expect("a mesh").shard);
         let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, policy).expect("memory");
         engine.initialize(|_, _| |_: usize| 1.0).expect("ranks are there");
-        let settings =
-            AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
+        let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
         let clock = if time.is_zero() { Duration::ZERO } else { clock_cost() };
         let mut train = || {
             let mut computed = Duration::ZERO;
@@ -89,7 +88,7 @@ fn step(policy: Policy, count: usize, time: Duration) -> f64 {
                 }
                 pass();
             }
-            step.finish(settings, &mut []).expect("ranks are there");
+            step.finish(&settings, &mut []).expect("ranks are there");
             computed
         };
         for _ in 0..STEPS / 10 {

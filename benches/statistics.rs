@@ -36,15 +36,14 @@ fn pairs(micro_batch: usize) -> Vec<[(f64, f64); 2]> {
         engine.initialize(|name, shape| config.initial_values(1, name, shape)).expect("ranks are there");
         let mut model = Model::new(&Cpu, &config, policy.weights, micro_batch, SEQ).expect("memory");
         let tokens: Vec<u32> = (0..micro_batch * SEQ).map(|at| (at * 7 + launch.rank) as u32 % 251).collect();
-        let settings =
-            AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
+        let settings = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
         let mut step = |measured: bool| {
             engine.measure_groups(measured);
             communicator.barrier().expect("ranks are there");
             let started = (Instant::now(), processor_time());
             let mut step = engine.begin(1).expect("the last one ended well");
             model.train(&mut step, &tokens, &tokens).expect("ranks are there");
-            step.finish(settings, &mut []).expect("ranks are there");
+            step.finish(&settings, &mut []).expect("ranks are there");
             (started.0.elapsed().as_secs_f64(), (processor_time() - started.1).as_secs_f64())
         };
         for _ in 0..5 {

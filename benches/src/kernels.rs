@@ -129,8 +129,7 @@ fn linear(product: Product, dtype: DType, (rows, inputs, outputs): (usize, usize
 
 /// AdamW on `len` parameters, with or without a copy in bf16.
 pub fn adamw(len: usize, copied: bool) -> Case {
-    let settings =
-        AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 10, gradient_scale: 1.0 };
+    let settings = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
     let work = Traffic { read: 4, updated: 12, written: if copied { 2 } else { 0 }, elements: len };
     let copy = if copied { ", bf16 copy" } else { "" };
     case("adamw", format!("{} M{copy}", len >> 20), Work::Memory(work), move || {
@@ -138,9 +137,11 @@ pub fn adamw(len: usize, copied: bool) -> Case {
         // Squares are not negative.
         let mut v = upload(&(0..len as u64).map(|index| random::uniform(4, 0, index) as f32).collect::<Vec<f32>>())?;
         let mut weights = if copied { Some(numbers(5, Bf16, len)?) } else { None };
+        let scale = upload(&[1.0f32])?;
         Ok(Box::new(move |stream| {
             let weights = weights.as_mut().map(Buffer::view_mut);
-            stream.adamw(weights, master.view_mut(), m.view_mut(), v.view_mut(), grad.view(), settings);
+            let [master, m, v] = [&mut master, &mut m, &mut v].map(Buffer::view_mut);
+            stream.adamw(weights, master, m, v, grad.view(), scale.view(), settings, 10);
         }))
     })
 }

@@ -19,10 +19,6 @@ pub struct AdamW {
     pub epsilon: f32,
     /// Decoupled weight decay; 0 for tensors that do not decay.
     pub weight_decay: f32,
-    /// Number of this update, from 1, for bias correction.
-    pub step: u64,
-    /// Factor on the gradient: clipping and averaging in one.
-    pub gradient_scale: f32,
 }
 
 /// An ordered stream of work on one device.
@@ -78,10 +74,12 @@ pub unsafe trait Stream: Send {
     /// out += x. `out, x: [n]` f32.
     fn accumulate(&self, out: ViewMut<'_>, x: View<'_>);
 
-    /// One AdamW update in one pass: with g = gradient_scale · grad, m ← β₁m + (1−β₁)g, v ← β₂v +
-    /// (1−β₂)g², master ← master·(1 − lr·decay) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε), and
-    /// `weights`, if given, ← master, rounded to its type. All `[n]`; `weights` and `grad` f32 or
-    /// bf16, the others f32.
+    /// AdamW's update number `step`, from 1, in one pass: with g = scale · grad, m ← β₁m + (1−β₁)g,
+    /// v ← β₂v + (1−β₂)g², master ← master·(1 − lr·decay) − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε) at t
+    /// = step, and `weights`, if given, ← master, rounded to its type. `weights` and `grad` are
+    /// `[n]` f32 or bf16, `master`, `m` and `v` `[n]` f32. `scale`, which averages and clips, is
+    /// `[1]` f32: the device reads it when the update runs.
+    #[allow(clippy::too_many_arguments)]
     fn adamw(
         &self,
         weights: Option<ViewMut<'_>>,
@@ -89,7 +87,9 @@ pub unsafe trait Stream: Send {
         m: ViewMut<'_>,
         v: ViewMut<'_>,
         grad: View<'_>,
+        scale: View<'_>,
         settings: AdamW,
+        step: u64,
     );
 
     /// The mathematics of a model on this stream, where the device has it.

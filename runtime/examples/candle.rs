@@ -86,16 +86,8 @@ fn train(launch: &Launch) -> Result<()> {
                 false => step.idle_round()?,
             }
         }
-        let settings = AdamW {
-            lr: 0.003,
-            beta1: 0.9,
-            beta2: 0.99,
-            epsilon: 1e-8,
-            weight_decay: 0.1,
-            step: 0,
-            gradient_scale: 0.0,
-        };
-        let report = step.finish(settings, &mut [])?;
+        let settings = AdamW { lr: 0.003, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
+        let report = step.finish(&settings, &mut [])?;
         last = report.loss_sum / report.tokens;
         first.get_or_insert(last);
         if launch.rank == 0 && number.is_multiple_of(10) {

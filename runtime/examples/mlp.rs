@@ -55,9 +55,8 @@ fn main() -> Result<(), Box<dyn Error>> {
                 false => step.idle_round()?,
             }
         }
-        let settings =
-            AdamW { lr: 0.01, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
-        let report = step.finish(settings, &mut [])?;
+        let settings = AdamW { lr: 0.01, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
+        let report = step.finish(&settings, &mut [])?;
         last = report.loss_sum / report.tokens;
         first.get_or_insert(last);
         if rank == 0 && (number % 50 == 0 || number + 1 == STEPS) {

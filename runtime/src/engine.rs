@@ -9,12 +9,13 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::axes::Axes;
 use crate::gradients::GradientStore;
+use crate::layout::Piece;
 use crate::plan::{Outline, Plan, Verified};
 use crate::record::Recording;
 use crate::step::Step;
 use crate::trace::TraceEvent;
 use crate::weights::WeightStore;
-use crate::{Error, Layout, Memory, Mesh, Policy, Unit};
+use crate::{Error, Layout, Memory, Mesh, Optimizer, Policy, Unit};
 
 /// One rank's parameters, and the means to compute with all of them.
 pub struct Engine {
@@ -28,6 +29,10 @@ pub struct Engine {
     pub(crate) optimizer: Vec<OptimizerShard>,
     /// For each unit: the event after which its shard of the weights holds what the last update wrote.
     pub(crate) written: Vec<Event>,
+    /// This rank's parts of the tensors of each unit.
+    pub(crate) pieces: Vec<Vec<Piece>>,
+    /// `[1]` f32: what makes the sum of a step's gradients their clipped mean.
+    pub(crate) scale: Buffer,
     /// `[2 · units]` f64: square norms and counts of non-finite values.
     pub(crate) norms: Buffer,
     /// Of the step under way: for each computation, the moment at which it has run.
@@ -76,8 +81,8 @@ pub(crate) fn bytes(buffer: &Buffer) -> u64 {
 pub(crate) struct OptimizerShard {
     /// None where the weights that are gathered are f32: they are the master weights.
     pub(crate) master: Option<Buffer>,
-    pub(crate) m: Buffer,
-    pub(crate) v: Buffer,
+    /// Those that [`Policy::states`] names.
+    pub(crate) states: Vec<Buffer>,
 }
 
 /// What a checkpoint keeps of a unit's shard: host copies, each `[shard]`.
@@ -85,10 +90,8 @@ pub(crate) struct OptimizerShard {
 pub struct State {
     /// Master weights.
     pub master: Vec<f32>,
-    /// First moment.
-    pub m: Vec<f32>,
-    /// Second moment.
-    pub v: Vec<f32>,
+    /// What the optimizer keeps, in the order of [`Policy::states`].
+    pub states: Vec<Vec<f32>>,
 }
 
 impl Engine {
@@ -159,8 +162,9 @@ impl Engine {
         let optimizer = layout.units.iter().map(|unit| {
             let allocate = || device.allocate(DType::F32, unit.shard);
             let master = if policy.weights == DType::F32 { None } else { Some(allocate()?) };
-            let moment = || if trains { allocate() } else { device.allocate(DType::F32, 0) };
-            Ok(OptimizerShard { master, m: moment()?, v: moment()? })
+            let kept = if trains { policy.states } else { &[] };
+            let states = kept.iter().map(|_| allocate()).collect::<Result<_, _>>()?;
+            Ok(OptimizerShard { master, states })
         });
         let optimizer = optimizer.collect::<Result<_, Error>>()?;
         Ok(Engine {
@@ -172,6 +176,8 @@ impl Engine {
             optimizer,
             written: vec![Event::PAST; layout.units.len()],
             norms: device.allocate(DType::F64, 2 * layout.units.len())?,
+            scale: device.allocate(DType::F32, 1)?,
+            pieces: (0..layout.units.len()).map(|unit| layout.pieces(unit, axes.shard_number()).collect()).collect(),
             stream: device.stream(),
             axes,
             device,
@@ -243,9 +249,9 @@ impl Engine {
         let mut memory = Memory::default();
         (memory.weights, memory.gathered) = self.weights.bytes();
         (memory.gradients, memory.gradient_shard) = self.gradients.bytes();
-        for OptimizerShard { master, m, v } in &self.optimizer {
+        for OptimizerShard { master, states } in &self.optimizer {
             memory.master += master.as_ref().map_or(0, bytes);
-            memory.moments += bytes(m) + bytes(v);
+            memory.moments += states.iter().map(bytes).sum::<u64>();
         }
         memory
     }
@@ -351,6 +357,17 @@ impl Engine {
         plan
     }
 
+    pub(crate) fn check_optimizer(&self, optimizer: &dyn Optimizer) -> Result<(), Error> {
+        let (theirs, ours) = (optimizer.states(), self.policy.states);
+        if theirs == ours {
+            return Ok(());
+        }
+        let reason = format!(
+            "the optimizer keeps {theirs:?} for each weight, but the policy says {ours:?}: name these in Policy::states"
+        );
+        Err(Error::Policy(reason))
+    }
+
     fn check_trains(&self) -> Result<(), Error> {
         if self.trains {
             return Ok(());
@@ -386,7 +403,8 @@ impl Engine {
                     *out = value(element);
                 }
             }
-            self.set_state(index, &State { master, m: vec![0.0; unit.shard], v: vec![0.0; unit.shard] })?;
+            let states = vec![vec![0.0; unit.shard]; self.policy.states.len()];
+            self.set_state(index, &State { master, states })?;
         }
         self.updates = 0;
         Ok(())
@@ -432,8 +450,9 @@ impl Engine {
         self.check_health()?;
         let shard = &self.optimizer[unit];
         let master = shard.master.as_ref().map_or_else(|| self.weights.shard(unit), Buffer::view);
-        let State { master: to_master, m, v } = state;
-        for (from, to) in [(master, to_master), (shard.m.view(), m), (shard.v.view(), v)] {
+        state.states.resize_with(shard.states.len(), Vec::new);
+        let kept = shard.states.iter().map(Buffer::view).zip(&mut state.states);
+        for (from, to) in std::iter::once((master, &mut state.master)).chain(kept) {
             to.resize(from.len(), 0.0);
             self.stream.read(from, to)?;
         }
@@ -454,8 +473,9 @@ impl Engine {
         }
         let shard = &mut self.optimizer[unit];
         if self.trains {
-            self.stream.upload(shard.m.view_mut(), &state.m);
-            self.stream.upload(shard.v.view_mut(), &state.v);
+            assert!(state.states.len() == shard.states.len(), "a state has what the optimizer keeps");
+            let kept = shard.states.iter_mut().zip(&state.states);
+            kept.for_each(|(to, from)| self.stream.upload(to.view_mut(), from));
         }
         let weights = self.weights.shard_mut(unit)?;
         match &mut shard.master {

@@ -48,8 +48,8 @@
 //!         }
 //!     }
 //! }
-//! let adamw = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
-//! let report = step.finish(adamw, &mut [])?;
+//! let adamw = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
+//! let report = step.finish(&adamw, &mut [])?;
 //! assert_eq!((report.loss_sum, report.tokens), (80.0, 32.0));
 //! # Ok::<(), pillion_runtime::Error>(())
 //! ```
@@ -64,8 +64,8 @@
 //! - **Activation checkpointing.** [`Step::backward`] lends the unit's weights again, so a model that kept only the unit's input computes its forward pass once more
 //!   in the backward pass.
 //! - **Gradients before the update.** [`Step::agree`] ends the backward passes; [`Agreed::gradient`] is this rank's shard of a unit's sum.
-//! - **An optimizer of one's own.** [`Agreed::update_with`] lends each unit's shard of gradient, master weights and two state tensors; elementwise optimizers need nothing
-//!   else.
+//! - **An optimizer of one's own** is an [`Optimizer`]: it gets each unit's shard of the gradient, of the master weights and of as many state tensors as
+//!   [`Policy::states`] names. Elementwise optimizers need nothing else.
 //! - **Frozen tensors** have [`TensorSpec::frozen`]: their gradients count nowhere. **Tied tensors** are one tensor in a unit that is used twice: [`Layout::visiting`].
 //! - **Weight decay** applies to tensors with [`TensorSpec::decay`].
 //! - **Numbers for all ranks**, say a wish to stop: requests of [`Step::finish`] come back summed.
@@ -90,6 +90,7 @@ mod error;
 mod gradients;
 mod layout;
 mod memory;
+mod optimizer;
 mod plan;
 mod policy;
 mod record;
@@ -105,8 +106,9 @@ pub use engine::{Engine, State};
 pub use error::Error;
 pub use layout::{Layout, Piece, Tensor, TensorSpec, Unit, UnitSpec};
 pub use memory::Memory;
+pub use optimizer::{Optimizer, ShardUpdate, States};
 pub use plan::{Action, Fill, Operation, Outline, Pass, Plan, PlanError, Verified};
-pub use policy::{COMPARED, Gather, Mesh, Policy, Sharded};
+pub use policy::{ADAMW_STATES, COMPARED, Gather, Mesh, Policy, Sharded};
 pub use report::{GroupComparison, StepReport};
 pub use step::{Backward, Forward, Gradients, REQUESTS, Step, Weights};
-pub use update::{Agreed, ShardUpdate};
+pub use update::Agreed;

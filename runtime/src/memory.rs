@@ -19,7 +19,7 @@ pub struct Memory {
     pub gradient_shard: u64,
     /// Master weights in f32; none where the weights themselves are f32.
     pub master: u64,
-    /// Adam's two moments in f32.
+    /// What the optimizer keeps for each weight: of AdamW, the two moments in f32.
     pub moments: u64,
 }
 
@@ -48,7 +48,7 @@ impl Memory {
             gradients: gradient_slots * (f32 + narrow),
             gradient_shard: if outline.sharded { shards * f32 } else { 0 },
             master: if policy.weights == DType::F32 { 0 } else { shards * f32 },
-            moments: 2 * shards * f32,
+            moments: policy.states.len() as u64 * shards * f32,
         }
     }
 

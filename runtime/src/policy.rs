@@ -156,7 +156,13 @@ pub struct Policy {
     pub overlap: bool,
     /// Largest norm of the gradient, positive; a longer one is scaled down to it. None: no limit.
     pub clip: Option<f64>,
+    /// Names of what the optimizer keeps for each weight ([`Optimizer::states`](crate::Optimizer)),
+    /// f32 each.
+    pub states: &'static [&'static str],
 }
+
+/// What AdamW keeps for each weight: the first and the second moment.
+pub const ADAMW_STATES: &[&str] = &["m", "v"];
 
 impl Default for Policy {
     fn default() -> Policy {
@@ -170,6 +176,7 @@ impl Default for Policy {
             slots: 2,
             overlap: true,
             clip: Some(1.0),
+            states: ADAMW_STATES,
         }
     }
 }

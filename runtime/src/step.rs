@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pillion_collectives::{Reduction, Traffic};
-use pillion_kernels::{AdamW, Event, Stream, View, ViewMut};
+use pillion_kernels::{Event, Stream, View, ViewMut};
 
 use crate::engine::{Engine, Health, Kind};
 use crate::gradients::sideband;
@@ -15,7 +15,7 @@ use crate::policy::COMPARED;
 use crate::report::{StepReport, comparison};
 use crate::trace::label;
 use crate::update::Agreed;
-use crate::{Error, Unit};
+use crate::{Error, Optimizer, Unit};
 
 /// A step under way. It ends with [`Step::finish`] (training), [`Step::end`] (evaluation) or
 /// [`Step::abandon`]. A step that is dropped before leaves the engine unusable, because other ranks
@@ -180,15 +180,18 @@ impl<'e> Step<'e> {
         Ok(Backward { stream: &**stream, weights, gradients: Gradients { view, unit: unit_layout }, loss })
     }
 
-    /// Ends a training step: agrees with every rank on the norm and on `requests` (at most [`REQUESTS`] numbers, which become their sums over
-    /// ranks), then updates the parameters with the gradient averaged over tokens and clipped. `settings.step` and `settings.gradient_scale` are set here.
-    /// Weight decay applies to the tensors whose specification says so.
+    /// Ends a training step: agrees with every rank on the norm and on `requests` (at most
+    /// [`REQUESTS`] numbers, which become their sums over ranks), then updates the parameters with
+    /// the gradient averaged over tokens and clipped. Of AdamW, weight decay applies to the tensors
+    /// whose specification says so.
     ///
     /// # Errors
     /// [`Error::NonFinite`] and [`Error::NoTokens`] with the parameters as they were and the
-    /// requests summed; another rank's failure, after which they may be invalid.
-    pub fn finish(self, settings: AdamW, requests: &mut [f64]) -> Result<StepReport, Error> {
-        self.agree(requests)?.update(settings)
+    /// requests summed; [`Error::Policy`] when the optimizer keeps something else than the policy
+    /// says; another rank's failure, after which the parameters may be invalid.
+    pub fn finish(self, optimizer: &dyn Optimizer, requests: &mut [f64]) -> Result<StepReport, Error> {
+        self.engine.check_optimizer(optimizer)?;
+        self.agree(requests)?.update(optimizer)
     }
 
     /// The first half of [`Step::finish`]: what comes back lends the summed gradients, and updates the parameters in whichever way.

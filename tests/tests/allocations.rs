@@ -45,8 +45,7 @@ fn allocations(policy: Policy, rounds: usize, idle: bool, more: impl Fn() + Sync
         engine.initialize(|name, shape| config.initial_values(1, name, shape)).unwrap();
         let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ).unwrap();
         let tokens: Vec<u32> = (0..=SEQ as u32).map(|index| (index * 7) % 61).collect();
-        let settings =
-            AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 0, gradient_scale: 0.0 };
+        let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
         let mut train = || {
             let mut step = engine.begin(rounds).unwrap();
             for round in 0..rounds {
@@ -56,7 +55,7 @@ fn allocations(policy: Policy, rounds: usize, idle: bool, more: impl Fn() + Sync
                     model.train(&mut step, &tokens[..SEQ], &tokens[1..]).unwrap();
                 }
             }
-            step.finish(settings, &mut [0.0]).unwrap();
+            step.finish(&settings, &mut [0.0]).unwrap();
             more();
         };
         (0..WARM_UP).for_each(|_| train());

@@ -146,8 +146,7 @@ fn unit_name(unit: usize) -> String {
 
 /// One rank of several jobs on one communicator, which take turns at every unit.
 fn train(communicator: Arc<Communicator>, jobs: &[Job]) -> Vec<Outcome> {
-    let settings =
-        AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
+    let settings = AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
     let rank = communicator.rank();
     let mut engines: Vec<Engine> = jobs.iter().map(|job| job.engine(communicator.clone())).collect();
     let mut reports: Vec<Vec<StepReport>> = jobs.iter().map(|_| Vec::new()).collect();
@@ -159,7 +158,7 @@ fn train(communicator: Arc<Communicator>, jobs: &[Job]) -> Vec<Outcome> {
             }
         }
         for (step, reports) in steps.into_iter().zip(&mut reports) {
-            reports.push(step.finish(settings, &mut []).expect("an update"));
+            reports.push(step.finish(&settings, &mut []).expect("an update"));
         }
     }
     let outcome = |(engine, reports): (&Engine, Vec<StepReport>)| {

@@ -126,7 +126,7 @@ fn train_steps(
                         let rows = index * seq..(index + 1) * seq;
                         model.train(&mut step, &batch.tokens[rows.clone()], &batch.targets[rows]).unwrap();
                     }
-                    let report = step.finish(settings, &mut []).unwrap();
+                    let report = step.finish(&settings, &mut []).unwrap();
                     result.losses.push(report.loss_sum / report.tokens);
                     result.norms.push(report.gradient_norm);
                 }
@@ -136,7 +136,7 @@ fn train_steps(
                     for piece in layout.pieces(index, launch.rank) {
                         let part = |values: &[f32]| values[piece.in_shard.clone()].to_vec();
                         let name = unit.tensors[piece.tensor].name.clone();
-                        let parts = [part(&state.master), part(&state.m), part(&state.v)];
+                        let parts = [part(&state.master), part(&state.states[0]), part(&state.states[1])];
                         result.pieces.push((name, piece.in_tensor.start, parts));
                     }
                 }
@@ -181,8 +181,7 @@ fn policy(clip: Option<f64>) -> Policy {
 }
 
 /// With β₁ = 0 the first moment is the mean gradient itself.
-const GRADIENT: AdamW =
-    AdamW { lr: 0.0, beta1: 0.0, beta2: 0.0, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
+const GRADIENT: AdamW = AdamW { lr: 0.0, beta1: 0.0, beta2: 0.0, epsilon: 1e-8, weight_decay: 0.0 };
 
 #[test]
 fn logits_loss_and_every_gradient_match_hugging_face() {
@@ -251,8 +250,7 @@ fn three_clipped_adamw_steps_match_pytorch() {
     let (start, golden) = (Golden::load("mha"), Golden::load("adamw"));
     let parameters = start.by_parameter("param");
     let batches: Vec<Batch> = (0..3).map(|step| Batch::of(&golden, &format!(".{step}"))).collect();
-    let settings =
-        AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 0, gradient_scale: 0.0 };
+    let settings = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
     for world in [1, 2, 4] {
         let results = train(&config(&start), &parameters, world, cpu, policy(Some(1.0)), &batches, settings);
         for step in 0..3 {
@@ -286,8 +284,6 @@ fn fifty_losses(world: usize, clip: f64, change: impl Fn(&mut AdamW, usize)) -> 
                 beta2: number(&optimizer["betas"][1]),
                 epsilon: number(&optimizer["eps"]),
                 weight_decay: number(&optimizer["weight_decay_matrices"]),
-                step: 0,
-                gradient_scale: 0.0,
             };
             change(&mut settings, step);
             (&batches[step % batches.len()], settings)

@@ -48,9 +48,8 @@ fn of(policy: Policy) -> (Memory, u64) {
                 pass.stream.accumulate_from(pass.loss, &[1.0]).unwrap();
             }
         }
-        let settings =
-            AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 0, gradient_scale: 0.0 };
-        step.finish(settings, &mut []).unwrap();
+        let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
+        step.finish(&settings, &mut []).unwrap();
         communicator.barrier().unwrap();
         if launch.rank == 0 {
             after.store(pss(), Ordering::Relaxed);

@@ -143,7 +143,7 @@ fn broken_weights_at_the_beginning_or_the_end_are_a_failure() {
     }
     // The weights are as they were, until the first update divides this by the root of nearly
     // nothing.
-    spoil(&place, first, "breaking", |state, _| state.m.fill(f32::MAX));
+    spoil(&place, first, "breaking", |state, _| state.states[0].fill(f32::MAX));
     let ended = place.run("train --resume breaking/step-00000001 --out end --steps 2");
     ended.refused(1, &["validation loss of the last step is", "--resume PATH", "start again"]);
     assert_eq!(place.checkpoints("end"), ["step-00000002"]);

@@ -10,8 +10,7 @@ use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType, Device, LazyCpu};
 use pillion_runtime::{Engine, Error, Gather, Layout, Policy, Sharded, StepReport, TensorSpec, UnitSpec};
 
-const ADAMW: AdamW =
-    AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0, step: 0, gradient_scale: 0.0 };
+const ADAMW: AdamW = AdamW { lr: 0.01, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
 
 /// Elements of each unit's only tensor.
 const LENGTHS: [usize; 2] = [120, 41];
@@ -145,7 +144,7 @@ impl Case {
                 }
             }
         }
-        step.finish(ADAMW, &mut [])
+        step.finish(&ADAMW, &mut [])
     }
 
     fn observation(&self, report: &StepReport, groups: usize) -> Observation {

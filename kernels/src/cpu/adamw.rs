@@ -6,26 +6,29 @@ use super::value::Value;
 use crate::AdamW;
 
 /// Constants of one update.
-struct Update {
+#[derive(Clone, Copy)]
+pub(super) struct Update {
     settings: AdamW,
+    scale: f32,
     keep: f32,
     rate: f32,
     root: f32,
 }
 
 impl Update {
-    fn new(settings: AdamW) -> Update {
-        let AdamW { lr, beta1, beta2, weight_decay, step, .. } = settings;
+    /// Number `step`, from 1, of gradients times `scale`.
+    pub(super) fn new(settings: AdamW, step: u64, scale: f32) -> Update {
+        let AdamW { lr, beta1, beta2, weight_decay, .. } = settings;
         let correction = |beta: f32| 1.0 - f64::from(beta).powf(step as f64);
         let rate = (f64::from(lr) / correction(beta1)) as f32;
-        Update { settings, keep: 1.0 - lr * weight_decay, rate, root: correction(beta2).sqrt() as f32 }
+        Update { settings, scale, keep: 1.0 - lr * weight_decay, rate, root: correction(beta2).sqrt() as f32 }
     }
 
     /// Updates one element; returns the new master weight.
     #[inline(always)]
     fn element(&self, master: &mut f32, m: &mut f32, v: &mut f32, grad: f32) -> f32 {
-        let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = self.settings;
-        let g = grad * gradient_scale;
+        let AdamW { beta1, beta2, epsilon, .. } = self.settings;
+        let g = grad * self.scale;
         *m = beta1 * *m + (1.0 - beta1) * g;
         *v = beta2 * *v + (1.0 - beta2) * g * g;
         *master = *master * self.keep - self.rate * (*m / (v.sqrt() / self.root + epsilon));
@@ -34,8 +37,7 @@ impl Update {
 }
 
 #[inline(always)]
-pub(super) fn update<G: Value>(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[G], settings: AdamW) {
-    let update = Update::new(settings);
+pub(super) fn update<G: Value>(master: &mut [f32], m: &mut [f32], v: &mut [f32], grad: &[G], update: Update) {
     for (((master, m), v), &grad) in master.iter_mut().zip(m).zip(v).zip(grad) {
         update.element(master, m, v, grad.widen());
     }
@@ -49,9 +51,8 @@ pub(super) fn update_copied<W: Value, G: Value>(
     m: &mut [f32],
     v: &mut [f32],
     grad: &[G],
-    settings: AdamW,
+    update: Update,
 ) {
-    let update = Update::new(settings);
     for ((((weight, master), m), v), &grad) in weights.iter_mut().zip(master).zip(m).zip(v).zip(grad) {
         *weight = W::narrow(update.element(master, m, v, grad.widen()));
     }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use super::shapes::{SHARE, same, with_type};
 use super::team::{Read, Write};
-use super::{HostStream, Work, adamw, loss, maths, scratch, vectorized};
+use super::{HostStream, Input, Work, adamw, loss, maths, scratch, vectorized};
 use crate::{AdamW, DType, Event, Failure, Kernels, Stream, View, ViewMut};
 
 thread_local! {
@@ -128,31 +128,37 @@ unsafe impl Stream for HostStream {
         m: ViewMut<'_>,
         v: ViewMut<'_>,
         grad: View<'_>,
+        scale: View<'_>,
         settings: AdamW,
+        step: u64,
     ) {
         same("adamw", &[master.len(), m.len(), v.len(), grad.len()]);
+        assert!(scale.len() == 1, "adamw: a scale of {} numbers", scale.len());
         let (work, gradient) = (Work::moves("adamw"), grad.dtype());
+        let update = move |scale: Input<'_>| adamw::Update::new(settings, step, scale.of::<f32>()[0]);
         let Some(weights) = weights else {
-            return self.run(work, [master, m, v], [grad], move |team, [master, m, v], [grad]| {
+            return self.run(work, [master, m, v], [grad, scale], move |team, [master, m, v], [grad, scale]| {
+                let update = update(scale);
                 with_type!(gradient, G => {
                     let grad = Read(grad.of::<G>(), 1);
                     let rows = (Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), grad);
                     team.split(rows, SHARE, |(master, m, v, grad)| {
-                        vectorized(#[inline(always)] || adamw::update(master.0, m.0, v.0, grad.0, settings));
+                        vectorized(#[inline(always)] || adamw::update(master.0, m.0, v.0, grad.0, update));
                     });
                 });
             });
         };
         same("adamw weights", &[weights.len(), master.len()]);
         let dtype = weights.dtype();
-        self.run(work, [weights, master, m, v], [grad], move |team, [weights, master, m, v], [grad]| {
+        self.run(work, [weights, master, m, v], [grad, scale], move |team, [weights, master, m, v], [grad, scale]| {
+            let update = update(scale);
             with_type!(dtype, W => with_type!(gradient, G => {
                 let (weights, grad) = (Write(weights.of::<W>(), 1), Read(grad.of::<G>(), 1));
                 let rows = (weights, Write(master.of(), 1), Write(m.of(), 1), Write(v.of(), 1), grad);
                 team.split(rows, SHARE, |(weights, master, m, v, grad)| {
                     vectorized(
                         #[inline(always)]
-                        || adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, settings),
+                        || adamw::update_copied(weights.0, master.0, m.0, v.0, grad.0, update),
                     );
                 });
             }));

@@ -107,11 +107,10 @@ fn embedding_backward_refuses_a_table_with_part_of_a_row() {
 fn adamw_refuses_a_longer_gradient() {
     let stage = lazy();
     let [mut weights, mut master, mut m, mut v] = [3; 4].map(|len| stage.output(len));
-    let grad = stage.output(4);
-    let settings =
-        AdamW { lr: 0.1, beta1: 0.9, beta2: 0.9, epsilon: 0.1, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
+    let (grad, scale) = (stage.output(4), stage.output(1));
+    let settings = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.9, epsilon: 0.1, weight_decay: 0.0 };
     let [master, m, v] = [&mut master, &mut m, &mut v].map(|x| x.view_mut());
-    stage.stream.adamw(Some(weights.view_mut()), master, m, v, grad.view(), settings);
+    stage.stream.adamw(Some(weights.view_mut()), master, m, v, grad.view(), scale.view(), settings, 1);
 }
 
 #[test]

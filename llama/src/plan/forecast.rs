@@ -105,7 +105,7 @@ impl Setup<'_> {
             plan: plan.verify().expect("the planner makes no races"),
             work: Work { forward, backward },
             memory: Memory::of(&layout, policy, *mesh).on_hosts_of(*local, &layout, policy, *mesh),
-            checkpoints: Saver::bytes(&layout),
+            checkpoints: Saver::bytes(&layout, policy),
             activations: Model::activation_bytes(model, policy.weights, *micro_batch as usize, *seq),
             layout,
         }

@@ -132,8 +132,8 @@ impl Run<'_> {
         let mut bad = [0.0];
         for unit in 0..self.engine.layout().units.len() {
             self.engine.read_state(unit, &mut state)?;
-            let State { master, m, v } = &state;
-            if ![master, m, v].into_iter().flatten().all(|value| value.is_finite()) {
+            let State { master, states } = &state;
+            if ![master].into_iter().chain(states).flatten().all(|value| value.is_finite()) {
                 bad[0] = 1.0;
             }
         }

@@ -86,9 +86,9 @@ pub(crate) fn plan_table(
             }
         },
     );
-    row("checkpoints", format!("{} a rank for the copies that are written", bytes(Saver::bytes(&layout))));
+    row("checkpoints", format!("{} a rank for the copies that are written", bytes(Saver::bytes(&layout, policy))));
     row("activations", format!("{} a rank", bytes(activations)));
-    row("memory", format!("{} a rank in all", bytes(memory.total() + activations + Saver::bytes(&layout))));
+    row("memory", format!("{} a rank in all", bytes(memory.total() + activations + Saver::bytes(&layout, policy))));
     Ok(table)
 }
 

@@ -3,7 +3,7 @@
 
 use pillion_abs::{Coupling, Settings as ControllerSettings};
 use pillion_kernels::{AdamW, DType};
-use pillion_runtime::{Gather, Mesh, Policy};
+use pillion_runtime::{ADAMW_STATES, Gather, Mesh, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -148,8 +148,6 @@ impl Recipe {
             beta2: BETAS.1,
             epsilon: EPSILON,
             weight_decay: self.weight_decay as f32,
-            step: 0,
-            gradient_scale: 0.0,
         }
     }
 
@@ -245,6 +243,7 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<P
         slots,
         overlap: !settings.no_overlap,
         clip: (clip > 0.0).then_some(clip),
+        states: ADAMW_STATES,
     };
     policy.mesh(world).map_err(|error| Error::Setting(error.to_string()))?;
     Ok(policy)

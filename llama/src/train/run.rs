@@ -342,7 +342,7 @@ impl<'s> Run<'s> {
         }
         let decided = self.controller.batch() as f64;
         let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
-        let report = match step.finish(recipe.adamw(lr), &mut asked) {
+        let report = match step.finish(&recipe.adamw(lr), &mut asked) {
             Err(error) if !matches!(error, pillion_runtime::Error::NonFinite { .. }) => return Err(error.into()),
             report => report,
         };

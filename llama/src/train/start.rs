@@ -200,7 +200,7 @@ fn check_memory(recipe: &Recipe, policy: &Policy, launch: &Launch) -> Result<(),
     let state = Memory::of(&layout, policy, mesh).on_hosts_of(local, &layout, policy, mesh).total();
     let activations = Model::activation_bytes(&recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq);
     // The first group saves; on the fullest host all ranks are of that.
-    let copies = Saver::bytes(&layout).saturating_mul(local.min(mesh.shard) as u64);
+    let copies = Saver::bytes(&layout, policy).saturating_mul(local.min(mesh.shard) as u64);
     let needed = (state + activations).saturating_mul(local as u64).saturating_add(copies);
     let (available, limit) = pillion_collectives::available_memory();
     if needed <= available {

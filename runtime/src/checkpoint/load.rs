@@ -74,7 +74,16 @@ impl Checkpoint {
             engine.check_health()?;
         }
         let wrong = |reason| Error::file(self.path.join(manifest::NAME), reason);
-        self.manifest.check_model(engine.layout()).map_err(wrong)
+        self.manifest.check_model(engine.layout()).map_err(wrong)?;
+        let (saved, kept) = (&self.manifest.states, engine.policy().states);
+        if engine.trains && saved != kept {
+            let reason = format!(
+                "is of an optimizer that keeps {saved:?} for each weight, and the engine's keeps {kept:?}: go on with the same \
+                 optimizer"
+            );
+            return Err(wrong(reason));
+        }
+        Ok(())
     }
 
     /// Opens the files that hold this rank's shards of the engine's units.
@@ -89,7 +98,8 @@ impl Checkpoint {
         let layout = self.manifest.layout();
         let open = |rank: usize| {
             let entry = &self.manifest.files[rank];
-            Ok((rank, ShardFile::open(self.path.join(&entry.name), entry.bytes, &layout)?))
+            let states = &self.manifest.states;
+            Ok((rank, ShardFile::open(self.path.join(&entry.name), entry.bytes, &layout, states)?))
         };
         let files = ranks.into_iter().map(open).collect::<Result<_, Error>>()?;
         Ok(Tensors { checkpoint: self, layout, files })
@@ -143,22 +153,22 @@ impl Tensors<'_> {
     pub fn master(&self, name: &str) -> Result<Vec<f32>, Error> {
         for (index, unit) in self.layout.units.iter().enumerate() {
             if let Some(tensor) = unit.tensors.iter().find(|tensor| tensor.name == name) {
-                return self.read(index, "master", tensor.range.clone());
+                return self.read(index, shard::MASTER, tensor.range.clone());
             }
         }
         Err(Error::file(&self.checkpoint.path, format!("has no tensor {name}: its manifest lists those it has")))
     }
 
-    /// What `rank` of `layout` keeps of a unit; without moments unless it trains.
+    /// What `rank` of `layout` keeps of a unit; without the optimizer's states unless it trains.
     fn state(&self, unit: usize, layout: &Layout, rank: usize, trains: bool) -> Result<State, Error> {
-        let part = |part| {
+        let part = |part: &str| {
             let mut values = self.read(unit, part, in_shard(layout, unit, rank))?;
             values.resize(layout.units[unit].shard, 0.0);
             Ok::<_, Error>(values)
         };
-        let [master, m, v] = shard::PARTS;
-        let moment = |name| if trains { part(name) } else { Ok(Vec::new()) };
-        Ok(State { master: part(master)?, m: moment(m)?, v: moment(v)? })
+        let kept = self.checkpoint.manifest.states.iter().filter(|_| trains);
+        let states = kept.map(|name| part(name)).collect::<Result<_, _>>()?;
+        Ok(State { master: part(shard::MASTER)?, states })
     }
 
     /// Elements `flat` of a unit.

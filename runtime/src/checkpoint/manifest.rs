@@ -35,12 +35,19 @@ pub struct Manifest {
     pub weights: String,
     /// Largest norm of the gradient.
     pub clip: Option<f64>,
+    /// Names of what the optimizer kept for each weight. Checkpoints that do not say are AdamW's.
+    #[serde(default = "adamw_states")]
+    pub states: Vec<String>,
     /// The model's tensors.
     pub units: Vec<UnitSpec>,
     /// The files, by rank.
     pub files: Vec<FileEntry>,
     /// What the caller added.
     pub extra: Value,
+}
+
+fn adamw_states() -> Vec<String> {
+    crate::ADAMW_STATES.iter().map(|&name| name.to_owned()).collect()
 }
 
 /// A file of a checkpoint.
@@ -208,6 +215,7 @@ mod tests {
             world: 2,
             weights: "bf16".to_owned(),
             clip: Some(0.1),
+            states: adamw_states(),
             units: vec![unit("a", vec![tensor("x", &[3, 4])]), unit("b", vec![tensor("y", &[5]), tensor("z", &[1])])],
             files: vec![file(0), file(1)],
             extra: serde_json::json!({ "samples": u64::MAX, "noise": 0.1 + 0.2, "name": "ünï" }),

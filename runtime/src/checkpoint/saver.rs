@@ -21,7 +21,7 @@ use super::agree;
 use super::manifest::{self, FileEntry, Manifest};
 use super::save::{Folders, check_shared, prepare, prune, publish, remove};
 use super::shard::{self, Digest};
-use crate::{Engine, Error, Layout, State};
+use crate::{Engine, Error, Layout, Policy, State};
 
 /// The nice value of threads that write.
 const LEAST_PRIORITY: i32 = 19;
@@ -74,7 +74,7 @@ struct Save {
 }
 
 enum Job {
-    Write { path: PathBuf, layout: Layout, copies: Vec<State> },
+    Write { path: PathBuf, layout: Layout, states: &'static [&'static str], copies: Vec<State> },
     Publish { folders: Folders, manifest: Box<Manifest>, keep: Option<usize> },
 }
 
@@ -101,8 +101,8 @@ impl Saver {
     }
 
     /// Bytes of the copies of a rank that writes, kept from [`Saver::reserve`] or its first save on.
-    pub fn bytes(layout: &Layout) -> u64 {
-        (shard::PARTS.len() * size_of::<f32>() * layout.shard_len()) as u64
+    pub fn bytes(layout: &Layout, policy: &Policy) -> u64 {
+        ((1 + policy.states.len()) * size_of::<f32>() * layout.shard_len()) as u64
     }
 
     /// Makes the memory for the copies of this engine's state now. Otherwise the first save does, which then holds the caller up for longer than later ones.
@@ -157,7 +157,8 @@ impl Saver {
         if writes(engine) {
             let path = folders.incomplete.join(shard::name(engine.shard_number(), layout.shards));
             let copies = std::mem::take(&mut self.copies);
-            self.writer.give(Job::Write { path, layout: layout.clone(), copies });
+            let states = engine.policy().states;
+            self.writer.give(Job::Write { path, layout: layout.clone(), states, copies });
             done = None;
         }
         let manifest = Manifest {
@@ -169,6 +170,7 @@ impl Saver {
             world: layout.shards,
             weights: engine.policy().weights.name().to_owned(),
             clip: engine.policy().clip,
+            states: engine.policy().states.iter().map(|&name| name.to_owned()).collect(),
             units: manifest::specs(layout),
             files: Vec::new(),
             extra: extra.clone(),
@@ -305,7 +307,9 @@ impl Writer {
 impl Job {
     fn run(self) -> Done {
         match self {
-            Job::Write { path, layout, copies } => Done::Written(shard::write(&path, &layout, &copies), copies),
+            Job::Write { path, layout, states, copies } => {
+                Done::Written(shard::write(&path, &layout, states, &copies), copies)
+            }
             Job::Publish { folders, manifest, keep } => {
                 let pruned = |()| keep.map_or(Vec::new(), |keep| prune(&folders.dir, manifest.step, keep));
                 Done::Published(publish(&folders, &manifest).map(pruned))
@@ -351,15 +355,16 @@ mod tests {
         saver.reserve(&engine).unwrap();
         // New memory could lie where the old one was freed, but it would not have this much room.
         for copy in &mut saver.copies {
-            [&mut copy.master, &mut copy.m, &mut copy.v].into_iter().for_each(|part| part.reserve_exact(777));
+            [&mut copy.master].into_iter().chain(&mut copy.states).for_each(|part| part.reserve_exact(777));
         }
         let places = |saver: &Saver| -> Vec<_> {
             let of_part = |part: &Vec<f32>| (part.as_ptr(), part.capacity());
-            let of_unit = |copy: &State| [&copy.master, &copy.m, &copy.v].map(of_part);
+            let of_unit =
+                |copy: &State| -> Vec<_> { [&copy.master].into_iter().chain(&copy.states).map(of_part).collect() };
             saver.copies.iter().flat_map(of_unit).collect()
         };
         let reserved = places(&saver);
-        assert_eq!(reserved.len(), 2 * shard::PARTS.len());
+        assert_eq!(reserved.len(), 2 * (1 + Policy::default().states.len()));
         for step in 1..=3 {
             // A file where the second save's folder should be.
             let blocked = dir.path().join("saves/step-00000002.incomplete");

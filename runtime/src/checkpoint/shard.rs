@@ -1,5 +1,6 @@
-//! One rank's file of a checkpoint: safetensors with f32 tensors `<unit>.master`, `<unit>.m` and `<unit>.v`, each
-//! `[shard]`. It is written a unit at a time and read by ranges of bytes, so neither needs memory for all of it.
+//! One rank's file of a checkpoint: safetensors with f32 tensors `<unit>.master` and one for each
+//! state of the optimizer (of AdamW `<unit>.m` and `<unit>.v`), each `[shard]`. It is written a
+//! unit at a time and read by ranges of bytes, so neither needs memory for all of it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -18,8 +19,12 @@ use crate::{Error, Layout, State};
 const _: () =
     assert!(cfg!(target_endian = "little"), "safetensors is little-endian, and elements are written as they are");
 
-/// A unit's tensors, in the order of the file.
-pub(super) const PARTS: [&str; 3] = ["master", "m", "v"];
+/// A unit's tensors, in the order of the file: the master weights, and what the optimizer keeps.
+fn parts(states: &[impl AsRef<str>]) -> impl Iterator<Item = &str> {
+    [MASTER].into_iter().chain(states.iter().map(AsRef::as_ref))
+}
+
+pub(super) const MASTER: &str = "master";
 
 /// Bytes that are written at a time.
 const PIECE: usize = 256 << 10;
@@ -43,7 +48,7 @@ pub(super) fn name(rank: usize, world: usize) -> String {
 }
 
 /// Writes a new file, to the disk, of the states of each unit.
-pub(super) fn write(path: &Path, layout: &Layout, states: &[State]) -> Result<Digest, Error> {
+pub(super) fn write(path: &Path, layout: &Layout, names: &[&str], states: &[State]) -> Result<Digest, Error> {
     let failed = |error: std::io::Error| Error::file(path, format!("cannot be written: {}", explain(&error)));
     let mut file = File::create_new(path).map_err(failed)?;
     let (mut hash, mut bytes) = (Xxh3::new(), 0);
@@ -52,9 +57,9 @@ pub(super) fn write(path: &Path, layout: &Layout, states: &[State]) -> Result<Di
         bytes += data.len() as u64;
         file.write_all(data).map_err(failed)
     };
-    put(&header(layout))?;
-    for State { master, m, v } in states {
-        for part in [master, m, v] {
+    put(&header(layout, names))?;
+    for State { master, states } in states {
+        for part in [master].into_iter().chain(states) {
             // In pieces, so that what is hashed is still in the cache when it is written.
             bytemuck::cast_slice(part).chunks(PIECE).try_for_each(&mut put)?;
         }
@@ -90,7 +95,7 @@ pub(super) struct ShardFile {
 }
 
 impl ShardFile {
-    pub(super) fn open(path: PathBuf, bytes: u64, layout: &Layout) -> Result<ShardFile, Error> {
+    pub(super) fn open(path: PathBuf, bytes: u64, layout: &Layout, states: &[String]) -> Result<ShardFile, Error> {
         let failed = |error| unreadable(&path, error);
         let file = File::open(&path).map_err(failed)?;
         check_size(&path, file.metadata().map_err(failed)?.len(), bytes)?;
@@ -106,7 +111,7 @@ impl ShardFile {
             Error::file(&path, format!("is damaged: no safetensors header ({error}); {USE_ANOTHER}"))
         })?;
         for unit in &layout.units {
-            for part in PARTS {
+            for part in parts(states) {
                 let tensor = format!("{}.{part}", unit.name);
                 let expected = (Dtype::F32, vec![unit.shard]);
                 let found = header.info(&tensor).map(|info| (info.dtype, info.shape.clone()));
@@ -151,11 +156,11 @@ pub(super) fn check_names(layout: &Layout, dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn header(layout: &Layout) -> Vec<u8> {
+fn header(layout: &Layout, states: &[&str]) -> Vec<u8> {
     let mut tensors: Vec<(String, TensorInfo)> = Vec::new();
     let mut end = 0;
     for unit in &layout.units {
-        for part in PARTS {
+        for part in parts(states) {
             let start = end;
             end += size_of::<f32>() * unit.shard;
             let info = TensorInfo { dtype: Dtype::F32, shape: vec![unit.shard], data_offsets: (start, end) };

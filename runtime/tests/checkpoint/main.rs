@@ -2,6 +2,7 @@
 
 mod background;
 mod faults;
+mod optimizer;
 mod restore;
 
 use std::fs;
@@ -84,7 +85,7 @@ fn expected(layout: &Layout, unit: usize, rank: usize, seed: u64) -> State {
         }
         values
     };
-    State { master: part(0), m: part(1), v: part(2) }
+    State { master: part(0), states: vec![part(1), part(2)] }
 }
 
 fn fill(engine: &mut Engine, seed: u64) {
@@ -97,7 +98,7 @@ fn fill(engine: &mut Engine, seed: u64) {
 }
 
 fn bits(state: &State) -> Vec<u32> {
-    [&state.master, &state.m, &state.v].into_iter().flatten().map(|value| value.to_bits()).collect()
+    [&state.master].into_iter().chain(&state.states).flatten().map(|value| value.to_bits()).collect()
 }
 
 /// Fails unless the engine holds what [`fill`] has put there.
@@ -178,5 +179,5 @@ fn train_asking(engine: &mut Engine, requests: &mut [f64]) {
         }
     }
     let (lr, beta1, beta2, epsilon, weight_decay) = (0.01, 0.9, 0.95, 1e-8, 0.1);
-    step.finish(AdamW { lr, beta1, beta2, epsilon, weight_decay, step: 0, gradient_scale: 1.0 }, requests).unwrap();
+    step.finish(&AdamW { lr, beta1, beta2, epsilon, weight_decay }, requests).unwrap();
 }

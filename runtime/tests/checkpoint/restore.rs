@@ -153,7 +153,8 @@ fn files_are_safetensors_that_hold_each_shard() {
         assert_eq!(tensors.len(), 9);
         for (unit, spec) in layout.units.iter().enumerate() {
             let state = expected(&layout, unit, rank, 10);
-            for (part, values) in [("master", state.master), ("m", state.m), ("v", state.v)] {
+            let parts = [state.master].into_iter().chain(state.states);
+            for (part, values) in ["master", "m", "v"].into_iter().zip(parts) {
                 let tensor = tensors.tensor(&format!("{}.{part}", spec.name)).unwrap();
                 assert_eq!(tensor.shape(), [spec.shard]);
                 assert!(tensor.data() == values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());

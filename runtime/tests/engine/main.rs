@@ -261,7 +261,7 @@ impl Mistake {
             Mistake::MissingBackward => {
                 (0..UNITS).for_each(|unit| drop(step.forward(unit).unwrap()));
                 (1..UNITS).rev().for_each(|unit| drop(step.backward(unit).unwrap()));
-                return step.finish(ADAMW, &mut []).expect_err("unit 0 has no gradient");
+                return step.finish(&ADAMW, &mut []).expect_err("unit 0 has no gradient");
             }
             Mistake::TooManyRounds => {
                 step.idle_round().unwrap();
@@ -356,7 +356,7 @@ fn a_step_without_tokens_is_refused_on_every_rank_and_changes_nothing() {
         let mut step = rank.engine.begin(1).unwrap();
         step.round(0);
         ones(&mut step);
-        let error = step.finish(ADAMW, &mut []).unwrap_err();
+        let error = step.finish(&ADAMW, &mut []).unwrap_err();
         assert!(matches!(error, Error::NoTokens { step: 1 }), "{error}");
         assert!(error.to_string().contains("`Step::round`"), "{error}");
         assert!(rank.states().unwrap() == before && rank.engine.updates() == 0);
@@ -392,7 +392,7 @@ fn the_mean_and_the_statistics_have_one_count_of_tokens() {
                     step.round(tokens);
                     ones(&mut step);
                 }
-                step.finish(ADAMW, &mut []).unwrap()
+                step.finish(&ADAMW, &mut []).unwrap()
             };
             ranks(&Setup::new(2).sharded(sharded), program).remove(0)
         });

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::common::{self, Host, Rank, Schedule, Setup, Training, bits_of, joined, ranks, train};
 use pillion_kernels::DType;
-use pillion_runtime::{Error, Gather, Memory, Sharded};
+use pillion_runtime::{Error, Gather, Memory, Optimizer, ShardUpdate, Sharded};
 
 const PARAMETERS_AND_OPTIMIZER: Sharded = Sharded { gradients: false, ..Sharded::EVERYTHING };
 
@@ -216,13 +216,41 @@ fn whole_units_are_put_together_on_every_rank() {
     }
 }
 
+/// Gradient descent with momentum, on the host: one state for each weight.
+struct Descent;
+
+impl Descent {
+    const LR: f32 = 0.5;
+    const MOMENTUM: f32 = 0.25;
+}
+
+impl Optimizer for Descent {
+    fn states(&self) -> &'static [&'static str] {
+        &["velocity"]
+    }
+
+    fn update(&self, shard: ShardUpdate<'_>) {
+        let ShardUpdate { stream, gradient, scale, mut states, master, step, .. } = shard;
+        assert_eq!(step, 1);
+        let host = |view| stream.download::<f32>(view).unwrap();
+        let (gradient, scale) = (host(gradient), host(scale)[0]);
+        let (mut velocity, mut weights) = (host(states.get(0).as_view()), host(master.as_view()));
+        for ((weight, velocity), g) in weights.iter_mut().zip(&mut velocity).zip(&gradient) {
+            *velocity = Descent::MOMENTUM * *velocity + scale * g;
+            *weight -= Descent::LR * *velocity;
+        }
+        stream.upload(states.get(0), &velocity);
+        stream.upload(master, &weights);
+    }
+}
+
 #[test]
 fn an_optimizer_of_the_callers_own_updates_shards() {
-    const LR: f32 = 0.5;
+    const LR: f32 = Descent::LR;
     for sharded in [Sharded::NOTHING, Sharded::EVERYTHING] {
         for weights in [DType::F32, DType::Bf16] {
             let mut setup = Setup::new(2).sharded(sharded).weights(weights);
-            setup.policy.clip = None;
+            (setup.policy.clip, setup.policy.states) = (None, Descent.states());
             ranks(&setup, |mut rank: Rank| {
                 let schedule = Schedule::uneven(2, 1);
                 let before = rank.states().unwrap();
@@ -231,22 +259,12 @@ fn an_optimizer_of_the_callers_own_updates_shards() {
                 let scale = 1.0 / agreed.report().tokens as f32;
                 let gradients: Vec<Vec<f32>> =
                     (0..before.len()).map(|unit| agreed.stream().download(agreed.gradient(unit)).unwrap()).collect();
-                agreed
-                    .update_with(|shard| {
-                        let [mut weights, gradient] = [shard.master.as_view(), shard.gradient]
-                            .map(|part| shard.stream.download::<f32>(part).unwrap());
-                        weights
-                            .iter_mut()
-                            .zip(&gradient)
-                            .for_each(|(weight, g)| *weight -= LR * shard.gradient_scale * g);
-                        assert_eq!((shard.gradient_scale, shard.step), (scale, 1));
-                        shard.stream.upload(shard.master, &weights);
-                    })
-                    .unwrap();
+                agreed.update(&Descent).unwrap();
                 for (unit, state) in rank.states().unwrap().iter().enumerate() {
                     let expected: Vec<f32> =
-                        before[unit].master.iter().zip(&gradients[unit]).map(|(w, g)| w - LR * scale * g).collect();
+                        before[unit].master.iter().zip(&gradients[unit]).map(|(w, g)| w - LR * (scale * g)).collect();
                     assert_eq!(state.master, expected);
+                    assert_eq!(state.states, [gradients[unit].iter().map(|g| scale * g).collect::<Vec<_>>()]);
                     assert!(gradients[unit].iter().any(|&g| g != 0.0));
                 }
                 assert_eq!(rank.engine.updates(), 1);

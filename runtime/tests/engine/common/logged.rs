@@ -81,7 +81,9 @@ unsafe impl Stream for LoggedStream {
             m: ViewMut<'_>,
             v: ViewMut<'_>,
             grad: View<'_>,
-            settings: AdamW
+            scale: View<'_>,
+            settings: AdamW,
+            step: u64
         );
     }
 

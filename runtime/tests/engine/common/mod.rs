@@ -18,8 +18,7 @@ use mlp::Mlp;
 
 /// An epsilon as large as the gradients keeps Adam's quotient smooth where a gradient is nearly zero, so that rounding stays
 /// rounding in the parameters.
-pub(crate) const ADAMW: AdamW =
-    AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 0.02, weight_decay: 0.1, step: 0, gradient_scale: 0.0 };
+pub(crate) const ADAMW: AdamW = AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsilon: 0.02, weight_decay: 0.1 };
 
 /// Which device a run computes on. All ranks of a run share it, so on [`LazyCpu`] the seed also
 /// decides how their streams interleave.
@@ -161,7 +160,7 @@ impl Rank {
         let rank = self.rank();
         let step = self.rounds(schedule, index, &mut after_backward)?;
         let mut requests = [1.0, rank as f64];
-        let report = step.finish(ADAMW, &mut requests)?;
+        let report = step.finish(&ADAMW, &mut requests)?;
         assert_eq!(requests, [world as f64, (world * (world - 1) / 2) as f64], "requests are summed over ranks");
         Ok(report)
     }
@@ -279,13 +278,17 @@ pub(crate) fn joined<R>(setup: &Setup, ranks: &[R], states: impl Fn(&R) -> &Vec<
     for (index, rank) in others.iter().enumerate() {
         assert!(states(rank) == states(&first[index % layout.shards]), "groups hold the same: {setup:?}");
     }
-    let join = |unit: usize, part: fn(&State) -> &Vec<f32>| {
+    let join = |unit: usize, part: &dyn Fn(&State) -> &Vec<f32>| {
         let mut whole: Vec<f32> = first.iter().flat_map(|rank| part(&states(rank)[unit]).iter().copied()).collect();
         assert!(whole[layout.units[unit].len..].iter().all(|&x| x == 0.0), "padding stays zero");
         whole.truncate(layout.units[unit].len);
         whole
     };
-    let unit = |unit| State { master: join(unit, |s| &s.master), m: join(unit, |s| &s.m), v: join(unit, |s| &s.v) };
+    let kept = setup.policy.states.len();
+    let unit = |unit| State {
+        master: join(unit, &|state| &state.master),
+        states: (0..kept).map(|kept| join(unit, &|state| &state.states[kept])).collect(),
+    };
     (0..layout.units.len()).map(unit).collect()
 }
 
@@ -307,8 +310,8 @@ impl Training {
         }
         let bits = |data: &[f32]| data.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         for (unit, (ours, theirs)) in self.states.iter().zip(&other.states).enumerate() {
-            let parts = [(&ours.master, &theirs.master), (&ours.m, &theirs.m), (&ours.v, &theirs.v)];
-            if parts.iter().any(|(ours, theirs)| bits(ours) != bits(theirs)) {
+            let kept = ours.states.iter().zip(&theirs.states).any(|(ours, theirs)| bits(ours) != bits(theirs));
+            if kept || bits(&ours.master) != bits(&theirs.master) {
                 return Some(format!("the state of unit {unit} differs"));
             }
         }
