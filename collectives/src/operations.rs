@@ -533,6 +533,7 @@ fn on_host(buffer: &Buffer) {
 
 /// Memory of a deferring device has a lock, which an operation takes for all of its buffers or for none.
 fn same_device(one: &Buffer, other: &Buffer) {
+    on_host(other);
     assert!(one.span().deferred() == other.span().deferred(), "an operation's buffers are of one device");
 }
 

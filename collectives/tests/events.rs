@@ -279,22 +279,28 @@ fn a_message_outlives_its_sender() {
     assert_eq!(received[1], [1.0; 8]);
 }
 
+/// Whether a waker was woken.
+struct Woken(AtomicBool);
+
+impl std::task::Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// What an event wakes from now on.
+fn woken_by(event: &Event) -> Arc<Woken> {
+    let woken = Arc::new(Woken(AtomicBool::new(false)));
+    event.call_back(&Waker::from(woken.clone()));
+    woken
+}
+
 /// An event that ends rings the progress thread: it must not depend on the thread's next look.
 /// Counts calls instead of time.
 #[test]
 fn events_call_back_who_waits_for_them() {
-    struct Count(AtomicBool);
-    impl std::task::Wake for Count {
-        fn wake(self: Arc<Self>) {
-            self.0.store(true, Ordering::Release);
-        }
-    }
-    let woken = |event: &Event| {
-        let count = Arc::new(Count(AtomicBool::new(false)));
-        event.call_back(&Waker::from(count.clone()));
-        count
-    };
-    let seen = |count: &Count| count.0.load(Ordering::Acquire);
+    let woken = woken_by;
+    let seen = |count: &Woken| count.0.load(Ordering::Acquire);
     assert!(seen(&woken(&Event::PAST)) && seen(&woken(&Event::failed(burnt()))));
     let manual = Arc::new(Manual::default());
     let (one, both) = (Event::new(manual.clone()), Event::new(Arc::new(Manual::default())));
@@ -331,4 +337,32 @@ fn events_call_back_who_waits_for_them() {
     let count = woken(&event);
     manual.end(Ok(()));
     assert!(seen(&count) && event.advance().is_ready());
+}
+
+/// Streams of deferring devices that wait for each other's moments, also through [`Event::all`],
+/// wake each other without end unless a device knows its own waker.
+#[test]
+fn deferring_streams_that_wait_for_each_other_get_there() {
+    let (one, other) = (LazyCpu::new(3), LazyCpu::new(4));
+    let manual = || Arc::new(Manual::default());
+    let (x, y) = (manual(), manual());
+    let (first, second, third, far) = (one.stream(), one.stream(), one.stream(), other.stream());
+    first.wait_for(&Event::new(x.clone()));
+    let e1 = first.record();
+    second.wait_for(&Event::all([e1.clone(), Event::new(y.clone())]));
+    let e2 = second.record();
+    far.wait_for(&Event::all([e1.clone(), e2.clone()]));
+    let e3 = far.record();
+    third.wait_for(&e3);
+    let e4 = third.record();
+    for event in [&e1, &e2, &e3, &e4] {
+        assert!(event.advance().is_pending());
+        woken_by(event);
+    }
+    x.end(Ok(()));
+    assert!(e1.advance().is_ready() && e2.advance().is_pending() && e3.advance().is_pending());
+    y.end(Err(burnt()));
+    for event in [&e2, &e3, &e4] {
+        assert!(matches!(event.advance(), Poll::Ready(Err(_))));
+    }
 }

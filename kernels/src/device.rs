@@ -3,7 +3,12 @@
 use crate::{Buffer, DType, Error, Region, Stream};
 
 /// Something that owns memory and runs kernels.
-pub trait Device: Send + Sync {
+///
+/// # Safety
+/// [`Device::take_in`] returns the region that it was given, perhaps marked as
+/// [`Region::deferred`], and keeps nothing of it: peers map the same memory. Where the device's
+/// streams may touch memory after the call that enqueues the work, all its memory is deferred.
+pub unsafe trait Device: Send + Sync {
     /// Its name, for tables and messages.
     fn name(&self) -> &'static str;
 

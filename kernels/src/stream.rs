@@ -24,6 +24,10 @@ pub struct AdamW {
 /// An ordered stream of work on one device.
 ///
 /// # Safety
+/// Work on memory that is not deferred ([`Region::deferred`](crate::Region::deferred)) has finished
+/// when the call that enqueues it returns, or the stream refuses such memory: safe code reads it as
+/// slices.
+///
 /// Whoever lends memory to an operation in flight trusts a stream with it: work that is enqueued
 /// after [`Stream::wait_for`] must not touch any memory before the event has happened, nor ever if
 /// the event fails. An event of [`Stream::record`] must not end before all work enqueued earlier

@@ -207,6 +207,16 @@ impl GradientStore {
         sum.flight = Some(groups.all_reduce_sums(reduced, Reduction::Sum));
     }
 
+    /// Blocks the host until every reduction under way has ended. They keep their buffers.
+    pub(crate) fn wait(&self) -> Result<(), Error> {
+        let slots = self.slots.iter().filter_map(|slot| slot.flight.as_ref().map(Flight::event));
+        let sums = self
+            .sums
+            .iter()
+            .flat_map(|sum| [sum.flight.as_ref().map(Pending::event), sum.comparing.as_ref().map(Pending::event)]);
+        Ok(slots.chain(sums.flatten()).try_for_each(|event| event.wait())?)
+    }
+
     /// Orders `stream` after every reduction.
     pub(crate) fn bring_all(&mut self, stream: &dyn Stream) -> Result<(), Error> {
         (0..self.slots.len()).try_for_each(|slot| self.bring(slot, stream))?;
@@ -238,6 +248,16 @@ impl GradientStore {
             }
         }
         Ok(())
+    }
+}
+
+impl Flight {
+    fn event(&self) -> Event {
+        match self {
+            Flight::Scatter(pending) => pending.event(),
+            Flight::Sum(pending) => pending.event(),
+            Flight::Widen(pending) => pending.event(),
+        }
     }
 }
 

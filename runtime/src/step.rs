@@ -323,7 +323,7 @@ impl<'e> Step<'e> {
                 engine.gradients.reduce(group, unit, slot, round > 0, self.limit, after, &*engine.stream)?;
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
-                    engine.gradients.bring_all(&*engine.stream)?;
+                    engine.gradients.wait()?;
                     self.waited(waiting, Some(unit));
                 }
             }
@@ -332,7 +332,7 @@ impl<'e> Step<'e> {
                 engine.gradients.all_reduce(groups, unit, after);
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
-                    engine.gradients.bring_all(&*engine.stream)?;
+                    engine.gradients.wait()?;
                     self.waited(waiting, Some(unit));
                 }
             }

@@ -60,7 +60,7 @@ impl GatherWindow {
 
 impl Collective for GatherWindow {
     fn call(&self) -> Call {
-        call(Kind::GatherWindow, None, false, self.window.len(), Detail::Window(self.place))
+        call(Kind::GatherWindow, None, self.window.deferred(), self.window.len(), Detail::Window(self.place))
     }
 
     fn begin(&mut self, _peers: &mut Peers<'_>) -> Result<Opening, Error> {

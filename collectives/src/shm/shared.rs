@@ -209,11 +209,14 @@ impl Shared {
     pub(crate) fn fail_after(&self, failure: Failure) -> Error {
         let error = Error::from(failure);
         let mut remembered = self.failure.lock();
-        if remembered.is_none() {
-            self.say_aborted(&error.to_string());
-        }
+        let is_first = remembered.is_none();
         let error = remembered.get_or_insert(error).clone();
         self.failed.store(true, Ordering::Release);
+        drop(remembered);
+        if is_first {
+            // Whoever is woken by this finds the failure.
+            self.say_aborted(&format!("work that its next operation follows failed (ranks as counted there): {error}"));
+        }
         error
     }
 

@@ -9,6 +9,7 @@ use pillion_kernels::Event;
 use super::shared::Shared;
 use super::watch::Watch;
 use crate::Error;
+use crate::pending::Outcome;
 use crate::wire::Wire;
 
 impl Wake for Shared {
@@ -31,8 +32,10 @@ pub(super) struct StartEvent {
 }
 
 impl StartEvent {
-    /// An operation that is called now may wait for its event for `limit`.
+    /// An operation that is called now may wait for its event for `limit`. The event of another
+    /// operation ends by that operation's own deadline, which starts anew with each of its steps.
     pub(super) fn new(event: Event, limit: Duration) -> StartEvent {
+        let limit = if event.origin::<Outcome>().is_some() { Duration::MAX } else { limit };
         StartEvent { event, calls_back: false, watch: Watch::new(limit, false) }
     }
 

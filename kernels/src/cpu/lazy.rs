@@ -7,6 +7,7 @@
 //! unseen, since each kernel is done when its call returns.
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 use std::task::{Poll, Wake, Waker};
@@ -27,6 +28,9 @@ pub struct LazyCpu {
 
 struct State {
     streams: Vec<Line>,
+    /// Events that a stream waits for, and that are still to be asked to call back: without this
+    /// state's lock, because they may call back at once.
+    unasked: Vec<Event>,
     seed: u64,
     steps: u64,
 }
@@ -54,24 +58,35 @@ struct Sleepers(Mutex<Vec<(Arc<Moment>, Waker)>>);
 
 impl Wake for Sleepers {
     fn wake(self: Arc<Self>) {
+        thread_local! {
+            /// Devices that this thread is waking: two of them can wait for each other.
+            static WAKING: RefCell<Vec<*const Sleepers>> = const { RefCell::new(Vec::new()) };
+        }
+        let own = Arc::as_ptr(&self);
+        if WAKING.with_borrow(|waking| waking.contains(&own)) {
+            return;
+        }
         let mut sleepers = self.0.lock();
         let wakers: Vec<Waker> = sleepers.iter().map(|(_, waker)| waker.clone()).collect();
         sleepers.retain(|(moment, _)| moment.get().is_none());
         // A waker is foreign code, which may come back here.
         drop(sleepers);
+        WAKING.with_borrow_mut(|waking| waking.push(own));
         wakers.into_iter().for_each(Waker::wake);
+        WAKING.with_borrow_mut(|waking| waking.pop());
     }
 }
 
 impl LazyCpu {
     /// A device whose random order is drawn from `seed`.
     pub fn new(seed: u64) -> LazyCpu {
-        let state = State { streams: Vec::new(), seed, steps: 0 };
+        let state = State { streams: Vec::new(), unasked: Vec::new(), seed, steps: 0 };
         LazyCpu { state: Arc::new(Mutex::new(state)), sleepers: Arc::default() }
     }
 }
 
-impl Device for LazyCpu {
+// SAFETY: all its memory is marked as deferred; the region comes back with that mark.
+unsafe impl Device for LazyCpu {
     fn name(&self) -> &'static str {
         "lazy-cpu"
     }
@@ -145,24 +160,33 @@ impl Completion for Reached {
         }
         let LazyCpu { state, sleepers } = &self.device;
         let mut state = state.lock();
-        let waker = Waker::from(sleepers.clone());
+        let mut moved = false;
         while self.status().is_pending() {
             if state.coin() {
-                let other = state.random_queue();
-                state.step(other, &waker);
+                let other = state.random_stream();
+                moved |= state.step(other);
             }
-            if !state.step(self.index, &waker) && !state.step_any(&waker) {
+            if !state.step(self.index) && !state.step_any() {
                 break;
             }
+            moved = true;
         }
+        let unasked = std::mem::take(&mut state.unasked);
         drop(state);
-        // Records may have been reached for which other threads wait.
-        waker.wake();
+        let waker = Waker::from(sleepers.clone());
+        unasked.iter().for_each(|event| event.call_back(&waker));
+        if moved {
+            // Records may have been reached for which other threads wait.
+            waker.wake();
+        }
         self.status()
     }
 
     fn call_back(&self, waker: &Waker) {
-        self.device.sleepers.0.lock().push((self.moment.clone(), waker.clone()));
+        // This device's own waker would wake itself.
+        if !waker.will_wake(&Waker::from(self.device.sleepers.clone())) {
+            self.device.sleepers.0.lock().push((self.moment.clone(), waker.clone()));
+        }
         if self.status().is_ready() {
             waker.wake_by_ref();
         }
@@ -175,18 +199,16 @@ impl Completion for Reached {
 
 impl State {
     /// Runs the first item of a stream; false when there is none or it waits for something that has
-    /// not ended, which then wakes `waker`.
-    fn step(&mut self, index: usize, waker: &Waker) -> bool {
+    /// not ended.
+    fn step(&mut self, index: usize) -> bool {
         let Line { items, failure } = &mut self.streams[index];
         if let Some(Item::Wait { event, calls_back }) = items.front_mut()
             && event.status().is_pending()
         {
             if !std::mem::replace(calls_back, true) {
-                event.call_back(waker);
+                self.unasked.push(event.clone());
             }
-            if event.status().is_pending() {
-                return false;
-            }
+            return false;
         }
         match items.pop_front() {
             None => return false,
@@ -209,16 +231,16 @@ impl State {
     }
 
     /// Runs one item of some stream; false when every stream is empty or blocked.
-    fn step_any(&mut self, waker: &Waker) -> bool {
-        let first = self.random_queue();
-        (0..self.streams.len()).any(|offset| self.step((first + offset) % self.streams.len(), waker))
+    fn step_any(&mut self) -> bool {
+        let first = self.random_stream();
+        (0..self.streams.len()).any(|offset| self.step((first + offset) % self.streams.len()))
     }
 
     fn coin(&mut self) -> bool {
         self.draw().is_multiple_of(2)
     }
 
-    fn random_queue(&mut self) -> usize {
+    fn random_stream(&mut self) -> usize {
         (self.draw() % self.streams.len() as u64) as usize
     }
 

@@ -42,7 +42,8 @@ use team::Team;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cpu;
 
-impl Device for Cpu {
+// SAFETY: streams of the host run work within the call, and the region comes back as it was.
+unsafe impl Device for Cpu {
     fn name(&self) -> &'static str {
         "cpu"
     }
@@ -94,7 +95,8 @@ impl Cores {
     }
 }
 
-impl Device for Cores {
+// SAFETY: as for `Cpu`.
+unsafe impl Device for Cores {
     fn name(&self) -> &'static str {
         Cpu.name()
     }

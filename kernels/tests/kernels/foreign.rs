@@ -23,7 +23,8 @@ pub(crate) fn foreign(dtype: DType, len: usize, shift: usize) -> Buffer {
     unsafe { Buffer::foreign(pointer, len, dtype, Space::Host, Box::new(owner)) }.unwrap()
 }
 
-impl Device for Foreign {
+// SAFETY: its streams are those of `Cpu`, and the region comes back as it was.
+unsafe impl Device for Foreign {
     fn name(&self) -> &'static str {
         "foreign"
     }

@@ -98,6 +98,10 @@ fn a_grid_gives_the_bits_of_a_flat_group_that_sums_in_the_same_order() {
                             (found.square_norm, found.gradient_norm) = (theirs, expected.gradient_norm);
                         }
                         assert_same_but_for_the_order_of_statistics(found, &expected, &format!("{grid:?}"));
+                        let mut alone = grid.clone();
+                        alone.policy.overlap = false;
+                        let difference = must_train(&alone, &schedule).difference(&must_train(&grid, &schedule));
+                        assert_eq!(difference, None, "{alone:?}");
                     }
                 }
             }

@@ -25,7 +25,8 @@ impl Logged {
     }
 }
 
-impl Device for Logged {
+// SAFETY: its streams and memory are those of `Cpu`.
+unsafe impl Device for Logged {
     fn name(&self) -> &'static str {
         "logged"
     }
