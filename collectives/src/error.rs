@@ -34,7 +34,7 @@ pub enum Error {
         /// What that rank's heartbeat says.
         how: String,
     },
-    /// This rank called an operation, whose start event has not happened in time.
+    /// The start event of an operation did not happen in time on this rank.
     #[error(
         "{op} has not started for {seconds} s, because the event that it starts after has not happened on this rank: \
          look at the work that the event follows"
@@ -45,7 +45,7 @@ pub enum Error {
         /// How long this rank waited, not counting time in which it was stopped itself.
         seconds: u64,
     },
-    /// The event that an operation starts after failed, and no communicator was the reason.
+    /// The start event of an operation failed, for a reason that is no communicator's.
     #[error("an operation did not start, because the work before it failed: {0}")]
     Before(Failure),
     /// Two ranks called different operations.

@@ -11,6 +11,7 @@ use crate::algorithms::{
 };
 use crate::call::Purpose;
 use crate::pending::{Outcome, Pending};
+use crate::reduce::{Comparison, Reduce, Sideband, Sums};
 use crate::shm::control::{Channel, PAYLOAD};
 use crate::shm::flight::{Collective, Course, Flight};
 use crate::shm::mail::{Direction, MailFlight};
@@ -29,79 +30,6 @@ pub enum Start {
 impl From<Event> for Start {
     fn from(event: Event) -> Start {
         Start::After(event)
-    }
-}
-
-/// A reduce-scatter's buffers.
-#[derive(Debug)]
-pub struct Reduce {
-    /// This rank's summand, `[≥ world · n]`; unchanged, and not read beyond.
-    pub input: Buffer,
-    /// `[n]`: the ranks' parts of this rank combined, in order of rank. Of the input's type, or f32 for bf16.
-    pub output: Buffer,
-    /// How elements are combined.
-    pub reduction: Reduction,
-    /// Whether the result is combined with `output` (and sums are added to totals) instead of replacing it.
-    pub accumulate: bool,
-    /// Numbers that ride along.
-    pub sideband: Option<Sideband>,
-}
-
-/// Numbers that ride on a reduce-scatter.
-#[derive(Debug)]
-pub struct Sideband {
-    /// `[4]` f64: numbers of this rank; unchanged.
-    pub own: Buffer,
-    /// `[4]` f64: the sums of the ranks' numbers, in order of rank.
-    pub totals: Buffer,
-}
-
-/// What a reduce-scatter reads, until it is complete.
-#[derive(Debug)]
-pub struct Summand {
-    /// As in [`Reduce`].
-    pub input: Buffer,
-    /// [`Sideband::own`].
-    pub own: Option<Buffer>,
-}
-
-/// What a reduce-scatter writes.
-#[derive(Debug)]
-pub struct Sums {
-    /// As in [`Reduce`].
-    pub output: Buffer,
-    /// [`Sideband::totals`].
-    pub totals: Option<Buffer>,
-}
-
-impl Reduce {
-    /// What is read, and what is written.
-    pub fn split(self) -> (Summand, Sums) {
-        let (own, totals) = self.sideband.map(|Sideband { own, totals }| (own, totals)).unzip();
-        (Summand { input: self.input, own }, Sums { output: self.output, totals })
-    }
-}
-
-impl Pending<Reduce> {
-    /// The same reduce-scatter, whose summand and sums come back apart.
-    pub fn split(self) -> (Pending<Summand>, Pending<Sums>) {
-        self.form_in_flight(Reduce::split).split()
-    }
-}
-
-/// The ranks' inputs of a reduce-scatter beside their sum, in this rank's part.
-#[derive(Debug)]
-pub struct Comparison {
-    /// `[2 + world]` f64, replaced: the number of elements that pass; the sum of the squares of their sums; for each rank, its input times the sum.
-    pub totals: Buffer,
-    /// An element passes where world · Σ_k x_k² ≤ `limit` · (Σ_k x_k)², and that is not zero.
-    pub limit: f64,
-}
-
-impl Comparison {
-    /// Numbers in its totals.
-    pub const fn len(world: usize) -> usize {
-        pillion_kernels::cpu::compare::numbers(world)
     }
 }
 

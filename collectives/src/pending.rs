@@ -106,7 +106,8 @@ impl<T> Pending<T> {
         }
     }
 
-    /// The same operation, with its buffers in another form, which `form` makes once it is complete: at once if it is.
+    /// The same operation, with its buffers in another form, which `form` makes once the operation
+    /// is complete: at once if it is.
     pub fn map<U>(mut self, form: impl FnOnce(T) -> U + Send + 'static) -> Pending<U>
     where
         T: Send + 'static,
@@ -131,9 +132,7 @@ impl<T> Pending<T> {
             Value::Later(make) => self.state.wait().is_ok().then(make),
         }
     }
-}
 
-impl<T> Pending<T> {
     /// The same operation, with its buffers in another form at once: `form` moves them and does not
     /// touch their elements.
     pub(crate) fn form_in_flight<U>(mut self, form: impl FnOnce(T) -> U) -> Pending<U> {

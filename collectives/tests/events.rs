@@ -295,8 +295,7 @@ fn woken_by(event: &Event) -> Arc<Woken> {
     woken
 }
 
-/// An event that ends rings the progress thread: it must not depend on the thread's next look.
-/// Counts calls instead of time.
+/// Counts calls instead of time. `shm/start.rs` tests that a call rings the progress thread.
 #[test]
 fn events_call_back_who_waits_for_them() {
     let woken = woken_by;

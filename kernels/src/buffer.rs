@@ -143,13 +143,12 @@ impl<'a> View<'a> {
         if !self.span.yields_slices() || self.span.dtype() != T::DTYPE {
             return None;
         }
-        // SAFETY: this view borrows the buffer for 'a, which excludes every `ViewMut` of these
-        // elements and keeps the region alive. No kernel still writes them, because memory that is
-        // not deferred has kernels that run within their call. An operation of a communicator owns
-        // its buffers, and lends no views, until it is complete.
-        let slice = unsafe { self.span.as_slice::<T>() };
-        // SAFETY: as before; the region lives as long as the buffer, longer than 'a.
-        Some(unsafe { std::slice::from_raw_parts(slice.as_ptr(), slice.len()) })
+        // SAFETY: the span lies in a region of the host, is aligned for T (`Span::whole`), and any
+        // bit pattern is a T. This view borrows the buffer for 'a, which excludes every `ViewMut`
+        // of these elements and keeps the region alive. No kernel still writes them: work on memory
+        // that is not deferred has finished when its call returns, which every `Stream` promises.
+        // An operation of a communicator owns its buffers until it is complete.
+        Some(unsafe { std::slice::from_raw_parts(self.span.address().cast().as_ptr(), self.len()) })
     }
 
     /// What an operation keeps that reads these elements later.
@@ -211,11 +210,9 @@ impl<'a> ViewMut<'a> {
         if !self.span.yields_slices() || self.span.dtype() != T::DTYPE {
             return None;
         }
-        // SAFETY: as in `View::as_slice`; this view was the only borrow of these elements, for 'a,
-        // and it is gone.
-        let slice = unsafe { self.span.as_mut_slice::<T>() };
-        // SAFETY: as before; the region lives as long as the buffer, longer than 'a.
-        Some(unsafe { std::slice::from_raw_parts_mut(slice.as_mut_ptr(), slice.len()) })
+        // SAFETY: as in `View::as_slice`; this view was the only borrow of these elements for 'a,
+        // and is consumed.
+        Some(unsafe { std::slice::from_raw_parts_mut(self.span.address().cast().as_ptr(), self.len()) })
     }
 
     /// What an operation keeps that writes these elements later.

@@ -45,7 +45,7 @@ impl std::error::Error for Failure {
 pub type Status = Poll<Result<(), Failure>>;
 
 /// The status of an event that has happened.
-pub const HAPPENED: Status = Poll::Ready(Ok(()));
+const HAPPENED: Status = Poll::Ready(Ok(()));
 
 /// A moment in the life of a stream or of a collective.
 pub trait Completion: Send + Sync {

@@ -34,7 +34,7 @@ pub use cpu::{Cores, Cpu, LazyCpu};
 pub use device::Device;
 pub use dtype::{DType, Element};
 pub use error::Error;
-pub use event::{Completion, Event, Failure, HAPPENED, Status};
+pub use event::{Completion, Event, Failure, Status};
 pub use kernels::{AttentionShape, Kernels};
 pub use memory::{Raw, Region, Space, Span, exclusive};
 pub use stream::{AdamW, Stream};

@@ -18,14 +18,14 @@ const ALIGNMENT: usize = 4096;
 /// Serialises every access to memory of a deferring device (see [`exclusive`]).
 static DEFERRED_ACCESS: Mutex<()> = Mutex::new(());
 
-/// Which memory an address is of.
+/// The kind of memory that an address belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Space {
-    /// That of the host.
+    /// Memory of the host.
     Host,
-    /// That of the host, in pages that do not move: a device copies from and to it by itself.
+    /// Memory of the host in pages that do not move. A device copies from and to it by itself.
     Pinned,
-    /// That of the device with this number. A processor cannot read it.
+    /// Memory of the device with this number. A processor cannot read it.
     Device(u32),
 }
 
@@ -128,7 +128,7 @@ pub struct Raw {
     pub len: usize,
     /// Their type.
     pub dtype: DType,
-    /// Which memory the address is of.
+    /// The memory that the address belongs to.
     pub space: Space,
 }
 

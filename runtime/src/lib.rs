@@ -64,8 +64,9 @@
 //! - **Activation checkpointing.** [`Step::backward`] lends the unit's weights again, so a model that kept only the unit's input computes its forward pass once more
 //!   in the backward pass.
 //! - **Gradients before the update.** [`Step::agree`] ends the backward passes; [`Agreed::gradient`] is this rank's shard of a unit's sum.
-//! - **An optimizer of one's own** is an [`Optimizer`]: it gets each unit's shard of the gradient, of the master weights and of as many state tensors as
-//!   [`Policy::states`] names. Elementwise optimizers need nothing else.
+//! - **An optimizer of one's own** is an [`Optimizer`]: it gets each unit's shard of the gradient,
+//!   of the master weights and of as many state tensors as [`Policy::states`] names. Elementwise
+//!   optimizers need nothing else.
 //! - **Frozen tensors** have [`TensorSpec::frozen`]: their gradients count nowhere. **Tied tensors** are one tensor in a unit that is used twice: [`Layout::visiting`].
 //! - **Weight decay** applies to tensors with [`TensorSpec::decay`].
 //! - **Numbers for all ranks**, say a wish to stop: requests of [`Step::finish`] come back summed.

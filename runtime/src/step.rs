@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use pillion_collectives::{Reduction, Traffic};
@@ -227,6 +228,8 @@ impl<'e> Step<'e> {
     /// # Errors
     /// When another rank has failed.
     pub fn abandon(mut self) -> Result<(), Error> {
+        // After a failure there is nothing left to take part in.
+        self.engine.axes.healthy()?;
         let rest = self.plan.clone();
         loop {
             self.close();
@@ -247,6 +250,11 @@ impl<'e> Step<'e> {
     fn leave(&mut self) -> Result<(), Error> {
         // Kernels may still read the slots: the next gathers start after them.
         let done = self.engine.stream.record();
+        if let Poll::Ready(Err(failure)) = done.status() {
+            // Kernels of this step did not run, and the other ranks would wait for this one.
+            self.engine.axes.world.abort(&failure.to_string());
+            return Err(failure.into());
+        }
         self.engine.weights.release(&done)?;
         self.engine.written.fill(done);
         self.engine.health = Health::Good;

@@ -64,3 +64,27 @@ impl StartEvent {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::{Communicator, Launch, Options};
+
+    /// A progress thread that slept until its next look would start an operation milliseconds late.
+    #[test]
+    fn an_event_that_ends_rings_the_progress_thread() {
+        let communicator = Communicator::connect(&Launch::single(), Options::default()).unwrap();
+        let rings = || communicator.shared.control().progress.rings.load(Ordering::Acquire);
+        let (before, waker) = (rings(), Waker::from(communicator.shared.clone()));
+        // An awake thread is not rung. Nothing else rings this one, and it sleeps soon.
+        let started = Instant::now();
+        while rings() == before {
+            assert!(started.elapsed() < Duration::from_secs(60), "the progress thread was never rung");
+            waker.wake_by_ref();
+            std::thread::yield_now();
+        }
+    }
+}

@@ -43,6 +43,11 @@ impl Stage {
         }
     }
 
+    /// New memory.
+    pub(crate) fn zeros(&self, dtype: DType, len: usize) -> Buffer {
+        self.device.allocate(dtype, len).unwrap()
+    }
+
     /// A buffer that a kernel overwrites.
     pub(crate) fn output(&self, len: usize) -> Buffer {
         self.output_as(DType::F32, len)
@@ -61,6 +66,10 @@ pub(crate) struct Values {
 }
 
 impl Values {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     pub(crate) fn of<T: Element>(&self) -> Vec<T> {
         assert_eq!(self.dtype, T::DTYPE);
         let mut values = vec![T::zeroed(); self.bytes.len() / T::DTYPE.bytes()];

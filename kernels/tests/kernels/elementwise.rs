@@ -94,3 +94,34 @@ fn casts_round_to_the_nearest_even_and_widen_exactly() {
         }
     }
 }
+
+#[test]
+fn sums_accumulate_element_by_element() {
+    for len in LENGTHS {
+        let (before, more) = (normals(len, 1), normals(len, 2));
+        let [sum] = run(|stage| {
+            let (mut sum, more) = (stage.buffer(&before), stage.buffer(&more));
+            stage.stream.accumulate(sum.view_mut(), more.view());
+            [sum]
+        });
+        let expected: Vec<f32> = before.iter().zip(&more).map(|(before, more)| before + more).collect();
+        assert_eq!(sum.of::<f32>(), expected);
+    }
+}
+
+#[test]
+fn a_copy_has_every_bit_of_any_type() {
+    for len in LENGTHS {
+        let bits = integers(2 * len, 1 << 32, 1);
+        for dtype in [DType::F32, DType::Bf16, DType::F64, DType::U32, DType::I64] {
+            let bytes = &bytemuck::cast_slice(&bits)[..len * dtype.bytes()];
+            let [copy] = run(|stage| {
+                let (mut from, mut to) = (stage.zeros(dtype, len), stage.zeros(dtype, len));
+                stage.stream.upload_bytes(from.view_mut(), bytes);
+                stage.stream.copy(to.view_mut(), from.view());
+                [to]
+            });
+            assert_eq!(copy.bytes(), bytes);
+        }
+    }
+}

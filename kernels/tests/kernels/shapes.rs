@@ -151,3 +151,19 @@ fn cross_entropy_refuses_a_target_beyond_the_vocabulary() {
     let (mut logits, targets, mut loss) = (stage.output(3), stage.buffer(&[3u32]), stage.buffer(&[0.0f64]));
     stage.kernels().cross_entropy(logits.view_mut(), None, targets.view(), loss.view_mut());
 }
+
+#[test]
+#[should_panic(expected = "a copy from f32 to bf16")]
+fn a_copy_is_not_a_cast() {
+    let stage = lazy();
+    let (mut out, x) = (stage.output_as(DType::Bf16, 3), stage.output(3));
+    stage.stream.copy(out.view_mut(), x.view());
+}
+
+#[test]
+#[should_panic(expected = "accumulate: lengths [3, 4] should be equal")]
+fn an_accumulation_has_one_length() {
+    let stage = lazy();
+    let (mut out, x) = (stage.output(3), stage.output(4));
+    stage.stream.accumulate(out.view_mut(), x.view());
+}

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! DIR/step-00000010/manifest.json                     what it is, and every file's size and checksum
-//!                   rank-00000-of-00002.safetensors   per unit, f32: <unit>.master and the optimizer's <unit>.m, <unit>.v, each [shard]
+//!                   rank-00000-of-00002.safetensors   per unit, f32 [shard]: <unit>.master, and
+//!                   <unit>.m and <unit>.v of AdamW, or the states of another optimizer
 //!                   rank-00001-of-00002.safetensors
 //! ```
 //!

@@ -1,11 +1,11 @@
 //! A step that every rank abandons, each at a place of its own, leaves engine and parameters as
 //! they were before it.
 
-use pillion_kernels::DType;
+use pillion_kernels::{DType, Event, Failure};
 use pillion_runtime::{Engine, Gather, Sharded, Step};
 
 use crate::common::mlp::UNITS;
-use crate::common::{Host, Rank, Schedule, Setup, Training, joined, ranks};
+use crate::common::{ADAMW, Host, Rank, Schedule, Setup, Training, joined, ranks};
 use crate::{must_train, ones_of};
 
 const ROUNDS: usize = 2;
@@ -101,4 +101,51 @@ fn a_step_that_is_dropped_instead_leaves_an_engine_that_says_so() {
         let error = rank.engine.begin(1).err().expect("other ranks would wait for the rest").to_string();
         assert!(error.contains("Step::abandon"), "{error}");
     });
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the fan has stopped")]
+struct Hot;
+
+/// A stream that has failed runs nothing, so what follows must not look well, on any rank.
+#[test]
+fn a_stream_that_fails_ends_a_step_on_every_rank_and_abandoning_it_is_an_error() {
+    for host in [Host::Cpu, Host::Lazy(5)] {
+        for trains in [false, true] {
+            let said = ranks(&Setup::new(2).host(host), |mut rank: Rank| {
+                let number = rank.rank();
+                let mut step = match trains {
+                    true => rank.engine.begin(1).unwrap(),
+                    false => rank.engine.begin_evaluation(1).unwrap(),
+                };
+                if number == 0 {
+                    step.stream().wait_for(&Event::failed(Failure::new(Hot)));
+                }
+                step.round(1);
+                let mut passes = (0..UNITS).try_for_each(|unit| step.forward(unit).map(|_| ()));
+                if trains {
+                    passes =
+                        passes.and_then(|()| (0..UNITS).rev().try_for_each(|unit| step.backward(unit).map(|_| ())));
+                }
+                let ended = match (passes, trains) {
+                    (Err(error), _) => {
+                        assert!(step.abandon().is_err());
+                        Err(error)
+                    }
+                    (Ok(()), true) => step.finish(&ADAMW, &mut []).map(|_| ()),
+                    (Ok(()), false) => step.end(),
+                };
+                // A deferring device finds out when somebody waits.
+                let ended = ended.and_then(|()| Ok(rank.engine.stream().synchronize()?));
+                let after = rank.engine.communicator().barrier();
+                (ended.err().map(|error| error.to_string()), after.err().map(|error| error.to_string()))
+            });
+            let own = said[0].0.as_ref().unwrap_or_else(|| panic!("{host:?}, training {trains}: {said:?}"));
+            assert!(own.contains("the fan has stopped"), "{said:?}");
+            if trains || matches!(host, Host::Cpu) {
+                let (during, after) = &said[1];
+                assert!(during.is_some() || after.is_some(), "{host:?}, training {trains}: {said:?}");
+            }
+        }
+    }
 }
