@@ -37,7 +37,8 @@ fn chains(world: &Communicator, device: &dyn Device, way: Way, len: usize) -> Ve
         let (input, output) = buffers.take().expect("each round gives them back");
         world.barrier().expect("the others come");
         let started = Instant::now();
-        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+        let reduce =
+            Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
         let reduce = shard.reduce_scatter(reduce, stream.record());
         let (input, output) = match way {
             Way::Stream => {

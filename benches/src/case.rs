@@ -201,7 +201,7 @@ impl Case {
             }
             (Operation::ReduceScatter, Form::OutOfPlace) => {
                 let (input, output) = (input.expect(has), output.expect(has));
-                let reduce = Reduce { input, output, reduction, accumulate: false, sideband: None };
+                let reduce = Reduce { input, sections: None, output, reduction, accumulate: false, sideband: None };
                 communicator.reduce_scatter(reduce, start).map(move |reduce| both((reduce.input, reduce.output)))
             }
             (Operation::AllGather, Form::InPlace) => {
@@ -258,7 +258,7 @@ impl Case {
     ) -> Result<(), Error> {
         let mut window = self.window.take().expect("a window's case has one");
         let shard = self.operands.input.as_ref().expect("and a shard to write");
-        self.stream.cast(window.shard_mut()?, shard.view());
+        self.stream.cast(window.shard_mut(0)?, shard.view());
         let mut window = communicator.gather_window(window, Start::Here).wait()?;
         for first in (0..window.len()).step_by(BLOCK) {
             let len = BLOCK.min(window.len() - first);

@@ -3,6 +3,7 @@
 use pillion_kernels::DType;
 use pillion_kernels::cpu::reduce::Reduction;
 
+use crate::Sections;
 use crate::shm::control::Call;
 
 /// The operations there are.
@@ -115,10 +116,15 @@ pub(crate) fn call(kind: Kind, dtype: Option<DType>, deferred: bool, count: usiz
         sequence: 0,
         kind: kind as u64,
         dtype: dtype.map_or(0, |dtype| 1 + dtype as u64),
-        deferred: u64::from(deferred),
+        memory: u64::from(deferred),
         count: count as u64,
         detail: detail.to_word(),
     }
+}
+
+/// The same call for buffers that are cut into sections.
+pub(crate) fn cut(call: Call, sections: Option<&Sections>) -> Call {
+    Call { memory: call.memory | sections.map_or(0, |sections| sections.mark() << 1), ..call }
 }
 
 fn kind(call: Call) -> Option<Kind> {
@@ -157,8 +163,12 @@ pub(crate) fn describe(call: Call) -> String {
         }
         _ => String::new(),
     };
-    let device = if call.deferred == 1 { " on a deferring device" } else { "" };
-    format!("{name} #{} of {elements}{detail}{device}", call.sequence)
+    let sections = match call.memory >> 1 {
+        0 => String::new(),
+        mark => format!(" in {} sections (cut {:04x})", mark >> 16, mark & 0xffff),
+    };
+    let device = if call.memory & 1 == 1 { " on a deferring device" } else { "" };
+    format!("{name} #{} of {elements}{sections}{detail}{device}", call.sequence)
 }
 
 const DTYPES: [DType; 5] = [DType::F32, DType::Bf16, DType::F64, DType::U32, DType::I64];
@@ -192,5 +202,11 @@ mod tests {
         for (call, expected) in cases {
             assert_eq!(describe(call), expected);
         }
+        let in_sections = |chunks: &[usize]| {
+            let call = call(Kind::AllGather, Some(DType::F32), false, 8, Detail::None);
+            describe(cut(call, Some(&Sections::new(chunks))))
+        };
+        assert!(in_sections(&[1, 3]).starts_with("all-gather #0 of 8 × f32 in 2 sections (cut "));
+        assert_ne!(in_sections(&[1, 3]), in_sections(&[3, 1]));
     }
 }

@@ -13,7 +13,8 @@ use crate::limits::explain_thread;
 use crate::shm::arena::available_memory;
 use crate::shm::control::state;
 use crate::shm::shared::Shared;
-use crate::{Backend, Error, Launch, Options, Span, Window};
+use crate::window::chunk;
+use crate::{Backend, Error, Launch, Options, Sections, Span, Window};
 
 /// What a communicator has moved so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -220,6 +221,24 @@ impl Communicator {
     /// When `len` is no multiple of the world.
     pub fn window(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Window, Error> {
         assert!(len.is_multiple_of(self.world()), "a window of {len} elements over {} ranks", self.world());
+        self.make_window(device, dtype, len, None)
+    }
+
+    /// As [`Communicator::window`], for a buffer that is cut into `sections`.
+    ///
+    /// # Errors
+    /// As for [`Communicator::allocate`].
+    pub fn window_of(&self, device: &dyn Device, dtype: DType, sections: &Sections) -> Result<Window, Error> {
+        self.make_window(device, dtype, self.world() * sections.shard_len(), Some(sections.clone()))
+    }
+
+    fn make_window(
+        &self,
+        device: &dyn Device,
+        dtype: DType,
+        len: usize,
+        sections: Option<Sections>,
+    ) -> Result<Window, Error> {
         let bytes = size(dtype, len)?;
         let (map, heap, hosts) = (&self.shared.map, self.shared.world(), &self.shared.hosts);
         let words_bytes = 8 * heap as u64;
@@ -227,12 +246,19 @@ impl Communicator {
         let words = self.shared.allocator.windows(words_bytes);
         let start = self.shared.allocator.windows(bytes);
         // This rank's shard, and those that it receives from other hosts.
-        let share = bytes / self.world() as u64;
-        let mut shards = hosts.column_of(self.rank()).chain([self.rank()]);
+        let ranks = || hosts.column_of(self.rank()).chain([self.rank()]);
+        let count = sections.as_ref().map_or(1, Sections::count);
+        let mut chunks = (0..count).flat_map(|section| ranks().map(move |rank| (section, rank)));
         map.reserve(heap, words, words_bytes)
-            .and_then(|()| shards.try_for_each(|rank| map.reserve(heap, start + rank as u64 * share, share)))
+            .and_then(|()| {
+                chunks.try_for_each(|(section, rank)| {
+                    let chunk = chunk(sections.as_ref(), len, section, self.world(), rank);
+                    let [first, bytes] = [chunk.start, chunk.len()].map(|elements| (elements * dtype.bytes()) as u64);
+                    map.reserve(heap, start + first, bytes)
+                })
+            })
             .map_err(|error| self.give_up(error))?;
-        Ok(Window::new(self.buffer(device, dtype, heap, start, bytes)?, words, self.shared.clone()))
+        Ok(Window::new(self.buffer(device, dtype, heap, start, bytes)?, words, self.shared.clone(), sections))
     }
 
     /// Gives up: every call here and, once it next waits, on every other rank returns [`Error::Aborted`] with this reason.

@@ -7,15 +7,16 @@ use pillion_kernels::cpu::reduce::{Fold, Reduction};
 use pillion_kernels::{Buffer, Completion, DType, Event};
 
 use crate::algorithms::{
-    self, AnyCollective, BriefAllReduce, Combination, GatherWindow, Operands, Operation, SIDEBAND, Scalars, Sidebands,
+    self, AnyCollective, BriefAllReduce, Combination, GatherWindow, Operands, Operation, Scalars, Sidebands,
 };
 use crate::call::Purpose;
 use crate::pending::{Outcome, Pending};
-use crate::reduce::{Comparison, Reduce, Sideband, Sums};
+use crate::reduce::{Comparison, Reduce, Sideband, Summand, Sums};
+use crate::sections::SIDEBAND;
 use crate::shm::control::{Channel, PAYLOAD};
 use crate::shm::flight::{Collective, Course, Flight};
 use crate::shm::mail::{Direction, MailFlight};
-use crate::{Communicator, Error, Window};
+use crate::{Communicator, Error, Sections, Window};
 
 /// When an operation starts, and which thread runs it.
 #[derive(Clone)]
@@ -40,17 +41,53 @@ impl Communicator {
     /// output\[p·n..\] = the shard of rank p. `shard: [n]`, unchanged; `output: [≥ world · n]`, same type, unchanged beyond.
     pub fn all_gather(&self, shard: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
         self.check("all-gather", &shard, &output, output.len() >= self.world() * shard.len());
-        let operation =
-            algorithms::all_gather(&self.shared.hosts, self.rank(), operands(Some(&shard), Some(&output)), shard.len());
+        let operation = self.gather_operation(operands(Some(&shard), Some(&output)), shard.len(), None, false);
         self.run(operation, Channel::Gather, start.into(), (shard, output))
+    }
+
+    /// As [`Communicator::all_gather`], into an output that is cut into sections.
+    pub fn all_gather_sections(
+        &self,
+        sections: &Sections,
+        shard: Buffer,
+        output: Buffer,
+        start: impl Into<Start>,
+    ) -> Pending<(Buffer, Buffer)> {
+        let len = sections.shard_len();
+        self.check("all-gather", &shard, &output, shard.len() == len && output.len() >= self.world() * len);
+        let operands = operands(Some(&shard), Some(&output));
+        let operation = self.gather_operation(operands, len, Some(sections.clone()), false);
+        self.run(operation, Channel::Gather, start.into(), (shard, output))
+    }
+
+    fn gather_operation(
+        &self,
+        operands: Operands,
+        chunk: usize,
+        sections: Option<Sections>,
+        in_place: bool,
+    ) -> Operation {
+        algorithms::all_gather(&self.shared.hosts, self.rank(), operands, chunk, sections, in_place)
     }
 
     /// buffer\[p·n..\] = that part of rank p's buffer. `buffer: [world · n]`.
     pub fn all_gather_in_place(&self, buffer: Buffer, start: impl Into<Start>) -> Pending<Buffer> {
         let chunk = self.chunk_of(&buffer);
-        let mut operands = operands(None, Some(&buffer));
-        operands.input = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
-        let operation = algorithms::all_gather(&self.shared.hosts, self.rank(), operands, chunk);
+        let operation = self.gather_operation(operands(Some(&buffer), Some(&buffer)), chunk, None, true);
+        self.run(operation, Channel::Gather, start.into(), buffer)
+    }
+
+    /// As [`Communicator::all_gather_in_place`], of a buffer that is cut into sections.
+    pub fn all_gather_sections_in_place(
+        &self,
+        sections: &Sections,
+        buffer: Buffer,
+        start: impl Into<Start>,
+    ) -> Pending<Buffer> {
+        let len = sections.shard_len();
+        self.check("all-gather", &buffer, &buffer, buffer.len() == self.world() * len);
+        let operation =
+            self.gather_operation(operands(Some(&buffer), Some(&buffer)), len, Some(sections.clone()), true);
         self.run(operation, Channel::Gather, start.into(), buffer)
     }
 
@@ -60,7 +97,8 @@ impl Communicator {
     /// When the window is gathered already.
     pub fn gather_window(&self, mut window: Window, start: impl Into<Start>) -> Pending<Window> {
         window.begin_gather(&self.shared);
-        let collective = GatherWindow::new(window.span(), window.place(), self.rank(), self.world());
+        let sections = window.sections();
+        let collective = GatherWindow::new(window.span(), window.place(), self.rank(), self.world(), sections);
         self.run(collective, Channel::Gather, start.into(), window)
     }
 
@@ -68,6 +106,26 @@ impl Communicator {
     pub fn reduce_scatter(&self, reduce: Reduce, start: impl Into<Start>) -> Pending<Reduce> {
         let operation = self.scatter_operation(&reduce, None);
         self.run(operation, Channel::Reduce, start.into(), reduce)
+    }
+
+    /// Adds the ranks' summands to the output of an earlier reduce-scatter of this communicator, and
+    /// their numbers to its totals, once that is complete. The host does not wait.
+    pub fn reduce_scatter_onto(
+        &self,
+        summand: Summand,
+        sections: Option<Sections>,
+        mut earlier: Pending<Sums>,
+        reduction: Reduction,
+        after: Event,
+    ) -> (Pending<Summand>, Pending<Sums>) {
+        let Some(Sums { output, totals }) = earlier.take_in_flight() else {
+            return (earlier.like(summand), earlier);
+        };
+        let Summand { input, own } = summand;
+        let sideband = own.zip(totals).map(|(own, totals)| Sideband { own, totals });
+        let reduce = Reduce { input, sections, output, reduction, accumulate: true, sideband };
+        // Operations of one channel run one after another, and after a failure none runs.
+        self.reduce_scatter(reduce, after).split()
     }
 
     /// Whether a rank that combines reads every rank's input where it lies, as [`Communicator::reduce_scatter_compared`] must: all ranks are on one host.
@@ -91,31 +149,36 @@ impl Communicator {
             reduce.reduction == Reduction::Sum && reduce.output.dtype() == DType::F32 && !reduce.accumulate,
             "terms are compared with their sum in f32"
         );
-        let len = Comparison::len(self.world());
+        let sections = reduce.sections.as_ref().map_or(1, Sections::count);
+        let len = sections * Comparison::len(self.world());
         assert!(totals.len() == len && totals.dtype() == DType::F64, "a comparison is {len} × f64");
         same_device(&reduce.input, totals);
-        let comparing = algorithms::Comparing { totals: totals.span(), limit: *limit };
+        let comparing = algorithms::Comparing { totals: totals.span(), sections, limit: *limit };
         let operation = self.scatter_operation(&reduce, Some(comparing));
         self.run(operation, Channel::Reduce, start.into(), (reduce, comparison))
     }
 
     fn scatter_operation(&self, reduce: &Reduce, comparison: Option<algorithms::Comparing>) -> algorithms::Operation {
-        let Reduce { input, output, reduction, accumulate, sideband } = reduce;
+        let Reduce { input, sections, output, reduction, accumulate, sideband } = reduce;
         let combination = self.combination(*reduction, input, output);
+        let is_cut = sections.as_ref().is_none_or(|sections| sections.shard_len() == output.len());
         assert!(
-            input.len() >= self.world() * output.len(),
+            is_cut && input.len() >= self.world() * output.len(),
             "a reduce-scatter of {input:?} over {} ranks into {output:?}",
             self.world()
         );
         let sidebands = sideband.as_ref().map(|Sideband { own, totals }| {
+            let len = SIDEBAND * sections.as_ref().map_or(1, Sections::count);
+            let fits = own.len() >= len && totals.len() == len;
             for numbers in [own, totals] {
-                assert!(numbers.len() == SIDEBAND && numbers.dtype() == DType::F64, "a sideband is {SIDEBAND} × f64");
+                assert!(fits && numbers.dtype() == DType::F64, "a sideband is {len} × f64");
                 same_device(input, numbers);
             }
-            Sidebands { own: own.span(), totals: totals.span(), accumulate: *accumulate }
+            Sidebands { own: own.span().range(0..len), totals: totals.span(), accumulate: *accumulate }
         });
         let (chunk, operands) = (output.len(), operands(Some(input), Some(output)));
-        algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, *accumulate, sidebands, comparison)
+        let (hosts, sections) = (&self.shared.hosts, sections.clone());
+        algorithms::reduce_scatter(hosts, operands, chunk, combination, *accumulate, sections, sidebands, comparison)
     }
 
     /// Part r of rank r's buffer = the ranks' parts r combined, in order of rank; the other parts are unchanged. `buffer: [world · n]`.
@@ -129,7 +192,8 @@ impl Communicator {
         let combination = self.combination(reduction, &buffer, &buffer);
         let mut operands = operands(Some(&buffer), Some(&buffer));
         operands.output = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
-        let operation = algorithms::reduce_scatter(&self.shared.hosts, operands, chunk, combination, false, None, None);
+        let hosts = &self.shared.hosts;
+        let operation = algorithms::reduce_scatter(hosts, operands, chunk, combination, false, None, None, None);
         self.run(operation, Channel::Reduce, start.into(), buffer)
     }
 

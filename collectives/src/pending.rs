@@ -140,6 +140,11 @@ impl<T> Pending<T> {
         Pending { state: self.state.clone(), deferred: self.deferred, value }
     }
 
+    /// Other buffers, which the same operation gives back.
+    pub(crate) fn like<U>(&self, value: U) -> Pending<U> {
+        Pending { state: self.state.clone(), deferred: self.deferred, value: Some(Value::Ready(value)) }
+    }
+
     /// The failure, where it is known by now.
     pub(crate) fn failure(&self) -> Option<Failure> {
         match self.state.status() {

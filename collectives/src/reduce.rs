@@ -3,13 +3,15 @@
 use pillion_kernels::Buffer;
 use pillion_kernels::cpu::reduce::Reduction;
 
-use crate::Pending;
+use crate::{Pending, Sections};
 
 /// A reduce-scatter's buffers.
 #[derive(Debug)]
 pub struct Reduce {
     /// This rank's summand, `[≥ world · n]`; unchanged, and not read beyond.
     pub input: Buffer,
+    /// How the summand is cut; none: into one chunk for each rank.
+    pub sections: Option<Sections>,
     /// `[n]`: the ranks' parts of this rank combined, in order of rank. Of the input's type, or f32 for bf16.
     pub output: Buffer,
     /// How elements are combined.
@@ -23,9 +25,10 @@ pub struct Reduce {
 /// Numbers that ride on a reduce-scatter.
 #[derive(Debug)]
 pub struct Sideband {
-    /// `[4]` f64: numbers of this rank; unchanged.
+    /// `[≥ 4 · sections]` f64: numbers of this rank, four for each section; unchanged, and not read
+    /// beyond.
     pub own: Buffer,
-    /// `[4]` f64: the sums of the ranks' numbers, in order of rank.
+    /// `[4 · sections]` f64: the sums of the ranks' numbers, in order of rank.
     pub totals: Buffer,
 }
 
@@ -65,14 +68,14 @@ impl Pending<Reduce> {
 /// The ranks' inputs of a reduce-scatter beside their sum, in this rank's part.
 #[derive(Debug)]
 pub struct Comparison {
-    /// `[2 + world]` f64, replaced: the number of elements that pass; the sum of the squares of their sums; for each rank, its input times the sum.
+    /// `[2 + world]` f64 for each section, replaced: the number of elements that pass; the sum of the squares of their sums; for each rank, its input times the sum.
     pub totals: Buffer,
     /// An element passes where world · Σ_k x_k² ≤ `limit` · (Σ_k x_k)², and that is not zero.
     pub limit: f64,
 }
 
 impl Comparison {
-    /// Numbers in its totals.
+    /// Numbers in the totals of a section.
     pub const fn len(world: usize) -> usize {
         pillion_kernels::cpu::compare::numbers(world)
     }

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pillion_kernels::{Buffer, Event, Span, View, ViewMut};
 
-use crate::Error;
 use crate::shm::control::{WINDOW_BELL, subject};
 use crate::shm::protocol::publish;
 use crate::shm::shared::Shared;
+use crate::{Error, Sections};
 
 /// A full-length buffer that every rank of the host can read and whose own shard each rank writes.
 ///
@@ -22,13 +22,31 @@ pub struct Window {
     /// Byte offset, in the windows' heap, of one word for each rank: the number of gathers it has released.
     words: u64,
     shared: Arc<Shared>,
+    sections: Option<Sections>,
     gathers: u64,
     gathered: bool,
 }
 
+/// Rank `rank`'s chunk of a section of `len` elements of `world` ranks.
+pub(crate) fn chunk(
+    sections: Option<&Sections>,
+    len: usize,
+    section: usize,
+    world: usize,
+    rank: usize,
+) -> Range<usize> {
+    match sections {
+        Some(sections) => sections.in_full(section, world, rank),
+        None => {
+            assert!(section == 0, "section {section} of a window that has one");
+            rank * (len / world)..(rank + 1) * (len / world)
+        }
+    }
+}
+
 impl Window {
-    pub(crate) fn new(buffer: Buffer, words: u64, shared: Arc<Shared>) -> Window {
-        Window { buffer, words, shared, gathers: 0, gathered: false }
+    pub(crate) fn new(buffer: Buffer, words: u64, shared: Arc<Shared>, sections: Option<Sections>) -> Window {
+        Window { buffer, words, shared, sections, gathers: 0, gathered: false }
     }
 
     /// Number of elements of the whole.
@@ -59,30 +77,35 @@ impl Window {
         self.words
     }
 
-    /// This rank's shard, for reading: nobody else writes it.
-    pub fn shard(&self) -> View<'_> {
-        self.buffer.slice(self.own())
+    pub(crate) fn sections(&self) -> Option<Sections> {
+        self.sections.clone()
     }
 
-    fn own(&self) -> Range<usize> {
-        let (count, rank) = (self.buffer.len() / self.shared.hosts.world(), self.shared.name(self.shared.rank));
-        rank * count..(rank + 1) * count
+    /// This rank's chunk of a section, for reading: nobody else writes it. A window that was made
+    /// without sections has one, number 0.
+    pub fn shard(&self, section: usize) -> View<'_> {
+        self.buffer.slice(self.own(section))
     }
 
-    /// This rank's shard, for writing; blocks until every rank has released the last gather. The next gather starts after an
-    /// event that follows the writes.
+    fn own(&self, section: usize) -> Range<usize> {
+        let (world, rank) = (self.shared.hosts.world(), self.shared.name(self.shared.rank));
+        chunk(self.sections.as_ref(), self.buffer.len(), section, world, rank)
+    }
+
+    /// This rank's chunk of a section, for writing; blocks until every rank has released the last
+    /// gather. The next gather starts after an event that follows the writes.
     ///
     /// # Errors
     /// When a rank is lost or does not release before the deadline.
     ///
     /// # Panics
     /// When this rank itself has not released.
-    pub fn shard_mut(&mut self) -> Result<ViewMut<'_>, Error> {
+    pub fn shard_mut(&mut self, section: usize) -> Result<ViewMut<'_>, Error> {
         assert!(!self.gathered, "a window is released before it is written");
         let (shared, gathers) = (&self.shared, self.gathers);
         let late = |rank: usize| self.released(rank).load(Ordering::Acquire) < gathers;
         shared.wait_for_ranks("writing a window", shared.options.timeout, late)?;
-        let own = self.own();
+        let own = self.own(section);
         Ok(self.buffer.slice_mut(own))
     }
 

@@ -93,7 +93,8 @@ fn reduce_scatter_sums_in_order_of_rank_and_carries_the_sideband() {
                         let mut totals = device.allocate(DType::F64, 4).unwrap();
                         stream.upload(totals.view_mut(), &[8.0, 8.0, 8.0, 0.0]);
                         let sideband = Some(Sideband { own: sideband, totals });
-                        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate, sideband };
+                        let reduce =
+                            Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate, sideband };
                         let reduce = communicator.reduce_scatter(reduce, stream.record()).then(&*stream).unwrap();
                         let expected: Vec<f32> = (rank * len..(rank + 1) * len)
                             .map(|index| if accumulate { 0.25 + sum(world, index) } else { sum(world, index) })
@@ -126,7 +127,8 @@ fn bf16_is_reduced_in_f32() {
             let data: Vec<bf16> = (0..world * 100).map(|index| narrow(rank, index)).collect();
             let input = filled(&Cpu, &*stream, &communicator, &data);
             let output = Cpu.allocate(DType::F32, 100).unwrap();
-            let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+            let reduce =
+                Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
             let reduce = communicator.reduce_scatter(reduce, Event::PAST).wait().unwrap();
             let expected: Vec<f32> = (rank * 100..(rank + 1) * 100)
                 .map(|index| {
@@ -205,7 +207,7 @@ fn a_window_shows_every_rank_what_each_has_written() {
                 let mut window = communicator.window(&*device, DType::F32, world * 1000).unwrap();
                 for round in 0..ROUNDS {
                     let shard = vec![(round * 10 + rank) as f32; 1000];
-                    stream.upload(window.shard_mut().unwrap(), &shard);
+                    stream.upload(window.shard_mut(0).unwrap(), &shard);
                     window = communicator.gather_window(window, stream.record()).then(&*stream).unwrap();
                     let expected: Vec<f32> =
                         (0..world).flat_map(|rank| vec![(round * 10 + rank) as f32; 1000]).collect();
@@ -392,7 +394,8 @@ fn more_ranks_than_processors_agree_on_every_element() {
         assert_eq!(turn, [20.0]);
         let input = filled(&Cpu, &*stream, &communicator, &values(rank, WORLD * LEN));
         let output = Cpu.allocate(DType::F32, LEN).unwrap();
-        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+        let reduce =
+            Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
         let reduce = communicator.reduce_scatter(reduce, Event::PAST).wait().unwrap();
         let partial = |group: usize, index| {
             (6 * group + 1..6 * group + 6).fold(value(6 * group, index), |sum, rank| sum + value(rank, index))

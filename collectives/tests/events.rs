@@ -113,7 +113,8 @@ fn a_sum_that_failed_is_never_passed_on_to_another_group() {
             let mut input = device.allocate(DType::F32, 2 * 1000).unwrap();
             stream.upload(input.view_mut(), &[7.0f32; 2 * 1000]);
             let output = device.allocate(DType::F32, 1000).unwrap();
-            let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+            let reduce =
+                Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
             let reduce = shard.reduce_scatter(reduce, stream.record());
             let sum = if chained {
                 let (_summand, sums) = reduce.split();

@@ -1,20 +1,23 @@
 //! Makes a plan: assigns slots, and edges where slots change hands.
 //!
-//! Weight slots are a cache whose future is known, so what is needed last is evicted (Belady 1966). A gradient slot is taken by a unit's first
-//! backward pass, and free again once its reduction has read it; the longest free one is taken first.
+//! Weight slots are a cache whose future is known, so what is needed last is evicted (Belady 1966). A gradient slot is taken by a bucket's first
+//! backward pass, and free again once its reduction has read it; the longest free one is taken first. Buckets that fit different slots do not compete.
 //!
-//! The builder never searches the list of uses. Planning time is therefore linear in the plan's
+//! The builder never searches the list of visits. Planning time is therefore linear in the plan's
 //! length, up to a logarithmic factor.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
+use std::ops::Range;
 
-use crate::plan::{Action, Fill, Operation, Outline, Pass, Plan};
+use crate::buckets::Slots;
+use crate::outline::Outline;
+use crate::plan::{Action, Fill, Operation, Pass, Plan};
 
-/// One use of a unit's weights.
+/// One pass over a bucket: its units are used one after another.
 #[derive(Clone, Copy)]
-struct Use {
-    unit: usize,
+struct Visit {
+    bucket: usize,
     pass: Pass,
     round: usize,
 }
@@ -22,20 +25,22 @@ struct Use {
 pub(crate) struct Builder {
     outline: Outline,
     rounds: usize,
-    uses: Vec<Use>,
-    /// For each use the next one of the same unit, [`NEVER`] after the last.
+    visits: Vec<Visit>,
+    /// For each visit the next one of the same bucket, [`NEVER`] after the last.
     next: Vec<usize>,
     operations: Vec<Operation>,
     weights: Vec<WeightSlot>,
-    /// Weight slots, ordered by the next use of the unit that they hold. The last entry is evicted
-    /// first. Among slots without a next use, that is the lowest slot.
-    by_next_use: BTreeSet<(usize, Reverse<usize>)>,
-    /// Unit → the weight slot that holds it.
+    /// Weight slots of each class, ordered by the next visit of the bucket that they hold. The last
+    /// entry is evicted first. Among slots without a next visit, that is the lowest slot.
+    by_next_visit: Vec<BTreeSet<(usize, Reverse<usize>)>>,
+    /// Bucket → the weight slot that holds it.
     resident: Vec<Option<usize>>,
-    /// Free gradient slots, ordered by the reduction that freed them. Slots that were never used
-    /// come first, then the one that has been free longest.
-    free: BTreeSet<(Option<usize>, usize)>,
-    /// Unit → the gradient slot that it adds to.
+    /// Bucket → whether it has been gathered.
+    gathered: Vec<bool>,
+    /// Free gradient slots of each class, ordered by the reduction that freed them. Slots that were
+    /// never used come first, then the one that has been free longest.
+    free: Vec<BTreeSet<(Option<usize>, usize)>>,
+    /// Bucket → the gradient slot that it adds to.
     adds_to: Vec<Option<usize>>,
     /// The last operation of each kind that the agreement waits for.
     last_compute: Option<usize>,
@@ -44,44 +49,56 @@ pub(crate) struct Builder {
     train: bool,
 }
 
-/// Beyond every use.
+/// Beyond every visit.
 const NEVER: usize = usize::MAX;
 
 #[derive(Clone)]
 struct WeightSlot {
-    unit: Option<usize>,
-    next_use: usize,
+    bucket: Option<usize>,
+    next_visit: usize,
     gather: usize,
     /// The last operation that computes with its present content.
     last_use: Option<usize>,
 }
 
+/// Where a visit's backward passes add gradients.
+struct Filling {
+    slot: usize,
+    first: bool,
+    last: bool,
+    /// The reduction that must have read the slot before.
+    after: Option<usize>,
+}
+
 impl Builder {
     pub(crate) fn new(outline: Outline, rounds: usize, train: bool) -> Builder {
-        let units = outline.units();
-        let fits = outline.weights.is_none_or(|slots| slots > outline.prefetch)
-            && outline.gradients.is_none_or(|slots| slots > outline.used_twice())
-            && (outline.sharded || (outline.weights, outline.gradients) == (None, None));
-        assert!(units > 0 && fits, "no plan fits {outline:?}");
-        let forward = |round| outline.order.iter().map(move |&unit| Use { unit, pass: Pass::Forward, round });
-        let backward = |round| outline.order.iter().rev().map(move |&unit| Use { unit, pass: Pass::Backward, round });
-        let uses = (0..rounds).flat_map(|round| forward(round).chain(backward(round)));
-        let uses: Vec<Use> = uses.filter(|use_| train || use_.pass == Pass::Forward).collect();
-        let (mut next, mut later) = (vec![NEVER; uses.len()], vec![NEVER; units]);
-        for (index, use_) in uses.iter().enumerate().rev() {
-            next[index] = std::mem::replace(&mut later[use_.unit], index);
+        let buckets = outline.buckets.len();
+        assert!(outline.is_possible(), "no plan fits {outline:?}");
+        let forward: Vec<usize> = outline.visits().collect();
+        let visit = |pass, round| move |&bucket: &usize| Visit { bucket, pass, round };
+        let visits = (0..rounds).flat_map(|round| {
+            let back = forward.iter().rev().map(visit(Pass::Backward, round));
+            forward.iter().map(visit(Pass::Forward, round)).chain(back)
+        });
+        let visits: Vec<Visit> = visits.filter(|visit| train || visit.pass == Pass::Forward).collect();
+        let (mut next, mut later) = (vec![NEVER; visits.len()], vec![NEVER; buckets]);
+        for (index, visit) in visits.iter().enumerate().rev() {
+            next[index] = std::mem::replace(&mut later[visit.bucket], index);
         }
-        let empty = WeightSlot { unit: None, next_use: NEVER, gather: 0, last_use: None };
-        let slots = outline.weights.unwrap_or(0);
+        let empty = WeightSlot { bucket: None, next_visit: NEVER, gather: 0, last_use: None };
+        let slots = outline.weights.clone().unwrap_or(Slots { class: Vec::new(), of_class: Vec::new() });
+        let gradients = outline.gradients.clone().unwrap_or_else(|| Slots::own(buckets));
+        let unused = |slots: &Range<usize>| slots.clone().map(|slot| (NEVER, Reverse(slot))).collect();
         Builder {
-            weights: vec![empty; slots],
-            by_next_use: (0..slots).map(|slot| (NEVER, Reverse(slot))).collect(),
-            resident: vec![None; units],
-            free: (0..outline.gradients.unwrap_or(units)).map(|slot| (None, slot)).collect(),
-            adds_to: vec![None; units],
+            weights: vec![empty; slots.count()],
+            by_next_visit: slots.of_class.iter().map(unused).collect(),
+            resident: vec![None; buckets],
+            gathered: vec![false; buckets],
+            free: gradients.of_class.iter().map(|slots| slots.clone().map(|slot| (None, slot)).collect()).collect(),
+            adds_to: vec![None; buckets],
             outline,
             rounds,
-            uses,
+            visits,
             next,
             operations: Vec::new(),
             last_compute: None,
@@ -92,7 +109,7 @@ impl Builder {
     }
 
     pub(crate) fn build(mut self) -> Plan {
-        for index in 0..self.uses.len() {
+        for index in 0..self.visits.len() {
             self.gathers(index);
             self.compute(index);
         }
@@ -107,108 +124,118 @@ impl Builder {
     }
 
     fn push(&mut self, action: Action, after: impl IntoIterator<Item = usize>) -> usize {
-        self.operations.push(Operation { action, after: after.into_iter().collect() });
+        let after = after.into_iter().collect();
+        self.operations.push(Operation { action, after, after_writes: false });
         self.operations.len() - 1
     }
 
-    /// Those that start before a use.
+    /// Those that start before a visit.
     fn gathers(&mut self, index: usize) {
         if self.outline.weights.is_some() {
-            for ahead in index..(index + 1 + self.outline.prefetch).min(self.uses.len()) {
+            for ahead in index..(index + 1 + self.outline.prefetch).min(self.visits.len()) {
                 self.gather(ahead);
             }
         }
     }
 
-    /// Gathers the unit of use `ahead`, unless a slot holds it. The units of all earlier uses are
-    /// already in slots, and those slots are not evicted, because their next use comes before
-    /// `ahead`.
+    /// Gathers the bucket of visit `ahead`, unless a slot holds it. The buckets of all earlier
+    /// visits are already in slots, and those slots are not evicted, because their next visit comes
+    /// before `ahead`.
     fn gather(&mut self, ahead: usize) {
-        let unit = self.uses[ahead].unit;
-        if self.resident[unit].is_some() {
+        let bucket = self.visits[ahead].bucket;
+        if self.resident[bucket].is_some() {
             return;
         }
-        let slot = if self.weights.len() >= self.resident.len() {
-            unit
-        } else {
-            let (next_use, Reverse(slot)) = self.by_next_use.last().expect("there are slots");
-            assert!(*next_use > ahead, "there are more slots than uses from now to then");
-            *slot
-        };
+        let class = self.class(bucket);
+        let (next_visit, Reverse(slot)) = *self.by_next_visit[class].last().expect("each class has slots");
+        assert!(next_visit > ahead, "there are more slots than visits from now to then");
         let released = self.weights[slot].last_use;
-        let gather = self.push(Action::Gather { unit, slot }, released);
-        if let Some(evicted) = self.weights[slot].unit.replace(unit) {
+        let gather = self.push(Action::Gather { bucket, slot }, released);
+        self.operations[gather].after_writes = !std::mem::replace(&mut self.gathered[bucket], true);
+        if let Some(evicted) = self.weights[slot].bucket.replace(bucket) {
             self.resident[evicted] = None;
         }
-        self.resident[unit] = Some(slot);
+        self.resident[bucket] = Some(slot);
         (self.weights[slot].gather, self.weights[slot].last_use) = (gather, None);
         self.expect(slot, ahead);
     }
 
-    /// Notes when a weight slot's content is used next.
-    fn expect(&mut self, slot: usize, next_use: usize) {
-        let before = std::mem::replace(&mut self.weights[slot].next_use, next_use);
-        self.by_next_use.remove(&(before, Reverse(slot)));
-        self.by_next_use.insert((next_use, Reverse(slot)));
+    /// A bucket's class of weight slots.
+    fn class(&self, bucket: usize) -> usize {
+        self.outline.weights.as_ref().expect("what is gathered has slots").class[bucket]
+    }
+
+    /// Notes when a weight slot's content is visited next.
+    fn expect(&mut self, slot: usize, next_visit: usize) {
+        let class = self.class(self.weights[slot].bucket.expect("what is expected is in a slot"));
+        let before = std::mem::replace(&mut self.weights[slot].next_visit, next_visit);
+        self.by_next_visit[class].remove(&(before, Reverse(slot)));
+        self.by_next_visit[class].insert((next_visit, Reverse(slot)));
     }
 
     fn compute(&mut self, index: usize) {
-        let Use { unit, pass, round } = self.uses[index];
-        let resident = self.resident[unit];
+        let Visit { bucket, pass, round } = self.visits[index];
+        let resident = self.resident[bucket];
         let gather = resident.map(|slot| self.weights[slot].gather);
-        let (fill, free) = match pass {
-            Pass::Forward => (None, None),
-            Pass::Backward => {
-                let (fill, free) = self.fill(index);
-                (Some(fill), free)
-            }
-        };
-        let action = Action::Compute { unit, pass, weights: resident.unwrap_or(unit), gradients: fill };
-        let compute = self.push(action, gather.into_iter().chain(free));
+        let filling = (pass == Pass::Backward).then(|| self.fill(index));
+        let free = filling.as_ref().and_then(|filling| filling.after);
+        let mut after: Vec<usize> = gather.into_iter().chain(free).collect();
+        let units = self.outline.buckets[bucket].clone();
+        for at in 0..units.len() {
+            let unit = if pass == Pass::Forward { units.start + at } else { units.end - 1 - at };
+            let gradients = filling.as_ref().map(|&Filling { slot, first, last, .. }| Fill { slot, first, last });
+            let action = Action::Compute { unit, pass, weights: resident.unwrap_or(bucket), gradients };
+            // The rest of the visit follows on the same queue.
+            self.last_compute = Some(self.push(action, std::mem::take(&mut after)));
+        }
+        let compute = self.last_compute.expect("a bucket has units");
         if let Some(slot) = resident {
             self.weights[slot].last_use = Some(compute);
             self.expect(slot, self.next[index]);
         }
-        self.last_compute = Some(compute);
-        if let Some(Fill { slot, last: true, .. }) = fill {
-            self.reduce(unit, slot, round, compute);
+        if let Some(Filling { slot, last: true, .. }) = filling {
+            self.reduce(bucket, slot, round, compute);
         }
     }
 
-    /// The slot that backward pass `index` adds to, and the reduction that must have read it before.
-    fn fill(&mut self, index: usize) -> (Fill, Option<usize>) {
-        let Use { unit, round, .. } = self.uses[index];
+    /// Where the backward passes of visit `index` add gradients.
+    fn fill(&mut self, index: usize) -> Filling {
+        let Visit { bucket, round, .. } = self.visits[index];
         let whole = self.outline.gradients.is_none();
-        // After its backward passes of a round, a unit's next use is a forward pass.
-        let again = self.uses.get(self.next[index]).is_some_and(|next| next.pass == Pass::Backward);
+        // After its backward passes of a round, a bucket's next visit is a forward pass.
+        let again = self.visits.get(self.next[index]).is_some_and(|next| next.pass == Pass::Backward);
         let last = !again && (!whole || round + 1 == self.rounds);
-        if let Some(slot) = self.adds_to[unit] {
-            return (Fill { slot, first: false, last }, None);
+        if let Some(slot) = self.adds_to[bucket] {
+            return Filling { slot, first: false, last, after: None };
         }
-        let (slot, reduction) = if whole {
-            (unit, None)
-        } else {
-            let (reduction, slot) = self.free.pop_first().expect("each unit that is used twice has a slot more");
-            (slot, reduction)
-        };
-        self.adds_to[unit] = Some(slot);
-        (Fill { slot, first: true, last }, reduction)
+        let class = self.gradient_class(bucket);
+        let (after, slot) = self.free[class].pop_first().expect(FREE);
+        self.adds_to[bucket] = Some(slot);
+        Filling { slot, first: true, last, after }
     }
 
-    fn reduce(&mut self, unit: usize, slot: usize, round: usize, compute: usize) {
+    /// A bucket's class of gradient slots.
+    fn gradient_class(&self, bucket: usize) -> usize {
+        self.outline.gradients.as_ref().map_or(bucket, |slots| slots.class[bucket])
+    }
+
+    fn reduce(&mut self, bucket: usize, slot: usize, round: usize, compute: usize) {
         let mut reduced = compute;
         if self.outline.sharded {
             let round = if self.outline.gradients.is_some() { round } else { 0 };
-            reduced = self.push(Action::Reduce { unit, slot, round }, [compute]);
-            self.adds_to[unit] = None;
-            self.free.insert((Some(reduced), slot));
+            reduced = self.push(Action::Reduce { bucket, slot, round }, [compute]);
+            self.adds_to[bucket] = None;
+            let class = self.gradient_class(bucket);
+            self.free[class].insert((Some(reduced), slot));
             self.last_reduce = Some(reduced);
         }
         if self.outline.replicated && round + 1 == self.rounds {
-            self.last_all_reduce = Some(self.push(Action::AllReduce { unit }, [reduced]));
+            self.last_all_reduce = Some(self.push(Action::AllReduce { bucket }, [reduced]));
         }
     }
 }
+
+const FREE: &str = "each bucket that is visited twice has a slot more";
 
 #[cfg(test)]
 mod reference;
@@ -234,13 +261,16 @@ mod tests {
         fn a_sum_over_groups_follows_its_reduction_and_nothing_else(outline in outlines(), rounds in 1usize..4) {
             let plan = Builder::new(outline, rounds, true).build();
             for (index, operation) in plan.operations.iter().enumerate() {
-                if let Action::AllReduce { unit } = operation.action {
+                if let Action::AllReduce { bucket } = operation.action {
                     prop_assert_eq!(&operation.after, &[index - 1]);
                     let of = match plan.operations[index - 1].action {
-                        Action::Reduce { unit, .. } | Action::Compute { unit, pass: Pass::Backward, .. } => Some(unit),
+                        Action::Reduce { bucket, .. } => Some(bucket),
+                        Action::Compute { unit, pass: Pass::Backward, .. } => {
+                            plan.outline.buckets.iter().position(|units| units.contains(&unit))
+                        }
                         _ => None,
                     };
-                    prop_assert_eq!(of, Some(unit));
+                    prop_assert_eq!(of, Some(bucket));
                 }
             }
         }
@@ -250,23 +280,27 @@ mod tests {
     #[test]
     fn many_units_and_many_rounds_are_planned() {
         let units = 1 << 16;
-        let outline = |weights, gradients, prefetch| Outline {
-            order: (0..units).collect(),
-            prefetch,
-            weights: Some(weights),
-            gradients,
-            sharded: true,
-            replicated: true,
+        let outline = |weights, gradients: Option<usize>, prefetch| {
+            let (lens, visits) = (vec![1; units], (0..units).chain((0..units).rev()).collect::<Vec<_>>());
+            let slots = |count| Slots::of(&lens, &visits, count);
+            Outline {
+                order: (0..units).collect(),
+                buckets: (0..units).map(|unit| unit..unit + 1).collect(),
+                prefetch,
+                weights: Some(slots(weights)),
+                gradients: gradients.map(slots),
+                sharded: true,
+                replicated: true,
+            }
         };
-        for (outline, rounds) in [
-            (outline(2, Some(2), 1), 1),
-            (outline(units, None, 1), 1),
-            (outline(units / 2, Some(units / 2), 1000), 1),
-            (Outline { order: (0..64).collect(), ..outline(2, Some(2), 1) }, 1024),
-        ] {
-            let units = outline.units();
-            let plan = Plan::step(&outline, rounds).verify().expect("the planner makes no races");
-            assert!(plan.operations.len() >= (3 * rounds + 1) * units);
+        for outline in [outline(2, Some(2), 1), outline(units, None, 1), outline(units / 2, Some(units / 2), 1000)] {
+            let plan = Plan::step(&outline, 1).verify().expect("the planner makes no races");
+            assert!(plan.operations.len() > 4 * units);
         }
+        let layout = crate::buckets::tests::layout(&[32; 64], 1);
+        let policy = crate::Policy { gather: crate::Gather::Copy, ..crate::Policy::default() };
+        let outline = Outline::new(&layout, &policy, policy.mesh(1).unwrap());
+        let plan = Plan::step(&outline, 1024).verify().expect("the planner makes no races");
+        assert!(plan.operations.len() > 3 * 1024 * 64);
     }
 }

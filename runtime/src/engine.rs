@@ -8,9 +8,11 @@ use pillion_kernels::{Buffer, DType, Device, Event, Stream};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::axes::Axes;
+use crate::buckets::Buckets;
 use crate::gradients::GradientStore;
 use crate::layout::Piece;
-use crate::plan::{Outline, Plan, Verified};
+use crate::outline::Outline;
+use crate::plan::{Plan, Verified};
 use crate::record::Recording;
 use crate::step::Step;
 use crate::trace::TraceEvent;
@@ -29,6 +31,7 @@ pub struct Engine {
     pub(crate) optimizer: Vec<OptimizerShard>,
     /// For each unit: the event after which its shard of the weights holds what the last update wrote.
     pub(crate) written: Vec<Event>,
+    pub(crate) buckets: Arc<Buckets>,
     /// This rank's parts of the tensors of each unit.
     pub(crate) pieces: Vec<Vec<Piece>>,
     /// `[1]` f32: what makes the sum of a step's gradients their clipped mean.
@@ -159,6 +162,7 @@ impl Engine {
         trains: bool,
     ) -> Result<Engine, Error> {
         let outline = Outline::new(&layout, &policy, mesh);
+        let buckets = Arc::new(Buckets::new(&layout, &outline.buckets));
         let optimizer = layout.units.iter().map(|unit| {
             let allocate = || device.allocate(DType::F32, unit.shard);
             let master = if policy.weights == DType::F32 { None } else { Some(allocate()?) };
@@ -168,12 +172,13 @@ impl Engine {
         });
         let optimizer = optimizer.collect::<Result<_, Error>>()?;
         Ok(Engine {
-            weights: WeightStore::new(&axes, &*device, &layout, &policy, &outline)?,
+            weights: WeightStore::new(&axes, &*device, &layout, &policy, &outline, buckets.clone())?,
             gradients: match trains {
-                true => GradientStore::new(&axes, &*device, &layout, &policy, &outline)?,
+                true => GradientStore::new(&axes, &*device, &layout, &policy, &outline, buckets.clone())?,
                 false => GradientStore::default(),
             },
             optimizer,
+            buckets,
             written: vec![Event::PAST; layout.units.len()],
             norms: device.allocate(DType::F64, 2 * layout.units.len())?,
             scale: device.allocate(DType::F32, 1)?,

@@ -6,9 +6,10 @@ use pillion_collectives::{Communicator, Comparison, Pending, Reduce, Reduction, 
 use pillion_kernels::{Buffer, DType, Device, Event, Stream, View, ViewMut};
 
 use crate::axes::Axes;
+use crate::buckets::{Bucket, Buckets, Place};
 use crate::engine::bytes;
 use crate::weights::LOST;
-use crate::{Error, Layout, Outline, Policy, Unit};
+use crate::{Error, Layout, Outline, Policy};
 
 /// Numbers that ride with a unit's gradient: what a sideband holds, in order.
 pub(crate) mod sideband {
@@ -20,14 +21,20 @@ pub(crate) mod sideband {
     pub(crate) const LOSS: Range<usize> = 2..3;
     /// What a collective carries beside a gradient; the last number is not used.
     pub(crate) const LEN: usize = 4;
+
+    /// The numbers of a bucket's unit.
+    pub(crate) fn of(section: usize) -> Range<usize> {
+        section * LEN..(section + 1) * LEN
+    }
 }
 
 /// By default without slots: where nothing is trained.
 #[derive(Default)]
 pub(crate) struct GradientStore {
     slots: Vec<Slot>,
-    /// The sums of each unit, `[shard]`. None at all where nothing is sharded: then a unit's slot becomes its sum.
+    /// The sums of each bucket, `[shard]`. None at all where nothing is sharded: then a bucket's slot becomes its sum.
     sums: Vec<Sum>,
+    buckets: Arc<Buckets>,
 }
 
 /// What a collective has is None here until the flight is over.
@@ -68,6 +75,7 @@ impl GradientStore {
         layout: &Layout,
         policy: &Policy,
         outline: &Outline,
+        buckets: Arc<Buckets>,
     ) -> Result<GradientStore, Error> {
         let shared = axes.shard.as_ref().or(axes.replicate.as_ref());
         let is_narrow = policy.reduce != DType::F32 && axes.mesh.world() > 1;
@@ -79,21 +87,20 @@ impl GradientStore {
                 false => Axes::allocate(shared, device, DType::F32, len)?,
             };
             let narrow = is_narrow.then(|| Axes::allocate(shared, device, policy.reduce, len)).transpose()?;
-            let sideband = Some(device.allocate(DType::F64, sideband::LEN)?);
+            let sideband = Some(device.allocate(DType::F64, sideband::LEN * buckets.most_units())?);
             Ok(Slot { gradient: Some(gradient), narrow, is_narrow, sideband, flight: None })
         };
-        let sum = |unit: &Unit| {
-            let gradient = Axes::allocate(axes.replicate.as_ref(), device, DType::F32, unit.shard)?;
-            let totals = device.allocate(DType::F64, sideband::LEN)?;
+        let sum = |bucket: &Bucket| {
+            let gradient = Axes::allocate(axes.replicate.as_ref(), device, DType::F32, bucket.shard)?;
+            let totals = device.allocate(DType::F64, sideband::LEN * bucket.units.len())?;
             Ok(Sum { gradient: Some(gradient), totals: Some(totals), compared: None, flight: None, comparing: None })
         };
-        let slots: Result<_, Error> = match outline.gradients {
-            Some(count) => (0..count).map(|_| slot(layout.longest_unit())).collect(),
-            None => layout.units.iter().map(|unit| slot(unit.padded)).collect(),
-        };
+        let lens = outline.bucket_lens(layout);
+        let lens = outline.gradients.as_ref().map_or(lens.clone(), |slots| slots.lens(&lens));
+        let slots = lens.into_iter().map(slot).collect::<Result<_, Error>>()?;
         let sums: Result<_, Error> =
-            if outline.sharded { layout.units.iter().map(sum).collect() } else { Ok(Vec::new()) };
-        Ok(GradientStore { slots: slots?, sums: sums? })
+            if outline.sharded { buckets.buckets.iter().map(sum).collect() } else { Ok(Vec::new()) };
+        Ok(GradientStore { slots, sums: sums?, buckets })
     }
 
     /// Bytes of slots, and of shards of the sums. Between steps.
@@ -103,78 +110,88 @@ impl GradientStore {
         (slots.flatten().map(bytes).sum(), sums.flatten().map(bytes).sum())
     }
 
-    /// Orders `stream` after what a slot's last reduction reads. The `first` to add to it zeroes
-    /// `len` elements.
-    pub(crate) fn open(&mut self, slot: usize, len: usize, first: bool, stream: &dyn Stream) -> Result<(), Error> {
+    /// Orders `stream` after what a slot's last reduction reads. The `first` to add to a unit's part
+    /// zeroes it.
+    pub(crate) fn open(&mut self, slot: usize, unit: usize, first: bool, stream: &dyn Stream) -> Result<(), Error> {
         self.bring(slot, stream)?;
         if first {
-            let (gradient, sideband) = self.opened(slot);
-            stream.zero(gradient.slice(0..len));
+            let (gradient, sideband) = self.opened(slot, unit);
+            stream.zero(gradient);
             stream.zero(sideband);
         }
         Ok(())
     }
 
-    /// An open slot's gradient and sideband.
-    pub(crate) fn opened(&mut self, slot: usize) -> (ViewMut<'_>, ViewMut<'_>) {
+    /// A unit's part of an open slot, and of its sideband.
+    pub(crate) fn opened(&mut self, slot: usize, unit: usize) -> (ViewMut<'_>, ViewMut<'_>) {
         let Slot { gradient, sideband, .. } = &mut self.slots[slot];
-        (gradient.as_mut().expect(LOST).view_mut(), sideband.as_mut().expect(LOST).view_mut())
+        let Place { section, full, .. } = &self.buckets.places[unit];
+        let gradient = gradient.as_mut().expect(LOST).slice_mut(full.clone());
+        (gradient, sideband.as_mut().expect(LOST).slice_mut(sideband::of(*section)))
     }
 
-    /// Rounds a complete gradient, of `padded` elements with its padding, to the type in which it travels. With a `weight` it takes that times the square norm of
-    /// what will travel, of `len` elements, into the slot's sideband.
-    pub(crate) fn complete(
-        &mut self,
-        slot: usize,
-        len: usize,
-        padded: usize,
-        weight: Option<f64>,
-        stream: &dyn Stream,
-    ) {
+    /// Rounds a unit's complete gradient to the type in which it travels. With a `weight` it takes
+    /// that times the square norm of what will travel, of `len` elements, into the unit's sideband.
+    pub(crate) fn complete(&mut self, slot: usize, unit: usize, len: usize, weight: Option<f64>, stream: &dyn Stream) {
         let Slot { gradient, narrow, sideband, .. } = &mut self.slots[slot];
+        let Place { section, full, .. } = &self.buckets.places[unit];
         let gradient = gradient.as_ref().expect(LOST);
         if let Some(narrow) = narrow {
-            stream.cast(narrow.slice_mut(0..padded), gradient.slice(0..padded));
+            stream.cast(narrow.slice_mut(full.clone()), gradient.slice(full.clone()));
         }
         if let Some(weight) = weight {
-            let travels = narrow.as_ref().unwrap_or(gradient).slice(0..len);
-            let sideband = sideband.as_mut().expect(LOST).view_mut();
+            let travels = narrow.as_ref().unwrap_or(gradient).slice(full.start..full.start + len);
+            let sideband = sideband.as_mut().expect(LOST).slice_mut(sideband::of(*section));
             stream.square_norm(sideband.slice(sideband::SQUARE_NORM), travels, weight);
         }
     }
 
     /// Makes room for comparisons of `world` ranks' gradients with their sum, one for each unit.
     pub(crate) fn compare(&mut self, device: &dyn Device, world: usize) -> Result<(), Error> {
-        for sum in self.sums.iter_mut().filter(|sum| sum.compared.is_none()) {
-            sum.compared = Some(device.allocate(DType::F64, Comparison::len(world))?);
+        let sums = self.sums.iter_mut().zip(&self.buckets.buckets);
+        for (sum, bucket) in sums.filter(|(sum, _)| sum.compared.is_none()) {
+            let len = bucket.units.len() * Comparison::len(world);
+            sum.compared = Some(device.allocate(DType::F64, len)?);
         }
         Ok(())
     }
 
     /// What a unit's comparison has found.
     pub(crate) fn compared(&self, unit: usize) -> View<'_> {
-        self.sums[unit].compared.as_ref().expect(LOST).view()
+        let Place { bucket, section, .. } = &self.buckets.places[unit];
+        let compared = self.sums[*bucket].compared.as_ref().expect(LOST);
+        let len = compared.len() / self.buckets.buckets[*bucket].units.len();
+        compared.slice(section * len..(section + 1) * len)
     }
 
-    /// Starts to sum a slot's gradient over the ranks of a group into a unit's shard, or to add it there; with a `limit`, to compare what is summed with the sum.
+    /// Starts to sum a slot's gradients over the ranks of a group into a bucket's shard, or to add
+    /// them there after an earlier reduction of the bucket; with a `limit`, to compare what is
+    /// summed with the sum.
     pub(crate) fn reduce(
         &mut self,
         group: &Communicator,
-        unit: usize,
+        bucket: usize,
         slot: usize,
         accumulate: bool,
         limit: Option<f64>,
         after: Event,
-        stream: &dyn Stream,
-    ) -> Result<(), Error> {
-        let sum = &mut self.sums[unit];
-        // With few units, an earlier round's reduction of the same unit may still have its sums.
-        sum.bring(stream)?;
-        let (output, totals) = (sum.gradient.take().expect(LOST), sum.totals.take().expect(LOST));
+    ) {
+        let sum = &mut self.sums[bucket];
         let slot = &mut self.slots[slot];
         let input = if slot.is_narrow { slot.narrow.take() } else { slot.gradient.take() }.expect(LOST);
-        let sideband = Some(Sideband { own: slot.sideband.take().expect(LOST), totals });
-        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate, sideband };
+        let sections = self.buckets.buckets[bucket].sections.clone();
+        let own = slot.sideband.take().expect(LOST);
+        if let Some(earlier) = sum.flight.take() {
+            assert!(accumulate, "a bucket's first reduction of a step finds the sums of the last step at rest");
+            let summand = Summand { input, own: Some(own) };
+            let (summand, sums) = group.reduce_scatter_onto(summand, sections, earlier, Reduction::Sum, after);
+            slot.flight = Some(Flight::Scatter(summand));
+            sum.flight = Some(sums);
+            return;
+        }
+        let (output, totals) = (sum.gradient.take().expect(LOST), sum.totals.take().expect(LOST));
+        let sideband = Some(Sideband { own, totals });
+        let reduce = Reduce { input, sections, output, reduction: Reduction::Sum, accumulate, sideband };
         let reduce = match limit {
             None => group.reduce_scatter(reduce, after),
             Some(limit) => {
@@ -187,14 +204,13 @@ impl GradientStore {
         let (summand, sums) = reduce.split();
         slot.flight = Some(Flight::Scatter(summand));
         sum.flight = Some(sums);
-        Ok(())
     }
 
-    /// Starts to sum a unit over the groups: its shard, once that is reduced, or its slot where
+    /// Starts to sum a bucket over the groups: its shard, once that is reduced, or its slot where
     /// there are no shards.
-    pub(crate) fn all_reduce(&mut self, groups: &Arc<Communicator>, unit: usize, after: Event) {
+    pub(crate) fn all_reduce(&mut self, groups: &Arc<Communicator>, bucket: usize, after: Event) {
         if self.sums.is_empty() {
-            let slot = &mut self.slots[unit];
+            let slot = &mut self.slots[bucket];
             let gradient = slot.gradient.take().expect(LOST);
             slot.flight = Some(match slot.narrow.take() {
                 Some(narrow) => Flight::Widen(groups.all_reduce_into(narrow, gradient, Reduction::Sum, after)),
@@ -202,7 +218,7 @@ impl GradientStore {
             });
             return;
         }
-        let sum = &mut self.sums[unit];
+        let sum = &mut self.sums[bucket];
         let reduced = sum.flight.take().expect("a shard is reduced before it is summed over the groups");
         sum.flight = Some(groups.all_reduce_sums(reduced, Reduction::Sum));
     }
@@ -225,11 +241,13 @@ impl GradientStore {
 
     /// A unit's summed gradient, `[shard]`, and the totals of its sidebands over the ranks of the group.
     pub(crate) fn sums(&self, unit: usize) -> (View<'_>, View<'_>) {
-        let (gradient, totals) = match self.sums.get(unit) {
-            Some(sum) => (&sum.gradient, &sum.totals),
-            None => (&self.slots[unit].gradient, &self.slots[unit].sideband),
+        let Place { bucket, section, full, shard } = &self.buckets.places[unit];
+        let (gradient, range, totals) = match self.sums.get(*bucket) {
+            Some(sum) => (&sum.gradient, shard, &sum.totals),
+            None => (&self.slots[*bucket].gradient, full, &self.slots[*bucket].sideband),
         };
-        (gradient.as_ref().expect(LOST).view(), totals.as_ref().expect(LOST).view())
+        let totals = totals.as_ref().expect(LOST).slice(sideband::of(*section));
+        (gradient.as_ref().expect(LOST).slice(range.clone()), totals)
     }
 
     fn bring(&mut self, slot: usize, stream: &dyn Stream) -> Result<(), Error> {

@@ -152,11 +152,6 @@ impl Layout {
         self.units.iter().map(|unit| unit.len).sum()
     }
 
-    /// Elements of the longest unit, with padding: the size of a slot.
-    pub fn longest_unit(&self) -> usize {
-        self.units.iter().map(|unit| unit.padded).max().expect("a layout has units")
-    }
-
     /// Elements of one shard of each unit.
     pub fn shard_len(&self) -> usize {
         self.units.iter().map(|unit| unit.shard).sum()

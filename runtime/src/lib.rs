@@ -84,6 +84,7 @@
 #![forbid(unsafe_code)]
 
 mod axes;
+mod buckets;
 mod builder;
 pub mod checkpoint;
 mod engine;
@@ -92,6 +93,7 @@ mod gradients;
 mod layout;
 mod memory;
 mod optimizer;
+mod outline;
 mod plan;
 mod policy;
 mod record;
@@ -103,12 +105,14 @@ mod update;
 mod verify;
 mod weights;
 
+pub use buckets::Slots;
 pub use engine::{Engine, State};
 pub use error::Error;
 pub use layout::{Layout, Piece, Tensor, TensorSpec, Unit, UnitSpec};
 pub use memory::Memory;
 pub use optimizer::{Optimizer, ShardUpdate, States};
-pub use plan::{Action, Fill, Operation, Outline, Pass, Plan, PlanError, Verified};
+pub use outline::Outline;
+pub use plan::{Action, Fill, Operation, Pass, Plan, PlanError, Verified};
 pub use policy::{ADAMW_STATES, COMPARED, Gather, Mesh, Policy, Sharded};
 pub use report::{GroupComparison, StepReport};
 pub use step::{Backward, Forward, Gradients, REQUESTS, Step, Weights};

@@ -4,7 +4,7 @@ use pillion_kernels::DType;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Gather, Layout, Mesh, Outline, Policy};
+use crate::{Gather, Layout, Mesh, Outline, Policy, Slots};
 
 /// Bytes of one rank, by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,25 +27,23 @@ impl Memory {
     /// Predicts them for a rank of `mesh`. The layout has as many shards as the mesh.
     pub fn of(layout: &Layout, policy: &Policy, mesh: Mesh) -> Memory {
         let outline = Outline::new(layout, policy, mesh);
-        let (shards, longest) = (layout.shard_len() as u64, layout.longest_unit() as u64);
-        let units = layout.units.len();
+        let shards = layout.shard_len() as u64;
         let padded: u64 = layout.units.iter().map(|unit| unit.padded as u64).sum();
         let (weights, f32) = (policy.weights.bytes() as u64, DType::F32.bytes() as u64);
-        // With as many slots as units, each is as long as its unit.
-        let slots = |count: Option<usize>| match count {
-            Some(count) if count < units => count as u64 * longest,
-            _ => padded,
+        let lens = outline.bucket_lens(layout);
+        let in_slots = |slots: &Option<Slots>| {
+            let of_slots = |slots: &Slots| slots.lens(&lens).into_iter().map(|len| len as u64).sum();
+            slots.as_ref().map_or(padded, of_slots)
         };
-        let gradient_slots = outline.gradients.map_or(padded, |count| count as u64 * longest);
         let narrow = if policy.reduce != DType::F32 && mesh.world() > 1 { policy.reduce.bytes() as u64 } else { 0 };
         let parameters = policy.sharded.parameters;
         Memory {
             weights: weights * if parameters { shards } else { padded },
             gathered: match (parameters, policy.gather) {
-                (true, Gather::Copy) => weights * slots(outline.weights),
+                (true, Gather::Copy) => weights * in_slots(&outline.weights),
                 _ => 0,
             },
-            gradients: gradient_slots * (f32 + narrow),
+            gradients: in_slots(&outline.gradients) * (f32 + narrow),
             gradient_shard: if outline.sharded { shards * f32 } else { 0 },
             master: if policy.weights == DType::F32 { 0 } else { shards * f32 },
             moments: policy.states.len() as u64 * shards * f32,

@@ -1,14 +1,16 @@
 //! A training step as data: operations, and what each must wait for.
 //!
 //! Operations run on four queues, each first-in, first-out: compute, gather, reduce and replicate. Whatever else must be ordered is an
-//! edge. The engine executes just these edges, so a plan that passes [`Plan::verify`] is a step without races, and a plan that
+//! edge. The engine executes just these edges and adds no other, so a plan that passes [`Plan::verify`] is a step without races, and a plan that
 //! lacks an edge is a race that a test can show.
 //!
 //! The order of the list is the order in which operations are started. It is the same on every rank.
 
+use std::ops::Range;
+
+use crate::Outline;
 use crate::builder::Builder;
 use crate::verify::verify;
-use crate::{Gather, Layout, Mesh, Policy};
 
 /// Which way through the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,19 +26,20 @@ pub enum Pass {
 pub struct Fill {
     /// The slot.
     pub slot: usize,
-    /// Whether the slot is zeroed before.
+    /// Whether the unit's part of the slot is zeroed before.
     pub first: bool,
-    /// Whether it is reduced next.
+    /// Whether the unit's gradient is complete then: it is reduced with its bucket.
     pub last: bool,
 }
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    /// Brings a unit's weights into a slot, from the shards of this rank's group. Gather queue.
+    /// Brings the weights of a bucket's units into a slot, from the shards of this rank's group.
+    /// Gather queue.
     Gather {
-        /// The unit.
-        unit: usize,
+        /// The bucket.
+        bucket: usize,
         /// The weight slot.
         slot: usize,
     },
@@ -46,24 +49,24 @@ pub enum Action {
         unit: usize,
         /// Which way.
         pass: Pass,
-        /// The weight slot that holds the unit.
+        /// The weight slot that holds the unit's bucket.
         weights: usize,
         /// What a backward pass adds to.
         gradients: Option<Fill>,
     },
     /// Sums a gradient slot over the ranks of a group into their shards. Reduce queue.
     Reduce {
-        /// The unit.
-        unit: usize,
+        /// The bucket whose gradients the slot has.
+        bucket: usize,
         /// The gradient slot.
         slot: usize,
-        /// How many reductions of this unit came before: these are added to.
+        /// How many reductions of this bucket came before: these are added to.
         round: usize,
     },
-    /// Sums a unit's gradient over the groups: its shard, or the slot where there are no shards. Replicate queue.
+    /// Sums a bucket's gradients over the groups: their shards, or the slot where there are no shards. Replicate queue.
     AllReduce {
-        /// The unit.
-        unit: usize,
+        /// The bucket.
+        bucket: usize,
     },
     /// The scalar all-reduce after which every rank knows the norm, and no rank reads weights any more. Compute queue.
     Agree,
@@ -81,59 +84,9 @@ pub struct Operation {
     pub action: Action,
     /// Earlier operations that must be complete before it starts.
     pub after: Vec<usize>,
-}
-
-/// What a plan is made for: the memory, and which axes of the mesh there are.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Outline {
-    /// The units in the order of a forward pass.
-    pub order: Vec<usize>,
-    /// Units gathered ahead.
-    pub prefetch: usize,
-    /// Gathered units that exist at a time, more than `prefetch`; with as many as units each has the slot of its number. None: weights are whole, and never
-    /// gathered.
-    pub weights: Option<usize>,
-    /// Gradients that exist at a time, each reduced in every round. None: every unit has the slot of its number, and is reduced in the last round.
-    pub gradients: Option<usize>,
-    /// Whether gradients are reduced to shards.
-    pub sharded: bool,
-    /// Whether there are several groups to sum over.
-    pub replicated: bool,
-}
-
-impl Outline {
-    /// That of an engine with this layout and policy.
-    pub fn new(layout: &Layout, policy: &Policy, mesh: Mesh) -> Outline {
-        let sharded = policy.sharded;
-        let weights = match (sharded.parameters, policy.gather) {
-            (true, Gather::Copy) => policy.slots,
-            // A window holds its unit and no other.
-            (true, Gather::Window) | (false, _) => layout.units.len().max(policy.prefetch + 1),
-        };
-        let mut outline = Outline {
-            order: layout.order.clone(),
-            prefetch: policy.prefetch,
-            weights: sharded.optimizer.then_some(weights),
-            gradients: None,
-            sharded: sharded.optimizer,
-            replicated: mesh.replicate > 1,
-        };
-        // A unit that is used twice keeps its gradient slot in between.
-        outline.gradients = sharded.gradients.then_some(policy.slots.max(outline.used_twice() + 1));
-        outline
-    }
-
-    /// Number of units.
-    pub fn units(&self) -> usize {
-        self.order.iter().max().map_or(0, |last| last + 1)
-    }
-
-    /// Number of units that a forward pass uses more than once.
-    pub(crate) fn used_twice(&self) -> usize {
-        let mut uses = vec![0; self.units()];
-        self.order.iter().for_each(|&unit| uses[unit] += 1);
-        uses.into_iter().filter(|&uses| uses > 1).count()
-    }
+    /// Of a gather: whether it also starts after the last writes to the weights that it moves, which
+    /// an earlier step or a load has made. Operations of the compute queue always do.
+    pub after_writes: bool,
 }
 
 /// A step, or a forward pass, as a list of operations.
@@ -167,23 +120,21 @@ pub enum PlanError {
         /// What it needs.
         what: &'static str,
     },
-    /// It uses a slot that the outline does not have.
-    #[error("operation {index} ({action:?}) uses a slot beyond the last of {slots}")]
+    /// It uses a slot that its bucket does not fit, or that the outline does not have.
+    #[error("operation {index} ({action:?}) uses a slot other than {slots:?}, those that its bucket fits")]
     Slot {
         /// The operation.
         index: usize,
         /// What it does.
         action: Action,
-        /// How many there are.
-        slots: usize,
+        /// Those that it may use.
+        slots: Range<usize>,
     },
     /// Something is not done as often as it must be: every gradient is summed and every unit updated once, and each forward pass has its backward pass.
-    #[error("unit {unit} is {what} {times} times instead of {expected}")]
+    #[error("{what} {times} times instead of {expected}")]
     Count {
-        /// The unit.
-        unit: usize,
-        /// What is done with it.
-        what: &'static str,
+        /// What is done, and with which unit or bucket.
+        what: String,
         /// How often.
         times: usize,
         /// How often it should be.
@@ -215,7 +166,7 @@ impl Plan {
     /// the agreement and the updates.
     ///
     /// # Panics
-    /// When there are no rounds, no units, no gradient slot, or no more weight slots than prefetched units.
+    /// When there are no rounds, no units, no gradient slot, or no room for more buckets than the prefetched ones.
     pub fn step(outline: &Outline, rounds: usize) -> Plan {
         assert!(rounds > 0, "a training step has at least one round");
         Builder::new(outline.clone(), rounds, true).build()
@@ -230,8 +181,9 @@ impl Plan {
     }
 
     /// Checks that every order that the memory needs follows from the queues and the edges: no use before its gather, no gather or
-    /// backward pass into a slot that is still in use, no slot beyond the last, no reduction before its gradient, every gradient reduced exactly once,
-    /// the agreement after everything, updates after the agreement.
+    /// backward pass into a slot that is still in use, no slot that the bucket does not fit, no reduction before its gradients, every gradient reduced exactly
+    /// once, the agreement after everything, updates after the agreement. The plan is the second of two steps that follow each other: what it reads and
+    /// overwrites is ordered after the updates of the step before.
     ///
     /// # Errors
     /// The first order that does not follow.

@@ -148,9 +148,13 @@ pub struct Policy {
     pub sharded: Sharded,
     /// How sharded weights are gathered.
     pub gather: Gather,
-    /// Number of units gathered ahead of the one in use.
+    /// Units that follow each other move as one operation, a *bucket*, as long as their weights, in
+    /// the type in which they are gathered, take at most so many bytes. 0: each moves by itself. No
+    /// bit of a step or of a checkpoint depends on it.
+    pub bucket: u64,
+    /// Number of buckets gathered ahead of the one in use.
     pub prefetch: usize,
-    /// Gathered units that exist at a time, and gradients on their way: at least `prefetch` + 1. What is whole has a slot for each unit.
+    /// Gathered buckets that exist at a time, and gradients on their way: at least `prefetch` + 1. What is whole has a slot for each bucket.
     pub slots: usize,
     /// Whether collectives go on while the queue computes. Otherwise each is waited for where it starts, which shows what overlap is worth; no bit depends on it.
     pub overlap: bool,
@@ -172,6 +176,7 @@ impl Default for Policy {
             replicas: 1,
             sharded: Sharded::EVERYTHING,
             gather: Gather::Window,
+            bucket: 0,
             prefetch: 1,
             slots: 2,
             overlap: true,
@@ -216,7 +221,7 @@ impl Policy {
         if self.slots <= self.prefetch {
             let (slots, prefetch) = (self.slots, self.prefetch);
             return refuse(format!(
-                "{slots} slots cannot hold {prefetch} prefetched units and the one in use: give at least {}",
+                "{slots} slots cannot hold {prefetch} prefetched buckets and the one in use: give at least {}",
                 prefetch + 1
             ));
         }

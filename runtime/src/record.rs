@@ -1,12 +1,13 @@
 //! What a rank did and when, while somebody wants to know: computing and waiting as the host sees them, collectives as the communicators do.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use pillion_collectives::Span;
 
 use crate::axes::Axes;
-use crate::trace::{TraceEvent, Track, label};
+use crate::trace::{self, TraceEvent, Track, label};
 use crate::{Action, Layout, Plan};
 
 /// The events of one rank.
@@ -28,9 +29,9 @@ impl Recording {
     }
 
     /// The host did this from `start` until now.
-    pub(crate) fn host(&mut self, name: &'static str, unit: Option<usize>, start: Instant) {
+    pub(crate) fn host(&mut self, name: &'static str, units: Range<usize>, start: Instant) {
         let span = Span { operation: name, start, end: Instant::now(), bytes: 0 };
-        self.push(Track::Compute, name, unit, span);
+        self.push(Track::Compute, name, units, span);
     }
 
     /// The collectives of a step that has ended. The first of a kind is the plan's first of that kind; where other operations were called in between, nobody
@@ -47,22 +48,23 @@ impl Recording {
                 .operations
                 .iter()
                 .map(|operation| operation.action)
-                .filter(|&action| label(action).0 == track)
+                .filter(|&action| label(action, &plan.outline).0 == track)
                 .collect();
             for (index, &span) in spans.iter().enumerate() {
-                let planned = if planned.len() == spans.len() { Some(label(planned[index])) } else { None };
-                let (_, name, unit) = planned.unwrap_or((track, span.operation, None));
-                self.push(track, name, unit, span);
+                let planned =
+                    if planned.len() == spans.len() { Some(label(planned[index], &plan.outline)) } else { None };
+                let (_, name, units) = planned.unwrap_or((track, span.operation, 0..0));
+                self.push(track, name, units, span);
             }
         }
     }
 
-    fn push(&mut self, track: Track, name: &'static str, unit: Option<usize>, span: Span) {
+    fn push(&mut self, track: Track, name: &'static str, units: Range<usize>, span: Span) {
         self.events.push(TraceEvent {
             rank: self.rank,
             track,
             name,
-            unit: unit.map(|unit| self.layout.units[unit].name.clone()),
+            unit: trace::name(&self.layout, units),
             bytes: span.bytes,
             start: span.start.saturating_duration_since(self.origin),
             duration: span.end.saturating_duration_since(span.start),

@@ -103,7 +103,7 @@ impl<'e> Step<'e> {
         engine.events.resize(plan.operations.len(), Event::PAST);
         let reduces_once = || {
             let is_reduction = |operation: &&Operation| matches!(operation.action, Action::Reduce { .. });
-            plan.operations.iter().filter(is_reduction).count() == engine.layout.units.len()
+            plan.operations.iter().filter(is_reduction).count() == plan.outline.buckets.len()
         };
         // σ̂ᵢ²/N ≤ η²(Gᵢ/N)² with σ̂ᵢ² = (K·Σₖ Gₖᵢ² − Gᵢ²)/(N·(K − 1)) is K·Σₖ Gₖᵢ² ≤ (1 + η²(K − 1))·Gᵢ².
         let others = engine.axes.world.world() as f64 - 1.0;
@@ -176,7 +176,7 @@ impl<'e> Step<'e> {
         let Engine { stream, weights, gradients: store, layout, .. } = &mut *self.engine;
         let unit_layout = &layout.units[unit];
         let weights = Weights { view: weights.gathered(unit, slot), unit: unit_layout };
-        let (view, sideband) = store.opened(gradients);
+        let (view, sideband) = store.opened(gradients, unit);
         let loss = sideband.slice(sideband::LOSS);
         Ok(Backward { stream: &**stream, weights, gradients: Gradients { view, unit: unit_layout }, loss })
     }
@@ -263,10 +263,10 @@ impl<'e> Step<'e> {
     }
 
     /// The host has waited for a collective since then.
-    pub(crate) fn waited(&mut self, since: Instant, unit: Option<usize>) {
+    pub(crate) fn waited(&mut self, since: Instant, units: Range<usize>) {
         self.exposed += since.elapsed();
         if let Some(recording) = &mut self.engine.recording {
-            recording.host("wait", unit, since);
+            recording.host("wait", units, since);
         }
     }
 
@@ -287,11 +287,11 @@ impl<'e> Step<'e> {
         };
         let waiting = Instant::now();
         let engine = &mut *self.engine;
-        engine.weights.bring(unit, weights, &*engine.stream)?;
+        engine.weights.bring(engine.buckets.places[unit].bucket, weights, &*engine.stream)?;
         if let Some(Fill { slot, first, .. }) = gradients {
-            engine.gradients.open(slot, engine.layout.units[unit].padded, first, &*engine.stream)?;
+            engine.gradients.open(slot, unit, first, &*engine.stream)?;
         }
-        self.waited(waiting, Some(unit));
+        self.waited(waiting, unit..unit + 1);
         self.open = Some(self.next);
         self.opened = self.engine.recording.is_some().then(Instant::now);
         self.next += 1;
@@ -316,32 +316,34 @@ impl<'e> Step<'e> {
         let after = Event::all(operation.after.iter().map(|&earlier| self.engine.events[earlier].clone()));
         let engine = &mut *self.engine;
         match operation.action {
-            Action::Gather { unit, slot } => {
-                let after = Event::all([after, engine.written[unit].clone()]);
+            Action::Gather { bucket, slot } => {
+                let units = self.plan.outline.buckets[bucket].clone();
+                let written = engine.written[units.clone()].iter().filter(|_| operation.after_writes).cloned();
+                let after = Event::all(std::iter::once(after).chain(written));
                 let group = engine.axes.shard.as_ref().expect(AXIS);
-                engine.weights.gather(group, unit, slot, after);
+                engine.weights.gather(group, bucket, slot, after);
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
-                    engine.weights.bring(unit, slot, &*engine.stream)?;
-                    self.waited(waiting, Some(unit));
+                    engine.weights.bring(bucket, slot, &*engine.stream)?;
+                    self.waited(waiting, units);
                 }
             }
-            Action::Reduce { unit, slot, round } => {
+            Action::Reduce { bucket, slot, round } => {
                 let group = engine.axes.shard.as_ref().expect(AXIS);
-                engine.gradients.reduce(group, unit, slot, round > 0, self.limit, after, &*engine.stream)?;
+                engine.gradients.reduce(group, bucket, slot, round > 0, self.limit, after);
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
                     engine.gradients.wait()?;
-                    self.waited(waiting, Some(unit));
+                    self.waited(waiting, self.plan.outline.buckets[bucket].clone());
                 }
             }
-            Action::AllReduce { unit } => {
+            Action::AllReduce { bucket } => {
                 let groups = engine.axes.replicate.as_ref().expect(AXIS);
-                engine.gradients.all_reduce(groups, unit, after);
+                engine.gradients.all_reduce(groups, bucket, after);
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
                     engine.gradients.wait()?;
-                    self.waited(waiting, Some(unit));
+                    self.waited(waiting, self.plan.outline.buckets[bucket].clone());
                 }
             }
             action => unreachable!("{action:?} is no collective"),
@@ -356,19 +358,19 @@ impl<'e> Step<'e> {
         let engine = &mut *self.engine;
         let action = self.plan.operations[index].action;
         if let Action::Compute { unit, gradients: Some(Fill { slot, last: true, .. }), .. } = action {
-            let Unit { len, padded, tensors, .. } = &engine.layout.units[unit];
-            let (mut gradient, _) = engine.gradients.opened(slot);
+            let Unit { len, tensors, .. } = &engine.layout.units[unit];
+            let (mut gradient, _) = engine.gradients.opened(slot, unit);
             for tensor in tensors.iter().filter(|tensor| tensor.frozen) {
                 engine.stream.zero(gradient.reborrow().slice(tensor.range.clone()));
             }
             let weight = if self.tokens == 0 { 0.0 } else { 1.0 / self.tokens as f64 };
             let weight = engine.measures_groups.then_some(weight);
-            engine.gradients.complete(slot, *len, *padded, weight, &*engine.stream);
+            engine.gradients.complete(slot, unit, *len, weight, &*engine.stream);
         }
         engine.events[index] = engine.stream.record();
         if let (Some(recording), Some(opened)) = (&mut engine.recording, self.opened.take()) {
-            let (_, name, unit) = label(action);
-            recording.host(name, unit, opened);
+            let (_, name, units) = label(action, &self.plan.outline);
+            recording.host(name, units, opened);
         }
     }
 
@@ -377,7 +379,7 @@ impl<'e> Step<'e> {
         let waiting = Instant::now();
         let Engine { stream, gradients, .. } = &mut *self.engine;
         gradients.bring_all(&**stream)?;
-        self.waited(waiting, None);
+        self.waited(waiting, 0..0);
         let Engine { stream, gradients, layout, norms, weights, axes, measures_groups, .. } = &mut *self.engine;
         // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
         let mut values = [0.0f64; SUMS + REQUESTS + COMPARISON];
@@ -420,7 +422,7 @@ impl<'e> Step<'e> {
         axes.world.all_reduce_scalars(&mut values[..compared.end], Reduction::Sum)?;
         self.exposed += waiting.elapsed();
         if let Some(recording) = &mut self.engine.recording {
-            recording.host("agree", None, waiting);
+            recording.host("agree", 0..0, waiting);
         }
         self.record_collectives();
         requests.copy_from_slice(&values[requested]);

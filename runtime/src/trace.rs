@@ -4,11 +4,12 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, BufRead, Write};
+use std::ops::Range;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::{Action, Pass};
+use crate::{Action, Layout, Outline, Pass};
 
 /// The queue that an event belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,16 +36,26 @@ impl Track {
     }
 }
 
-/// How a timeline shows an operation: on which track, by which name, and with which unit.
-pub(crate) fn label(action: Action) -> (Track, &'static str, Option<usize>) {
+/// How a timeline shows an operation: on which track, by which name, and with which units.
+pub(crate) fn label(action: Action, outline: &Outline) -> (Track, &'static str, Range<usize>) {
+    let units = |bucket: usize| outline.buckets[bucket].clone();
     match action {
-        Action::Gather { unit, .. } => (Track::Gather, "gather", Some(unit)),
-        Action::Compute { unit, pass: Pass::Forward, .. } => (Track::Compute, "forward", Some(unit)),
-        Action::Compute { unit, pass: Pass::Backward, .. } => (Track::Compute, "backward", Some(unit)),
-        Action::Reduce { unit, .. } => (Track::Reduce, "reduce", Some(unit)),
-        Action::AllReduce { unit } => (Track::Replicate, "all-reduce", Some(unit)),
-        Action::Agree => (Track::Compute, "agree", None),
-        Action::Update { unit } => (Track::Compute, "update", Some(unit)),
+        Action::Gather { bucket, .. } => (Track::Gather, "gather", units(bucket)),
+        Action::Compute { unit, pass: Pass::Forward, .. } => (Track::Compute, "forward", unit..unit + 1),
+        Action::Compute { unit, pass: Pass::Backward, .. } => (Track::Compute, "backward", unit..unit + 1),
+        Action::Reduce { bucket, .. } => (Track::Reduce, "reduce", units(bucket)),
+        Action::AllReduce { bucket } => (Track::Replicate, "all-reduce", units(bucket)),
+        Action::Agree => (Track::Compute, "agree", 0..0),
+        Action::Update { unit } => (Track::Compute, "update", unit..unit + 1),
+    }
+}
+
+/// How a timeline names units that follow each other, if there are any.
+pub(crate) fn name(layout: &Layout, units: Range<usize>) -> Option<String> {
+    match &layout.units[units] {
+        [] => None,
+        [unit] => Some(unit.name.clone()),
+        [first, .., last] => Some(format!("{} to {}", first.name, last.name)),
     }
 }
 
@@ -57,7 +68,7 @@ pub struct TraceEvent {
     pub track: Track,
     /// What it did.
     pub name: &'static str,
-    /// The unit that it did it with, if with one.
+    /// The unit that it did it with, or the first and the last, if with any.
     pub unit: Option<String>,
     /// Bytes that the rank sent.
     pub bytes: u64,

@@ -64,7 +64,7 @@ impl<'e> Agreed<'e> {
             let started = Instant::now();
             step.update(unit, optimizer, number)?;
             if let Some(recording) = &mut step.engine.recording {
-                recording.host("update", Some(unit), started);
+                recording.host("update", unit..unit + 1, started);
             }
             step.engine.written[unit] = step.engine.stream.record();
             step.next += 1;

@@ -2,10 +2,14 @@
 //! edges order it after the accesses that it must not overlap.
 //!
 //! What is complete when an operation starts is kept as a vector clock: for each queue, how many of its operations. Queues are
-//! first-in, first-out, so a number for each says it all.
+//! first-in, first-out, so a number for each says it all. One number more counts the updates of the step before this one, which
+//! were the last on the compute queue.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
+use crate::buckets::Slots;
+use crate::outline::Outline;
 use crate::plan::{Action, Fill, Operation, Pass, Plan, PlanError};
 
 const QUEUES: usize = 4;
@@ -13,6 +17,8 @@ const COMPUTE: usize = 0;
 const GATHER: usize = 1;
 const REDUCE: usize = 2;
 const REPLICATE: usize = 3;
+/// The updates of the step before.
+const EARLIER: usize = QUEUES;
 
 fn queue(action: Action) -> usize {
     match action {
@@ -26,27 +32,38 @@ fn queue(action: Action) -> usize {
 /// See [`Plan::verify`].
 pub(crate) fn verify(plan: &Plan) -> Result<(), PlanError> {
     let order = Order::of(plan)?;
-    let mut memory = Memory { units: plan.outline.units(), ..Memory::default() };
+    let mut memory = Memory { bucket_of: bucket_of(&plan.outline), ..Memory::default() };
     for index in 0..plan.operations.len() {
         memory.follow(plan, &order, index)?;
     }
     memory.check_end(plan)
 }
 
+/// For each unit its bucket.
+fn bucket_of(outline: &Outline) -> Vec<usize> {
+    outline.buckets.iter().enumerate().flat_map(|(bucket, units)| units.clone().map(move |_| bucket)).collect()
+}
+
+/// The slots that a bucket fits, where each has its own unless `slots` says otherwise.
+fn fitting(slots: &Option<Slots>, bucket: usize) -> Range<usize> {
+    slots.as_ref().map_or(bucket..bucket + 1, |slots| slots.of_bucket(bucket))
+}
+
 /// What is in memory at a point of the list.
 #[derive(Default)]
 struct Memory {
-    units: usize,
+    bucket_of: Vec<usize>,
     weights: HashMap<usize, Resident>,
-    /// Units that a slot holds.
+    /// Buckets that a slot holds.
     resident: HashSet<usize>,
     /// Gradient slot → what backward passes have added up there and no reduction has read.
     filled: HashMap<usize, Filled>,
     /// Gradient slot → the last reduction that read it.
     reductions: HashMap<usize, usize>,
-    /// Unit → its reductions to shards; its sums over groups; its updates.
+    /// Bucket → its reductions to shards; its sums over groups.
     reduced: HashMap<usize, Vec<usize>>,
     replicated: HashMap<usize, usize>,
+    /// Unit → its updates.
     updated: HashMap<usize, usize>,
     agreed: Option<usize>,
     /// The last computation, gather, reduction and sum over groups. An operation that is ordered
@@ -58,16 +75,24 @@ struct Memory {
 }
 
 struct Resident {
-    unit: usize,
+    bucket: usize,
     gather: usize,
     uses: Vec<usize>,
 }
 
 struct Filled {
-    unit: usize,
-    /// The last backward pass, and whether it is the last before the reduction.
+    bucket: usize,
+    /// The last backward pass.
     backward: usize,
-    complete: bool,
+    /// Each unit that has been added to, and whether its gradient is complete.
+    units: HashMap<usize, bool>,
+}
+
+impl Filled {
+    /// Whether the gradients of all units of `bucket` are complete in it.
+    fn has_all_of(&self, bucket: usize, units: usize) -> bool {
+        self.bucket == bucket && self.units.len() == units && self.units.values().all(|&complete| complete)
+    }
 }
 
 impl Memory {
@@ -77,35 +102,43 @@ impl Memory {
         let need = |earlier: usize, what| if order.is_before(earlier, index) { Ok(()) } else { Err(race(what)) };
         let last = self.last;
         let all_before = |queue: usize, what| last[queue].map_or(Ok(()), |earlier| need(earlier, what));
-        let within = |slot: usize, slots: usize| match slot < slots {
+        let within = |slot: usize, slots: Range<usize>| match slots.contains(&slot) {
             true => Ok(()),
             false => Err(PlanError::Slot { index, action, slots }),
+        };
+        let units_of = |bucket: usize| plan.outline.buckets.get(bucket).ok_or(race("a bucket that there is"));
+        // Of the step before.
+        let updates_of = |bucket: usize, what| match order.clocks[index][EARLIER] >= units_of(bucket)?.end {
+            true => Ok(()),
+            false => Err(race(what)),
         };
         if self.agreed.is_some() && !matches!(action, Action::Update { .. }) {
             return Err(race("nothing: only updates come after the agreement"));
         }
         match action {
-            Action::Gather { unit, slot } => {
-                let slots = plan.outline.weights.unwrap_or(0);
-                within(slot, slots)?;
-                if slots >= self.units && slot != unit {
-                    return Err(race("its own slot, which each unit has where there are as many"));
-                }
-                if self.resident.contains(&unit) {
+            Action::Gather { bucket, slot } => {
+                updates_of(bucket, "the last update of what it moves")?;
+                within(slot, plan.outline.weights.as_ref().map_or(0..0, |slots| slots.of_bucket(bucket)))?;
+                if self.resident.contains(&bucket) {
                     return Err(race("the end of what an earlier gather of it brought"));
                 }
                 if let Some(resident) = self.weights.get(&slot) {
                     need(resident.gather, "the gather that filled its slot")?;
+                    if resident.uses.is_empty() {
+                        return Err(race("a use of what its slot held"));
+                    }
                     resident.uses.iter().try_for_each(|&earlier| need(earlier, "every use of what its slot held"))?;
                 }
-                if let Some(replaced) = self.weights.insert(slot, Resident { unit, gather: index, uses: Vec::new() }) {
-                    self.resident.remove(&replaced.unit);
+                let resident = Resident { bucket, gather: index, uses: Vec::new() };
+                if let Some(replaced) = self.weights.insert(slot, resident) {
+                    self.resident.remove(&replaced.bucket);
                 }
-                self.resident.insert(unit);
+                self.resident.insert(bucket);
             }
             Action::Compute { unit, pass, weights, gradients } => {
+                let &bucket = self.bucket_of.get(unit).ok_or(race("a unit that there is"))?;
                 if plan.outline.weights.is_some() {
-                    let resident = self.weights.get_mut(&weights).filter(|resident| resident.unit == unit);
+                    let resident = self.weights.get_mut(&weights).filter(|resident| resident.bucket == bucket);
                     let resident = resident.ok_or(race("a gather of its weights"))?;
                     need(resident.gather, "the gather of its weights")?;
                     resident.uses.push(index);
@@ -115,39 +148,44 @@ impl Memory {
                     return Err(race("a gradient slot of a backward pass"));
                 }
                 if let Some(Fill { slot, first, last }) = gradients {
-                    within(slot, plan.outline.gradients.unwrap_or(self.units))?;
+                    within(slot, fitting(&plan.outline.gradients, bucket))?;
                     if let Some(&reduce) = self.reductions.get(&slot) {
                         need(reduce, "the reduction of what its gradient slot held")?;
                     }
-                    let goes_on = |filled: &Filled| filled.unit == unit && !filled.complete && !first;
-                    match self.filled.get(&slot) {
-                        None if first => {}
-                        Some(filled) if goes_on(filled) => {}
-                        _ => return Err(race("a reduction of what its gradient slot held")),
+                    let filled =
+                        self.filled.entry(slot).or_insert(Filled { bucket, backward: index, units: HashMap::new() });
+                    // A unit's first addition finds zeros, and none comes after its last.
+                    let before = filled.units.insert(unit, last);
+                    let goes_on = if first { before.is_none() } else { before == Some(false) };
+                    if filled.bucket != bucket || !goes_on {
+                        return Err(race("a reduction of what its gradient slot held"));
                     }
-                    self.filled.insert(slot, Filled { unit, backward: index, complete: last });
+                    filled.backward = index;
                 }
             }
-            Action::Reduce { unit, slot, round } => {
-                let filled = self.filled.remove(&slot).filter(|filled| filled.unit == unit && filled.complete);
+            Action::Reduce { bucket, slot, round } => {
+                let units = units_of(bucket)?.len();
+                let filled = self.filled.remove(&slot).filter(|filled| filled.has_all_of(bucket, units));
                 need(filled.ok_or(race(BACKWARD))?.backward, BACKWARD)?;
-                let earlier = self.reduced.entry(unit).or_default();
-                if !plan.outline.sharded || self.replicated.contains_key(&unit) || earlier.len() != round {
-                    return Err(race("the unit's earlier reductions alone"));
+                updates_of(bucket, "the last update, which reads the sums that it replaces")?;
+                let earlier = self.reduced.entry(bucket).or_default();
+                if !plan.outline.sharded || self.replicated.contains_key(&bucket) || earlier.len() != round {
+                    return Err(race("the bucket's earlier reductions alone"));
                 }
                 earlier.push(index);
                 self.reductions.insert(slot, index);
             }
-            Action::AllReduce { unit } => {
+            Action::AllReduce { bucket } => {
+                let units = units_of(bucket)?.len();
                 if plan.outline.sharded {
-                    let reduced = self.reduced.get(&unit).ok_or(race("the unit's reductions"))?;
-                    reduced.iter().try_for_each(|&earlier| need(earlier, "the unit's reductions"))?;
+                    let reduced = self.reduced.get(&bucket).ok_or(race("the bucket's reductions"))?;
+                    reduced.iter().try_for_each(|&earlier| need(earlier, "the bucket's reductions"))?;
                 } else {
-                    let filled = self.filled.remove(&unit).filter(|filled| filled.unit == unit && filled.complete);
+                    let filled = self.filled.remove(&bucket).filter(|filled| filled.has_all_of(bucket, units));
                     need(filled.ok_or(race(BACKWARD))?.backward, BACKWARD)?;
-                    self.reductions.insert(unit, index);
+                    self.reductions.insert(bucket, index);
                 }
-                *self.replicated.entry(unit).or_insert(0) += 1;
+                *self.replicated.entry(bucket).or_insert(0) += 1;
             }
             Action::Agree => {
                 all_before(COMPUTE, "every use of weights")?;
@@ -169,27 +207,29 @@ impl Memory {
     fn check_end(&self, plan: &Plan) -> Result<(), PlanError> {
         let outline = &plan.outline;
         // With nothing to sum over, gradients stay where they are.
-        let stays = |filled: &Filled| filled.complete && !outline.sharded && !outline.replicated;
+        let stays = |filled: &Filled| {
+            let all = filled.has_all_of(filled.bucket, outline.buckets[filled.bucket].len());
+            all && !outline.sharded && !outline.replicated
+        };
         if let Some(filled) = self.filled.values().find(|filled| !stays(filled)) {
             let (index, action) = (filled.backward, plan.operations[filled.backward].action);
             return Err(PlanError::Race { index, action, what: UNREDUCED });
         }
         let trains = self.agreed.is_some();
-        let expected = |wanted: bool| usize::from(trains && wanted);
-        for unit in 0..self.units {
-            for (what, times, expected) in [
-                ("summed over the groups", &self.replicated, expected(outline.replicated)),
-                ("updated", &self.updated, expected(true)),
-            ] {
-                let times = times.get(&unit).copied().unwrap_or(0);
-                if times != expected {
-                    return Err(PlanError::Count { unit, what, times, expected });
-                }
-            }
+        let count = |what: String, times: Option<&usize>, expected: usize| {
+            let times = times.copied().unwrap_or(0);
+            if times == expected { Ok(()) } else { Err(PlanError::Count { what, times, expected }) }
+        };
+        for bucket in 0..outline.buckets.len() {
+            let expected = usize::from(trains && outline.replicated);
+            let what = format!("bucket {bucket} is summed over the groups");
+            count(what, self.replicated.get(&bucket), expected)?;
+        }
+        for unit in 0..outline.units() {
+            count(format!("unit {unit} is updated"), self.updated.get(&unit), usize::from(trains))?;
             let [forward, backward] = [Pass::Forward, Pass::Backward].map(|pass| self.uses.get(&(unit, pass)));
-            if trains && forward != backward {
-                let [expected, times] = [forward, backward].map(|count| count.copied().unwrap_or(0));
-                return Err(PlanError::Count { unit, what: "passed backward", times, expected });
+            if trains {
+                count(format!("unit {unit} is passed backward"), backward, forward.copied().unwrap_or(0))?;
             }
         }
         Ok(())
@@ -201,7 +241,7 @@ const BACKWARD: &str = "the backward pass that fills its slot";
 
 /// What is complete when an operation starts.
 struct Order {
-    clocks: Vec<[usize; QUEUES]>,
+    clocks: Vec<[usize; QUEUES + 1]>,
     /// An operation's queue, and its place on it from 1.
     places: Vec<(usize, usize)>,
 }
@@ -211,12 +251,19 @@ impl Order {
         let mut order = Order { clocks: Vec::new(), places: Vec::new() };
         let mut last: [Option<usize>; QUEUES] = [None; QUEUES];
         let mut lengths = [0; QUEUES];
-        for (index, Operation { action, after }) in plan.operations.iter().enumerate() {
+        for (index, Operation { action, after, after_writes }) in plan.operations.iter().enumerate() {
             if let Some(&after) = after.iter().find(|&&after| after >= index) {
                 return Err(PlanError::Order { index, after });
             }
             let queue = queue(*action);
-            let mut clock = [0; QUEUES];
+            let mut clock = [0; QUEUES + 1];
+            clock[EARLIER] = match *action {
+                _ if queue == COMPUTE => plan.outline.units(),
+                Action::Gather { bucket, .. } if *after_writes => {
+                    plan.outline.buckets.get(bucket).map_or(0, |units| units.end)
+                }
+                _ => 0,
+            };
             for &earlier in after.iter().chain(&last[queue]) {
                 // Complete with all that was complete before it.
                 let (its_queue, place) = order.places[earlier];
@@ -245,27 +292,36 @@ mod reference;
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::plan::Outline;
     use proptest::prelude::*;
 
-    /// Any mesh, placement, depth and order of units, some of which may be used twice.
+    /// Any mesh, placement, depth, order of units, some of which may be used twice, and buckets of
+    /// any lengths.
     pub(crate) fn outlines() -> impl Strategy<Value = Outline> {
         let order = (1usize..7).prop_flat_map(|units| {
             let again = prop::collection::vec(0..units, 0..3);
-            again.prop_map(move |again| (0..units).chain(again).collect::<Vec<usize>>())
+            let lens = prop::collection::vec(1usize..200, units);
+            (again, lens).prop_map(|(again, lens)| {
+                (crate::buckets::tests::layout(&lens, 1), (0..lens.len()).chain(again).collect::<Vec<usize>>())
+            })
         });
-        let placement = (0usize..4, 1usize..4, 1usize..4, 0usize..5, any::<bool>());
-        (order, placement).prop_map(|(order, (prefetch, more, gradients, placement, replicated))| {
-            let mut outline =
-                Outline { order, prefetch, weights: None, gradients: None, sharded: placement > 0, replicated };
-            // Nothing, ZeRO-1, ZeRO-2, parameters and optimizer, ZeRO-3.
-            outline.weights = match placement {
-                0 => None,
-                1 | 2 => Some(outline.units().max(prefetch + 1)),
-                _ => Some(prefetch + more),
+        let placement = (0usize..4, 1usize..4, 0usize..600, 0usize..5, 1usize..3, any::<bool>());
+        (order, placement).prop_map(|((layout, order), (prefetch, more, bucket, placement, replicate, window))| {
+            let [parameters, gradients, optimizer] = match placement {
+                0 => [false; 3],
+                1 => [false, false, true],
+                2 => [false, true, true],
+                3 => [true, false, true],
+                _ => [true; 3],
             };
-            outline.gradients = matches!(placement, 2 | 4).then_some(gradients.max(outline.used_twice() + 1));
-            outline
+            let policy = crate::Policy {
+                sharded: crate::Sharded { parameters, gradients, optimizer },
+                gather: if window { crate::Gather::Window } else { crate::Gather::Copy },
+                prefetch,
+                slots: prefetch + more,
+                bucket: 4 * bucket as u64,
+                ..crate::Policy::default()
+            };
+            Outline::new(&layout.visiting(order), &policy, crate::Mesh { replicate, shard: 1 })
         })
     }
 
@@ -278,18 +334,20 @@ pub(crate) mod tests {
         #[test]
         fn every_plan_verifies_and_moves_what_it_must(outline in outlines(), rounds in 1usize..4) {
             let plan = Plan::step(&outline, rounds).verify().expect("the planner makes no races");
-            let units = outline.units();
+            let (units, buckets) = (outline.units(), outline.buckets.len());
             let reduces = count(&plan, |action| matches!(action, Action::Reduce { .. }));
-            let expected = if outline.gradients.is_some() { units * rounds } else { units };
+            let expected = if outline.gradients.is_some() { buckets * rounds } else { buckets };
             prop_assert_eq!(reduces, if outline.sharded { expected } else { 0 });
             let all_reduces = count(&plan, |action| matches!(action, Action::AllReduce { .. }));
-            prop_assert_eq!(all_reduces, if outline.replicated { units } else { 0 });
+            prop_assert_eq!(all_reduces, if outline.replicated { buckets } else { 0 });
             prop_assert_eq!(count(&plan, |action| matches!(action, Action::Update { .. })), units);
             let gathers = count(&plan, |action| matches!(action, Action::Gather { .. }));
-            match outline.weights {
+            match &outline.weights {
                 None => prop_assert_eq!(gathers, 0),
-                Some(slots) if slots >= units => prop_assert_eq!(gathers, units, "with room for all each is gathered once"),
-                Some(_) => prop_assert!(gathers >= units && gathers <= 2 * outline.order.len() * rounds),
+                Some(slots) if slots.are_own() => {
+                    prop_assert_eq!(gathers, buckets, "with room for all each is gathered once");
+                }
+                Some(_) => prop_assert!(gathers >= buckets && gathers <= 2 * outline.order.len() * rounds),
             }
             let forward = Plan::forward(&outline, rounds).verify().expect("nor for forward passes");
             let computes = count(&forward, |action| matches!(action, Action::Compute { .. }));
@@ -300,6 +358,14 @@ pub(crate) mod tests {
         fn every_edge_matters_unless_the_others_imply_it(outline in outlines(), rounds in 1usize..3) {
             let plan = Plan::step(&outline, rounds);
             for index in 0..plan.operations.len() {
+                if plan.operations[index].after_writes {
+                    let mut mutant = plan.clone();
+                    mutant.operations[index].after_writes = false;
+                    let Action::Gather { bucket, .. } = mutant.operations[index].action else { unreachable!() };
+                    let earlier = Order::of(&mutant).unwrap().clocks[index][EARLIER];
+                    let implied = earlier >= outline.buckets[bucket].end;
+                    prop_assert_eq!(mutant.verify().is_ok(), implied, "without the writes before {}", index);
+                }
                 for edge in 0..plan.operations[index].after.len() {
                     let mut mutant = plan.clone();
                     let removed = mutant.operations[index].after.remove(edge);
@@ -346,7 +412,8 @@ pub(crate) mod tests {
             let used = |action: &Action| match action { Action::Gather { slot, .. } => slot + 1, _ => 0 };
             let most = fewer.operations.iter().map(|operation| used(&operation.action)).max().unwrap();
             if most > 0 {
-                fewer.outline.weights = Some(most - 1);
+                let slots = fewer.outline.weights.as_mut().unwrap();
+                slots.of_class.iter_mut().for_each(|slots| slots.end = slots.end.min(most - 1).max(slots.start));
                 let refused = matches!(fewer.verify(), Err(PlanError::Slot { .. }));
                 prop_assert!(refused, "slot {}", most - 1);
             }
@@ -358,8 +425,10 @@ pub(crate) mod tests {
         let operations = plan.operations.len();
         let operation = &mut plan.operations[index];
         match (kind, &mut operation.action) {
-            (0, Action::Gather { unit, .. } | Action::Compute { unit, .. } | Action::Reduce { unit, .. })
-            | (0, Action::AllReduce { unit } | Action::Update { unit }) => *unit = value,
+            (0, Action::Compute { unit, .. } | Action::Update { unit }) => *unit = value,
+            (0, Action::Gather { bucket, .. } | Action::Reduce { bucket, .. } | Action::AllReduce { bucket }) => {
+                *bucket = value;
+            }
             (1, Action::Gather { slot, .. } | Action::Reduce { slot, .. }) => *slot = value,
             (1, Action::Compute { weights, .. }) => *weights = value,
             (2, Action::Compute { gradients: Some(fill), .. }) => fill.slot = value,
@@ -367,6 +436,7 @@ pub(crate) mod tests {
                 (fill.first, fill.last) = (value & 1 > 0, value & 2 > 0)
             }
             (4, Action::Reduce { round, .. }) => *round = value,
+            (4, Action::Gather { .. }) => operation.after_writes = value & 1 > 0,
             (5, _) if index > 0 && index + 1 < operations => plan.operations.swap(index, index + 1),
             _ if operation.after.is_empty() => operation.after.extend(index.checked_sub(value + 1)),
             _ => operation.after.clear(),
@@ -389,7 +459,7 @@ pub(crate) mod tests {
                     false => after.push(moved(earlier)),
                 }
             }
-            let operation = Operation { action: operation.action, after };
+            let operation = Operation { after, ..operation.clone() };
             if index == changed && twice {
                 operations.push(operation.clone());
             }

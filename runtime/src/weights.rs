@@ -2,13 +2,15 @@
 //! collective holds cannot be computed with, and the other way round.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Pending, Window};
 use pillion_kernels::{Buffer, DType, Device, Event, Stream, View, ViewMut};
 
 use crate::axes::Axes;
+use crate::buckets::{Bucket, Buckets, Place};
 use crate::engine::bytes;
-use crate::{Error, Gather, Layout, Outline, Policy, Unit};
+use crate::{Error, Gather, Layout, Outline, Policy};
 
 /// Something that a collective may have, which gives it back as an `M`.
 enum Held<T, M = T> {
@@ -64,21 +66,23 @@ impl<T: From<M>, M> Held<T, M> {
 pub(crate) struct WeightStore {
     memory: Memory,
     dtype: DType,
+    buckets: Arc<Buckets>,
+    /// Each unit's shard in the bucket's full buffer.
     shards: Vec<Range<usize>>,
 }
 
 enum Memory {
-    /// All of every unit; where the update is sharded, it is gathered in place.
+    /// All of every bucket; where the update is sharded, it is gathered in place.
     Whole(Vec<Held<Buffer>>),
     /// Shards in the arena, gathered by copy into slots.
     Slots { shards: Vec<Option<Buffer>>, slots: Vec<WeightSlot> },
-    /// One window for each unit; the plan's slot is the unit.
+    /// One window for each bucket; the plan's slot is the bucket.
     Windows(Vec<Held<Window>>),
 }
 
 struct WeightSlot {
     held: Held<Gathered, (Buffer, Buffer)>,
-    unit: usize,
+    bucket: usize,
 }
 
 /// A slot's buffer, and the shard that has filled it, until it is put back.
@@ -100,37 +104,47 @@ impl WeightStore {
         layout: &Layout,
         policy: &Policy,
         outline: &Outline,
+        buckets: Arc<Buckets>,
     ) -> Result<WeightStore, Error> {
         let allocate = |len| Axes::allocate(axes.shard.as_ref(), device, policy.weights, len);
         let memory = match (policy.sharded.parameters, policy.gather, &axes.shard) {
             (true, Gather::Window, Some(group)) => {
-                let window = |unit: &Unit| Ok(Held::Here(group.window(device, policy.weights, unit.padded)?));
-                Memory::Windows(layout.units.iter().map(window).collect::<Result<_, Error>>()?)
+                let window = |bucket: &Bucket| {
+                    Ok(Held::Here(match &bucket.sections {
+                        Some(sections) => group.window_of(device, policy.weights, sections)?,
+                        None => group.window(device, policy.weights, bucket.padded)?,
+                    }))
+                };
+                Memory::Windows(buckets.buckets.iter().map(window).collect::<Result<_, Error>>()?)
             }
             (true, _, _) => {
-                let shard = |unit: &Unit| Ok(Some(allocate(unit.shard)?));
-                let count = outline.weights.expect("sharded weights are gathered into slots");
-                let slot = |slot: usize| {
-                    // With as many slots as units, each has its own.
-                    let own = layout.units.get(slot).filter(|_: &&Unit| count >= layout.units.len());
-                    let len = own.map_or(layout.longest_unit(), |unit| unit.padded);
+                let shard = |bucket: &Bucket| Ok(Some(allocate(bucket.shard)?));
+                let slots = outline.weights.as_ref().expect("sharded weights are gathered into slots");
+                let slot = |len: usize| {
                     let buffer = device.allocate(policy.weights, len)?;
-                    Ok(WeightSlot { held: Held::Here(Gathered { shard: None, buffer }), unit: 0 })
+                    Ok(WeightSlot { held: Held::Here(Gathered { shard: None, buffer }), bucket: 0 })
                 };
-                let used = if count >= layout.units.len() { layout.units.len() } else { count };
                 Memory::Slots {
-                    shards: layout.units.iter().map(shard).collect::<Result<_, Error>>()?,
-                    slots: (0..used).map(slot).collect::<Result<_, Error>>()?,
+                    shards: buckets.buckets.iter().map(shard).collect::<Result<_, Error>>()?,
+                    slots: slots
+                        .lens(&outline.bucket_lens(layout))
+                        .into_iter()
+                        .map(slot)
+                        .collect::<Result<_, Error>>()?,
                 }
             }
             (false, _, _) => {
-                let whole = |unit: &Unit| Ok(Held::Here(allocate(unit.padded)?));
-                Memory::Whole(layout.units.iter().map(whole).collect::<Result<_, Error>>()?)
+                let whole = |bucket: &Bucket| Ok(Held::Here(allocate(bucket.padded)?));
+                Memory::Whole(buckets.buckets.iter().map(whole).collect::<Result<_, Error>>()?)
             }
         };
         let number = axes.shard_number();
-        let shards = layout.units.iter().map(|unit| number * unit.shard..(number + 1) * unit.shard).collect();
-        Ok(WeightStore { memory, dtype: policy.weights, shards })
+        let shard = |place: &Place| {
+            let (start, len) = (place.full.start, place.shard.len());
+            start + number * len..start + (number + 1) * len
+        };
+        let shards = buckets.places.iter().map(shard).collect();
+        Ok(WeightStore { memory, dtype: policy.weights, buckets, shards })
     }
 
     /// Bytes of what this rank keeps, and of slots; a rank's own part of windows. Between steps: what a collective has does not count.
@@ -142,55 +156,65 @@ impl WeightStore {
                 slots.iter().filter_map(|slot| slot.held.here()).map(|gathered| bytes(&gathered.buffer)).sum(),
             ),
             Memory::Windows(windows) => {
-                let own = |window: &Window| (window.shard().len() * self.dtype.bytes()) as u64;
-                (windows.iter().filter_map(Held::here).map(own).sum(), 0)
+                let here = windows.iter().zip(&self.buckets.buckets).filter(|(window, _)| window.here().is_some());
+                (here.map(|(_, bucket)| (bucket.shard * self.dtype.bytes()) as u64).sum(), 0)
             }
         }
     }
 
-    /// Starts to gather a unit into a slot.
-    pub(crate) fn gather(&mut self, group: &Communicator, unit: usize, slot: usize, after: Event) {
+    /// Starts to gather a bucket into a slot.
+    pub(crate) fn gather(&mut self, group: &Communicator, bucket: usize, slot: usize, after: Event) {
+        let sections = &self.buckets.buckets[bucket].sections;
         match &mut self.memory {
             Memory::Slots { shards, slots } => {
                 let slot = &mut slots[slot];
-                let shard = shards[unit].take().expect(LOST);
-                slot.unit = unit;
-                slot.held = Held::Moving(group.all_gather(shard, slot.held.take().buffer, after));
+                let shard = shards[bucket].take().expect(LOST);
+                let output = slot.held.take().buffer;
+                slot.bucket = bucket;
+                slot.held = Held::Moving(match sections {
+                    Some(sections) => group.all_gather_sections(sections, shard, output, after),
+                    None => group.all_gather(shard, output, after),
+                });
             }
             Memory::Windows(windows) => {
-                let window = windows[unit].take();
-                windows[unit] = Held::Moving(group.gather_window(window, after));
+                let window = windows[bucket].take();
+                windows[bucket] = Held::Moving(group.gather_window(window, after));
             }
             Memory::Whole(whole) => {
-                let buffer = whole[unit].take();
-                whole[unit] = Held::Moving(group.all_gather_in_place(buffer, after));
+                let buffer = whole[bucket].take();
+                whole[bucket] = Held::Moving(match sections {
+                    Some(sections) => group.all_gather_sections_in_place(sections, buffer, after),
+                    None => group.all_gather_in_place(buffer, after),
+                });
             }
         }
     }
 
-    /// Orders `stream` after the gather of a unit.
-    pub(crate) fn bring(&mut self, unit: usize, slot: usize, stream: &dyn Stream) -> Result<(), Error> {
+    /// Orders `stream` after the gather of a bucket.
+    pub(crate) fn bring(&mut self, bucket: usize, slot: usize, stream: &dyn Stream) -> Result<(), Error> {
         match &mut self.memory {
             Memory::Slots { shards, slots } => {
                 let slot = &mut slots[slot];
                 slot.held.bring(stream)?;
                 if let Some(shard) = slot.held.get_mut().shard.take() {
-                    shards[slot.unit] = Some(shard);
+                    shards[slot.bucket] = Some(shard);
                 }
                 Ok(())
             }
-            Memory::Windows(windows) => windows[unit].bring(stream),
-            Memory::Whole(whole) => whole[unit].bring(stream),
+            Memory::Windows(windows) => windows[bucket].bring(stream),
+            Memory::Whole(whole) => whole[bucket].bring(stream),
         }
     }
 
     /// A gathered unit, with padding.
     pub(crate) fn gathered(&self, unit: usize, slot: usize) -> View<'_> {
-        match &self.memory {
+        let Place { bucket, full, .. } = &self.buckets.places[unit];
+        let all = match &self.memory {
             Memory::Slots { slots, .. } => slots[slot].held.get().buffer.view(),
-            Memory::Windows(windows) => windows[unit].get().view(),
-            Memory::Whole(whole) => whole[unit].get().view(),
-        }
+            Memory::Windows(windows) => windows[*bucket].get().view(),
+            Memory::Whole(whole) => whole[*bucket].get().view(),
+        };
+        all.slice(full.clone())
     }
 
     /// Ends the reading of everything gathered; blocks the host until `after`, which follows the last kernel that reads.
@@ -203,19 +227,21 @@ impl WeightStore {
 
     /// This rank's shard of a unit.
     pub(crate) fn shard(&self, unit: usize) -> View<'_> {
+        let Place { bucket, section, shard, .. } = &self.buckets.places[unit];
         match &self.memory {
-            Memory::Slots { shards, .. } => shards[unit].as_ref().expect(LOST).view(),
-            Memory::Windows(windows) => windows[unit].get().shard(),
-            Memory::Whole(whole) => whole[unit].get().slice(self.shards[unit].clone()),
+            Memory::Slots { shards, .. } => shards[*bucket].as_ref().expect(LOST).slice(shard.clone()),
+            Memory::Windows(windows) => windows[*bucket].get().shard(*section),
+            Memory::Whole(whole) => whole[*bucket].get().slice(self.shards[unit].clone()),
         }
     }
 
     /// This rank's shard of a unit, for writing.
     pub(crate) fn shard_mut(&mut self, unit: usize) -> Result<ViewMut<'_>, Error> {
+        let Place { bucket, section, shard, .. } = &self.buckets.places[unit];
         match &mut self.memory {
-            Memory::Slots { shards, .. } => Ok(shards[unit].as_mut().expect(LOST).view_mut()),
-            Memory::Windows(windows) => Ok(windows[unit].get_mut().shard_mut()?),
-            Memory::Whole(whole) => Ok(whole[unit].get_mut().slice_mut(self.shards[unit].clone())),
+            Memory::Slots { shards, .. } => Ok(shards[*bucket].as_mut().expect(LOST).slice_mut(shard.clone())),
+            Memory::Windows(windows) => Ok(windows[*bucket].get_mut().shard_mut(*section)?),
+            Memory::Whole(whole) => Ok(whole[*bucket].get_mut().slice_mut(self.shards[unit].clone())),
         }
     }
 }

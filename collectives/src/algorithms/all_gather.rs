@@ -7,24 +7,35 @@
 use super::moves::{Moves, Pull};
 use super::operation::{Operands, Operation, Work};
 use super::sides::End;
+use crate::Sections;
 use crate::call::{Detail, Kind};
 use crate::hosts::Hosts;
 
-/// output\[p\] = the input of rank p, for `chunk` elements of each rank.
-pub(crate) fn all_gather(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize) -> Operation {
+/// output\[p\] = the input of rank p, for `chunk` elements of each rank, cut into sections in the output. `in_place` input and
+/// output are one buffer, and a rank's input is its chunk of that.
+pub(crate) fn all_gather(
+    hosts: &Hosts,
+    rank: usize,
+    operands: Operands,
+    chunk: usize,
+    sections: Option<Sections>,
+    in_place: bool,
+) -> Operation {
     let world = hosts.world();
     let own = hosts.local().iter().enumerate();
-    let pulls = own.map(|(from, &rank)| Pull { from, chunk: 0, to: rank }).collect();
+    let of = |rank: usize| if in_place { rank } else { 0 };
+    let pulls = own.map(|(from, &rank)| Pull { from, chunk: of(rank), to: rank }).collect();
     let moves = Moves {
         pulls,
-        sends: hosts.column_of(rank).map(|peer| (peer, 0)).collect(),
+        sends: hosts.column_of(rank).map(|peer| (peer, of(rank))).collect(),
         source: End::Input,
         receives: hosts.column_of(rank).map(|peer| (peer, peer)).collect(),
         spread: spread(hosts),
     };
     let sent = (world - 1) * chunk * operands.dtype.bytes();
     Operation::new(Kind::AllGather, Detail::None, operands, Work::Moves(moves))
-        .cut_into(chunk, world * chunk, 1, world)
+        .cut_into(chunk, world * chunk, if in_place { world } else { 1 }, world)
+        .in_sections(sections)
         .sending(sent)
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use pillion_kernels::Span;
 
 use super::moves::{self, Moves};
-use super::operation::{Operation, SIDEBAND, Work};
+use super::operation::{Operation, Sidebands, Work};
 use super::sides::Piece;
 use super::transit::{Greeting, Transit};
 use super::wire_fold::WireFold;
@@ -97,7 +97,7 @@ impl Operation {
     }
 
     fn sideband_words(&self) -> usize {
-        if self.sidebands.is_some() { SIDEBAND } else { 0 }
+        self.sidebands.as_ref().map_or(0, |Sidebands { own, .. }| own.len())
     }
 
     /// What this rank called, and the numbers of its host that ride along.

@@ -61,8 +61,9 @@ pub(super) struct Fold {
 
 /// Compares the terms of a sum with it.
 pub(crate) struct Comparing {
-    /// `[2 + ranks]` f64.
+    /// `[2 + ranks]` f64 for each section.
     pub(crate) totals: Span,
+    pub(crate) sections: usize,
     pub(crate) limit: f64,
 }
 
@@ -76,13 +77,16 @@ impl Comparing {
         unsafe { self.totals.as_mut_slice::<f64>() }.fill(0.0);
     }
 
-    /// Runs a reduction that stores one sum in f32, and adds what the comparison finds to the totals.
+    /// Runs a reduction of elements of one section that stores one sum in f32, and adds what the
+    /// comparison finds to the section's totals.
     ///
     /// # Safety
     /// As for [`reduce::fold`]; the output is none of the inputs.
-    unsafe fn run(&self, fold: &reduce::Fold<'_>) {
+    unsafe fn run(&self, fold: &reduce::Fold<'_>, section: usize) {
         // SAFETY: as in `clear`.
         let totals = unsafe { self.totals.as_mut_slice::<f64>() };
+        let numbers = totals.len() / self.sections;
+        let totals = &mut totals[section * numbers..][..numbers];
         for start in (0..fold.count).step_by(Self::PART) {
             let count = Self::PART.min(fold.count - start);
             let terms: Addresses<*const u8> =
@@ -138,9 +142,10 @@ impl Fold {
         if mode != Mode::Header {
             // What passes through a stage is read again at once.
             let streams = streams && (mode == Mode::Arena || self.target == Target::Own);
-            let range = sides.range(rank, piece);
-            let outputs = self.outputs(sides, peers, piece, range.clone())?;
-            return self.combine(sides, peers, piece, rank, range, &outputs, streams);
+            return sides.parts(sides.range(rank, piece)).try_for_each(|part| {
+                let outputs = self.outputs(sides, peers, piece, part.clone())?;
+                self.combine(sides, peers, piece, rank, part, &outputs, streams)
+            });
         }
         // Everybody has everybody's input: each computes what it wants itself, and nothing needs to come back. There, chunks follow each
         // other, so that all of them are one long chunk.
@@ -186,7 +191,7 @@ impl Fold {
         unsafe {
             match &self.comparison {
                 None => reduce::fold(&fold),
-                Some(comparison) => comparison.run(&fold),
+                Some(comparison) => comparison.run(&fold, sides.section(range.start)),
             }
         }
         Ok(())

@@ -9,12 +9,13 @@ use std::sync::Arc;
 use pillion_kernels::Span;
 
 use super::transit::{Greeting, Transit, column};
-use crate::Error;
 use crate::call::{Detail, Kind, call};
 use crate::shm::arena::Mapping;
 use crate::shm::control::Call;
 use crate::shm::flight::{Collective, Opening, Peers, Progress};
 use crate::shm::place::Place;
+use crate::window::chunk;
+use crate::{Error, Sections};
 
 pub(crate) struct GatherWindow {
     window: Span,
@@ -23,13 +24,14 @@ pub(crate) struct GatherWindow {
     /// This rank, as the communicator counts, and the number of ranks.
     rank: usize,
     world: usize,
+    sections: Option<Sections>,
     greeting: Option<Greeting>,
     transit: Option<Transit<(Span, Arc<Mapping>)>>,
 }
 
 impl GatherWindow {
-    pub(crate) fn new(window: Span, place: u64, rank: usize, world: usize) -> GatherWindow {
-        GatherWindow { window, place, rank, world, greeting: None, transit: None }
+    pub(crate) fn new(window: Span, place: u64, rank: usize, world: usize, sections: Option<Sections>) -> GatherWindow {
+        GatherWindow { window, place, rank, world, sections, greeting: None, transit: None }
     }
 
     /// Exchanges shards with other hosts; a rank that is waited for, or none once all are there.
@@ -40,16 +42,18 @@ impl GatherWindow {
                 return Ok(Some(rank));
             }
             let mut transit = Transit::new((self.window.clone(), peers.shared.map.clone()));
-            let count = self.window.len() / self.world;
-            let bytes = count * self.window.dtype().bytes();
-            let shard = |rank: usize| self.window.range(rank * count..(rank + 1) * count).address().as_ptr();
-            for (_, peer) in column(peers) {
+            let count = self.sections.as_ref().map_or(1, Sections::count);
+            let chunks = (0..count).flat_map(|section| column(peers).into_iter().map(move |(_, peer)| (section, peer)));
+            for (section, peer) in chunks {
+                let chunk = |rank| chunk(self.sections.as_ref(), self.window.len(), section, self.world, rank);
+                let [theirs, own] = [peer, self.rank].map(|rank| self.window.range(chunk(rank)));
+                let bytes = own.len() * own.dtype().bytes();
                 // SAFETY: the transit keeps the window. Nobody on this host reads it now: each has released it and called for this gather,
                 // and reads only once it is complete. Each of the other hosts' shards is received by one rank, and nobody writes this
                 // rank's own before it has been released again.
                 unsafe {
-                    transit.receive(peer, shard(peer), bytes, 0);
-                    transit.send(peer, shard(self.rank), bytes, 0);
+                    transit.receive(peer, theirs.address().as_ptr(), bytes, 0);
+                    transit.send(peer, own.address().as_ptr(), bytes, 0);
                 }
             }
             self.transit = Some(transit);

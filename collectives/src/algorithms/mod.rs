@@ -33,7 +33,7 @@ pub(crate) use broadcast::broadcast;
 pub(crate) use folds::{Combination, Comparing};
 pub(crate) use gather::gather;
 pub(crate) use gather_window::GatherWindow;
-pub(crate) use operation::{Operands, Operation, SIDEBAND, Sidebands};
+pub(crate) use operation::{Operands, Operation, Sidebands};
 pub(crate) use reduce::reduce;
 pub(crate) use reduce_scatter::reduce_scatter;
 pub(crate) use scalars::Scalars;

@@ -2,6 +2,8 @@
 //! messages with ranks of other hosts. What several ranks of a host want from another host comes to one of them, from which
 //! the others then copy it.
 
+use std::ops::Range;
+
 use pillion_kernels::cpu::non_temporal;
 use smallvec::SmallVec;
 
@@ -53,10 +55,11 @@ impl Moves {
     /// Copies from inputs.
     pub(super) fn pull(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
         self.pulls.iter().try_for_each(|pull| {
-            let range = sides.range(pull.to, piece);
-            let source = sides.of_rank(peers, pull.from, End::Input, pull.chunk, range, piece)?;
-            copy(sides, pull.to, piece, source, streams);
-            Ok(())
+            sides.parts(sides.range(pull.to, piece)).try_for_each(|part| {
+                let source = sides.of_rank(peers, pull.from, End::Input, pull.chunk, part.clone(), piece)?;
+                copy(sides, pull.to, part, source, streams);
+                Ok(())
+            })
         })
     }
 
@@ -69,23 +72,27 @@ impl Moves {
         transit: &mut Transit<Held>,
     ) -> Result<(), Error> {
         for &(rank, chunk) in &self.sends {
-            let range = sides.range(chunk, piece);
-            let from = sides.own(self.source, chunk, range.start, range.len());
-            // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this chunk before the operation is complete.
-            unsafe { transit.send(rank, from, range.len() * sides.side(self.source).width, GROUP) };
+            for part in sides.parts(sides.range(chunk, piece)) {
+                let from = sides.own(self.source, chunk, part.start, part.len());
+                // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this chunk before the operation is
+                // complete.
+                unsafe { transit.send(rank, from, part.len() * sides.side(self.source).width, GROUP) };
+            }
         }
         for &(rank, chunk) in &self.receives {
-            let range = sides.range(chunk, piece);
-            let bytes = range.len() * sides.output.width;
             let staged = matches!(peers.header(peers.rank()).output(), Place::Stage(_));
-            let into = if staged {
-                sides.published(peers, peers.rank(), End::Output, chunk, range, piece)?
-            } else {
-                sides.own(End::Output, chunk, range.start, range.len())
-            };
-            // SAFETY: the output is this operation's, and `Held` keeps it and the stage. No rank of this host reads this chunk before
-            // this rank's next step; those that read an earlier piece from the same half of the stage have taken a step since.
-            unsafe { transit.receive(rank, into, bytes, GROUP) };
+            for part in sides.parts(sides.range(chunk, piece)) {
+                let bytes = part.len() * sides.output.width;
+                let into = if staged {
+                    sides.published(peers, peers.rank(), End::Output, chunk, part, piece)?
+                } else {
+                    sides.own(End::Output, chunk, part.start, part.len())
+                };
+                // SAFETY: the output is this operation's, and `Held` keeps it and the stage. No rank of this host reads this chunk
+                // before this rank's next step; those that read an earlier piece from the same half of the stage have taken a step
+                // since.
+                unsafe { transit.receive(rank, into, bytes, GROUP) };
+            }
         }
         Ok(())
     }
@@ -93,19 +100,17 @@ impl Moves {
     /// Copies what ranks of this host have received.
     pub(super) fn spread(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
         self.spread.iter().try_for_each(|pull| {
-            let range = sides.range(pull.to, piece);
-            if !range.is_empty() {
-                let source = sides.published(peers, pull.from, End::Output, pull.chunk, range, piece)?;
-                copy(sides, pull.to, piece, source, streams);
-            }
-            Ok(())
+            sides.parts(sides.range(pull.to, piece)).try_for_each(|part| {
+                let source = sides.published(peers, pull.from, End::Output, pull.chunk, part.clone(), piece)?;
+                copy(sides, pull.to, part, source, streams);
+                Ok(())
+            })
         })
     }
 }
 
-/// Copies a chunk's elements of a piece to this rank's output, unless they are there.
-fn copy(sides: &Sides, to: usize, piece: &Piece, source: *const u8, streams: bool) {
-    let range = sides.range(to, piece);
+/// Copies a chunk's elements to this rank's output, unless they are there.
+fn copy(sides: &Sides, to: usize, range: Range<usize>, source: *const u8, streams: bool) {
     let target = sides.own(End::Output, to, range.start, range.len());
     if !std::ptr::eq(source, target) {
         // SAFETY: whose memory this is leaves the elements as they are until its next step, which it takes after this rank has taken

@@ -19,14 +19,11 @@ use super::between_hosts::OnWire;
 use super::folds::{Fold, Target};
 use super::moves::Moves;
 use super::sides::{End, HEAD, Piece, STAGE, Side, Sides};
-use crate::Error;
-use crate::call::{Detail, Kind, call};
+use crate::call::{Detail, Kind, call, cut};
 use crate::shm::control::{Call, PAYLOAD};
 use crate::shm::flight::{Collective, Opening, Peers, Progress};
 use crate::shm::place::Place;
-
-/// Numbers in a sideband.
-pub(crate) const SIDEBAND: usize = 4;
+use crate::{Error, Sections};
 
 /// The buffers of an operation, as this rank has them.
 pub(crate) struct Operands {
@@ -37,7 +34,7 @@ pub(crate) struct Operands {
     pub(crate) to: DType,
 }
 
-/// Numbers that ride along: `[4]` f64 each.
+/// Numbers that ride along, f64: [`SIDEBAND`](crate::sections::SIDEBAND) for each section.
 pub(crate) struct Sidebands {
     pub(crate) own: Span,
     pub(crate) totals: Span,
@@ -89,7 +86,7 @@ impl Operation {
         };
         let input = Side { span: input, chunks: 1, width: dtype.bytes(), shared: true };
         let output = Side { span: output, chunks: 1, width: to.bytes(), shared: pushed };
-        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0 };
+        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0, sections: None };
         Operation {
             kind,
             dtype,
@@ -111,6 +108,12 @@ impl Operation {
         self
     }
 
+    /// Cuts full operands into sections.
+    pub(super) fn in_sections(mut self, sections: Option<Sections>) -> Operation {
+        self.sides.sections = sections;
+        self
+    }
+
     /// Counts what other ranks take from this one, in bytes.
     pub(super) fn sending(mut self, bytes: usize) -> Operation {
         self.sent = bytes as u64;
@@ -119,7 +122,7 @@ impl Operation {
 
     /// Whether all inputs are so small that they travel in headers: the same on every rank, since it follows from the call.
     fn fits_header(&self, peers: &Peers<'_>) -> bool {
-        self.input_bytes() <= (PAYLOAD - HEAD) * 8 && !peers.shared.has_wire()
+        self.sides.sections.is_none() && self.input_bytes() <= (PAYLOAD - HEAD) * 8 && !peers.shared.has_wire()
     }
 
     fn input_bytes(&self) -> usize {
@@ -152,15 +155,17 @@ impl Operation {
             return Ok(());
         }
         for chunk in 0..self.sides.input.chunks {
-            let range = self.sides.range(chunk, piece);
-            if self.reader(peers, chunk) == Some(peers.rank()) || range.is_empty() {
+            if self.reader(peers, chunk) == Some(peers.rank()) {
                 continue;
             }
-            let bytes = range.len() * self.sides.input.width;
-            let from = self.sides.own(End::Input, chunk, range.start, range.len());
-            let to = self.sides.published(peers, peers.rank(), End::Input, chunk, range, piece)?;
-            // SAFETY: this operation owns its buffer, nobody writes to its inputs, and this half of the stage is free (see above).
-            unsafe { non_temporal::copy(from, to, bytes, false) };
+            for part in self.sides.parts(self.sides.range(chunk, piece)) {
+                let bytes = part.len() * self.sides.input.width;
+                let from = self.sides.own(End::Input, chunk, part.start, part.len());
+                let to = self.sides.published(peers, peers.rank(), End::Input, chunk, part, piece)?;
+                // SAFETY: this operation owns its buffer, nobody writes to its inputs, and this half of the stage is free (see
+                // above).
+                unsafe { non_temporal::copy(from, to, bytes, false) };
+            }
         }
         Ok(())
     }
@@ -172,16 +177,14 @@ impl Operation {
             return Ok(());
         }
         for chunk in fold.pushed_by_others(peers) {
-            let range = self.sides.range(chunk, piece);
-            if range.is_empty() {
-                continue;
+            for part in self.sides.parts(self.sides.range(chunk, piece)) {
+                let bytes = part.len() * self.sides.output.width;
+                let to = self.sides.own(End::Output, chunk, part.start, part.len());
+                let from = self.sides.published(peers, peers.rank(), End::Output, chunk, part, piece)?;
+                // SAFETY: this operation owns its buffer; the peers that wrote this half of the stage have taken a step since, and
+                // write the other half now.
+                unsafe { non_temporal::copy(from, to, bytes, self.streams(peers)) };
             }
-            let bytes = range.len() * self.sides.output.width;
-            let to = self.sides.own(End::Output, chunk, range.start, range.len());
-            let from = self.sides.published(peers, peers.rank(), End::Output, chunk, range, piece)?;
-            // SAFETY: this operation owns its buffer; the peers that wrote this half of the stage have taken a step since, and write the
-            // other half now.
-            unsafe { non_temporal::copy(from, to, bytes, self.streams(peers)) };
         }
         Ok(())
     }
@@ -190,6 +193,10 @@ impl Operation {
     fn reader(&self, peers: &Peers<'_>, chunk: usize) -> Option<usize> {
         let hosts = &peers.shared.hosts;
         match self.kind {
+            // In place, the chunks of the other ranks are not this rank's to give.
+            Kind::AllGather if self.sides.input.chunks > 1 && chunk != hosts.local()[peers.rank()] => {
+                Some(peers.rank())
+            }
             Kind::AllGather | Kind::Broadcast | Kind::Gather => None,
             Kind::Reduce => Some(chunk),
             // What goes to another host is sent from where it lies.
@@ -268,7 +275,8 @@ impl Operation {
 
 impl Collective for Operation {
     fn call(&self) -> Call {
-        call(self.kind, Some(self.dtype), self.deferred(), self.sides.len, self.detail)
+        let call = call(self.kind, Some(self.dtype), self.deferred(), self.sides.len, self.detail);
+        cut(call, self.sides.sections.as_ref())
     }
 
     fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error> {

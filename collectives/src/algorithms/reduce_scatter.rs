@@ -7,6 +7,7 @@
 
 use super::folds::{Combination, Comparing, Fold, Target};
 use super::operation::{Operands, Operation, Sidebands, Work};
+use crate::Sections;
 use crate::call::Kind;
 use crate::hosts::Hosts;
 
@@ -17,6 +18,7 @@ pub(crate) fn reduce_scatter(
     chunk: usize,
     combination: Combination,
     accumulate: bool,
+    sections: Option<Sections>,
     sidebands: Option<Sidebands>,
     comparison: Option<Comparing>,
 ) -> Operation {
@@ -26,6 +28,7 @@ pub(crate) fn reduce_scatter(
     let mut operation =
         Operation::new(Kind::ReduceScatter, combination.detail(None, sidebands.is_some()), operands, Work::Fold(fold))
             .cut_into(chunk, world * chunk, world, 1)
+            .in_sections(sections)
             .sending(sent);
     operation.sidebands = sidebands;
     operation

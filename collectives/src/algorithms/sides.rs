@@ -1,6 +1,7 @@
 //! Where the operands of an operation lie, for this rank and for its peers.
 //!
-//! An operand is a row of chunks of equal length (the last may be short). Peers find it in the header itself, in the rank's arena, or,
+//! An operand is a row of chunks of equal length (the last may be short), or a row of [`Sections`], each a row of chunks. An
+//! element of a chunk has the same number on either side of an operation. Peers find an operand in the header itself, in the rank's arena, or,
 //! where it is private memory, in the rank's stage, which holds one piece (the same range of elements of every chunk) while the
 //! next is being copied in.
 
@@ -8,9 +9,9 @@ use std::ops::Range;
 
 use pillion_kernels::Span;
 
-use crate::Error;
 use crate::shm::flight::Peers;
 use crate::shm::place::Place;
+use crate::{Error, Sections};
 
 /// Bytes of one staged piece of one operand; a stage holds two of each operand. Small enough for a core's second-level cache.
 pub(super) const PIECE: usize = 256 << 10;
@@ -56,6 +57,8 @@ pub(super) struct Sides {
     pub(super) len: usize,
     /// Elements of a chunk in one piece.
     pub(super) piece: usize,
+    /// Where a full operand has several sections.
+    pub(super) sections: Option<Sections>,
 }
 
 impl Sides {
@@ -70,6 +73,29 @@ impl Sides {
     pub(super) fn range(&self, chunk: usize, piece: &Piece) -> Range<usize> {
         let exist = self.len.saturating_sub(chunk * self.chunk).min(self.chunk);
         piece.elements.start.min(exist)..piece.elements.end.min(exist)
+    }
+
+    /// Elements of a chunk in parts that lie in one place in any operand.
+    pub(super) fn parts(&self, elements: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let whole = if self.sections.is_none() { Some(elements.clone()) } else { None };
+        let cut = self.sections.iter().flat_map(move |sections| sections.cut(elements.clone()));
+        whole.into_iter().filter(|part| !part.is_empty()).chain(cut)
+    }
+
+    /// The section of an element of a chunk.
+    pub(super) fn section(&self, element: usize) -> usize {
+        self.sections.as_ref().map_or(0, |sections| sections.of(element))
+    }
+
+    /// Where an element of a chunk lies in an operand of `chunks` chunks.
+    fn index(&self, chunks: usize, chunk: usize, element: usize) -> usize {
+        match &self.sections {
+            None => chunk * self.chunk + element,
+            Some(sections) => {
+                let Range { start, end } = sections.in_shard(sections.of(element));
+                chunks * start + chunk * (end - start) + element - start
+            }
+        }
     }
 
     /// Number of pieces that every rank makes of this operation.
@@ -94,19 +120,20 @@ impl Sides {
         self.piece = if elements == 0 { (PIECE / row).max(1) } else { elements };
     }
 
-    /// This rank's own elements of a chunk, from `at` on.
+    /// This rank's own elements of a chunk, from `at` on, within a section.
     ///
     /// # Panics
     /// When there are fewer than `count`, which would be a mistake of the algorithm.
     pub(super) fn own(&self, end: End, chunk: usize, at: usize, count: usize) -> *mut u8 {
         let span = self.side(end).span.as_ref().expect("an operand that this rank has");
-        let first = if count == 0 { 0 } else { chunk * self.chunk + at };
+        let first = if count == 0 { 0 } else { self.index(self.side(end).chunks, chunk, at) };
         assert!(first + count <= span.len(), "elements {first}..+{count} of an operand of {}", span.len());
         // SAFETY: inside the span, by the assertion.
         unsafe { span.address().as_ptr().add(first * self.side(end).width) }
     }
 
-    /// Elements of a chunk of a rank of this host where others find them. Where they are staged, they must belong to `piece`.
+    /// Elements of a chunk, within a section, of a rank of this host, where others find them.
+    /// Where they are staged, they must belong to `piece`.
     pub(super) fn published(
         &self,
         peers: &Peers<'_>,
@@ -121,7 +148,8 @@ impl Sides {
             End::Input => (header.input(), 0),
             End::Output => (header.output(), 2 * PIECE as u64),
         };
-        let whole = (chunk * self.chunk + elements.start) * side.width;
+        let index = if elements.is_empty() { 0 } else { self.index(side.chunks, chunk, elements.start) };
+        let whole = index * side.width;
         let offset = match place {
             Place::Arena(offset) => offset + whole as u64,
             Place::Stage(offset) => {

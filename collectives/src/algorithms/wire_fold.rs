@@ -107,34 +107,41 @@ impl WireFold {
             let peer = ranks[peers.rank()];
             if let Some(chunk) = fold.chunk_for(&hosts, host, peers.rank()) {
                 let range = self.range(sides, chunk, piece, segment);
-                let bytes = range.len() * self.partial.bytes();
-                let ready = peers.world() == 1;
-                let source = if ready {
-                    sides.own(End::Input, chunk, range.start, range.len())
-                } else {
-                    self.combine_inputs(fold, sides, peers, piece, chunk, range.clone(), made)?;
-                    made
-                };
-                if host != hosts.own && !range.is_empty() {
-                    // SAFETY: the work memory is `Held`'s and this segment's alone until `finish`; the input is this operation's.
-                    unsafe { transit.send(peer, source, bytes, group) };
+                for part in sides.parts(range.clone()) {
+                    let source = if peers.world() == 1 {
+                        sides.own(End::Input, chunk, part.start, part.len())
+                    } else {
+                        let out = self.within(made, &range, &part);
+                        self.combine_inputs(fold, sides, peers, piece, chunk, part.clone(), out)?;
+                        out
+                    };
+                    if host != hosts.own {
+                        // SAFETY: the work memory is `Held`'s and this segment's alone until `finish`; the input is this operation's.
+                        unsafe { transit.send(peer, source, part.len() * self.partial.bytes(), group) };
+                    }
                 }
             }
             if host != hosts.own
                 && let Some(chunk) = fold.chunk_for(&hosts, hosts.own, peers.rank())
             {
                 let range = self.range(sides, chunk, piece, segment);
-                if !range.is_empty() {
-                    let bytes = range.len() * self.partial.bytes();
+                for part in sides.parts(range.clone()) {
+                    let into = self.within(arriving, &range, &part);
                     // SAFETY: as above.
-                    unsafe { transit.receive(peer, arriving, bytes, group) };
+                    unsafe { transit.receive(peer, into, part.len() * self.partial.bytes(), group) };
                 }
             }
         }
         Ok(())
     }
 
-    /// out = combination of a chunk of this host's inputs, wide.
+    /// Where a part of a segment's elements lies in work memory that has all of them. (The
+    /// elements of a segment fit, and a part is within it.)
+    fn within(&self, work: *mut u8, segment: &Range<usize>, part: &Range<usize>) -> *mut u8 {
+        work.wrapping_add((part.start - segment.start) * self.partial.bytes())
+    }
+
+    /// out = combination of elements of a chunk of this host's inputs, in one section, wide.
     fn combine_inputs(
         &self,
         fold: &Fold,
@@ -175,16 +182,33 @@ impl WireFold {
         let hosts = peers.shared.hosts.clone();
         let Some(chunk) = fold.chunk_for(&hosts, hosts.own, peers.rank()) else { return Ok(()) };
         let range = self.range(sides, chunk, piece, self.finished);
-        if range.is_empty() {
-            return Ok(());
+        for part in sides.parts(range.clone()) {
+            self.finish_part(fold, sides, peers, piece, transit, chunk, &range, part, streams)?;
         }
+        Ok(())
+    }
+
+    /// As [`WireFold::finish`], for elements of the segment in one section.
+    fn finish_part(
+        &self,
+        fold: &Fold,
+        sides: &Sides,
+        peers: &Peers<'_>,
+        piece: &Piece,
+        transit: &mut Transit<Held>,
+        chunk: usize,
+        segment: &Range<usize>,
+        range: Range<usize>,
+        streams: bool,
+    ) -> Result<(), Error> {
+        let hosts = &peers.shared.hosts;
         let mut inputs = Addresses::with_capacity(hosts.ranks.len());
         for host in 0..hosts.ranks.len() {
             let [made, arriving] = self.work(transit, self.finished, host, hosts.ranks.len());
             inputs.push(match host == hosts.own {
-                false => arriving.cast_const(),
+                false => self.within(arriving, segment, &range).cast_const(),
                 true if peers.world() == 1 => sides.own(End::Input, chunk, range.start, range.len()).cast_const(),
-                true => made.cast_const(),
+                true => self.within(made, segment, &range).cast_const(),
             });
         }
         let alone = peers.world() == 1;

@@ -108,7 +108,7 @@ pub(crate) struct Header {
     sequence: AtomicU64,
     kind: AtomicU64,
     dtype: AtomicU64,
-    deferred: AtomicU64,
+    memory: AtomicU64,
     count: AtomicU64,
     detail: AtomicU64,
     /// Where peers find this rank's operands, each a [`super::place::Place`].
@@ -126,8 +126,9 @@ pub(crate) struct Call {
     pub(crate) kind: u64,
     /// Type of the elements, as a number; 0 for none.
     pub(crate) dtype: u64,
-    /// Whether the buffers belong to a device that runs work later.
-    pub(crate) deferred: u64,
+    /// Whether the buffers belong to a device that runs work later, and how they are cut into
+    /// sections.
+    pub(crate) memory: u64,
     /// Number of elements of the full buffer, or of values.
     pub(crate) count: u64,
     /// What else tells operations of a kind apart: a root, a reduction, a window.
@@ -147,18 +148,18 @@ impl Call {
     }
 
     pub(crate) fn words(&self) -> [u64; 6] {
-        [self.sequence, self.kind, self.dtype, self.deferred, self.count, self.detail]
+        [self.sequence, self.kind, self.dtype, self.memory, self.count, self.detail]
     }
 
-    pub(crate) fn from_words([sequence, kind, dtype, deferred, count, detail]: [u64; 6]) -> Call {
-        Call { sequence, kind, dtype, deferred, count, detail }
+    pub(crate) fn from_words([sequence, kind, dtype, memory, count, detail]: [u64; 6]) -> Call {
+        Call { sequence, kind, dtype, memory, count, detail }
     }
 }
 
 impl Header {
     /// Writes what peers may read once the rank has taken its next step. The payload is written separately.
     pub(crate) fn write(&self, call: Call, input: Place, output: Place) {
-        let words = [&self.sequence, &self.kind, &self.dtype, &self.deferred, &self.count, &self.detail];
+        let words = [&self.sequence, &self.kind, &self.dtype, &self.memory, &self.count, &self.detail];
         for (word, value) in words.into_iter().zip(call.words()) {
             word.store(value, Ordering::Relaxed);
         }
@@ -167,7 +168,7 @@ impl Header {
     }
 
     pub(crate) fn call(&self) -> Call {
-        let words = [&self.sequence, &self.kind, &self.dtype, &self.deferred, &self.count, &self.detail];
+        let words = [&self.sequence, &self.kind, &self.dtype, &self.memory, &self.count, &self.detail];
         Call::from_words(words.map(|word| word.load(Ordering::Relaxed)))
     }
 

@@ -183,7 +183,7 @@ impl Course {
 
     /// Whether work on the operation's buffers may run later than the call that enqueues it.
     pub(crate) fn is_deferred(&self) -> bool {
-        self.call.deferred == 1
+        self.call.memory & 1 == 1
     }
 
     /// Goes as far as the other ranks allow; true once complete.

@@ -183,7 +183,7 @@ fn all_reduce_max(communicator: &Communicator, memory: &mut Memory) -> Result<()
 
 fn reduce_with(communicator: &Communicator, memory: &mut Memory, sideband: Option<Sideband>) -> Result<(), Error> {
     let (input, output) = (memory.take::<f32>(WORLD * PART), memory.take::<f32>(PART));
-    let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband };
+    let reduce = Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband };
     communicator.reduce_scatter(reduce, Event::PAST).wait().map(|_| ())
 }
 

@@ -83,7 +83,8 @@ fn one(
         1 => {
             let sideband = Some(Sideband { own: scalars_f64(), totals: scalars_f64() });
             let (input, output) = (take(whole), take(part));
-            let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband };
+            let reduce =
+                Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband };
             let done = communicator.reduce_scatter(reduce, start()).wait()?;
             (*whole, *part) = (Some(done.input), Some(done.output));
         }
@@ -117,7 +118,7 @@ fn one(
         }
         10 => {
             let mut held = window.take().expect("put back");
-            held.shard_mut()?;
+            held.shard_mut(0)?;
             let mut held = communicator.gather_window(held, start()).wait()?;
             held.release(&Event::PAST).unwrap();
             *window = Some(held);

@@ -233,7 +233,7 @@ impl Rank {
             self.park();
         }
         window.release(&Event::PAST).unwrap();
-        window.shard_mut().map(|_| ())
+        window.shard_mut(0).map(|_| ())
     }
 
     /// Everybody sends to the next and receives from the one before, by turns in one piece and in many.
@@ -261,7 +261,8 @@ impl Rank {
         let mut output = private(len / self.world);
         for turn in 0.. {
             let start = || if turn % 2 == 0 { Start::Here } else { Start::After(Event::PAST) };
-            let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+            let reduce =
+                Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
             Reduce { input, output, .. } = communicator.reduce_scatter(reduce, start()).wait()?;
             if !in_place {
                 (output, input) = communicator.all_gather(output, input, start()).wait()?;
@@ -279,7 +280,8 @@ impl Rank {
             return communicator.all_gather(private(1000), private(self.world * 1000), Event::PAST).wait().map(|_| ());
         }
         let (input, output) = (private(self.world * 1000), private(1000));
-        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+        let reduce =
+            Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
         communicator.reduce_scatter(reduce, Event::PAST).wait().map(|_| ())
     }
 

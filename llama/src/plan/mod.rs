@@ -1,7 +1,7 @@
 //! `pillion plan`: how a run would be laid out, and what a step would take on a machine that there need not be.
 
 mod forecast;
-mod quantity;
+pub(crate) mod quantity;
 mod settings;
 mod table;
 

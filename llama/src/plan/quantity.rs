@@ -1,4 +1,4 @@
-//! Reads quantities with units, such as `50GB/s`, `400Gbit/s`, `5us` and `400T`.
+//! Reads quantities with units, such as `50GB/s`, `400Gbit/s`, `5us`, `400T` and `64MiB`.
 
 /// What a quantity is of, and so which units it may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -6,6 +6,7 @@ enum Kind {
     Bandwidth,
     Duration,
     Speed,
+    Size,
 }
 
 /// (unit, what it is in the unit that values have). A longer one stands before its ending.
@@ -17,6 +18,7 @@ impl Kind {
             Kind::Bandwidth => &[("bit/s", 0.125), ("B/s", 1.0)],
             Kind::Duration => &[("s", 1.0)],
             Kind::Speed => &[("FLOP/s", 1.0), ("FLOPS", 1.0), ("", 1.0)],
+            Kind::Size => &[("B", 1.0), ("", 1.0)],
         }
     }
 
@@ -26,6 +28,7 @@ impl Kind {
             Kind::Bandwidth => 1.0..=1e18,
             Kind::Duration => 1e-12..=1e6,
             Kind::Speed => 1.0..=1e24,
+            Kind::Size => 1.0..=1e18,
         }
     }
 
@@ -34,6 +37,7 @@ impl Kind {
             Kind::Bandwidth => "50GB/s, 12.5GiB/s or 400Gbit/s",
             Kind::Duration => "5us, 0.2ms or 1s",
             Kind::Speed => "400T or 150GFLOP/s",
+            Kind::Size => "64MiB or 1GB",
         }
     }
 }
@@ -69,6 +73,14 @@ pub(crate) fn bandwidth(text: &str) -> Result<f64, String> {
 /// Says how to write it.
 pub(crate) fn speed(text: &str) -> Result<f64, String> {
     positive(Kind::Speed, text)
+}
+
+/// Bytes; a part of a byte does not count.
+///
+/// # Errors
+/// Says how to write it.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    Ok(positive(Kind::Size, text)? as u64)
 }
 
 /// Seconds, which may be none.
@@ -128,6 +140,9 @@ mod tests {
         for (text, expected) in [("400T", 400e12), ("1.5GFLOP/s", 1.5e9), ("2PFLOPS", 2e15), ("7", 7.0)] {
             assert_eq!(speed(text), Ok(expected), "{text}");
         }
+        for (text, expected) in [("64MiB", 64 << 20), ("1.5 GB", 1_500_000_000), ("1.9B", 1), ("4096", 4096)] {
+            assert_eq!(size(text), Ok(expected), "{text}");
+        }
         for (text, expected) in [("5us", 5e-6), ("5µs", 5e-6), ("0.5 ms", 0.5e-3), ("2s", 2.0), ("0", 0.0), ("0s", 0.0)]
         {
             let read = duration(text).unwrap();
@@ -142,6 +157,9 @@ mod tests {
         }
         for text in ["5", "5m", "us", "nan", "-1us", "5 minutes"] {
             assert!(duration(text).unwrap_err().contains("5us"), "{text}");
+        }
+        for text in ["", "MiB", "0", "-1MiB", "2EB", "1e300PB", "64Mibit", "64MB/s"] {
+            assert!(size(text).unwrap_err().contains("64MiB"), "{text}");
         }
         for text in ["0", "T", "400TB/s"] {
             assert!(speed(text).unwrap_err().contains("400T"), "{text}");

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, PRESETS, Preset};
 use crate::controller::ControllerArgs;
+use crate::plan::quantity::size;
 use crate::train::CHANGEABLE;
 
 /// A year, in seconds.
@@ -152,13 +153,18 @@ pub struct PolicyArgs {
     /// How ranks get sharded weights that they compute with; default: window.
     #[arg(long, value_enum)]
     pub gather: Option<GatherKind>,
-    /// Units gathered ahead of the one in use.
+    /// Move units that follow each other as one operation, a bucket, as long as their weights take
+    /// at most so many bytes, such as 16MiB; default: each block, the embedding and the head move by
+    /// themselves.
+    #[arg(long, value_name = "BYTES", value_parser = size)]
+    pub bucket: Option<u64>,
+    /// Buckets gathered ahead of the one in use.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub prefetch: usize,
     /// Wait for each collective where it starts: shows what overlap is worth.
     #[arg(long)]
     pub no_overlap: bool,
-    /// Gathered units that exist at a time; default: prefetch + 1.
+    /// Gathered buckets that exist at a time; default: prefetch + 1.
     #[arg(long, value_name = "N")]
     pub slots: Option<usize>,
 }

@@ -114,11 +114,14 @@ pub(crate) fn step_bytes(layout: &Layout, policy: &Policy, mesh: Mesh, local: us
     // Into a window goes one shard to each other host.
     let window = policy.sharded.parameters && policy.gather == Gather::Window;
     let gathered = if window { shard.div_ceil(local.max(1)) - 1 } else { of_group };
+    let shard = |bucket: usize| -> usize {
+        layout.units[plan.outline.buckets[bucket].clone()].iter().map(|unit| unit.shard).sum()
+    };
     let sent = |action: Action| match action {
-        Action::Gather { unit, .. } => gathered * layout.units[unit].shard * policy.weights.bytes(),
-        Action::Reduce { unit, .. } => of_group * layout.units[unit].shard * policy.reduce.bytes(),
+        Action::Gather { bucket, .. } => gathered * shard(bucket) * policy.weights.bytes(),
+        Action::Reduce { bucket, .. } => of_group * shard(bucket) * policy.reduce.bytes(),
         // Each rank sums a part of all, and gives it to all: twice the part of a rank goes to each other rank.
-        Action::AllReduce { unit } => 2 * (replicate - 1) * layout.units[unit].shard.div_ceil(replicate) * 4,
+        Action::AllReduce { bucket } => 2 * (replicate - 1) * shard(bucket).div_ceil(replicate) * 4,
         Action::Agree => of_all * AGREEMENT_BYTES as usize,
         Action::Compute { .. } | Action::Update { .. } => 0,
     };

@@ -239,6 +239,7 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<P
         replicas: settings.mesh.map_or(1, |mesh| mesh.replicate),
         sharded,
         gather,
+        bucket: settings.bucket.unwrap_or(0),
         prefetch: settings.prefetch,
         slots,
         overlap: !settings.no_overlap,

@@ -12,7 +12,6 @@
 mod machine;
 mod schedule;
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use pillion_kernels::DType;
@@ -22,8 +21,9 @@ pub use machine::{Link, Machine, Sent};
 pub use schedule::Span;
 use schedule::{Task, schedule};
 
+use crate::buckets::Buckets;
 use crate::plan::Fill;
-use crate::trace::{TraceEvent, Track, label};
+use crate::trace::{self, TraceEvent, Track, label};
 use crate::{Action, Gather, Layout, Mesh, Pass, Policy, Verified};
 
 /// Floating-point operations of one use of each unit on one rank.
@@ -67,17 +67,12 @@ pub fn simulate(
 ) -> Simulation {
     let groups = machine.groups(mesh).unwrap_or_else(|| panic!("{mesh:?} does not fill hosts of {machine:?}"));
     assert_eq!(layout.shards, mesh.shard, "a layout is made for its mesh");
-    let costs = Costs { layout, policy, mesh, machine, work, groups };
+    let buckets = Buckets::new(layout, &plan.outline.buckets);
+    let costs = Costs { layout, buckets, policy, mesh, machine, work, groups };
     let costs: Vec<Cost> = plan.operations.iter().map(|operation| costs.of(operation.action)).collect();
-    let mut reductions = HashMap::new();
-    let tasks = plan.operations.iter().zip(&costs).enumerate().map(|(index, (operation, cost))| Task {
-        lane: label(operation.action).0 as usize,
+    let tasks = plan.operations.iter().zip(&costs).map(|(operation, cost)| Task {
+        lane: label(operation.action, &plan.outline).0 as usize,
         after: &operation.after,
-        issued_after: match operation.action {
-            // Both want the same shard, which the earlier one has until it is complete.
-            Action::Reduce { unit, .. } => reductions.insert(unit, index),
-            _ => None,
-        },
         fixed: cost.fixed,
         links: cost.links,
     });
@@ -121,14 +116,22 @@ impl Simulation {
     /// Bytes that a rank sent, and as many that it received, in the operations of a track; on the compute track that is the agreement.
     pub fn sent(&self, plan: &Verified, of: Track) -> Sent {
         let mut sum = Sent::default();
-        let wanted = plan.operations.iter().zip(&self.sent).filter(|(operation, _)| label(operation.action).0 == of);
+        let wanted = plan
+            .operations
+            .iter()
+            .zip(&self.sent)
+            .filter(|(operation, _)| label(operation.action, &plan.outline).0 == of);
         wanted.for_each(|(_, &sent)| sum.add(sent));
         sum
     }
 
     /// Seconds for which a track had something under way.
     pub fn busy(&self, plan: &Verified, of: Track) -> f64 {
-        let wanted = plan.operations.iter().zip(&self.spans).filter(|(operation, _)| label(operation.action).0 == of);
+        let wanted = plan
+            .operations
+            .iter()
+            .zip(&self.spans)
+            .filter(|(operation, _)| label(operation.action, &plan.outline).0 == of);
         wanted.map(|(_, span)| span.end - span.start).sum()
     }
 
@@ -136,12 +139,12 @@ impl Simulation {
     pub fn trace(&self, plan: &Verified, layout: &Layout) -> Vec<TraceEvent> {
         let event = |(index, &Span { start, end }): (usize, &Span)| {
             let action = plan.operations[index].action;
-            let (track, name, unit) = label(action);
+            let (track, name, units) = label(action, &plan.outline);
             TraceEvent {
                 rank: 0,
                 track,
                 name,
-                unit: unit.map(|unit| layout.units[unit].name.clone()),
+                unit: trace::name(layout, units),
                 bytes: self.sent[index].total(),
                 start: Duration::from_secs_f64(start),
                 duration: Duration::from_secs_f64(end - start),
@@ -164,6 +167,7 @@ struct Cost {
 /// What costs depend on.
 struct Costs<'a> {
     layout: &'a Layout,
+    buckets: Buckets,
     policy: &'a Policy,
     mesh: Mesh,
     machine: &'a Machine,
@@ -174,11 +178,11 @@ struct Costs<'a> {
 impl Costs<'_> {
     fn of(&self, action: Action) -> Cost {
         let Costs { policy, machine, work, groups, .. } = *self;
-        let units = &self.layout.units;
+        let (units, buckets) = (&self.layout.units, &self.buckets.buckets);
         let bytes = |elements: usize, dtype: DType| (elements * dtype.bytes()) as u64;
         match action {
-            Action::Gather { unit, .. } => {
-                let shard = bytes(units[unit].shard, policy.weights);
+            Action::Gather { bucket, .. } => {
+                let shard = bytes(buckets[bucket].shard, policy.weights);
                 flowing(match policy.gather {
                     Gather::Window if policy.sharded.parameters => machine.exchange_in_place(groups.shard, shard),
                     _ => machine.exchange(groups.shard, shard),
@@ -189,13 +193,13 @@ impl Costs<'_> {
                 let moved = gradients.map_or(0, |fill| self.gradient_bytes(fill)) * units[unit].padded;
                 computing(work.backward[unit] / machine.flops + self.moving(moved))
             }
-            Action::Reduce { unit, .. } => {
-                flowing(machine.exchange(groups.shard, bytes(units[unit].shard, policy.reduce)))
+            Action::Reduce { bucket, .. } => {
+                flowing(machine.exchange(groups.shard, bytes(buckets[bucket].shard, policy.reduce)))
             }
-            Action::AllReduce { unit } => {
+            Action::AllReduce { bucket } => {
                 // Shards have been summed, and are f32.
                 let travelling = if policy.sharded.optimizer { DType::F32 } else { policy.reduce };
-                let part = units[unit].shard.div_ceil(self.mesh.replicate);
+                let part = buckets[bucket].shard.div_ceil(self.mesh.replicate);
                 let reduced = machine.exchange(groups.replicate, bytes(part, travelling));
                 flowing(reduced.then(machine.exchange(groups.replicate, bytes(part, DType::F32))))
             }

@@ -22,8 +22,6 @@ pub(super) struct Task<'a> {
     pub(super) lane: usize,
     /// Earlier tasks that must be complete before it starts.
     pub(super) after: &'a [usize],
-    /// An earlier task that the caller waits for before it issues this one.
-    pub(super) issued_after: Option<usize>,
     /// Seconds that no link matters to.
     pub(super) fixed: f64,
     /// Seconds that it then needs of all of each link. None on the caller's lane.
@@ -63,7 +61,7 @@ pub(super) fn schedule(tasks: &[Task<'_>], contention: f64) -> Vec<Span> {
     loop {
         let done = |task: &usize| spans[*task].is_some();
         while let Some(task) = tasks.get(issued) {
-            let ready = task.issued_after.as_ref().is_none_or(done) && (task.lane > 0 || task.after.iter().all(done));
+            let ready = task.lane > 0 || task.after.iter().all(done);
             if running[0].is_some() || !lanes[0].is_empty() || !ready {
                 break;
             }
@@ -147,7 +145,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const COMPUTE: Task<'_> = Task { lane: 0, after: &[], issued_after: None, fixed: 0.0, links: [0.0; LINKS] };
+    const COMPUTE: Task<'_> = Task { lane: 0, after: &[], fixed: 0.0, links: [0.0; LINKS] };
     const FIRST: Task<'_> = Task { lane: 1, ..COMPUTE };
     const SECOND: Task<'_> = Task { lane: 2, ..COMPUTE };
 
@@ -176,16 +174,6 @@ mod tests {
             Task { fixed: 1.0, ..COMPUTE },
         ];
         assert_eq!(spans(&tasks), [(0.0, 5.0), (5.0, 6.0), (6.0, 7.0), (0.0, 1.0)]);
-    }
-
-    #[test]
-    fn the_caller_may_have_to_wait_before_it_issues() {
-        let tasks = [
-            Task { fixed: 5.0, ..FIRST },
-            Task { fixed: 1.0, issued_after: Some(0), ..SECOND },
-            Task { fixed: 1.0, ..COMPUTE },
-        ];
-        assert_eq!(spans(&tasks), [(0.0, 5.0), (5.0, 6.0), (5.0, 6.0)]);
     }
 
     #[test]
@@ -239,7 +227,6 @@ mod tests {
             let task = |(index, task): (usize, &Raw)| Task {
                 lane: task.0,
                 after: &edges[index],
-                issued_after: None,
                 fixed: task.2,
                 links: if task.0 == 0 { [0.0; LINKS] } else { task.3 },
             };

@@ -98,13 +98,15 @@ fn prefetch_hides_what_comes_after_the_first_gather_and_before_the_last_reductio
 }
 
 #[test]
-fn the_caller_waits_before_it_adds_to_a_shard_that_an_earlier_reduction_has() {
+fn a_reduction_that_adds_to_a_shard_waits_for_the_earlier_one_and_the_caller_for_its_slot() {
     let slow = Machine { link: Link { bandwidth: 102.4, latency: 0.0 }, ..MACHINE };
     let (_, _, lines) = followed(0, 2, 1, 3, slow);
     let starts = |name: &str| lines.iter().filter(|line| line.starts_with(name)).cloned().collect::<Vec<_>>();
-    // Reductions take 10 s. The second is asked for at 22, and the caller stays there until the first has gone, at 26.
-    assert_eq!(starts("reduce"), ["reduce 0 16 26", "reduce 0 26 36", "reduce 0 36 46"]);
-    assert_eq!(starts("forward"), ["forward 0 10 12", "forward 0 16 18", "forward 0 26 28"]);
+    // Reductions take 10 s. A single unit has one gradient slot: the backward pass of the second round, ready at 18, waits for
+    // the first reduction, which ends at 26.
+    assert_eq!(starts("forward"), ["forward 0 10 12", "forward 0 16 18", "forward 0 30 32"]);
+    assert_eq!(starts("backward"), ["backward 0 12 16", "backward 0 26 30", "backward 0 40 44"]);
+    assert_eq!(starts("reduce"), ["reduce 0 16 26", "reduce 0 30 40", "reduce 0 44 54"]);
 }
 
 #[test]
@@ -186,7 +188,8 @@ impl Case {
         let layout = layout(&self.lens, mesh.shard);
         let plan = plan(&layout, policy, *mesh, self.rounds);
         let groups = machine.groups(*mesh).expect("powers of two");
-        let costs = Costs { layout: &layout, policy, mesh: *mesh, machine, work, groups };
+        let buckets = Buckets::new(&layout, &plan.outline.buckets);
+        let costs = Costs { layout: &layout, buckets, policy, mesh: *mesh, machine, work, groups };
         let alone = |operation: &crate::Operation| {
             let cost = costs.of(operation.action);
             cost.fixed + cost.links[0].max(cost.links[1])
@@ -198,12 +201,13 @@ impl Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let policy = (0usize..4, 1usize..3, any::<[bool; 4]>()).prop_map(|(prefetch, more, flags)| {
-        let [optimizer, parameters, gradients, window] = flags;
-        let sharded = Sharded { optimizer, parameters: parameters && optimizer, gradients: gradients && optimizer };
-        let gather = if window { Gather::Window } else { Gather::Copy };
-        Policy { sharded, gather, ..policy(prefetch, prefetch + more) }
-    });
+    let policy =
+        (0usize..4, 1usize..3, 0u64..40_000, any::<[bool; 4]>()).prop_map(|(prefetch, more, bucket, flags)| {
+            let [optimizer, parameters, gradients, window] = flags;
+            let sharded = Sharded { optimizer, parameters: parameters && optimizer, gradients: gradients && optimizer };
+            let gather = if window { Gather::Window } else { Gather::Copy };
+            Policy { sharded, gather, bucket, ..policy(prefetch, prefetch + more) }
+        });
     let link = || (100.0..1e5f64, 0.0..0.1f64).prop_map(|(bandwidth, latency)| Link { bandwidth, latency });
     let machine = (link(), link(), 0.5..20.0f64, prop_oneof![Just(1usize), Just(2), Just(4)]);
     let units = prop::collection::vec((1usize..5000, 0.0..4.0f64, 0.0..8.0f64), 1..6);

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use super::Order;
+use super::{EARLIER, Order, fitting};
 use crate::plan::{Action, Fill, Pass, Plan, PlanError};
 
 pub(crate) fn verify(plan: &Plan) -> Result<(), PlanError> {
@@ -23,9 +23,10 @@ struct Memory {
     filled: HashMap<usize, Filled>,
     /// Gradient slot → the last reduction that read it.
     reductions: HashMap<usize, usize>,
-    /// Unit → its reductions to shards; its sums over groups; its updates.
+    /// Bucket → its reductions to shards; its sums over groups.
     reduced: HashMap<usize, Vec<usize>>,
     replicated: HashMap<usize, usize>,
+    /// Unit → its updates.
     updated: HashMap<usize, usize>,
     agreed: Option<usize>,
     /// (unit, pass) → computations.
@@ -33,16 +34,28 @@ struct Memory {
 }
 
 struct Resident {
-    unit: usize,
+    bucket: usize,
     gather: usize,
     uses: Vec<usize>,
 }
 
 struct Filled {
-    unit: usize,
-    /// The last backward pass, and whether it is the last before the reduction.
-    backward: usize,
-    complete: bool,
+    bucket: usize,
+    /// Backward passes, with whether each was its unit's last.
+    passes: Vec<(usize, usize, bool)>,
+}
+
+impl Filled {
+    /// The last backward pass, where all units of `bucket` have had their last.
+    fn complete(&self, bucket: usize, units: std::ops::Range<usize>) -> Option<usize> {
+        let mut units = units;
+        let has_last = |unit| self.passes.iter().any(|&(_, of, last)| of == unit && last);
+        (self.bucket == bucket && units.all(has_last)).then(|| self.last())
+    }
+
+    fn last(&self) -> usize {
+        self.passes.last().expect("a slot is filled by a pass").0
+    }
 }
 
 impl Memory {
@@ -55,32 +68,40 @@ impl Memory {
                 .filter(|&earlier| wanted(plan.operations[earlier].action))
                 .try_for_each(|earlier| need(earlier, what))
         };
-        let within = |slot: usize, slots: usize| match slot < slots {
+        let within = |slot: usize, slots: std::ops::Range<usize>| match slots.contains(&slot) {
             true => Ok(()),
             false => Err(PlanError::Slot { index, action, slots }),
+        };
+        let buckets = &plan.outline.buckets;
+        let units_of = |bucket: usize| buckets.get(bucket).cloned().ok_or(race("a bucket that there is"));
+        let updates_of = |bucket: usize, what| match order.clocks[index][EARLIER] >= units_of(bucket)?.end {
+            true => Ok(()),
+            false => Err(race(what)),
         };
         if self.agreed.is_some() && !matches!(action, Action::Update { .. }) {
             return Err(race("nothing: only updates come after the agreement"));
         }
         match action {
-            Action::Gather { unit, slot } => {
-                let slots = plan.outline.weights.unwrap_or(0);
-                within(slot, slots)?;
-                if slots >= plan.outline.units() && slot != unit {
-                    return Err(race("its own slot, which each unit has where there are as many"));
-                }
-                if self.weights.values().any(|resident| resident.unit == unit) {
+            Action::Gather { bucket, slot } => {
+                updates_of(bucket, "the last update of what it moves")?;
+                within(slot, plan.outline.weights.as_ref().map_or(0..0, |slots| slots.of_bucket(bucket)))?;
+                if self.weights.values().any(|resident| resident.bucket == bucket) {
                     return Err(race("the end of what an earlier gather of it brought"));
                 }
                 if let Some(resident) = self.weights.get(&slot) {
                     need(resident.gather, "the gather that filled its slot")?;
+                    if resident.uses.is_empty() {
+                        return Err(race("a use of what its slot held"));
+                    }
                     resident.uses.iter().try_for_each(|&earlier| need(earlier, "every use of what its slot held"))?;
                 }
-                self.weights.insert(slot, Resident { unit, gather: index, uses: Vec::new() });
+                self.weights.insert(slot, Resident { bucket, gather: index, uses: Vec::new() });
             }
             Action::Compute { unit, pass, weights, gradients } => {
+                let bucket = buckets.iter().position(|units| units.contains(&unit));
+                let bucket = bucket.ok_or(race("a unit that there is"))?;
                 if plan.outline.weights.is_some() {
-                    let resident = self.weights.get_mut(&weights).filter(|resident| resident.unit == unit);
+                    let resident = self.weights.get_mut(&weights).filter(|resident| resident.bucket == bucket);
                     let resident = resident.ok_or(race("a gather of its weights"))?;
                     need(resident.gather, "the gather of its weights")?;
                     resident.uses.push(index);
@@ -90,39 +111,45 @@ impl Memory {
                     return Err(race("a gradient slot of a backward pass"));
                 }
                 if let Some(Fill { slot, first, last }) = gradients {
-                    within(slot, plan.outline.gradients.unwrap_or(plan.outline.units()))?;
+                    within(slot, fitting(&plan.outline.gradients, bucket))?;
                     if let Some(&reduce) = self.reductions.get(&slot) {
                         need(reduce, "the reduction of what its gradient slot held")?;
                     }
-                    let goes_on = |filled: &Filled| filled.unit == unit && !filled.complete && !first;
-                    match self.filled.get(&slot) {
-                        None if first => {}
-                        Some(filled) if goes_on(filled) => {}
-                        _ => return Err(race("a reduction of what its gradient slot held")),
+                    let filled = self.filled.entry(slot).or_insert(Filled { bucket, passes: Vec::new() });
+                    let before = filled.passes.iter().rev().find(|&&(_, of, _)| of == unit);
+                    let goes_on = match before {
+                        None => first,
+                        Some(&(_, _, last)) => !first && !last,
+                    };
+                    if filled.bucket != bucket || !goes_on {
+                        return Err(race("a reduction of what its gradient slot held"));
                     }
-                    self.filled.insert(slot, Filled { unit, backward: index, complete: last });
+                    filled.passes.push((index, unit, last));
                 }
             }
-            Action::Reduce { unit, slot, round } => {
-                let filled = self.filled.remove(&slot).filter(|filled| filled.unit == unit && filled.complete);
-                need(filled.ok_or(race(BACKWARD))?.backward, BACKWARD)?;
-                let earlier = self.reduced.entry(unit).or_default();
-                if !plan.outline.sharded || self.replicated.contains_key(&unit) || earlier.len() != round {
-                    return Err(race("the unit's earlier reductions alone"));
+            Action::Reduce { bucket, slot, round } => {
+                let units = units_of(bucket)?;
+                let filled = self.filled.remove(&slot).and_then(|filled| filled.complete(bucket, units));
+                need(filled.ok_or(race(BACKWARD))?, BACKWARD)?;
+                updates_of(bucket, "the last update, which reads the sums that it replaces")?;
+                let earlier = self.reduced.entry(bucket).or_default();
+                if !plan.outline.sharded || self.replicated.contains_key(&bucket) || earlier.len() != round {
+                    return Err(race("the bucket's earlier reductions alone"));
                 }
                 earlier.push(index);
                 self.reductions.insert(slot, index);
             }
-            Action::AllReduce { unit } => {
+            Action::AllReduce { bucket } => {
+                let units = units_of(bucket)?;
                 if plan.outline.sharded {
-                    let reduced = self.reduced.get(&unit).ok_or(race("the unit's reductions"))?;
-                    reduced.iter().try_for_each(|&earlier| need(earlier, "the unit's reductions"))?;
+                    let reduced = self.reduced.get(&bucket).ok_or(race("the bucket's reductions"))?;
+                    reduced.iter().try_for_each(|&earlier| need(earlier, "the bucket's reductions"))?;
                 } else {
-                    let filled = self.filled.remove(&unit).filter(|filled| filled.unit == unit && filled.complete);
-                    need(filled.ok_or(race(BACKWARD))?.backward, BACKWARD)?;
-                    self.reductions.insert(unit, index);
+                    let filled = self.filled.remove(&bucket).and_then(|filled| filled.complete(bucket, units));
+                    need(filled.ok_or(race(BACKWARD))?, BACKWARD)?;
+                    self.reductions.insert(bucket, index);
                 }
-                *self.replicated.entry(unit).or_insert(0) += 1;
+                *self.replicated.entry(bucket).or_insert(0) += 1;
             }
             Action::Agree => {
                 all_before(|action| matches!(action, Action::Compute { .. }), "every use of weights")?;
@@ -143,27 +170,29 @@ impl Memory {
     fn check_end(&self, plan: &Plan) -> Result<(), PlanError> {
         let outline = &plan.outline;
         // With nothing to sum over, gradients stay where they are.
-        let stays = |filled: &Filled| filled.complete && !outline.sharded && !outline.replicated;
+        let stays = |filled: &Filled| {
+            let all = filled.complete(filled.bucket, outline.buckets[filled.bucket].clone());
+            all.is_some() && !outline.sharded && !outline.replicated
+        };
         if let Some(filled) = self.filled.values().find(|filled| !stays(filled)) {
-            let (index, action) = (filled.backward, plan.operations[filled.backward].action);
+            let (index, action) = (filled.last(), plan.operations[filled.last()].action);
             return Err(PlanError::Race { index, action, what: "a reduction of what it computes" });
         }
         let trains = self.agreed.is_some();
-        let expected = |wanted: bool| usize::from(trains && wanted);
+        let count = |what: String, times: Option<&usize>, expected: usize| {
+            let times = times.copied().unwrap_or(0);
+            if times == expected { Ok(()) } else { Err(PlanError::Count { what, times, expected }) }
+        };
+        for bucket in 0..outline.buckets.len() {
+            let expected = usize::from(trains && outline.replicated);
+            let what = format!("bucket {bucket} is summed over the groups");
+            count(what, self.replicated.get(&bucket), expected)?;
+        }
         for unit in 0..outline.units() {
-            for (what, times, expected) in [
-                ("summed over the groups", &self.replicated, expected(outline.replicated)),
-                ("updated", &self.updated, expected(true)),
-            ] {
-                let times = times.get(&unit).copied().unwrap_or(0);
-                if times != expected {
-                    return Err(PlanError::Count { unit, what, times, expected });
-                }
-            }
+            count(format!("unit {unit} is updated"), self.updated.get(&unit), usize::from(trains))?;
             let [forward, backward] = [Pass::Forward, Pass::Backward].map(|pass| self.uses.get(&(unit, pass)));
-            if trains && forward != backward {
-                let [expected, times] = [forward, backward].map(|count| count.copied().unwrap_or(0));
-                return Err(PlanError::Count { unit, what: "passed backward", times, expected });
+            if trains {
+                count(format!("unit {unit} is passed backward"), backward, forward.copied().unwrap_or(0))?;
             }
         }
         Ok(())

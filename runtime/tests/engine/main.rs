@@ -31,6 +31,9 @@ fn depths() -> impl Iterator<Item = (usize, usize)> {
     (0..3).flat_map(|prefetch| (prefetch + 1..=4).map(move |slots| (prefetch, slots)))
 }
 
+/// Bytes of buckets: each unit by itself; one or two pairs of units; three units; all four.
+const BUCKETS: [u64; 4] = [0, 3_700, 4_900, 1 << 20];
+
 fn overlap_changes_no_bit(rounds: usize, weights: DType) {
     for world in WORLDS {
         let schedule = Schedule::uneven(world, rounds);
@@ -42,6 +45,7 @@ fn overlap_changes_no_bit(rounds: usize, weights: DType) {
                 for host in [Host::Cpu, Host::Lazy(seed), Host::Lazy(100 + seed)] {
                     let mut setup = Setup::new(world).weights(weights).gather(gather).slots(prefetch, slots).host(host);
                     setup.policy.overlap = index % 3 != 0;
+                    setup.policy.bucket = BUCKETS[index % BUCKETS.len()];
                     if let Some(difference) = must_train(&setup, &schedule).difference(&expected) {
                         panic!("{rounds} rounds, {setup:?}: {difference}");
                     }
@@ -52,22 +56,22 @@ fn overlap_changes_no_bit(rounds: usize, weights: DType) {
 }
 
 #[test]
-fn prefetch_slots_gather_and_device_change_no_bit_in_one_round() {
+fn prefetch_slots_buckets_gather_and_device_change_no_bit_in_one_round() {
     overlap_changes_no_bit(1, DType::F32);
 }
 
 #[test]
-fn prefetch_slots_gather_and_device_change_no_bit_in_two_rounds() {
+fn prefetch_slots_buckets_gather_and_device_change_no_bit_in_two_rounds() {
     overlap_changes_no_bit(2, DType::F32);
 }
 
 #[test]
-fn prefetch_slots_gather_and_device_change_no_bit_in_three_rounds() {
+fn prefetch_slots_buckets_gather_and_device_change_no_bit_in_three_rounds() {
     overlap_changes_no_bit(3, DType::F32);
 }
 
 #[test]
-fn prefetch_slots_gather_and_device_change_no_bit_with_weights_in_bf16() {
+fn prefetch_slots_buckets_gather_and_device_change_no_bit_with_weights_in_bf16() {
     overlap_changes_no_bit(2, DType::Bf16);
 }
 
@@ -150,19 +154,18 @@ fn without((from, to): Edge, outline: &Outline, rounds: usize) -> (Plan, usize) 
 
 const SEEDS: Range<u64> = 0..12;
 
+/// Makes a plan that lacks something.
+type Change = Arc<dyn Fn(&Outline, usize) -> Plan + Send + Sync>;
+
 /// How many of [`SEEDS`] give other bits than the whole plan on [`pillion_kernels::Cpu`], or an error.
-fn seeds_that_show(edge: Option<Edge>) -> usize {
+fn seeds_that_show(change: Option<Change>) -> usize {
     let schedule = Schedule::uneven(2, 2);
     let setup = Setup::new(2).gather(Gather::Copy);
     let expected = must_train(&setup, &schedule);
     let shows = |&seed: &u64| {
         let mut setup = setup.clone().host(Host::Lazy(seed));
-        if let Some(edge) = edge {
-            setup.planner = Some(Arc::new(move |outline, rounds| {
-                let (plan, removed) = without(edge, outline, rounds);
-                assert!(removed > 0, "there is no such edge to remove");
-                Verified::unchecked(plan)
-            }));
+        if let Some(change) = change.clone() {
+            setup.planner = Some(Arc::new(move |outline, rounds| Verified::unchecked(change(outline, rounds))));
         }
         train(&setup, &schedule).map_or(true, |training| training.difference(&expected).is_some())
     };
@@ -174,18 +177,40 @@ fn a_whole_plan_gives_the_same_bits_with_every_seed() {
     assert_eq!(seeds_that_show(None), 0, "of {} seeds", SEEDS.end);
 }
 
-// Nothing but the edge orders these two pairs: the gather and the reduction start on a thread of their own. Some seed must show it, not
+/// Plans without the edges of a kind.
+fn lacking(edge: Edge) -> Option<Change> {
+    Some(Arc::new(move |outline, rounds| {
+        let (plan, removed) = without(edge, outline, rounds);
+        assert!(removed > 0, "there is no such edge to remove");
+        plan
+    }))
+}
+
+// Nothing but the edge orders these pairs: the gather and the reduction start on a thread of their own. Some seed must show it, not
 // each, since that thread may by chance come late enough.
 
 #[test]
+fn a_gather_that_does_not_wait_for_the_last_update_changes_bits() {
+    let change = |outline: &Outline, rounds: usize| {
+        let mut plan = Plan::step(outline, rounds);
+        let mut flags = plan.operations.iter_mut().map(|operation| &mut operation.after_writes);
+        assert_eq!(flags.by_ref().map(|flag| std::mem::take(flag)).filter(|&flag| flag).count(), UNITS);
+        assert!(matches!(plan.clone().verify(), Err(PlanError::Race { what: "the last update of what it moves", .. })));
+        plan
+    };
+    let shown = seeds_that_show(Some(Arc::new(change)));
+    assert!(shown > 0, "{shown} of {} seeds show the missing order", SEEDS.end);
+}
+
+#[test]
 fn a_gather_that_does_not_wait_for_the_last_use_of_its_slot_changes_bits() {
-    let shown = seeds_that_show(Some((is_compute, is_gather)));
+    let shown = seeds_that_show(lacking((is_compute, is_gather)));
     assert!(shown > 0, "{shown} of {} seeds show the missing edge", SEEDS.end);
 }
 
 #[test]
 fn a_reduction_that_does_not_wait_for_its_backward_pass_changes_bits() {
-    let shown = seeds_that_show(Some((is_backward, is_reduce)));
+    let shown = seeds_that_show(lacking((is_backward, is_reduce)));
     assert!(shown > 0, "{shown} of {} seeds show the missing edge", SEEDS.end);
 }
 
@@ -210,7 +235,7 @@ fn plans_without_the_edges_that_ownership_stands_for_are_refused() {
             Err(PlanError::Race { what, .. }) => assert_eq!(what, missing),
             other => panic!("without the edges after {missing}: {other:?}"),
         }
-        assert_eq!(seeds_that_show(Some(edge)), 0, "ownership stands for the edges after {missing}");
+        assert_eq!(seeds_that_show(lacking(edge)), 0, "ownership stands for the edges after {missing}");
     }
     for edge in [(is_compute as fn(Action) -> bool, is_gather as fn(Action) -> bool), (is_backward, is_reduce)] {
         assert!(without(edge, outline, 2).0.verify().is_err(), "and those that a run shows are refused too");

@@ -8,14 +8,25 @@ use pillion_runtime::{Action, Gather, Pass, Sharded, Verified};
 
 use crate::common::{Rank, Schedule, Setup, ranks};
 
-/// What is recorded of an operation: track, name and unit.
-fn named(action: Action, unit_name: impl Fn(usize) -> String) -> (Track, &'static str, Option<String>) {
+/// What is recorded of an operation: track, name and units.
+fn named(
+    action: Action,
+    plan: &Verified,
+    unit_name: impl Fn(usize) -> String,
+) -> (Track, &'static str, Option<String>) {
+    let of_bucket = |bucket: usize| {
+        let units = &plan.outline.buckets[bucket];
+        match units.len() {
+            1 => unit_name(units.start),
+            _ => format!("{} to {}", unit_name(units.start), unit_name(units.end - 1)),
+        }
+    };
     let (track, name, unit) = match action {
-        Action::Gather { unit, .. } => (Track::Gather, "gather", Some(unit)),
+        Action::Gather { bucket, .. } => return (Track::Gather, "gather", Some(of_bucket(bucket))),
         Action::Compute { unit, pass: Pass::Forward, .. } => (Track::Compute, "forward", Some(unit)),
         Action::Compute { unit, pass: Pass::Backward, .. } => (Track::Compute, "backward", Some(unit)),
-        Action::Reduce { unit, .. } => (Track::Reduce, "reduce", Some(unit)),
-        Action::AllReduce { unit } => (Track::Replicate, "all-reduce", Some(unit)),
+        Action::Reduce { bucket, .. } => return (Track::Reduce, "reduce", Some(of_bucket(bucket))),
+        Action::AllReduce { bucket } => return (Track::Replicate, "all-reduce", Some(of_bucket(bucket))),
         Action::Agree => (Track::Compute, "agree", None),
         Action::Update { unit } => (Track::Compute, "update", Some(unit)),
     };
@@ -36,7 +47,7 @@ fn events_of<'e>(
     let mut tracks: BTreeMap<Track, _> =
         tracks.into_iter().map(|(track, events)| (track, events.into_iter())).collect();
     let mut next = |action: Action| {
-        let (track, name, unit) = named(action, &unit_name);
+        let (track, name, unit) = named(action, plan, &unit_name);
         let event = tracks.get_mut(&track).and_then(Iterator::next).unwrap_or_else(|| panic!("{action:?} is missing"));
         assert_eq!((event.name, &event.unit), (name, &unit));
         event

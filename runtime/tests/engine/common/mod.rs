@@ -22,7 +22,7 @@ pub(crate) const ADAMW: AdamW = AdamW { lr: 0.02, beta1: 0.9, beta2: 0.95, epsil
 
 /// Which device a run computes on. All ranks of a run share it, so on [`LazyCpu`] the seed also
 /// decides how their streams interleave.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Host {
     Cpu,
     Lazy(u64),
@@ -79,6 +79,10 @@ impl Setup {
 
     pub(crate) fn replicas(self, replicas: usize) -> Setup {
         Setup { policy: Policy { replicas, ..self.policy }, ..self }
+    }
+
+    pub(crate) fn bucket(self, bucket: u64) -> Setup {
+        Setup { policy: Policy { bucket, ..self.policy }, ..self }
     }
 
     pub(crate) fn reduce(self, reduce: DType) -> Setup {

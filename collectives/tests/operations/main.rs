@@ -1,6 +1,8 @@
 //! Every operation against its definition: over worlds and hosts, in arenas and in private memory, for lengths at which pieces and
 //! chunks are ragged. The expected values are computed from all ranks' inputs, in the order that the documentation promises.
 
+mod sections;
+
 use std::ptr::NonNull;
 
 use half::bf16;
@@ -214,6 +216,7 @@ impl Rank<'_> {
 
         let reduce = Reduce {
             input: self.input::<T>(world * len),
+            sections: None,
             output: self.output::<T>(len),
             reduction,
             accumulate: false,
@@ -256,7 +259,7 @@ impl Rank<'_> {
         let sideband = Some(Sideband { own: numbers(rank as f64 + 0.25), totals: numbers(100.0) });
         let input = self.input::<bf16>(world * len);
         let output = self.buffer(&self.values::<f32>(50, len), false);
-        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: true, sideband };
+        let reduce = Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: true, sideband };
         let reduce = self.done(c.reduce_scatter(reduce, self.start()));
         let expected: Vec<f32> = (0..len)
             .map(|index| {
@@ -281,7 +284,8 @@ impl Rank<'_> {
         let limit = 0.6 * world as f64;
         let comparison = Comparison { totals: self.buffer(&vec![f64::NAN; Comparison::len(world)], false), limit };
         let (input, output) = (self.input::<T>(world * len), self.output::<f32>(len));
-        let reduce = Reduce { input, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
+        let reduce =
+            Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
         let (reduce, comparison) = self.done(c.reduce_scatter_compared(reduce, comparison, self.start()));
         let (mut sums, mut expected, mut sizes) = (Vec::new(), vec![0.0; 2 + world], vec![0.0; world]);
         for index in rank * len..(rank + 1) * len {
@@ -386,7 +390,7 @@ fn windows_show_what_ranks_of_all_hosts_have_written() {
             let mut window = c.window(&Cpu, DType::F32, world * 1000).unwrap();
             for round in 0..10 {
                 let shard: Vec<f32> = (0..1000).map(|index| f32::new(c.rank() + 100 * round, index)).collect();
-                stream.upload(window.shard_mut().unwrap(), &shard);
+                stream.upload(window.shard_mut(0).unwrap(), &shard);
                 window = c.gather_window(window, rank.start()).wait().unwrap();
                 let expected: Vec<f32> = (0..world)
                     .flat_map(|from| (0..1000).map(move |index| f32::new(from + 100 * round, index)))
