@@ -1,7 +1,8 @@
 //! Memory with one owner ([`Buffer`]), and the borrows that kernels take ([`View`], [`ViewMut`]).
 //!
 //! A `Buffer` points into a [`Region`]: heap memory of a device, a piece of a communicator's arena
-//! that other ranks map too, or memory of another program. A [`Span`] is what an operation in
+//! that other ranks map too, or memory of another program. Buffers that [`Buffer::divide`] made
+//! share a region, and no two of them share an element. A [`Span`] is what an operation in
 //! flight keeps: it holds the region alive and says where to read or write, and turning it into a
 //! slice is `unsafe`, because only the operation's protocol knows that nobody else is there.
 
@@ -23,6 +24,16 @@ pub struct Buffer {
 }
 
 impl Buffer {
+    /// The owner of a span's elements. No other buffer may own any of them.
+    pub(crate) fn of(span: Span) -> Buffer {
+        Buffer { span }
+    }
+
+    /// Gives up the buffer, and with it the right to lend its elements.
+    pub(crate) fn into_span(self) -> Span {
+        self.span
+    }
+
     /// A buffer over a whole region, which it takes over: no two buffers share memory.
     ///
     /// # Errors
@@ -143,9 +154,10 @@ impl<'a> View<'a> {
         if !self.span.yields_slices() || self.span.dtype() != T::DTYPE {
             return None;
         }
-        // SAFETY: the span lies in a region of the host, is aligned for T (`Span::whole`), and any
-        // bit pattern is a T. This view borrows the buffer for 'a, which excludes every `ViewMut`
-        // of these elements and keeps the region alive. No kernel still writes them: work on memory
+        // SAFETY: the span lies in a region of the host, is aligned for T (its constructors check
+        // that), and any bit pattern is a T. This view borrows the buffer for 'a, which excludes
+        // every `ViewMut` of these elements and keeps the region alive: no other buffer owns one of
+        // them (`Buffer::whole`, `Buffer::divide`). No kernel still writes them: work on memory
         // that is not deferred has finished when its call returns, which every `Stream` promises.
         // An operation of a communicator owns its buffers until it is complete.
         Some(unsafe { std::slice::from_raw_parts(self.span.address().cast().as_ptr(), self.len()) })

@@ -26,6 +26,7 @@ mod error;
 mod event;
 mod kernels;
 mod memory;
+mod parts;
 pub mod random;
 mod stream;
 
@@ -37,4 +38,5 @@ pub use error::Error;
 pub use event::{Completion, Event, Failure, Status};
 pub use kernels::{AttentionShape, Kernels};
 pub use memory::{Raw, Region, Space, Span, exclusive};
+pub use parts::Part;
 pub use stream::{AdamW, Stream};

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::{DType, Element, Error};
+use crate::{DType, Element, Error, Part};
 
 /// Allocations start at multiples of this many bytes: a page, so that no two of them share a cache
 /// line or a TLB entry.
@@ -162,17 +162,35 @@ impl Span {
     /// # Errors
     /// [`Error::Misaligned`].
     pub(crate) fn whole(region: Region, dtype: DType) -> Result<Span, Error> {
-        let address = region.start.as_ptr().addr();
-        if !address.is_multiple_of(dtype.bytes()) {
-            return Err(Error::Misaligned { address, dtype });
-        }
         let len = region.bytes / dtype.bytes();
-        Ok(Span { region: Arc::new(region), offset: 0, len, dtype })
+        Span { region: Arc::new(region), offset: 0, len, dtype }.aligned()
+    }
+
+    /// The elements of `part` at the start of these bytes of the span, whatever their type was.
+    ///
+    /// # Errors
+    /// [`Error::Misaligned`].
+    ///
+    /// # Panics
+    /// When the span has not so many bytes, or these hold fewer elements.
+    pub(crate) fn reinterpreted(&self, bytes: Range<usize>, part: Part) -> Result<Span, Error> {
+        let Part { dtype, len } = part;
+        let available = self.len * self.dtype.bytes();
+        assert!(bytes.start <= bytes.end && bytes.end <= available, "bytes {bytes:?} of a buffer of {available}");
+        assert!(len <= bytes.len() / dtype.bytes(), "{len} × {dtype} in {} bytes", bytes.len());
+        // In the region, because the bytes are those of this span, which is.
+        Span { region: self.region.clone(), offset: self.offset + bytes.start, len, dtype }.aligned()
+    }
+
+    /// This span, if its address suits its type.
+    fn aligned(self) -> Result<Span, Error> {
+        let (address, dtype) = (self.raw().pointer.as_ptr().addr(), self.dtype);
+        if address.is_multiple_of(dtype.bytes()) { Ok(self) } else { Err(Error::Misaligned { address, dtype }) }
     }
 
     /// Where the elements lie.
     pub fn raw(&self) -> Raw {
-        // SAFETY: the constructors keep `offset` inside the region.
+        // SAFETY: the constructors keep `offset` inside the region, or at its end.
         let pointer = unsafe { self.region.start.add(self.offset) };
         Raw { pointer, len: self.len, dtype: self.dtype, space: self.space() }
     }
@@ -211,8 +229,9 @@ impl Span {
     pub unsafe fn as_slice<T: Element>(&self) -> &[T] {
         assert_eq!(self.dtype, T::DTYPE, "a kernel asked for another dtype than the buffer's");
         // SAFETY: the span lies in a live region of the host (constructors, `address`). It is
-        // aligned for T, because `Span::whole` checks the start and offsets are multiples of the
-        // element size. Any bit pattern is a T; no writer, by the caller's promise.
+        // aligned for T: `Span::aligned` has checked its start, or that of the span from which
+        // `Span::range` took it, a multiple of the element size before. Any bit pattern is a T; no
+        // writer, by the caller's promise.
         unsafe { std::slice::from_raw_parts(self.address().cast().as_ptr(), self.len) }
     }
 

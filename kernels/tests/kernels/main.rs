@@ -18,5 +18,6 @@ mod linear;
 mod loss;
 mod mlp;
 mod norm;
+mod parts;
 mod rope;
 mod shapes;
