@@ -13,12 +13,14 @@
 //! | `experiment` | `pillion experiment`: batch schedules compared |
 //! | `plan` | `pillion plan`: the layout of a run, and a simulated step |
 //! | `config` | shapes of models, their tensors and presets |
+//! | `activations` | what a model keeps on a rank besides its weights |
 //! | `model` | forward and backward, unit by unit |
 //! | `generate` | text out |
 //! | `output` | stdout and stderr, which may be full or closed |
 //! | `data` | text in, batches out |
 #![forbid(unsafe_code)]
 
+mod activations;
 mod commands;
 pub mod config;
 mod controller;

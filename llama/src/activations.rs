@@ -1,0 +1,176 @@
+//! What a model keeps on a rank besides its weights: one description, from which both the
+//! allocation and its prediction follow.
+//!
+//! Shapes: N = B·T tokens of a micro-batch, C width, F feed-forward width, H·D = C query width, K·D
+//! key and value width, V vocabulary. A is the type of the weights, which products read and write;
+//! where nothing else is said, a buffer has this type.
+
+use pillion_kernels::{Buffer, DType, Device, Error, Part};
+
+use crate::config::Config;
+
+/// Tokens whose logits exist at a time.
+pub(crate) const HEAD_ROWS: usize = 512;
+
+/// What the description depends on.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape<'c> {
+    pub(crate) config: &'c Config,
+    /// A.
+    pub(crate) dtype: DType,
+    /// B and T.
+    pub(crate) batch: usize,
+    pub(crate) seq: usize,
+}
+
+/// All buffers of a model, or what else a description is asked for.
+pub(crate) struct Activations<T> {
+    /// Of a micro-batch, `[N]` u32.
+    pub(crate) inputs: T,
+    pub(crate) targets: T,
+    /// cos and sin of the rotary angles, `[T, D/2]` f32.
+    pub(crate) cos: T,
+    pub(crate) sin: T,
+    /// Sum of the losses of evaluations, `[1]` f64.
+    pub(crate) loss: T,
+    /// The residual stream before each block and after the last, `[N, C]` f32 each.
+    pub(crate) residual: Vec<T>,
+    pub(crate) blocks: Vec<Block<T>>,
+    pub(crate) recomputed: Recomputed<T>,
+    pub(crate) head: Head<T>,
+    pub(crate) gradients: Gradients<T>,
+}
+
+/// What a block keeps for its backward pass.
+pub(crate) struct Block<T> {
+    /// Of the residual stream before the block, `[N]` f32.
+    pub(crate) input_inverse_rms: T,
+    /// `[N, C]`; `k` and `v`: `[N, K·D]`.
+    pub(crate) q: T,
+    pub(crate) k: T,
+    pub(crate) v: T,
+    /// `[N, C]`.
+    pub(crate) attended: T,
+    /// `[B, H, T]` f32.
+    pub(crate) log_sum: T,
+    /// The residual stream between attention and feed-forward, `[N, C]` f32.
+    pub(crate) middle: T,
+    /// `[N]` f32.
+    pub(crate) middle_inverse_rms: T,
+    /// `[N, F]`.
+    pub(crate) gate: T,
+    pub(crate) up: T,
+}
+
+/// What every block makes in its forward pass, and again in its backward pass.
+pub(crate) struct Recomputed<T> {
+    /// A norm's output, `[N, C]`.
+    pub(crate) normed: T,
+    /// Of SwiGLU, `[N, F]`.
+    pub(crate) activated: T,
+}
+
+pub(crate) struct Head<T> {
+    /// `[N, C]`.
+    pub(crate) normed: T,
+    /// `[N]` f32.
+    pub(crate) inverse_rms: T,
+    /// Of at most [`HEAD_ROWS`] tokens, `[·, V]` f32.
+    pub(crate) logits: T,
+    /// Their gradient, where A is not f32; else the logits make way for it.
+    pub(crate) narrow: Option<T>,
+}
+
+/// Gradients of activations, shared by all blocks.
+pub(crate) struct Gradients<T> {
+    /// Of the residual stream, `[N, C]` f32.
+    pub(crate) residual: T,
+    /// The same in A, where that is not f32.
+    pub(crate) narrow: Option<T>,
+    /// Of a norm's output, `[N, C]` f32.
+    pub(crate) normed: T,
+    pub(crate) attended: T,
+    pub(crate) q: T,
+    pub(crate) k: T,
+    pub(crate) v: T,
+    pub(crate) gate: T,
+    pub(crate) up: T,
+    pub(crate) activated: T,
+}
+
+impl Shape<'_> {
+    /// Asks `make` for every buffer, by the type and number of its elements, always in this order.
+    fn describe<T>(&self, mut make: impl FnMut(DType, usize) -> T) -> Activations<T> {
+        let Shape { config, dtype: a, batch, seq } = *self;
+        let f32 = DType::F32;
+        let (tokens, layers) = (batch * seq, config.num_hidden_layers);
+        let width = tokens * config.hidden_size;
+        let kv_width = tokens * config.num_key_value_heads * config.head_dim();
+        let ffn = tokens * config.intermediate_size;
+        let angles = seq * config.head_dim() / 2;
+        let logits = tokens.min(HEAD_ROWS) * config.vocab_size;
+        let is_narrow = a != f32;
+        Activations {
+            inputs: make(DType::U32, tokens),
+            targets: make(DType::U32, tokens),
+            cos: make(f32, angles),
+            sin: make(f32, angles),
+            loss: make(DType::F64, 1),
+            residual: (0..=layers).map(|_| make(f32, width)).collect(),
+            blocks: (0..layers)
+                .map(|_| Block {
+                    input_inverse_rms: make(f32, tokens),
+                    q: make(a, width),
+                    k: make(a, kv_width),
+                    v: make(a, kv_width),
+                    attended: make(a, width),
+                    log_sum: make(f32, tokens * config.num_attention_heads),
+                    middle: make(f32, width),
+                    middle_inverse_rms: make(f32, tokens),
+                    gate: make(a, ffn),
+                    up: make(a, ffn),
+                })
+                .collect(),
+            recomputed: Recomputed { normed: make(a, width), activated: make(a, ffn) },
+            head: Head {
+                normed: make(a, width),
+                inverse_rms: make(f32, tokens),
+                logits: make(f32, logits),
+                narrow: is_narrow.then(|| make(a, logits)),
+            },
+            gradients: Gradients {
+                residual: make(f32, width),
+                narrow: is_narrow.then(|| make(a, width)),
+                normed: make(f32, width),
+                attended: make(a, width),
+                q: make(a, width),
+                k: make(a, kv_width),
+                v: make(a, kv_width),
+                gate: make(a, ffn),
+                up: make(a, ffn),
+                activated: make(a, ffn),
+            },
+        }
+    }
+
+    /// Bytes of the one allocation that holds them all.
+    pub(crate) fn bytes(&self) -> u64 {
+        let mut sum = 0u64;
+        self.describe(|dtype, len| {
+            let bytes = Part { dtype, len }.bytes().map_or(u64::MAX, |bytes| bytes as u64);
+            sum = sum.saturating_add(bytes);
+        });
+        sum
+    }
+
+    /// The buffers, zeroed, in one allocation.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    pub(crate) fn allocate(&self, device: &dyn Device) -> Result<Activations<Buffer>, Error> {
+        let mut parts = Vec::new();
+        self.describe(|dtype, len| parts.push(Part { dtype, len }));
+        let mut buffers = device.allocate_parts(&parts)?.into_iter();
+        Ok(self.describe(|_, _| buffers.next().expect("the description is the same")))
+    }
+}
