@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu};
 use pillion_llama::config::Preset;
-use pillion_llama::model::Model;
+use pillion_llama::model::{Model, Recompute};
 use pillion_runtime::{Engine, Layout, Policy};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -34,7 +34,7 @@ fn pairs(micro_batch: usize) -> Vec<[(f64, f64); 2]> {
         let layout = Layout::new(&config.units(), WORLD);
         let mut engine = Engine::new(communicator.clone(), Arc::new(Cpu), layout, policy).expect("memory");
         engine.initialize(|name, shape| config.initial_values(1, name, shape)).expect("ranks are there");
-        let mut model = Model::new(&Cpu, &config, policy.weights, micro_batch, SEQ).expect("memory");
+        let mut model = Model::new(&Cpu, &config, policy.weights, micro_batch, SEQ, Recompute::None).expect("memory");
         let tokens: Vec<u32> = (0..micro_batch * SEQ).map(|at| (at * 7 + launch.rank) as u32 % 251).collect();
         let settings = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
         let mut step = |measured: bool| {

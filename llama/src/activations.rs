@@ -5,12 +5,37 @@
 //! key and value width, V vocabulary. A is the type of the weights, which products read and write;
 //! where nothing else is said, a buffer has this type.
 
+use clap::ValueEnum;
 use pillion_kernels::{Buffer, DType, Device, Error, Part};
+use serde::Serialize;
 
 use crate::config::Config;
 
 /// Tokens whose logits exist at a time.
 pub(crate) const HEAD_ROWS: usize = 512;
+
+/// What blocks compute again in the backward pass, from the residual stream before them, instead of
+/// keeping it. It changes no number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recompute {
+    /// Nothing: each block keeps what its backward pass reads.
+    #[default]
+    None,
+    /// All of the block.
+    Block,
+    /// Queries, keys, values, the output of attention and its log-sums: this is what it saves,
+    /// because no mode keeps the scores.
+    Attention,
+}
+
+impl Recompute {
+    /// What block `layer` of `layers` computes again. The backward pass begins with the last block,
+    /// whose activations are then still in the shared buffers.
+    pub(crate) fn of(self, layer: usize, layers: usize) -> Recompute {
+        if layer + 1 == layers { Recompute::None } else { self }
+    }
+}
 
 /// What the description depends on.
 #[derive(Clone, Copy)]
@@ -21,6 +46,7 @@ pub(crate) struct Shape<'c> {
     /// B and T.
     pub(crate) batch: usize,
     pub(crate) seq: usize,
+    pub(crate) recompute: Recompute,
 }
 
 /// All buffers of a model, or what else a description is asked for.
@@ -35,16 +61,18 @@ pub(crate) struct Activations<T> {
     pub(crate) loss: T,
     /// The residual stream before each block and after the last, `[N, C]` f32 each.
     pub(crate) residual: Vec<T>,
-    pub(crate) blocks: Vec<Block<T>>,
+    /// One for each block; or one for all, where blocks compute it again.
+    pub(crate) attention: Vec<Attention<T>>,
+    pub(crate) feed_forward: Vec<FeedForward<T>>,
     pub(crate) recomputed: Recomputed<T>,
     pub(crate) head: Head<T>,
     pub(crate) gradients: Gradients<T>,
 }
 
-/// What a block keeps for its backward pass.
-pub(crate) struct Block<T> {
+/// What the backward pass of a block's attention reads.
+pub(crate) struct Attention<T> {
     /// Of the residual stream before the block, `[N]` f32.
-    pub(crate) input_inverse_rms: T,
+    pub(crate) inverse_rms: T,
     /// `[N, C]`; `k` and `v`: `[N, K·D]`.
     pub(crate) q: T,
     pub(crate) k: T,
@@ -53,16 +81,20 @@ pub(crate) struct Block<T> {
     pub(crate) attended: T,
     /// `[B, H, T]` f32.
     pub(crate) log_sum: T,
+}
+
+/// What the backward pass of a block's feed-forward reads.
+pub(crate) struct FeedForward<T> {
     /// The residual stream between attention and feed-forward, `[N, C]` f32.
     pub(crate) middle: T,
     /// `[N]` f32.
-    pub(crate) middle_inverse_rms: T,
+    pub(crate) inverse_rms: T,
     /// `[N, F]`.
     pub(crate) gate: T,
     pub(crate) up: T,
 }
 
-/// What every block makes in its forward pass, and again in its backward pass.
+/// What every block makes in its forward pass, and always again in its backward pass.
 pub(crate) struct Recomputed<T> {
     /// A norm's output, `[N, C]`.
     pub(crate) normed: T,
@@ -98,12 +130,23 @@ pub(crate) struct Gradients<T> {
     pub(crate) activated: T,
 }
 
+/// That of a block: its own, or the one that all blocks share.
+pub(crate) fn of_block<T>(kept: &mut [T], layer: usize) -> &mut T {
+    let count = kept.len();
+    &mut kept[layer % count]
+}
+
 impl Shape<'_> {
     /// Asks `make` for every buffer, by the type and number of its elements, always in this order.
     fn describe<T>(&self, mut make: impl FnMut(DType, usize) -> T) -> Activations<T> {
-        let Shape { config, dtype: a, batch, seq } = *self;
+        let Shape { config, dtype: a, batch, seq, recompute } = *self;
         let f32 = DType::F32;
         let (tokens, layers) = (batch * seq, config.num_hidden_layers);
+        let (attentions, feed_forwards) = match recompute {
+            Recompute::None => (layers, layers),
+            Recompute::Attention => (1, layers),
+            Recompute::Block => (1, 1),
+        };
         let width = tokens * config.hidden_size;
         let kv_width = tokens * config.num_key_value_heads * config.head_dim();
         let ffn = tokens * config.intermediate_size;
@@ -117,16 +160,20 @@ impl Shape<'_> {
             sin: make(f32, angles),
             loss: make(DType::F64, 1),
             residual: (0..=layers).map(|_| make(f32, width)).collect(),
-            blocks: (0..layers)
-                .map(|_| Block {
-                    input_inverse_rms: make(f32, tokens),
+            attention: (0..attentions)
+                .map(|_| Attention {
+                    inverse_rms: make(f32, tokens),
                     q: make(a, width),
                     k: make(a, kv_width),
                     v: make(a, kv_width),
                     attended: make(a, width),
                     log_sum: make(f32, tokens * config.num_attention_heads),
+                })
+                .collect(),
+            feed_forward: (0..feed_forwards)
+                .map(|_| FeedForward {
                     middle: make(f32, width),
-                    middle_inverse_rms: make(f32, tokens),
+                    inverse_rms: make(f32, tokens),
                     gate: make(a, ffn),
                     up: make(a, ffn),
                 })

@@ -10,7 +10,7 @@ use pillion_runtime::{Engine, Layout, Policy};
 use crate::Error;
 use crate::data::tokenizer;
 use crate::generate::generate_each;
-use crate::model::Model;
+use crate::model::{Model, Recompute};
 use crate::output::{Escaped, write};
 use crate::settings::GenerateArgs;
 use crate::train::checkpoints;
@@ -39,7 +39,8 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
     let mut engine = Engine::for_evaluation(communicator, device.clone(), layout, Policy::default())?;
     whole.load(&mut engine)?;
     let dtype = engine.policy().weights;
-    let mut model = Model::new(&*device, &recipe.model, dtype, 1, recipe.seq)?;
+    // Without a backward pass nothing is computed again.
+    let mut model = Model::new(&*device, &recipe.model, dtype, 1, recipe.seq, Recompute::Block)?;
     // Without the end that follows a document.
     let mut prompt = Vec::new();
     tokenizer::encode(settings.prompt.as_bytes(), &mut prompt);

@@ -3,6 +3,8 @@
 use pillion_runtime::{TensorSpec, UnitSpec};
 use serde::{Deserialize, Serialize};
 
+use crate::model::Recompute;
+
 /// The shape of a Llama-2 model (Touvron et al. 2023). Names of the fields are Hugging Face's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -192,14 +194,31 @@ impl Config {
 
     /// Those of the forward pass alone, for each of [`Config::units`]. The backward pass costs [`BACKWARD_FLOPS`] times as many.
     pub fn forward_flops(&self, seq: usize) -> Vec<f64> {
+        let block = self.block_flops(seq).iter().sum();
+        let head = 2.0 * self.hidden_size as f64 * self.vocab_size as f64;
+        [0.0].into_iter().chain(std::iter::repeat_n(block, self.num_hidden_layers)).chain([head]).collect()
+    }
+
+    /// Those that the backward pass repeats of the forward pass, for each of [`Config::units`].
+    pub fn recomputed_flops(&self, seq: usize, recompute: Recompute) -> Vec<f64> {
+        let [attention, feed_forward, _] = self.block_flops(seq);
+        let layers = self.num_hidden_layers;
+        let blocks = (0..layers).map(|layer| match recompute.of(layer, layers) {
+            Recompute::None => 0.0,
+            Recompute::Attention => attention,
+            Recompute::Block => attention + feed_forward,
+        });
+        [0.0].into_iter().chain(blocks).chain([0.0]).collect()
+    }
+
+    /// Those of a block's forward pass: to the output of attention, from there to gate and up, and of the last product.
+    fn block_flops(&self, seq: usize) -> [f64; 3] {
         let (width, ffn) = (self.hidden_size as f64, self.intermediate_size as f64);
         let kv_width = (self.num_key_value_heads * self.head_dim()) as f64;
-        let matrices = 2.0 * width * width + 2.0 * width * kv_width + 3.0 * width * ffn;
         // Queries with keys, and scores with values.
         let attention = 2.0 * width * seq as f64 / 2.0;
-        let block = 2.0 * (matrices + attention);
-        let head = 2.0 * width * self.vocab_size as f64;
-        [0.0].into_iter().chain(std::iter::repeat_n(block, self.num_hidden_layers)).chain([head]).collect()
+        let sums = [width * width + 2.0 * width * kv_width + attention, width * width + 2.0 * width * ffn, width * ffn];
+        sums.map(|products| 2.0 * products)
     }
 
     /// The initial values of a tensor's elements, by index: ones for norms; else normal with

@@ -6,8 +6,8 @@
 //! | `model/block` | the passes through a block |
 //! | `model/head` | the passes through the head |
 //!
-//! Activations are kept for the backward pass, but for those that one pass over memory makes again (norms, SwiGLU); logits and their gradient exist for
-//! some tokens at a time. All buffers are allocated once, together.
+//! Activations are kept for the backward pass, but for those that one pass over memory makes again (norms, SwiGLU) and those
+//! that [`Recompute`] names; logits and their gradient exist for some tokens at a time. All buffers are allocated once, together.
 //!
 //! Types: what enters a matrix product has the type of the weights; the residual stream, what is added to its gradient, and the logits
 //! are f32.
@@ -18,6 +18,7 @@ mod head;
 use pillion_kernels::{AttentionShape, Buffer, DType, Device, Kernels, Stream};
 use pillion_runtime::{Backward, Error, Forward, Step};
 
+pub use crate::activations::Recompute;
 use crate::activations::{Activations, Shape};
 use crate::config::Config;
 
@@ -44,6 +45,7 @@ pub struct Model {
     activations: Activations<Buffer>,
     /// Tokens of the evaluations whose losses the activations have the sum of.
     evaluated: usize,
+    recompute: Recompute,
 }
 
 impl Model {
@@ -54,9 +56,16 @@ impl Model {
     ///
     /// # Panics
     /// When the shape has not been validated.
-    pub fn new(device: &dyn Device, config: &Config, dtype: DType, batch: usize, seq: usize) -> Result<Model, Error> {
+    pub fn new(
+        device: &dyn Device,
+        config: &Config,
+        dtype: DType,
+        batch: usize,
+        seq: usize,
+        recompute: Recompute,
+    ) -> Result<Model, Error> {
         config.validate().expect("a validated shape");
-        let mut activations = Shape { config, dtype, batch, seq }.allocate(device)?;
+        let mut activations = Shape { config, dtype, batch, seq, recompute }.allocate(device)?;
         let (cos, sin) = rotary_tables(config, seq);
         let stream = device.stream();
         stream.upload(activations.cos.view_mut(), &cos);
@@ -69,7 +78,7 @@ impl Model {
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim(),
         };
-        Ok(Model { config: config.clone(), attention, activations, evaluated: 0 })
+        Ok(Model { config: config.clone(), attention, activations, evaluated: 0, recompute })
     }
 
     /// Tokens of its micro-batches, B·T.
@@ -78,8 +87,8 @@ impl Model {
     }
 
     /// Bytes that [`Model::new`] allocates.
-    pub fn activation_bytes(config: &Config, dtype: DType, batch: usize, seq: usize) -> u64 {
-        Shape { config, dtype, batch, seq }.bytes()
+    pub fn activation_bytes(config: &Config, dtype: DType, batch: usize, seq: usize, recompute: Recompute) -> u64 {
+        Shape { config, dtype, batch, seq, recompute }.bytes()
     }
 
     /// One round of a training step: forward and backward of a micro-batch. `inputs, targets: [B, T]`.

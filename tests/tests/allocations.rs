@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType};
 use pillion_llama::config::Config;
-use pillion_llama::model::Model;
+use pillion_llama::model::{Model, Recompute};
 use pillion_runtime::{Engine, Gather, Layout, Policy, Sharded};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
@@ -43,7 +43,7 @@ fn allocations(policy: Policy, rounds: usize, idle: bool, more: impl Fn() + Sync
         let layout = Layout::new(&config.units(), policy.mesh(WORLD).unwrap().shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy).unwrap();
         engine.initialize(|name, shape| config.initial_values(1, name, shape)).unwrap();
-        let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ).unwrap();
+        let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ, Recompute::None).unwrap();
         let tokens: Vec<u32> = (0..=SEQ as u32).map(|index| (index * 7) % 61).collect();
         let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
         let mut train = || {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType, Device, LazyCpu};
 use pillion_llama::config::Config;
-use pillion_llama::model::Model;
+use pillion_llama::model::{Model, Recompute};
 use pillion_runtime::{Engine, Gather, Layout, Policy};
 use pillion_tests::golden::Golden;
 use pillion_tests::reference::{self, Parameters};
@@ -107,7 +107,7 @@ fn train_steps(
                     })
                     .unwrap();
                 let seq = steps[0].0.seq;
-                let mut model = Model::new(&*device, config, policy.weights, 1, seq).unwrap();
+                let mut model = Model::new(&*device, config, policy.weights, 1, seq, Recompute::None).unwrap();
                 let mut result = Result::default();
                 for sequence in steps[0].0.tokens.chunks_exact(seq) {
                     let mut step = engine.begin_evaluation(1).unwrap();

@@ -1,49 +1,72 @@
 //! A block: attention and feed-forward, each with its norm, added to the residual stream.
 
 use pillion_kernels::{AttentionShape, Buffer, Kernels, View};
-use pillion_runtime::{Backward, Error, Forward};
+use pillion_runtime::{Backward, Error, Forward, Weights};
 
 use super::{Model, kernels, tensor};
-use crate::activations::Activations;
+use crate::activations::{Activations, Attention, FeedForward, Recompute, of_block};
 
 impl Model {
     pub(super) fn block_forward(&mut self, layer: usize, unit: Forward<'_>) -> Result<(), Error> {
         let Forward { stream, weights } = unit;
         let kernels = kernels(stream)?;
-        let rows = self.attention.batch * self.attention.seq;
-        let Activations { residual, blocks, recomputed, cos, sin, .. } = &mut self.activations;
-        let (before, after) = residual.split_at_mut(layer + 1);
-        let (x, out, block) = (&before[layer], &mut after[0], &mut blocks[layer]);
-        let epsilon = self.config.rms_norm_eps;
-
-        let (normed, inverse) = (recomputed.normed.view_mut(), block.input_inverse_rms.view_mut());
-        kernels.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
-        kernels.linear(block.q.view_mut(), recomputed.normed.view(), weights.tensor(tensor::Q), None, rows);
-        kernels.linear(block.k.view_mut(), recomputed.normed.view(), weights.tensor(tensor::K), None, rows);
-        kernels.linear(block.v.view_mut(), recomputed.normed.view(), weights.tensor(tensor::V), None, rows);
-        rotate(kernels, &mut block.q, &mut block.k, cos, sin, self.attention, false);
-        let (attended, log_sum) = (block.attended.view_mut(), block.log_sum.view_mut());
-        kernels.attention(attended, log_sum, block.q.view(), block.k.view(), block.v.view(), self.attention);
-        let (middle, o) = (block.middle.view_mut(), weights.tensor(tensor::O));
-        kernels.linear(middle, block.attended.view(), o, Some(x.view()), rows);
-
-        let (normed, inverse) = (recomputed.normed.view_mut(), block.middle_inverse_rms.view_mut());
-        kernels.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
-        kernels.linear(block.gate.view_mut(), recomputed.normed.view(), weights.tensor(tensor::GATE), None, rows);
-        kernels.linear(block.up.view_mut(), recomputed.normed.view(), weights.tensor(tensor::UP), None, rows);
-        kernels.swiglu(recomputed.activated.view_mut(), block.gate.view(), block.up.view());
-        let (down, middle) = (weights.tensor(tensor::DOWN), block.middle.view());
+        let rows = self.tokens();
+        self.attention_forward(layer, kernels, &weights);
+        self.feed_forward(layer, kernels, &weights);
+        let Activations { residual, feed_forward, recomputed, .. } = &mut self.activations;
+        let (out, feed_forward) = (&mut residual[layer + 1], of_block(feed_forward, layer));
+        kernels.swiglu(recomputed.activated.view_mut(), feed_forward.gate.view(), feed_forward.up.view());
+        let (down, middle) = (weights.tensor(tensor::DOWN), feed_forward.middle.view());
         kernels.linear(out.view_mut(), recomputed.activated.view(), down, Some(middle), rows);
         Ok(())
     }
 
-    /// Turns the gradient of the residual stream after the block into that before it.
+    /// From the residual stream before the block to what attention returns.
+    fn attention_forward(&mut self, layer: usize, kernels: &dyn Kernels, weights: &Weights<'_>) {
+        let rows = self.tokens();
+        let Activations { residual, attention, recomputed, cos, sin, .. } = &mut self.activations;
+        let (x, attention) = (&residual[layer], of_block(attention, layer));
+        let (normed, inverse) = (recomputed.normed.view_mut(), attention.inverse_rms.view_mut());
+        kernels.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), self.config.rms_norm_eps);
+        let Attention { q, k, v, attended, log_sum, .. } = attention;
+        kernels.linear(q.view_mut(), recomputed.normed.view(), weights.tensor(tensor::Q), None, rows);
+        kernels.linear(k.view_mut(), recomputed.normed.view(), weights.tensor(tensor::K), None, rows);
+        kernels.linear(v.view_mut(), recomputed.normed.view(), weights.tensor(tensor::V), None, rows);
+        rotate(kernels, q, k, cos, sin, self.attention, false);
+        kernels.attention(attended.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), self.attention);
+    }
+
+    /// From there to gate and up.
+    fn feed_forward(&mut self, layer: usize, kernels: &dyn Kernels, weights: &Weights<'_>) {
+        let rows = self.tokens();
+        let Activations { residual, attention, feed_forward, recomputed, .. } = &mut self.activations;
+        let (x, attended) = (&residual[layer], &of_block(attention, layer).attended);
+        let FeedForward { middle, inverse_rms, gate, up } = of_block(feed_forward, layer);
+        kernels.linear(middle.view_mut(), attended.view(), weights.tensor(tensor::O), Some(x.view()), rows);
+        let (normed, inverse) = (recomputed.normed.view_mut(), inverse_rms.view_mut());
+        kernels.rms_norm(normed, inverse, middle.view(), weights.tensor(tensor::MLP_NORM), self.config.rms_norm_eps);
+        kernels.linear(gate.view_mut(), recomputed.normed.view(), weights.tensor(tensor::GATE), None, rows);
+        kernels.linear(up.view_mut(), recomputed.normed.view(), weights.tensor(tensor::UP), None, rows);
+    }
+
+    /// Turns the gradient of the residual stream after the block into that before it. What the block
+    /// has not kept is computed again first, by the same kernels from the same numbers.
     pub(super) fn block_backward(&mut self, layer: usize, unit: Backward<'_>) -> Result<(), Error> {
         let Backward { stream, weights, mut gradients, .. } = unit;
         let kernels = kernels(stream)?;
-        let rows = self.attention.batch * self.attention.seq;
-        let Activations { residual, blocks, recomputed, gradients: d, cos, sin, .. } = &mut self.activations;
-        let (x, block, epsilon) = (&residual[layer], &mut blocks[layer], self.config.rms_norm_eps);
+        match self.recompute.of(layer, self.config.num_hidden_layers) {
+            Recompute::None => {}
+            Recompute::Attention => self.attention_forward(layer, kernels, &weights),
+            Recompute::Block => {
+                self.attention_forward(layer, kernels, &weights);
+                self.feed_forward(layer, kernels, &weights);
+            }
+        }
+        let (rows, epsilon) = (self.tokens(), self.config.rms_norm_eps);
+        let Activations { residual, attention, feed_forward, recomputed, gradients: d, cos, sin, .. } =
+            &mut self.activations;
+        let x = &residual[layer];
+        let (attention, feed_forward) = (of_block(attention, layer), of_block(feed_forward, layer));
 
         let stream = narrowed(kernels, &d.residual, &mut d.narrow);
         kernels.linear_backward_input(
@@ -54,10 +77,17 @@ impl Model {
             false,
         );
         let (activated, grad_gate, grad_up) = (recomputed.activated.view_mut(), d.gate.view_mut(), d.up.view_mut());
-        kernels.swiglu_backward(activated, grad_gate, grad_up, d.activated.view(), block.gate.view(), block.up.view());
+        kernels.swiglu_backward(
+            activated,
+            grad_gate,
+            grad_up,
+            d.activated.view(),
+            feed_forward.gate.view(),
+            feed_forward.up.view(),
+        );
         kernels.linear_backward_weight(gradients.tensor(tensor::DOWN), stream, recomputed.activated.view(), rows);
-        let (normed, inverse) = (recomputed.normed.view_mut(), block.middle_inverse_rms.view_mut());
-        kernels.rms_norm(normed, inverse, block.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
+        let (normed, inverse) = (recomputed.normed.view_mut(), feed_forward.inverse_rms.view_mut());
+        kernels.rms_norm(normed, inverse, feed_forward.middle.view(), weights.tensor(tensor::MLP_NORM), epsilon);
         for (index, grad, first) in [(tensor::GATE, &d.gate, true), (tensor::UP, &d.up, false)] {
             kernels.linear_backward_input(d.normed.view_mut(), grad.view(), weights.tensor(index), rows, !first);
             kernels.linear_backward_weight(gradients.tensor(index), grad.view(), recomputed.normed.view(), rows);
@@ -66,28 +96,28 @@ impl Model {
             d.residual.view_mut(),
             gradients.tensor(tensor::MLP_NORM),
             d.normed.view(),
-            block.middle.view(),
-            block.middle_inverse_rms.view(),
+            feed_forward.middle.view(),
+            feed_forward.inverse_rms.view(),
             weights.tensor(tensor::MLP_NORM),
         );
 
         let stream = narrowed(kernels, &d.residual, &mut d.narrow);
         kernels.linear_backward_input(d.attended.view_mut(), stream.clone(), weights.tensor(tensor::O), rows, false);
-        kernels.linear_backward_weight(gradients.tensor(tensor::O), stream, block.attended.view(), rows);
+        kernels.linear_backward_weight(gradients.tensor(tensor::O), stream, attention.attended.view(), rows);
         kernels.attention_backward(
             d.q.view_mut(),
             d.k.view_mut(),
             d.v.view_mut(),
             d.attended.view(),
-            block.q.view(),
-            block.k.view(),
-            block.v.view(),
-            block.attended.view(),
-            block.log_sum.view(),
+            attention.q.view(),
+            attention.k.view(),
+            attention.v.view(),
+            attention.attended.view(),
+            attention.log_sum.view(),
             self.attention,
         );
         rotate(kernels, &mut d.q, &mut d.k, cos, sin, self.attention, true);
-        let (normed, inverse) = (recomputed.normed.view_mut(), block.input_inverse_rms.view_mut());
+        let (normed, inverse) = (recomputed.normed.view_mut(), attention.inverse_rms.view_mut());
         kernels.rms_norm(normed, inverse, x.view(), weights.tensor(tensor::INPUT_NORM), epsilon);
         let projections = [(tensor::Q, &d.q, true), (tensor::K, &d.k, false), (tensor::V, &d.v, false)];
         for (index, grad, first) in projections {
@@ -99,7 +129,7 @@ impl Model {
             gradients.tensor(tensor::INPUT_NORM),
             d.normed.view(),
             x.view(),
-            block.input_inverse_rms.view(),
+            attention.inverse_rms.view(),
             weights.tensor(tensor::INPUT_NORM),
         );
         Ok(())

@@ -10,13 +10,14 @@ use serde::Serialize;
 
 use crate::Error;
 use crate::config::{BACKWARD_FLOPS, Config};
-use crate::model::Model;
+use crate::model::{Model, Recompute};
 
 /// What is trained, and how.
 #[derive(Clone, Debug)]
 pub(super) struct Setup<'a> {
     pub(super) model: &'a Config,
     pub(super) policy: Policy,
+    pub(super) recompute: Recompute,
     pub(super) mesh: Mesh,
     /// Ranks on each host.
     pub(super) local: usize,
@@ -71,8 +72,10 @@ pub(super) struct Forecast {
     pub(super) hidden: f64,
     pub(super) tokens_per_s_per_rank: f64,
     pub(super) tokens_per_s: f64,
-    /// Floating-point operations of a rank.
+    /// Floating-point operations of a rank; those that compute activations again, which are not
+    /// among them.
     pub(super) flops: f64,
+    pub(super) recomputed_flops: f64,
     pub(super) sent: Traffic,
 }
 
@@ -96,17 +99,20 @@ impl Setup<'_> {
 
     /// The plan, with what [`Setup::layout`] returns, which does not depend on prefetch and slots.
     fn plan_with(&self, layout: Arc<Layout>) -> Planned {
-        let Setup { model, policy, mesh, local, seq, micro_batch, rounds, blocks } = self;
+        let Setup { model, policy, recompute, mesh, local, seq, micro_batch, rounds, blocks } = self;
         let tokens = *micro_batch as f64 * *seq as f64;
-        let forward = sums(&model.forward_flops(*seq), *blocks).iter().map(|flops| flops * tokens).collect::<Vec<_>>();
-        let backward = forward.iter().map(|flops| BACKWARD_FLOPS * flops).collect();
+        let of_units =
+            |flops: Vec<f64>| sums(&flops, *blocks).into_iter().map(|flops| flops * tokens).collect::<Vec<_>>();
+        let forward = of_units(model.forward_flops(*seq));
+        let again = of_units(model.recomputed_flops(*seq, *recompute));
+        let backward = forward.iter().zip(again).map(|(flops, again)| BACKWARD_FLOPS * flops + again).collect();
         let plan = Plan::step(&Outline::new(&layout, policy, *mesh), *rounds);
         Planned {
             plan: plan.verify().expect("the planner makes no races"),
             work: Work { forward, backward },
             memory: Memory::of(&layout, policy, *mesh).on_hosts_of(*local, &layout, policy, *mesh),
             checkpoints: Saver::bytes(&layout, policy),
-            activations: Model::activation_bytes(model, policy.weights, *micro_batch as usize, *seq),
+            activations: Model::activation_bytes(model, policy.weights, *micro_batch as usize, *seq, *recompute),
             layout,
         }
     }
@@ -145,6 +151,7 @@ impl Setup<'_> {
             tokens_per_s_per_rank,
             tokens_per_s: tokens_per_s_per_rank * self.mesh.world() as f64,
             flops: self.tokens() * self.model.flops_per_token(self.seq),
+            recomputed_flops: self.tokens() * self.model.recomputed_flops(self.seq, self.recompute).iter().sum::<f64>(),
             sent: Traffic {
                 gathers: simulation.sent(plan, Track::Gather),
                 reductions: simulation.sent(plan, Track::Reduce),
@@ -291,7 +298,8 @@ mod tests {
     /// Llama 3.1 8B as torchtitan's report has it: FSDP over all GPUs, two sequences of 8192 on each, in bf16, gradients reduced in f32.
     fn torchtitan(model: &Config, gpus: usize) -> Setup<'_> {
         let mesh = Mesh { replicate: 1, shard: gpus };
-        Setup { model, policy: policy(1), mesh, local: 8, seq: 8192, micro_batch: 2, rounds: 1, blocks: 1 }
+        let recompute = Recompute::None;
+        Setup { model, policy: policy(1), recompute, mesh, local: 8, seq: 8192, micro_batch: 2, rounds: 1, blocks: 1 }
     }
 
     /// Its hosts: 8 H100 with NVLink, 450 GB/s each way, HBM2e with 2.4 TB/s, and 400 Gbit/s for each GPU between hosts.

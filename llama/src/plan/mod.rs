@@ -13,6 +13,7 @@ use pillion_runtime::trace::write_trace;
 use pillion_runtime::{Memory, Mesh};
 use serde::Serialize;
 
+use crate::model::Recompute;
 use crate::train::{plan_table, recipe};
 use crate::{Error, print_result};
 use forecast::{Forecast, Setup, best};
@@ -28,6 +29,7 @@ struct Report {
     seq: usize,
     micro_batch: u64,
     rounds: usize,
+    recompute: Recompute,
     /// Of a rank, what its parameters take.
     memory: Memory,
     /// Copies of its state that are written.
@@ -80,10 +82,11 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
     let machine = settings.machine.machine(mesh)?;
     // Without a machine all ranks are on one host.
     let local = machine.map_or(ranks, |machine| machine.ranks_per_host.min(ranks));
-    let setup = Setup { model: &model, policy, mesh, local, seq, micro_batch, rounds, blocks: 1 };
+    let recompute = settings.policy.recompute;
+    let setup = Setup { model: &model, policy, recompute, mesh, local, seq, micro_batch, rounds, blocks: 1 };
     let planned = setup.plan();
     if !settings.json {
-        print_result(plan_table(&model, &policy, ranks, local, seq, micro_batch, batch, "planned")?)?;
+        print_result(plan_table(&model, &policy, recompute, ranks, local, seq, micro_batch, batch, "planned")?)?;
     }
     if settings.operations {
         for (index, operation) in planned.plan.operations.iter().enumerate() {
@@ -97,6 +100,7 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
         seq,
         micro_batch,
         rounds,
+        recompute,
         memory: planned.memory,
         checkpoints: planned.checkpoints,
         activations: planned.activations,

@@ -23,10 +23,14 @@ pub(super) fn simulation_table(setup: &Setup<'_>, machine: &Machine, given: &For
             seconds(given.exposed)
         ),
     );
+    let again = match given.recomputed_flops {
+        0.0 => String::new(),
+        flops => format!("; {}FLOP more compute activations again", scaled(flops)),
+    };
     row(
         "speed",
         format!(
-            "{:.0} tokens/s a rank, {:.0} in all; {}FLOP a step and rank, {}FLOP/s",
+            "{:.0} tokens/s a rank, {:.0} in all; {}FLOP a step and rank, {}FLOP/s{again}",
             given.tokens_per_s_per_rank,
             given.tokens_per_s,
             scaled(given.flops),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, PRESETS, Preset};
 use crate::controller::ControllerArgs;
+use crate::model::Recompute;
 use crate::plan::quantity::size;
 use crate::train::CHANGEABLE;
 
@@ -133,7 +134,7 @@ impl ModelArgs {
     }
 }
 
-/// How parameters are kept and moved.
+/// How parameters are kept and moved, and activations kept.
 #[derive(Clone, Debug, Args)]
 pub struct PolicyArgs {
     /// Type of the weights that are computed with.
@@ -167,6 +168,10 @@ pub struct PolicyArgs {
     /// Gathered buckets that exist at a time; default: prefetch + 1.
     #[arg(long, value_name = "N")]
     pub slots: Option<usize>,
+    /// What blocks compute again in the backward pass instead of keeping it: less memory, a longer
+    /// step, and the same numbers.
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "none")]
+    pub recompute: Recompute,
 }
 
 /// What to do about a step whose gradient or loss is not finite.

@@ -7,7 +7,7 @@ use pillion_runtime::{Action, Gather, Layout, Memory, Mesh, Outline, Plan, Polic
 
 use crate::Error;
 use crate::config::Config;
-use crate::model::Model;
+use crate::model::{Model, Recompute};
 
 /// The table, for `world` ranks, `local` on each host, with micro-batches of `micro_batch` samples of `seq` tokens and steps of `batch` samples.
 ///
@@ -16,6 +16,7 @@ use crate::model::Model;
 pub(crate) fn plan_table(
     model: &Config,
     policy: &Policy,
+    recompute: Recompute,
     world: usize,
     local: usize,
     seq: usize,
@@ -26,7 +27,7 @@ pub(crate) fn plan_table(
     let mesh = policy.mesh(world)?;
     let layout = Layout::new(&model.units(), mesh.shard);
     let memory = Memory::of(&layout, policy, mesh).on_hosts_of(local, &layout, policy, mesh);
-    let activations = Model::activation_bytes(model, policy.weights, micro_batch as usize, seq);
+    let activations = Model::activation_bytes(model, policy.weights, micro_batch as usize, seq, recompute);
     let rounds = batch.div_ceil(micro_batch).div_ceil(world as u64) as usize;
     let plan = Plan::step(&Outline::new(&layout, policy, mesh), rounds);
     let mut table = Table::new();
@@ -87,7 +88,12 @@ pub(crate) fn plan_table(
         },
     );
     row("checkpoints", format!("{} a rank for the copies that are written", bytes(Saver::bytes(&layout, policy))));
-    row("activations", format!("{} a rank", bytes(activations)));
+    let again = match recompute {
+        Recompute::None => "",
+        Recompute::Block => "; blocks are computed again in the backward pass",
+        Recompute::Attention => "; attention is computed again in the backward pass",
+    };
+    row("activations", format!("{} a rank{again}", bytes(activations)));
     row("memory", format!("{} a rank in all", bytes(memory.total() + activations + Saver::bytes(&layout, policy))));
     Ok(table)
 }

@@ -25,7 +25,7 @@ use super::start::{Beginning, Start, begin, on_rank_zero_alone, same_settings};
 use super::timeline::Timeline;
 use super::{Ended, cores, plan_table, statistics, stopping};
 use crate::data::{Dataset, Split, TokenFile, trigram};
-use crate::model::Model;
+use crate::model::{Model, Recompute};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
 use crate::{Error, complain};
@@ -126,7 +126,7 @@ impl<'s> Run<'s> {
         }
         let controller = controller(recipe, saved.as_ref())?;
         if communicator.rank() == 0 {
-            print_plan(recipe, &policy, launch, &communicator, controller.batch())?;
+            print_plan(recipe, &policy, settings.policy.recompute, launch, &communicator, controller.batch())?;
         }
         let processor = Processor::open(settings, launch, &communicator, policy.weights)?;
         let device: Arc<dyn Device> = match settings.device {
@@ -141,7 +141,8 @@ impl<'s> Run<'s> {
         if let Some(warning) = warning.filter(|_| communicator.rank() == 0) {
             complain(warning);
         }
-        let model = Model::new(&*device, &recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq)?;
+        let (micro_batch, recompute) = (recipe.micro_batch as usize, settings.policy.recompute);
+        let model = Model::new(&*device, &recipe.model, policy.weights, micro_batch, recipe.seq, recompute)?;
         let progress = match (&resume, saved) {
             (Some(whole), Some(saved)) => {
                 whole.load(&mut engine)?;
@@ -433,6 +434,7 @@ pub(super) fn controller(recipe: &Recipe, saved: Option<&checkpoints::Progress>)
 fn print_plan(
     recipe: &Recipe,
     policy: &Policy,
+    recompute: Recompute,
     launch: &Launch,
     communicator: &Communicator,
     batch: u64,
@@ -444,7 +446,8 @@ fn print_plan(
     };
     let backend = format!("{}, {between}", launch.source);
     let Recipe { model, seq, micro_batch, .. } = recipe;
-    let table = plan_table(model, policy, launch.world, launch.local_world, *seq, *micro_batch, batch, &backend)?;
+    let Launch { world, local_world: local, .. } = *launch;
+    let table = plan_table(model, policy, recompute, world, local, *seq, *micro_batch, batch, &backend)?;
     crate::print(table);
     Ok(())
 }

@@ -15,7 +15,7 @@ use super::{resume, source};
 use crate::Error;
 use crate::controller::by_flag;
 use crate::data::Dataset;
-use crate::model::Model;
+use crate::model::{Model, Recompute};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::TrainArgs;
 
@@ -120,7 +120,8 @@ impl<'s> Search<'s> {
         }
         let (world, launch) = (self.launch.world, self.launch);
         let recipe = Recipe::new(&settings, world)?;
-        check_memory(&recipe, &recipe::policy(&settings.policy, settings.clip, world)?, launch)?;
+        let policy = recipe::policy(&settings.policy, settings.clip, world)?;
+        check_memory(&recipe, &policy, settings.policy.recompute, launch)?;
         let changes = match &saved {
             Some((path, saved)) => resume::changes(path, saved, &recipe, &settings)?,
             None => Vec::new(),
@@ -193,12 +194,13 @@ pub(super) fn same_settings(settings: &TrainArgs, communicator: &Communicator) -
 }
 
 /// Whether this host has the memory that its ranks will come to use; found out late, it would be the kernel that ends them.
-fn check_memory(recipe: &Recipe, policy: &Policy, launch: &Launch) -> Result<(), Error> {
+fn check_memory(recipe: &Recipe, policy: &Policy, recompute: Recompute, launch: &Launch) -> Result<(), Error> {
     let Launch { world, local_world: local, .. } = *launch;
     let mesh = policy.mesh(world)?;
     let layout = Layout::new(&recipe.model.units(), mesh.shard);
     let state = Memory::of(&layout, policy, mesh).on_hosts_of(local, &layout, policy, mesh).total();
-    let activations = Model::activation_bytes(&recipe.model, policy.weights, recipe.micro_batch as usize, recipe.seq);
+    let Recipe { model, micro_batch, seq, .. } = recipe;
+    let activations = Model::activation_bytes(model, policy.weights, *micro_batch as usize, *seq, recompute);
     // The first group saves; on the fullest host all ranks are of that.
     let copies = Saver::bytes(&layout, policy).saturating_mul(local.min(mesh.shard) as u64);
     let needed = (state + activations).saturating_mul(local as u64).saturating_add(copies);
@@ -206,8 +208,9 @@ fn check_memory(recipe: &Recipe, policy: &Policy, launch: &Launch) -> Result<(),
     if needed <= available {
         return Ok(());
     }
+    let fewer = if recompute == Recompute::Block { "" } else { "--recompute block, or " };
     Err(Error::Setting(format!(
-        "the {local} ranks of a host need {} of memory, {} of it for checkpoints, but {limit} allows {} more: choose a smaller --model, --micro-batch or --seq",
+        "the {local} ranks of a host need {} of memory, {} of it for checkpoints, but {limit} allows {} more: choose {fewer}a smaller --model, --micro-batch or --seq",
         bytes(needed),
         bytes(copies),
         bytes(available)

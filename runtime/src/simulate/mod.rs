@@ -31,7 +31,7 @@ use crate::{Action, Gather, Layout, Mesh, Pass, Policy, Verified};
 pub struct Work {
     /// Of the forward pass.
     pub forward: Vec<f64>,
-    /// Of the backward pass.
+    /// Of the backward pass, with what it repeats of the forward pass.
     pub backward: Vec<f64>,
 }
 
