@@ -211,7 +211,8 @@ impl Config {
         [0.0].into_iter().chain(blocks).chain([0.0]).collect()
     }
 
-    /// Those of a block's forward pass: to the output of attention, from there to gate and up, and of the last product.
+    /// Those of a block's forward pass: to the output of attention, from there to gate and up, and
+    /// of the last product.
     fn block_flops(&self, seq: usize) -> [f64; 3] {
         let (width, ffn) = (self.hidden_size as f64, self.intermediate_size as f64);
         let kv_width = (self.num_key_value_heads * self.head_dim()) as f64;

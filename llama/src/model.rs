@@ -6,11 +6,12 @@
 //! | `model/block` | the passes through a block |
 //! | `model/head` | the passes through the head |
 //!
-//! Activations are kept for the backward pass, but for those that one pass over memory makes again (norms, SwiGLU) and those
-//! that [`Recompute`] names; logits and their gradient exist for some tokens at a time. All buffers are allocated once, together.
+//! Activations are kept for the backward pass. Exceptions are those that one pass over memory makes
+//! again (norms, SwiGLU) and those that [`Recompute`] names. Logits and their gradient exist for
+//! some tokens at a time. All buffers are allocated once, together.
 //!
-//! Types: what enters a matrix product has the type of the weights; the residual stream, what is added to its gradient, and the logits
-//! are f32.
+//! Types: what enters a matrix product has the type of the weights. The residual stream, what is
+//! added to its gradient, and the logits are f32.
 
 mod block;
 mod head;

@@ -36,14 +36,14 @@ fn config() -> Config {
 
 /// Allocations and reallocations of all threads during [`COUNTED`] steps of `rounds` rounds, in the last of which rank 1 is idle if `idle`;
 /// the fewest of several windows. `more` runs in each step of each rank.
-fn allocations(policy: Policy, rounds: usize, idle: bool, more: impl Fn() + Sync) -> usize {
+fn allocations(policy: Policy, recompute: Recompute, rounds: usize, idle: bool, more: impl Fn() + Sync) -> usize {
     let program = |launch: Launch| {
         let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
         let (config, device) = (config(), Arc::new(Cpu));
         let layout = Layout::new(&config.units(), policy.mesh(WORLD).unwrap().shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy).unwrap();
         engine.initialize(|name, shape| config.initial_values(1, name, shape)).unwrap();
-        let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ, Recompute::None).unwrap();
+        let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ, recompute).unwrap();
         let tokens: Vec<u32> = (0..=SEQ as u32).map(|index| (index * 7) % 61).collect();
         let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
         let mut train = || {
@@ -85,7 +85,7 @@ fn a_step_allocates_nothing() {
         for gather in [Gather::Window, Gather::Copy] {
             for (rounds, idle) in [(1, false), (2, false), (2, true)] {
                 let policy = Policy { weights, gather, ..Policy::default() };
-                let count = allocations(policy, rounds, idle, || ());
+                let count = allocations(policy, Recompute::None, rounds, idle, || ());
                 assert_eq!(count, 0, "in {COUNTED} steps of {rounds} rounds with {weights}, {gather}, idle {idle}");
             }
         }
@@ -96,10 +96,14 @@ fn a_step_allocates_nothing() {
     let grid = Policy { replicas: 2, ..Policy::default() };
     for policy in [whole, zero_1, grid, Policy { reduce: DType::Bf16, ..grid }, Policy { reduce: DType::Bf16, ..whole }]
     {
-        let count = allocations(policy, 2, true, || ());
+        let count = allocations(policy, Recompute::None, 2, true, || ());
         assert_eq!(count, 0, "in {COUNTED} steps of 2 rounds with {policy:?}");
     }
+    for recompute in [Recompute::Attention, Recompute::Block] {
+        let count = allocations(Policy::default(), recompute, 2, true, || ());
+        assert_eq!(count, 0, "in {COUNTED} steps that compute again: {recompute:?}");
+    }
     // That the counter counts: the same once more, with one allocation in each step of each rank.
-    let count = allocations(Policy::default(), 1, false, || drop(std::hint::black_box(Box::new(0u8))));
+    let count = allocations(Policy::default(), Recompute::None, 1, false, || drop(std::hint::black_box(Box::new(0u8))));
     assert_eq!(count, WORLD * COUNTED);
 }

@@ -230,7 +230,9 @@ fn the_timeout_counts_for_ranks_that_never_come() {
 fn a_model_that_does_not_fit_the_memory() {
     let place = Workplace::new(PROGRAM);
     // 70 billion parameters: over a terabyte of f32 weights, gradients and moments.
-    refused(&place, 2, &[("--model llama2-70b", &["of memory", "allows", "smaller --model"])]);
+    refused(&place, 2, &[("--model llama2-70b", &["of memory", "allows", "--recompute block, or a smaller --model"])]);
+    // A remedy that was taken is not named again.
+    refused(&place, 2, &[("--model llama2-70b --recompute block", &["of memory", "choose a smaller --model"])]);
     assert!(!place.path("out").exists(), "nothing was begun");
 }
 
