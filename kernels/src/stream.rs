@@ -52,7 +52,9 @@ pub unsafe trait Stream: Send {
         self.record().wait()
     }
 
-    /// Copies bytes of the host into `out`: exactly its size.
+    /// Copies bytes of the host into `out`: exactly its size. The caller may change `bytes` as soon
+    /// as the call returns, and does not wait for work that was enqueued before: a device with
+    /// memory of its own copies them to pinned memory, and from there when the stream comes to it.
     fn upload_bytes(&self, out: ViewMut<'_>, bytes: &[u8]);
 
     /// Copies `x` to the host, after everything enqueued before; blocks until then. `out` has

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use pillion_collectives::Communicator;
+use pillion_collectives::{Communicator, Comparison};
 use pillion_kernels::{Buffer, DType, Device, Event, Stream};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -15,6 +15,7 @@ use crate::outline::Outline;
 use crate::plan::{Plan, Verified};
 use crate::record::Recording;
 use crate::step::Step;
+use crate::summary::Summary;
 use crate::trace::TraceEvent;
 use crate::weights::WeightStore;
 use crate::{Error, Layout, Memory, Mesh, Optimizer, Policy, Unit};
@@ -36,8 +37,8 @@ pub struct Engine {
     pub(crate) pieces: Vec<Vec<Piece>>,
     /// `[1]` f32: what makes the sum of a step's gradients their clipped mean.
     pub(crate) scale: Buffer,
-    /// `[2 · units]` f64: square norms and counts of non-finite values.
-    pub(crate) norms: Buffer,
+    /// What the host reads at the end of a step, all at once.
+    pub(crate) summary: Summary,
     /// Of the step under way: for each computation, the moment at which it has run.
     pub(crate) events: Vec<Event>,
     /// Updates made so far.
@@ -180,7 +181,7 @@ impl Engine {
             optimizer,
             buckets,
             written: vec![Event::PAST; layout.units.len()],
-            norms: device.allocate(DType::F64, 2 * layout.units.len())?,
+            summary: Summary::new(&*device, layout.units.len(), 0)?,
             scale: device.allocate(DType::F32, 1)?,
             pieces: (0..layout.units.len()).map(|unit| layout.pieces(unit, axes.shard_number()).collect()).collect(),
             stream: device.stream(),
@@ -282,6 +283,7 @@ impl Engine {
                 return Err(Error::Policy(format!("groups cannot be compared {why}")));
             }
             self.gradients.compare(&*self.device, world)?;
+            self.summary = Summary::new(&*self.device, self.layout.units.len(), Comparison::len(world))?;
         }
         self.compares_groups = eta;
         Ok(())

@@ -100,6 +100,7 @@ mod record;
 mod report;
 pub mod simulate;
 mod step;
+mod summary;
 pub mod trace;
 mod update;
 mod verify;

@@ -24,6 +24,8 @@ pub struct StepReport {
     pub comparison: Option<GroupComparison>,
     /// Time for which this rank's host waited for a collective.
     pub exposed: Duration,
+    /// Times that this rank's host waited until its device had run all that it was given.
+    pub host_waits: u64,
     /// Collective operations of this rank.
     pub operations: u64,
     /// Bytes that other ranks read from this one.

@@ -38,6 +38,8 @@ pub struct Step<'e> {
     /// Of the comparison of groups, in a step that makes one.
     limit: Option<f64>,
     pub(crate) exposed: Duration,
+    /// Times that the host has waited for the device.
+    host_waits: u64,
     pub(crate) traffic: Traffic,
 }
 
@@ -120,6 +122,7 @@ impl<'e> Step<'e> {
             all_tokens: 0,
             limit,
             exposed,
+            host_waits: 0,
             traffic,
         }
     }
@@ -380,7 +383,7 @@ impl<'e> Step<'e> {
         let Engine { stream, gradients, .. } = &mut *self.engine;
         gradients.bring_all(&**stream)?;
         self.waited(waiting, 0..0);
-        let Engine { stream, gradients, layout, norms, weights, axes, measures_groups, .. } = &mut *self.engine;
+        let Engine { stream, gradients, layout, summary, weights, axes, measures_groups, .. } = &mut *self.engine;
         // Each number is one rank's to give: totals are the same on all ranks of a group, and sums on those that hold the same shard, which divide them.
         let mut values = [0.0f64; SUMS + REQUESTS + COMPARISON];
         let [group_square_norms, _, loss_sum, tokens, square_norm, non_finite, measuring] = [0, 1, 2, 3, 4, 5, 6];
@@ -391,31 +394,33 @@ impl<'e> Step<'e> {
         for unit in 0..layout.units.len() {
             let (gradient, unit_totals) = gradients.sums(unit);
             let part = part(gradient.len(), axes.mesh.replicate, axes.replica());
-            stream.square_norm(norms.slice_mut(2 * unit..2 * unit + 2), gradient.slice(part), 1.0);
-            if axes.shard_number() == 0 {
-                let mut totals = [0.0; sideband::LEN];
-                stream.read(unit_totals, &mut totals)?;
-                values.iter_mut().zip(totals).for_each(|(value, total)| *value += total);
+            stream.square_norm(summary.norm_mut(unit), gradient.slice(part), 1.0);
+            summary.collect_totals(unit, unit_totals, &**stream);
+            if self.limit.is_some() {
+                summary.collect_comparison(unit, gradients.compared(unit), &**stream);
             }
         }
+        // The host waits for the device here, and nowhere else in a step.
+        summary.read(&**stream)?;
+        self.host_waits += 1;
         for unit in 0..layout.units.len() {
-            let mut norm = [0.0; 2];
-            stream.read(norms.slice(2 * unit..2 * unit + 2), &mut norm)?;
+            if axes.shard_number() == 0 {
+                values.iter_mut().zip(summary.totals(unit)).for_each(|(value, total)| *value += total);
+            }
+            let norm = summary.norm(unit);
             values[square_norm] += norm[0];
             values[non_finite] += norm[1];
         }
-        weights.release(&stream.record())?;
+        // What was read comes after every kernel that reads weights.
+        weights.release(&Event::PAST)?;
         let requested = SUMS..SUMS + requests.len();
         values[requested.clone()].copy_from_slice(requests);
         // The square of this rank's tokens, and what its part of each unit says.
         let compared = requested.end..requested.end + if self.limit.is_some() { 3 + axes.world.world() } else { 0 };
         if let [square, found @ ..] = &mut values[compared.clone()] {
             *square = (self.tokens as f64).powi(2);
-            let mut of_unit = [0.0; COMPARISON];
-            let of_unit = &mut of_unit[..found.len()];
             for unit in 0..layout.units.len() {
-                stream.read(gradients.compared(unit), of_unit)?;
-                found.iter_mut().zip(&*of_unit).for_each(|(found, of_unit)| *found += of_unit);
+                found.iter_mut().zip(summary.comparison(unit)).for_each(|(found, of_unit)| *found += of_unit);
             }
         }
         let waiting = Instant::now();
@@ -448,6 +453,7 @@ impl<'e> Step<'e> {
             group_square_norms: (values[measuring] == world).then_some(values[group_square_norms]),
             comparison: comparison(&values[compared], tokens, world),
             exposed: Duration::ZERO,
+            host_waits: self.host_waits,
             operations: 0,
             bytes: 0,
         })

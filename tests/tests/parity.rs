@@ -196,12 +196,13 @@ fn metrics_hold_every_promised_key() {
     let place = Workplace::new(PROGRAM);
     place.train("out", "--steps 2 --ranks 2");
     for line in place.lines("out") {
-        let keys = "step loss lr grad_norm batch_samples batch_tokens samples_seen tokens_per_s step_ms exposed_ms bytes_sent \
+        let keys = "step loss lr grad_norm batch_samples batch_tokens samples_seen tokens_per_s step_ms exposed_ms host_waits bytes_sent \
                     groups group_square_norms sum_square_norm noise_scale flops mfu";
         for key in keys.split_whitespace() {
             assert!(line.get(key).is_some(), "{key} in {line}");
         }
         assert_eq!(line["batch_tokens"].as_u64(), Some(8 * 32));
+        assert_eq!(line["host_waits"], 1);
     }
 }
 

@@ -34,6 +34,9 @@ pub(crate) struct Line {
     pub(crate) step_ms: f64,
     /// Time for which the host waited for collectives.
     pub(crate) exposed_ms: f64,
+    /// Times that the host waited until its device had run all that it was given.
+    #[serde(default)]
+    pub(crate) host_waits: u64,
     /// Bytes that other ranks read from this one.
     pub(crate) bytes_sent: u64,
     /// Collective operations.

@@ -390,6 +390,7 @@ impl<'s> Run<'s> {
             tokens_per_s,
             step_ms: seconds * 1e3,
             exposed_ms: report.exposed.as_secs_f64() * 1e3,
+            host_waits: report.host_waits,
             bytes_sent: report.bytes,
             collectives: report.operations,
             groups: Some(observation.groups),

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use pillion_collectives::Launch;
-use pillion_runtime::Gather;
+use pillion_kernels::LazyCpu;
+use pillion_runtime::{Gather, Sharded};
 
 use crate::common::logged::Logged;
 use crate::common::{Rank, Schedule, Setup, bits_of, ranks};
@@ -54,6 +55,37 @@ fn sums_over_groups_ask_nothing_of_the_stream_that_computes() {
             let grid = logged(&Setup::new(4).replicas(2).gather(gather), &schedule(4));
             for (rank, (_, log)) in grid.iter().enumerate() {
                 assert_eq!(log, &alone[rank % 2].1, "rank {rank}, {rounds} rounds, {gather:?}");
+            }
+        }
+    }
+}
+
+/// A device that runs work later would be idle while the host waits for it. In a step the host
+/// reads once, at the end, whatever is sharded, however often gradients are reduced, and however
+/// many units there are; the report says so.
+#[test]
+fn the_host_waits_once_in_a_step() {
+    let placements = [Sharded::NOTHING, Sharded::OPTIMIZER, Sharded::GRADIENTS, Sharded::EVERYTHING];
+    for (index, sharded) in placements.into_iter().enumerate() {
+        for gather in [Gather::Copy, Gather::Window] {
+            for (rounds, replicas, bucket) in [(1, 1, 0), (2, 2, 3_700), (3, 1, 1 << 20)] {
+                let setup = &Setup::new(2).sharded(sharded).gather(gather).replicas(replicas).bucket(bucket);
+                let schedule = &Schedule::uneven(2, rounds);
+                std::thread::scope(|scope| {
+                    for launch in Launch::threads(2) {
+                        let device = Arc::new(Logged::over(Arc::new(LazyCpu::new(index as u64))));
+                        scope.spawn(move || {
+                            let mut rank = Rank::new(&launch, setup, device.clone()).unwrap();
+                            rank.step(schedule, 0).unwrap();
+                            let before = (device.take(), device.waits()).1;
+                            let report = rank.step(schedule, 1).unwrap();
+                            let log = device.take();
+                            let asked = log.iter().filter(|&&name| ["read_bytes", "synchronize"].contains(&name));
+                            let waits = asked.count() as u64 + device.waits() - before;
+                            assert_eq!((waits, report.host_waits), (1, 1), "{setup:?}: {log:?}");
+                        });
+                    }
+                });
             }
         }
     }

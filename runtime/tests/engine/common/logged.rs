@@ -1,46 +1,99 @@
 //! A device that is written outside the crate of kernels: it notes what its streams are asked for,
-//! and has [`Cpu`] do it.
+//! and has another device do it.
 
+use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Waker;
 
 use pillion_kernels::{
-    AdamW, AttentionShape, Buffer, Cpu, DType, Device, Error, Event, Failure, Kernels, Region, Stream, View, ViewMut,
+    AdamW, AttentionShape, Buffer, Completion, Cpu, DType, Device, Error, Event, Failure, Kernels, Region, Status,
+    Stream, View, ViewMut,
 };
 
 /// The names of the functions that streams of a [`Logged`] device were asked for, in order.
 type Log = Arc<Mutex<Vec<&'static str>>>;
 
-#[derive(Default)]
-pub(crate) struct Logged(Log);
+pub(crate) struct Logged {
+    inner: Arc<dyn Device>,
+    log: Log,
+    waits: Arc<AtomicU64>,
+}
 
 struct LoggedStream {
     inner: Box<dyn Stream>,
     log: Log,
+    waits: Arc<AtomicU64>,
 }
 
-impl Logged {
-    /// What its streams were asked for since the last call.
-    pub(crate) fn take(&self) -> Vec<&'static str> {
-        std::mem::take(&mut *self.0.lock().expect("no rank panics with it"))
+/// An event of a [`Logged`] stream: counts how often a thread waits for it.
+struct Watched {
+    inner: Event,
+    waits: Arc<AtomicU64>,
+}
+
+impl Completion for Watched {
+    fn status(&self) -> Status {
+        self.inner.status()
+    }
+
+    fn advance(&self) -> Status {
+        self.inner.advance()
+    }
+
+    fn call_back(&self, waker: &Waker) {
+        self.inner.call_back(waker);
+    }
+
+    fn wait(&self) -> Result<(), Failure> {
+        self.waits.fetch_add(1, Ordering::Relaxed);
+        self.inner.wait()
+    }
+
+    fn origin(&self) -> &dyn Any {
+        self
     }
 }
 
-// SAFETY: its streams and memory are those of `Cpu`.
+impl Default for Logged {
+    fn default() -> Logged {
+        Logged::over(Arc::new(Cpu))
+    }
+}
+
+impl Logged {
+    /// A device whose work `inner` does.
+    pub(crate) fn over(inner: Arc<dyn Device>) -> Logged {
+        Logged { inner, log: Log::default(), waits: Arc::default() }
+    }
+
+    /// How often threads have waited for events of its streams.
+    pub(crate) fn waits(&self) -> u64 {
+        self.waits.load(Ordering::Relaxed)
+    }
+
+    /// What its streams were asked for since the last call.
+    pub(crate) fn take(&self) -> Vec<&'static str> {
+        std::mem::take(&mut *self.log.lock().expect("no rank panics with it"))
+    }
+}
+
+// SAFETY: its streams and memory are those of another device.
 unsafe impl Device for Logged {
     fn name(&self) -> &'static str {
         "logged"
     }
 
     fn allocate(&self, dtype: DType, len: usize) -> Result<Buffer, Error> {
-        Cpu.allocate(dtype, len)
+        self.inner.allocate(dtype, len)
     }
 
     fn stream(&self) -> Box<dyn Stream> {
-        Box::new(LoggedStream { inner: Cpu.stream(), log: self.0.clone() })
+        Box::new(LoggedStream { inner: self.inner.stream(), log: self.log.clone(), waits: self.waits.clone() })
     }
 
     fn take_in(&self, region: Region) -> Result<Region, Error> {
-        Cpu.take_in(region)
+        self.inner.take_in(region)
     }
 }
 
@@ -63,10 +116,14 @@ macro_rules! delegate {
     };
 }
 
-// SAFETY: the stream of `Cpu` keeps the promises, and is asked for the same in the same order.
+// SAFETY: the other device's stream keeps the promises, and is asked for the same in the same order.
+// Its events stand behind the ones that are given out.
 unsafe impl Stream for LoggedStream {
+    fn record(&self) -> Event {
+        Event::new(Arc::new(Watched { inner: self.inner("record").record(), waits: self.waits.clone() }))
+    }
+
     delegate! { inner:
-        record() -> Event;
         wait_for(event: &Event);
         synchronize() -> Result<(), Failure>;
         upload_bytes(out: ViewMut<'_>, bytes: &[u8]);
