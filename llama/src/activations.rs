@@ -29,6 +29,17 @@ pub enum Recompute {
     Attention,
 }
 
+impl std::fmt::Display for Recompute {
+    /// As the flag has it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Recompute::None => "none",
+            Recompute::Block => "block",
+            Recompute::Attention => "attention",
+        })
+    }
+}
+
 impl Recompute {
     /// What block `layer` of `layers` computes again. The backward pass begins with the last block,
     /// whose activations are then still in the shared buffers.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Comparison};
-use pillion_kernels::{Buffer, DType, Device, Event, Stream};
+use pillion_kernels::{Buffer, DType, Device, Event, Stream, View};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::axes::Axes;
@@ -453,17 +453,38 @@ impl Engine {
     /// # Errors
     /// As for [`Engine::state`].
     pub fn read_state(&self, unit: usize, state: &mut State) -> Result<(), Error> {
-        self.check_trains()?;
-        self.check_health()?;
-        let shard = &self.optimizer[unit];
-        let master = shard.master.as_ref().map_or_else(|| self.weights.shard(unit), Buffer::view);
-        state.states.resize_with(shard.states.len(), Vec::new);
-        let kept = shard.states.iter().map(Buffer::view).zip(&mut state.states);
-        for (from, to) in std::iter::once((master, &mut state.master)).chain(kept) {
+        self.check_state()?;
+        state.states.resize_with(self.optimizer[unit].states.len(), Vec::new);
+        for (part, to) in std::iter::once(&mut state.master).chain(&mut state.states).enumerate() {
+            let from = self.part(unit, part);
             to.resize(from.len(), 0.0);
             self.stream.read(from, to)?;
         }
         Ok(())
+    }
+
+    /// Reads elements from `first` on of one part of a unit's state. Part 0 is the master weights,
+    /// and the optimizer's states follow.
+    ///
+    /// # Errors
+    /// As for [`Engine::state`].
+    pub(crate) fn read_part(&self, unit: usize, part: usize, first: usize, out: &mut [f32]) -> Result<(), Error> {
+        self.check_state()?;
+        Ok(self.stream.read(self.part(unit, part).slice(first..first + out.len()), out)?)
+    }
+
+    /// Whether there is a state that can be read.
+    pub(crate) fn check_state(&self) -> Result<(), Error> {
+        self.check_trains()?;
+        self.check_health()
+    }
+
+    fn part(&self, unit: usize, part: usize) -> View<'_> {
+        let shard = &self.optimizer[unit];
+        match part {
+            0 => shard.master.as_ref().map_or_else(|| self.weights.shard(unit), Buffer::view),
+            part => shard.states[part - 1].view(),
+        }
     }
 
     /// Replaces this rank's state of a unit, and rounds its weights.

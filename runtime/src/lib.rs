@@ -70,7 +70,7 @@
 //! - **Frozen tensors** have [`TensorSpec::frozen`]: their gradients count nowhere. **Tied tensors** are one tensor in a unit that is used twice: [`Layout::visiting`].
 //! - **Weight decay** applies to tensors with [`TensorSpec::decay`].
 //! - **Numbers for all ranks**, say a wish to stop: requests of [`Step::finish`] come back summed.
-//! - **Checkpoints.** [`checkpoint::Saver`] writes in the background; [`checkpoint::Checkpoint::load`] reads at any number of ranks and in any placement. [`Engine::master`] puts whole units together.
+//! - **Checkpoints.** [`checkpoint::Saver`] writes in the background, what it has copied or what passes through a ring ([`checkpoint::Staging`]); [`checkpoint::Checkpoint::load`] reads at any number of ranks and in any placement. [`Engine::master`] puts whole units together.
 //! - **Several engines** can share a communicator, as long as all ranks take turns between them alike; or each has one of its own ([`Communicator::split`](pillion_collectives::Communicator::split)).
 //!
 //! # Errors

@@ -13,7 +13,7 @@ const INTEGERS: [&str; 4] = ["18446744073709551615", "1048576", "0", "-1"];
 const FRACTIONS: [&str; 4] = ["1e308", "5e-324", "inf", "nan"];
 
 /// Names of values that are numbers, with what follows the number and the unit.
-const KINDS: [(&str, &str); 9] = [
+const KINDS: [(&str, &str); 10] = [
     ("N", ""),
     ("X", ""),
     ("S", ""),
@@ -23,6 +23,7 @@ const KINDS: [(&str, &str); 9] = [
     ("BATCH:SHARE", ":0.5"),
     ("RATE", "GB/s"),
     ("TIME", "s"),
+    ("copies|BYTES", "B"),
 ];
 /// Names of values that are something else.
 const OTHERS: [&str; 9] = ["FILE", "PATH", "DIR", "NAME", "WHAT", "TEXT", "PART", "auto|PATH", "replicate=R,shard=S"];

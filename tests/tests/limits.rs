@@ -37,9 +37,9 @@ fn a_limit_of_file_sizes_is_named_by_every_command_that_needs_shared_memory() {
 #[test]
 fn a_file_that_grows_beyond_the_limit_is_named_and_ends_no_rank_by_a_signal() {
     let place = Workplace::new(PROGRAM);
-    for launch in ["processes", "threads"] {
+    for (launch, save_memory) in [("processes", "64KiB"), ("threads", "copies")] {
         let running = place.start(&format!(
-            "train {TINY} --samples 1000000 --validate-every 0 --out {launch} --ranks 2 --launch {launch}"
+            "train {TINY} --samples 1000000 --validate-every 0 --out {launch} --ranks 2 --launch {launch} --save-memory {save_memory}"
         ));
         running.wait_for_step(&place, launch, 2);
         // The shared memory exists by now. The metrics of some 40 steps and a rank's part of a

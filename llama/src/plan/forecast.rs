@@ -1,50 +1,13 @@
 //! What a step of a model will take on a machine: the plan that the engine would follow, simulated.
 
-use std::sync::Arc;
-
-use pillion_runtime::checkpoint::Saver;
-use pillion_runtime::simulate::{Machine, Sent, Simulation, Work, simulate};
+use pillion_runtime::Policy;
+use pillion_runtime::simulate::{Machine, Sent, Simulation, simulate};
 use pillion_runtime::trace::Track;
-use pillion_runtime::{Layout, Memory, Mesh, Outline, Plan, Policy, UnitSpec, Verified};
 use serde::Serialize;
 
+use super::setup::{Planned, Setup};
 use crate::Error;
-use crate::config::{BACKWARD_FLOPS, Config};
-use crate::model::{Model, Recompute};
-
-/// What is trained, and how.
-#[derive(Clone, Debug)]
-pub(super) struct Setup<'a> {
-    pub(super) model: &'a Config,
-    pub(super) policy: Policy,
-    pub(super) recompute: Recompute,
-    pub(super) mesh: Mesh,
-    /// Ranks on each host.
-    pub(super) local: usize,
-    pub(super) seq: usize,
-    pub(super) micro_batch: u64,
-    pub(super) rounds: usize,
-    /// Blocks that are gathered together, and their gradients reduced: a bucket. The engine's units are single blocks.
-    pub(super) blocks: usize,
-}
-
-/// A step's plan and what it needs.
-pub(super) struct Planned {
-    pub(super) layout: Arc<Layout>,
-    pub(super) plan: Verified,
-    work: Work,
-    pub(super) memory: Memory,
-    /// Copies for checkpoints.
-    pub(super) checkpoints: u64,
-    pub(super) activations: u64,
-}
-
-impl Planned {
-    /// Bytes of a rank in all.
-    pub(super) fn total(&self) -> u64 {
-        self.memory.total() + self.checkpoints + self.activations
-    }
-}
+use crate::model::Recompute;
 
 /// Bytes that a rank sends in a step, and as many that it receives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -60,7 +23,9 @@ pub(super) struct Traffic {
 pub(super) struct Forecast {
     pub(super) prefetch: usize,
     pub(super) slots: usize,
-    pub(super) blocks_per_bucket: usize,
+    /// Bytes of a bucket, at most; 0: units move by themselves.
+    pub(super) bucket: u64,
+    pub(super) recompute: Recompute,
     /// Bytes of a rank in all.
     pub(super) memory: u64,
     /// Seconds of a step; of computing in it; of waiting for collectives; in which one was under way.
@@ -83,52 +48,13 @@ pub(super) struct Forecast {
 pub(super) const MOST_CONTENTION: f64 = 0.99;
 
 impl Setup<'_> {
-    /// Tokens of a rank in a step.
-    pub(super) fn tokens(&self) -> f64 {
-        self.rounds as f64 * self.micro_batch as f64 * self.seq as f64
-    }
-
-    /// The plan.
-    pub(super) fn plan(&self) -> Planned {
-        self.plan_with(self.layout())
-    }
-
-    fn layout(&self) -> Arc<Layout> {
-        Arc::new(Layout::new(&buckets(self.model.units(), self.blocks), self.mesh.shard))
-    }
-
-    /// The plan, with what [`Setup::layout`] returns, which does not depend on prefetch and slots.
-    fn plan_with(&self, layout: Arc<Layout>) -> Planned {
-        let Setup { model, policy, recompute, mesh, local, seq, micro_batch, rounds, blocks } = self;
-        let tokens = *micro_batch as f64 * *seq as f64;
-        let of_units =
-            |flops: Vec<f64>| sums(&flops, *blocks).into_iter().map(|flops| flops * tokens).collect::<Vec<_>>();
-        let forward = of_units(model.forward_flops(*seq));
-        let again = of_units(model.recomputed_flops(*seq, *recompute));
-        let backward = forward.iter().zip(again).map(|(flops, again)| BACKWARD_FLOPS * flops + again).collect();
-        let plan = Plan::step(&Outline::new(&layout, policy, *mesh), *rounds);
-        Planned {
-            plan: plan.verify().expect("the planner makes no races"),
-            work: Work { forward, backward },
-            memory: Memory::of(&layout, policy, *mesh).on_hosts_of(*local, &layout, policy, *mesh),
-            checkpoints: Saver::bytes(&layout, policy),
-            activations: Model::activation_bytes(model, policy.weights, *micro_batch as usize, *seq, *recompute),
-            layout,
-        }
-    }
-
     pub(super) fn simulate(&self, planned: &Planned, machine: &Machine) -> Simulation {
         simulate(&planned.plan, &planned.layout, &self.policy, self.mesh, machine, &planned.work)
     }
 
     /// The figures of a step on `machine`.
-    #[cfg(test)]
-    fn forecast(&self, machine: &Machine) -> Forecast {
-        self.forecast_with(self.layout(), machine)
-    }
-
-    fn forecast_with(&self, layout: Arc<Layout>, machine: &Machine) -> Forecast {
-        let planned = self.plan_with(layout);
+    pub(super) fn forecast(&self, machine: &Machine) -> Forecast {
+        let planned = self.plan();
         let simulation = self.simulate(&planned, machine);
         self.figures(&planned, &simulation)
     }
@@ -141,8 +67,9 @@ impl Setup<'_> {
         Forecast {
             prefetch: self.policy.prefetch,
             slots: self.policy.slots,
-            blocks_per_bucket: self.blocks,
-            memory: planned.total(),
+            bucket: self.policy.bucket,
+            recompute: self.recompute,
+            memory: planned.needs.total(),
             step: simulation.step,
             computing: simulation.computing(),
             exposed,
@@ -214,20 +141,26 @@ impl Setup<'_> {
         Ok(low)
     }
 
-    /// Every setting of prefetch, slots and blocks in a bucket that is worth a try, and its figures.
+    /// Every setting of prefetch, slots and buckets that is worth a try.
+    pub(super) fn settings(&self) -> Vec<Policy> {
+        let blocks = BUCKETS.into_iter().filter(|&blocks| blocks <= self.model.num_hidden_layers as u64);
+        let of_block = self.block_bytes();
+        let buckets = blocks.map(|blocks| if blocks == 1 { 0 } else { blocks * of_block });
+        let units = self.model.num_hidden_layers + 2;
+        let all = [(MOST_PREFETCH, units.max(MOST_PREFETCH + 1))];
+        let depths = (0..=MOST_PREFETCH).flat_map(|prefetch| [(prefetch, prefetch + 1), (prefetch, prefetch + 2)]);
+        let depths: Vec<(usize, usize)> = depths.chain(all).collect();
+        let with = |bucket| {
+            let policy = move |&(prefetch, slots): &(usize, usize)| Policy { bucket, prefetch, slots, ..self.policy };
+            depths.iter().map(policy).collect::<Vec<_>>()
+        };
+        buckets.flat_map(with).collect()
+    }
+
+    /// The figures of each of [`Setup::settings`].
     pub(super) fn sweep(&self, machine: &Machine) -> Vec<Forecast> {
-        let largest = self.model.num_hidden_layers;
-        let buckets = BUCKETS.into_iter().filter(|&blocks| blocks <= largest);
-        let policies = (0..=MOST_PREFETCH).flat_map(|prefetch| [(prefetch, prefetch + 1), (prefetch, prefetch + 2)]);
-        let policies: Vec<(usize, usize)> = policies.collect();
-        let forecasts = buckets.flat_map(|blocks| {
-            let layout = Setup { blocks, ..self.clone() }.layout();
-            policies.iter().map(move |&(prefetch, slots)| {
-                let policy = Policy { prefetch, slots, ..self.policy };
-                Setup { policy, blocks, ..self.clone() }.forecast_with(layout.clone(), machine)
-            })
-        });
-        forecasts.collect()
+        let forecast = |policy| Setup { policy, ..self.clone() }.forecast(machine);
+        self.settings().into_iter().map(forecast).collect()
     }
 }
 
@@ -244,11 +177,11 @@ fn check_speed(tokens_per_s: f64) -> Result<(), Error> {
     )))
 }
 
-/// Units gathered ahead, at most, and blocks gathered together, in a sweep.
+/// Buckets gathered ahead, at most, and blocks of a bucket, in a sweep.
 const MOST_PREFETCH: usize = 3;
-const BUCKETS: [usize; 4] = [1, 2, 4, 8];
+const BUCKETS: [u64; 4] = [1, 2, 4, 8];
 /// Steps that differ by less are as long as each other.
-const SAME: f64 = 1e-3;
+pub(super) const SAME: f64 = 1e-3;
 
 /// The shortest step, and of those that are as short the one that needs least memory.
 pub(super) fn best(forecasts: impl Iterator<Item = Forecast> + Clone) -> Forecast {
@@ -257,38 +190,15 @@ pub(super) fn best(forecasts: impl Iterator<Item = Forecast> + Clone) -> Forecas
     short.min_by_key(|forecast| forecast.memory).expect("a sweep is not empty")
 }
 
-/// Units with `blocks` blocks in each, between the embedding and the head.
-fn buckets(units: Vec<UnitSpec>, blocks: usize) -> Vec<UnitSpec> {
-    let join = |units: &[UnitSpec]| UnitSpec {
-        name: match units {
-            [unit] => unit.name.clone(),
-            [first, .., last] => format!("{} to {}", first.name, last.name),
-            [] => unreachable!("chunks are not empty"),
-        },
-        tensors: units.iter().flat_map(|unit| unit.tensors.clone()).collect(),
-    };
-    parts(units.len(), blocks).map(|part| join(&units[part])).collect()
-}
-
-/// What each of [`buckets`] has of something that units have.
-fn sums(of_units: &[f64], blocks: usize) -> Vec<f64> {
-    parts(of_units.len(), blocks).map(|part| of_units[part].iter().sum()).collect()
-}
-
-/// The units of each bucket.
-fn parts(units: usize, blocks: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let between = (1..units - 1).step_by(blocks).map(move |start| start..(start + blocks).min(units - 1));
-    std::iter::once(0..1).chain(between).chain(std::iter::once(units - 1..units))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Preset;
+    use crate::config::{Config, Preset};
     use crate::train::step_bytes;
     use pillion_kernels::DType;
+    use pillion_runtime::checkpoint::Staging;
     use pillion_runtime::simulate::Link;
-    use pillion_runtime::{Gather, Sharded};
+    use pillion_runtime::{Gather, Mesh, Sharded};
 
     fn policy(prefetch: usize) -> Policy {
         let narrow = DType::Bf16;
@@ -298,8 +208,17 @@ mod tests {
     /// Llama 3.1 8B as torchtitan's report has it: FSDP over all GPUs, two sequences of 8192 on each, in bf16, gradients reduced in f32.
     fn torchtitan(model: &Config, gpus: usize) -> Setup<'_> {
         let mesh = Mesh { replicate: 1, shard: gpus };
-        let recompute = Recompute::None;
-        Setup { model, policy: policy(1), recompute, mesh, local: 8, seq: 8192, micro_batch: 2, rounds: 1, blocks: 1 }
+        Setup {
+            model,
+            policy: policy(1),
+            recompute: Recompute::None,
+            staging: Staging::SMALL_RING,
+            mesh,
+            local: 8,
+            seq: 8192,
+            micro_batch: 2,
+            rounds: 1,
+        }
     }
 
     /// Its hosts: 8 H100 with NVLink, 450 GB/s each way, HBM2e with 2.4 TB/s, and 400 Gbit/s for each GPU between hosts.
@@ -406,21 +325,6 @@ mod tests {
     }
 
     #[test]
-    fn buckets_hold_every_tensor_once_and_every_operation() {
-        let model = Preset::named("llama2-7b").unwrap().config();
-        for blocks in [1, 2, 3, 5, 8, 32] {
-            let joined = buckets(model.units(), blocks);
-            assert_eq!(joined.len(), 2 + 32usize.div_ceil(blocks));
-            let names = |units: &[UnitSpec]| {
-                units.iter().flat_map(|unit| &unit.tensors).map(|tensor| tensor.name.clone()).collect::<Vec<_>>()
-            };
-            assert_eq!(names(&joined), names(&model.units()));
-            let flops: f64 = sums(&model.forward_flops(4096), blocks).iter().sum();
-            assert!((3.0 * flops / model.flops_per_token(4096) - 1.0).abs() < 1e-12);
-        }
-    }
-
-    #[test]
     fn a_sweep_knows_what_hides_what() {
         let model = Preset::named("llama2-7b").unwrap().config();
         let setup = Setup {
@@ -436,7 +340,7 @@ mod tests {
         let sweep = setup.sweep(&machine);
         let best = best(sweep.iter().copied());
         assert!(sweep.iter().all(|forecast| best.step <= forecast.step * (1.0 + SAME)));
-        let none = sweep.iter().find(|forecast| (forecast.prefetch, forecast.blocks_per_bucket) == (0, 1)).unwrap();
+        let none = sweep.iter().find(|forecast| (forecast.prefetch, forecast.bucket) == (0, 0)).unwrap();
         assert!(best.exposed < none.exposed && best.prefetch > 0, "{best:?} {none:?}");
         // As many bytes go in any buckets, but for padding, and for gathers that are saved where a bucket is used twice in a row.
         let floor = 2.0 * 511.0 / 512.0 * model_bytes(&model);

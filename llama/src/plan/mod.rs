@@ -1,13 +1,16 @@
 //! `pillion plan`: how a run would be laid out, and what a step would take on a machine that there need not be.
 
+pub(crate) mod auto;
 mod forecast;
 pub(crate) mod quantity;
 mod settings;
+mod setup;
 mod table;
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
 
+use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::simulate::Machine;
 use pillion_runtime::trace::write_trace;
 use pillion_runtime::{Memory, Mesh};
@@ -16,8 +19,9 @@ use serde::Serialize;
 use crate::model::Recompute;
 use crate::train::{plan_table, recipe};
 use crate::{Error, print_result};
-use forecast::{Forecast, Setup, best};
+use forecast::{Forecast, best};
 pub use settings::{MachineArgs, PlanArgs};
+pub(crate) use setup::{Needs, Planned, Setup};
 use table::{simulation_table, sweep_table};
 
 /// What `--json` prints.
@@ -32,7 +36,7 @@ struct Report {
     recompute: Recompute,
     /// Of a rank, what its parameters take.
     memory: Memory,
-    /// Copies of its state that are written.
+    /// What its state passes through when it is saved: copies, or a ring.
     checkpoints: u64,
     activations: u64,
     /// All of it.
@@ -44,9 +48,8 @@ struct Report {
 #[derive(Serialize)]
 struct Simulated {
     machine: Machine,
-    /// With the settings that were given; with the best that `train` has; with the best of all.
+    /// With the settings that were given, and with the best.
     given: Forecast,
-    best_for_train: Forecast,
     best: Forecast,
 }
 
@@ -83,10 +86,11 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
     // Without a machine all ranks are on one host.
     let local = machine.map_or(ranks, |machine| machine.ranks_per_host.min(ranks));
     let recompute = settings.policy.recompute;
-    let setup = Setup { model: &model, policy, recompute, mesh, local, seq, micro_batch, rounds, blocks: 1 };
+    let staging = settings.save_memory.unwrap_or(Staging::SMALL_RING);
+    let setup = Setup { model: &model, policy, recompute, staging, mesh, local, seq, micro_batch, rounds };
     let planned = setup.plan();
     if !settings.json {
-        print_result(plan_table(&model, &policy, recompute, ranks, local, seq, micro_batch, batch, "planned")?)?;
+        print_result(plan_table(&setup, &planned, batch, "planned"))?;
     }
     if settings.operations {
         for (index, operation) in planned.plan.operations.iter().enumerate() {
@@ -101,10 +105,10 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
         micro_batch,
         rounds,
         recompute,
-        memory: planned.memory,
-        checkpoints: planned.checkpoints,
-        activations: planned.activations,
-        total: planned.total(),
+        memory: planned.needs.memory,
+        checkpoints: planned.needs.checkpoints,
+        activations: planned.needs.activations,
+        total: planned.needs.total(),
         collectives: planned.plan.collectives(),
         simulation: None,
     };
@@ -132,13 +136,12 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
         }
         let given = setup.figures(&planned, &simulation);
         let sweep = setup.sweep(&machine);
-        let best_for_train = best(sweep.iter().copied().filter(|forecast| forecast.blocks_per_bucket == 1));
         let best = best(sweep.iter().copied());
         if !settings.json {
             print_result(simulation_table(&setup, &machine, &given))?;
-            print_result(format_args!("\n{}", sweep_table(sweep.len(), &given, &best_for_train, &best)))?;
+            print_result(format_args!("\n{}", sweep_table(sweep.len(), &given, &best)))?;
         }
-        report.simulation = Some(Simulated { machine, given, best_for_train, best });
+        report.simulation = Some(Simulated { machine, given, best });
     }
     if settings.json {
         print_result(serde_json::to_string_pretty(&report).expect("plain values"))?;

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use clap::Args;
 use pillion_runtime::Mesh;
+use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::simulate::{Link, Machine};
 
 use super::forecast::MOST_CONTENTION;
 use super::quantity::{bandwidth, duration, speed};
 use crate::Error;
-use crate::settings::{ModelArgs, PolicyArgs};
+use crate::settings::{ModelArgs, PolicyArgs, save_memory};
 
 /// Settings of `plan`.
 #[derive(Clone, Debug, Args)]
@@ -35,6 +36,11 @@ pub struct PlanArgs {
     /// Micro-batches of each rank in a step, instead of --batch.
     #[arg(long, value_name = "N", conflicts_with = "batch")]
     pub rounds: Option<u64>,
+    /// Memory of a rank for its part of a checkpoint: `copies`, which is what `train --save-every`
+    /// takes, or a ring of at most BYTES; default: 4MiB, which is what a run takes that saves only at
+    /// its end.
+    #[arg(long, value_name = "copies|BYTES", value_parser = save_memory)]
+    pub save_memory: Option<Staging>,
     /// Print every operation of a step.
     #[arg(long)]
     pub operations: bool,

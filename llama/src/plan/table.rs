@@ -3,7 +3,8 @@
 use comfy_table::{Table, presets};
 use pillion_runtime::simulate::{Link, Machine};
 
-use super::forecast::{Forecast, Setup};
+use super::forecast::Forecast;
+use super::setup::Setup;
 use crate::train::bytes;
 
 /// The simulated step, for reading.
@@ -59,22 +60,18 @@ pub(super) fn simulation_table(setup: &Setup<'_>, machine: &Machine, given: &For
     table
 }
 
-/// The given settings beside the best of a sweep, and the best that `train` has.
-pub(super) fn sweep_table(tried: usize, given: &Forecast, available: &Forecast, best: &Forecast) -> Table {
+/// The given settings beside the best of a sweep.
+pub(super) fn sweep_table(tried: usize, given: &Forecast, best: &Forecast) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    table.add_row(["", "prefetch", "slots", "blocks a bucket", "step", "exposed", "tokens/s a rank", "memory"]);
-    let rows = [
-        ("given".to_owned(), given),
-        ("best for train".to_owned(), available),
-        (format!("best of {tried} simulated"), best),
-    ];
+    table.add_row(["", "prefetch", "slots", "bucket", "step", "exposed", "tokens/s a rank", "memory"]);
+    let rows = [("given".to_owned(), given), (format!("best of {tried} simulated"), best)];
     for (name, forecast) in rows {
         table.add_row([
             name,
             forecast.prefetch.to_string(),
             forecast.slots.to_string(),
-            forecast.blocks_per_bucket.to_string(),
+            if forecast.bucket == 0 { "a unit".to_owned() } else { bytes(forecast.bucket) },
             seconds(forecast.step),
             seconds(forecast.exposed),
             format!("{:.0}", forecast.tokens_per_s_per_rank),
@@ -84,7 +81,7 @@ pub(super) fn sweep_table(tried: usize, given: &Forecast, available: &Forecast, 
     table
 }
 
-fn describe(machine: &Machine, world: usize) -> String {
+pub(super) fn describe(machine: &Machine, world: usize) -> String {
     let link =
         |Link { bandwidth, latency }: Link| format!("{}B/s each way and {}", scaled(bandwidth), seconds(latency));
     let local = machine.ranks_per_host.min(world);
@@ -106,7 +103,7 @@ fn describe(machine: &Machine, world: usize) -> String {
 }
 
 /// A time, in a unit that gives three digits or so.
-fn seconds(time: f64) -> String {
+pub(super) fn seconds(time: f64) -> String {
     match time {
         0.0 => "0 s".to_owned(),
         time if time < 1e-3 => format!("{:.1} µs", 1e6 * time),

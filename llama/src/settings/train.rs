@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use pillion_kernels::DType;
+use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::{Mesh, Sharded};
 use serde::{Deserialize, Serialize};
 
@@ -260,6 +261,10 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub policy: PolicyArgs,
+    /// Choose --prefetch, --slots, --bucket and --recompute: measure the processor and the links for
+    /// a moment, simulate steps on them, and take the shortest that fits into memory.
+    #[arg(long, conflicts_with_all = ["prefetch", "slots", "bucket", "recompute"])]
+    pub auto: bool,
     /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that
     /// are not given are those that the run began with, and so are its tokens.
     #[arg(long, value_name = "auto|PATH")]
@@ -279,6 +284,11 @@ pub struct TrainArgs {
     /// Save every N steps, besides at the end; 0: only at the end.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub save_every: u64,
+    /// Memory of a rank for its part of a checkpoint: `copies` of all of it, which are written while
+    /// training goes on, or a ring of at most BYTES, such as 64MiB, through which it passes while
+    /// steps wait; default: copies with --save-every, else 4MiB.
+    #[arg(long, value_name = "copies|BYTES", value_parser = save_memory)]
+    pub save_memory: Option<Staging>,
     /// Keep this many of the newest checkpoints, and remove older ones; default: all.
     #[arg(long, value_name = "N")]
     pub keep: Option<NonZero<usize>>,
@@ -337,6 +347,22 @@ fn mesh(text: &str) -> Result<Mesh, String> {
     match sizes {
         [(_, Some(replicate)), (_, Some(shard))] => Ok(Mesh { replicate, shard }),
         _ => Err("a mesh has two axes: give both sizes, as in replicate=2,shard=4".to_owned()),
+    }
+}
+
+/// Bytes of the smallest ring. A smaller one takes more time, and what it saves is nothing beside
+/// what else a rank holds.
+const LEAST_RING: u64 = 64 << 10;
+
+/// Reads `copies`, or the size of a ring.
+pub(crate) fn save_memory(text: &str) -> Result<Staging, String> {
+    if text.trim() == "copies" {
+        return Ok(Staging::Copies);
+    }
+    match size(text) {
+        Ok(bytes) if bytes >= LEAST_RING => Ok(Staging::Ring { bytes }),
+        Ok(_) => Err("a ring has at least 64KiB: give more, or `copies`".to_owned()),
+        Err(error) => Err(format!("{error}; or give `copies`")),
     }
 }
 

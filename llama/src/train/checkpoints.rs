@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use pillion_abs::State as ControllerState;
 use pillion_collectives::Communicator;
-use pillion_runtime::checkpoint::{self, Checkpoint, Whole};
+use pillion_runtime::checkpoint::{self, Checkpoint, Staging, Whole};
 use serde::{Deserialize, Serialize};
 
 use super::recipe::Recipe;
@@ -49,6 +49,9 @@ pub(crate) fn count(ranges: &[Range<u64>]) -> u64 {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Habits {
     pub(crate) save_every: u64,
+    /// What the user chose; none in checkpoints of versions that had no choice, too.
+    #[serde(default)]
+    pub(crate) save_memory: Option<Staging>,
     pub(crate) keep: Option<NonZero<usize>>,
     pub(crate) validate_every: u64,
     pub(crate) validation_samples: u64,
@@ -60,10 +63,26 @@ pub(crate) struct Habits {
 
 impl Habits {
     pub(crate) fn of(settings: &TrainArgs) -> Habits {
-        let &TrainArgs { save_every, keep, validate_every, validation_samples, sample, non_finite_limit, .. } =
-            settings;
+        let &TrainArgs { save_every, save_memory, keep, validate_every, validation_samples, sample, .. } = settings;
+        let non_finite_limit = settings.non_finite_limit;
         let on_non_finite = settings.on_non_finite.unwrap_or_default();
-        Habits { save_every, keep, validate_every, validation_samples, sample, on_non_finite, non_finite_limit }
+        Habits {
+            save_every,
+            save_memory,
+            keep,
+            validate_every,
+            validation_samples,
+            sample,
+            on_non_finite,
+            non_finite_limit,
+        }
+    }
+
+    /// What memory the run's saver has. No step waits for a save at the end of the run, so a run
+    /// that saves only there needs no copies.
+    pub(crate) fn staging(&self) -> Staging {
+        let default = if self.save_every > 0 { Staging::Copies } else { Staging::SMALL_RING };
+        self.save_memory.unwrap_or(default)
     }
 }
 

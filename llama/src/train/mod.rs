@@ -5,6 +5,7 @@ pub(crate) mod checkpoints;
 mod closing;
 mod cores;
 mod evaluation;
+mod measure;
 mod metrics;
 mod non_finite;
 mod plan_table;

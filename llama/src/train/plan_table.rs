@@ -1,35 +1,19 @@
 //! The table that stands before a run: what is trained, where it lives, what a step moves.
 
 use comfy_table::{Table, presets};
-use pillion_runtime::checkpoint::Saver;
+use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::simulate::AGREEMENT_BYTES;
-use pillion_runtime::{Action, Gather, Layout, Memory, Mesh, Outline, Plan, Policy, Sharded};
+use pillion_runtime::{Action, Gather, Layout, Mesh, Plan, Policy, Sharded, Slots};
 
-use crate::Error;
-use crate::config::Config;
-use crate::model::{Model, Recompute};
+use crate::model::Recompute;
+use crate::plan::{Planned, Setup};
 
-/// The table, for `world` ranks, `local` on each host, with micro-batches of `micro_batch` samples of `seq` tokens and steps of `batch` samples.
-///
-/// # Errors
-/// When the policy does not fit the ranks.
-pub(crate) fn plan_table(
-    model: &Config,
-    policy: &Policy,
-    recompute: Recompute,
-    world: usize,
-    local: usize,
-    seq: usize,
-    micro_batch: u64,
-    batch: u64,
-    backend: &str,
-) -> Result<Table, Error> {
-    let mesh = policy.mesh(world)?;
-    let layout = Layout::new(&model.units(), mesh.shard);
-    let memory = Memory::of(&layout, policy, mesh).on_hosts_of(local, &layout, policy, mesh);
-    let activations = Model::activation_bytes(model, policy.weights, micro_batch as usize, seq, recompute);
-    let rounds = batch.div_ceil(micro_batch).div_ceil(world as u64) as usize;
-    let plan = Plan::step(&Outline::new(&layout, policy, mesh), rounds);
+/// The table, for steps of `batch` samples at first.
+pub(crate) fn plan_table(setup: &Setup<'_>, planned: &Planned, batch: u64, backend: &str) -> Table {
+    let &Setup { model, ref policy, mesh, local, seq, micro_batch, rounds, .. } = setup;
+    let Planned { layout, plan, needs, .. } = planned;
+    let memory = &needs.memory;
+    let world = mesh.world();
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     let mut row = |name: &str, value: String| {
@@ -54,24 +38,30 @@ pub(crate) fn plan_table(
         format!(
             "{batch} samples of {seq} tokens at first: {rounds} rounds of {world} × {micro_batch}; {} collectives, {} sent by a rank",
             plan.collectives(),
-            bytes(step_bytes(&layout, policy, mesh, local, &plan))
+            bytes(step_bytes(layout, policy, mesh, local, plan))
         ),
     );
-    let in_slots = |count: usize, total: u64| match count < layout.units.len() {
-        true => format!("copy into {count} slots of {}", bytes(total / count as u64)),
-        false => format!("copy into a slot for each unit, {}", bytes(total)),
+    let in_slots = |slots: &Slots, total: u64| match slots.are_own() {
+        true => format!("a slot for each, {}", bytes(total)),
+        false => format!("{} slots, {}", slots.count(), bytes(total)),
     };
+    let weights_in = |total| plan.outline.weights.as_ref().map_or_else(String::new, |slots| in_slots(slots, total));
     let gathered = match (policy.sharded.parameters, policy.gather) {
         (true, Gather::Window) if local < mesh.shard => ", gathered once a step into a window on each host".to_owned(),
         (true, Gather::Window) => ", gathered by reading all shards in place: nothing is copied".to_owned(),
-        (true, Gather::Copy) => format!(", gathered by {}", in_slots(policy.slots, memory.gathered)),
+        (true, Gather::Copy) => format!(", gathered by copy into {}", weights_in(memory.gathered)),
         (false, _) if policy.sharded == Sharded::NOTHING => String::new(),
         (false, _) => ", gathered once a step".to_owned(),
     };
+    if policy.bucket > 0 {
+        let (buckets, units) = (plan.outline.buckets.len(), layout.units.len());
+        row("buckets", format!("{buckets} for {units} units: at most {} that move together", bytes(policy.bucket)));
+    }
     row("weights", format!("{} a rank in {}{gathered}", bytes(memory.weights), policy.weights));
-    let slots = match policy.sharded.gradients {
-        true => format!("in {} slots", policy.slots),
-        false => "for all of them, reduced in the last round".to_owned(),
+    let slots = match &plan.outline.gradients {
+        Some(slots) if slots.are_own() => "in a slot for each".to_owned(),
+        Some(slots) => format!("in {} slots", slots.count()),
+        None => "for all of them, reduced in the last round".to_owned(),
     };
     let shard = match memory.gradient_shard {
         0 => String::new(),
@@ -87,15 +77,27 @@ pub(crate) fn plan_table(
             }
         },
     );
-    row("checkpoints", format!("{} a rank for the copies that are written", bytes(Saver::bytes(&layout, policy))));
-    let again = match recompute {
+    let saving = needs.checkpoints;
+    let of_whom = if mesh.replicate > 1 { " of the first group" } else { "" };
+    row(
+        "checkpoints",
+        match setup.staging {
+            Staging::Copies => {
+                format!("{} a rank{of_whom} for copies: steps go on while they are written", bytes(saving))
+            }
+            Staging::Ring { .. } => {
+                format!("{} a rank{of_whom} for a ring: steps wait while a checkpoint passes through it", bytes(saving))
+            }
+        },
+    );
+    let again = match setup.recompute {
         Recompute::None => "",
         Recompute::Block => "; blocks are computed again in the backward pass",
         Recompute::Attention => "; attention is computed again in the backward pass",
     };
-    row("activations", format!("{} a rank{again}", bytes(activations)));
-    row("memory", format!("{} a rank in all", bytes(memory.total() + activations + Saver::bytes(&layout, policy))));
-    Ok(table)
+    row("activations", format!("{} a rank{again}", bytes(needs.activations)));
+    row("memory", format!("{} a rank in all", bytes(needs.total())));
+    table
 }
 
 /// What a rank holds of what, in words.

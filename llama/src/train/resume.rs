@@ -92,6 +92,7 @@ fn adopt_habits(settings: &mut TrainArgs, keeps: &impl Fn(&str) -> bool, saved: 
     if keeps("sample") {
         settings.sample = saved.sample;
     }
+    settings.save_memory = settings.save_memory.or(saved.save_memory);
     settings.on_non_finite.get_or_insert(saved.on_non_finite);
 }
 

@@ -6,10 +6,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pillion_abs::{Controller, Observation};
-use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
+use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction, available_memory};
 use pillion_kernels::{Device, LazyCpu};
 use pillion_runtime::checkpoint::Saver;
-use pillion_runtime::{Engine, Layout, Policy};
+use pillion_runtime::{Engine, Layout};
 
 use super::checkpoints;
 use super::closing::nothing_left;
@@ -23,9 +23,10 @@ use super::screen::Screen;
 use super::source::is_synthetic;
 use super::start::{Beginning, Start, begin, on_rank_zero_alone, same_settings};
 use super::timeline::Timeline;
-use super::{Ended, cores, plan_table, statistics, stopping};
+use super::{Ended, cores, measure, plan_table, statistics, stopping};
 use crate::data::{Dataset, Split, TokenFile, trigram};
-use crate::model::{Model, Recompute};
+use crate::model::Model;
+use crate::plan::{Setup, auto};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
 use crate::{Error, complain};
@@ -125,10 +126,23 @@ impl<'s> Run<'s> {
             return Ok(None);
         }
         let controller = controller(recipe, saved.as_ref())?;
+        let staging = start.habits.staging();
+        let setup = Setup::of(recipe, policy, settings.policy.recompute, staging, launch, controller.batch())?;
+        let (setup, processor) = match settings.auto {
+            true => {
+                let processor = Processor::open(settings, launch, &communicator, policy.weights)?;
+                (choose(setup, &communicator, &processor)?, Some(processor))
+            }
+            false => (setup, None),
+        };
+        let policy = setup.policy;
         if communicator.rank() == 0 {
-            print_plan(recipe, &policy, settings.policy.recompute, launch, &communicator, controller.batch())?;
+            print_plan(&setup, launch, &communicator, controller.batch());
         }
-        let processor = Processor::open(settings, launch, &communicator, policy.weights)?;
+        let processor = match processor {
+            Some(processor) => processor,
+            None => Processor::open(settings, launch, &communicator, policy.weights)?,
+        };
         let device: Arc<dyn Device> = match settings.device {
             DeviceKind::Cpu => Arc::new(processor.device.clone()),
             DeviceKind::LazyCpu => Arc::new(LazyCpu::new(recipe.seed)),
@@ -141,7 +155,7 @@ impl<'s> Run<'s> {
         if let Some(warning) = warning.filter(|_| communicator.rank() == 0) {
             complain(warning);
         }
-        let (micro_batch, recompute) = (recipe.micro_batch as usize, settings.policy.recompute);
+        let (micro_batch, recompute) = (recipe.micro_batch as usize, setup.recompute);
         let model = Model::new(&*device, &recipe.model, policy.weights, micro_batch, recipe.seq, recompute)?;
         let progress = match (&resume, saved) {
             (Some(whole), Some(saved)) => {
@@ -180,7 +194,8 @@ impl<'s> Run<'s> {
             Ok(Output { screen, metrics, mark, folder })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
-        let mut saver = Saver::new(&run_folder::checkpoints(&start.out), start.habits.keep.map(NonZero::get))?;
+        let keep = start.habits.keep.map(NonZero::get);
+        let mut saver = Saver::new(&run_folder::checkpoints(&start.out), keep, staging)?;
         saver.reserve(&engine)?;
         let begin = || Timeline::begin(&start.out, &communicator, &mut engine);
         Ok(Some(Run {
@@ -432,23 +447,25 @@ pub(super) fn controller(recipe: &Recipe, saved: Option<&checkpoints::Progress>)
     })
 }
 
-fn print_plan(
-    recipe: &Recipe,
-    policy: &Policy,
-    recompute: Recompute,
-    launch: &Launch,
-    communicator: &Communicator,
-    batch: u64,
-) -> Result<(), Error> {
+/// Chooses how parameters are moved and what is computed again, for `--auto`. Collective.
+fn choose<'s>(given: Setup<'s>, communicator: &Communicator, processor: &Processor) -> Result<Setup<'s>, Error> {
+    let machine = measure::machine(communicator, &processor.device, &given)?;
+    let available = communicator.all_gather_scalars(&[available_memory().0])?;
+    // Some is left for what no plan counts.
+    let available = available.iter().map(|rank| rank[0]).min().unwrap_or(0) / 10 * 9;
+    let auto::Choice { policy, recompute, why } = auto::choose(&given, &machine, available)?;
+    if communicator.rank() == 0 {
+        crate::print(format_args!(" auto         {why}"));
+    }
+    Ok(Setup { policy, recompute, ..given })
+}
+
+fn print_plan(setup: &Setup<'_>, launch: &Launch, communicator: &Communicator, batch: u64) {
     let between = match (communicator.backend(), communicator.hosts()) {
         (Backend::Mpi, _) => "MPI".to_owned(),
         (Backend::Hierarchical, hosts) => format!("shared memory on each of {hosts} hosts, MPI between them"),
         (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
     };
     let backend = format!("{}, {between}", launch.source);
-    let Recipe { model, seq, micro_batch, .. } = recipe;
-    let Launch { world, local_world: local, .. } = *launch;
-    let table = plan_table(model, policy, recompute, world, local, *seq, *micro_batch, batch, &backend)?;
-    crate::print(table);
-    Ok(())
+    crate::print(plan_table(setup, &setup.plan(), batch, &backend));
 }

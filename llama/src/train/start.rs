@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use pillion_collectives::{Communicator, Launch};
-use pillion_runtime::checkpoint::{self, Saver, Whole};
-use pillion_runtime::{Layout, Memory, Policy};
+use pillion_runtime::checkpoint::{self, Staging, Whole};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +14,8 @@ use super::{resume, source};
 use crate::Error;
 use crate::controller::by_flag;
 use crate::data::Dataset;
-use crate::model::{Model, Recompute};
+use crate::model::Recompute;
+use crate::plan::{Needs, Setup};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::TrainArgs;
 
@@ -121,7 +121,12 @@ impl<'s> Search<'s> {
         let (world, launch) = (self.launch.world, self.launch);
         let recipe = Recipe::new(&settings, world)?;
         let policy = recipe::policy(&settings.policy, settings.clip, world)?;
-        check_memory(&recipe, &policy, settings.policy.recompute, launch)?;
+        let staging = Habits::of(&settings).staging();
+        // With --auto only settings that fit are chosen, later.
+        if !settings.auto {
+            let recompute = settings.policy.recompute;
+            check_memory(&Setup::of(&recipe, policy, recompute, staging, launch, recipe.controller.base)?)?;
+        }
         let changes = match &saved {
             Some((path, saved)) => resume::changes(path, saved, &recipe, &settings)?,
             None => Vec::new(),
@@ -194,25 +199,21 @@ pub(super) fn same_settings(settings: &TrainArgs, communicator: &Communicator) -
 }
 
 /// Whether this host has the memory that its ranks will come to use; found out late, it would be the kernel that ends them.
-fn check_memory(recipe: &Recipe, policy: &Policy, recompute: Recompute, launch: &Launch) -> Result<(), Error> {
-    let Launch { world, local_world: local, .. } = *launch;
-    let mesh = policy.mesh(world)?;
-    let layout = Layout::new(&recipe.model.units(), mesh.shard);
-    let state = Memory::of(&layout, policy, mesh).on_hosts_of(local, &layout, policy, mesh).total();
-    let Recipe { model, micro_batch, seq, .. } = recipe;
-    let activations = Model::activation_bytes(model, policy.weights, *micro_batch as usize, *seq, recompute);
-    // The first group saves; on the fullest host all ranks are of that.
-    let copies = Saver::bytes(&layout, policy).saturating_mul(local.min(mesh.shard) as u64);
-    let needed = (state + activations).saturating_mul(local as u64).saturating_add(copies);
+fn check_memory(setup: &Setup<'_>) -> Result<(), Error> {
+    let local = setup.local;
+    let Needs { memory, checkpoints, activations } = setup.needs();
+    let saving = setup.host_bytes(0, checkpoints);
+    let needed = setup.host_bytes(memory.total().saturating_add(activations), checkpoints);
     let (available, limit) = pillion_collectives::available_memory();
     if needed <= available {
         return Ok(());
     }
-    let fewer = if recompute == Recompute::Block { "" } else { "--recompute block, or " };
+    let fewer = if setup.recompute == Recompute::Block { "" } else { "--recompute block, or " };
+    let ring = if setup.staging == Staging::Copies { ", or --save-memory 4MiB instead of copies" } else { "" };
     Err(Error::Setting(format!(
-        "the {local} ranks of a host need {} of memory, {} of it for checkpoints, but {limit} allows {} more: choose {fewer}a smaller --model, --micro-batch or --seq",
+        "the {local} ranks of a host need {} of memory, {} of it for checkpoints, but {limit} allows {} more: choose {fewer}a smaller --model, --micro-batch or --seq{ring}",
         bytes(needed),
-        bytes(copies),
+        bytes(saving),
         bytes(available)
     )))
 }

@@ -19,6 +19,8 @@ mod manifest;
 mod save;
 mod saver;
 mod shard;
+mod staging;
+mod writer;
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -30,6 +32,7 @@ pub use load::{Tensors, Whole};
 pub use manifest::{FileEntry, Manifest};
 pub use save::{is_ours, remove_left, save, set_later_aside};
 pub use saver::{Saved, Saver};
+pub use staging::Staging;
 
 use crate::{Error, Policy};
 

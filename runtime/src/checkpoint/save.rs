@@ -10,15 +10,16 @@ use pillion_collectives::limits::explain;
 use serde_json::Value;
 
 use super::manifest::{self, Manifest};
-use super::{Candidate, Saver, candidates};
+use super::{Candidate, Saver, Staging, candidates};
 use crate::{Engine, Error};
 
-/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. See [`Saver`], which does not.
+/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. See [`Saver`], which does not. The state passes
+/// through [`Staging::SMALL_RING`].
 ///
 /// # Errors
 /// As for [`Saver::begin`].
 pub fn save(engine: &Engine, dir: &Path, step: u64, extra: &Value) -> Result<PathBuf, Error> {
-    let mut saver = Saver::new(dir, None)?;
+    let mut saver = Saver::new(dir, None, Staging::SMALL_RING)?;
     saver.begin(engine, step, extra)?;
     let saved = saver.wait(engine)?;
     Ok(saved.expect("a save that was begun ends").path)

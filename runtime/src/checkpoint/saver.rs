@@ -1,7 +1,9 @@
-//! Saving in the background. The training loop pays for a copy of the state; a thread of each rank writes it.
+//! Saving in the background. The training loop pays for a copy of the state, or passes it through a
+//! ring ([`Staging`]); a thread of each rank writes it.
 //!
 //! ```text
-//! begin      rank 0 makes the folder; every rank copies its state, and its thread writes a file of it     (collective)
+//! begin      rank 0 makes the folder; every rank copies its state, and its thread writes a file of it, or sends
+//!            it to its thread through a ring                                                          (collective)
 //! request    goes into a later step's requests: 1 once this rank's thread has done its part
 //! observe    with the sum of that: when all files are written, rank 0's thread adds the manifest and gives the folder its name;
 //!            when that is done too, the checkpoint is complete                                            (collective)
@@ -10,39 +12,31 @@
 //! The sum is the same on every rank, so all take the same way. A part that fails on any rank fails the save on all, and leaves training as it was.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::thread::JoinHandle;
+use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
-use pillion_collectives::limits::explain_thread;
 use serde_json::Value;
 
 use super::agree;
 use super::manifest::{self, FileEntry, Manifest};
-use super::save::{Folders, check_shared, prepare, prune, publish, remove};
+use super::save::{Folders, check_shared, prepare, remove};
 use super::shard::{self, Digest};
+use super::staging::{Cursor, Inlet, Staged, Staging, elements, ring};
+use super::writer::{Done, Job, Writer};
 use crate::{Engine, Error, Layout, Policy, State};
-
-/// The nice value of threads that write.
-const LEAST_PRIORITY: i32 = 19;
 
 /// Saves an engine's checkpoints, one at a time.
 pub struct Saver {
     dir: PathBuf,
     keep: Option<usize>,
+    staging: Staging,
     save: Option<Save>,
-    /// Copies of the state of each unit, kept for the next save.
-    copies: Vec<State>,
+    /// What the thread is given for the next save. None before the first save, while the thread has
+    /// it, and when a thread that panicked has not given it back.
+    staged: Option<Staged>,
+    /// The other end of the ring. Dropped before the writer, whose thread may be waiting for it.
+    inlet: Option<Inlet>,
     writer: Writer,
-}
-
-/// The thread that writes, and the ways to and from it.
-struct Writer {
-    jobs: Option<Sender<Job>>,
-    results: Receiver<Done>,
-    thread: Option<JoinHandle<()>>,
-    /// Whether it has panicked, and another must be started.
-    dead: bool,
 }
 
 /// A checkpoint that is complete.
@@ -73,51 +67,57 @@ struct Save {
     manifest: Manifest,
 }
 
-enum Job {
-    Write { path: PathBuf, layout: Layout, states: &'static [&'static str], copies: Vec<State> },
-    Publish { folders: Folders, manifest: Box<Manifest>, keep: Option<usize> },
-}
-
-/// What a thread has done, with the copies that it was given.
-enum Done {
-    Written(Result<Digest, Error>, Vec<State>),
-    Published(Result<Vec<Error>, Error>),
-    /// This rank had no part in it.
-    Nothing,
-}
-
 impl Saver {
     /// Saves into `dir`, which every rank sees, and which is made where it is missing. With `keep`,
-    /// older checkpoints than the newest that many are removed whenever one is complete.
+    /// older checkpoints than the newest that many are removed whenever one is complete. `staging`
+    /// is the same on every rank.
     ///
     /// # Errors
     /// When no thread can be started.
     ///
     /// # Panics
-    /// When none is to be kept.
-    pub fn new(dir: &Path, keep: Option<usize>) -> Result<Saver, Error> {
+    /// When none is to be kept, or a ring is smaller than [`Staging::LEAST_RING`].
+    pub fn new(dir: &Path, keep: Option<usize>, staging: Staging) -> Result<Saver, Error> {
         assert!(keep != Some(0), "at least the newest checkpoint is kept");
-        Ok(Saver { dir: dir.to_owned(), keep, save: None, copies: Vec::new(), writer: Writer::start(dir)? })
+        if let Staging::Ring { bytes } = staging {
+            assert!(bytes >= Staging::LEAST_RING, "a ring of {bytes} bytes has no room for two elements");
+        }
+        let writer = Writer::start(dir, staging)?;
+        Ok(Saver { dir: dir.to_owned(), keep, staging, save: None, staged: None, inlet: None, writer })
     }
 
-    /// Bytes of the copies of a rank that writes, kept from [`Saver::reserve`] or its first save on.
-    pub fn bytes(layout: &Layout, policy: &Policy) -> u64 {
-        ((1 + policy.states.len()) * size_of::<f32>() * layout.shard_len()) as u64
+    /// Bytes that a rank that writes needs for its saver, kept from [`Saver::reserve`] or its first save on. Only the
+    /// ranks of the first group write.
+    pub fn bytes(layout: &Layout, policy: &Policy, staging: Staging) -> u64 {
+        staging.bytes(elements(layout, policy))
     }
 
-    /// Makes the memory for the copies of this engine's state now. Otherwise the first save does, which then holds the caller up for longer than later ones.
+    /// Makes the memory for this engine's state now. Otherwise the first save does, which then holds the caller up for longer than later ones.
     ///
     /// # Errors
     /// When the engine's parameters are invalid.
     pub fn reserve(&mut self, engine: &Engine) -> Result<(), Error> {
-        self.copy(engine)
+        self.stage(engine)
     }
 
-    /// Copies what this rank writes.
-    fn copy(&mut self, engine: &Engine) -> Result<(), Error> {
-        let units = if writes(engine) { engine.layout().units.len() } else { 0 };
-        self.copies.resize_with(units, State::default);
-        self.copies.iter_mut().enumerate().try_for_each(|(unit, copy)| engine.read_state(unit, copy))
+    /// Copies what this rank writes, or makes the ring that it will pass through.
+    fn stage(&mut self, engine: &Engine) -> Result<(), Error> {
+        if !writes(engine) {
+            return Ok(());
+        }
+        engine.check_state()?;
+        let layout = engine.layout();
+        let staged = self.staged.get_or_insert_with(|| match self.staging {
+            Staging::Copies => Staged::Copies(Vec::new()),
+            Staging::Ring { bytes } => {
+                let (inlet, outlet) = ring(bytes, elements(layout, engine.policy()));
+                self.inlet = Some(inlet);
+                Staged::Ring(outlet)
+            }
+        });
+        let Staged::Copies(copies) = staged else { return Ok(()) };
+        copies.resize_with(layout.units.len(), State::default);
+        copies.iter_mut().enumerate().try_for_each(|(unit, copy)| engine.read_state(unit, copy))
     }
 
     /// Whether a save is under way.
@@ -130,7 +130,8 @@ impl Saver {
     ///
     /// # Errors
     /// [`Error::File`] when any rank could not do its part: on that rank what went wrong, on the others which rank it was. Then nothing is saved,
-    /// and training can go on. Also when another rank is lost, or the engine's parameters are invalid.
+    /// and training can go on. Also when another rank is lost, or the engine's parameters are invalid. What a thread cannot write is an error
+    /// of [`Saver::observe`] and [`Saver::wait`], also with a ring.
     ///
     /// # Panics
     /// When a save is under way: [`Saver::wait`] first.
@@ -139,26 +140,33 @@ impl Saver {
         let began = Instant::now();
         let communicator = engine.communicator();
         let folders = Folders::new(&self.dir, step);
-        let restarted =
-            if self.writer.dead { Writer::start(&self.dir).map(|writer| self.writer = writer) } else { Ok(()) };
+        let restarted = if self.writer.dead {
+            Writer::start(&self.dir, self.staging).map(|writer| self.writer = writer)
+        } else {
+            Ok(())
+        };
         let token = if communicator.rank() == 0 { prepare(&folders) } else { Ok(0) };
         let token = agree(communicator, &self.dir, token)?;
         let token = communicator.all_gather_scalars(&[token])?[0][0];
         let layout = engine.layout();
-        let copied = restarted
+        let staged = restarted
             .and_then(|()| check_shared(&folders, token))
             .and_then(|()| shard::check_names(layout, &self.dir))
-            .and_then(|()| self.copy(engine));
-        if let Err(error) = agree(communicator, &self.dir, copied) {
+            .and_then(|()| self.stage(engine));
+        if let Err(error) = agree(communicator, &self.dir, staged) {
             self.tidy(engine, &folders);
             return Err(error);
         }
         let mut done = Some(Done::Nothing);
         if writes(engine) {
             let path = folders.incomplete.join(shard::name(engine.shard_number(), layout.shards));
-            let copies = std::mem::take(&mut self.copies);
+            let staged = self.staged.take().expect("it has just been staged");
             let states = engine.policy().states;
-            self.writer.give(Job::Write { path, layout: layout.clone(), states, copies });
+            self.writer.give(Job::Write { path, layout: layout.clone(), states, staged });
+            if let Some(inlet) = &self.inlet {
+                let mut state = Cursor::new(engine);
+                inlet.send(|piece| state.fill(piece));
+            }
             done = None;
         }
         let manifest = Manifest {
@@ -175,7 +183,13 @@ impl Saver {
             files: Vec::new(),
             extra: extra.clone(),
         };
-        self.save = Some(Save { publishing: false, done, folders, step, began, held: began.elapsed(), manifest });
+        let save =
+            self.save.insert(Save { publishing: false, done, folders, step, began, held: Duration::ZERO, manifest });
+        if self.staging != Staging::Copies {
+            // Another rank's disk may take longer than the operations of a step should wait.
+            communicator.patient_barrier()?;
+        }
+        save.held = began.elapsed();
         Ok(())
     }
 
@@ -230,7 +244,7 @@ impl Saver {
         let communicator = engine.communicator();
         let (mut mine, mut not_removed) = (Ok(Digest::default()), Vec::new());
         match save.done.take() {
-            Some(Done::Written(result, copies)) => (mine, self.copies) = (result, copies),
+            Some(Done::Written(result, staged)) => (mine, self.staged) = (result, Some(staged)),
             Some(Done::Published(Ok(left))) => not_removed = left,
             Some(Done::Published(Err(error))) => mine = Err(error),
             Some(Done::Nothing) | None => {}
@@ -271,63 +285,6 @@ fn writes(engine: &Engine) -> bool {
     engine.replica() == 0
 }
 
-impl Writer {
-    fn start(dir: &Path) -> Result<Writer, Error> {
-        let (jobs, inbox) = channel::<Job>();
-        let (outbox, results) = channel();
-        let work = move || {
-            // Of a processor that computes, it takes what is left over. Where that is forbidden, it takes its share.
-            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), LEAST_PRIORITY);
-            // Ends when either end of a channel is dropped.
-            for job in inbox {
-                if outbox.send(job.run()).is_err() {
-                    break;
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("pillion-checkpoint".to_owned()).spawn(work);
-        let thread = thread.map_err(|error| {
-            Error::file(dir, format!("no thread to write it can be started: {}", explain_thread(&error)))
-        })?;
-        Ok(Writer { jobs: Some(jobs), results, thread: Some(thread), dead: false })
-    }
-
-    /// Stands for the answer of the thread that has panicked, which has been printed.
-    fn died(&mut self, dir: &Path) -> Done {
-        self.dead = true;
-        Done::Published(Err(Error::file(dir, "the thread that writes it panicked")))
-    }
-
-    fn give(&self, job: Job) {
-        // That the thread has died, its missing answer says.
-        let _ = self.jobs.as_ref().expect("there until it is dropped").send(job);
-    }
-}
-
-impl Job {
-    fn run(self) -> Done {
-        match self {
-            Job::Write { path, layout, states, copies } => {
-                Done::Written(shard::write(&path, &layout, states, &copies), copies)
-            }
-            Job::Publish { folders, manifest, keep } => {
-                let pruned = |()| keep.map_or(Vec::new(), |keep| prune(&folders.dir, manifest.step, keep));
-                Done::Published(publish(&folders, &manifest).map(pruned))
-            }
-        }
-    }
-}
-
-impl Drop for Writer {
-    /// Waits for the thread; what was not complete stays incomplete.
-    fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -335,46 +292,133 @@ mod tests {
     use pillion_collectives::{Communicator, Launch, Options};
     use pillion_kernels::Cpu;
 
+    use super::super::staging::for_each_buffer;
     use super::*;
     use crate::{Policy, TensorSpec, UnitSpec};
 
-    /// What a save holds the caller up for must not grow by making memory: what was reserved serves
-    /// every save, also after one that failed.
-    #[test]
-    fn the_copies_that_were_reserved_serve_every_save() {
-        let dir = tempfile::tempdir().unwrap();
+    /// 4000 elements of three parts: a ring of so many bytes has two buffers, which pass 24 pieces.
+    const STAGINGS: [Staging; 2] = [Staging::Copies, Staging::Ring { bytes: 4096 }];
+
+    fn engine(launch: &Launch, timeout: Duration) -> Engine {
         let unit = |name: &str, len| {
             let tensor = TensorSpec { name: format!("{name}.x"), shape: vec![len], decay: false, frozen: false };
             UnitSpec { name: name.to_owned(), tensors: vec![tensor] }
         };
-        let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default()).unwrap());
-        let layout = Layout::new(&[unit("a", 1000), unit("b", 3000)], 1);
+        let options = Options { timeout, ..Options::default() };
+        let communicator = Arc::new(Communicator::connect(launch, options).unwrap());
+        let layout = Layout::new(&[unit("a", 1000), unit("b", 3000)], launch.world);
         let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, Policy::default()).unwrap();
         engine.initialize(|_, _| |index: usize| index as f32).unwrap();
-        let mut saver = Saver::new(&dir.path().join("saves"), None).unwrap();
-        saver.reserve(&engine).unwrap();
-        // New memory could lie where the old one was freed, but it would not have this much room.
-        for copy in &mut saver.copies {
-            [&mut copy.master].into_iter().chain(&mut copy.states).for_each(|part| part.reserve_exact(777));
-        }
-        let places = |saver: &Saver| -> Vec<_> {
-            let of_part = |part: &Vec<f32>| (part.as_ptr(), part.capacity());
-            let of_unit =
-                |copy: &State| -> Vec<_> { [&copy.master].into_iter().chain(&copy.states).map(of_part).collect() };
-            saver.copies.iter().flat_map(of_unit).collect()
-        };
-        let reserved = places(&saver);
-        assert_eq!(reserved.len(), 2 * (1 + Policy::default().states.len()));
-        for step in 1..=3 {
-            // A file where the second save's folder should be.
-            let blocked = dir.path().join("saves/step-00000002.incomplete");
-            if step == 2 {
-                std::fs::write(&blocked, "x").unwrap();
+        engine
+    }
+
+    /// Shows all memory that is staged.
+    fn for_each_part(saver: &mut Saver, mut see: impl FnMut(&mut Vec<f32>)) {
+        match (saver.staged.as_mut().expect("no save is under way"), &saver.inlet) {
+            (Staged::Copies(copies), _) => {
+                copies
+                    .iter_mut()
+                    .for_each(|copy| [&mut copy.master].into_iter().chain(&mut copy.states).for_each(&mut see));
             }
-            let begun = saver.begin(&engine, step, &Value::Null);
-            assert_eq!(begun.is_err(), step == 2, "{begun:?}");
-            assert_eq!(saver.wait(&engine).unwrap().map(|saved| saved.step), (step != 2).then_some(step));
-            assert_eq!(places(&saver), reserved, "after step {step}");
+            (Staged::Ring(outlet), Some(inlet)) => for_each_buffer(inlet, outlet, see),
+            (Staged::Ring(_), None) => panic!("a ring has two ends"),
         }
+    }
+
+    /// What a save holds the caller up for must not grow by making memory: what was reserved serves
+    /// every save, also after one that failed.
+    #[test]
+    fn what_was_reserved_serves_every_save() {
+        for (staging, parts) in STAGINGS.into_iter().zip([2 * (1 + Policy::default().states.len()), 2]) {
+            let dir = tempfile::tempdir().unwrap();
+            let engine = engine(&Launch::single(), Duration::from_secs(60));
+            let mut saver = Saver::new(&dir.path().join("saves"), None, staging).unwrap();
+            saver.reserve(&engine).unwrap();
+            let mut bytes = 0;
+            for_each_part(&mut saver, |part| {
+                bytes += (size_of::<f32>() * part.capacity()) as u64;
+                // New memory could lie where the old one was freed, but it would not have this much room.
+                part.reserve_exact(777);
+            });
+            assert_eq!(bytes, Saver::bytes(engine.layout(), engine.policy(), staging));
+            let places = |saver: &mut Saver| {
+                let mut places = Vec::new();
+                for_each_part(saver, |part| places.push((part.as_ptr() as usize, part.capacity())));
+                places
+            };
+            let reserved = places(&mut saver);
+            assert_eq!(reserved.len(), parts);
+            for step in 1..=3 {
+                // A file where the second save's folder should be.
+                let blocked = dir.path().join("saves/step-00000002.incomplete");
+                if step == 2 {
+                    std::fs::write(&blocked, "x").unwrap();
+                }
+                let begun = saver.begin(&engine, step, &Value::Null);
+                assert_eq!(begun.is_err(), step == 2, "{begun:?}");
+                assert_eq!(saver.wait(&engine).unwrap().map(|saved| saved.step), (step != 2).then_some(step));
+                assert_eq!(places(&mut saver), reserved, "after step {step}");
+            }
+        }
+    }
+
+    /// Takes the first pieces out of the ring that comes with a job, or nothing where it is copies.
+    fn take_three(job: &Job) {
+        if let Job::Write { staged: Staged::Ring(outlet), .. } = job {
+            outlet.take(3);
+        }
+    }
+
+    #[test]
+    fn a_thread_that_panics_fails_its_save_and_no_other() {
+        for staging in STAGINGS {
+            let dir = tempfile::tempdir().unwrap();
+            let engine = engine(&Launch::single(), Duration::from_secs(60));
+            let mut saver = Saver::new(dir.path(), None, staging).unwrap();
+            saver.writer = Writer::with(dir.path(), |inbox, _outbox| {
+                take_three(&inbox.recv().expect("a job"));
+                panic!("as a test asks it to");
+            })
+            .unwrap();
+            saver.begin(&engine, 1, &Value::Null).unwrap();
+            let error = saver.wait(&engine).unwrap_err();
+            assert!(error.to_string().contains("the thread that writes it panicked"), "{error}");
+            saver.begin(&engine, 2, &Value::Null).unwrap();
+            saver.wait(&engine).unwrap().expect("it was under way");
+            let names: Vec<_> =
+                std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            assert_eq!(names, ["step-00000002"]);
+        }
+    }
+
+    /// Rank 1's disk holds its ring up for longer than an operation waits for another rank.
+    #[test]
+    fn ranks_wait_for_a_slow_disk_of_another_without_a_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let timeout = Duration::from_secs(2);
+        let program = |launch: Launch| {
+            let engine = engine(&launch, timeout);
+            let mut saver = Saver::new(dir.path(), None, STAGINGS[1]).unwrap();
+            if launch.rank == 1 {
+                saver.writer = Writer::with(dir.path(), move |inbox, outbox| {
+                    for job in inbox {
+                        take_three(&job);
+                        std::thread::sleep(2 * timeout);
+                        let _ = outbox.send(job.run());
+                    }
+                })
+                .unwrap();
+            }
+            saver.begin(&engine, 1, &Value::Null).unwrap();
+            engine.communicator().barrier().expect("no rank is late");
+            // Three pieces are lost, so the file is not what it should be; what matters is that it ends.
+            saver.wait(&engine).unwrap().expect("it was under way").held
+        };
+        let held: Vec<Duration> = std::thread::scope(|scope| {
+            let ranks: Vec<_> = Launch::threads(2).into_iter().map(|launch| scope.spawn(|| program(launch))).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        // The second buffer comes back only after the sleep.
+        assert!(held.iter().all(|&held| held >= 2 * timeout), "{held:?}");
     }
 }

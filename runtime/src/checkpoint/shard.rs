@@ -14,6 +14,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::USE_ANOTHER;
 use super::manifest::hex;
+use super::staging::{Outlet, PIECE, Staged};
 use crate::{Error, Layout, State};
 
 const _: () =
@@ -25,9 +26,6 @@ fn parts(states: &[impl AsRef<str>]) -> impl Iterator<Item = &str> {
 }
 
 pub(super) const MASTER: &str = "master";
-
-/// Bytes that are written at a time.
-const PIECE: usize = 256 << 10;
 
 /// What a manifest keeps of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,25 +45,67 @@ pub(super) fn name(rank: usize, world: usize) -> String {
     format!("rank-{rank:05}-of-{world:05}.safetensors")
 }
 
-/// Writes a new file, to the disk, of the states of each unit.
-pub(super) fn write(path: &Path, layout: &Layout, names: &[&str], states: &[State]) -> Result<Digest, Error> {
-    let failed = |error: std::io::Error| Error::file(path, format!("cannot be written: {}", explain(&error)));
-    let mut file = File::create_new(path).map_err(failed)?;
-    let (mut hash, mut bytes) = (Xxh3::new(), 0);
-    let mut put = |data: &[u8]| {
-        hash.update(data);
-        bytes += data.len() as u64;
-        file.write_all(data).map_err(failed)
-    };
-    put(&header(layout, names))?;
-    for State { master, states } in states {
-        for part in [master].into_iter().chain(states) {
-            // In pieces, so that what is hashed is still in the cache when it is written.
-            bytemuck::cast_slice(part).chunks(PIECE).try_for_each(&mut put)?;
+/// Writes a new file, to the disk, of what is staged.
+pub(super) fn write(path: &Path, layout: &Layout, names: &[&str], staged: &Staged) -> Result<Digest, Error> {
+    let file = NewFile::create(path, layout, names);
+    match staged {
+        Staged::Copies(units) => {
+            let mut file = file?;
+            for State { master, states } in units {
+                for part in [master].into_iter().chain(states) {
+                    part.chunks(PIECE).try_for_each(|piece| file.put(bytemuck::cast_slice(piece)))?;
+                }
+            }
+            file.finish()
         }
+        Staged::Ring(outlet) => file_of(file, outlet),
     }
-    file.sync_all().map_err(failed)?;
-    Ok(Digest { bytes, checksum: hash.digest128() })
+}
+
+/// Writes what comes out of a ring. All of it is taken also where it cannot be written.
+fn file_of(mut file: Result<NewFile<'_>, Error>, outlet: &Outlet) -> Result<Digest, Error> {
+    let sent = outlet.receive(|piece| {
+        if let Ok(open) = &mut file
+            && let Err(error) = open.put(bytemuck::cast_slice(piece))
+        {
+            file = Err(error);
+        }
+    });
+    let file = file?;
+    sent?;
+    file.finish()
+}
+
+/// A file that is being written.
+struct NewFile<'p> {
+    path: &'p Path,
+    file: File,
+    hash: Xxh3,
+    bytes: u64,
+}
+
+impl<'p> NewFile<'p> {
+    fn create(path: &'p Path, layout: &Layout, names: &[&str]) -> Result<NewFile<'p>, Error> {
+        let file = File::create_new(path).map_err(|error| NewFile::failed(path, &error))?;
+        let mut new = NewFile { path, file, hash: Xxh3::new(), bytes: 0 };
+        new.put(&header(layout, names))?;
+        Ok(new)
+    }
+
+    fn put(&mut self, data: &[u8]) -> Result<(), Error> {
+        self.hash.update(data);
+        self.bytes += data.len() as u64;
+        self.file.write_all(data).map_err(|error| NewFile::failed(self.path, &error))
+    }
+
+    fn finish(self) -> Result<Digest, Error> {
+        self.file.sync_all().map_err(|error| NewFile::failed(self.path, &error))?;
+        Ok(Digest { bytes: self.bytes, checksum: self.hash.digest128() })
+    }
+
+    fn failed(path: &Path, error: &std::io::Error) -> Error {
+        Error::file(path, format!("cannot be written: {}", explain(error)))
+    }
 }
 
 /// Size and checksum of the file as it is.
@@ -176,4 +216,37 @@ fn header(layout: &Layout, states: &[&str]) -> Vec<u8> {
 
 fn unreadable(path: &Path, error: std::io::Error) -> Error {
     Error::file(path, format!("cannot be read: {error}; {USE_ANOTHER}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::staging::ring;
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_written_is_taken_from_the_ring_and_the_error_is_told() {
+        let (full, missing) = (Path::new("/dev/full"), Path::new("/nowhere/at/all"));
+        let on_a_full_disk = || {
+            let file = File::options().write(true).open(full).expect("Linux has /dev/full");
+            Ok(NewFile { path: full, file, hash: Xxh3::new(), bytes: 0 })
+        };
+        let refused =
+            File::create_new(missing).map(|_| unreachable!()).map_err(|error| NewFile::failed(missing, &error));
+        let (inlet, mut outlet) = ring(64, 1000);
+        for (file, path) in [(on_a_full_disk(), full), (refused, missing), (on_a_full_disk(), full)] {
+            let mut sent = 0;
+            let outlet = &mut outlet;
+            let result = std::thread::scope(|scope| {
+                let writing = scope.spawn(move || file_of(file, outlet));
+                inlet.send(|out| {
+                    let count = out.len().min(1000 - sent);
+                    sent += count;
+                    Ok(count)
+                });
+                writing.join().unwrap()
+            });
+            assert_eq!(sent, 1000, "the rank does not wait for a buffer that never comes");
+            assert!(matches!(result, Err(Error::File { path: named, .. }) if named == path));
+        }
+    }
 }

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use pillion_kernels::{Cpu, Device, LazyCpu};
-use pillion_runtime::checkpoint::{self, Saved, Saver};
+use pillion_runtime::checkpoint::{self, Saved, Saver, Staging};
 use pillion_runtime::{Engine, Error, Policy, Sharded, State};
 use serde_json::json;
 
-use super::{engines, fill, names, newest, on_cpu, train, train_asking, uneven};
+use super::{STAGINGS, engines, fill, names, newest, on_cpu, train, train_asking, uneven};
 
 fn states(engine: &Engine) -> Vec<State> {
     (0..engine.layout().units.len()).map(|unit| engine.state(unit).unwrap()).collect()
@@ -38,11 +38,12 @@ fn what_is_saved_is_the_state_at_the_beginning_although_training_goes_on() {
         (2, 1, Sharded::NOTHING),
         (2, 1, Sharded::OPTIMIZER),
     ] {
-        for device in [Arc::new(Cpu) as Arc<dyn Device>, Arc::new(LazyCpu::new(2))] {
+        let devices = [Arc::new(Cpu) as Arc<dyn Device>, Arc::new(LazyCpu::new(2))];
+        for (device, staging) in devices.iter().flat_map(|device| STAGINGS.map(|staging| (device.clone(), staging))) {
             let dir = tempfile::tempdir().unwrap();
             let policy = Policy { replicas, sharded, ..Policy::default() };
             engines(world, &uneven(), policy, device, |mut engine| {
-                let mut saver = Saver::new(dir.path(), None).unwrap();
+                let mut saver = Saver::new(dir.path(), None, staging).unwrap();
                 fill(&mut engine, 0);
                 engine.initialize(|_, _| |index: usize| index as f32).unwrap();
                 train(&mut engine);
@@ -69,34 +70,36 @@ fn what_is_saved_is_the_state_at_the_beginning_although_training_goes_on() {
 
 #[test]
 fn a_save_that_fails_on_one_rank_fails_on_all_and_training_goes_on() {
-    let dir = tempfile::tempdir().unwrap();
-    on_cpu(3, &uneven(), |mut engine| {
-        let mut saver = Saver::new(dir.path(), None).unwrap();
-        engine.initialize(|_, _| |index: usize| index as f32).unwrap();
-        saver.begin(&engine, 1, &json!(null)).unwrap();
-        // Whether its file is there by then or not, the folder cannot get its name any more.
-        engine.communicator().barrier().unwrap();
-        if engine.communicator().rank() == 0 {
-            let _ = fs::remove_dir_all(dir.path().join("step-00000001.incomplete"));
-        }
-        let (saved, _) = train_until_saved(&mut engine, &mut saver);
-        let error = saved.unwrap_err();
-        assert!(matches!(error, Error::File { .. }), "{error}");
-        assert!(!saver.is_busy());
-        train(&mut engine);
-        engine.communicator().barrier().unwrap();
-        assert_eq!(names(dir.path()), [""; 0]);
-        engine.communicator().barrier().unwrap();
-        saver.begin(&engine, 2, &json!(null)).unwrap();
-        assert_eq!(train_until_saved(&mut engine, &mut saver).0.unwrap().path, dir.path().join("step-00000002"));
-    });
+    for staging in STAGINGS {
+        let dir = tempfile::tempdir().unwrap();
+        on_cpu(3, &uneven(), |mut engine| {
+            let mut saver = Saver::new(dir.path(), None, staging).unwrap();
+            engine.initialize(|_, _| |index: usize| index as f32).unwrap();
+            saver.begin(&engine, 1, &json!(null)).unwrap();
+            // Whether its file is there by then or not, the folder cannot get its name any more.
+            engine.communicator().barrier().unwrap();
+            if engine.communicator().rank() == 0 {
+                let _ = fs::remove_dir_all(dir.path().join("step-00000001.incomplete"));
+            }
+            let (saved, _) = train_until_saved(&mut engine, &mut saver);
+            let error = saved.unwrap_err();
+            assert!(matches!(error, Error::File { .. }), "{error}");
+            assert!(!saver.is_busy());
+            train(&mut engine);
+            engine.communicator().barrier().unwrap();
+            assert_eq!(names(dir.path()), [""; 0]);
+            engine.communicator().barrier().unwrap();
+            saver.begin(&engine, 2, &json!(null)).unwrap();
+            assert_eq!(train_until_saved(&mut engine, &mut saver).0.unwrap().path, dir.path().join("step-00000002"));
+        });
+    }
 }
 
 #[test]
 fn older_checkpoints_are_removed_once_a_newer_one_is_whole() {
     let dir = tempfile::tempdir().unwrap();
     on_cpu(2, &uneven(), |mut engine| {
-        let mut saver = Saver::new(dir.path(), Some(2)).unwrap();
+        let mut saver = Saver::new(dir.path(), Some(2), Staging::Copies).unwrap();
         for step in 1..=4 {
             fill(&mut engine, step);
             saver.begin(&engine, step, &json!(null)).unwrap();
@@ -112,7 +115,7 @@ fn older_checkpoints_are_removed_once_a_newer_one_is_whole() {
     // One that is damaged is none of those that are kept, but what lies behind it goes.
     fs::write(dir.path().join("step-00000004/manifest.json"), "{}").unwrap();
     on_cpu(2, &uneven(), |mut engine| {
-        let mut saver = Saver::new(dir.path(), Some(1)).unwrap();
+        let mut saver = Saver::new(dir.path(), Some(1), Staging::Copies).unwrap();
         fill(&mut engine, 5);
         saver.begin(&engine, 5, &json!(null)).unwrap();
         saver.wait(&engine).unwrap();
@@ -125,7 +128,7 @@ fn what_was_just_saved_stays_although_later_checkpoints_lie_there() {
     let dir = tempfile::tempdir().unwrap();
     let save = |step, keep| {
         on_cpu(2, &uneven(), |mut engine| {
-            let mut saver = Saver::new(dir.path(), keep).unwrap();
+            let mut saver = Saver::new(dir.path(), keep, Staging::Copies).unwrap();
             fill(&mut engine, step);
             saver.begin(&engine, step, &json!(null)).unwrap();
             saver.wait(&engine).unwrap();
@@ -198,13 +201,43 @@ fn newest_step(dir: &std::path::Path) -> u64 {
 
 #[test]
 fn a_saver_that_is_dropped_leaves_what_was_there() {
-    let dir = tempfile::tempdir().unwrap();
-    on_cpu(2, &uneven(), |mut engine| {
-        let mut saver = Saver::new(dir.path(), None).unwrap();
-        fill(&mut engine, 1);
-        saver.begin(&engine, 1, &json!(null)).unwrap();
-        saver.wait(&engine).unwrap();
-        saver.begin(&engine, 2, &json!(null)).unwrap();
-    });
-    assert_eq!(newest_step(dir.path()), 1);
+    for staging in STAGINGS {
+        let dir = tempfile::tempdir().unwrap();
+        on_cpu(2, &uneven(), |mut engine| {
+            let mut saver = Saver::new(dir.path(), None, staging).unwrap();
+            fill(&mut engine, 1);
+            saver.begin(&engine, 1, &json!(null)).unwrap();
+            saver.wait(&engine).unwrap();
+            saver.begin(&engine, 2, &json!(null)).unwrap();
+        });
+        assert_eq!(newest_step(dir.path()), 1);
+    }
+}
+
+/// A file does not show how it was staged.
+#[test]
+fn files_are_the_same_bytes_however_they_were_staged() {
+    let rings = [Staging::LEAST_RING, 100, 1 << 20].map(|bytes| Staging::Ring { bytes });
+    for (world, replicas, sharded) in
+        [(1, 1, Sharded::EVERYTHING), (3, 1, Sharded::EVERYTHING), (4, 2, Sharded::OPTIMIZER)]
+    {
+        let policy = Policy { replicas, sharded, ..Policy::default() };
+        let save = |staging| {
+            let dir = tempfile::tempdir().unwrap();
+            engines(world, &uneven(), policy, Arc::new(Cpu), |mut engine| {
+                fill(&mut engine, 3);
+                let mut saver = Saver::new(dir.path(), None, staging).unwrap();
+                saver.begin(&engine, 3, &json!({ "samples": 3 })).unwrap();
+                saver.wait(&engine).unwrap();
+            });
+            let folder = dir.path().join("step-00000003");
+            let read = |name: String| (fs::read(folder.join(&name)).unwrap(), name);
+            names(&folder).into_iter().map(read).collect::<Vec<_>>()
+        };
+        let copies = save(Staging::Copies);
+        assert_eq!(copies.len(), 1 + world / replicas);
+        for ring in rings {
+            assert!(save(ring) == copies, "{ring:?} of {world} ranks");
+        }
+    }
 }

@@ -11,9 +11,12 @@ use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, Device, random};
-use pillion_runtime::checkpoint::{self, Checkpoint};
+use pillion_runtime::checkpoint::{self, Checkpoint, Staging};
 use pillion_runtime::{Engine, Error, Layout, Policy, State, TensorSpec, UnitSpec};
 use serde_json::json;
+
+/// Copies, and a ring so small that the smallest state of [`uneven`] passes through it in many pieces.
+const STAGINGS: [Staging; 2] = [Staging::Copies, Staging::Ring { bytes: 100 }];
 
 /// Units of these shapes; tensor 1 of unit 0 is called `0.1`.
 fn model(shapes: &[Vec<Vec<usize>>]) -> Vec<UnitSpec> {

@@ -1,0 +1,130 @@
+//! Chooses how parameters are moved, by simulating a step with every setting that is worth a try.
+
+use pillion_runtime::Policy;
+use pillion_runtime::simulate::Machine;
+
+use super::forecast::{Forecast, SAME, best};
+use super::setup::Setup;
+use super::table::{describe, seconds};
+use crate::Error;
+use crate::model::Recompute;
+use crate::train::bytes;
+
+/// Rounds of a simulated step, at most: the others are like them.
+const MOST_ROUNDS: usize = 4;
+
+/// What was chosen, and why.
+pub(crate) struct Choice {
+    pub(crate) policy: Policy,
+    pub(crate) recompute: Recompute,
+    pub(crate) why: String,
+}
+
+/// The shortest step on `machine` among those that need at most `available` bytes of a host, and
+/// among equally short ones that of the least memory. The same on every rank that asks the same.
+///
+/// # Errors
+/// When none has the memory.
+pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Result<Choice, Error> {
+    let (asked, rounds) = (given.rounds, given.rounds.min(MOST_ROUNDS));
+    let modes = [Recompute::None, Recompute::Attention, Recompute::Block];
+    let setups = modes.into_iter().flat_map(|recompute| {
+        let with = move |policy| Setup { policy, recompute, rounds, ..given.clone() };
+        given.settings().into_iter().map(with)
+    });
+    let setups: Vec<Setup<'_>> = setups.collect();
+    let needed = |setup: &Setup<'_>| {
+        let needs = setup.needs();
+        setup.host_bytes(needs.memory.total() + needs.activations, needs.checkpoints)
+    };
+    let (tried, fits): (usize, Vec<&Setup<'_>>) =
+        (setups.len(), setups.iter().filter(|setup| needed(setup) <= available).collect());
+    if fits.is_empty() {
+        let least = setups.iter().map(needed).min().unwrap_or(0);
+        return Err(Error::Setting(format!(
+            "--auto found no setting whose ranks fit into the {} of memory that a host has for them: the least is {}; \
+             choose a smaller --model, --micro-batch or --seq",
+            bytes(available),
+            bytes(least)
+        )));
+    }
+    let forecasts: Vec<Forecast> = fits.iter().map(|setup| setup.forecast(machine)).collect();
+    let chosen = best(forecasts.iter().copied());
+    let given = Setup { rounds, ..given.clone() };
+    let default = given.forecast(machine);
+    let is_as_good = default.step <= chosen.step * (1.0 + SAME) && default.memory <= chosen.memory;
+    let chosen = if is_as_good && needed(&given) <= available { default } else { chosen };
+    let Forecast { prefetch, slots, bucket, recompute, step, memory, .. } = chosen;
+    let without = match tried - fits.len() {
+        0 => String::new(),
+        others => format!(", {others} of which need more than the {} there are", bytes(available)),
+    };
+    let rounds = if rounds < asked { format!(" of {rounds} rounds") } else { String::new() };
+    let why = format!(
+        "--prefetch {prefetch} --slots {slots}{} --recompute {recompute}: the shortest of {tried} simulated steps{without}: {}{rounds} and {} a rank, \
+         instead of {} and {} by default; measured were {}",
+        if bucket == 0 { String::new() } else { format!(" --bucket {bucket}") },
+        seconds(step),
+        bytes(memory),
+        seconds(default.step),
+        bytes(default.memory),
+        describe(machine, given.mesh.world()),
+    );
+    let policy = Policy { prefetch, slots, bucket, ..given.policy };
+    Ok(Choice { policy, recompute, why })
+}
+
+#[cfg(test)]
+mod tests {
+    use pillion_runtime::checkpoint::Staging;
+    use pillion_runtime::simulate::Link;
+    use pillion_runtime::{Gather, Mesh};
+
+    use super::*;
+    use crate::config::Preset;
+
+    const MEBI: u64 = 1 << 20;
+
+    /// `contention` is the share of a rank's processor that moving data takes.
+    fn machine(bandwidth: f64, contention: f64) -> Machine {
+        let link = Link { bandwidth, latency: 5e-6 };
+        Machine { flops: 70e9, memory: None, ranks_per_host: 1, link, host_link: Link::INSTANT, contention }
+    }
+
+    fn chosen(machine: &Machine, available: u64) -> Result<Choice, Error> {
+        let model = Preset::named("peer-30m").unwrap().config();
+        let policy = Policy { gather: Gather::Copy, ..Policy::default() };
+        let (recompute, staging, mesh) = (Recompute::None, Staging::SMALL_RING, Mesh { replicate: 1, shard: 2 });
+        let setup =
+            Setup { model: &model, policy, recompute, staging, mesh, local: 1, seq: 256, micro_batch: 4, rounds: 1 };
+        let choice = choose(&setup, machine, available)?;
+        let after = Setup { policy: choice.policy, recompute: choice.recompute, ..setup.clone() };
+        assert!(after.forecast(machine).memory <= available);
+        let default = setup.forecast(machine);
+        assert!(default.memory > available || after.forecast(machine).step <= 1.001 * default.step, "{}", choice.why);
+        Ok(choice)
+    }
+
+    #[test]
+    fn memory_buys_gathers_that_a_slow_link_need_not_repeat() {
+        let choice = chosen(&machine(125e6, 0.4), 8192 * MEBI).unwrap();
+        assert_eq!((choice.policy.slots, choice.recompute), (10, Recompute::None), "{}", choice.why);
+    }
+
+    #[test]
+    fn what_costs_nothing_takes_the_least_memory() {
+        let choice = chosen(&machine(f64::INFINITY, 0.0), 8192 * MEBI).unwrap();
+        assert_eq!((choice.policy.slots, choice.policy.bucket), (1, 0), "{}", choice.why);
+    }
+
+    #[test]
+    fn where_memory_is_short_activations_are_computed_again_and_at_last_nothing_fits() {
+        let with = |mebi: u64| chosen(&machine(125e6, 0.4), mebi * MEBI);
+        for (mebi, recompute) in [(600, Recompute::None), (460, Recompute::Attention), (400, Recompute::Block)] {
+            let choice = with(mebi).unwrap();
+            assert_eq!(choice.recompute, recompute, "{mebi}: {}", choice.why);
+        }
+        let error = with(128).map(|choice| choice.why).unwrap_err();
+        assert!(error.to_string().contains("choose a smaller --model"), "{error}");
+    }
+}
