@@ -230,9 +230,22 @@ fn the_timeout_counts_for_ranks_that_never_come() {
 fn a_model_that_does_not_fit_the_memory() {
     let place = Workplace::new(PROGRAM);
     // 70 billion parameters: over a terabyte of f32 weights, gradients and moments.
-    refused(&place, 2, &[("--model llama2-70b", &["of memory", "allows", "--recompute block, or a smaller --model"])]);
-    // A remedy that was taken is not named again.
-    refused(&place, 2, &[("--model llama2-70b --recompute block", &["of memory", "choose a smaller --model"])]);
+    refused(
+        &place,
+        2,
+        &[
+            (
+                "--model llama2-70b",
+                &["of memory", "8.00 MiB of it for checkpoints", "allows", "--recompute block, or a smaller --model"],
+            ),
+            ("--model llama2-70b --save-every 5", &["of it for checkpoints", "allows", "or --save-memory 4MiB"]),
+            // A remedy that was taken is not named again.
+            ("--model llama2-70b --recompute block", &["of memory", "choose a smaller --model"]),
+            ("--model llama2-70b --auto", &["--auto found no setting", "of memory", "a smaller --model"]),
+            ("--auto --prefetch 2", &["--auto", "cannot be used with", "--prefetch"]),
+            ("--bucket 0", &["--bucket", "64MiB"]),
+        ],
+    );
     assert!(!place.path("out").exists(), "nothing was begun");
 }
 
