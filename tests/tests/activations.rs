@@ -136,14 +136,20 @@ fn checkpoint(place: &Workplace, out: &str) -> Vec<(String, Vec<u8>)> {
 }
 
 #[test]
-fn every_way_to_compute_again_gives_the_same_losses_and_checkpoints() {
+fn every_way_to_compute_again_and_any_bucket_give_the_same_losses_and_checkpoints() {
     for precision in ["f32", "bf16"] {
         let place = Workplace::new(PROGRAM);
         let base = format!("{MORE_BLOCKS} --precision {precision}");
         let (expected, saved) = (place.train("base", &base), checkpoint(&place, "base"));
         assert_eq!(expected.len(), 6);
         assert!(saved.len() > 2, "files of two ranks and a manifest");
-        let ways = ["block", "attention", "block --device lazy-cpu", "attention --device lazy-cpu --gather copy"];
+        let ways = [
+            "block",
+            "attention",
+            "block --device lazy-cpu",
+            "attention --device lazy-cpu --gather copy",
+            "none --bucket 300KB",
+        ];
         for (number, way) in ways.into_iter().enumerate() {
             let out = format!("way-{number}");
             assert_eq!(expected, place.train(&out, &format!("{base} --recompute {way}")), "{precision}, {way}");

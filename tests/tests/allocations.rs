@@ -26,7 +26,8 @@ fn config() -> Config {
         vocab_size: 61,
         hidden_size: 32,
         intermediate_size: 48,
-        num_hidden_layers: 2,
+        // More units than lanes and outcomes have room for at first.
+        num_hidden_layers: 12,
         num_attention_heads: 4,
         num_key_value_heads: 2,
         rms_norm_eps: 1e-5,
@@ -98,6 +99,11 @@ fn a_step_allocates_nothing() {
     {
         let count = allocations(policy, Recompute::None, 2, true, || ());
         assert_eq!(count, 0, "in {COUNTED} steps of 2 rounds with {policy:?}");
+    }
+    for gather in [Gather::Window, Gather::Copy] {
+        let policy = Policy { gather, bucket: 100_000, ..Policy::default() };
+        let count = allocations(policy, Recompute::None, 2, true, || ());
+        assert_eq!(count, 0, "in {COUNTED} steps with {policy:?}");
     }
     for recompute in [Recompute::Attention, Recompute::Block] {
         let count = allocations(Policy::default(), recompute, 2, true, || ());

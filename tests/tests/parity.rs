@@ -64,6 +64,10 @@ fn every_way_is_bitwise_equal(precision: &str) {
         "--prefetch 2",
         "--gather copy --slots 4",
         "--gather copy --no-overlap",
+        "--gather copy --bucket 300KB",
+        "--bucket 1MiB --recompute block --device lazy-cpu",
+        "--auto",
+        "--gather copy --auto",
     ]
     .into_iter()
     .enumerate()
@@ -101,6 +105,9 @@ fn every_placement_of_four_ranks_is_bitwise_equal() {
         "--shard parameters,optimizer --gather copy",
         "--shard nothing --device lazy-cpu",
         "--shard zero-1 --launch threads",
+        "--shard zero-1 --bucket 300KB",
+        "--shard zero-2 --bucket 64MiB",
+        "--shard nothing --bucket 300KB",
     ]
     .into_iter()
     .enumerate()

@@ -1,5 +1,6 @@
 //! Chooses how parameters are moved, by simulating a step with every setting that is worth a try.
 
+use pillion_collectives::{Communicator, available_memory};
 use pillion_runtime::Policy;
 use pillion_runtime::simulate::Machine;
 
@@ -20,27 +21,42 @@ pub(crate) struct Choice {
     pub(crate) why: String,
 }
 
-/// The shortest step on `machine` among those that need at most `available` bytes of a host, and
-/// among equally short ones that of the least memory. The same on every rank that asks the same.
+/// Checks that some setting fits into the memory that this host has.
 ///
 /// # Errors
-/// When none has the memory.
-pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Result<Choice, Error> {
-    let (asked, rounds) = (given.rounds, given.rounds.min(MOST_ROUNDS));
+/// When none does.
+pub(crate) fn check_memory(given: &Setup<'_>) -> Result<(), Error> {
+    fitting(worth_a_try(given), available_memory().0 / 10 * 9).map(|_| ())
+}
+
+/// Memory for all ranks of a host: some of what there is is left for what no plan counts. Collective.
+///
+/// # Errors
+/// When another rank has failed.
+pub(crate) fn available(communicator: &Communicator) -> Result<u64, Error> {
+    let available = communicator.all_gather_scalars(&[available_memory().0])?;
+    Ok(available.iter().map(|rank| rank[0]).min().unwrap_or(0) / 10 * 9)
+}
+
+fn worth_a_try<'a>(given: &Setup<'a>) -> Vec<Setup<'a>> {
     let modes = [Recompute::None, Recompute::Attention, Recompute::Block];
-    let setups = modes.into_iter().flat_map(|recompute| {
-        let with = move |policy| Setup { policy, recompute, rounds, ..given.clone() };
+    let with = |recompute| {
+        let with = move |policy| Setup { policy, recompute, ..given.clone() };
         given.settings().into_iter().map(with)
-    });
-    let setups: Vec<Setup<'_>> = setups.collect();
-    let needed = |setup: &Setup<'_>| {
-        let needs = setup.needs();
-        setup.host_bytes(needs.memory.total() + needs.activations, needs.checkpoints)
     };
-    let (tried, fits): (usize, Vec<&Setup<'_>>) =
-        (setups.len(), setups.iter().filter(|setup| needed(setup) <= available).collect());
+    modes.into_iter().flat_map(with).collect()
+}
+
+/// Bytes that the ranks of a host need.
+fn needed(setup: &Setup<'_>) -> u64 {
+    let needs = setup.needs();
+    setup.host_bytes(needs.memory.total().saturating_add(needs.activations), needs.checkpoints)
+}
+
+fn fitting(setups: Vec<Setup<'_>>, available: u64) -> Result<Vec<Setup<'_>>, Error> {
+    let least = setups.iter().map(needed).min().unwrap_or(0);
+    let fits: Vec<Setup<'_>> = setups.into_iter().filter(|setup| needed(setup) <= available).collect();
     if fits.is_empty() {
-        let least = setups.iter().map(needed).min().unwrap_or(0);
         return Err(Error::Setting(format!(
             "--auto found no setting whose ranks fit into the {} of memory that a host has for them: the least is {}; \
              choose a smaller --model, --micro-batch or --seq",
@@ -48,12 +64,24 @@ pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Re
             bytes(least)
         )));
     }
+    Ok(fits)
+}
+
+/// The shortest step on `machine` among those that need at most `available` bytes of a host, and
+/// among equally short ones that of the least memory. The same on every rank that asks the same.
+///
+/// # Errors
+/// When none has the memory.
+pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Result<Choice, Error> {
+    let (asked, rounds) = (given.rounds, given.rounds.min(MOST_ROUNDS));
+    let given = &Setup { rounds, ..given.clone() };
+    let setups = worth_a_try(given);
+    let (tried, fits) = (setups.len(), fitting(setups, available)?);
     let forecasts: Vec<Forecast> = fits.iter().map(|setup| setup.forecast(machine)).collect();
     let chosen = best(forecasts.iter().copied());
-    let given = Setup { rounds, ..given.clone() };
     let default = given.forecast(machine);
     let is_as_good = default.step <= chosen.step * (1.0 + SAME) && default.memory <= chosen.memory;
-    let chosen = if is_as_good && needed(&given) <= available { default } else { chosen };
+    let chosen = if is_as_good && needed(given) <= available { default } else { chosen };
     let Forecast { prefetch, slots, bucket, recompute, step, memory, .. } = chosen;
     let without = match tried - fits.len() {
         0 => String::new(),

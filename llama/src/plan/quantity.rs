@@ -42,7 +42,7 @@ impl Kind {
     }
 }
 
-const PREFIXES: [(&str, f64); 14] = [
+const PREFIXES: [(&str, f64); 15] = [
     ("Ki", 1024.0),
     ("Mi", 1_048_576.0),
     ("Gi", 1_073_741_824.0),
@@ -52,6 +52,7 @@ const PREFIXES: [(&str, f64); 14] = [
     ("µ", 1e-6),
     ("m", 1e-3),
     ("k", 1e3),
+    ("K", 1e3),
     ("M", 1e6),
     ("G", 1e9),
     ("T", 1e12),
@@ -140,7 +141,9 @@ mod tests {
         for (text, expected) in [("400T", 400e12), ("1.5GFLOP/s", 1.5e9), ("2PFLOPS", 2e15), ("7", 7.0)] {
             assert_eq!(speed(text), Ok(expected), "{text}");
         }
-        for (text, expected) in [("64MiB", 64 << 20), ("1.5 GB", 1_500_000_000), ("1.9B", 1), ("4096", 4096)] {
+        for (text, expected) in
+            [("64MiB", 64 << 20), ("1.5 GB", 1_500_000_000), ("1.9B", 1), ("4096", 4096), ("2KB", 2000)]
+        {
             assert_eq!(size(text), Ok(expected), "{text}");
         }
         for (text, expected) in [("5us", 5e-6), ("5µs", 5e-6), ("0.5 ms", 0.5e-3), ("2s", 2.0), ("0", 0.0), ("0s", 0.0)]

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pillion_abs::{Controller, Observation};
-use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction, available_memory};
+use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
 use pillion_kernels::{Device, LazyCpu};
 use pillion_runtime::checkpoint::Saver;
 use pillion_runtime::{Engine, Layout};
@@ -450,10 +450,7 @@ pub(super) fn controller(recipe: &Recipe, saved: Option<&checkpoints::Progress>)
 /// Chooses how parameters are moved and what is computed again, for `--auto`. Collective.
 fn choose<'s>(given: Setup<'s>, communicator: &Communicator, processor: &Processor) -> Result<Setup<'s>, Error> {
     let machine = measure::machine(communicator, &processor.device, &given)?;
-    let available = communicator.all_gather_scalars(&[available_memory().0])?;
-    // Some is left for what no plan counts.
-    let available = available.iter().map(|rank| rank[0]).min().unwrap_or(0) / 10 * 9;
-    let auto::Choice { policy, recompute, why } = auto::choose(&given, &machine, available)?;
+    let auto::Choice { policy, recompute, why } = auto::choose(&given, &machine, auto::available(communicator)?)?;
     if communicator.rank() == 0 {
         crate::print(format_args!(" auto         {why}"));
     }

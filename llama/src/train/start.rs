@@ -15,7 +15,7 @@ use crate::Error;
 use crate::controller::by_flag;
 use crate::data::Dataset;
 use crate::model::Recompute;
-use crate::plan::{Needs, Setup};
+use crate::plan::{Needs, Setup, auto};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::TrainArgs;
 
@@ -122,11 +122,13 @@ impl<'s> Search<'s> {
         let recipe = Recipe::new(&settings, world)?;
         let policy = recipe::policy(&settings.policy, settings.clip, world)?;
         let staging = Habits::of(&settings).staging();
-        // With --auto only settings that fit are chosen, later.
-        if !settings.auto {
-            let recompute = settings.policy.recompute;
-            check_memory(&Setup::of(&recipe, policy, recompute, staging, launch, recipe.controller.base)?)?;
-        }
+        let recompute = settings.policy.recompute;
+        let setup = Setup::of(&recipe, policy, recompute, staging, launch, recipe.controller.base)?;
+        if settings.auto {
+            auto::check_memory(&setup)?
+        } else {
+            check_memory(&setup)?
+        };
         let changes = match &saved {
             Some((path, saved)) => resume::changes(path, saved, &recipe, &settings)?,
             None => Vec::new(),
