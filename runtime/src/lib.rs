@@ -59,6 +59,8 @@
 //! # What one needs next
 //!
 //! - **Placement.** [`Policy::sharded`] and [`Policy::replicas`] say what is divided among which ranks; [`Memory::of`] what that takes.
+//! - **Buckets.** [`Policy::bucket`] has units that follow each other move as one operation;
+//!   [`Policy::prefetch`] and [`Policy::slots`] count buckets. No bit depends on any of them.
 //! - **Tokens.** Gradients and losses are sums over tokens; the update divides by the number over all ranks and rounds. Micro-batches may differ in length, and a rank
 //!   without one in a round calls [`Step::idle_round`].
 //! - **Activation checkpointing.** [`Step::backward`] lends the unit's weights again, so a model that kept only the unit's input computes its forward pass once more
