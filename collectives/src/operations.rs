@@ -73,7 +73,9 @@ impl Communicator {
     /// buffer\[p·n..\] = that part of rank p's buffer. `buffer: [world · n]`.
     pub fn all_gather_in_place(&self, buffer: Buffer, start: impl Into<Start>) -> Pending<Buffer> {
         let chunk = self.chunk_of(&buffer);
-        let operation = self.gather_operation(operands(Some(&buffer), Some(&buffer)), chunk, None, true);
+        let mut operands = operands(None, Some(&buffer));
+        operands.input = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
+        let operation = self.gather_operation(operands, chunk, None, false);
         self.run(operation, Channel::Gather, start.into(), buffer)
     }
 
@@ -108,8 +110,11 @@ impl Communicator {
         self.run(operation, Channel::Reduce, start.into(), reduce)
     }
 
-    /// Adds the ranks' summands to the output of an earlier reduce-scatter of this communicator, and
-    /// their numbers to its totals, once that is complete. The host does not wait.
+    /// Adds the ranks' summands to the output of an earlier reduction, and their numbers to its
+    /// totals, once that is complete. The host does not wait.
+    ///
+    /// # Panics
+    /// When one of the two has a sideband and the other none.
     pub fn reduce_scatter_onto(
         &self,
         summand: Summand,
@@ -118,13 +123,16 @@ impl Communicator {
         reduction: Reduction,
         after: Event,
     ) -> (Pending<Summand>, Pending<Sums>) {
+        let after = Event::all([after, earlier.event()]);
         let Some(Sums { output, totals }) = earlier.take_in_flight() else {
+            // The other ranks of this communicator would wait for this one.
+            earlier.failure().map(|failure| self.shared.fail_after(failure));
             return (earlier.like(summand), earlier);
         };
         let Summand { input, own } = summand;
+        assert!(own.is_some() == totals.is_some(), "a reduction adds a sideband where the earlier one had one");
         let sideband = own.zip(totals).map(|(own, totals)| Sideband { own, totals });
         let reduce = Reduce { input, sections, output, reduction, accumulate: true, sideband };
-        // Operations of one channel run one after another, and after a failure none runs.
         self.reduce_scatter(reduce, after).split()
     }
 

@@ -140,7 +140,7 @@ impl<T> Pending<T> {
         Pending { state: self.state.clone(), deferred: self.deferred, value }
     }
 
-    /// Other buffers, which the same operation gives back.
+    /// A pending operation that ends as this one does and gives `value` back.
     pub(crate) fn like<U>(&self, value: U) -> Pending<U> {
         Pending { state: self.state.clone(), deferred: self.deferred, value: Some(Value::Ready(value)) }
     }

@@ -76,8 +76,8 @@ impl Sections {
             .filter(|part| part.start < part.end)
     }
 
-    /// What headers carry of it, so that ranks that cut in other ways notice: the number of
-    /// sections, and 16 bits of their lengths.
+    /// A short digest for headers: the number of sections, and 16 bits that depend on their lengths.
+    /// Ranks that cut a buffer in different ways see different digests.
     pub(crate) fn mark(&self) -> u64 {
         let mixed = self
             .bounds

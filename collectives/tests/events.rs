@@ -8,7 +8,7 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction};
+use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction, Summand};
 use pillion_kernels::{Completion, Cpu, DType, Device, Event, Failure, LazyCpu, Status};
 
 /// Longer than any machine needs for a few operations; only a hang takes so long.
@@ -100,7 +100,7 @@ fn buffer(len: usize) -> pillion_kernels::Buffer {
 /// of the reduction while it is in flight.
 #[test]
 fn a_sum_that_failed_is_never_passed_on_to_another_group() {
-    for chained in [false, true] {
+    for how in ["then", "all_reduce_sums", "reduce_scatter_onto"] {
         let received = ranks(4, patient, move |world| {
             let rank = world.rank();
             let shard = world.split(Some(rank as u64 / 2), rank as u64).unwrap().unwrap();
@@ -116,13 +116,20 @@ fn a_sum_that_failed_is_never_passed_on_to_another_group() {
             let reduce =
                 Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
             let reduce = shard.reduce_scatter(reduce, stream.record());
-            let sum = if chained {
-                let (_summand, sums) = reduce.split();
-                replicate.all_reduce_sums(sums, Reduction::Sum).then(&*stream).map(|sums| sums.output)
-            } else {
-                reduce.then(&*stream).and_then(|reduce| {
+            let sum = match how {
+                "all_reduce_sums" => {
+                    let (_summand, sums) = reduce.split();
+                    replicate.all_reduce_sums(sums, Reduction::Sum).then(&*stream).map(|sums| sums.output)
+                }
+                "reduce_scatter_onto" => {
+                    let (_summand, sums) = reduce.split();
+                    let summand = Summand { input: device.allocate(DType::F32, 2 * 1000).unwrap(), own: None };
+                    let onto = replicate.reduce_scatter_onto(summand, None, sums, Reduction::Sum, Event::PAST);
+                    onto.1.then(&*stream).map(|sums| sums.output)
+                }
+                _ => reduce.then(&*stream).and_then(|reduce| {
                     replicate.all_reduce(reduce.output, Reduction::Sum, stream.record()).then(&*stream)
-                })
+                }),
             };
             let sum = sum?;
             Ok::<Vec<f32>, Error>(stream.download::<f32>(sum.view())?)

@@ -48,9 +48,11 @@ pub unsafe trait Stream: Send {
     ///
     /// # Errors
     /// The failure of the first event that this stream waited for and that failed.
-    fn synchronize(&self) -> Result<(), Failure> {
-        self.record().wait()
-    }
+    fn synchronize(&self) -> Result<(), Failure>;
+
+    /// How often the host has waited for this stream so far: calls of [`Stream::synchronize`] and
+    /// [`Stream::read_bytes`].
+    fn host_waits(&self) -> u64;
 
     /// Copies bytes of the host into `out`: exactly its size. The caller may change `bytes` as soon
     /// as the call returns, and does not wait for work that was enqueued before: a device with

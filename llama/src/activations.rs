@@ -7,7 +7,7 @@
 
 use clap::ValueEnum;
 use pillion_kernels::{Buffer, DType, Device, Error, Part};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 
@@ -16,7 +16,7 @@ pub(crate) const HEAD_ROWS: usize = 512;
 
 /// What blocks compute again in the backward pass, from the residual stream before them, instead of
 /// keeping it. It changes no number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Recompute {
     /// Nothing: each block keeps what its backward pass reads.
@@ -60,7 +60,7 @@ pub(crate) struct Shape<'c> {
     pub(crate) recompute: Recompute,
 }
 
-/// All buffers of a model, or what else a description is asked for.
+/// One value for each buffer of a model: its description, or the buffer itself.
 pub(crate) struct Activations<T> {
     /// Of a micro-batch, `[N]` u32.
     pub(crate) inputs: T,

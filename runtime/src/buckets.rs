@@ -98,21 +98,21 @@ impl Buckets {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Slots {
     /// Each bucket's class.
-    pub class: Vec<usize>,
+    pub(crate) class: Vec<usize>,
     /// Each class's slots, one class after the other.
-    pub of_class: Vec<Range<usize>>,
+    pub(crate) of_class: Vec<Range<usize>>,
 }
 
 impl Slots {
     /// One for each bucket, which has its number.
-    pub fn own(buckets: usize) -> Slots {
+    pub(crate) fn own(buckets: usize) -> Slots {
         Slots { class: (0..buckets).collect(), of_class: (0..buckets).map(|slot| slot..slot + 1).collect() }
     }
 
     /// Slots in which any `count` buckets can be at a time that come one after another in `visits`.
     /// `lens` are the buckets' lengths. Long buckets get slots of their own where that takes less
     /// memory than slots that hold any bucket.
-    pub fn of(lens: &[usize], visits: &[usize], count: usize) -> Slots {
+    pub(crate) fn of(lens: &[usize], visits: &[usize], count: usize) -> Slots {
         let buckets = lens.len();
         if count >= buckets {
             return Slots::own(buckets);
@@ -120,12 +120,14 @@ impl Slots {
         let mut bounds = lens.to_vec();
         bounds.sort_unstable();
         bounds.dedup();
+        // A plan of many lengths is not worth all of them.
+        let every = bounds.len().div_ceil(MOST_BOUNDS);
         // Buckets shorter than a bound are of one class, the others of another.
         let classes = |bound: usize| -> Vec<usize> { lens.iter().map(|&len| usize::from(len >= bound)).collect() };
         let longest = |class: &[usize], of: usize| {
             lens.iter().zip(class).filter(|(_, class)| **class == of).map(|(&len, _)| len).max().unwrap_or(0)
         };
-        let candidates = bounds.into_iter().map(|bound| {
+        let candidates = bounds.into_iter().step_by(every).map(|bound| {
             let class = classes(bound);
             // The first bound has all buckets in class 1.
             let counts = most_at_a_time(&class, 2, visits, count);
@@ -146,7 +148,7 @@ impl Slots {
     }
 
     /// The slots that a bucket may be in.
-    pub fn of_bucket(&self, bucket: usize) -> Range<usize> {
+    pub(crate) fn of_bucket(&self, bucket: usize) -> Range<usize> {
         self.of_class[self.class[bucket]].clone()
     }
 
@@ -181,6 +183,9 @@ impl Slots {
         self.of_class.iter().zip(of_class).flat_map(|(slots, len)| slots.clone().map(move |_| len)).collect()
     }
 }
+
+/// Lengths that are tried as the least of the longer class.
+const MOST_BOUNDS: usize = 16;
 
 /// Of each of `classes` classes, the most buckets among `count` different ones that are visited one after
 /// another.

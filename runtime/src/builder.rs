@@ -281,7 +281,9 @@ mod tests {
     fn many_units_and_many_rounds_are_planned() {
         let units = 1 << 16;
         let outline = |weights, gradients: Option<usize>, prefetch| {
-            let (lens, visits) = (vec![1; units], (0..units).chain((0..units).rev()).collect::<Vec<_>>());
+            // No two are of one length.
+            let (lens, visits) =
+                ((1..=units).collect::<Vec<_>>(), (0..units).chain((0..units).rev()).collect::<Vec<_>>());
             let slots = |count| Slots::of(&lens, &visits, count);
             Outline {
                 order: (0..units).collect(),

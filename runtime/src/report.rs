@@ -24,7 +24,8 @@ pub struct StepReport {
     pub comparison: Option<GroupComparison>,
     /// Time for which this rank's host waited for a collective.
     pub exposed: Duration,
-    /// Times that this rank's host waited until its device had run all that it was given.
+    /// Times that this rank's host waited until its device had run all that it was given, as the
+    /// device counts them ([`Stream::host_waits`](pillion_kernels::Stream::host_waits)).
     pub host_waits: u64,
     /// Collective operations of this rank.
     pub operations: u64,

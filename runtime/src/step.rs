@@ -38,8 +38,8 @@ pub struct Step<'e> {
     /// Of the comparison of groups, in a step that makes one.
     limit: Option<f64>,
     pub(crate) exposed: Duration,
-    /// Times that the host has waited for the device.
-    host_waits: u64,
+    /// Times that the host had waited for the stream before this step.
+    pub(crate) host_waits: u64,
     pub(crate) traffic: Traffic,
 }
 
@@ -111,6 +111,7 @@ impl<'e> Step<'e> {
         let others = engine.axes.world.world() as f64 - 1.0;
         let limit = engine.compares_groups.filter(|_| reduces_once()).map(|eta| 1.0 + eta * eta * others);
         let exposed = Duration::ZERO;
+        let host_waits = engine.stream.host_waits();
         Step {
             engine,
             kind,
@@ -122,7 +123,7 @@ impl<'e> Step<'e> {
             all_tokens: 0,
             limit,
             exposed,
-            host_waits: 0,
+            host_waits,
             traffic,
         }
     }
@@ -402,7 +403,6 @@ impl<'e> Step<'e> {
         }
         // The host waits for the device here, and nowhere else in a step.
         summary.read(&**stream)?;
-        self.host_waits += 1;
         for unit in 0..layout.units.len() {
             if axes.shard_number() == 0 {
                 values.iter_mut().zip(summary.totals(unit)).for_each(|(value, total)| *value += total);
@@ -453,7 +453,7 @@ impl<'e> Step<'e> {
             group_square_norms: (values[measuring] == world).then_some(values[group_square_norms]),
             comparison: comparison(&values[compared], tokens, world),
             exposed: Duration::ZERO,
-            host_waits: self.host_waits,
+            host_waits: 0,
             operations: 0,
             bytes: 0,
         })

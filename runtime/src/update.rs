@@ -75,6 +75,7 @@ impl<'e> Agreed<'e> {
         report.operations = traffic.operations - step.traffic.operations;
         report.bytes = traffic.bytes - step.traffic.bytes;
         report.exposed = step.exposed;
+        report.host_waits = step.engine.stream.host_waits() - step.host_waits;
         Ok(report)
     }
 }

@@ -2,8 +2,8 @@
 //! edges order it after the accesses that it must not overlap.
 //!
 //! What is complete when an operation starts is kept as a vector clock: for each queue, how many of its operations. Queues are
-//! first-in, first-out, so a number for each says it all. One number more counts the updates of the step before this one, which
-//! were the last on the compute queue.
+//! first-in, first-out, so a number for each says it all. One number more says whether everything is complete that the compute
+//! queue was given before this step: the updates of the step before, or a load.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -17,7 +17,7 @@ const COMPUTE: usize = 0;
 const GATHER: usize = 1;
 const REDUCE: usize = 2;
 const REPLICATE: usize = 3;
-/// The updates of the step before.
+/// What the compute queue was given before this step.
 const EARLIER: usize = QUEUES;
 
 fn queue(action: Action) -> usize {
@@ -56,6 +56,8 @@ struct Memory {
     weights: HashMap<usize, Resident>,
     /// Buckets that a slot holds.
     resident: HashSet<usize>,
+    /// Buckets that were gathered after the writes of an earlier step.
+    written: HashSet<usize>,
     /// Gradient slot → what backward passes have added up there and no reduction has read.
     filled: HashMap<usize, Filled>,
     /// Gradient slot → the last reduction that read it.
@@ -107,17 +109,19 @@ impl Memory {
             false => Err(PlanError::Slot { index, action, slots }),
         };
         let units_of = |bucket: usize| plan.outline.buckets.get(bucket).ok_or(race("a bucket that there is"));
-        // Of the step before.
-        let updates_of = |bucket: usize, what| match order.clocks[index][EARLIER] >= units_of(bucket)?.end {
-            true => Ok(()),
-            false => Err(race(what)),
-        };
+        let is_after_earlier = order.clocks[index][EARLIER] > 0;
         if self.agreed.is_some() && !matches!(action, Action::Update { .. }) {
             return Err(race("nothing: only updates come after the agreement"));
         }
         match action {
             Action::Gather { bucket, slot } => {
-                updates_of(bucket, "the last update of what it moves")?;
+                units_of(bucket)?;
+                // Gathers of a bucket follow each other, so one of them has to wait for the writes.
+                let waits = plan.operations[index].after_writes || is_after_earlier;
+                if !waits && !self.written.contains(&bucket) {
+                    return Err(race("the last update of what it moves"));
+                }
+                self.written.insert(bucket);
                 within(slot, plan.outline.weights.as_ref().map_or(0..0, |slots| slots.of_bucket(bucket)))?;
                 if self.resident.contains(&bucket) {
                     return Err(race("the end of what an earlier gather of it brought"));
@@ -167,7 +171,9 @@ impl Memory {
                 let units = units_of(bucket)?.len();
                 let filled = self.filled.remove(&slot).filter(|filled| filled.has_all_of(bucket, units));
                 need(filled.ok_or(race(BACKWARD))?.backward, BACKWARD)?;
-                updates_of(bucket, "the last update, which reads the sums that it replaces")?;
+                if !is_after_earlier {
+                    return Err(race("the last update, which reads the sums that it replaces"));
+                }
                 let earlier = self.reduced.entry(bucket).or_default();
                 if !plan.outline.sharded || self.replicated.contains_key(&bucket) || earlier.len() != round {
                     return Err(race("the bucket's earlier reductions alone"));
@@ -251,19 +257,13 @@ impl Order {
         let mut order = Order { clocks: Vec::new(), places: Vec::new() };
         let mut last: [Option<usize>; QUEUES] = [None; QUEUES];
         let mut lengths = [0; QUEUES];
-        for (index, Operation { action, after, after_writes }) in plan.operations.iter().enumerate() {
+        for (index, Operation { action, after, .. }) in plan.operations.iter().enumerate() {
             if let Some(&after) = after.iter().find(|&&after| after >= index) {
                 return Err(PlanError::Order { index, after });
             }
             let queue = queue(*action);
             let mut clock = [0; QUEUES + 1];
-            clock[EARLIER] = match *action {
-                _ if queue == COMPUTE => plan.outline.units(),
-                Action::Gather { bucket, .. } if *after_writes => {
-                    plan.outline.buckets.get(bucket).map_or(0, |units| units.end)
-                }
-                _ => 0,
-            };
+            clock[EARLIER] = usize::from(queue == COMPUTE);
             for &earlier in after.iter().chain(&last[queue]) {
                 // Complete with all that was complete before it.
                 let (its_queue, place) = order.places[earlier];
@@ -361,9 +361,7 @@ pub(crate) mod tests {
                 if plan.operations[index].after_writes {
                     let mut mutant = plan.clone();
                     mutant.operations[index].after_writes = false;
-                    let Action::Gather { bucket, .. } = mutant.operations[index].action else { unreachable!() };
-                    let earlier = Order::of(&mutant).unwrap().clocks[index][EARLIER];
-                    let implied = earlier >= outline.buckets[bucket].end;
+                    let implied = Order::of(&mutant).unwrap().clocks[index][EARLIER] > 0;
                     prop_assert_eq!(mutant.verify().is_ok(), implied, "without the writes before {}", index);
                 }
                 for edge in 0..plan.operations[index].after.len() {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use pillion_kernels::Span;
 
 use super::transit::{Greeting, Transit, column};
-use crate::call::{Detail, Kind, call};
+use crate::call::{Detail, Kind, call, cut};
 use crate::shm::arena::Mapping;
 use crate::shm::control::Call;
 use crate::shm::flight::{Collective, Opening, Peers, Progress};
@@ -64,7 +64,8 @@ impl GatherWindow {
 
 impl Collective for GatherWindow {
     fn call(&self) -> Call {
-        call(Kind::GatherWindow, None, self.window.deferred(), self.window.len(), Detail::Window(self.place))
+        let (len, place) = (self.window.len(), Detail::Window(self.place));
+        cut(call(Kind::GatherWindow, None, self.window.deferred(), len, place), self.sections.as_ref())
     }
 
     fn begin(&mut self, _peers: &mut Peers<'_>) -> Result<Opening, Error> {

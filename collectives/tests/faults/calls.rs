@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pillion_collectives::{Communicator, Error, Options, Reduce, Reduction, Sideband, Start, Window};
+use pillion_collectives::{Communicator, Error, Options, Reduce, Reduction, Sections, Sideband, Start, Window};
 use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event, Span};
 
 use crate::program::{Rank, held, parts, private};
@@ -22,7 +22,7 @@ pub(crate) type Call = fn(&Communicator, &mut Memory) -> Result<(), Error>;
 pub(crate) type Named = (&'static str, Call);
 
 /// What all ranks but one call, and what that one calls.
-pub(crate) const CASES: [(Named, Named); 18] = [
+pub(crate) const CASES: [(Named, Named); 20] = [
     (("all-gather #1 of 3072 × f32", gather), ("broadcast #1 of 3072 × f32 (root 0)", broadcast_0)),
     (("all-gather #1 of 3072 × f32", gather), ("all-gather #1 of 6144 × f32", gather_more)),
     (("all-gather #1 of 3072 × f32", gather), ("all-gather #1 of 3072 × u32", gather_integers)),
@@ -43,6 +43,14 @@ pub(crate) const CASES: [(Named, Named); 18] = [
     // The barrier and the agreements about memory come after those that made the memory.
     (("of 0", barrier), ("of 1", scalars)),
     (("window gather #1 of 3072", gather_first_window), ("window gather #1 of 3072", gather_second_window)),
+    (
+        ("all-gather #1 of 3072 × f32 in 2 sections", gather_short_first),
+        ("all-gather #1 of 3072 × f32 in 2 sections", gather_long_first),
+    ),
+    (
+        ("window gather #1 of 3072 in 2 sections", gather_window_short_first),
+        ("window gather #1 of 3072 in 2 sections", gather_window_long_first),
+    ),
     (("an allocation of 4096 bytes", allocate), ("an allocation of 8192 bytes", allocate_more)),
     (("an allocation of 4096 bytes", allocate), ("a window of 12288 bytes", make_window)),
 ];
@@ -224,6 +232,32 @@ fn gather_first_window(communicator: &Communicator, memory: &mut Memory) -> Resu
 
 fn gather_second_window(communicator: &Communicator, memory: &mut Memory) -> Result<(), Error> {
     communicator.gather_window(memory.windows.remove(1), Event::PAST).wait().map(|_| ())
+}
+
+fn gather_cut(communicator: &Communicator, memory: &mut Memory, chunks: &[usize]) -> Result<(), Error> {
+    let (shard, output) = (memory.take::<f32>(PART), memory.take::<f32>(3 * PART));
+    communicator.all_gather_sections(&Sections::new(chunks), shard, output, Event::PAST).wait().map(|_| ())
+}
+
+fn gather_short_first(communicator: &Communicator, memory: &mut Memory) -> Result<(), Error> {
+    gather_cut(communicator, memory, &[1, PART - 1])
+}
+
+fn gather_long_first(communicator: &Communicator, memory: &mut Memory) -> Result<(), Error> {
+    gather_cut(communicator, memory, &[PART - 1, 1])
+}
+
+fn gather_window_cut(communicator: &Communicator, chunks: &[usize]) -> Result<(), Error> {
+    let window = communicator.window_of(&Cpu, DType::F32, &Sections::new(chunks))?;
+    communicator.gather_window(window, Event::PAST).wait().map(|_| ())
+}
+
+fn gather_window_short_first(communicator: &Communicator, _: &mut Memory) -> Result<(), Error> {
+    gather_window_cut(communicator, &[1, PART - 1])
+}
+
+fn gather_window_long_first(communicator: &Communicator, _: &mut Memory) -> Result<(), Error> {
+    gather_window_cut(communicator, &[PART - 1, 1])
 }
 
 fn allocate(communicator: &Communicator, _: &mut Memory) -> Result<(), Error> {

@@ -34,7 +34,7 @@ use crate::buffer::byte_count;
 use crate::{Buffer, DType, Device, Element, Error, Failure, Region, Span, Stream, View, ViewMut};
 use isa::vectorized;
 use lazy::LazyStream;
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::sync::Arc;
 use team::Team;
 
@@ -121,6 +121,8 @@ struct HostStream {
     failure: OnceCell<Failure>,
     team: Team,
     profile: Option<Arc<Profile>>,
+    /// See [`Stream::host_waits`](crate::Stream::host_waits).
+    waits: Cell<u64>,
 }
 
 /// What a kernel is called and does.
@@ -150,7 +152,7 @@ struct Input<'a>(&'a Span);
 
 impl HostStream {
     fn new(lazy: Option<LazyStream>, team: Team, profile: Option<Arc<Profile>>) -> HostStream {
-        HostStream { lazy, failure: OnceCell::new(), team, profile }
+        HostStream { lazy, failure: OnceCell::new(), team, profile, waits: Cell::new(0) }
     }
 
     /// Enqueues `kernel` with its outputs and inputs as slices.

@@ -33,6 +33,15 @@ unsafe impl Stream for HostStream {
         }
     }
 
+    fn synchronize(&self) -> Result<(), Failure> {
+        self.waits.set(self.waits.get() + 1);
+        self.record().wait()
+    }
+
+    fn host_waits(&self) -> u64 {
+        self.waits.get()
+    }
+
     fn upload_bytes(&self, out: ViewMut<'_>, bytes: &[u8]) {
         assert_eq!(out.len() * out.dtype().bytes(), bytes.len(), "an upload fills its buffer");
         match self.lazy {
@@ -48,6 +57,7 @@ unsafe impl Stream for HostStream {
         assert_eq!(x.len() * x.dtype().bytes(), out.len(), "a download fills its destination");
         let work = Work::moves("download");
         if self.lazy.is_none() {
+            self.waits.set(self.waits.get() + 1);
             self.run_now(work, [], [x], |_, [], [x]| out.copy_from_slice(x.bytes()));
             return self.failure.get().map_or(Ok(()), |failure| Err(failure.clone()));
         }

@@ -2,10 +2,12 @@
 
 use pillion_collectives::{Communicator, available_memory};
 use pillion_runtime::Policy;
+use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::simulate::Machine;
+use serde::{Deserialize, Serialize};
 
 use super::forecast::{Forecast, SAME, best};
-use super::setup::Setup;
+use super::setup::{self, Setup};
 use super::table::{describe, seconds};
 use crate::Error;
 use crate::model::Recompute;
@@ -15,10 +17,21 @@ use crate::train::bytes;
 const MOST_ROUNDS: usize = 4;
 
 /// What was chosen, and why.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Choice {
-    pub(crate) policy: Policy,
-    pub(crate) recompute: Recompute,
+    prefetch: usize,
+    slots: usize,
+    bucket: u64,
+    recompute: Recompute,
     pub(crate) why: String,
+}
+
+impl Choice {
+    /// `given` with what was chosen.
+    pub(crate) fn of<'a>(&self, given: Setup<'a>) -> Setup<'a> {
+        let &Choice { prefetch, slots, bucket, recompute, .. } = self;
+        Setup { policy: Policy { prefetch, slots, bucket, ..given.policy }, recompute, ..given }
+    }
 }
 
 /// Checks that some setting fits into the memory that this host has.
@@ -29,7 +42,8 @@ pub(crate) fn check_memory(given: &Setup<'_>) -> Result<(), Error> {
     fitting(worth_a_try(given), available_memory().0 / 10 * 9).map(|_| ())
 }
 
-/// Memory for all ranks of a host: some of what there is is left for what no plan counts. Collective.
+/// Memory for all ranks of the host that has least of it. A tenth stays free for memory that no plan
+/// counts. Collective.
 ///
 /// # Errors
 /// When another rank has failed.
@@ -54,12 +68,14 @@ fn needed(setup: &Setup<'_>) -> u64 {
 }
 
 fn fitting(setups: Vec<Setup<'_>>, available: u64) -> Result<Vec<Setup<'_>>, Error> {
+    let staging = setups.first().map_or(Staging::SMALL_RING, |setup| setup.staging);
     let least = setups.iter().map(needed).min().unwrap_or(0);
     let fits: Vec<Setup<'_>> = setups.into_iter().filter(|setup| needed(setup) <= available).collect();
     if fits.is_empty() {
+        let ring = setup::ring_remedy(staging);
         return Err(Error::Setting(format!(
             "--auto found no setting whose ranks fit into the {} of memory that a host has for them: the least is {}; \
-             choose a smaller --model, --micro-batch or --seq",
+             choose a smaller --model, --micro-batch or --seq{ring}",
             bytes(available),
             bytes(least)
         )));
@@ -68,11 +84,17 @@ fn fitting(setups: Vec<Setup<'_>>, available: u64) -> Result<Vec<Setup<'_>>, Err
 }
 
 /// The shortest step on `machine` among those that need at most `available` bytes of a host, and
-/// among equally short ones that of the least memory. The same on every rank that asks the same.
+/// among equally short ones that of the least memory.
 ///
 /// # Errors
-/// When none has the memory.
+/// When none has the memory, or the ranks do not lie evenly on the hosts.
 pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Result<Choice, Error> {
+    if !machine.fits(given.mesh) {
+        let (shard, hosts) = (given.mesh.shard, machine.ranks_per_host);
+        return Err(Error::Setting(format!(
+            "--auto cannot simulate groups of {shard} ranks on hosts of {hosts}: leave it out, and give --prefetch, --slots, --bucket and --recompute"
+        )));
+    }
     let (asked, rounds) = (given.rounds, given.rounds.min(MOST_ROUNDS));
     let given = &Setup { rounds, ..given.clone() };
     let setups = worth_a_try(given);
@@ -98,13 +120,11 @@ pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Re
         bytes(default.memory),
         describe(machine, given.mesh.world()),
     );
-    let policy = Policy { prefetch, slots, bucket, ..given.policy };
-    Ok(Choice { policy, recompute, why })
+    Ok(Choice { prefetch, slots, bucket, recompute, why })
 }
 
 #[cfg(test)]
 mod tests {
-    use pillion_runtime::checkpoint::Staging;
     use pillion_runtime::simulate::Link;
     use pillion_runtime::{Gather, Mesh};
 
@@ -122,11 +142,12 @@ mod tests {
     fn chosen(machine: &Machine, available: u64) -> Result<Choice, Error> {
         let model = Preset::named("peer-30m").unwrap().config();
         let policy = Policy { gather: Gather::Copy, ..Policy::default() };
-        let (recompute, staging, mesh) = (Recompute::None, Staging::SMALL_RING, Mesh { replicate: 1, shard: 2 });
+        let mesh = Mesh { replicate: if machine.ranks_per_host == 3 { 2 } else { 1 }, shard: 2 };
+        let (recompute, staging) = (Recompute::None, Staging::SMALL_RING);
         let setup =
             Setup { model: &model, policy, recompute, staging, mesh, local: 1, seq: 256, micro_batch: 4, rounds: 1 };
         let choice = choose(&setup, machine, available)?;
-        let after = Setup { policy: choice.policy, recompute: choice.recompute, ..setup.clone() };
+        let after = choice.of(setup.clone());
         assert!(after.forecast(machine).memory <= available);
         let default = setup.forecast(machine);
         assert!(default.memory > available || after.forecast(machine).step <= 1.001 * default.step, "{}", choice.why);
@@ -136,13 +157,20 @@ mod tests {
     #[test]
     fn memory_buys_gathers_that_a_slow_link_need_not_repeat() {
         let choice = chosen(&machine(125e6, 0.4), 8192 * MEBI).unwrap();
-        assert_eq!((choice.policy.slots, choice.recompute), (10, Recompute::None), "{}", choice.why);
+        assert_eq!((choice.slots, choice.recompute), (10, Recompute::None), "{}", choice.why);
+    }
+
+    #[test]
+    fn groups_that_no_host_holds_evenly_are_refused() {
+        let odd = Machine { ranks_per_host: 3, ..machine(125e6, 0.0) };
+        let error = chosen(&odd, 8192 * MEBI).map(|choice| choice.why).unwrap_err();
+        assert!(error.to_string().contains("on hosts of 3: leave it out"), "{error}");
     }
 
     #[test]
     fn what_costs_nothing_takes_the_least_memory() {
         let choice = chosen(&machine(f64::INFINITY, 0.0), 8192 * MEBI).unwrap();
-        assert_eq!((choice.policy.slots, choice.policy.bucket), (1, 0), "{}", choice.why);
+        assert_eq!((choice.slots, choice.bucket), (1, 0), "{}", choice.why);
     }
 
     #[test]

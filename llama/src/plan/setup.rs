@@ -49,6 +49,11 @@ impl Needs {
     }
 }
 
+/// What to say where memory is short and checkpoints have copies.
+pub(crate) fn ring_remedy(staging: Staging) -> &'static str {
+    if staging == Staging::Copies { ", or --save-memory 4MiB instead of copies" } else { "" }
+}
+
 impl<'a> Setup<'a> {
     /// A run's, for steps of `batch` samples.
     ///

@@ -21,7 +21,7 @@ use super::progress::Counters;
 use super::recipe::{self, Recipe};
 use super::screen::Screen;
 use super::source::is_synthetic;
-use super::start::{Beginning, Start, begin, on_rank_zero_alone, same_settings};
+use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone, same_settings};
 use super::timeline::Timeline;
 use super::{Ended, cores, measure, plan_table, statistics, stopping};
 use crate::data::{Dataset, Split, TokenFile, trigram};
@@ -450,11 +450,16 @@ pub(super) fn controller(recipe: &Recipe, saved: Option<&checkpoints::Progress>)
 /// Chooses how parameters are moved and what is computed again, for `--auto`. Collective.
 fn choose<'s>(given: Setup<'s>, communicator: &Communicator, processor: &Processor) -> Result<Setup<'s>, Error> {
     let machine = measure::machine(communicator, &processor.device, &given)?;
-    let auto::Choice { policy, recompute, why } = auto::choose(&given, &machine, auto::available(communicator)?)?;
+    let available = auto::available(communicator)?;
+    // The fullest host decides.
+    let local = communicator.all_gather_scalars(&[given.local as u64])?;
+    let local = local.iter().map(|rank| rank[0]).max().unwrap_or(1) as usize;
+    let fullest = Setup { local, ..given.clone() };
+    let choice = on_rank_zero(communicator, || auto::choose(&fullest, &machine, available))?;
     if communicator.rank() == 0 {
-        crate::print(format_args!(" auto         {why}"));
+        crate::print(format_args!(" auto         {}", choice.why));
     }
-    Ok(Setup { policy, recompute, ..given })
+    Ok(choice.of(given))
 }
 
 fn print_plan(setup: &Setup<'_>, launch: &Launch, communicator: &Communicator, batch: u64) {

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use pillion_collectives::{Communicator, Launch};
-use pillion_runtime::checkpoint::{self, Staging, Whole};
+use pillion_runtime::Policy;
+use pillion_runtime::checkpoint::{self, Whole};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +16,7 @@ use crate::Error;
 use crate::controller::by_flag;
 use crate::data::Dataset;
 use crate::model::Recompute;
-use crate::plan::{Needs, Setup, auto};
+use crate::plan::{Needs, Setup, auto, ring_remedy};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::TrainArgs;
 
@@ -211,9 +212,12 @@ fn check_memory(setup: &Setup<'_>) -> Result<(), Error> {
         return Ok(());
     }
     let fewer = if setup.recompute == Recompute::Block { "" } else { "--recompute block, or " };
-    let ring = if setup.staging == Staging::Copies { ", or --save-memory 4MiB instead of copies" } else { "" };
+    let ring = ring_remedy(setup.staging);
+    let one = Policy { bucket: 0, prefetch: 0, slots: 1, ..setup.policy };
+    let moved = setup.needs().memory.total() > Setup { policy: one, ..setup.clone() }.needs().memory.total();
+    let slots = if moved { ", or fewer --slots, a lower --prefetch or no --bucket" } else { "" };
     Err(Error::Setting(format!(
-        "the {local} ranks of a host need {} of memory, {} of it for checkpoints, but {limit} allows {} more: choose {fewer}a smaller --model, --micro-batch or --seq{ring}",
+        "the {local} ranks of a host need {} of memory, {} of it for checkpoints, but {limit} allows {} more: choose {fewer}a smaller --model, --micro-batch or --seq{ring}{slots}",
         bytes(needed),
         bytes(saving),
         bytes(available)

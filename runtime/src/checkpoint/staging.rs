@@ -73,7 +73,7 @@ pub(super) enum Staged {
 enum Filled {
     /// So many elements of a buffer.
     Piece(Vec<f32>, usize),
-    /// No more pieces come; whether that was all.
+    /// The last piece was sent, or the rank could not send all.
     End(Result<(), Error>),
 }
 

@@ -76,7 +76,7 @@ impl Writer {
     }
 
     pub(super) fn give(&self, job: Job) {
-        // That the thread has died, its missing answer says.
+        // If the thread has died, its answer does not come, and the caller notices that.
         let _ = self.jobs.as_ref().expect("there until it is dropped").send(job);
     }
 }

@@ -74,16 +74,20 @@ impl Memory {
         };
         let buckets = &plan.outline.buckets;
         let units_of = |bucket: usize| buckets.get(bucket).cloned().ok_or(race("a bucket that there is"));
-        let updates_of = |bucket: usize, what| match order.clocks[index][EARLIER] >= units_of(bucket)?.end {
-            true => Ok(()),
-            false => Err(race(what)),
-        };
         if self.agreed.is_some() && !matches!(action, Action::Update { .. }) {
             return Err(race("nothing: only updates come after the agreement"));
         }
         match action {
             Action::Gather { bucket, slot } => {
-                updates_of(bucket, "the last update of what it moves")?;
+                units_of(bucket)?;
+                let is_gather = |earlier: &usize| match plan.operations[*earlier].action {
+                    Action::Gather { bucket: other, .. } => other == bucket,
+                    _ => false,
+                };
+                let waits = |index: usize| plan.operations[index].after_writes || order.clocks[index][EARLIER] > 0;
+                if !(0..=index).filter(is_gather).any(waits) {
+                    return Err(race("the last update of what it moves"));
+                }
                 within(slot, plan.outline.weights.as_ref().map_or(0..0, |slots| slots.of_bucket(bucket)))?;
                 if self.weights.values().any(|resident| resident.bucket == bucket) {
                     return Err(race("the end of what an earlier gather of it brought"));
@@ -131,7 +135,9 @@ impl Memory {
                 let units = units_of(bucket)?;
                 let filled = self.filled.remove(&slot).and_then(|filled| filled.complete(bucket, units));
                 need(filled.ok_or(race(BACKWARD))?, BACKWARD)?;
-                updates_of(bucket, "the last update, which reads the sums that it replaces")?;
+                if order.clocks[index][EARLIER] == 0 {
+                    return Err(race("the last update, which reads the sums that it replaces"));
+                }
                 let earlier = self.reduced.entry(bucket).or_default();
                 if !plan.outline.sharded || self.replicated.contains_key(&bucket) || earlier.len() != round {
                     return Err(race("the bucket's earlier reductions alone"));

@@ -126,6 +126,7 @@ unsafe impl Stream for LoggedStream {
     delegate! { inner:
         wait_for(event: &Event);
         synchronize() -> Result<(), Failure>;
+        host_waits() -> u64;
         upload_bytes(out: ViewMut<'_>, bytes: &[u8]);
         read_bytes(x: View<'_>, out: &mut [u8]) -> Result<(), Failure>;
         zero(out: ViewMut<'_>);
