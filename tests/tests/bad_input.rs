@@ -236,9 +236,9 @@ fn a_model_that_does_not_fit_the_memory() {
         &[
             (
                 "--model llama2-70b",
-                &["of memory", "8.00 MiB of it for checkpoints", "allows", "--recompute block, or a smaller --model"],
+                &["of memory", "2.00 MiB of it for checkpoints", "allows", "--recompute block, or a smaller --model"],
             ),
-            ("--model llama2-70b --save-every 5", &["of it for checkpoints", "allows", "or --save-memory 4MiB"]),
+            ("--model llama2-70b --save-every 5", &["of it for checkpoints", "allows", "or --save-memory 1MiB"]),
             // A remedy that was taken is not named again.
             ("--model llama2-70b --recompute block", &["of memory", "choose a smaller --model"]),
             ("--model llama2-70b --auto", &["--auto found no setting", "of memory", "a smaller --model"]),

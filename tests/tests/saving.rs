@@ -59,7 +59,7 @@ fn a_run_that_saves_only_at_its_end_has_no_memory_for_copies() {
         place.lines(out).iter().map(|line| number(&line["memory"])).fold(0.0, f64::max)
     };
     let ((ring, with_a_ring), (copies, with_copies)) = (planned(""), planned("--save-memory copies"));
-    assert_eq!((ring, with_copies - with_a_ring), (f64::from(4 << 20), copies - ring));
+    assert_eq!((ring, with_copies - with_a_ring), (f64::from(1 << 20), copies - ring));
     let saved = measured("saving", "--save-every 1000") - measured("out", "");
     // What else differs are some megabytes: a rank's share of the program's own pages depends on how
     // many processes of it run at once, such as those of other tests. This is 15.

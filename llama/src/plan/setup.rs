@@ -51,7 +51,7 @@ impl Needs {
 
 /// What to say where memory is short and checkpoints have copies.
 pub(crate) fn ring_remedy(staging: Staging) -> &'static str {
-    if staging == Staging::Copies { ", or --save-memory 4MiB instead of copies" } else { "" }
+    if staging == Staging::Copies { ", or --save-memory 1MiB instead of copies" } else { "" }
 }
 
 impl<'a> Setup<'a> {

@@ -286,7 +286,7 @@ pub struct TrainArgs {
     pub save_every: u64,
     /// Memory of a rank for its part of a checkpoint: `copies` of all of it, which are written while
     /// training goes on, or a ring of at most BYTES, such as 64MiB, through which it passes while
-    /// steps wait; default: copies with --save-every, else 4MiB.
+    /// steps wait; default: copies with --save-every, else 1MiB.
     #[arg(long, value_name = "copies|BYTES", value_parser = save_memory)]
     pub save_memory: Option<Staging>,
     /// Keep this many of the newest checkpoints, and remove older ones; default: all.

@@ -34,7 +34,7 @@ pub(super) const PIECE: usize = (256 << 10) / size_of::<f32>();
 impl Staging {
     /// A ring for saves that nothing waits for, such as one at the end of a run. A larger one is not
     /// faster, unless the disk stalls.
-    pub const SMALL_RING: Staging = Staging::Ring { bytes: 4 << 20 };
+    pub const SMALL_RING: Staging = Staging::Ring { bytes: 1 << 20 };
     /// Bytes of the smallest ring: one element is written while the next is copied.
     pub const LEAST_RING: u64 = 2 * size_of::<f32>() as u64;
 
