@@ -137,7 +137,7 @@ impl Slots {
         let (_, class, counts) = candidates.min_by_key(|(elements, ..)| *elements).expect("there are buckets");
         let (short, long) = (counts[0], counts[1]);
         if short == 0 {
-            return Slots { class: vec![0; buckets], of_class: vec![0..long] };
+            return Slots { class: vec![0; buckets], of_class: std::iter::once(0..long).collect() };
         }
         Slots { class, of_class: vec![0..short, short..short + long] }
     }

@@ -194,7 +194,7 @@ fn a_gather_that_does_not_wait_for_the_last_update_changes_bits() {
     let change = |outline: &Outline, rounds: usize| {
         let mut plan = Plan::step(outline, rounds);
         let mut flags = plan.operations.iter_mut().map(|operation| &mut operation.after_writes);
-        assert_eq!(flags.by_ref().map(|flag| std::mem::take(flag)).filter(|&flag| flag).count(), UNITS);
+        assert_eq!(flags.by_ref().map(std::mem::take).filter(|&flag| flag).count(), UNITS);
         assert!(matches!(plan.clone().verify(), Err(PlanError::Race { what: "the last update of what it moves", .. })));
         plan
     };
