@@ -180,7 +180,9 @@ fn a_queue_runs_nothing_after_an_event_that_failed() {
         let before = stream.record();
         stream.wait_for(&Event::failed(burnt()));
         stream.upload(x.view_mut(), &[2.0f32]);
-        assert!(stream.synchronize().unwrap_err().cause::<Fire>().is_some());
+        let failure = stream.synchronize().unwrap_err();
+        assert!(failure.cause::<Fire>().is_some());
+        assert!(Failure::new(failure).cause::<Fire>().is_some(), "a failure of a failure has its cause");
         assert!(stream.download::<f32>(x.view()).is_err());
         assert!(before.wait().is_ok(), "what came before has happened");
         // Its events pass the failure on, and what did not run has changed nothing.

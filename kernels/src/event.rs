@@ -16,9 +16,12 @@ impl Failure {
         Failure(Arc::new(error))
     }
 
-    /// The error, where it is an `E`.
+    /// The error, where it is an `E`, also where it was made a failure more than once.
     pub fn cause<E: std::error::Error + 'static>(&self) -> Option<&E> {
-        self.0.downcast_ref()
+        match self.0.downcast_ref::<Failure>() {
+            Some(inner) => inner.cause(),
+            None => self.0.downcast_ref(),
+        }
     }
 }
 
@@ -60,6 +63,8 @@ pub trait Completion: Send + Sync {
 
     /// From now on wakes `waker` whenever [`Completion::advance`] may get further, the last time
     /// when the event ends. An event that has ended wakes it at once. It may be woken too often.
+    /// A communicator calls this with a lock held, so it returns soon and asks nothing of streams and
+    /// communicators.
     fn call_back(&self, waker: &Waker);
 
     /// Blocks the host until the event has ended.
