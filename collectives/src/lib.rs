@@ -24,6 +24,7 @@ mod operations;
 mod options;
 mod pending;
 mod reduce;
+mod reductions;
 mod sections;
 mod shm;
 pub mod stop;

@@ -3,16 +3,12 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use pillion_kernels::cpu::reduce::{Fold, Reduction};
-use pillion_kernels::{Buffer, Completion, DType, Event};
+use pillion_kernels::cpu::reduce::Reduction;
+use pillion_kernels::{Buffer, Completion, Event};
 
-use crate::algorithms::{
-    self, AnyCollective, BriefAllReduce, Combination, GatherWindow, Operands, Operation, Scalars, Sidebands,
-};
+use crate::algorithms::{self, AnyCollective, GatherWindow, Operands, Operation, Scalars};
 use crate::call::Purpose;
 use crate::pending::{Outcome, Pending};
-use crate::reduce::{Comparison, Reduce, Sideband, Summand, Sums};
-use crate::sections::SIDEBAND;
 use crate::shm::control::{Channel, PAYLOAD};
 use crate::shm::flight::{Collective, Course, Flight};
 use crate::shm::mail::{Direction, MailFlight};
@@ -102,176 +98,6 @@ impl Communicator {
         let sections = window.sections();
         let collective = GatherWindow::new(window.span(), window.place(), self.rank(), self.world(), sections);
         self.run(collective, Channel::Gather, start.into(), window)
-    }
-
-    /// Combines the inputs of all ranks, and gives each rank its part.
-    pub fn reduce_scatter(&self, reduce: Reduce, start: impl Into<Start>) -> Pending<Reduce> {
-        let operation = self.scatter_operation(&reduce, None);
-        self.run(operation, Channel::Reduce, start.into(), reduce)
-    }
-
-    /// Adds the ranks' summands to the output of an earlier reduction, and their numbers to its
-    /// totals, once that is complete. The host does not wait.
-    ///
-    /// # Panics
-    /// When one of the two has a sideband and the other none.
-    pub fn reduce_scatter_onto(
-        &self,
-        summand: Summand,
-        sections: Option<Sections>,
-        mut earlier: Pending<Sums>,
-        reduction: Reduction,
-        after: Event,
-    ) -> (Pending<Summand>, Pending<Sums>) {
-        let after = Event::all([after, earlier.event()]);
-        let Some(Sums { output, totals }) = earlier.take_in_flight() else {
-            // The other ranks of this communicator would wait for this one.
-            earlier.failure().map(|failure| self.shared.fail_after(failure));
-            return (earlier.like(summand), earlier);
-        };
-        let Summand { input, own } = summand;
-        assert!(own.is_some() == totals.is_some(), "a reduction adds a sideband where the earlier one had one");
-        let sideband = own.zip(totals).map(|(own, totals)| Sideband { own, totals });
-        let reduce = Reduce { input, sections, output, reduction, accumulate: true, sideband };
-        self.reduce_scatter(reduce, after).split()
-    }
-
-    /// Whether a rank that combines reads every rank's input where it lies, as [`Communicator::reduce_scatter_compared`] must: all ranks are on one host.
-    pub fn can_compare(&self) -> bool {
-        !self.shared.has_wire()
-    }
-
-    /// As [`Communicator::reduce_scatter`], and compares every rank's part with the sum while it is made. Nothing more is moved.
-    ///
-    /// # Panics
-    /// Unless [`Communicator::can_compare`], for a sum in f32 that is not accumulated.
-    pub fn reduce_scatter_compared(
-        &self,
-        reduce: Reduce,
-        comparison: Comparison,
-        start: impl Into<Start>,
-    ) -> Pending<(Reduce, Comparison)> {
-        let Comparison { totals, limit } = &comparison;
-        assert!(self.can_compare(), "terms are compared on one host");
-        assert!(
-            reduce.reduction == Reduction::Sum && reduce.output.dtype() == DType::F32 && !reduce.accumulate,
-            "terms are compared with their sum in f32"
-        );
-        let sections = reduce.sections.as_ref().map_or(1, Sections::count);
-        let len = sections * Comparison::len(self.world());
-        assert!(totals.len() == len && totals.dtype() == DType::F64, "a comparison is {len} × f64");
-        same_device(&reduce.input, totals);
-        let comparing = algorithms::Comparing { totals: totals.span(), sections, limit: *limit };
-        let operation = self.scatter_operation(&reduce, Some(comparing));
-        self.run(operation, Channel::Reduce, start.into(), (reduce, comparison))
-    }
-
-    fn scatter_operation(&self, reduce: &Reduce, comparison: Option<algorithms::Comparing>) -> algorithms::Operation {
-        let Reduce { input, sections, output, reduction, accumulate, sideband } = reduce;
-        let combination = self.combination(*reduction, input, output);
-        let is_cut = sections.as_ref().is_none_or(|sections| sections.shard_len() == output.len());
-        assert!(
-            is_cut && input.len() >= self.world() * output.len(),
-            "a reduce-scatter of {input:?} over {} ranks into {output:?}",
-            self.world()
-        );
-        let sidebands = sideband.as_ref().map(|Sideband { own, totals }| {
-            let len = SIDEBAND * sections.as_ref().map_or(1, Sections::count);
-            let fits = own.len() >= len && totals.len() == len;
-            for numbers in [own, totals] {
-                assert!(fits && numbers.dtype() == DType::F64, "a sideband is {len} × f64");
-                same_device(input, numbers);
-            }
-            Sidebands { own: own.span().range(0..len), totals: totals.span(), accumulate: *accumulate }
-        });
-        let (chunk, operands) = (output.len(), operands(Some(input), Some(output)));
-        let (hosts, sections) = (&self.shared.hosts, sections.clone());
-        algorithms::reduce_scatter(hosts, operands, chunk, combination, *accumulate, sections, sidebands, comparison)
-    }
-
-    /// Part r of rank r's buffer = the ranks' parts r combined, in order of rank; the other parts are unchanged. `buffer: [world · n]`.
-    pub fn reduce_scatter_in_place(
-        &self,
-        buffer: Buffer,
-        reduction: Reduction,
-        start: impl Into<Start>,
-    ) -> Pending<Buffer> {
-        let chunk = self.chunk_of(&buffer);
-        let combination = self.combination(reduction, &buffer, &buffer);
-        let mut operands = operands(Some(&buffer), Some(&buffer));
-        operands.output = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
-        let hosts = &self.shared.hosts;
-        let operation = algorithms::reduce_scatter(hosts, operands, chunk, combination, false, None, None, None);
-        self.run(operation, Channel::Reduce, start.into(), buffer)
-    }
-
-    /// buffer = the ranks' buffers combined, in order of rank. `buffer: [n]`.
-    pub fn all_reduce(&self, buffer: Buffer, reduction: Reduction, start: impl Into<Start>) -> Pending<Buffer> {
-        let combination = self.combination(reduction, &buffer, &buffer);
-        let operands = operands(Some(&buffer), Some(&buffer));
-        self.run_all_reduce(operands, buffer.len(), combination, start.into(), buffer)
-    }
-
-    /// output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type, or f32 for bf16.
-    pub fn all_reduce_into(
-        &self,
-        input: Buffer,
-        output: Buffer,
-        reduction: Reduction,
-        start: impl Into<Start>,
-    ) -> Pending<(Buffer, Buffer)> {
-        let combination = self.combination(reduction, &input, &output);
-        assert!(input.len() == output.len(), "an all-reduce of {input:?} into {output:?}");
-        let operands = operands(Some(&input), Some(&output));
-        self.run_all_reduce(operands, input.len(), combination, start.into(), (input, output))
-    }
-
-    /// Combines the output of a reduce-scatter over the ranks of this communicator, in place, once
-    /// the reduce-scatter is complete. It may be one of another communicator: that of the ranks
-    /// that share the output's place with this one. The host does not wait.
-    pub fn all_reduce_sums(&self, mut sums: Pending<Sums>, reduction: Reduction) -> Pending<Sums> {
-        let after = sums.event();
-        let Some(sums) = sums.take_in_flight() else {
-            // The other ranks of this communicator would wait for this one.
-            sums.failure().map(|failure| self.shared.fail_after(failure));
-            return sums;
-        };
-        let combination = self.combination(reduction, &sums.output, &sums.output);
-        let operands = operands(Some(&sums.output), Some(&sums.output));
-        self.run_all_reduce(operands, sums.output.len(), combination, Start::After(after), sums)
-    }
-
-    fn run_all_reduce<T>(
-        &self,
-        operands: Operands,
-        len: usize,
-        combination: Combination,
-        start: Start,
-        value: T,
-    ) -> Pending<T> {
-        let hosts = &self.shared.hosts;
-        if BriefAllReduce::fits(hosts, len * operands.dtype.bytes()) {
-            return self.run(BriefAllReduce::new(operands, len, combination), Channel::Reduce, start, value);
-        }
-        let operation = algorithms::all_reduce(hosts, self.rank(), operands, len, combination);
-        self.run(operation, Channel::Reduce, start, value)
-    }
-
-    /// The root's output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type on the root,
-    /// nothing elsewhere.
-    pub fn reduce(
-        &self,
-        input: Buffer,
-        output: Option<Buffer>,
-        reduction: Reduction,
-        root: usize,
-        start: impl Into<Start>,
-    ) -> Pending<(Buffer, Option<Buffer>)> {
-        self.check_root("reduce", root, &input, output.as_ref(), input.len());
-        let combination = self.combination(reduction, &input, output.as_ref().unwrap_or(&input));
-        let operands = operands(Some(&input), output.as_ref());
-        let operation = algorithms::reduce(&self.shared.hosts, operands, input.len(), combination, root);
-        self.run(operation, Channel::Reduce, start.into(), (input, output))
     }
 
     /// buffer = that of rank `root`. `buffer: [n]`.
@@ -455,7 +281,7 @@ impl Communicator {
         self.exchange_scalars(&[], Purpose::PatientBarrier, true).map(|_| ())
     }
 
-    fn run<T>(
+    pub(crate) fn run<T>(
         &self,
         mut collective: impl Collective + Into<AnyCollective>,
         channel: Channel,
@@ -484,16 +310,6 @@ impl Communicator {
         outcome
     }
 
-    fn combination(&self, reduction: Reduction, input: &Buffer, output: &Buffer) -> Combination {
-        let (dtype, output_dtype) = (input.dtype(), output.dtype());
-        assert!(
-            Fold::supports(dtype, output_dtype) && dtype.bytes() <= output_dtype.bytes(),
-            "no reduction of {dtype} into {output_dtype}"
-        );
-        same_device(input, output);
-        Combination { reduction, output: output_dtype, groups: self.shared.options.reduce_groups }
-    }
-
     fn check(&self, name: &str, input: &Buffer, output: &Buffer, fits: bool) {
         assert!(
             fits && input.dtype() == output.dtype(),
@@ -504,7 +320,7 @@ impl Communicator {
     }
 
     /// Checks what only the root has: a buffer of `len` elements, of the type of what every rank has.
-    fn check_root(&self, name: &str, root: usize, every: &Buffer, only: Option<&Buffer>, len: usize) {
+    pub(crate) fn check_root(&self, name: &str, root: usize, every: &Buffer, only: Option<&Buffer>, len: usize) {
         assert!(root < self.world(), "a {name} with root {root} of {}", self.world());
         assert!(only.is_some() == (self.rank() == root), "a {name}'s root, and nobody else, gives the other buffer");
         if let Some(only) = only {
@@ -513,13 +329,13 @@ impl Communicator {
         }
     }
 
-    fn chunk_of(&self, buffer: &Buffer) -> usize {
+    pub(crate) fn chunk_of(&self, buffer: &Buffer) -> usize {
         assert!(buffer.len().is_multiple_of(self.world()), "{buffer:?} over {} ranks", self.world());
         buffer.len() / self.world()
     }
 }
 
-fn operands(input: Option<&Buffer>, output: Option<&Buffer>) -> Operands {
+pub(crate) fn operands(input: Option<&Buffer>, output: Option<&Buffer>) -> Operands {
     [input, output].into_iter().flatten().for_each(on_host);
     let dtype = input.or(output).expect("an operation has a buffer").dtype();
     let to = output.map_or(dtype, Buffer::dtype);
@@ -532,7 +348,7 @@ fn on_host(buffer: &Buffer) {
 }
 
 /// Memory of a deferring device has a lock, which an operation takes for all of its buffers or for none.
-fn same_device(one: &Buffer, other: &Buffer) {
+pub(crate) fn same_device(one: &Buffer, other: &Buffer) {
     on_host(other);
     assert!(one.span().deferred() == other.span().deferred(), "an operation's buffers are of one device");
 }
