@@ -1,6 +1,6 @@
 //! What sharding costs on one host beyond keeping pace: steps of two ranks that share everything,
-//! ZeRO-3 with windows, beside two runs of one rank each that meet at a barrier after each step, and
-//! two that never meet. All take turns in one process.
+//! ZeRO-3 with windows, beside two runs of one rank each that meet at a barrier after each step,
+//! and two that never meet. All take turns in one process.
 //!
 //!     cargo bench -p pillion-benches --bench sharding
 

@@ -68,7 +68,8 @@ impl Pending<Reduce> {
 /// The ranks' inputs of a reduce-scatter beside their sum, in this rank's part.
 #[derive(Debug)]
 pub struct Comparison {
-    /// `[2 + world]` f64 for each section, replaced: the number of elements that pass; the sum of the squares of their sums; for each rank, its input times the sum.
+    /// `[2 + world]` f64 for each section, replaced: the number of elements that pass; the sum of
+    /// the squares of their sums; for each rank, its input times the sum.
     pub totals: Buffer,
     /// An element passes where world · Σ_k x_k² ≤ `limit` · (Σ_k x_k)², and that is not zero.
     pub limit: f64,

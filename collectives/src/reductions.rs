@@ -47,12 +47,14 @@ impl Communicator {
         self.reduce_scatter(reduce, after).split()
     }
 
-    /// Whether a rank that combines reads every rank's input where it lies, as [`Communicator::reduce_scatter_compared`] must: all ranks are on one host.
+    /// Whether a rank that combines reads every rank's input where it lies, as
+    /// [`Communicator::reduce_scatter_compared`] must: all ranks are on one host.
     pub fn can_compare(&self) -> bool {
         !self.shared.has_wire()
     }
 
-    /// As [`Communicator::reduce_scatter`], and compares every rank's part with the sum while it is made. Nothing more is moved.
+    /// As [`Communicator::reduce_scatter`], and compares every rank's part with the sum while it is
+    /// made. Nothing more is moved.
     ///
     /// # Panics
     /// Unless [`Communicator::can_compare`], for a sum in f32 that is not accumulated.
@@ -100,7 +102,8 @@ impl Communicator {
         algorithms::reduce_scatter(hosts, operands, chunk, combination, *accumulate, sections, sidebands, comparison)
     }
 
-    /// Part r of rank r's buffer = the ranks' parts r combined, in order of rank; the other parts are unchanged. `buffer: [world · n]`.
+    /// Part r of rank r's buffer = the ranks' parts r combined, in order of rank; the other parts
+    /// are unchanged. `buffer: [world · n]`.
     pub fn reduce_scatter_in_place(
         &self,
         buffer: Buffer,
@@ -123,7 +126,8 @@ impl Communicator {
         self.run_all_reduce(operands, buffer.len(), combination, start.into(), buffer)
     }
 
-    /// output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type, or f32 for bf16.
+    /// output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output:
+    /// [n]` of its type, or f32 for bf16.
     pub fn all_reduce_into(
         &self,
         input: Buffer,
@@ -168,8 +172,8 @@ impl Communicator {
         self.run(operation, Channel::Reduce, start, value)
     }
 
-    /// The root's output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output: [n]` of its type on the root,
-    /// nothing elsewhere.
+    /// The root's output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged;
+    /// `output: [n]` of its type on the root, nothing elsewhere.
     pub fn reduce(
         &self,
         input: Buffer,

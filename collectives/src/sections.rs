@@ -76,8 +76,8 @@ impl Sections {
             .filter(|part| part.start < part.end)
     }
 
-    /// A short digest for headers: the number of sections, and 16 bits that depend on their lengths.
-    /// Ranks that cut a buffer in different ways see different digests.
+    /// A short digest for headers: the number of sections, and 16 bits that depend on their
+    /// lengths. Ranks that cut a buffer in different ways see different digests.
     pub(crate) fn mark(&self) -> u64 {
         let mixed = self
             .bounds

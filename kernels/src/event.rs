@@ -62,8 +62,8 @@ pub trait Completion: Send + Sync {
     }
 
     /// From now on wakes `waker` whenever [`Completion::advance`] may get further, the last time
-    /// when the event ends. An event that has ended wakes it at once. It may be woken too often.
-    /// A communicator calls this with a lock held, so it returns soon and asks nothing of streams and
+    /// when the event ends. An event that has ended wakes it at once. It may be woken too often. A
+    /// communicator calls this with a lock held, so it returns soon and asks nothing of streams and
     /// communicators.
     fn call_back(&self, waker: &Waker);
 

@@ -187,8 +187,8 @@ impl Slots {
 /// Lengths that are tried as the least of the longer class.
 const MOST_BOUNDS: usize = 16;
 
-/// Of each of `classes` classes, the most buckets among `count` different ones that are visited one after
-/// another.
+/// Of each of `classes` classes, the most buckets among `count` different ones that are visited one
+/// after another.
 fn most_at_a_time(class: &[usize], classes: usize, visits: &[usize], count: usize) -> Vec<usize> {
     let (mut inside, mut of_class, mut most) = (HashMap::new(), vec![0; classes], vec![0; classes]);
     let mut first = 0;

@@ -1,7 +1,9 @@
 //! Makes a plan: assigns slots, and edges where slots change hands.
 //!
-//! Weight slots are a cache whose future is known, so what is needed last is evicted (Belady 1966). A gradient slot is taken by a bucket's first
-//! backward pass, and free again once its reduction has read it; the longest free one is taken first. Buckets that fit different slots do not compete.
+//! Weight slots are a cache whose future is known, so what is needed last is evicted (Belady 1966).
+//! A gradient slot is taken by a bucket's first backward pass, and free again once its reduction
+//! has read it; the longest free one is taken first. Buckets that fit different slots do not
+//! compete.
 //!
 //! The builder never searches the list of visits. Planning time is therefore linear in the plan's
 //! length, up to a logarithmic factor.

@@ -32,7 +32,8 @@ pub(crate) mod sideband {
 #[derive(Default)]
 pub(crate) struct GradientStore {
     slots: Vec<Slot>,
-    /// The sums of each bucket, `[shard]`. None at all where nothing is sharded: then a bucket's slot becomes its sum.
+    /// The sums of each bucket, `[shard]`. None at all where nothing is sharded: then a bucket's
+    /// slot becomes its sum.
     sums: Vec<Sum>,
     buckets: Arc<Buckets>,
 }
@@ -110,8 +111,8 @@ impl GradientStore {
         (slots.flatten().map(bytes).sum(), sums.flatten().map(bytes).sum())
     }
 
-    /// Orders `stream` after what a slot's last reduction reads. The `first` to add to a unit's part
-    /// zeroes it.
+    /// Orders `stream` after what a slot's last reduction reads. The `first` to add to a unit's
+    /// part zeroes it.
     pub(crate) fn open(&mut self, slot: usize, unit: usize, first: bool, stream: &dyn Stream) -> Result<(), Error> {
         self.bring(slot, stream)?;
         if first {

@@ -10,8 +10,8 @@ use crate::{Gather, Layout, Mesh, Policy};
 pub struct Outline {
     /// The units in the order of a forward pass.
     pub order: Vec<usize>,
-    /// The units of each bucket: what moves as one operation. Those of a bucket follow each other in
-    /// `order`.
+    /// The units of each bucket: what moves as one operation. Those of a bucket follow each other
+    /// in `order`.
     pub buckets: Vec<Range<usize>>,
     /// Buckets gathered ahead.
     pub prefetch: usize,

@@ -1,8 +1,9 @@
 //! A training step as data: operations, and what each must wait for.
 //!
-//! Operations run on four queues, each first-in, first-out: compute, gather, reduce and replicate. Whatever else must be ordered is an
-//! edge. The engine executes just these edges and adds no other, so a plan that passes [`Plan::verify`] is a step without races, and a plan that
-//! lacks an edge is a race that a test can show.
+//! Operations run on four queues, each first-in, first-out: compute, gather, reduce and replicate.
+//! Whatever else must be ordered is an edge. The engine executes just these edges and adds no
+//! other, so a plan that passes [`Plan::verify`] is a step without races, and a plan that lacks an
+//! edge is a race that a test can show.
 //!
 //! The order of the list is the order in which operations are started. It is the same on every rank.
 
@@ -63,7 +64,8 @@ pub enum Action {
         /// How many reductions of this bucket came before: these are added to.
         round: usize,
     },
-    /// Sums a bucket's gradients over the groups: their shards, or the slot where there are no shards. Replicate queue.
+    /// Sums a bucket's gradients over the groups: their shards, or the slot where there are no
+    /// shards. Replicate queue.
     AllReduce {
         /// The bucket.
         bucket: usize,
@@ -84,8 +86,8 @@ pub struct Operation {
     pub action: Action,
     /// Earlier operations that must be complete before it starts.
     pub after: Vec<usize>,
-    /// Of a gather: whether it also starts after the last writes to the weights that it moves, which
-    /// an earlier step or a load has made. Operations of the compute queue always do.
+    /// Of a gather: whether it also starts after the last writes to the weights that it moves,
+    /// which an earlier step or a load has made. Operations of the compute queue always do.
     pub after_writes: bool,
 }
 
@@ -166,7 +168,8 @@ impl Plan {
     /// the agreement and the updates.
     ///
     /// # Panics
-    /// When there are no rounds, no units, no gradient slot, or no room for more buckets than the prefetched ones.
+    /// When there are no rounds, no units, no gradient slot, or no room for more buckets than the
+    /// prefetched ones.
     pub fn step(outline: &Outline, rounds: usize) -> Plan {
         assert!(rounds > 0, "a training step has at least one round");
         Builder::new(outline.clone(), rounds, true).build()
@@ -180,10 +183,12 @@ impl Plan {
         Builder::new(outline.clone(), rounds, false).build()
     }
 
-    /// Checks that every order that the memory needs follows from the queues and the edges: no use before its gather, no gather or
-    /// backward pass into a slot that is still in use, no slot that the bucket does not fit, no reduction before its gradients, every gradient reduced exactly
-    /// once, the agreement after everything, updates after the agreement. The plan is the second of two steps that follow each other: what it reads and
-    /// overwrites is ordered after the updates of the step before.
+    /// Checks that every order that the memory needs follows from the queues and the edges: no use
+    /// before its gather, no gather or backward pass into a slot that is still in use, no slot that
+    /// the bucket does not fit, no reduction before its gradients, every gradient reduced exactly
+    /// once, the agreement after everything, updates after the agreement. The plan is the second of
+    /// two steps that follow each other: what it reads and overwrites is ordered after the updates
+    /// of the step before.
     ///
     /// # Errors
     /// The first order that does not follow.

@@ -154,7 +154,8 @@ pub struct Policy {
     pub bucket: u64,
     /// Number of buckets gathered ahead of the one in use.
     pub prefetch: usize,
-    /// Gathered buckets that exist at a time, and gradients on their way: at least `prefetch` + 1. What is whole has a slot for each bucket.
+    /// Gathered buckets that exist at a time, and gradients on their way: at least `prefetch` + 1.
+    /// What is whole has a slot for each bucket.
     pub slots: usize,
     /// Whether collectives go on while the queue computes. Otherwise each is waited for where it starts, which shows what overlap is worth; no bit depends on it.
     pub overlap: bool,

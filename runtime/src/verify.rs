@@ -1,9 +1,10 @@
 //! Whether a plan is free of races: follows the memory through it, and asks for each access whether the queues and the
 //! edges order it after the accesses that it must not overlap.
 //!
-//! What is complete when an operation starts is kept as a vector clock: for each queue, how many of its operations. Queues are
-//! first-in, first-out, so a number for each says it all. One number more says whether everything is complete that the compute
-//! queue was given before this step: the updates of the step before, or a load.
+//! What is complete when an operation starts is kept as a vector clock: for each queue, how many of
+//! its operations. Queues are first-in, first-out, so a number for each says it all. One number
+//! more says whether everything is complete that the compute queue was given before this step: the
+//! updates of the step before, or a load.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;

@@ -1,5 +1,5 @@
-//! `--save-memory`: checkpoints are the same however a rank's state comes to its file, and what a run
-//! does not need is not reserved.
+//! `--save-memory`: checkpoints are the same however a rank's state comes to its file, and what a
+//! run does not need is not reserved.
 
 use std::fs;
 
@@ -61,8 +61,8 @@ fn a_run_that_saves_only_at_its_end_has_no_memory_for_copies() {
     let ((ring, with_a_ring), (copies, with_copies)) = (planned(""), planned("--save-memory copies"));
     assert_eq!((ring, with_copies - with_a_ring), (f64::from(1 << 20), copies - ring));
     let saved = measured("saving", "--save-every 1000") - measured("out", "");
-    // What else differs are some megabytes: a rank's share of the program's own pages depends on how
-    // many processes of it run at once, such as those of other tests. This is 15.
+    // What else differs are some megabytes: a rank's share of the program's own pages depends on
+    // how many processes of it run at once, such as those of other tests. This is 15.
     let off = saved / (copies - ring) - 1.0;
     assert!(off.abs() < 0.5, "{saved} bytes less, predicted are {}", copies - ring);
 }

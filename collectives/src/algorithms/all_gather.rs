@@ -11,8 +11,8 @@ use crate::Sections;
 use crate::call::{Detail, Kind};
 use crate::hosts::Hosts;
 
-/// output\[p\] = the input of rank p, for `chunk` elements of each rank, cut into sections in the output. `in_place` input and
-/// output are one buffer, and a rank's input is its chunk of that.
+/// output\[p\] = the input of rank p, for `chunk` elements of each rank, cut into sections in the
+/// output. `in_place` input and output are one buffer, and a rank's input is its chunk of that.
 pub(crate) fn all_gather(
     hosts: &Hosts,
     rank: usize,

@@ -74,8 +74,8 @@ impl Moves {
         for &(rank, chunk) in &self.sends {
             for part in sides.parts(sides.range(chunk, piece)) {
                 let from = sides.own(self.source, chunk, part.start, part.len());
-                // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this chunk before the operation is
-                // complete.
+                // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this
+                // chunk before the operation is complete.
                 unsafe { transit.send(rank, from, part.len() * sides.side(self.source).width, GROUP) };
             }
         }
@@ -88,9 +88,9 @@ impl Moves {
                 } else {
                     sides.own(End::Output, chunk, part.start, part.len())
                 };
-                // SAFETY: the output is this operation's, and `Held` keeps it and the stage. No rank of this host reads this chunk
-                // before this rank's next step; those that read an earlier piece from the same half of the stage have taken a step
-                // since.
+                // SAFETY: the output is this operation's, and `Held` keeps it and the stage. No
+                // rank of this host reads this chunk before this rank's next step; those that read
+                // an earlier piece from the same half of the stage have taken a step since.
                 unsafe { transit.receive(rank, into, bytes, GROUP) };
             }
         }

@@ -162,8 +162,8 @@ impl Operation {
                 let bytes = part.len() * self.sides.input.width;
                 let from = self.sides.own(End::Input, chunk, part.start, part.len());
                 let to = self.sides.published(peers, peers.rank(), End::Input, chunk, part, piece)?;
-                // SAFETY: this operation owns its buffer, nobody writes to its inputs, and this half of the stage is free (see
-                // above).
+                // SAFETY: this operation owns its buffer, nobody writes to its inputs, and this
+                // half of the stage is free (see above).
                 unsafe { non_temporal::copy(from, to, bytes, false) };
             }
         }
@@ -181,8 +181,8 @@ impl Operation {
                 let bytes = part.len() * self.sides.output.width;
                 let to = self.sides.own(End::Output, chunk, part.start, part.len());
                 let from = self.sides.published(peers, peers.rank(), End::Output, chunk, part, piece)?;
-                // SAFETY: this operation owns its buffer; the peers that wrote this half of the stage have taken a step since, and
-                // write the other half now.
+                // SAFETY: this operation owns its buffer; the peers that wrote this half of the
+                // stage have taken a step since, and write the other half now.
                 unsafe { non_temporal::copy(from, to, bytes, self.streams(peers)) };
             }
         }

@@ -1,8 +1,9 @@
 //! Where the operands of an operation lie, for this rank and for its peers.
 //!
-//! An operand is a row of chunks of equal length (the last may be short), or a row of [`Sections`], each a row of chunks. An
-//! element of a chunk has the same number on either side of an operation. Peers find an operand in the header itself, in the rank's arena, or,
-//! where it is private memory, in the rank's stage, which holds one piece (the same range of elements of every chunk) while the
+//! An operand is a row of chunks of equal length (the last may be short), or a row of [`Sections`],
+//! each a row of chunks. An element of a chunk has the same number on either side of an operation.
+//! Peers find an operand in the header itself, in the rank's arena, or, where it is private memory,
+//! in the rank's stage, which holds one piece (the same range of elements of every chunk) while the
 //! next is being copied in.
 
 use std::ops::Range;

@@ -116,7 +116,8 @@ impl WireFold {
                         out
                     };
                     if host != hosts.own {
-                        // SAFETY: the work memory is `Held`'s and this segment's alone until `finish`; the input is this operation's.
+                        // SAFETY: the work memory is `Held`'s and this segment's alone until
+                        // `finish`; the input is this operation's.
                         unsafe { transit.send(peer, source, part.len() * self.partial.bytes(), group) };
                     }
                 }

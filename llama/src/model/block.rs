@@ -49,8 +49,8 @@ impl Model {
         kernels.linear(up.view_mut(), recomputed.normed.view(), weights.tensor(tensor::UP), None, rows);
     }
 
-    /// Turns the gradient of the residual stream after the block into that before it. What the block
-    /// has not kept is computed again first, by the same kernels from the same numbers.
+    /// Turns the gradient of the residual stream after the block into that before it. What the
+    /// block has not kept is computed again first, by the same kernels from the same numbers.
     pub(super) fn block_backward(&mut self, layer: usize, unit: Backward<'_>) -> Result<(), Error> {
         let Backward { stream, weights, mut gradients, .. } = unit;
         let kernels = kernels(stream)?;

@@ -42,8 +42,8 @@ pub(crate) fn check_memory(given: &Setup<'_>) -> Result<(), Error> {
     fitting(worth_a_try(given), available_memory().0 / 10 * 9).map(|_| ())
 }
 
-/// Memory for all ranks of the host that has least of it. A tenth stays free for memory that no plan
-/// counts. Collective.
+/// Memory for all ranks of the host that has least of it. A tenth stays free for memory that no
+/// plan counts. Collective.
 ///
 /// # Errors
 /// When another rank has failed.

@@ -37,8 +37,8 @@ pub struct PlanArgs {
     #[arg(long, value_name = "N", conflicts_with = "batch")]
     pub rounds: Option<u64>,
     /// Memory of a rank for its part of a checkpoint: `copies`, which is what `train --save-every`
-    /// takes, or a ring of at most BYTES; default: 1MiB, which is what a run takes that saves only at
-    /// its end.
+    /// takes, or a ring of at most BYTES; default: 1MiB, which is what a run takes that saves only
+    /// at its end.
     #[arg(long, value_name = "copies|BYTES", value_parser = save_memory)]
     pub save_memory: Option<Staging>,
     /// Print every operation of a step.

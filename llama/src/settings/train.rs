@@ -156,8 +156,8 @@ pub struct PolicyArgs {
     #[arg(long, value_enum)]
     pub gather: Option<GatherKind>,
     /// Move units that follow each other as one operation, a bucket, as long as their weights take
-    /// at most so many bytes, such as 16MiB; default: each block, the embedding and the head move by
-    /// themselves.
+    /// at most so many bytes, such as 16MiB; default: each block, the embedding and the head move
+    /// by themselves.
     #[arg(long, value_name = "BYTES", value_parser = size)]
     pub bucket: Option<u64>,
     /// Buckets gathered ahead of the one in use.
@@ -261,8 +261,8 @@ pub struct TrainArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub policy: PolicyArgs,
-    /// Choose --prefetch, --slots, --bucket and --recompute: measure the processor and the links for
-    /// a moment, simulate steps on them, and take the shortest that fits into memory.
+    /// Choose --prefetch, --slots, --bucket and --recompute: measure the processor and the links
+    /// for a moment, simulate steps on them, and take the shortest that fits into memory.
     #[arg(long, conflicts_with_all = ["prefetch", "slots", "bucket", "recompute"])]
     pub auto: bool,
     /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that
@@ -284,9 +284,9 @@ pub struct TrainArgs {
     /// Save every N steps, besides at the end; 0: only at the end.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub save_every: u64,
-    /// Memory of a rank for its part of a checkpoint: `copies` of all of it, which are written while
-    /// training goes on, or a ring of at most BYTES, such as 64MiB, through which it passes while
-    /// steps wait; default: copies with --save-every, else 1MiB.
+    /// Memory of a rank for its part of a checkpoint: `copies` of all of it, which are written
+    /// while training goes on, or a ring of at most BYTES, such as 64MiB, through which it passes
+    /// while steps wait; default: copies with --save-every, else 1MiB.
     #[arg(long, value_name = "copies|BYTES", value_parser = save_memory)]
     pub save_memory: Option<Staging>,
     /// Keep this many of the newest checkpoints, and remove older ones; default: all.

@@ -87,7 +87,8 @@ impl Builder {
         self.operations.len() - 1
     }
 
-    /// Brings in the bucket of visit `ahead`, unless it is there, while visit `now` is about to start.
+    /// Brings in the bucket of visit `ahead`, unless it is there, while visit `now` is about to
+    /// start.
     fn gather(&mut self, now: usize, ahead: usize) {
         let Some(slots) = &self.outline.weights else { return };
         let bucket = self.visits[ahead].bucket;

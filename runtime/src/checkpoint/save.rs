@@ -13,8 +13,8 @@ use super::manifest::{self, Manifest};
 use super::{Candidate, Saver, Staging, candidates};
 use crate::{Engine, Error};
 
-/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk. See [`Saver`], which does not. The state passes
-/// through [`Staging::SMALL_RING`].
+/// Saves the engine's state as `dir/step-…` and returns that folder; blocks until it is on disk.
+/// See [`Saver`], which does not. The state passes through [`Staging::SMALL_RING`].
 ///
 /// # Errors
 /// As for [`Saver::begin`].

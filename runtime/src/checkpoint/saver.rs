@@ -86,13 +86,14 @@ impl Saver {
         Ok(Saver { dir: dir.to_owned(), keep, staging, save: None, staged: None, inlet: None, writer })
     }
 
-    /// Bytes that a rank that writes needs for its saver, kept from [`Saver::reserve`] or its first save on. Only the
-    /// ranks of the first group write.
+    /// Bytes that a rank that writes needs for its saver, kept from [`Saver::reserve`] or its first
+    /// save on. Only the ranks of the first group write.
     pub fn bytes(layout: &Layout, policy: &Policy, staging: Staging) -> u64 {
         staging.bytes(elements(layout, policy))
     }
 
-    /// Makes the memory for this engine's state now. Otherwise the first save does, which then holds the caller up for longer than later ones.
+    /// Makes the memory for this engine's state now. Otherwise the first save does, which then
+    /// holds the caller up for longer than later ones.
     ///
     /// # Errors
     /// When the engine's parameters are invalid.
@@ -129,8 +130,9 @@ impl Saver {
     /// between steps, with the same step. `extra` is kept as rank 0 gives it.
     ///
     /// # Errors
-    /// [`Error::File`] when any rank could not do its part: on that rank what went wrong, on the others which rank it was. Then nothing is saved,
-    /// and training can go on. Also when another rank is lost, or the engine's parameters are invalid. What a thread cannot write is an error
+    /// [`Error::File`] when any rank could not do its part: on that rank what went wrong, on the
+    /// others which rank it was. Then nothing is saved, and training can go on. Also when another
+    /// rank is lost, or the engine's parameters are invalid. What a thread cannot write is an error
     /// of [`Saver::observe`] and [`Saver::wait`], also with a ring.
     ///
     /// # Panics
@@ -325,8 +327,8 @@ mod tests {
         }
     }
 
-    /// What a save holds the caller up for must not grow by making memory: what was reserved serves
-    /// every save, also after one that failed.
+    /// A save makes no memory while the caller waits: the memory that was reserved serves every
+    /// save, also one after a failure.
     #[test]
     fn what_was_reserved_serves_every_save() {
         for (staging, parts) in STAGINGS.into_iter().zip([2 * (1 + Policy::default().states.len()), 2]) {
@@ -337,7 +339,8 @@ mod tests {
             let mut bytes = 0;
             for_each_part(&mut saver, |part| {
                 bytes += (size_of::<f32>() * part.capacity()) as u64;
-                // New memory could lie where the old one was freed, but it would not have this much room.
+                // New memory could lie where the old one was freed, but it would not have this much
+                // room.
                 part.reserve_exact(777);
             });
             assert_eq!(bytes, Saver::bytes(engine.layout(), engine.policy(), staging));
@@ -411,7 +414,8 @@ mod tests {
             }
             saver.begin(&engine, 1, &Value::Null).unwrap();
             engine.communicator().barrier().expect("no rank is late");
-            // Three pieces are lost, so the file is not what it should be; what matters is that it ends.
+            // Three pieces are lost, so the file is not what it should be; what matters is that it
+            // ends.
             saver.wait(&engine).unwrap().expect("it was under way").held
         };
         let held: Vec<Duration> = std::thread::scope(|scope| {

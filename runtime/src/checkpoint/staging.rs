@@ -1,5 +1,5 @@
-//! How a rank's state comes from the engine to the thread that writes it: as a copy of all of it, or
-//! piece by piece through a ring of buffers.
+//! How a rank's state comes from the engine to the thread that writes it: as a copy of all of it,
+//! or piece by piece through a ring of buffers.
 //!
 //! The rank takes an empty buffer from the ring, fills it and sends it to the thread. The thread
 //! writes the buffer and sends it back. So the rank waits where the disk is slower than a copy, and
@@ -32,8 +32,8 @@ pub enum Staging {
 pub(super) const PIECE: usize = (256 << 10) / size_of::<f32>();
 
 impl Staging {
-    /// A ring for saves that nothing waits for, such as one at the end of a run. A larger one is not
-    /// faster, unless the disk stalls.
+    /// A ring for saves that nothing waits for, such as one at the end of a run. A larger one is
+    /// not faster, unless the disk stalls.
     pub const SMALL_RING: Staging = Staging::Ring { bytes: 1 << 20 };
     /// Bytes of the smallest ring: one element is written while the next is copied.
     pub const LEAST_RING: u64 = 2 * size_of::<f32>() as u64;

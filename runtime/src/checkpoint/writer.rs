@@ -40,9 +40,11 @@ pub(super) enum Done {
 impl Writer {
     pub(super) fn start(dir: &Path, staging: Staging) -> Result<Writer, Error> {
         Writer::with(dir, move |inbox, outbox| {
-            // Steps wait for the thread that empties a ring, so it keeps its share of the processors.
+            // Steps wait for the thread that empties a ring, so it keeps its share of the
+            // processors.
             if staging == Staging::Copies {
-                // Of a processor that computes, it takes what is left over. Where that is forbidden, it takes its share.
+                // Of a processor that computes, it takes what is left over. Where that is
+                // forbidden, it takes its share.
                 let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), LEAST_PRIORITY);
             }
             // Ends when either end of a channel is dropped.

@@ -102,8 +102,8 @@ fn a_reduction_that_adds_to_a_shard_waits_for_the_earlier_one_and_the_caller_for
     let slow = Machine { link: Link { bandwidth: 102.4, latency: 0.0 }, ..MACHINE };
     let (_, _, lines) = followed(0, 2, 1, 3, slow);
     let starts = |name: &str| lines.iter().filter(|line| line.starts_with(name)).cloned().collect::<Vec<_>>();
-    // Reductions take 10 s. A single unit has one gradient slot: the backward pass of the second round, ready at 18, waits for
-    // the first reduction, which ends at 26.
+    // Reductions take 10 s. A single unit has one gradient slot: the backward pass of the second
+    // round, ready at 18, waits for the first reduction, which ends at 26.
     assert_eq!(starts("forward"), ["forward 0 10 12", "forward 0 16 18", "forward 0 30 32"]);
     assert_eq!(starts("backward"), ["backward 0 12 16", "backward 0 26 30", "backward 0 40 44"]);
     assert_eq!(starts("reduce"), ["reduce 0 16 26", "reduce 0 30 40", "reduce 0 44 54"]);

@@ -15,7 +15,8 @@ use pillion_runtime::checkpoint::{self, Checkpoint, Staging};
 use pillion_runtime::{Engine, Error, Layout, Policy, State, TensorSpec, UnitSpec};
 use serde_json::json;
 
-/// Copies, and a ring so small that the smallest state of [`uneven`] passes through it in many pieces.
+/// Copies, and a ring so small that the smallest state of [`uneven`] passes through it in many
+/// pieces.
 const STAGINGS: [Staging; 2] = [Staging::Copies, Staging::Ring { bytes: 100 }];
 
 /// Units of these shapes; tensor 1 of unit 0 is called `0.1`.

@@ -186,8 +186,8 @@ fn lacking(edge: Edge) -> Option<Change> {
     }))
 }
 
-// Nothing but the edge orders these pairs: the gather and the reduction start on a thread of their own. Some seed must show it, not
-// each, since that thread may by chance come late enough.
+// Nothing but the edge orders these pairs: the gather and the reduction start on a thread of their
+// own. Some seed must show it, not each, since that thread may by chance come late enough.
 
 #[test]
 fn a_gather_that_does_not_wait_for_the_last_update_changes_bits() {

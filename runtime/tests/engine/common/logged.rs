@@ -116,8 +116,8 @@ macro_rules! delegate {
     };
 }
 
-// SAFETY: the other device's stream keeps the promises, and is asked for the same in the same order.
-// Its events stand behind the ones that are given out.
+// SAFETY: the other device's stream keeps the promises, and is asked for the same in the same
+// order. Its events stand behind the ones that are given out.
 unsafe impl Stream for LoggedStream {
     fn record(&self) -> Event {
         Event::new(Arc::new(Watched { inner: self.inner("record").record(), waits: self.waits.clone() }))
