@@ -60,7 +60,7 @@ const TABLE: &[(&str, How)] = &[
     ("mpiexec -n 4 target/release/pillion train", Parsed),
     ("mpirun_rsh -np 4 target/release/pillion train", Parsed),
     ("jsrun -n 4 target/release/pillion train", Parsed),
-    ("pillion train --auto", With(SHORT_RUN)),
+    ("pillion train --auto", With(SHORT)),
     ("pillion plan", AsItStands),
     ("pillion plan --operations | head", AsItStands),
     ("cargo run --release -- plan --model llama2-7b --ranks 64", AsItStands),
