@@ -24,8 +24,7 @@ pub enum Recompute {
     None,
     /// All of the block.
     Block,
-    /// Queries, keys, values, the output of attention and its log-sums: this is what it saves,
-    /// because no mode keeps the scores.
+    /// The attention of the block: queries, keys, values and the output. No mode keeps scores.
     Attention,
 }
 

@@ -130,7 +130,7 @@ fn models_and_numbers_that_cannot_be() {
             ("--warmup nan", &["--warmup NaN", "below 1"]),
             ("--final-lr 2", &["--final-lr 2", "between 0 and 1"]),
             ("--weight-decay -1", &["--weight-decay -1", "out of range"]),
-            ("--prefetch 2 --slots 2", &["--slots 2", "--prefetch 2", "at least 3"]),
+            ("--prefetch 2 --slots 2", &["--slots 2", "--prefetch 2", "at least --slots 3"]),
             ("--controller stagewise", &["--controller stagewise needs --stages", "such as"]),
             (
                 "--controller stagewise --stages 16:0.5,8:0.5",

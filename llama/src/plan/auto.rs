@@ -107,17 +107,23 @@ pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Re
     let Forecast { prefetch, slots, bucket, recompute, step, memory, .. } = chosen;
     let without = match tried - fits.len() {
         0 => String::new(),
-        others => format!(", {others} of which need more than the {} there are", bytes(available)),
+        others => format!("; {others} need more than the {} that a host has", bytes(available)),
     };
-    let rounds = if rounds < asked { format!(" of {rounds} rounds") } else { String::new() };
+    let rounds = if rounds < asked { format!(", steps of {rounds} rounds") } else { String::new() };
+    let moved = if bucket == 0 { String::new() } else { format!(" --bucket {bucket}") };
+    let verdict = match chosen == default {
+        true => format!("the defaults are best: {} and {} a rank", seconds(step), bytes(memory)),
+        false => format!(
+            "--prefetch {prefetch} --slots {slots}{moved} --recompute {recompute}: {} and {} a rank, instead of {} and {}",
+            seconds(step),
+            bytes(memory),
+            seconds(default.step),
+            bytes(default.memory),
+        ),
+    };
     let why = format!(
-        "--prefetch {prefetch} --slots {slots}{} --recompute {recompute}: the shortest of {tried} simulated steps{without}: {}{rounds} and {} a rank, \
-         instead of {} and {} by default; measured were {}",
-        if bucket == 0 { String::new() } else { format!(" --bucket {bucket}") },
-        seconds(step),
-        bytes(memory),
-        seconds(default.step),
-        bytes(default.memory),
+        "{verdict}\n              simulated: {tried} settings{rounds}{without}; chosen: the least memory within 0.1 % of the shortest step\n              \
+         measured: {}",
         describe(machine, given.mesh.world()),
     );
     Ok(Choice { prefetch, slots, bucket, recompute, why })

@@ -156,8 +156,8 @@ pub struct PolicyArgs {
     #[arg(long, value_enum)]
     pub gather: Option<GatherKind>,
     /// Move units that follow each other as one operation, a bucket, as long as their weights take
-    /// at most so many bytes, such as 16MiB; default: each block, the embedding and the head move
-    /// by themselves.
+    /// at most so many bytes, such as 16MiB; a longer unit moves by itself; default: each block,
+    /// the embedding and the head move by themselves.
     #[arg(long, value_name = "BYTES", value_parser = size)]
     pub bucket: Option<u64>,
     /// Buckets gathered ahead of the one in use.
@@ -263,10 +263,11 @@ pub struct TrainArgs {
     pub policy: PolicyArgs,
     /// Choose --prefetch, --slots, --bucket and --recompute: measure the processor and the links
     /// for a moment, simulate steps on them, and take the shortest that fits into memory.
-    #[arg(long, conflicts_with_all = ["prefetch", "slots", "bucket", "recompute"])]
+    #[arg(long, conflicts_with_all = ["prefetch", "slots", "bucket", "recompute", "no_overlap"])]
     pub auto: bool,
     /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that
-    /// are not given are those that the run began with, and so are its tokens.
+    /// decide numbers or files and are not given are those that the run began with, and so are its
+    /// tokens. Settings of how parameters are kept and moved have their defaults.
     #[arg(long, value_name = "auto|PATH")]
     pub resume: Option<PathBuf>,
     /// Settings in which a resumed run may differ from its checkpoint, by their flags: lr,samples,…

@@ -54,8 +54,12 @@ pub(crate) fn plan_table(setup: &Setup<'_>, planned: &Planned, batch: u64, backe
         (false, _) => ", gathered once a step".to_owned(),
     };
     if policy.bucket > 0 {
+        let elements = |units: &std::ops::Range<usize>| {
+            layout.units[units.clone()].iter().map(|unit| unit.padded).sum::<usize>() * policy.weights.bytes()
+        };
+        let longest = plan.outline.buckets.iter().map(elements).max().unwrap_or(0) as u64;
         let (buckets, units) = (plan.outline.buckets.len(), layout.units.len());
-        row("buckets", format!("{buckets} for {units} units: at most {} that move together", bytes(policy.bucket)));
+        row("buckets", format!("{buckets} for {units} units, the longest of {}", bytes(longest)));
     }
     row("weights", format!("{} a rank in {}{gathered}", bytes(memory.weights), policy.weights));
     let slots = match &plan.outline.gradients {
@@ -91,9 +95,11 @@ pub(crate) fn plan_table(setup: &Setup<'_>, planned: &Planned, batch: u64, backe
         },
     );
     let again = match setup.recompute {
+        // The backward pass begins with the last block, so there is nothing to compute again.
+        _ if model.num_hidden_layers == 1 => "",
         Recompute::None => "",
-        Recompute::Block => "; blocks are computed again in the backward pass",
-        Recompute::Attention => "; attention is computed again in the backward pass",
+        Recompute::Block => "; all blocks but the last are computed again in the backward pass",
+        Recompute::Attention => "; attention is computed again in the backward pass, but for the last block",
     };
     row("activations", format!("{} a rank{again}", bytes(needs.activations)));
     row("memory", format!("{} a rank in all", bytes(needs.total())));
