@@ -123,8 +123,8 @@ pub(crate) fn call(kind: Kind, dtype: Option<DType>, deferred: bool, count: usiz
 }
 
 /// The same call for buffers that are cut into sections.
-pub(crate) fn cut(call: Call, sections: Option<&Sections>) -> Call {
-    Call { memory: call.memory | sections.map_or(0, |sections| sections.mark() << 1), ..call }
+pub(crate) fn in_sections(call: Call, sections: Option<&Sections>) -> Call {
+    Call { memory: call.memory | sections.map_or(0, |sections| sections.digest() << 1), ..call }
 }
 
 fn kind(call: Call) -> Option<Kind> {
@@ -204,7 +204,7 @@ mod tests {
         }
         let in_sections = |chunks: &[usize]| {
             let call = call(Kind::AllGather, Some(DType::F32), false, 8, Detail::None);
-            describe(cut(call, Some(&Sections::new(chunks))))
+            describe(super::in_sections(call, Some(&Sections::new(chunks))))
         };
         assert!(in_sections(&[1, 3]).starts_with("all-gather #0 of 8 × f32 in 2 sections (cut "));
         assert_ne!(in_sections(&[1, 3]), in_sections(&[3, 1]));

@@ -78,7 +78,7 @@ impl Sections {
 
     /// A short digest for headers: the number of sections, and 16 bits that depend on their
     /// lengths. Ranks that cut a buffer in different ways see different digests.
-    pub(crate) fn mark(&self) -> u64 {
+    pub(crate) fn digest(&self) -> u64 {
         let mixed = self
             .bounds
             .iter()

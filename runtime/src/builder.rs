@@ -63,15 +63,6 @@ struct WeightSlot {
     last_use: Option<usize>,
 }
 
-/// Where a visit's backward passes add gradients.
-struct Filling {
-    slot: usize,
-    first: bool,
-    last: bool,
-    /// The reduction that must have read the slot before.
-    after: Option<usize>,
-}
-
 impl Builder {
     pub(crate) fn new(outline: Outline, rounds: usize, train: bool) -> Builder {
         let buckets = outline.buckets.len();
@@ -179,14 +170,18 @@ impl Builder {
         let Visit { bucket, pass, round } = self.visits[index];
         let resident = self.resident[bucket];
         let gather = resident.map(|slot| self.weights[slot].gather);
-        let filling = (pass == Pass::Backward).then(|| self.fill(index));
-        let free = filling.as_ref().and_then(|filling| filling.after);
+        let (fill, free) = match pass {
+            Pass::Forward => (None, None),
+            Pass::Backward => {
+                let (fill, free) = self.fill(index);
+                (Some(fill), free)
+            }
+        };
         let mut after: Vec<usize> = gather.into_iter().chain(free).collect();
         let units = self.outline.buckets[bucket].clone();
         for at in 0..units.len() {
             let unit = if pass == Pass::Forward { units.start + at } else { units.end - 1 - at };
-            let gradients = filling.as_ref().map(|&Filling { slot, first, last, .. }| Fill { slot, first, last });
-            let action = Action::Compute { unit, pass, weights: resident.unwrap_or(bucket), gradients };
+            let action = Action::Compute { unit, pass, weights: resident.unwrap_or(bucket), gradients: fill };
             // The rest of the visit follows on the same queue.
             self.last_compute = Some(self.push(action, std::mem::take(&mut after)));
         }
@@ -195,25 +190,26 @@ impl Builder {
             self.weights[slot].last_use = Some(compute);
             self.expect(slot, self.next[index]);
         }
-        if let Some(Filling { slot, last: true, .. }) = filling {
+        if let Some(Fill { slot, last: true, .. }) = fill {
             self.reduce(bucket, slot, round, compute);
         }
     }
 
-    /// Where the backward passes of visit `index` add gradients.
-    fn fill(&mut self, index: usize) -> Filling {
+    /// The slot that the backward passes of visit `index` add to, and the reduction that must have
+    /// read it before.
+    fn fill(&mut self, index: usize) -> (Fill, Option<usize>) {
         let Visit { bucket, round, .. } = self.visits[index];
         let whole = self.outline.gradients.is_none();
         // After its backward passes of a round, a bucket's next visit is a forward pass.
         let again = self.visits.get(self.next[index]).is_some_and(|next| next.pass == Pass::Backward);
         let last = !again && (!whole || round + 1 == self.rounds);
         if let Some(slot) = self.adds_to[bucket] {
-            return Filling { slot, first: false, last, after: None };
+            return (Fill { slot, first: false, last }, None);
         }
         let class = self.gradient_class(bucket);
-        let (after, slot) = self.free[class].pop_first().expect(FREE);
+        let (reduction, slot) = self.free[class].pop_first().expect(FREE);
         self.adds_to[bucket] = Some(slot);
-        Filling { slot, first: true, last, after }
+        (Fill { slot, first: true, last }, reduction)
     }
 
     /// A bucket's class of gradient slots.

@@ -72,7 +72,9 @@
 //! - **Frozen tensors** have [`TensorSpec::frozen`]: their gradients count nowhere. **Tied tensors** are one tensor in a unit that is used twice: [`Layout::visiting`].
 //! - **Weight decay** applies to tensors with [`TensorSpec::decay`].
 //! - **Numbers for all ranks**, say a wish to stop: requests of [`Step::finish`] come back summed.
-//! - **Checkpoints.** [`checkpoint::Saver`] writes in the background, what it has copied or what passes through a ring ([`checkpoint::Staging`]); [`checkpoint::Checkpoint::load`] reads at any number of ranks and in any placement. [`Engine::master`] puts whole units together.
+//! - **Checkpoints.** [`checkpoint::Saver`] writes in the background: a copy of the state, or what
+//!   passes through a ring ([`checkpoint::Staging`]). [`checkpoint::Checkpoint::load`] reads at any
+//!   number of ranks and in any placement. [`Engine::master`] puts whole units together.
 //! - **Several engines** can share a communicator, as long as all ranks take turns between them alike; or each has one of its own ([`Communicator::split`](pillion_collectives::Communicator::split)).
 //!
 //! # Errors
@@ -101,6 +103,7 @@ mod policy;
 mod record;
 mod report;
 pub mod simulate;
+mod state;
 mod step;
 mod summary;
 pub mod trace;
@@ -109,7 +112,7 @@ mod verify;
 mod weights;
 
 pub use buckets::Slots;
-pub use engine::{Engine, State};
+pub use engine::Engine;
 pub use error::Error;
 pub use layout::{Layout, Piece, Tensor, TensorSpec, Unit, UnitSpec};
 pub use memory::Memory;
@@ -118,5 +121,6 @@ pub use outline::Outline;
 pub use plan::{Action, Fill, Operation, Pass, Plan, PlanError, Verified};
 pub use policy::{ADAMW_STATES, COMPARED, Gather, Mesh, Policy, Sharded};
 pub use report::{GroupComparison, StepReport};
+pub use state::State;
 pub use step::{Backward, Forward, Gradients, REQUESTS, Step, Weights};
 pub use update::Agreed;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use pillion_kernels::Span;
 
 use super::transit::{Greeting, Transit, column};
-use crate::call::{Detail, Kind, call, cut};
+use crate::call::{Detail, Kind, call, in_sections};
 use crate::shm::arena::Mapping;
 use crate::shm::control::Call;
 use crate::shm::flight::{Collective, Opening, Peers, Progress};
@@ -65,7 +65,7 @@ impl GatherWindow {
 impl Collective for GatherWindow {
     fn call(&self) -> Call {
         let (len, place) = (self.window.len(), Detail::Window(self.place));
-        cut(call(Kind::GatherWindow, None, self.window.deferred(), len, place), self.sections.as_ref())
+        in_sections(call(Kind::GatherWindow, None, self.window.deferred(), len, place), self.sections.as_ref())
     }
 
     fn begin(&mut self, _peers: &mut Peers<'_>) -> Result<Opening, Error> {

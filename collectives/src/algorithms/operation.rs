@@ -19,7 +19,7 @@ use super::between_hosts::OnWire;
 use super::folds::{Fold, Target};
 use super::moves::Moves;
 use super::sides::{End, HEAD, Piece, STAGE, Side, Sides};
-use crate::call::{Detail, Kind, call, cut};
+use crate::call::{Detail, Kind, call, in_sections};
 use crate::shm::control::{Call, PAYLOAD};
 use crate::shm::flight::{Collective, Opening, Peers, Progress};
 use crate::shm::place::Place;
@@ -276,7 +276,7 @@ impl Operation {
 impl Collective for Operation {
     fn call(&self) -> Call {
         let call = call(self.kind, Some(self.dtype), self.deferred(), self.sides.len, self.detail);
-        cut(call, self.sides.sections.as_ref())
+        in_sections(call, self.sides.sections.as_ref())
     }
 
     fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error> {

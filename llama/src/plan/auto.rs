@@ -39,17 +39,21 @@ impl Choice {
 /// # Errors
 /// When none does.
 pub(crate) fn check_memory(given: &Setup<'_>) -> Result<(), Error> {
-    fitting(worth_a_try(given), available_memory().0 / 10 * 9).map(|_| ())
+    fitting(worth_a_try(given), usable(available_memory().0)).map(|_| ())
 }
 
-/// Memory for all ranks of the host that has least of it. A tenth stays free for memory that no
-/// plan counts. Collective.
+/// A tenth of the available memory stays free for memory that no plan counts.
+fn usable(available: u64) -> u64 {
+    available / 10 * 9
+}
+
+/// Bytes for all ranks of the host that has the least memory. Collective.
 ///
 /// # Errors
 /// When another rank has failed.
 pub(crate) fn available(communicator: &Communicator) -> Result<u64, Error> {
     let available = communicator.all_gather_scalars(&[available_memory().0])?;
-    Ok(available.iter().map(|rank| rank[0]).min().unwrap_or(0) / 10 * 9)
+    Ok(usable(available.iter().map(|rank| rank[0]).min().unwrap_or(0)))
 }
 
 fn worth_a_try<'a>(given: &Setup<'a>) -> Vec<Setup<'a>> {
@@ -61,16 +65,15 @@ fn worth_a_try<'a>(given: &Setup<'a>) -> Vec<Setup<'a>> {
     modes.into_iter().flat_map(with).collect()
 }
 
-/// Bytes that the ranks of a host need.
-fn needed(setup: &Setup<'_>) -> u64 {
-    let needs = setup.needs();
-    setup.host_bytes(needs.memory.total().saturating_add(needs.activations), needs.checkpoints)
-}
-
 fn fitting(setups: Vec<Setup<'_>>, available: u64) -> Result<Vec<Setup<'_>>, Error> {
     let staging = setups.first().map_or(Staging::SMALL_RING, |setup| setup.staging);
-    let least = setups.iter().map(needed).min().unwrap_or(0);
-    let fits: Vec<Setup<'_>> = setups.into_iter().filter(|setup| needed(setup) <= available).collect();
+    let mut least = u64::MAX;
+    let fits = |setup: &Setup<'_>| {
+        let needed = setup.host_bytes(&setup.needs());
+        least = least.min(needed);
+        needed <= available
+    };
+    let fits: Vec<Setup<'_>> = setups.into_iter().filter(fits).collect();
     if fits.is_empty() {
         let ring = setup::ring_remedy(staging);
         return Err(Error::Setting(format!(
@@ -92,7 +95,8 @@ pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Re
     if !machine.fits(given.mesh) {
         let (shard, hosts) = (given.mesh.shard, machine.ranks_per_host);
         return Err(Error::Setting(format!(
-            "--auto cannot simulate groups of {shard} ranks on hosts of {hosts}: leave it out, and give --prefetch, --slots, --bucket and --recompute"
+            "--auto cannot simulate groups of {shard} ranks on hosts of {hosts}: leave it out, and give --prefetch, \
+             --slots, --bucket and --recompute"
         )));
     }
     let (asked, rounds) = (given.rounds, given.rounds.min(MOST_ROUNDS));
@@ -103,7 +107,7 @@ pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Re
     let chosen = best(forecasts.iter().copied());
     let default = given.forecast(machine);
     let is_as_good = default.step <= chosen.step * (1.0 + SAME) && default.memory <= chosen.memory;
-    let chosen = if is_as_good && needed(given) <= available { default } else { chosen };
+    let chosen = if is_as_good && given.host_bytes(&given.needs()) <= available { default } else { chosen };
     let Forecast { prefetch, slots, bucket, recompute, step, memory, .. } = chosen;
     let without = match tried - fits.len() {
         0 => String::new(),

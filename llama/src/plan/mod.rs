@@ -21,7 +21,7 @@ use crate::train::{plan_table, recipe};
 use crate::{Error, print_result};
 use forecast::{Forecast, best};
 pub use settings::{MachineArgs, PlanArgs};
-pub(crate) use setup::{Needs, Planned, Setup, ring_remedy};
+pub(crate) use setup::{Planned, Setup, ring_remedy};
 use table::{simulation_table, sweep_table};
 
 /// What `--json` prints.

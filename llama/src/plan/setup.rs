@@ -86,11 +86,16 @@ impl Setup<'_> {
         (layout.units[0].padded * self.policy.weights.bytes()) as u64
     }
 
-    /// Bytes that the ranks of the fullest host need, with what checkpoints pass through. The first
-    /// group saves; on that host all ranks are of it.
-    pub(crate) fn host_bytes(&self, of_rank: u64, checkpoints: u64) -> u64 {
-        let savers = self.local.min(self.mesh.shard) as u64;
-        of_rank.saturating_mul(self.local as u64).saturating_add(checkpoints.saturating_mul(savers))
+    /// Bytes that the ranks of a host need.
+    pub(crate) fn host_bytes(&self, needs: &Needs) -> u64 {
+        let of_rank = needs.memory.total().saturating_add(needs.activations);
+        of_rank.saturating_mul(self.local as u64).saturating_add(self.checkpoint_bytes(needs))
+    }
+
+    /// Bytes of these that checkpoints pass through, on the host with most ranks of the first
+    /// group: only these save.
+    pub(crate) fn checkpoint_bytes(&self, needs: &Needs) -> u64 {
+        needs.checkpoints.saturating_mul(self.local.min(self.mesh.shard) as u64)
     }
 
     /// The memory of a rank.

@@ -16,6 +16,8 @@ const SHARD: usize = 512 << 10;
 const GATHERED: usize = 16 << 20;
 /// Time for which products are timed while data moves.
 const BESIDE: Duration = Duration::from_millis(150);
+/// Time for which a product is timed alone.
+const PRODUCTS_TIME: Duration = Duration::from_millis(200);
 /// Gathers that are timed, at most.
 const GATHERS: f64 = 100.0;
 /// Products that a gather must last for, so that those which run beside it can be counted.
@@ -52,9 +54,11 @@ impl Product {
         Ok(stream.synchronize()?)
     }
 
-    /// The fastest of several runs, in seconds.
+    /// The fastest of several runs, in seconds. A large product runs less often.
     fn time(&mut self, rows: usize, stream: &dyn Stream) -> Result<f64, Error> {
-        fastest(20, || Ok(self.run(rows, stream)?))
+        let first = fastest(2, || Ok(self.run(rows, stream)?))?;
+        let times = (PRODUCTS_TIME.as_secs_f64() / first).clamp(1.0, 20.0) as usize;
+        Ok(first.min(fastest(times, || Ok(self.run(rows, stream)?))?))
     }
 }
 

@@ -211,7 +211,8 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<P
     let slots = settings.slots.unwrap_or(settings.prefetch + 1);
     if slots <= settings.prefetch {
         return fail(format!(
-            "--slots {slots} cannot hold the bucket in use and --prefetch {} more: use at least --slots {}, or a lower --prefetch",
+            "--slots {slots} cannot hold the bucket in use and --prefetch {} more: use at least --slots {}, or a lower \
+             --prefetch",
             settings.prefetch,
             settings.prefetch + 1
         ));

@@ -16,7 +16,7 @@ use crate::Error;
 use crate::controller::by_flag;
 use crate::data::Dataset;
 use crate::model::Recompute;
-use crate::plan::{Needs, Setup, auto, ring_remedy};
+use crate::plan::{Setup, auto, ring_remedy};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::TrainArgs;
 
@@ -204,9 +204,8 @@ pub(super) fn same_settings(settings: &TrainArgs, communicator: &Communicator) -
 /// Whether this host has the memory that its ranks will come to use; found out late, it would be the kernel that ends them.
 fn check_memory(setup: &Setup<'_>) -> Result<(), Error> {
     let local = setup.local;
-    let Needs { memory, checkpoints, activations } = setup.needs();
-    let saving = setup.host_bytes(0, checkpoints);
-    let needed = setup.host_bytes(memory.total().saturating_add(activations), checkpoints);
+    let needs = setup.needs();
+    let (needed, saving) = (setup.host_bytes(&needs), setup.checkpoint_bytes(&needs));
     let (available, limit) = pillion_collectives::available_memory();
     if needed <= available {
         return Ok(());
@@ -214,7 +213,7 @@ fn check_memory(setup: &Setup<'_>) -> Result<(), Error> {
     let fewer = if setup.recompute == Recompute::Block { "" } else { "--recompute block, or " };
     let ring = ring_remedy(setup.staging);
     let one = Policy { bucket: 0, prefetch: 0, slots: 1, ..setup.policy };
-    let moved = setup.needs().memory.total() > Setup { policy: one, ..setup.clone() }.needs().memory.total();
+    let moved = needs.memory.total() > Setup { policy: one, ..setup.clone() }.needs().memory.total();
     let slots = if moved { ", or fewer --slots, a lower --prefetch or no --bucket" } else { "" };
     Err(Error::Setting(format!(
         "the {local} ranks of a host need {} of memory, {} of it for checkpoints, but {limit} allows {} more: choose {fewer}a smaller --model, --micro-batch or --seq{ring}{slots}",
