@@ -10,7 +10,7 @@ use crate::{Engine, Error, Unit};
 pub struct State {
     /// Master weights.
     pub master: Vec<f32>,
-    /// What the optimizer keeps, in the order of [`Policy::states`].
+    /// What the optimizer keeps, in the order of [`Policy::states`](crate::Policy::states).
     pub states: Vec<Vec<f32>>,
 }
 
