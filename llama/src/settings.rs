@@ -5,6 +5,7 @@
 
 mod train;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
@@ -134,11 +135,14 @@ impl Cli {
             _ => None,
         };
         let Some(file) = file else { return Ok(cli) };
-        let flags = flags_of_file(&file).map_err(|message| (format!("error: {message}\n"), 2))?;
+        let mut flags = flags_of_file(&file).map_err(|message| (format!("error: {message}\n"), 2))?;
         let program = &arguments[..2];
         // Alone first, so that what the file gets wrong is said of the file.
         let alone = [program, &flags].concat();
         parse(&alone).map_err(|error| (format!("in {}: {}", file.display(), error.render()), 2))?;
+        if let Command::Train(train) = &cli.command {
+            leave_to(&train.given, &mut flags);
+        }
         parse(&[program, &flags, &arguments[2..]].concat()).map_err(refuse)
     }
 }
@@ -156,6 +160,24 @@ fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
         train.given = ids.map(|id| id.replace('_', "-")).collect();
     }
     Ok(cli)
+}
+
+/// Takes away `flags` of a file that no one can give together with those that were `given` on the
+/// command line.
+fn leave_to(given: &BTreeSet<String>, flags: &mut Vec<String>) {
+    let mut command = Cli::command();
+    command.build();
+    let train = command.find_subcommand("train").expect("defined above");
+    let excludes = |one: &str, other: &str| {
+        let argument = train.get_arguments().find(|argument| argument.get_long() == Some(one));
+        let excluded = argument.map(|argument| train.get_arg_conflicts_with(argument)).unwrap_or_default();
+        excluded.iter().any(|argument| argument.get_long() == Some(other))
+    };
+    flags.retain(|flag| {
+        let name = flag.trim_start_matches("--");
+        let name = name.split_once('=').map_or(name, |(name, _)| name);
+        !given.iter().any(|given| excludes(name, given) || excludes(given, name))
+    });
 }
 
 /// A configuration file as flags.
@@ -225,6 +247,16 @@ mod tests {
             (settings.lr, settings.micro_batch, settings.model.model.name, settings.seq),
             (0.25, 8, "tiny", 128)
         );
+    }
+
+    #[test]
+    fn a_flag_wins_over_what_it_excludes_in_the_file() {
+        let settings = train("auto = true\nseq = 64", &["--slots", "3"]).unwrap();
+        assert_eq!((settings.auto, settings.policy.slots, settings.seq), (false, Some(3), 64));
+        let settings = train("slots = 3\nprefetch = 2", &["--auto"]).unwrap();
+        assert_eq!((settings.auto, settings.policy.slots, settings.policy.prefetch), (true, None, 1));
+        assert!(train("auto = true\nslots = 3", &[]).unwrap_err().contains("run.toml"));
+        assert!(train("", &["--auto", "--slots", "3"]).is_err());
     }
 
     #[test]

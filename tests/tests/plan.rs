@@ -58,6 +58,25 @@ fn what_is_calibrated_with_one_speed_gives_it_back() {
 }
 
 #[test]
+fn the_table_names_flags_without_effect() {
+    let place = Workplace::new(PROGRAM);
+    let plan = |flags: &str| place.run(&format!("plan --ranks 2 {flags}")).succeeded().stdout;
+    for (flags, named) in [
+        ("--shard zero-1 --slots 5", "--slots 5"),
+        ("--shard nothing --prefetch 3 --slots 5", "--prefetch 3 and --slots 5"),
+    ] {
+        let printed = plan(flags);
+        assert!(printed.contains(&format!("{named}: a step is the same without")), "{flags}: {printed}");
+    }
+    for flags in
+        ["--shard zero-2 --slots 3", "--slots 1000", "--shard zero-3 --gather copy --prefetch 3", "", "--prefetch 0"]
+    {
+        let printed = plan(flags);
+        assert!(!printed.contains("no effect"), "{flags}: {printed}");
+    }
+}
+
+#[test]
 fn more_rounds_wait_for_more_and_the_largest_model_is_planned_too() {
     let place = Workplace::new(PROGRAM);
     let exposed = |rounds: u64| {

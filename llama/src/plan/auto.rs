@@ -113,7 +113,7 @@ pub(crate) fn choose(given: &Setup<'_>, machine: &Machine, available: u64) -> Re
         0 => String::new(),
         others => format!("; {others} need more than the {} that a host has", bytes(available)),
     };
-    let rounds = if rounds < asked { format!(", steps of {rounds} rounds") } else { String::new() };
+    let rounds = if rounds < asked { format!(", steps of only {rounds} rounds") } else { String::new() };
     let moved = if bucket == 0 { String::new() } else { format!(" --bucket {bucket}") };
     let verdict = match chosen == default {
         true => format!("the defaults are best: {} and {} a rank", seconds(step), bytes(memory)),

@@ -3,7 +3,7 @@
 use comfy_table::{Table, presets};
 use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::simulate::AGREEMENT_BYTES;
-use pillion_runtime::{Action, Gather, Layout, Mesh, Plan, Policy, Sharded, Slots};
+use pillion_runtime::{Action, Gather, Layout, Mesh, Outline, Plan, Policy, Sharded, Slots};
 
 use crate::model::Recompute;
 use crate::plan::{Planned, Setup};
@@ -36,7 +36,8 @@ pub(crate) fn plan_table(setup: &Setup<'_>, planned: &Planned, batch: u64, backe
     row(
         "step",
         format!(
-            "{batch} samples of {seq} tokens at first: {rounds} rounds of {world} × {micro_batch}; {} collectives, {} sent by a rank",
+            "{batch} samples of {seq} tokens at first: {} of {world} × {micro_batch}; {} collectives, {} sent by a rank",
+            if rounds == 1 { "1 round".to_owned() } else { format!("{rounds} rounds") },
             plan.collectives(),
             bytes(step_bytes(layout, policy, mesh, local, plan))
         ),
@@ -62,6 +63,10 @@ pub(crate) fn plan_table(setup: &Setup<'_>, planned: &Planned, batch: u64, backe
         row("buckets", format!("{buckets} for {units} units, the longest of {}", bytes(longest)));
     }
     row("weights", format!("{} a rank in {}{gathered}", bytes(memory.weights), policy.weights));
+    let flags = without_effect(setup, planned);
+    if !flags.is_empty() {
+        row("no effect", format!("{}: a step is the same without", flags.join(" and ")));
+    }
     let slots = match &plan.outline.gradients {
         Some(slots) if slots.are_own() => "in a slot for each".to_owned(),
         Some(slots) => format!("in {} slots", slots.count()),
@@ -104,6 +109,21 @@ pub(crate) fn plan_table(setup: &Setup<'_>, planned: &Planned, batch: u64, backe
     row("activations", format!("{} a rank{again}", bytes(needs.activations)));
     row("memory", format!("{} a rank in all", bytes(needs.total())));
     table
+}
+
+/// Flags that were given other values than their defaults, and change nothing.
+fn without_effect(setup: &Setup<'_>, planned: &Planned) -> Vec<String> {
+    let (policy, outline) = (&setup.policy, &planned.plan.outline);
+    let (prefetch, slots) = (policy.prefetch, policy.slots);
+    let fewest = Policy { slots: prefetch + 1, ..*policy };
+    let mut flags = Vec::new();
+    if prefetch != Policy::default().prefetch && outline.weights.is_none() {
+        flags.push(format!("--prefetch {prefetch}"));
+    }
+    if slots > fewest.slots && Outline::new(&planned.layout, &fewest, setup.mesh) == *outline {
+        flags.push(format!("--slots {slots}"));
+    }
+    flags
 }
 
 /// What a rank holds of what, in words.

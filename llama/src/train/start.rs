@@ -125,14 +125,15 @@ impl<'s> Search<'s> {
         let staging = Habits::of(&settings).staging();
         let recompute = settings.policy.recompute;
         let setup = Setup::of(&recipe, policy, recompute, staging, launch, recipe.controller.base)?;
+        // Before memory: the checkpoint's model may fit where another does not.
+        let changes = match &saved {
+            Some((path, saved)) => resume::changes(path, saved, &recipe, &settings)?,
+            None => Vec::new(),
+        };
         if settings.auto {
             auto::check_memory(&setup)?
         } else {
             check_memory(&setup)?
-        };
-        let changes = match &saved {
-            Some((path, saved)) => resume::changes(path, saved, &recipe, &settings)?,
-            None => Vec::new(),
         };
         if saved.as_ref().is_none_or(|(_, saved)| saved.recipe.controller != recipe.controller) {
             recipe.controller.check_growth().map_err(by_flag)?;
