@@ -11,6 +11,7 @@ use crate::Error;
 use crate::binding::Bind;
 use crate::habits::{Habits, size};
 use crate::operation::{Form, Operation};
+use crate::pattern::REDUCTIONS;
 
 /// Times collectives as nccl-tests does: `size count type redop root time algbw busbw #wrong`, and more columns.
 ///
@@ -42,10 +43,11 @@ pub struct Arguments {
     /// Iterations before them that do not count
     #[arg(short = 'w', visible_short_alias = 'x', long = "warmup_iters", value_name = "WARMUP", default_value_t = 5)]
     warmup: usize,
-    /// Type of the elements, or all of them in turn: f32, bf16, f64, i64, all [default: f32]
+    /// Type of the elements, or all of them in turn: f32, bf16, f16, f64, i8, u8, i32, u32, i64, u64,
+    /// bool, all [default: f32]
     #[arg(short = 't', visible_short_alias = 'd', long = "type", alias = "datatype", value_name = "TYPE", value_parser = type_of)]
     dtype: Option<TypeArgument>,
-    /// How elements are combined [default: sum]
+    /// How elements are combined, or all that there are for the type in turn [default: sum]
     #[arg(short = 'o', long = "op", value_enum, value_name = "REDOP")]
     redop: Option<RedopArgument>,
     /// Number of ranks, where no launcher says it [default: 2]
@@ -98,33 +100,82 @@ pub struct Arguments {
     compare: Option<Compare>,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug)]
 enum TypeArgument {
-    #[value(aliases = ["float", "float32"])]
-    F32,
-    #[value(alias = "bfloat16")]
-    Bf16,
-    #[value(aliases = ["double", "float64"])]
-    F64,
-    #[value(alias = "int64")]
-    I64,
+    One(DType),
     All,
 }
 
+/// What nccl-tests, NumPy and C call types that have other names here.
+const ALIASES: [(&str, DType); 15] = [
+    ("float", DType::F32),
+    ("float32", DType::F32),
+    ("bfloat16", DType::Bf16),
+    ("half", DType::F16),
+    ("float16", DType::F16),
+    ("double", DType::F64),
+    ("float64", DType::F64),
+    ("int8", DType::I8),
+    ("uint8", DType::U8),
+    ("byte", DType::U8),
+    ("int", DType::I32),
+    ("int32", DType::I32),
+    ("uint32", DType::U32),
+    ("int64", DType::I64),
+    ("uint64", DType::U64),
+];
+
 /// Reads a type; a number is what nccl-tests' -t is followed by.
 fn type_of(text: &str) -> Result<TypeArgument, String> {
-    TypeArgument::from_str(text, true).map_err(|_| match text.parse::<usize>() {
-        Ok(number) => {
-            format!("-t is the type of the elements here; for ranks that are threads give --threads -r {number}")
-        }
-        Err(_) => "there are f32, bf16, f64, i64 and all".to_owned(),
+    let text = text.to_ascii_lowercase();
+    if let Ok(number) = text.parse::<usize>() {
+        return Err(format!(
+            "-t is the type of the elements here; for ranks that are threads give --threads -r {number}"
+        ));
+    }
+    if text == "all" {
+        return Ok(TypeArgument::All);
+    }
+    let own = DType::ALL.map(|dtype| (dtype.name(), dtype));
+    let known = own.iter().chain(&ALIASES).find(|(name, _)| *name == text);
+    known.map(|&(_, dtype)| TypeArgument::One(dtype)).ok_or_else(|| {
+        let names: Vec<&str> = own.iter().map(|(name, _)| *name).collect();
+        format!("there are {} and all", names.join(", "))
     })
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum RedopArgument {
+    /// The sum
     Sum,
+    /// The sum, divided by the number of ranks
+    Avg,
+    /// The product
+    Prod,
+    /// The smallest
+    Min,
+    /// The largest
     Max,
+    /// Bits that all have
+    Band,
+    /// Bits that one has
+    Bor,
+    /// Bits that an odd number has
+    Bxor,
+    /// The sum of elements times 0.5
+    #[value(alias = "mulsum")]
+    Premul,
+    /// Each of them, as far as the type has it
+    All,
+}
+
+impl RedopArgument {
+    fn reductions(self) -> Vec<Reduction> {
+        match self {
+            RedopArgument::All => REDUCTIONS.to_vec(),
+            one => vec![REDUCTIONS[one as usize]],
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -174,8 +225,8 @@ pub struct Settings {
     pub warmup: usize,
     /// Types of elements, in order.
     pub dtypes: Vec<DType>,
-    /// How elements are combined.
-    pub reduction: Reduction,
+    /// How elements are combined, in order.
+    pub reductions: Vec<Reduction>,
     /// Number of ranks, if said.
     pub ranks: Option<usize>,
     /// Whether ranks are threads.
@@ -263,6 +314,18 @@ impl Arguments {
                 return usage("--compare mpi compares the first form of each operation: leave --in-place out".into());
             }
         }
+        let dtypes = match self.dtype {
+            None => vec![DType::F32],
+            Some(TypeArgument::One(dtype)) => vec![dtype],
+            Some(TypeArgument::All) => DType::ALL.to_vec(),
+        };
+        let reductions = self.redop.unwrap_or(RedopArgument::Sum).reductions();
+        if let ([dtype], [reduction]) = (&dtypes[..], &reductions[..])
+            && !reduction.supports(*dtype, *dtype)
+        {
+            let reduction = reduction.name();
+            return usage(format!("there is no {reduction} of {dtype}: choose another -o or another -t"));
+        }
         let default = Options::default();
         let options = Options {
             timeout: self.timeout.map_or(default.timeout, Duration::from_secs),
@@ -282,17 +345,8 @@ impl Arguments {
             sizes: self.all_sizes()?,
             iterations: self.iters,
             warmup: self.warmup,
-            dtypes: match self.dtype.unwrap_or(TypeArgument::F32) {
-                TypeArgument::F32 => vec![DType::F32],
-                TypeArgument::Bf16 => vec![DType::Bf16],
-                TypeArgument::F64 => vec![DType::F64],
-                TypeArgument::I64 => vec![DType::I64],
-                TypeArgument::All => vec![DType::F32, DType::Bf16, DType::F64, DType::I64],
-            },
-            reduction: match self.redop {
-                Some(RedopArgument::Max) => Reduction::Max,
-                _ => Reduction::Sum,
-            },
+            dtypes,
+            reductions,
             ranks: self.ranks,
             threads: self.threads,
             oversubscribe: self.oversubscribe,
@@ -388,13 +442,21 @@ mod tests {
     }
 
     #[test]
+    fn reductions_have_their_own_names() {
+        for argument in RedopArgument::value_variants() {
+            let (name, reductions) = (argument.to_possible_value().unwrap(), argument.reductions());
+            assert!(*argument == RedopArgument::All || name.get_name() == reductions[0].name(), "{argument:?}");
+        }
+    }
+
+    #[test]
     fn habits_of_nccl_tests_and_of_osu_are_accepted() {
         let nccl = parse("all-reduce -b 8 -e 128M -f 2 -g 4 -c 1 -n 10 -w 3 -d float -o sum -T 30").unwrap();
         assert_eq!((nccl.ranks, nccl.check, nccl.iterations, nccl.warmup), (Some(4), true, 10, 3));
         assert_eq!((nccl.sizes.len(), nccl.options.timeout), (25, Duration::from_secs(30)));
         assert!(!parse("all-reduce -c 0").unwrap().check);
         for (name, dtype) in
-            [("double", DType::F64), ("bfloat16", DType::Bf16), ("int64", DType::I64), ("F32", DType::F32)]
+            [("double", DType::F64), ("bfloat16", DType::Bf16), ("half", DType::F16), ("F32", DType::F32)]
         {
             assert_eq!(parse(&format!("all-reduce -d {name}")).unwrap().dtypes, [dtype]);
         }
@@ -408,7 +470,7 @@ mod tests {
     fn habits_that_mean_something_else_are_answered_with_the_flag() {
         for (line, words) in [
             ("all-reduce -t 2", "--threads -r 2"),
-            ("all-reduce -d half", "f32, bf16, f64, i64"),
+            ("all-reduce -d quarter", "f32, bf16, f16, f64"),
             ("all-reduce -i 100", "iterations are -n 100"),
             ("all-reduce -i 1M", "--sizes"),
             ("all-reduce -m 128", "-e 128"),
@@ -443,6 +505,9 @@ mod tests {
             ("all-reduce --bind socket", "socket"),
             ("window --compare mpi", "window has no counterpart"),
             ("all-gather -o max", "all-gather has no combination"),
+            ("all-reduce -o band", "no band of f32"),
+            ("all-reduce -o premul -t i32", "no premul of i32"),
+            ("all-reduce -o avg -t bool", "no avg of bool"),
             ("barrier -b 8", "barrier has no size"),
             ("scalars -t f64", "scalars has no type"),
             ("gather --in-place", "gather has no form in place"),
@@ -457,7 +522,7 @@ mod tests {
     #[test]
     fn all_takes_every_flag() {
         let settings =
-            parse("all -t all -o max --in-place --buffers private --overlap -r 4 --reduce-groups 2").unwrap();
-        assert_eq!((settings.operations.len(), settings.dtypes.len()), (12, 4));
+            parse("all -t all -o all --in-place --buffers private --overlap -r 4 --reduce-groups 2").unwrap();
+        assert_eq!((settings.operations.len(), settings.dtypes.len(), settings.reductions.len()), (12, 11, 9));
     }
 }

@@ -1,12 +1,13 @@
 //! One operation at one size: its buffers, how it is called, and whether it gave what it should.
 
 use pillion_collectives::{Communicator, Pending, Reduce, Start, Window};
-use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Stream, View, ViewMut};
+use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Stream, View, ViewMut, with_element};
 
 use crate::Error;
 use crate::arguments::Buffers;
+use crate::integral::{Integral, POISON};
 use crate::operation::{Form, Operation};
-use crate::pattern::{Blocks, Integral, POISON, Pattern, What, wrong};
+use crate::pattern::{Blocks, Pattern, What, wrong};
 
 /// Elements filled, compared or consumed at a time: they stay in the first-level cache.
 pub(crate) const BLOCK: usize = 2048;
@@ -153,7 +154,7 @@ impl Case {
             Operation::Barrier => return check_barrier(communicator, round, || run(self)),
             Operation::Scalars => {
                 run(self)?;
-                return Ok(u64::from(self.combined != pattern.combined(0) as f64));
+                return Ok(u64::from(self.combined != pattern.combined::<f64>(0)));
             }
             _ => run(self)?,
         }
@@ -163,13 +164,7 @@ impl Case {
     }
 
     fn check_window(&mut self, communicator: &Communicator, round: u64) -> Result<u64, Error> {
-        match self.scratch.dtype() {
-            DType::F32 => self.check_window_of::<f32>(communicator, round),
-            DType::Bf16 => self.check_window_of::<half::bf16>(communicator, round),
-            DType::F64 => self.check_window_of::<f64>(communicator, round),
-            DType::I64 => self.check_window_of::<i64>(communicator, round),
-            DType::U32 => unreachable!("no argument asks for u32"),
-        }
+        with_element!(self.scratch.dtype(), T => self.check_window_of::<T>(communicator, round))
     }
 
     fn check_window_of<T: Integral>(&mut self, communicator: &Communicator, round: u64) -> Result<u64, Error> {
@@ -312,13 +307,7 @@ fn check_barrier(
 }
 
 fn fill(stream: &dyn Stream, view: ViewMut<'_>, pattern: &Pattern, what: What) {
-    match view.dtype() {
-        DType::F32 => fill_with::<f32>(stream, view, pattern, what),
-        DType::Bf16 => fill_with::<half::bf16>(stream, view, pattern, what),
-        DType::F64 => fill_with::<f64>(stream, view, pattern, what),
-        DType::I64 => fill_with::<i64>(stream, view, pattern, what),
-        DType::U32 => unreachable!("no argument asks for u32"),
-    }
+    with_element!(view.dtype(), T => fill_with::<T>(stream, view, pattern, what))
 }
 
 fn fill_with<T: Integral>(stream: &dyn Stream, mut view: ViewMut<'_>, pattern: &Pattern, what: What) {
@@ -336,13 +325,7 @@ fn differences(stream: &dyn Stream, view: View<'_>, pattern: &Pattern, what: Wha
         let mut expected = Blocks::<T>::new(pattern, what, view.len(), BLOCK);
         differences_of_block(stream, view, 0, &mut expected)
     }
-    match view.dtype() {
-        DType::F32 => of::<f32>(stream, view, pattern, what),
-        DType::Bf16 => of::<half::bf16>(stream, view, pattern, what),
-        DType::F64 => of::<f64>(stream, view, pattern, what),
-        DType::I64 => of::<i64>(stream, view, pattern, what),
-        DType::U32 => unreachable!("no argument asks for u32"),
-    }
+    with_element!(view.dtype(), T => of::<T>(stream, view, pattern, what))
 }
 
 /// Wrong elements of a part of a buffer that starts at `first`.

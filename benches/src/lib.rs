@@ -5,7 +5,7 @@
 //! them on request, for a comparison with PyTorch's. The binary `collbench` measures collectives as
 //! nccl-tests and the OSU benchmarks do; this is its code, in the order in which a run meets it:
 //! [`arguments`] with the habits of others, [`ranks`], [`binding`], [`sweep`] over operations and
-//! sizes, [`case`] for one call, [`pattern`] for what its buffers hold, [`timing`], [`roofline`],
+//! sizes, [`case`] for one call, [`pattern`] and [`integral`] for what its buffers hold, [`timing`], [`roofline`],
 //! [`overlap`], [`report`].
 #![deny(unsafe_code)]
 
@@ -14,6 +14,7 @@ pub mod binding;
 pub mod case;
 mod error;
 mod habits;
+pub mod integral;
 pub mod kernels;
 mod link;
 mod local;

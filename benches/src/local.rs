@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use pillion_kernels::cpu::non_temporal;
-use pillion_kernels::cpu::reduce::{self, Fold, Reduction};
+use pillion_kernels::cpu::reduce::{self, Fold, Operator};
 use pillion_kernels::{Buffer, DType};
 
 /// to\[..bytes\] = from\[..bytes\].
@@ -67,7 +67,7 @@ pub(crate) fn fold(sum: Sum, from: &mut Buffer, to: Option<&mut Buffer>, stream:
     assert!(to.is_some() || outputs <= inputs, "in place, every output is an input");
     let inputs: Vec<*const u8> = starts(from, inputs).into_iter().map(<*mut u8>::cast_const).collect();
     let outputs = starts(to.as_deref().unwrap_or(from), outputs);
-    let job = Fold { inputs: &inputs, outputs: &outputs, count, stream, ..Fold::new(dtype, Reduction::Sum) };
+    let job = Fold { inputs: &inputs, outputs: &outputs, count, stream, ..Fold::new(dtype, Operator::Sum) };
     // SAFETY: each part lies in its buffer, at a multiple of the element's size from a page. Outputs do not overlap each other. They overlap no
     // input when they are another buffer's parts, and are exactly one of the inputs each when they are this one's. The exclusive borrows keep
     // everybody else away.

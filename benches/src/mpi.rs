@@ -92,6 +92,11 @@ impl Library {
         &self.name
     }
 
+    /// Whether MPI has elements of this type, and this reduction.
+    pub(crate) fn has(&self, dtype: DType, reduction: Reduction) -> bool {
+        datatype(dtype).is_ok() && combination(reduction).is_ok()
+    }
+
     /// The functions that do what an operation does; none if MPI has none.
     pub(crate) fn calls(&self, operation: Operation) -> &'static [Call] {
         match operation {
@@ -133,7 +138,7 @@ impl Library {
         }
         let from: *const c_void = input.as_ref().map_or(ptr::null(), |buffer| buffer.span().address().as_ptr().cast());
         let to: *mut c_void = output.as_mut().map_or(ptr::null_mut(), |buffer| buffer.span().address().as_ptr().cast());
-        let kind = datatype(dtype)?;
+        let (kind, combine) = (datatype(dtype)?, combination(pattern.reduction)?);
         let (next, previous) = ((self.rank + 1) % self.world, (self.rank + self.world - 1) % self.world);
         let counts = if call == Call::ReduceScatter { vec![count; self.world] } else { Vec::new() };
         // SAFETY: MPI is initialised while `self` exists, and every rank makes this call with the same operation, count, type and root. The
@@ -142,7 +147,7 @@ impl Library {
         // null elsewhere. Input and output are two buffers, borrowed for the length of this blocking call. `counts` has one number for
         // each rank.
         let code = unsafe {
-            let (world, combine) = (ffi::RSMPI_COMM_WORLD, combination(pattern.reduction));
+            let world = ffi::RSMPI_COMM_WORLD;
             match call {
                 Call::ReduceScatterBlock => ffi::MPI_Reduce_scatter_block(from, to, count, kind, combine, world),
                 Call::ReduceScatter => ffi::MPI_Reduce_scatter(from, to, counts.as_ptr(), kind, combine, world),
@@ -164,12 +169,13 @@ impl Library {
     }
 
     fn run_scalars(&self, case: &mut Case, reduction: Reduction) -> Result<(), Error> {
+        let combine = combination(reduction)?;
         let (own, combined) = case.scalars();
         // SAFETY: MPI is initialised while `self` exists; one double is read and another one written; both live through the call.
         let code = unsafe {
             let (kind, world) = (ffi::RSMPI_DOUBLE, ffi::RSMPI_COMM_WORLD);
             let (from, to) = (ptr::from_ref(own).cast(), ptr::from_mut(combined).cast());
-            ffi::MPI_Allreduce(from, to, 1, kind, combination(reduction), world)
+            ffi::MPI_Allreduce(from, to, 1, kind, combine, world)
         };
         check(code, Call::Allreduce.name())
     }
@@ -184,22 +190,40 @@ impl Library {
 /// MPI's name for a type that it has.
 fn datatype(dtype: DType) -> Result<ffi::MPI_Datatype, Error> {
     // SAFETY: reads constants that the bindings' C code defines.
-    let (float, double, int64) = unsafe { (ffi::RSMPI_FLOAT, ffi::RSMPI_DOUBLE, ffi::RSMPI_INT64_T) };
-    match dtype {
-        DType::F32 => Ok(float),
-        DType::F64 => Ok(double),
-        DType::I64 => Ok(int64),
-        _ => Err(Error::Usage(format!("MPI has no type for {}: compare f32, f64 or i64", dtype.name()))),
+    unsafe {
+        match dtype {
+            DType::F32 => Ok(ffi::RSMPI_FLOAT),
+            DType::F64 => Ok(ffi::RSMPI_DOUBLE),
+            DType::I8 => Ok(ffi::RSMPI_INT8_T),
+            DType::U8 => Ok(ffi::RSMPI_UINT8_T),
+            DType::I32 => Ok(ffi::RSMPI_INT32_T),
+            DType::U32 => Ok(ffi::RSMPI_UINT32_T),
+            DType::I64 => Ok(ffi::RSMPI_INT64_T),
+            DType::U64 => Ok(ffi::RSMPI_UINT64_T),
+            DType::Bf16 | DType::F16 | DType::Bool => Err(missing(dtype.name())),
+        }
     }
 }
 
-fn combination(reduction: Reduction) -> ffi::MPI_Op {
+/// MPI's name for a reduction that it has.
+fn combination(reduction: Reduction) -> Result<ffi::MPI_Op, Error> {
     // SAFETY: reads constants that the bindings' C code defines.
-    let (sum, max) = unsafe { (ffi::RSMPI_SUM, ffi::RSMPI_MAX) };
-    match reduction {
-        Reduction::Sum => sum,
-        Reduction::Max => max,
+    unsafe {
+        match reduction {
+            Reduction::Sum => Ok(ffi::RSMPI_SUM),
+            Reduction::Prod => Ok(ffi::RSMPI_PROD),
+            Reduction::Min => Ok(ffi::RSMPI_MIN),
+            Reduction::Max => Ok(ffi::RSMPI_MAX),
+            Reduction::BitAnd => Ok(ffi::RSMPI_BAND),
+            Reduction::BitOr => Ok(ffi::RSMPI_BOR),
+            Reduction::BitXor => Ok(ffi::RSMPI_BXOR),
+            Reduction::Avg | Reduction::PremulSum(_) => Err(missing(reduction.name())),
+        }
     }
+}
+
+fn missing(name: &str) -> Error {
+    Error::Usage(format!("MPI has no {name}: leave --compare out"))
 }
 
 fn int(count: usize) -> Result<c_int, Error> {

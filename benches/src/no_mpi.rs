@@ -1,6 +1,7 @@
 //! In the place of [`crate::mpi`] in a build without the feature: a library that nobody can have.
 
-use pillion_collectives::Launch;
+use pillion_collectives::{Launch, Reduction};
+use pillion_kernels::DType;
 
 use crate::Error;
 use crate::case::Case;
@@ -25,6 +26,10 @@ impl Library {
     }
 
     pub(crate) fn name(&self) -> &str {
+        match *self {}
+    }
+
+    pub(crate) fn has(&self, _dtype: DType, _reduction: Reduction) -> bool {
         match *self {}
     }
 

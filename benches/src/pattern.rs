@@ -1,26 +1,39 @@
 //! What buffers hold before and after each operation, so that every element of every result is known exactly, in every type.
 //!
-//! Values are small integers that depend on rank, index and round. Where elements are moved or the largest is taken, they lie in 0..=256;
-//! where they are summed over n ranks, in 0..=⌊256/n⌋. bfloat16 has 8 bits of significand, so all integers up to 2⁸ = 256 are exact in it; no
-//! partial sum exceeds n · ⌊256/n⌋ ≤ 256, so whatever the order, and even if each step were rounded, the sum is exact. That serves
-//! up to 256 ranks. [`POISON`] lies in what an operation must overwrite; no value equals it.
+//! Values are small integers that depend on rank, index and round. Where elements are moved or
+//! compared, they lie in 0..=256; where they are summed over n ranks, in 0..=⌊256/n⌋. bfloat16 has 8
+//! bits of significand, so all integers up to 2⁸ = 256 are exact in it; no partial sum exceeds
+//! n · ⌊256/n⌋ ≤ 256, so whatever the order, and even if each step were rounded, the sum is exact.
+//! That serves up to 256 ranks. For 8-bit integers 127 stands in the place of 256, for truth values 1.
+//! Values that are multiplied are 1 and 2: each product is a power of 2. [`POISON`] lies in what an
+//! operation must overwrite; no value equals it.
 //!
 //! All ranks read their values from one sequence of random numbers that repeats after [`PERIOD`],
 //! each from a place of its own. So what a large buffer must hold is compared with a table, as fast
 //! as memory is read. Elements that are off by a multiple of the period look right. The period is
 //! a prime, so the smallest such offset of whole pages is 65,521 pages.
 
-use half::bf16;
 use pillion_collectives::Reduction;
-use pillion_kernels::Element;
+use pillion_kernels::DType;
 
+use crate::integral::{Integral, POISON, largest};
 use crate::operation::{Form, Operation};
 
-/// Largest integer up to which bfloat16 has all.
-pub const LARGEST: usize = 256;
+/// What elements are multiplied by where they are, before they are added.
+pub const FACTOR: f64 = 0.5;
 
-/// In outputs before an operation.
-pub const POISON: i64 = -1;
+/// Every reduction.
+pub const REDUCTIONS: [Reduction; 9] = [
+    Reduction::Sum,
+    Reduction::Avg,
+    Reduction::Prod,
+    Reduction::Min,
+    Reduction::Max,
+    Reduction::BitAnd,
+    Reduction::BitOr,
+    Reduction::BitXor,
+    Reduction::PremulSum(FACTOR),
+];
 
 /// Values repeat after so many.
 pub const PERIOD: usize = 65_521;
@@ -49,33 +62,6 @@ enum Source {
     Combined(usize),
 }
 
-/// An element type that holds small integers.
-pub trait Integral: Element + PartialEq {
-    /// This integer, exact for −256..=256.
-    fn of(integer: i64) -> Self;
-}
-
-impl Integral for f32 {
-    fn of(integer: i64) -> f32 {
-        integer as f32
-    }
-}
-impl Integral for f64 {
-    fn of(integer: i64) -> f64 {
-        integer as f64
-    }
-}
-impl Integral for bf16 {
-    fn of(integer: i64) -> bf16 {
-        bf16::from_f32(integer as f32)
-    }
-}
-impl Integral for i64 {
-    fn of(integer: i64) -> i64 {
-        integer
-    }
-}
-
 /// A call, as one rank sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct Pattern {
@@ -85,6 +71,8 @@ pub struct Pattern {
     pub form: Form,
     /// How elements are combined, where they are.
     pub reduction: Reduction,
+    /// Type of the elements.
+    pub dtype: DType,
     /// This rank.
     pub rank: usize,
     /// Number of ranks.
@@ -123,10 +111,10 @@ impl Pattern {
     }
 
     /// An element of a buffer.
-    pub fn element(&self, what: What, index: usize) -> i64 {
+    pub fn element<T: Integral>(&self, what: What, index: usize) -> T {
         match self.source(what, index).0 {
-            Source::Poison => POISON,
-            Source::Value(rank, index) => self.value(rank, index),
+            Source::Poison => T::of(POISON),
+            Source::Value(rank, index) => T::of(self.value(rank, index)),
             Source::Combined(index) => self.combined(index),
         }
     }
@@ -163,11 +151,20 @@ impl Pattern {
     }
 
     /// The ranks' values of an index, combined.
-    pub fn combined(&self, index: usize) -> i64 {
+    pub fn combined<T: Integral>(&self, index: usize) -> T {
         let values = (0..self.world).map(|rank| self.value(rank, index));
+        let some = "at least one rank";
         match self.reduction {
-            Reduction::Sum => values.sum(),
-            Reduction::Max => values.max().expect("at least one rank"),
+            Reduction::Sum => T::of(values.sum()),
+            Reduction::Avg => T::quotient(values.sum(), self.world),
+            Reduction::PremulSum(factor) => T::quotient(values.sum(), (1.0 / factor) as usize),
+            Reduction::Prod if self.dtype == DType::Bool => T::of(values.product()),
+            Reduction::Prod => T::power(values.filter(|&value| value == 2).count() as u32),
+            Reduction::Min => T::of(values.min().expect(some)),
+            Reduction::Max => T::of(values.max().expect(some)),
+            Reduction::BitAnd => T::of(values.reduce(|a, b| a & b).expect(some)),
+            Reduction::BitOr => T::of(values.reduce(|a, b| a | b).expect(some)),
+            Reduction::BitXor => T::of(values.reduce(|a, b| a ^ b).expect(some)),
         }
     }
 
@@ -184,9 +181,14 @@ impl Pattern {
 
     /// The sequence.
     fn at(&self, place: usize) -> i64 {
-        let sums = self.operation.reduces() && self.reduction == Reduction::Sum;
-        let largest = if sums { LARGEST / self.world } else { LARGEST };
-        (mix(place as u64) % (largest as u64 + 1)) as i64
+        let largest = largest(self.dtype);
+        let among = |values: usize| (mix(place as u64) % values as u64) as i64;
+        match self.reduction {
+            _ if !self.operation.reduces() || self.dtype == DType::Bool => among(largest + 1),
+            Reduction::Sum | Reduction::Avg | Reduction::PremulSum(_) => among(largest / self.world + 1),
+            Reduction::Prod => 1 + among(2),
+            _ => among(largest + 1),
+        }
     }
 
     fn is_root(&self) -> bool {
@@ -216,8 +218,8 @@ pub struct Blocks<'a, T> {
 impl<'a, T: Integral> Blocks<'a, T> {
     /// For a buffer of `len` elements, in blocks of at most `longest`.
     pub fn new(pattern: &'a Pattern, what: What, len: usize, longest: usize) -> Blocks<'a, T> {
-        let table = |element: &dyn Fn(usize) -> i64| -> Vec<T> {
-            let mut table: Vec<T> = (0..PERIOD).map(|place| T::of(element(place))).collect();
+        let table = |element: &dyn Fn(usize) -> T| -> Vec<T> {
+            let mut table: Vec<T> = (0..PERIOD).map(element).collect();
             for place in 0..longest {
                 table.push(table[place]);
             }
@@ -227,8 +229,8 @@ impl<'a, T: Integral> Blocks<'a, T> {
         let tables = is_long.then(|| {
             let combines = pattern.operation.reduces();
             [
-                table(&|place| pattern.at(place)),
-                if combines { table(&|index| pattern.combined(index)) } else { Vec::new() },
+                table(&|place| T::of(pattern.at(place))),
+                if combines { table(&|index| pattern.combined::<T>(index)) } else { Vec::new() },
                 vec![T::of(POISON); longest],
             ]
         });
@@ -241,7 +243,7 @@ impl<'a, T: Integral> Blocks<'a, T> {
         let len = most.min(room).min(self.longest);
         let Some([values, combined, poison]) = &self.tables else {
             self.scratch.clear();
-            let elements = (index..index + len).map(|index| T::of(self.pattern.element(self.what, index)));
+            let elements = (index..index + len).map(|index| self.pattern.element::<T>(self.what, index));
             self.scratch.extend(elements);
             return &self.scratch;
         };
@@ -259,16 +261,19 @@ impl<'a, T: Integral> Blocks<'a, T> {
 /// When there are not as many of both.
 pub fn wrong<T: Integral>(elements: &[T], expected: &[T]) -> u64 {
     assert_eq!(elements.len(), expected.len(), "elements and what they must be");
-    elements.iter().zip(expected).map(|(element, expected)| u64::from(element != expected)).sum()
+    elements.iter().zip(expected).map(|(element, expected)| u64::from(element.differs(expected))).sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::{bf16, f16};
+    use pillion_kernels::Bool;
     use proptest::prelude::*;
 
     fn pattern(operation: Operation, form: Form, rank: usize, world: usize, count: usize, round: u64) -> Pattern {
-        Pattern { operation, form, reduction: Reduction::Sum, rank, world, count, round }
+        let (reduction, dtype) = (Reduction::Sum, DType::F32);
+        Pattern { operation, form, reduction, dtype, rank, world, count, round }
     }
 
     fn integral<T: Integral>(integers: impl Iterator<Item = i64>) -> Vec<T> {
@@ -277,7 +282,8 @@ mod tests {
 
     /// Each wrong element counts once, wherever it stands and whatever it is.
     fn finds_each_fault<T: Integral + std::fmt::Debug>(nan: Option<T>, faults: &[usize]) {
-        let pattern = pattern(Operation::AllGather, Form::OutOfPlace, 1, 3, 50, 0);
+        let dtype = T::DTYPE;
+        let pattern = Pattern { dtype, ..pattern(Operation::AllGather, Form::OutOfPlace, 1, 3, 50, 0) };
         let right: Vec<T> = integral((0..150).map(|index| pattern.element(What::After, index)));
         assert_eq!(wrong(&right, &right), 0);
         for (what, bad) in [("poison", Some(T::of(POISON))), ("NaN", nan)] {
@@ -288,7 +294,7 @@ mod tests {
         }
         for &at in faults {
             let mut elements = right.clone();
-            elements[at] = T::of(pattern.element(What::After, at) + 1);
+            elements[at] = T::of(pattern.element::<i64>(What::After, at) + 1);
             assert_eq!(wrong(&elements, &right), 1, "an element that is one too large");
         }
     }
@@ -299,7 +305,72 @@ mod tests {
         finds_each_fault(Some(f32::NAN), &faults);
         finds_each_fault(Some(f64::NAN), &faults);
         finds_each_fault(Some(bf16::NAN), &faults);
+        finds_each_fault(Some(f16::NAN), &faults);
+        finds_each_fault::<i8>(None, &faults);
+        finds_each_fault::<u8>(None, &faults);
+        finds_each_fault::<i32>(None, &faults);
+        finds_each_fault::<u32>(None, &faults);
         finds_each_fault::<i64>(None, &faults);
+        finds_each_fault::<u64>(None, &faults);
+        let right: Vec<Bool> = integral((0..150).map(|index| index % 2));
+        for bad in [0u8, 1, 2, 255] {
+            let elements = vec![bytemuck::cast::<u8, Bool>(bad); 150];
+            assert_eq!(wrong(&elements, &right), if bad < 2 { 75 } else { 150 }, "{bad}");
+        }
+    }
+
+    /// What each type and reduction gives when the ranks' values are combined by its definition.
+    fn is_what_values_come_to<T: Integral + std::fmt::Debug>(value_of: fn(T) -> f64) {
+        for reduction in REDUCTIONS.into_iter().filter(|one| one.supports(T::DTYPE, T::DTYPE)) {
+            for world in [1, 3, 5] {
+                let pattern = pattern(Operation::AllReduce, Form::OutOfPlace, 0, world, 200, 1);
+                let pattern = Pattern { reduction, dtype: T::DTYPE, ..pattern };
+                let mut seen = Vec::new();
+                for index in 0..200 {
+                    let values: Vec<i64> = (0..world).map(|rank| pattern.value(rank, index)).collect();
+                    let both = |combine: fn(i64, i64) -> i64| values.iter().copied().reduce(combine).unwrap() as f64;
+                    let (sum, most) = (both(|a, b| a + b), largest(T::DTYPE) as f64);
+                    let exact = match reduction {
+                        Reduction::Sum => sum.min(most),
+                        Reduction::Avg => sum / world as f64,
+                        Reduction::PremulSum(factor) => sum * factor,
+                        Reduction::Prod => both(|a, b| a * b),
+                        Reduction::Min => both(i64::min),
+                        Reduction::Max => both(i64::max),
+                        Reduction::BitAnd => both(|a, b| a & b),
+                        Reduction::BitOr => both(|a, b| a | b),
+                        Reduction::BitXor => both(|a, b| a ^ b),
+                    };
+                    let found = pattern.combined::<T>(index);
+                    // A mean of integers loses less than 1, and one of floats half of the last digit that bf16 has.
+                    let error = if T::DTYPE.is_float() { exact / 256.0 } else { 1.0 - 1e-9 };
+                    let wraps = T::DTYPE.bytes() == 1 && exact > most;
+                    assert!(
+                        wraps || (value_of(found) - exact).abs() <= error,
+                        "{reduction:?} {world} {found:?} {exact}"
+                    );
+                    assert!(found.differs(&T::of(POISON)), "{reduction:?} of {:?}", T::DTYPE);
+                    seen.push(value_of(found));
+                }
+                seen.sort_by(f64::total_cmp);
+                assert!(seen[0] < seen[199], "{reduction:?} of {:?} tells nothing", T::DTYPE);
+            }
+        }
+    }
+
+    #[test]
+    fn combined_values_are_those_of_the_definition_in_every_type() {
+        is_what_values_come_to::<f32>(f64::from);
+        is_what_values_come_to::<f64>(f64::from);
+        is_what_values_come_to::<bf16>(f64::from);
+        is_what_values_come_to::<f16>(f64::from);
+        is_what_values_come_to::<i8>(f64::from);
+        is_what_values_come_to::<u8>(f64::from);
+        is_what_values_come_to::<i32>(f64::from);
+        is_what_values_come_to::<u32>(f64::from);
+        is_what_values_come_to::<i64>(|x| x as f64);
+        is_what_values_come_to::<u64>(|x| x as f64);
+        is_what_values_come_to::<Bool>(|x| f64::from(u8::from(bool::from(x))));
     }
 
     #[test]
@@ -314,7 +385,8 @@ mod tests {
         assert!(seen(&|index| Pattern { round: 1, ..right }.element(What::After, index)) > mostly, "an earlier round");
         assert!(seen(&|index| right.element(What::After, index + 1)) > mostly, "a shift by one");
         assert!(seen(&|index| right.element(What::Input, index)) > mostly, "one rank's input");
-        assert!(seen(&|index| right.element(What::After, index) - right.value(3, index)) > mostly, "one rank left out");
+        let without = |index| right.element::<i64>(What::After, index) - right.value(3, index);
+        assert!(seen(&without) > mostly, "one rank left out");
         assert!(
             seen(&|index| Pattern { reduction: Reduction::Max, ..right }.element(What::After, index)) > mostly,
             "the largest"
@@ -344,7 +416,7 @@ mod tests {
                         for (index, &element) in (first..).zip(block) {
                             assert_eq!(
                                 element,
-                                pattern.element(what, index) as f32,
+                                pattern.element::<f32>(what, index),
                                 "{operation:?} {form:?} {what:?} {index}"
                             );
                         }
@@ -373,23 +445,25 @@ mod tests {
             for rank in 0..world {
                 total = bf16::from_f32(total.to_f32() + bf16::of(pattern.value(rank, index)).to_f32());
             }
-            prop_assert_eq!(total.to_f64(), pattern.combined(index) as f64);
+            prop_assert_eq!(total.to_f64(), pattern.combined::<f64>(index));
         }
 
         #[test]
         fn in_place_and_out_of_place_agree_where_both_say_the_same(world in 1usize..5, count in 1usize..20, round in 0u64..4) {
+            let after = |pattern: Pattern, index| pattern.element::<i64>(What::After, index);
             for rank in 0..world {
                 let forms = |operation| [Form::OutOfPlace, Form::InPlace].map(|form| pattern(operation, form, rank, world, count, round));
                 let [out, within] = forms(Operation::ReduceScatter);
                 for index in 0..count {
-                    prop_assert_eq!(out.element(What::After, index), within.element(What::After, rank * count + index));
+                    prop_assert_eq!(after(out, index), after(within, rank * count + index));
                 }
                 let [out, within] = forms(Operation::AllGather);
                 for index in 0..count * world {
-                    prop_assert_eq!(out.element(What::After, index), within.element(What::After, index));
+                    prop_assert_eq!(after(out, index), after(within, index));
                 }
                 for index in 0..count {
-                    prop_assert_eq!(out.element(What::Input, index), within.element(What::Before, rank * count + index));
+                    let before = within.element::<i64>(What::Before, rank * count + index);
+                    prop_assert_eq!(out.element::<i64>(What::Input, index), before);
                 }
             }
         }

@@ -184,7 +184,16 @@ mod tests {
         ] {
             let count = operation.count(4800, 4, DType::F32);
             let form = operation.forms()[0];
-            let pattern = Pattern { operation, form, reduction: Reduction::Sum, rank: 1, world: 4, count, round: 0 };
+            let pattern = Pattern {
+                operation,
+                form,
+                reduction: Reduction::Sum,
+                dtype: DType::F32,
+                rank: 1,
+                world: 4,
+                count,
+                round: 0,
+            };
             let work = Work::of(&pattern, DType::F32).unwrap();
             assert_eq!(work.traffic(DType::F32), (read, written), "{}", operation.name());
         }

@@ -7,12 +7,13 @@ use crate::Error;
 use crate::arguments::{Buffers, Settings};
 use crate::binding::{self, Binding};
 use crate::case::Case;
+use crate::integral::largest;
 use crate::link::Link;
 use crate::machine::{self, Machine};
 use crate::mpi::{Call, Library};
 use crate::operation::{Form, Operation};
 use crate::overlap;
-use crate::pattern::{LARGEST, Pattern};
+use crate::pattern::Pattern;
 use crate::report::{Measurement, Report, Times};
 use crate::roofline::{self, Loops};
 use crate::timing::{self, Flush, Repeat};
@@ -62,10 +63,21 @@ impl<'a> Sweep<'a> {
         library: Option<&'a Library>,
     ) -> Result<Sweep<'a>, Error> {
         let world = link.communicator().world();
-        let sums = settings.reduction == Reduction::Sum && settings.operations.iter().any(|one| one.reduces());
-        if settings.check && sums && world > LARGEST {
-            let text =
-                format!("--check knows the sums of at most {LARGEST} ranks exactly, here are {world}: use -o max");
+        let sums = settings.operations.iter().any(|one| one.reduces())
+            && settings
+                .reductions
+                .iter()
+                .any(|one| matches!(one, Reduction::Sum | Reduction::Avg | Reduction::PremulSum(_)));
+        let numbers = settings.dtypes.iter().filter(|&&dtype| dtype != DType::Bool);
+        let most = numbers.map(|&dtype| (largest(dtype), dtype)).min_by_key(|(most, _)| *most);
+        if let Some((most, dtype)) = most
+            && settings.check
+            && sums
+            && world > most
+        {
+            let text = format!(
+                "--check knows the sums of at most {most} ranks of {dtype} exactly, here are {world}: use -o max"
+            );
             return Err(Error::Usage(text));
         }
         let machine = Machine::look(link.communicator())?;
@@ -96,13 +108,25 @@ impl<'a> Sweep<'a> {
                 true => (&settings.dtypes[..], &settings.sizes[..]),
                 false => (&once.0[..], &once.1[..]),
             };
-            for &dtype in dtypes {
+            let in_turn = settings.reductions.iter().flat_map(|&one| dtypes.iter().map(move |&dtype| (dtype, one)));
+            let calls: Vec<(DType, Reduction)> = match operation.reduces() {
+                true => in_turn.filter(|&(dtype, one)| one.supports(dtype, dtype)).collect(),
+                false => dtypes.iter().map(|&dtype| (dtype, Reduction::Sum)).collect(),
+            };
+            if operation.reduces()
+                && let [reduction] = settings.reductions[..]
+            {
+                for dtype in dtypes.iter().filter(|&&dtype| !reduction.supports(dtype, dtype)) {
+                    self.report.comment(&format!("there is no {} of {dtype}: left out", reduction.name()))?;
+                }
+            }
+            for (dtype, reduction) in calls {
                 for &size in sizes {
                     let world = link.communicator().world();
                     let count = operation.count(size, world, dtype);
                     let (mut measured, mut of_library) = (Vec::new(), Vec::new());
                     for &form in forms {
-                        let (ours, library) = self.measure(link, operation, form, dtype, count)?;
+                        let (ours, library) = self.measure(link, operation, form, (dtype, reduction), count)?;
                         measured.push(ours);
                         of_library.extend(library);
                     }
@@ -158,17 +182,16 @@ impl<'a> Sweep<'a> {
         link: &mut Link,
         operation: Operation,
         form: Form,
-        dtype: DType,
+        (dtype, reduction): (DType, Reduction),
         count: usize,
     ) -> Result<(Measurement, Vec<Measurement>), Error> {
         let settings = self.settings;
         let Launch { rank, world, .. } = *link.launch();
-        let pattern = Pattern { operation, form, reduction: settings.reduction, rank, world, count, round: 0 };
+        let pattern = Pattern { operation, form, reduction, dtype, rank, world, count, round: 0 };
         let size = operation.bytes(count, world, dtype);
         let (shared, private) = Case::bytes(&pattern, dtype, settings.buffers);
         link.with_room(shared)?;
-        // MPI has no bf16.
-        let library = self.library.filter(|_| dtype != DType::Bf16);
+        let library = self.library.filter(|library| library.has(dtype, reduction));
         let calls = library.map_or(&[][..], |library| library.calls(operation));
         let of_library = if calls.is_empty() { 0 } else { Case::bytes(&pattern, dtype, Buffers::Private).1 };
         // The roofline's loops take turns with the operation.
@@ -223,15 +246,10 @@ impl<'a> Sweep<'a> {
             *wrong += case.check(communicator, 2)?;
             *wrong = self.all_wrong(communicator, *wrong)?;
         }
-        let reduces = operation.reduces();
         let ours = Measurement {
             op: operation.name(),
             dtype: if operation == Operation::Barrier { "none" } else { dtype.name() },
-            redop: match settings.reduction {
-                Reduction::Sum if reduces => "sum",
-                Reduction::Max if reduces => "max",
-                _ => "none",
-            },
+            redop: if operation.reduces() { reduction.name() } else { "none" },
             root: operation.root().map_or(-1, |root| root as i64),
             size,
             count,

@@ -24,6 +24,9 @@ const OPERATIONS: [&str; 12] = [
 /// Operations that are measured out of place and in place, under `--in-place`.
 const BOTH_FORMS: [&str; 3] = ["reduce-scatter", "all-gather", "all-reduce"];
 
+/// Types of elements.
+const TYPES: usize = 11;
+
 /// Nothing; less than an element of each rank; elements that do not come out even; more than a page, and odd.
 const SIZES: [usize; 5] = [0, 4, 12, 1000, 65_541];
 
@@ -84,7 +87,7 @@ fn run_matrix(ranks: usize, more: &str) {
         *seen.entry(result["op"].as_str().unwrap()).or_default() += 1;
     }
     for operation in OPERATIONS {
-        let lines = if ["barrier", "scalars"].contains(&operation) { 1 } else { 4 * SIZES.len() };
+        let lines = if ["barrier", "scalars"].contains(&operation) { 1 } else { TYPES * SIZES.len() };
         let forms = if BOTH_FORMS.contains(&operation) { 2 } else { 1 };
         assert_eq!(seen.get(operation), Some(&(lines * forms)), "{operation} with {more}");
     }
@@ -97,6 +100,43 @@ fn no_element_is_wrong_between_threads() {
             run_matrix(ranks, &format!("--threads --buffers {buffers}"));
         }
     }
+}
+
+#[test]
+fn no_element_is_wrong_however_types_are_combined() {
+    let folder = tempfile::tempdir().unwrap();
+    // Six reductions of four floats, eight of six integers, seven of truth values; of which a scalar is f64.
+    let calls = 4 * 6 + 6 * 8 + 7;
+    for (operation, lines) in
+        [("reduce-scatter", 2 * calls), ("all-reduce", 2 * calls), ("reduce", calls), ("scalars", 6)]
+    {
+        for more in ["-r 3 --buffers arena", "-r 4 --hosts 2 --buffers private", "-r 2 --hosts 2"] {
+            let rest = match operation {
+                "scalars" => more.split(" --buffers").next().unwrap().to_owned(),
+                "reduce" => format!("-t all --sizes 12,1000,30000 {more}"),
+                _ => format!("-t all --sizes 12,1000,30000 --in-place {more}"),
+            };
+            let arguments = format!("{operation} -o all -n 1 -w 0 --check --threads {rest}");
+            let results = results(&arguments, folder.path());
+            let sizes = if operation == "scalars" { 1 } else { 3 };
+            assert_eq!(results.len(), lines * sizes, "{arguments}");
+            for result in &results {
+                assert_eq!(result["wrong"], 0, "{result}");
+            }
+        }
+    }
+}
+
+#[test]
+fn reductions_that_a_type_has_not_are_named() {
+    let output = collbench("all-reduce -t all -o band --sizes 64 -n 1 -w 0 --check --threads");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for dtype in ["f32", "bf16", "f16", "f64"] {
+        assert!(text(&output.stdout).contains(&format!("# there is no band of {dtype}: left out")));
+    }
+    let output = collbench("all-reduce -t f16 -o band --threads");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("there is no band of f16"), "{}", text(&output.stderr));
 }
 
 #[test]
@@ -223,7 +263,7 @@ fn what_cannot_be_ends_with_code_2_and_a_reason() {
         ("all-reduce -n 0", "-n 0"),
         ("all-reduce -r 0", "-r 0"),
         ("all-reduce -r 100000", "100000 ranks asked for"),
-        ("all-reduce -t f16", "f16"),
+        ("all-reduce -t f8", "f16"),
         ("all-gather -o max", "leave it out"),
         ("gather --in-place", "gather"),
         ("all-reduce --threads --reduce-groups 3", "--reduce-groups 3 does not divide 2"),

@@ -83,8 +83,11 @@ fn results(words: impl Fn(&Path) -> String) -> Option<Vec<Value>> {
 /// Nothing; less than an element of each rank; elements that do not come out even; more than a page.
 const MATRIX: &str = "all -t all --sizes 0,4,12,65540 --check -n 1 -w 0";
 
-/// Ten operations with four types and sizes, and two without.
-const LINES: usize = 10 * 4 * 4 + 2;
+/// Types of elements.
+const TYPES: usize = 11;
+
+/// Ten operations with all types and four sizes, and two without.
+const LINES: usize = 10 * TYPES * 4 + 2;
 
 fn none_is_wrong(results: &[Value], backend: &str, ranks: usize) {
     assert_eq!(results.len(), LINES);
@@ -125,7 +128,7 @@ fn every_operation_has_its_counterpart_in_mpi() {
     };
     let Some(results) = results(words) else { return };
     let (ours, library): (Vec<&Value>, Vec<&Value>) = results.iter().partition(|result| result["call"].is_null());
-    assert_eq!(ours.len(), 10 * 4 * sizes.len() + 2);
+    assert_eq!(ours.len(), 10 * TYPES * sizes.len() + 2);
     for result in &results {
         assert_eq!(result["wrong"], 0, "{result}");
         assert_eq!(result["samples_us"].as_array().unwrap().len(), 7, "{result}");
@@ -134,7 +137,7 @@ fn every_operation_has_its_counterpart_in_mpi() {
         let of_line = library.iter().filter(|result| result["op"] == op && result["dtype"] == dtype);
         of_line.map(|result| result["call"].as_str().unwrap()).collect()
     };
-    for dtype in ["f32", "f64", "i64"] {
+    for dtype in ["f32", "f64", "i8", "u8", "i32", "u32", "i64", "u64"] {
         let both = ["MPI_Reduce_scatter_block", "MPI_Reduce_scatter"];
         assert_eq!(calls("reduce-scatter", dtype), [both, both].concat());
         for (op, call) in [
@@ -152,10 +155,25 @@ fn every_operation_has_its_counterpart_in_mpi() {
         assert!(calls("window", dtype).is_empty());
     }
     assert_eq!((calls("barrier", "none"), calls("scalars", "f64")), (vec!["MPI_Barrier"], vec!["MPI_Allreduce"]));
-    assert!(library.iter().all(|result| result["dtype"] != "bf16"), "MPI has no such type");
+    for dtype in ["bf16", "f16", "bool"] {
+        assert!(library.iter().all(|result| result["dtype"] != dtype), "MPI has no {dtype}");
+    }
     for result in library {
         assert!(result["backend"].as_str().unwrap().starts_with("mpi library: Open MPI"), "{result}");
     }
+}
+
+#[test]
+fn mpi_combines_as_we_do_where_it_can() {
+    let words = |file: &Path| {
+        let arguments = "all-reduce -t all -o all --sizes 4096 --check -n 1 -w 0 --compare mpi";
+        format!("-n 3 collbench {arguments} --json {}", file.display())
+    };
+    let Some(results) = results(words) else { return };
+    assert!(results.iter().all(|result| result["wrong"] == 0), "{results:?}");
+    let of_library = results.iter().filter(|result| !result["call"].is_null());
+    // Two floats: sum, prod, min, max; six integers: the three of bits as well.
+    assert_eq!(of_library.count(), 2 * 4 + 6 * 7);
 }
 
 /// The ratio printed is that of the two times printed before it, but for their rounding.

@@ -1,10 +1,9 @@
 //! What the calls of ranks are made of, and how messages name them.
 
 use pillion_kernels::DType;
-use pillion_kernels::cpu::reduce::Reduction;
 
-use crate::Sections;
 use crate::shm::control::Call;
+use crate::{Reduction, Sections};
 
 /// The operations there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,34 +55,44 @@ impl Kind {
 }
 
 /// What scalars are exchanged for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Purpose {
     Barrier,
     PatientBarrier,
-    Sum,
-    Max,
     Gather,
     Bytes,
     Allocate,
     Split,
+    Reduce(Reduction),
 }
 
 impl Purpose {
-    const ALL: [(Purpose, &str); 8] = [
-        (Purpose::Barrier, "barrier"),
-        (Purpose::PatientBarrier, "patient barrier"),
-        (Purpose::Sum, "sum of scalars"),
-        (Purpose::Max, "maximum of scalars"),
-        (Purpose::Gather, "all-gather of scalars"),
-        (Purpose::Bytes, "broadcast of bytes"),
-        (Purpose::Allocate, "allocation"),
-        (Purpose::Split, "split"),
-    ];
+    /// Of those that combine nothing.
+    const NAMES: [&str; 6] =
+        ["barrier", "patient barrier", "all-gather of scalars", "broadcast of bytes", "allocation", "split"];
+
+    fn to_word(self) -> u64 {
+        match self {
+            Purpose::Barrier => 0,
+            Purpose::PatientBarrier => 1,
+            Purpose::Gather => 2,
+            Purpose::Bytes => 3,
+            Purpose::Allocate => 4,
+            Purpose::Split => 5,
+            Purpose::Reduce(reduction) => Purpose::NAMES.len() as u64 + reduction.code(),
+        }
+    }
+
+    fn describe(word: u64, factor: u64) -> String {
+        match Purpose::NAMES.get(word as usize) {
+            Some(name) => (*name).to_owned(),
+            None => format!("{} of scalars", Reduction::describe(word - Purpose::NAMES.len() as u64, factor)),
+        }
+    }
 }
 
 /// What tells operations of one kind apart, packed into a word: a root, a window's place, or how elements are combined.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Detail {
     None,
     Root(usize),
@@ -98,14 +107,23 @@ impl Detail {
             Detail::None => 0,
             Detail::Root(root) => 1 + root as u64,
             Detail::Window(place) => place,
-            Detail::Purpose(purpose) => purpose as u64,
+            Detail::Purpose(purpose) => purpose.to_word(),
             Detail::Reduction { reduction, output, groups, root, sideband } => {
                 let root = root.map_or(0, |root| 1 + root as u64);
                 root | (groups as u64) << 24
                     | (output as u64) << 48
-                    | (reduction as u64) << 56
+                    | reduction.code() << 56
                     | u64::from(sideband) << 60
             }
+        }
+    }
+
+    fn factor_bits(self) -> u64 {
+        match self {
+            Detail::Reduction { reduction, .. } | Detail::Purpose(Purpose::Reduce(reduction)) => {
+                reduction.factor_bits()
+            }
+            _ => 0,
         }
     }
 }
@@ -119,6 +137,7 @@ pub(crate) fn call(kind: Kind, dtype: Option<DType>, deferred: bool, count: usiz
         memory: u64::from(deferred),
         count: count as u64,
         detail: detail.to_word(),
+        factor: detail.factor_bits(),
     }
 }
 
@@ -139,19 +158,16 @@ pub(crate) fn name(call: Call) -> &'static str {
 /// A call in words.
 pub(crate) fn describe(call: Call) -> String {
     let (kind, name) = (kind(call), name(call));
-    let dtype_of = |word| DTYPES.into_iter().find(|&dtype| dtype as u64 == word);
+    let dtype_of = |word| DType::ALL.into_iter().find(|&dtype| dtype as u64 == word);
     let dtype = call.dtype.checked_sub(1).and_then(dtype_of);
     let elements = dtype.map_or_else(|| call.count.to_string(), |dtype| format!("{} × {dtype}", call.count));
     let root = |word: u64| if word == 0 { String::new() } else { format!(" (root {})", word - 1) };
     let detail = match kind {
         Some(Kind::Broadcast | Kind::Gather | Kind::Scatter) => root(call.detail),
-        Some(Kind::Scalars) => {
-            let purpose = Purpose::ALL.iter().find(|&&(purpose, _)| purpose as u64 == call.detail);
-            purpose.map_or_else(String::new, |(_, name)| format!(" ({name})"))
-        }
+        Some(Kind::Scalars) => format!(" ({})", Purpose::describe(call.detail, call.factor)),
         Some(Kind::GatherWindow) => format!(" (at {})", call.detail),
         Some(Kind::ReduceScatter | Kind::AllReduce | Kind::Reduce) => {
-            let reduction = if call.detail >> 56 & 0xf == Reduction::Max as u64 { "max" } else { "sum" };
+            let reduction = Reduction::describe(call.detail >> 56 & 0xf, call.factor);
             let output = dtype_of(call.detail >> 48 & 0xff).filter(|&output| Some(output) != dtype);
             let groups = match call.detail >> 24 & 0xff_ffff {
                 0 | 1 => String::new(),
@@ -170,8 +186,6 @@ pub(crate) fn describe(call: Call) -> String {
     let device = if call.memory & 1 == 1 { " on a deferring device" } else { "" };
     format!("{name} #{} of {elements}{sections}{detail}{device}", call.sequence)
 }
-
-const DTYPES: [DType; 5] = [DType::F32, DType::Bf16, DType::F64, DType::U32, DType::I64];
 
 #[cfg(test)]
 mod tests {
@@ -195,9 +209,14 @@ mod tests {
                 "reduce #0 of 5 × f64 (max) (root 0)",
             ),
             (
-                call(Kind::Scalars, None, false, 3, Detail::Purpose(Purpose::Max)),
-                "scalar exchange #0 of 3 (maximum of scalars)",
+                call(Kind::AllReduce, Some(DType::U8), false, 5, sum(Reduction::PremulSum(0.5), DType::U8, 1, None)),
+                "all-reduce #0 of 5 × u8 (premul by 0.5)",
             ),
+            (
+                call(Kind::Scalars, None, false, 3, Detail::Purpose(Purpose::Reduce(Reduction::Max))),
+                "scalar exchange #0 of 3 (max of scalars)",
+            ),
+            (call(Kind::Scalars, None, false, 0, Detail::Purpose(Purpose::Split)), "scalar exchange #0 of 0 (split)"),
         ];
         for (call, expected) in cases {
             assert_eq!(describe(call), expected);

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use pillion_kernels::cpu::reduce::Reduction;
-use pillion_kernels::{Buffer, Completion, Event};
+use pillion_kernels::{Buffer, Completion, DType, Event};
 
 use crate::algorithms::{self, AnyCollective, GatherWindow, Operands, Operation, Scalars};
 use crate::call::Purpose;
@@ -12,7 +11,7 @@ use crate::pending::{Outcome, Pending};
 use crate::shm::control::{Channel, PAYLOAD};
 use crate::shm::flight::{Collective, Course, Flight};
 use crate::shm::mail::{Direction, MailFlight};
-use crate::{Communicator, Error, Sections, Window};
+use crate::{Communicator, Error, Reduction, Sections, Window};
 
 /// When an operation starts, and which thread runs it.
 #[derive(Clone)]
@@ -176,17 +175,17 @@ impl Communicator {
     ///
     /// # Errors
     /// The communicator's first error.
+    ///
+    /// # Panics
+    /// For reductions of bits.
     pub fn all_reduce_scalars(&self, values: &mut [f64], reduction: Reduction) -> Result<(), Error> {
+        assert!(reduction.supports(DType::F64, DType::F64), "no {} of numbers", reduction.name());
         for chunk in values.chunks_mut(PAYLOAD) {
-            let purpose = if reduction == Reduction::Sum { Purpose::Sum } else { Purpose::Max };
             let count = chunk.len();
-            let all = self.exchange(chunk.iter().map(|value| value.to_bits()), purpose, false)?;
+            let all = self.exchange(chunk.iter().map(|value| value.to_bits()), Purpose::Reduce(reduction), false)?;
             for (index, value) in chunk.iter_mut().enumerate() {
                 let all = all.iter().skip(index).step_by(count).map(|&bits| f64::from_bits(bits));
-                *value = match reduction {
-                    Reduction::Sum => all.sum(),
-                    Reduction::Max => all.fold(f64::NEG_INFINITY, |a, b| if a >= b || a.is_nan() { a } else { b }),
-                };
+                *value = reduction.of_numbers(all);
             }
             self.shared.words.put_back(all);
         }

@@ -1,9 +1,8 @@
 //! The buffers of a reduce-scatter.
 
 use pillion_kernels::Buffer;
-use pillion_kernels::cpu::reduce::Reduction;
 
-use crate::{Pending, Sections};
+use crate::{Pending, Reduction, Sections};
 
 /// A reduce-scatter's buffers.
 #[derive(Debug)]
@@ -12,7 +11,7 @@ pub struct Reduce {
     pub input: Buffer,
     /// How the summand is cut; none: into one chunk for each rank.
     pub sections: Option<Sections>,
-    /// `[n]`: the ranks' parts of this rank combined, in order of rank. Of the input's type, or f32 for bf16.
+    /// `[n]`: the ranks' parts of this rank combined, in order of rank. Of the input's type, or f32 for 16-bit floats.
     pub output: Buffer,
     /// How elements are combined.
     pub reduction: Reduction,

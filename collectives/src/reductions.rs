@@ -3,7 +3,6 @@
 //! Reductions run in order of rank; on several hosts in order of rank on each, and then in order of
 //! hosts.
 
-use pillion_kernels::cpu::reduce::Fold;
 use pillion_kernels::{Buffer, DType, Event};
 
 use crate::algorithms::{self, BriefAllReduce, Combination, Operands, Sidebands};
@@ -127,7 +126,7 @@ impl Communicator {
     }
 
     /// output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output:
-    /// [n]` of its type, or f32 for bf16.
+    /// [n]` of its type, or f32 for 16-bit floats.
     pub fn all_reduce_into(
         &self,
         input: Buffer,
@@ -191,11 +190,10 @@ impl Communicator {
 
     fn combination(&self, reduction: Reduction, input: &Buffer, output: &Buffer) -> Combination {
         let (dtype, output_dtype) = (input.dtype(), output.dtype());
-        assert!(
-            Fold::supports(dtype, output_dtype) && dtype.bytes() <= output_dtype.bytes(),
-            "no reduction of {dtype} into {output_dtype}"
-        );
+        let name = reduction.name();
+        assert!(reduction.supports(dtype, output_dtype), "no {name} of {dtype} into {output_dtype}");
         same_device(input, output);
-        Combination { reduction, output: output_dtype, groups: self.shared.options.reduce_groups }
+        let (world, groups) = (self.world(), self.shared.options.reduce_groups);
+        Combination { reduction, output: output_dtype, world, groups }
     }
 }

@@ -182,13 +182,27 @@ fn scalars_are_combined_in_order_of_rank() {
     for world in WORLDS {
         ranks(world, Options::default(), |communicator| {
             let of_rank = |rank: usize| (0..100).map(|index| f64::from(value(rank, index))).collect::<Vec<f64>>();
-            for reduction in [Reduction::Sum, Reduction::Max] {
+            for reduction in [
+                Reduction::Sum,
+                Reduction::Avg,
+                Reduction::Prod,
+                Reduction::Min,
+                Reduction::Max,
+                Reduction::PremulSum(0.3),
+            ] {
                 let mut values = of_rank(communicator.rank());
                 communicator.all_reduce_scalars(&mut values, reduction).unwrap();
                 for (index, &got) in values.iter().enumerate() {
                     let all = (0..world).map(|rank| of_rank(rank)[index]);
-                    let expected = if reduction == Reduction::Sum { all.sum() } else { all.fold(f64::MIN, f64::max) };
-                    assert_eq!(got.to_bits(), f64::to_bits(expected));
+                    let expected: f64 = match reduction {
+                        Reduction::Sum => all.sum(),
+                        Reduction::Avg => all.sum::<f64>() / world as f64,
+                        Reduction::Prod => all.product(),
+                        Reduction::Min => all.fold(f64::MAX, f64::min),
+                        Reduction::Max => all.fold(f64::MIN, f64::max),
+                        _ => all.map(|value| value * 0.3).sum(),
+                    };
+                    assert_eq!(got.to_bits(), expected.to_bits());
                 }
             }
             communicator.barrier().unwrap();
@@ -377,6 +391,17 @@ fn traffic_counts_operations_and_the_bytes_that_peers_read() {
         (after.operations - before.operations, after.bytes - before.bytes)
     });
     assert!(traffic.iter().all(|&moved| moved == (1, 3 * 8 * 4)), "{traffic:?}");
+    // An all-reduce of fewer elements than ranks: whoever combines one gives it to the others, which read no more of its input.
+    let traffic = ranks(4, Options::default(), |communicator| {
+        let buffer = communicator.allocate(&Cpu, DType::F32, 3).unwrap();
+        let wide = communicator.allocate(&Cpu, DType::F64, 3).unwrap();
+        let before = communicator.traffic().bytes;
+        communicator.all_reduce(wide, Reduction::Sum, Event::PAST).wait().unwrap();
+        communicator.all_reduce(buffer, Reduction::Max, Event::PAST).wait().unwrap();
+        communicator.traffic().bytes - before
+    });
+    // Of three f64 each of ranks 0 to 2 combines one, 3 · 8 + 2 · 8 bytes; rank 3 gives its three. 12 bytes travel whole.
+    assert_eq!(traffic, [40, 40, 40, 24].map(|bytes| bytes + 3 * 12));
 }
 
 #[test]

@@ -33,7 +33,7 @@ mod stream;
 pub use buffer::{Buffer, View, ViewMut};
 pub use cpu::{Cores, Cpu, LazyCpu};
 pub use device::Device;
-pub use dtype::{DType, Element};
+pub use dtype::{Bool, DType, Element};
 pub use error::Error;
 pub use event::{Completion, Event, Failure, Status};
 pub use kernels::{AttentionShape, Kernels};

@@ -22,11 +22,13 @@ pub(crate) fn all_reduce(
     combination: Combination,
 ) -> Operation {
     let world = hosts.world();
-    // To every other rank a chunk of the result, and from this rank's input what they combine.
-    let sent = 2 * (world - 1) * (len / world) * operands.dtype.bytes();
+    let chunk = len.div_ceil(world);
+    // To every other rank this rank's chunk of the result, and from its input what they combine.
+    let own = chunk.min(len.saturating_sub(rank * chunk));
+    let sent = ((world - 1) * own + len - own) * operands.dtype.bytes();
     let fold = Fold { target: Target::All, ..combination.fold(&operands) };
     let mut operation = Operation::new(Kind::AllReduce, combination.detail(None, false), operands, Work::Fold(fold))
-        .cut_into(len.div_ceil(world), len, world, world)
+        .cut_into(chunk, len, world, world)
         .sending(sent);
     operation.then = hosts.column_of(rank).next().map(|_| {
         Box::new(Moves {

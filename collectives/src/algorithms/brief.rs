@@ -68,7 +68,7 @@ impl Collective for BriefAllReduce {
             inputs: &inputs,
             outputs: &[output.address().as_ptr()],
             count: self.len,
-            ..reduce::Fold::new(self.operands.dtype, self.combination.reduction)
+            ..self.combination.reduction.whole(self.operands.dtype, self.combination.world)
         };
         // SAFETY: every rank's operand lies beside its steps, whole by the assertion. A rank writes there again for the operation after the next,
         // which it starts once all ranks have taken their first step of the next, after this. The output is this operation's.

@@ -3,16 +3,16 @@
 use std::ops::Range;
 
 use pillion_kernels::cpu::compare::{Compare, compare};
-use pillion_kernels::cpu::reduce::{self, Reduction};
+use pillion_kernels::cpu::reduce;
 use pillion_kernels::{DType, Span};
 use smallvec::{SmallVec, smallvec};
 
 use super::operation::{Mode, Operands};
 use super::sides::{End, Piece, Sides};
-use crate::Error;
 use crate::call::Detail;
 use crate::hosts::Hosts;
 use crate::shm::flight::Peers;
+use crate::{Error, Reduction};
 
 /// One for each rank of a host: no allocation as long as there are few, which is much of a short reduction's time.
 pub(super) type Addresses<A> = SmallVec<[A; 8]>;
@@ -34,6 +34,8 @@ pub(crate) struct Combination {
     pub(crate) reduction: Reduction,
     /// Type of the results.
     pub(crate) output: DType,
+    /// Number of ranks.
+    pub(crate) world: usize,
     /// Groups of consecutive ranks whose partial results are combined (see [`reduce::Fold`]).
     pub(crate) groups: usize,
 }
@@ -106,7 +108,7 @@ impl Comparing {
 impl Fold {
     /// The type in which elements accumulate.
     pub(super) fn wide(&self) -> DType {
-        if self.dtype == DType::Bf16 { DType::F32 } else { self.dtype }
+        self.combination.reduction.wide(self.dtype)
     }
 
     /// The chunk that the `rank`-th rank of a host combines to the end, if it does.
@@ -173,8 +175,6 @@ impl Fold {
             return Ok(());
         }
         let fold = reduce::Fold {
-            dtype: self.dtype,
-            reduction: self.combination.reduction,
             groups: self.combination.groups,
             inputs: &self.inputs(sides, peers, piece, chunk, range.clone())?,
             outputs,
@@ -182,6 +182,7 @@ impl Fold {
             accumulate: self.accumulate,
             count: range.len(),
             stream: streams,
+            ..self.combination.reduction.whole(self.dtype, self.combination.world)
         };
         // SAFETY: `Sides` checked that all ranges lie in this operation's buffers or in a peer's arena, aligned to the types that all
         // ranks agree on. In this exchange chunk c of every input is read by rank c alone, and chunk c of every output is written by rank

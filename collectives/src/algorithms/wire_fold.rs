@@ -13,7 +13,7 @@ use pillion_kernels::DType;
 use pillion_kernels::cpu::reduce;
 
 use super::between_hosts::Held;
-use super::folds::{Addresses, Fold, Target};
+use super::folds::{Addresses, Combination, Fold, Target};
 use super::sides::{End, Piece, Sides};
 use super::transit::Transit;
 use crate::Error;
@@ -157,12 +157,10 @@ impl WireFold {
             return Ok(());
         }
         let job = reduce::Fold {
-            dtype: fold.dtype,
-            output: self.partial,
             inputs: &fold.inputs(sides, peers, piece, chunk, range.clone())?,
             outputs: &[out],
             count: range.len(),
-            ..reduce::Fold::new(fold.dtype, fold.combination.reduction)
+            ..fold.combination.reduction.first(fold.dtype)
         };
         // SAFETY: `inputs` checked its ranges, which nobody writes in this exchange; `out` is a part of the work memory, where no message
         // is under way for this segment.
@@ -213,8 +211,8 @@ impl WireFold {
             });
         }
         let alone = peers.world() == 1;
+        let Combination { reduction, world, .. } = fold.combination;
         let job = reduce::Fold {
-            dtype: self.partial,
             output: fold.combination.output,
             groups: if alone { fold.combination.groups } else { 1 },
             inputs: &inputs,
@@ -222,7 +220,7 @@ impl WireFold {
             accumulate: fold.accumulate,
             count: range.len(),
             stream: streams && fold.target == Target::Own,
-            ..reduce::Fold::new(self.partial, fold.combination.reduction)
+            ..if alone { reduction.whole(fold.dtype, world) } else { reduction.last(fold.dtype, world) }
         };
         // SAFETY: the partial results have arrived, and the work memory is this segment's until the next `start`; the outputs are as in
         // `Fold::combine`.

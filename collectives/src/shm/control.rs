@@ -105,12 +105,8 @@ pub(crate) struct ChannelControl {
 /// What a rank called.
 #[repr(C, align(128))]
 pub(crate) struct Header {
-    sequence: AtomicU64,
-    kind: AtomicU64,
-    dtype: AtomicU64,
-    memory: AtomicU64,
-    count: AtomicU64,
-    detail: AtomicU64,
+    /// [`Call::words`].
+    call: [AtomicU64; 6],
     /// Where peers find this rank's operands, each a [`super::place::Place`].
     input: AtomicU64,
     output: AtomicU64,
@@ -133,6 +129,8 @@ pub(crate) struct Call {
     pub(crate) count: u64,
     /// What else tells operations of a kind apart: a root, a reduction, a window.
     pub(crate) detail: u64,
+    /// What elements are multiplied by first, as the bits of an f64.
+    pub(crate) factor: u64,
 }
 
 impl Call {
@@ -148,19 +146,18 @@ impl Call {
     }
 
     pub(crate) fn words(&self) -> [u64; 6] {
-        [self.sequence, self.kind, self.dtype, self.memory, self.count, self.detail]
+        [self.sequence, self.kind | self.dtype << 32, self.memory, self.count, self.detail, self.factor]
     }
 
-    pub(crate) fn from_words([sequence, kind, dtype, memory, count, detail]: [u64; 6]) -> Call {
-        Call { sequence, kind, dtype, memory, count, detail }
+    pub(crate) fn from_words([sequence, kind, memory, count, detail, factor]: [u64; 6]) -> Call {
+        Call { sequence, kind: kind & 0xffff_ffff, dtype: kind >> 32, memory, count, detail, factor }
     }
 }
 
 impl Header {
     /// Writes what peers may read once the rank has taken its next step. The payload is written separately.
     pub(crate) fn write(&self, call: Call, input: Place, output: Place) {
-        let words = [&self.sequence, &self.kind, &self.dtype, &self.memory, &self.count, &self.detail];
-        for (word, value) in words.into_iter().zip(call.words()) {
+        for (word, value) in self.call.iter().zip(call.words()) {
             word.store(value, Ordering::Relaxed);
         }
         self.input.store(input.to_word(), Ordering::Relaxed);
@@ -168,8 +165,7 @@ impl Header {
     }
 
     pub(crate) fn call(&self) -> Call {
-        let words = [&self.sequence, &self.kind, &self.dtype, &self.memory, &self.count, &self.detail];
-        Call::from_words(words.map(|word| word.load(Ordering::Relaxed)))
+        Call::from_words(self.call.each_ref().map(|word| word.load(Ordering::Relaxed)))
     }
 
     pub(crate) fn input(&self) -> Place {

@@ -1,13 +1,15 @@
 //! Every operation against its definition: over worlds and hosts, in arenas and in private memory, for lengths at which pieces and
 //! chunks are ragged. The expected values are computed from all ranks' inputs, in the order that the documentation promises.
 
+mod numbers;
 mod sections;
 
 use std::ptr::NonNull;
 
-use half::bf16;
+use half::{bf16, f16};
+use numbers::{Number, tree};
 use pillion_collectives::{Communicator, Comparison, Launch, Options, Pending, Reduce, Reduction, Sideband, Start};
-use pillion_kernels::{Buffer, Cpu, DType, Device, Element, Event, Space};
+use pillion_kernels::{Bool, Buffer, Cpu, DType, Device, Event, Space};
 
 /// Ranks, simulated hosts, groups of reduction.
 const WORLDS: [(usize, usize, usize); 11] = [
@@ -52,42 +54,6 @@ fn foreign(dtype: DType, len: usize) -> Buffer {
     // nobody else uses it.
     unsafe { Buffer::foreign(pointer, len, dtype, Space::Host, Box::new(owner)) }.unwrap()
 }
-
-/// A type of elements that can be reduced.
-trait Number: Element + PartialEq + std::fmt::Debug {
-    fn new(rank: usize, index: usize) -> Self;
-    fn combine(values: &[Self], reduction: Reduction, groups: usize) -> Self;
-}
-
-/// The tree of the documentation: consecutive groups in order, and their partial results in order.
-fn tree<T: Copy>(values: &[T], groups: usize, combine: impl Fn(T, T) -> T) -> T {
-    let partials = values.chunks(values.len() / groups).map(|group| group.iter().copied().reduce(&combine).unwrap());
-    partials.reduce(&combine).unwrap()
-}
-
-macro_rules! number {
-    ($type:ty, $new:expr, $wide:ty, $widen:expr, $narrow:expr, $sum:expr, $max:expr) => {
-        impl Number for $type {
-            fn new(rank: usize, index: usize) -> Self {
-                // Fractions of 53 bits, so that sums round; cheap, since there are millions.
-                let mixed = (rank as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-                    ^ (index as u64).wrapping_mul(0xd6e8_feb8_6659_fd93);
-                $new((mixed.wrapping_mul(mixed | 1) >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
-            }
-            fn combine(values: &[Self], reduction: Reduction, groups: usize) -> Self {
-                let wide: Vec<$wide> = values.iter().map($widen).collect();
-                $narrow(match reduction {
-                    Reduction::Sum => tree(&wide, groups, $sum),
-                    Reduction::Max => tree(&wide, groups, $max),
-                })
-            }
-        }
-    };
-}
-number!(f32, |x: f64| x as f32, f32, |&x: &f32| x, |x: f32| x, |a, b| a + b, f32::max);
-number!(f64, |x: f64| x, f64, |&x: &f64| x, |x: f64| x, |a, b| a + b, f64::max);
-number!(i64, |x: f64| (x * 1e18) as i64, i64, |&x: &i64| x, |x: i64| x, i64::wrapping_add, i64::max);
-number!(bf16, bf16::from_f64, f32, |x: &bf16| x.to_f32(), bf16::from_f32, |a, b| a + b, f32::max);
 
 struct Rank<'a> {
     communicator: &'a Communicator,
@@ -356,8 +322,15 @@ fn what_is_moved_arrives() {
                 rank.moves::<f32>(len);
             }
             rank.moves::<bf16>(1_001);
+            rank.moves::<f16>(501);
             rank.moves::<f64>(333);
+            rank.moves::<i8>(70);
+            rank.moves::<u8>(2_003);
+            rank.moves::<i32>(9);
+            rank.moves::<u32>(130);
             rank.moves::<i64>(3);
+            rank.moves::<u64>(600);
+            rank.moves::<Bool>(1_100);
         });
     }
 }
@@ -370,16 +343,60 @@ fn what_is_combined_is_combined_in_order_and_rounded_once() {
                 rank.folds::<f32>(len, Reduction::Sum);
             }
             for len in [1, 130, 5_003] {
-                rank.folds::<f32>(len, Reduction::Max);
                 rank.folds::<bf16>(len, Reduction::Sum);
-                rank.folds::<bf16>(len, Reduction::Max);
-                rank.folds::<f64>(len, Reduction::Sum);
-                rank.folds::<i64>(len, Reduction::Sum);
-                rank.folds::<i64>(len, Reduction::Max);
+                rank.folds::<u8>(len, Reduction::Avg);
                 rank.wide(len);
             }
         });
     }
+}
+
+#[test]
+fn every_type_has_its_reductions_and_no_others() {
+    fn all<T: Number>(rank: &Rank<'_>) {
+        for &reduction in T::REDUCTIONS {
+            for len in [1, 130] {
+                rank.folds::<T>(len, reduction);
+            }
+        }
+        // By their names, which leave out the factor.
+        let names: Vec<&str> = T::REDUCTIONS.iter().map(|reduction| reduction.name()).collect();
+        for reduction in [f32::REDUCTIONS, i32::REDUCTIONS].concat() {
+            let is_there = names.contains(&reduction.name());
+            assert_eq!(reduction.supports(T::DTYPE, T::DTYPE), is_there, "{reduction:?} of {}", T::DTYPE);
+        }
+    }
+    for (world, hosts, groups) in [(1, 1, 1), (3, 1, 1), (4, 1, 2), (2, 2, 1), (6, 3, 3)] {
+        ranks(world, hosts, groups, |rank| {
+            all::<f32>(rank);
+            all::<bf16>(rank);
+            all::<f16>(rank);
+            all::<f64>(rank);
+            all::<i8>(rank);
+            all::<u8>(rank);
+            all::<i32>(rank);
+            all::<u32>(rank);
+            all::<i64>(rank);
+            all::<u64>(rank);
+            all::<Bool>(rank);
+        });
+    }
+}
+
+#[test]
+fn ranks_with_other_factors_are_named() {
+    std::thread::scope(|scope| {
+        for launch in Launch::threads(3) {
+            scope.spawn(move || {
+                let communicator = Communicator::connect(&launch, Options::default()).unwrap();
+                let factor = if launch.rank == 1 { 0.25 } else { 0.5 };
+                let buffer = Cpu.allocate(DType::F32, 1000).unwrap();
+                let reduction = Reduction::PremulSum(factor);
+                let error = communicator.all_reduce(buffer, reduction, Start::Here).wait().unwrap_err().to_string();
+                assert!(error.contains("premul by 0.25") && error.contains("premul by 0.5"), "{error}");
+            });
+        }
+    });
 }
 
 #[test]

@@ -35,6 +35,12 @@ pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// The value of `x`.
+#[inline(always)]
+pub(super) fn widen_one(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
 /// x rounded to the nearest bf16, ties to even; NaN stays NaN.
 #[inline(always)]
 pub(super) fn narrow_one(x: f32) -> bf16 {
@@ -50,7 +56,7 @@ pub(super) fn widen(out: &mut [f32], x: &[bf16]) {
         #[inline(always)]
         || {
             for (out, x) in out.iter_mut().zip(x) {
-                *out = f32::from_bits(u32::from(x.to_bits()) << 16);
+                *out = widen_one(*x);
             }
         },
     );

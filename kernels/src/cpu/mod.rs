@@ -8,6 +8,7 @@ mod adamw;
 mod attention;
 pub mod compare;
 mod embedding;
+mod half_precision;
 mod isa;
 mod kernels;
 mod lazy;
@@ -31,7 +32,7 @@ pub use lazy::LazyCpu;
 pub use profile::{KernelTime, Profile};
 
 use crate::buffer::byte_count;
-use crate::{Buffer, DType, Device, Element, Error, Failure, Region, Span, Stream, View, ViewMut};
+use crate::{Buffer, DType, Device, Element, Error, Failure, Region, Span, Stream, View, ViewMut, with_element};
 use isa::vectorized;
 use lazy::LazyStream;
 use std::cell::{Cell, OnceCell};
@@ -221,13 +222,7 @@ impl<'a> Output<'a> {
     }
 
     fn bytes(self) -> &'a mut [u8] {
-        match self.0.dtype() {
-            DType::F32 => bytemuck::cast_slice_mut(self.of::<f32>()),
-            DType::Bf16 => bytemuck::cast_slice_mut(self.of::<half::bf16>()),
-            DType::F64 => bytemuck::cast_slice_mut(self.of::<f64>()),
-            DType::U32 => bytemuck::cast_slice_mut(self.of::<u32>()),
-            DType::I64 => bytemuck::cast_slice_mut(self.of::<i64>()),
-        }
+        with_element!(self.0.dtype(), T => bytemuck::cast_slice_mut(self.of::<T>()))
     }
 }
 
@@ -238,12 +233,6 @@ impl<'a> Input<'a> {
     }
 
     fn bytes(self) -> &'a [u8] {
-        match self.0.dtype() {
-            DType::F32 => bytemuck::cast_slice(self.of::<f32>()),
-            DType::Bf16 => bytemuck::cast_slice(self.of::<half::bf16>()),
-            DType::F64 => bytemuck::cast_slice(self.of::<f64>()),
-            DType::U32 => bytemuck::cast_slice(self.of::<u32>()),
-            DType::I64 => bytemuck::cast_slice(self.of::<i64>()),
-        }
+        with_element!(self.0.dtype(), T => bytemuck::cast_slice(self.of::<T>()))
     }
 }

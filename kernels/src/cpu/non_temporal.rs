@@ -8,7 +8,7 @@
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use super::reduce::{Fold, Reduction, fold};
+use super::reduce::{Fold, Operator, fold};
 use crate::DType;
 
 /// to\[..\] = from\[..\], `bytes` of them, with non-temporal stores where `stream` says so; those
@@ -108,7 +108,7 @@ fn crossover() -> usize {
         let mut time = |stream| {
             let outputs = [out.as_mut_ptr().cast()];
             let job =
-                Fold { inputs: &inputs, outputs: &outputs, count, stream, ..Fold::new(DType::F32, Reduction::Sum) };
+                Fold { inputs: &inputs, outputs: &outputs, count, stream, ..Fold::new(DType::F32, Operator::Sum) };
             let runs = (0..3).map(|_| {
                 let started = Instant::now();
                 // SAFETY: the vectors hold at least `count` elements and are this function's own.

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::maths::narrow_one;
+use super::maths::{narrow_one, widen_one};
 use crate::Element;
 
 /// An element of activations, gradients or weights.
@@ -65,7 +65,7 @@ impl Value for bf16 {
 
     #[inline(always)]
     fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
+        widen_one(self)
     }
 
     #[inline(always)]
