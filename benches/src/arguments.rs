@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use pillion_collectives::{Backend, Options, Reduction};
+use pillion_collectives::{Backend, Options, Reduction, WireKind};
 use pillion_kernels::DType;
 
 use crate::Error;
@@ -83,6 +83,9 @@ pub struct Arguments {
     /// What moves the bytes
     #[arg(long, value_enum, default_value_t = BackendArgument::Auto)]
     backend: BackendArgument,
+    /// What connects hosts
+    #[arg(long, value_enum, default_value_t = WireArgument::Auto)]
+    wire: WireArgument,
     /// Behaves as if the ranks were spread over this many hosts, between which memory stands for MPI; needs --threads
     #[arg(long, value_name = "HOSTS", requires = "threads")]
     hosts: Option<usize>,
@@ -182,8 +185,19 @@ impl RedopArgument {
 enum BackendArgument {
     Auto,
     Shm,
+    Tcp,
     Mpi,
     Hierarchical,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum WireArgument {
+    /// MPI where this build has it and its launcher or Slurm started the job, else TCP
+    Auto,
+    /// TCP, from PILLION_ADDRESS or what torchrun and srun say
+    Tcp,
+    /// MPI
+    Mpi,
 }
 
 /// What ours is compared with.
@@ -284,10 +298,8 @@ impl Arguments {
         if self.iters > MOST_ITERATIONS || self.warmup > MOST_ITERATIONS {
             return usage(format!("-n and -w are at most {MOST_ITERATIONS}, since every sample is kept"));
         }
-        if matches!(self.backend, BackendArgument::Mpi | BackendArgument::Hierarchical)
-            && !cfg!(feature = "mpi")
-            && self.hosts.is_none()
-        {
+        let needs_mpi = self.backend == BackendArgument::Mpi || self.wire == WireArgument::Mpi;
+        if needs_mpi && !cfg!(feature = "mpi") && self.hosts.is_none() {
             return usage("this backend needs MPI, which this build does not have: build with --features mpi".into());
         }
         self.habits.answer()?;
@@ -333,8 +345,14 @@ impl Arguments {
             backend: match self.backend {
                 BackendArgument::Auto => Backend::Auto,
                 BackendArgument::Shm => Backend::Shm,
+                BackendArgument::Tcp => Backend::Tcp,
                 BackendArgument::Mpi => Backend::Mpi,
                 BackendArgument::Hierarchical => Backend::Hierarchical,
+            },
+            wire: match self.wire {
+                WireArgument::Auto => WireKind::Auto,
+                WireArgument::Tcp => WireKind::Tcp,
+                WireArgument::Mpi => WireKind::Mpi,
             },
             reduce_groups: self.reduce_groups,
             simulated_hosts: hosts,

@@ -23,13 +23,14 @@ impl Link {
         let link = Link { launch: launch.clone(), options: options.clone(), current, allocated: 0, number: 0 };
         let communicator = link.communicator();
         // A hierarchy of one rank on each host is messages alone.
-        let flat = communicator.backend() == Backend::Mpi && communicator.hosts() == communicator.world();
+        let messages = matches!(communicator.backend(), Backend::Mpi | Backend::Tcp);
+        let flat = messages && communicator.hosts() == communicator.world();
         let same = communicator.backend() == options.backend || flat && options.backend == Backend::Hierarchical;
         if options.backend != Backend::Auto && !same {
             return Err(Error::Backend { asked: options.backend, got: communicator.backend() });
         }
-        // Over MPI alone every rank counts as a host.
-        let spread = options.simulated_hosts > 1 && communicator.backend() != Backend::Mpi;
+        // Over messages alone every rank counts as a host.
+        let spread = options.simulated_hosts > 1 && !messages;
         if spread && communicator.hosts() != options.simulated_hosts {
             return Err(Error::Hosts { asked: options.simulated_hosts, got: communicator.hosts() });
         }
@@ -52,7 +53,10 @@ impl Link {
             self.number += 1;
             self.allocated = 0;
             self.communicator().barrier()?;
-            let launch = Launch { job: format!("{}.{}", self.launch.job, self.number), ..self.launch.clone() };
+            let mut launch = Launch { job: format!("{}.{}", self.launch.job, self.number), ..self.launch.clone() };
+            if let Some(meeting) = &mut launch.meeting {
+                meeting.secret = format!("{}.{}", meeting.secret, self.number);
+            }
             // Its memory first, then that of the next.
             self.current = None;
             self.current = Some(Communicator::connect(&launch, self.options.clone())?);

@@ -14,7 +14,7 @@ use crate::shm::arena::available_memory;
 use crate::shm::control::state;
 use crate::shm::shared::Shared;
 use crate::window::chunk;
-use crate::{Backend, Error, Launch, Options, Sections, Span, Window};
+use crate::{Backend, Error, Launch, Options, Sections, Span, Window, WireKind};
 
 /// What a communicator has moved so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,14 +136,22 @@ impl Communicator {
 
     /// What moves the bytes: never [`Backend::Auto`].
     pub fn backend(&self) -> Backend {
-        match (self.shared.hosts.ranks.len(), self.shared.world()) {
-            (1, _) => Backend::Shm,
-            (_, 1) => Backend::Mpi,
+        match (self.shared.hosts.ranks.len(), self.shared.world(), self.wire()) {
+            (1, ..) => Backend::Shm,
+            (_, 1, WireKind::Tcp) => Backend::Tcp,
+            (_, 1, _) => Backend::Mpi,
             _ => Backend::Hierarchical,
         }
     }
 
-    /// Number of hosts over which the ranks are spread, as many on each; every rank counts as one under [`Backend::Mpi`].
+    /// What connects hosts, where there are several: never [`WireKind::Auto`].
+    pub fn wire(&self) -> WireKind {
+        let Options { wire, backend, simulated_hosts, .. } = self.shared.options;
+        // What stands for a network between threads counts as MPI.
+        if simulated_hosts > 1 { WireKind::Mpi } else { wire.of(&self.job.launch, backend) }
+    }
+
+    /// Number of hosts over which the ranks are spread, as many on each; every rank counts as one under [`Backend::Mpi`] and [`Backend::Tcp`].
     pub fn hosts(&self) -> usize {
         self.shared.hosts.ranks.len()
     }

@@ -8,8 +8,9 @@ use crate::shm::arena::MAPPING;
 use crate::shm::rendezvous::{self, Place};
 use crate::shm::shared::Shared;
 use crate::wire::Wire;
+use crate::wire::tcp::{Network, TcpWire};
 use crate::wire::threads::ThreadWire;
-use crate::{Backend, Error, Launch, Options};
+use crate::{Backend, Error, Launch, Options, WireKind};
 
 /// Who talks: the ranks of a job, or those of a communicator split from another.
 #[derive(Clone)]
@@ -36,8 +37,12 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         let on_each = local_world / options.simulated_hosts;
         let identities: Vec<String> = job.ranks.iter().map(|rank| (rank / on_each).to_string()).collect();
         (group(&identities, rank, options.backend), Some(wire))
-    } else if local_world != job.world || matches!(options.backend, Backend::Mpi | Backend::Hierarchical) {
-        between_hosts(job, &options)?
+    } else if local_world != job.world || matches!(options.backend, Backend::Tcp | Backend::Mpi | Backend::Hierarchical)
+    {
+        match options.wire.of(&job.launch, options.backend) {
+            WireKind::Mpi => over_mpi(job, &options)?,
+            _ => over_tcp(job, &options)?,
+        }
     } else {
         (Hosts::single(world), None)
     };
@@ -106,7 +111,7 @@ fn group(identities: &[String], rank: usize, backend: Backend) -> Hosts {
         }
     }
     let even = ranks.iter().all(|host| host.len() == ranks[0].len());
-    if backend == Backend::Mpi || !even {
+    if matches!(backend, Backend::Mpi | Backend::Tcp) || !even {
         if !even && rank == 0 {
             crate::launcher::say(
                 "hosts have different numbers of ranks, so every rank talks to every other over the network",
@@ -125,9 +130,22 @@ fn group(identities: &[String], rank: usize, backend: Backend) -> Hosts {
     Hosts { ranks, own }
 }
 
+/// Meets the ranks of other hosts, and connects to those of this rank's column.
+fn over_tcp(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
+    let launch = Launch { rank: job.ranks[job.launch.rank], world: job.world, ..job.launch.clone() };
+    let network = Network::of(&launch, options)?;
+    let identities: Vec<String> = job.ranks.iter().map(|&rank| network.host(rank).to_owned()).collect();
+    let own = job.launch.rank;
+    let hosts = group(&identities, own, options.backend);
+    // The job's name may be another on other hosts.
+    let name = &job.name[job.launch.job.len()..];
+    let wire = TcpWire::open(network, &job.ranks, own, &hosts, name, options.startup_timeout)?;
+    Ok((hosts, Some(Box::new(wire))))
+}
+
 /// Opens the wire between hosts and finds out which ranks are on which.
 #[cfg(feature = "mpi")]
-fn between_hosts(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
+fn over_mpi(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
     use crate::wire::identities;
     let mut hasher = DefaultHasher::new();
     job.name.hash(&mut hasher);
@@ -141,9 +159,9 @@ fn between_hosts(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn 
     Ok((group(&identities, rank, options.backend), Some(wire)))
 }
 
-/// This build has nothing between hosts; [`crate::Communicator::connect`] has said so by now.
+/// This build has no MPI; [`crate::Communicator::connect`] has said so by now.
 #[cfg(not(feature = "mpi"))]
-fn between_hosts(job: &Job, _options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
+fn over_mpi(job: &Job, _options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
     let reason = "its ranks are on several hosts: build with `--features mpi`".to_owned();
     Err(Error::Rendezvous { rank: job.launch.rank, world: job.launch.world, job: job.name.clone(), reason })
 }

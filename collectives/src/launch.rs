@@ -24,9 +24,12 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 use std::{env, io, process};
 
+pub(crate) use meeting::ADDRESS;
+pub use meeting::Meeting;
 use variables::Variables;
 pub(crate) use variables::ancestor_without;
 
+mod meeting;
 mod names;
 mod variables;
 
@@ -53,6 +56,8 @@ pub struct Launch {
     /// The host that this rank counts itself to, from `PILLION_HOST`, where that is set: ranks with different values share no memory.
     /// Otherwise the host is what the system says.
     pub host: Option<String>,
+    /// Where ranks of several hosts meet without MPI, if that is known.
+    pub meeting: Option<Meeting>,
 }
 
 /// Longest job name, in bytes: fits the 107 bytes of a unix socket's name with room to spare.
@@ -249,9 +254,12 @@ pub enum LaunchError {
     },
 }
 
-/// Variables our own launcher sets: rank, world size, job name, the launcher's process id.
+/// Variables our own launcher sets: rank, world size, the same of this host, job name, the launcher's
+/// process id.
 pub(crate) const OWN_RANK: &str = "PILLION_RANK";
 pub(crate) const OWN_WORLD: &str = "PILLION_WORLD";
+pub(crate) const OWN_LOCAL_RANK: &str = "PILLION_LOCAL_RANK";
+pub(crate) const OWN_LOCAL_WORLD: &str = "PILLION_LOCAL_WORLD";
 pub(crate) const OWN_JOB: &str = "PILLION_JOB";
 pub(crate) const OWN_LAUNCHER: &str = "PILLION_LAUNCHER_PID";
 
@@ -269,6 +277,7 @@ impl Launch {
             job: fresh_job(),
             source: Source::Single,
             host: None,
+            meeting: None,
         }
     }
 
@@ -286,7 +295,8 @@ impl Launch {
     /// Half-set, unreadable or contradictory variables, each by name.
     pub fn from_variables(lookup: impl Fn(&str) -> Option<String>) -> Result<Launch, LaunchError> {
         let launch = Variables { lookup: &lookup }.read()?;
-        Ok(Launch { host: lookup(HOST), ..launch })
+        let meeting = meeting(launch.source, &lookup)?;
+        Ok(Launch { host: lookup(HOST), meeting, ..launch })
     }
 
     /// One launch per rank for `world` ranks that are threads of this process; all carry the same
@@ -301,9 +311,15 @@ impl Launch {
             job: job.clone(),
             source: Source::Local,
             host: None,
+            meeting: None,
         };
         (0..world).map(launch).collect()
     }
+}
+
+/// Where the ranks of several hosts meet, for a job of this launcher.
+pub(crate) fn meeting(source: Source, lookup: &dyn Fn(&str) -> Option<String>) -> Result<Option<Meeting>, LaunchError> {
+    meeting::read(source, lookup)
 }
 
 /// A job name nobody else has.

@@ -28,7 +28,10 @@ use signal_hook::consts::{SIGCHLD, SIGCONT, SIGTSTP};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
-use crate::launch::{Launch, LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_RANK, OWN_WORLD, fresh_job};
+use crate::launch::{
+    self, ADDRESS, Launch, LaunchError, Meeting, OWN_JOB, OWN_LAUNCHER, OWN_LOCAL_RANK, OWN_LOCAL_WORLD, OWN_RANK,
+    OWN_WORLD, Source, fresh_job,
+};
 use crate::limits::explain_thread;
 use crate::stop;
 
@@ -55,12 +58,44 @@ pub struct Options {
     pub grace: Duration,
     /// Whether to start more than [`RANKS_PER_CORE`] ranks for each core.
     pub oversubscribe: bool,
+    /// Which of several hosts this is.
+    pub node: Node,
+}
+
+/// One of the hosts of a job. On each, a launcher starts as many ranks.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// From 0, whose first rank is rank 0 of the job.
+    pub number: usize,
+    /// Number of hosts.
+    pub of: usize,
+    /// Where the ranks of all hosts meet, as [`Meeting::address`](crate::Meeting); none for what
+    /// the environment says.
+    pub address: Option<String>,
+}
+
+impl Node {
+    /// Where the ranks that are started will meet.
+    ///
+    /// # Errors
+    /// For an address without a port.
+    pub fn meeting(&self) -> Result<Option<Meeting>, LaunchError> {
+        let get = |name: &str| self.address.clone().filter(|_| name == ADDRESS).or_else(|| env::var(name).ok());
+        launch::meeting(Source::Local, &get)
+    }
+}
+
+impl Default for Node {
+    /// The only one.
+    fn default() -> Node {
+        Node { number: 0, of: 1, address: None }
+    }
 }
 
 impl Default for Options {
     /// 5 s of grace: ranks notice a lost peer within 1 s.
     fn default() -> Options {
-        Options { grace: Duration::from_secs(5), oversubscribe: false }
+        Options { grace: Duration::from_secs(5), oversubscribe: false, node: Node::default() }
     }
 }
 
@@ -74,7 +109,7 @@ impl Default for Options {
 /// - [`EXIT_CONSEQUENCE`] if ranks returned that, and no other failed.
 ///
 /// A program calls this where [`Launch::detect`](crate::launch::Launch::detect) says
-/// [`Source::Single`](crate::launch::Source::Single), and leaves with the code it returns: the
+/// [`Source::Single`], and leaves with the code it returns: the
 /// signals the launcher passes on stay without effect on this process afterwards. The calling
 /// thread must be one that lives as long as the process, since children die with the thread that
 /// started them.
@@ -95,7 +130,7 @@ pub fn run_processes_with(ranks: usize, options: &Options) -> Result<i32, Launch
     }
     // Before the first child: a signal that comes while they start must reach them all.
     let mut signals = listen().map_err(system("install signal handlers"))?;
-    let mut job = Job::start(ranks)?;
+    let mut job = Job::start(ranks, &options.node)?;
     job.watch(&mut signals, options.grace)
 }
 
@@ -182,6 +217,8 @@ fn listen() -> io::Result<Signals> {
 
 /// The children, by rank. Dropping it kills and reaps those that are left.
 struct Job {
+    /// The first child's rank in the job.
+    first: usize,
     /// `None` once reaped.
     children: Vec<Option<Child>>,
     /// What the launcher will return, as far as known.
@@ -193,21 +230,21 @@ struct Job {
 }
 
 impl Job {
-    fn start(ranks: usize) -> Result<Job, LaunchError> {
+    fn start(ranks: usize, node: &Node) -> Result<Job, LaunchError> {
         let program = env::current_exe().map_err(system("find this program's own file"))?;
         let name = fresh_job();
         let launcher = std::process::id().to_string();
-        let mut job = Job { children: Vec::new(), code: 0, failed: false, deadline: None, killed: false };
-        for rank in 0..ranks {
-            let child = Command::new(&program)
-                .args(env::args_os().skip(1))
-                .env(OWN_RANK, rank.to_string())
-                .env(OWN_WORLD, ranks.to_string())
-                .env(OWN_JOB, &name)
-                .env(OWN_LAUNCHER, &launcher)
-                .process_group(0)
-                .spawn();
-            match child {
+        let first = node.number * ranks;
+        let mut job = Job { first, children: Vec::new(), code: 0, failed: false, deadline: None, killed: false };
+        for local in 0..ranks {
+            let rank = first + local;
+            let mut command = Command::new(&program);
+            let numbers =
+                [(OWN_RANK, rank), (OWN_WORLD, node.of * ranks), (OWN_LOCAL_RANK, local), (OWN_LOCAL_WORLD, ranks)];
+            command.args(env::args_os().skip(1)).envs(numbers.map(|(name, number)| (name, number.to_string())));
+            command.env(OWN_JOB, &name).env(OWN_LAUNCHER, &launcher).process_group(0);
+            command.envs(node.address.iter().map(|address| (ADDRESS, address)));
+            match command.spawn() {
                 Ok(child) => job.children.push(Some(child)),
                 Err(source) => {
                     return Err(LaunchError::Start { rank, program, reason: explain_thread(&source) });
@@ -321,7 +358,7 @@ impl Job {
         }
         let has_said_why = matches!(status.code(), Some(1 | 2));
         if (!self.failed && !has_said_why) || status.signal().is_some() {
-            say(&format!("rank {rank} {ending}"));
+            say(&format!("rank {} {ending}", self.first + rank));
         }
         if !self.failed {
             self.failed = true;
@@ -333,7 +370,7 @@ impl Job {
     fn kill_rest(&mut self, grace: Duration) {
         let left: Vec<String> = (0..self.children.len())
             .filter(|rank| self.children[*rank].is_some())
-            .map(|rank| rank.to_string())
+            .map(|rank| (self.first + rank).to_string())
             .collect();
         say(&format!(
             "ending with SIGKILL what still runs {} s after that: rank {}",

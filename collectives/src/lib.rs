@@ -22,6 +22,7 @@ pub mod limits;
 mod mpi;
 mod operations;
 mod options;
+mod patience;
 mod pending;
 mod reduce;
 mod reduction;
@@ -34,11 +35,11 @@ mod wire;
 
 pub use communicator::{Communicator, Traffic};
 pub use error::Error;
-pub use launch::Launch;
+pub use launch::{Launch, Meeting};
 #[cfg(feature = "mpi")]
 pub use mpi::library as mpi_library;
 pub use operations::Start;
-pub use options::{Backend, Options};
+pub use options::{Backend, Options, WireKind};
 pub use pending::Pending;
 pub use reduce::{Comparison, Reduce, Sideband, Summand, Sums};
 pub use reduction::Reduction;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::launch::Source;
 use crate::shm::control::Channel;
 use crate::{Error, Launch};
 
@@ -13,10 +14,49 @@ pub enum Backend {
     Auto,
     /// Shared memory; all ranks are on one host.
     Shm,
+    /// TCP between all ranks, wherever they are.
+    Tcp,
     /// MPI between all ranks, wherever they are. Needs the feature `mpi`.
     Mpi,
-    /// Shared memory between the ranks of a host, MPI between hosts, which have as many ranks each. Needs the feature `mpi`.
+    /// Shared memory between the ranks of a host, and a wire ([`WireKind`]) between hosts, which have
+    /// as many ranks each.
     Hierarchical,
+}
+
+/// What connects hosts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WireKind {
+    /// [`WireKind::Mpi`] where this build has MPI and an MPI's launcher or Slurm started the job, else
+    /// [`WireKind::Tcp`].
+    #[default]
+    Auto,
+    /// TCP, from the address in [`Launch::meeting`](crate::Launch) on.
+    Tcp,
+    /// MPI. Needs the feature `mpi`.
+    Mpi,
+}
+
+impl WireKind {
+    /// What it comes to for a job: never [`WireKind::Auto`].
+    pub(crate) fn of(self, launch: &Launch, backend: Backend) -> WireKind {
+        let is_of_mpi = !matches!(launch.source, Source::Single | Source::Local | Source::Torchrun);
+        match (backend, self) {
+            (Backend::Tcp, _) | (_, WireKind::Tcp) => WireKind::Tcp,
+            (Backend::Mpi, _) | (_, WireKind::Mpi) => WireKind::Mpi,
+            _ if cfg!(feature = "mpi") && is_of_mpi => WireKind::Mpi,
+            _ => WireKind::Tcp,
+        }
+    }
+}
+
+impl std::fmt::Display for WireKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            WireKind::Auto => "auto",
+            WireKind::Tcp => "TCP",
+            WireKind::Mpi => "MPI",
+        })
+    }
 }
 
 impl std::fmt::Display for Backend {
@@ -24,6 +64,7 @@ impl std::fmt::Display for Backend {
         f.write_str(match self {
             Backend::Auto => "auto",
             Backend::Shm => "shm",
+            Backend::Tcp => "tcp",
             Backend::Mpi => "mpi",
             Backend::Hierarchical => "hierarchical",
         })
@@ -42,6 +83,8 @@ pub struct Options {
     pub warn_after: Duration,
     /// What moves the bytes. Default: [`Backend::Auto`].
     pub backend: Backend,
+    /// What connects hosts. Default: [`WireKind::Auto`].
+    pub wire: WireKind,
     /// Number of groups of consecutive ranks in which reductions are computed: partial results of the groups are combined in order.
     /// Divides the number of ranks. With as many groups as a cluster has hosts, one host computes the same bits as the cluster.
     /// Default: 1.
@@ -62,6 +105,7 @@ impl Default for Options {
             startup_timeout: Duration::from_secs(60),
             warn_after: Duration::from_secs(10),
             backend: Backend::Auto,
+            wire: WireKind::Auto,
             reduce_groups: 1,
             simulated_hosts: 1,
             gather_delay: Duration::ZERO,
@@ -79,17 +123,20 @@ impl Options {
     pub fn check(&self, launch: &Launch) -> Result<(), Error> {
         let &Launch { world, local_world, .. } = launch;
         let (backend, groups, hosts) = (self.backend, self.reduce_groups, self.simulated_hosts);
-        let mpi = cfg!(feature = "mpi");
+        let wire = self.wire.of(launch, backend);
+        let several = local_world != world || matches!(backend, Backend::Tcp | Backend::Mpi | Backend::Hierarchical);
         let reason = if groups == 0 || !world.is_multiple_of(groups) {
             format!("{groups} groups of reduction do not divide {world} ranks: choose a divisor")
-        } else if matches!(backend, Backend::Mpi | Backend::Hierarchical) && hosts == 1 && !mpi {
+        } else if matches!((backend, self.wire), (Backend::Mpi, WireKind::Tcp) | (Backend::Tcp, WireKind::Mpi)) {
+            format!("the backend {backend} sends over another wire than {}: leave one of them out", self.wire)
+        } else if several && hosts == 1 && wire == WireKind::Mpi && !cfg!(feature = "mpi") {
+            "this build has no MPI: build with `--features mpi`, or choose another backend and wire".to_owned()
+        } else if several && hosts == 1 && wire == WireKind::Tcp && launch.meeting.is_none() && backend != Backend::Shm
+        {
             format!(
-                "the backend {backend} needs MPI, which this build does not have: build with `--features mpi`, or choose another backend"
-            )
-        } else if local_world != world && hosts == 1 && !mpi {
-            format!(
-                "{local_world} of {world} ranks are on this host, and this build joins ranks of one host through shared memory: start \
-                 all ranks on one host, or build with `--features mpi` and start with mpirun"
+                "{local_world} of {world} ranks are on this host, and nothing says where they meet: set \
+                 PILLION_ADDRESS=host:port, of rank 0's host, on every rank, or start with torchrun or srun, or build \
+                 with `--features mpi` and start with mpirun"
             )
         } else if local_world != world && backend == Backend::Shm {
             format!("only {local_world} of {world} ranks are on this host: choose another backend than shm")

@@ -6,5 +6,6 @@
 
 pub mod documents;
 pub mod golden;
+pub mod hosts;
 pub mod program;
 pub mod reference;

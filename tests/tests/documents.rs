@@ -60,6 +60,13 @@ const TABLE: &[(&str, How)] = &[
     ("mpiexec -n 4 target/release/pillion train", Parsed),
     ("mpirun_rsh -np 4 target/release/pillion train", Parsed),
     ("jsrun -n 4 target/release/pillion train", Parsed),
+    (
+        "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 2 --master-addr one --master-port 29500 --no-python target/release/pillion train",
+        Parsed,
+    ),
+    ("pillion train --ranks 2 --nodes 2 --node-rank 0 --address one:29400", Parsed),
+    ("srun -N 2 -n 4 target/release/pillion train", Parsed),
+    ("mpirun -n 4 --host one:2,two:2 -x PILLION_ADDRESS=one:29400 target/release/pillion train", Parsed),
     ("pillion train --auto", With(SHORT)),
     ("pillion plan", AsItStands),
     ("pillion plan --operations | head", AsItStands),
@@ -201,8 +208,8 @@ fn run(fits: impl Fn(&str) -> bool) {
                 values.iter().fold((*command).to_owned(), put)
             }
             Parsed => {
-                let (_, arguments) = command.split_once("target/release/").expect("our program stands there");
-                format!("{arguments} --help")
+                let program = command.find("pillion ").expect("our program stands there");
+                format!("{} --help", &command[program..])
             }
             In(..) => continue,
         };

@@ -3,84 +3,37 @@
 
 #![cfg(feature = "mpi")]
 
-use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use pillion_tests::hosts::Hosts;
 use pillion_tests::program::{TINY, Workplace};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 const FLAGS: &str = "--steps 20 --eta 0.35 --max-batch 64";
 
-/// All hosts have the same addresses.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-/// Two hosts, while this lives.
-struct Hosts(&'static str, #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
-
-impl Hosts {
-    fn new(name: &'static str) -> Option<Hosts> {
-        let missing = if !rustix::process::getuid().is_root() {
-            Some("root")
-        } else {
-            let works = |program: &&str| Command::new(program).arg("--version").output().is_err();
-            ["ip", "tc", "mpirun"].into_iter().find(works)
-        };
-        if let Some(missing) = missing {
-            eprintln!("SKIPPED: two hosts need {missing} (Debian: iproute2, openmpi-bin)");
-            return None;
-        }
-        // After a test that failed, the next can still run.
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        let hosts = Hosts(name, turn);
-        // What an earlier run may have left when it was killed.
-        hosts.script("down", &[name]);
-        let made = hosts.script("up", &[name, "1gbit"]);
-        if !made.status.success() {
-            eprintln!("SKIPPED: no network namespaces here: {}", String::from_utf8_lossy(&made.stderr));
-            return None;
-        }
-        Some(hosts)
-    }
-
-    fn path(script: &str) -> PathBuf {
-        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("hosts").join(script)
-    }
-
-    fn script(&self, script: &str, arguments: &[&str]) -> std::process::Output {
-        Command::new(Hosts::path(script)).args(arguments).output().expect("a script of the repository runs")
-    }
-
-    /// The program with `ranks` ranks on each host.
-    fn train(&self, place: &Workplace, ranks: usize, arguments: &str) -> Command {
-        let mut command = Command::new(Hosts::path("mpirun"));
-        place.prepare(&mut command);
-        command.args([self.0, &ranks.to_string()]).arg(place.program());
-        command.args(format!("train {TINY} {FLAGS} {arguments}").split_whitespace());
-        command
-    }
-}
-
-impl Drop for Hosts {
-    fn drop(&mut self) {
-        self.script("down", &[self.0]);
-    }
+/// The program with `ranks` ranks on each host.
+fn train(hosts: &Hosts, place: &Workplace, ranks: usize, arguments: &str) -> Command {
+    let mut command = Command::new(Hosts::path("mpirun"));
+    place.prepare(&mut command);
+    command.args([hosts.name(), &ranks.to_string()]).arg(place.program());
+    command.args(format!("train {TINY} {FLAGS} {arguments}").split_whitespace());
+    command
 }
 
 #[test]
 fn two_hosts_train_the_bits_of_one() {
-    let Some(hosts) = Hosts::new("pltest") else { return };
+    let Some(hosts) = Hosts::new("pltest", &["mpirun"]) else { return };
     let place = Workplace::new(PROGRAM);
     for gather in ["window", "copy"] {
         let out = format!("flat-{gather}");
         let arguments = format!("--gather {gather} --out {out}");
-        let ended = place.spawn(hosts.train(&place, 1, &arguments)).finish().succeeded();
+        let ended = place.spawn(train(&hosts, &place, 1, &arguments)).finish().succeeded();
         assert!(ended.stdout.contains("Open MPI, MPI)"), "{ended}");
         assert_eq!(place.steps(&out), place.train(&format!("own-{gather}"), &format!("{FLAGS} --ranks 2")));
 
         let out = format!("hierarchical-{gather}");
         let arguments = format!("--gather {gather} --out {out}");
-        let ended = place.spawn(hosts.train(&place, 2, &arguments)).finish().succeeded();
+        let ended = place.spawn(train(&hosts, &place, 2, &arguments)).finish().succeeded();
         assert!(ended.stdout.contains("shared memory on each of 2 hosts, MPI between them"), "{ended}");
         let one_host = place.train(&format!("groups-{gather}"), &format!("{FLAGS} --ranks 4 --reduce-groups 2"));
         assert_eq!(place.steps(&out), one_host);
@@ -89,9 +42,9 @@ fn two_hosts_train_the_bits_of_one() {
 
 #[test]
 fn a_rank_killed_on_one_host_ends_the_other() {
-    let Some(hosts) = Hosts::new("plkill") else { return };
+    let Some(hosts) = Hosts::new("plkill", &["mpirun"]) else { return };
     let place = Workplace::new(PROGRAM);
-    let mut command = hosts.train(&place, 1, "--out killed");
+    let mut command = train(&hosts, &place, 1, "--out killed");
     command.args(["--steps", "100000", "--samples", "10000000", "--timeout", "20"]);
     let job = place.spawn(command);
     job.wait_for_step(&place, "killed", 3);

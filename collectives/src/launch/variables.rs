@@ -10,7 +10,10 @@ use std::path::PathBuf;
 use std::{fs, io};
 
 use super::names::{FLUX, HYDRA, JSM, MVAPICH, Names, OPEN_MPI, PALS, RANK_ALONE, SLURM, TORCH};
-use super::{JOB_LENGTH, Launch, LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_RANK, OWN_WORLD, Source, fresh_job};
+use super::{
+    JOB_LENGTH, Launch, LaunchError, OWN_JOB, OWN_LAUNCHER, OWN_LOCAL_RANK, OWN_LOCAL_WORLD, OWN_RANK, OWN_WORLD,
+    Source, fresh_job,
+};
 
 /// More than any machine has, and few enough that a list of them fits into memory.
 const MOST_RANKS: usize = 1 << 20;
@@ -133,8 +136,18 @@ impl Variables<'_> {
         let rank = self.number(OWN_RANK, &all, remedy)?;
         let world = self.world(OWN_WORLD, &all, remedy)?;
         must_be_below(OWN_RANK, rank, OWN_WORLD, world)?;
-        let (local_rank, local_world) = (rank, world);
-        Ok(Launch { rank, world, local_rank, local_world, job, source: Source::Local, host: None })
+        let of_host = [OWN_LOCAL_RANK, OWN_LOCAL_WORLD];
+        let (local_rank, local_world) = match self.any(&of_host) {
+            true => (self.number(of_host[0], &of_host, remedy)?, self.number(of_host[1], &of_host, remedy)?),
+            false => (rank, world),
+        };
+        must_be_below(OWN_LOCAL_RANK, local_rank, OWN_LOCAL_WORLD, local_world)?;
+        if local_world > world {
+            let (variable, bound_variable) = (OWN_LOCAL_WORLD.into(), OWN_WORLD.into());
+            let (value, relation, bound) = (local_world, "at most", world);
+            return Err(LaunchError::OutOfRange { variable, value, relation, bound_variable, bound });
+        }
+        Ok(Launch { rank, world, local_rank, local_world, job, source: Source::Local, host: None, meeting: None })
     }
 
     fn torchrun_agent(&self) -> Result<Launch, LaunchError> {
@@ -258,7 +271,7 @@ impl Variables<'_> {
         };
         // A rank that is alone meets nobody, and any name will do.
         let job = if world == 1 { fresh_job() } else { job_name(source, &identity()?, restart) };
-        Ok(Launch { rank, world, local_rank, local_world, job, source, host: None })
+        Ok(Launch { rank, world, local_rank, local_world, job, source, host: None, meeting: None })
     }
 
     /// Tasks of the step on this node, from a list like `2(x3),1`.

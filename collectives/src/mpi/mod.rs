@@ -232,7 +232,7 @@ impl Wire for MpiWire {
         }
     }
 
-    fn aborted(&mut self) -> Option<(usize, String)> {
+    fn failure(&mut self) -> Option<Error> {
         if self.heard.is_none() {
             match self.hear() {
                 Ok(heard) => self.heard = heard,
@@ -241,7 +241,8 @@ impl Wire for MpiWire {
                 }
             }
         }
-        self.heard.clone()
+        let (rank, reason) = self.heard.clone()?;
+        Some(Error::Aborted { rank, reason })
     }
 }
 

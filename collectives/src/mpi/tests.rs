@@ -78,20 +78,25 @@ fn a_rank_that_gives_up_is_heard_by_all_others_with_its_reason() {
         ]) {
             // Counted backwards: rank 2 of the job is rank 0 of the wire.
             let mut wire = MpiWire::open(launch, &[2, 1, 0], number).unwrap();
-            assert_eq!(wire.aborted(), None);
+            let said = |wire: &mut MpiWire| match wire.failure() {
+                Some(Error::Aborted { rank, reason }) => Some((rank, reason)),
+                Some(other) => panic!("{other}"),
+                None => None,
+            };
+            assert_eq!(said(&mut wire), None);
             barrier(&mut good);
             if launch.rank == 2 {
                 wire.abort(&reason);
                 wire.abort("only the first reason counts");
             } else {
                 let found = loop {
-                    match wire.aborted() {
+                    match said(&mut wire) {
                         Some(found) => break found,
                         None => thread::yield_now(),
                     }
                 };
                 assert_eq!(found, (0, heard.clone()));
-                assert_eq!(wire.aborted(), Some((0, heard)), "it stays so");
+                assert_eq!(said(&mut wire), Some((0, heard)), "it stays so");
             }
             barrier(&mut good);
         }

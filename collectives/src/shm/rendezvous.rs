@@ -19,15 +19,14 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlag
 
 pub(crate) use self::decline::decline;
 use self::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number};
-use self::patience::Patience;
 use self::serve::serve;
 use self::socket::{dial, peer, wait};
 use super::arena::{self, Mapping, Shape};
 use crate::Error;
+use crate::patience::Patience;
 
 mod decline;
 mod message;
-mod patience;
 mod serve;
 mod socket;
 #[cfg(test)]

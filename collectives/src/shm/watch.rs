@@ -60,8 +60,8 @@ impl Watch {
         op: &dyn Fn() -> String,
     ) -> Result<(), Error> {
         if self.passed(|| false) {
-            if let Some((rank, reason)) = wire.aborted() {
-                return Err(Error::Aborted { rank, reason });
+            if let Some(error) = wire.failure() {
+                return Err(error);
             }
             // A rank of this host may have finished its part and left.
             self.look_around(shared, &|_| false, op)?;
@@ -79,8 +79,8 @@ impl Watch {
         op: &dyn Fn() -> String,
     ) -> Result<(), Error> {
         if self.passed(|| false) {
-            if let Some((rank, reason)) = wire.and_then(|wire| wire.aborted()) {
-                return Err(Error::Aborted { rank, reason });
+            if let Some(error) = wire.and_then(|wire| wire.failure()) {
+                return Err(error);
             }
             self.look_around(shared, is_late, op)?;
             self.warn(shared, &|| format!("for the event that starts {} here", op()));

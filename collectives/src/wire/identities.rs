@@ -1,12 +1,18 @@
 //! Which host each rank is on, as the ranks tell each other at the start.
 
+#[cfg(feature = "mpi")]
 use std::time::{Duration, Instant};
 
-use super::{Request, Wire};
-use crate::{Error, Launch};
+#[cfg(feature = "mpi")]
+use crate::Error;
+use crate::Launch;
+#[cfg(feature = "mpi")]
+use crate::wire::{Request, Wire};
 
 /// Bytes of an identity, padded with zeros.
+#[cfg(feature = "mpi")]
 const LEN: usize = 256;
+#[cfg(feature = "mpi")]
 const TAG: u8 = 32;
 
 /// What a rank calls its host: what the launch says, or else the running kernel and the network name space, since ranks meet on a
@@ -24,6 +30,7 @@ pub(crate) fn own(launch: &Launch) -> String {
 ///
 /// # Errors
 /// The wire's, or a timeout that names a rank that has not said anything.
+#[cfg(feature = "mpi")]
 pub(crate) fn exchange(
     wire: &mut dyn Wire,
     rank: usize,

@@ -3,8 +3,8 @@
 //! A wire belongs to the progress thread of one rank, which makes every call. Messages between the same two ranks with the same tag
 //! arrive in the order in which they were sent.
 
-#[cfg(feature = "mpi")]
 pub(crate) mod identities;
+pub(crate) mod tcp;
 pub(crate) mod threads;
 
 use crate::Error;
@@ -34,6 +34,6 @@ pub(crate) trait Wire {
     /// Tells every other rank, as far as that is possible without waiting, that this one gives up.
     fn abort(&mut self, reason: &str);
 
-    /// A rank that has given up, and its reason, if one has said so.
-    fn aborted(&mut self) -> Option<(usize, String)>;
+    /// That another rank has given up, or is gone, if this one has learnt of it.
+    fn failure(&mut self) -> Option<Error>;
 }

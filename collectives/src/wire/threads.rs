@@ -86,7 +86,8 @@ impl Wire for ThreadWire {
         self.board.lock().abort.get_or_insert((self.rank, reason.to_owned()));
     }
 
-    fn aborted(&mut self) -> Option<(usize, String)> {
-        self.board.lock().abort.clone().filter(|(rank, _)| *rank != self.rank)
+    fn failure(&mut self) -> Option<Error> {
+        let (rank, reason) = self.board.lock().abort.clone().filter(|(rank, _)| *rank != self.rank)?;
+        Some(Error::Aborted { rank, reason })
     }
 }

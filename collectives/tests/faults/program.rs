@@ -118,6 +118,7 @@ impl Rank {
             job: job.to_owned(),
             source: Source::Local,
             host: None,
+            meeting: None,
         }
     }
 

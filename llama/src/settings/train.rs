@@ -61,9 +61,11 @@ pub enum BackendKind {
     Auto,
     /// Shared memory: all ranks are on one host.
     Shm,
+    /// TCP between all ranks.
+    Tcp,
     /// MPI between all ranks, in a build with the feature mpi.
     Mpi,
-    /// Shared memory on each host and MPI between hosts, in a build with the feature mpi.
+    /// Shared memory on each host, and TCP or MPI between hosts.
     Hierarchical,
 }
 
@@ -72,8 +74,30 @@ impl From<BackendKind> for pillion_collectives::Backend {
         match kind {
             BackendKind::Auto => Self::Auto,
             BackendKind::Shm => Self::Shm,
+            BackendKind::Tcp => Self::Tcp,
             BackendKind::Mpi => Self::Mpi,
             BackendKind::Hierarchical => Self::Hierarchical,
+        }
+    }
+}
+
+/// What connects hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Wire {
+    /// MPI where this build has it and its launcher or Slurm started the job, else TCP.
+    Auto,
+    /// TCP, from PILLION_ADDRESS or what torchrun and srun say.
+    Tcp,
+    /// MPI, in a build with the feature mpi.
+    Mpi,
+}
+
+impl From<Wire> for pillion_collectives::WireKind {
+    fn from(wire: Wire) -> Self {
+        match wire {
+            Wire::Auto => Self::Auto,
+            Wire::Tcp => Self::Tcp,
+            Wire::Mpi => Self::Mpi,
         }
     }
 }
@@ -208,6 +232,16 @@ pub struct TrainArgs {
     /// How --ranks are started.
     #[arg(long, value_enum, default_value = "processes")]
     pub launch: LaunchKind,
+    /// Number of hosts. On each, start the program with the same settings and its own --node-rank.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "node_rank", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub nodes: u32,
+    /// Which host this is, from 0, on which rank 0 runs.
+    #[arg(long, value_name = "K", default_value_t = 0, requires = "nodes")]
+    pub node_rank: u32,
+    /// Where the ranks of all hosts meet: the first host and a free port of it; default: what
+    /// PILLION_ADDRESS, torchrun or srun say.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub address: Option<String>,
     /// Start more than 8 ranks for each core.
     #[arg(long)]
     pub oversubscribe: bool,
@@ -306,6 +340,9 @@ pub struct TrainArgs {
     /// What moves the bytes between ranks.
     #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
     pub backend: BackendKind,
+    /// What connects hosts.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub wire: Wire,
     /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts
     /// gives its bits on one host.
     #[arg(long, value_name = "N", default_value_t = 1)]

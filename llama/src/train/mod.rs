@@ -25,6 +25,7 @@ use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pillion_collectives::launch::Source;
+use pillion_collectives::launcher::Node;
 use pillion_collectives::limits::explain_thread;
 use pillion_collectives::{Communicator, Launch, launcher, stop};
 
@@ -68,10 +69,11 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
         let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
         launcher::check_ranks(ranks, settings.oversubscribe)?;
         cores::check(settings.threads, ranks)?;
-        run::options(settings).check(&Launch::threads(ranks)[0])?;
-        let options = launcher::Options { oversubscribe: settings.oversubscribe, ..launcher::Options::default() };
+        let node = node(settings, ranks)?;
+        let is_one_of_many = node.of > 1;
+        let options = launcher::Options { oversubscribe: settings.oversubscribe, node, ..launcher::Options::default() };
         return match settings.launch {
-            LaunchKind::Processes if ranks > 1 => Ok(launcher::run_processes_with(ranks, &options)?),
+            LaunchKind::Processes if ranks > 1 || is_one_of_many => Ok(launcher::run_processes_with(ranks, &options)?),
             _ => threads(settings, Launch::threads(ranks)),
         };
     }
@@ -85,6 +87,28 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
         }
     };
     Ok(exit_code(&launch, result))
+}
+
+/// Which of the run's hosts this is, where nobody else has started `ranks` ranks on it.
+fn node(settings: &TrainArgs, ranks: usize) -> Result<Node, Error> {
+    let (number, of) = (settings.node_rank as usize, settings.nodes as usize);
+    let refuse = |reason: String| Err(Error::Setting(reason));
+    if number >= of {
+        return refuse(format!("--node-rank {number} is none of --nodes {of}: they are counted from 0"));
+    }
+    if of > 1 && settings.launch == LaunchKind::Threads {
+        return refuse("--launch threads keeps all ranks in one process: leave it out, or --nodes".to_owned());
+    }
+    let node = Node { number, of, address: settings.address.clone() };
+    let meeting = node.meeting()?;
+    if of > 1 && meeting.is_none() {
+        return refuse(
+            "--nodes needs to know where ranks meet: give --address HOST:PORT, of the first host".to_owned(),
+        );
+    }
+    let first = Launch::threads(ranks * of).swap_remove(number * ranks);
+    run::options(settings).check(&Launch { local_rank: 0, local_world: ranks, meeting, ..first })?;
+    Ok(node)
 }
 
 /// Runs every rank as a thread of this process.

@@ -38,6 +38,7 @@ pub(super) fn options(settings: &TrainArgs) -> Options {
         timeout,
         startup_timeout: timeout,
         backend: settings.backend.into(),
+        wire: settings.wire.into(),
         reduce_groups: settings.reduce_groups,
         ..Options::default()
     }
@@ -464,8 +465,11 @@ fn choose<'s>(given: Setup<'s>, communicator: &Communicator, processor: &Process
 
 fn print_plan(setup: &Setup<'_>, launch: &Launch, communicator: &Communicator, batch: u64) {
     let between = match (communicator.backend(), communicator.hosts()) {
+        (Backend::Tcp, _) => "TCP".to_owned(),
         (Backend::Mpi, _) => "MPI".to_owned(),
-        (Backend::Hierarchical, hosts) => format!("shared memory on each of {hosts} hosts, MPI between them"),
+        (Backend::Hierarchical, hosts) => {
+            format!("shared memory on each of {hosts} hosts, {} between them", communicator.wire())
+        }
         (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
     };
     let backend = format!("{}, {between}", launch.source);

@@ -16,8 +16,9 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAd
 use super::decline::tell;
 use super::message::{ANSWER, GIVES_UP, GREETING, Refusal, WELCOME, bytes, check_magic, number};
 use super::socket::{dial, is_ready, peer, socket, wait};
-use super::{Patience, Place, RETRY_EVERY};
+use super::{Place, RETRY_EVERY};
 use crate::Error;
+use crate::patience::Patience;
 use crate::shm::arena::{self, Mapping, Shape};
 use crate::shm::control::state;
 

@@ -1,0 +1,145 @@
+//! Where the ranks of several hosts meet, as launchers tell it.
+
+use super::{LaunchError, Source};
+
+/// Overrides where the ranks of all hosts meet.
+pub(crate) const ADDRESS: &str = "PILLION_ADDRESS";
+/// What no stranger knows.
+const SECRET: &str = "PILLION_SECRET";
+
+/// Where the ranks of all hosts meet over TCP. The same on every rank of a job.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Meeting {
+    /// `host:port`, of the host of rank 0. Rank 0 listens there.
+    pub address: String,
+    /// Tells jobs apart. Only with something in it that no stranger knows, such as
+    /// `PILLION_SECRET`, does it keep strangers out.
+    pub secret: String,
+}
+
+/// The secret stays out of messages.
+impl std::fmt::Debug for Meeting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Meeting").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+/// Reads it for a job of this launcher: from `PILLION_ADDRESS`, or where torchrun and srun say it.
+///
+/// # Errors
+/// For an address without a port.
+pub(super) fn read(source: Source, get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Meeting>, LaunchError> {
+    let address = match (get(ADDRESS), source) {
+        (Some(address), _) => Some(address),
+        (None, Source::Torchrun) => {
+            // The agent's own store is at the port itself.
+            let port = get("MASTER_PORT").and_then(|port| port.trim().parse::<u16>().ok()?.checked_add(1));
+            get("MASTER_ADDR").zip(port).map(|(host, port)| joined(&host, port))
+        }
+        (None, Source::Slurm) => {
+            let nodes = get("SLURM_STEP_NODELIST").or_else(|| get("SLURM_NODELIST"));
+            let number = |name| get(name).and_then(|value| value.parse::<u64>().ok());
+            let (job, step) = (number("SLURM_JOB_ID"), number("SLURM_STEP_ID"));
+            let port = job.zip(step).map(|(job, step)| LEAST_PORT + ((31 * job + step) % PORTS) as u16);
+            nodes.zip(port).map(|(nodes, port)| joined(&first_node(&nodes), port))
+        }
+        _ => None,
+    };
+    let Some(address) = address else { return Ok(None) };
+    if address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+        let (variable, expected) = (ADDRESS.into(), "host:port, as in node1:29400");
+        return Err(LaunchError::Malformed { variable, value: address, expected });
+    }
+    let names = [
+        SECRET,
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_RESTART_COUNT",
+        "SLURM_JOB_ID",
+        "SLURM_STEP_ID",
+        "SLURM_RESTART_COUNT",
+    ];
+    let parts = names.iter().map(|name| get(name).unwrap_or_default());
+    let secret = parts.chain([address.clone()]).collect::<Vec<String>>().join("\n");
+    Ok(Some(Meeting { address, secret }))
+}
+
+/// Ports of Slurm's jobs: below those that systems give to connections.
+const LEAST_PORT: u16 = 20_000;
+const PORTS: u64 = 10_000;
+
+fn joined(host: &str, port: u16) -> String {
+    let is_v6 = host.contains(':') && !host.starts_with('[');
+    if is_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+/// The first of Slurm's list, such as `node[003-010,020]-ib,other`.
+fn first_node(list: &str) -> String {
+    let first = |text: &str| text.split(',').next().unwrap_or_default().to_owned();
+    let Some((before, rest)) = list.split_once('[').filter(|(before, _)| !before.contains(',')) else {
+        return first(list);
+    };
+    let (numbers, after) = rest.split_once(']').unwrap_or((rest, ""));
+    let number = numbers.split([',', '-']).next().unwrap_or_default();
+    format!("{before}{number}{}", first(after))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meeting(source: Source, variables: &[(&str, &str)]) -> Result<Option<String>, String> {
+        let get = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string());
+        let meeting = read(source, &get).map_err(|error| error.to_string())?;
+        Ok(meeting.map(|meeting| meeting.address))
+    }
+
+    #[test]
+    fn the_first_node_of_a_list_is_the_one_of_rank_0() {
+        for (list, first) in [
+            ("node1", "node1"),
+            ("node1,node2", "node1"),
+            ("node[003-010,020],other", "node003"),
+            ("n[7]", "n7"),
+            ("rack[2,5]-ib,x", "rack2-ib"),
+            ("a,b[1-2]", "a"),
+        ] {
+            assert_eq!(first_node(list), first, "{list}");
+        }
+    }
+
+    #[test]
+    fn launchers_say_where_ranks_meet() {
+        let torch = [("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500"), ("TORCHELASTIC_RUN_ID", "x")];
+        assert_eq!(meeting(Source::Torchrun, &torch), Ok(Some("10.0.0.1:29501".into())));
+        let v6 = [("MASTER_ADDR", "fe80::1"), ("MASTER_PORT", "29500")];
+        assert_eq!(meeting(Source::Torchrun, &v6), Ok(Some("[fe80::1]:29501".into())));
+        let slurm = [("SLURM_STEP_NODELIST", "n[3-4]"), ("SLURM_JOB_ID", "1000"), ("SLURM_STEP_ID", "2")];
+        assert_eq!(meeting(Source::Slurm, &slurm), Ok(Some("n3:21002".into())));
+        assert_eq!(meeting(Source::OpenMpi, &torch), Ok(None));
+        let given = [("PILLION_ADDRESS", "head:4000"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")];
+        assert_eq!(meeting(Source::Torchrun, &given), Ok(Some("head:4000".into())));
+        assert_eq!(meeting(Source::OpenMpi, &given), Ok(Some("head:4000".into())));
+        for bad in ["head", "head:", ":4000", "head:70000"] {
+            let error = meeting(Source::OpenMpi, &[("PILLION_ADDRESS", bad)]).unwrap_err();
+            assert!(error.contains("PILLION_ADDRESS") && error.contains("node1:29400"), "{error}");
+        }
+    }
+
+    #[test]
+    fn jobs_restarts_and_secrets_are_told_apart() {
+        let secret = |variables: &[(&str, &str)]| {
+            let get =
+                |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.to_string());
+            read(Source::Torchrun, &get).unwrap().unwrap().secret
+        };
+        let base = [("PILLION_ADDRESS", "head:4000"), ("TORCHELASTIC_RESTART_COUNT", "0"), ("PILLION_SECRET", "a")];
+        let mut other = base;
+        other[1].1 = "1";
+        assert_ne!(secret(&base), secret(&other));
+        other = base;
+        other[2].1 = "b";
+        assert_ne!(secret(&base), secret(&other));
+        let shown = format!("{:?}", Meeting { address: "head:1".into(), secret: "hidden".into() });
+        assert!(!shown.contains("hidden"), "{shown}");
+    }
+}

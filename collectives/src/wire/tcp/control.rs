@@ -1,0 +1,84 @@
+//! What must not wait behind data: that a rank gives up, that it leaves in order, and, where its
+//! connection ends without either, that it is gone.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+
+use super::line::lost;
+use crate::Error;
+
+/// First byte of what is said.
+const LEAVES: u8 = 1;
+const ABORTS: u8 = 2;
+/// Most bytes of a reason.
+const REASON: usize = 512;
+
+pub(super) struct Control {
+    socket: TcpStream,
+    peer: usize,
+    /// What has come: one of the bytes above; for [`ABORTS`], two bytes of a length, and the reason.
+    received: Vec<u8>,
+    has_aborted: bool,
+    ended: bool,
+}
+
+impl Control {
+    /// For a socket that does not block.
+    pub(super) fn new(socket: TcpStream, peer: usize) -> Control {
+        Control { socket, peer, received: Vec::new(), has_aborted: false, ended: false }
+    }
+
+    /// Why the other rank has failed, if it has.
+    pub(super) fn hear(&mut self) -> Option<Error> {
+        while !self.ended {
+            let mut bytes = [0; 64];
+            match (&self.socket).read(&mut bytes) {
+                Ok(count) => {
+                    self.received.extend(&bytes[..count]);
+                    self.ended = count == 0 || self.received.len() > 3 + REASON;
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => self.ended = true,
+            }
+        }
+        match self.received[..] {
+            [LEAVES, ..] => None,
+            [ABORTS, low, high, ref reason @ ..] => {
+                let len = usize::from(u16::from_le_bytes([low, high])).min(REASON);
+                let reason = reason.get(..len).or(self.ended.then_some(reason))?;
+                let reason = String::from_utf8_lossy(reason).into_owned();
+                Some(Error::Aborted { rank: self.peer, reason })
+            }
+            _ => self.ended.then(|| lost(self.peer, None)),
+        }
+    }
+
+    /// Says that this rank gives up. What the kernel does not take at once is left out: this rank
+    /// has an error already, and its end says the rest.
+    pub(super) fn abort(&mut self, reason: &str) {
+        if std::mem::replace(&mut self.has_aborted, true) {
+            return;
+        }
+        let reason = &reason[..reason.floor_char_boundary(REASON)];
+        let [low, high] = (reason.len() as u16).to_le_bytes();
+        let _ = (&self.socket).write(&[&[ABORTS, low, high], reason.as_bytes()].concat());
+    }
+}
+
+#[cfg(test)]
+impl Control {
+    /// Ends without a word.
+    pub(super) fn vanish(&mut self) {
+        self.has_aborted = true;
+    }
+}
+
+impl Drop for Control {
+    /// A rank that panics does not leave in order.
+    fn drop(&mut self) {
+        if !self.has_aborted && !std::thread::panicking() {
+            let _ = (&self.socket).write(&[LEAVES]);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! What a rank says first on a connection, and the reading of it, from whoever connects: of fixed
+//! size, so that a stranger costs little.
+
+use std::fmt;
+use std::io::{ErrorKind, Read};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// First bytes of a greeting; the digit is the version of the protocol.
+const MAGIC: [u8; 8] = *b"pilltcp1";
+/// Bytes of a host's name, padded with zeros.
+pub(super) const HOST: usize = 256;
+/// Magic, five words, and a host's name.
+pub(super) const LEN: usize = 8 + 8 * 5 + HOST;
+/// A connection that has not greeted by then is closed. Its rank, if it is one, comes again.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Who connects, and for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Greeting {
+    /// A digest of the job's secret.
+    pub(super) token: u64,
+    /// [`MEETING`], or a digest of the communicator's name.
+    pub(super) purpose: u64,
+    /// In the job.
+    pub(super) rank: u64,
+    /// Number of ranks of the job; for a communicator, the connection's number.
+    pub(super) number: u64,
+    /// Where the rank listens; 0 for a communicator.
+    pub(super) port: u64,
+    /// What the rank calls its host.
+    pub(super) host: String,
+}
+
+/// The purpose of a connection to rank 0 at the start.
+pub(super) const MEETING: u64 = 0;
+
+impl Greeting {
+    pub(super) fn bytes(&self) -> [u8; LEN] {
+        let mut bytes = [0; LEN];
+        bytes[..8].copy_from_slice(&MAGIC);
+        let words = [self.token, self.purpose, self.rank, self.number, self.port];
+        for (place, word) in bytes[8..].chunks_exact_mut(8).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        let host = self.host.as_bytes();
+        bytes[LEN - HOST..][..host.len()].copy_from_slice(host);
+        bytes
+    }
+
+    fn read(bytes: &[u8; LEN]) -> Greeting {
+        let word = |index: usize| u64::from_le_bytes(bytes[8 * (1 + index)..][..8].try_into().expect("8 bytes"));
+        Greeting {
+            token: word(0),
+            purpose: word(1),
+            rank: word(2),
+            number: word(3),
+            port: word(4),
+            host: name(&bytes[LEN - HOST..]),
+        }
+    }
+}
+
+/// A host's name without its padding.
+pub(super) fn name(padded: &[u8]) -> String {
+    String::from_utf8_lossy(padded).trim_end_matches('\0').to_owned()
+}
+
+/// Why a connection was turned away; the numbers are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Refusal {
+    Silent = 1,
+    Unfinished,
+    HungUp,
+    Garbage,
+    Version,
+    Token,
+    World,
+    NoSuchRank,
+    Taken,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Refusal::Silent => "that said nothing",
+            Refusal::Unfinished => "that stopped in the middle of its greeting",
+            Refusal::HungUp => "that hung up early",
+            Refusal::Garbage => "that did not greet as a rank does",
+            Refusal::Version => "by another version of this program",
+            Refusal::Token => "by another job, or with another PILLION_SECRET",
+            Refusal::World => "that expected another number of ranks",
+            Refusal::NoSuchRank => "with a rank that cannot be",
+            Refusal::Taken => "as a rank that had come already",
+        })
+    }
+}
+
+impl Refusal {
+    /// Those that rank 0 answers with.
+    pub(super) fn of(number: u64) -> Option<Refusal> {
+        use Refusal::*;
+        [Token, World, NoSuchRank, Taken].into_iter().find(|&refusal| refusal as u64 == number)
+    }
+}
+
+/// A connection that has not greeted yet.
+pub(super) struct Arriving {
+    pub(super) socket: TcpStream,
+    pub(super) until: Instant,
+    bytes: [u8; LEN],
+    received: usize,
+}
+
+impl Arriving {
+    /// For a socket that does not block.
+    pub(super) fn new(socket: TcpStream) -> Arriving {
+        Arriving { socket, until: Instant::now() + LIMIT, bytes: [0; LEN], received: 0 }
+    }
+
+    /// Reads what has come: the greeting, once it is whole and of this job.
+    pub(super) fn read(&mut self, token: u64) -> Result<Option<Greeting>, Refusal> {
+        while self.received < LEN {
+            match self.socket.read(&mut self.bytes[self.received..]) {
+                Ok(0) => return Err(Refusal::HungUp),
+                Ok(count) => self.received += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return match (Instant::now() < self.until, self.received) {
+                        (true, _) => Ok(None),
+                        (false, 0) => Err(Refusal::Silent),
+                        (false, _) => Err(Refusal::Unfinished),
+                    };
+                }
+                Err(_) => return Err(Refusal::HungUp),
+            }
+            let common = self.received.min(MAGIC.len() - 1);
+            if self.bytes[..common] != MAGIC[..common] {
+                return Err(Refusal::Garbage);
+            }
+            if self.received >= MAGIC.len() && self.bytes[MAGIC.len() - 1] != MAGIC[MAGIC.len() - 1] {
+                return Err(Refusal::Version);
+            }
+        }
+        let greeting = Greeting::read(&self.bytes);
+        if greeting.token == token { Ok(Some(greeting)) } else { Err(Refusal::Token) }
+    }
+}

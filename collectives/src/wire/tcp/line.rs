@@ -1,0 +1,166 @@
+//! One connection: messages of one tag between two ranks, in order, both ways.
+
+use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
+use std::net::TcpStream;
+
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags};
+
+use crate::Error;
+
+/// Bytes of the length in front of each message.
+const HEAD: usize = 8;
+
+/// A connection that never blocks.
+pub(super) struct Line {
+    socket: TcpStream,
+    /// The rank at the other end, as the communicator counts.
+    peer: usize,
+    out: Queue,
+    incoming: Queue,
+    /// The length of the message that is just arriving.
+    head: [u8; HEAD],
+}
+
+/// Messages of one direction that are not complete, the first of them partly under way.
+#[derive(Default)]
+struct Queue {
+    messages: VecDeque<Message>,
+    /// How many there have been, and how many are complete.
+    count: u64,
+    complete: u64,
+    /// Bytes of the first one that have passed, its length's included.
+    passed: usize,
+}
+
+struct Message {
+    data: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the pointers are to memory that is lent to the line (see `Wire::send`), whichever thread
+// drives it.
+unsafe impl Send for Message {}
+
+impl Queue {
+    fn push(&mut self, data: *mut u8, len: usize) -> u64 {
+        self.messages.push_back(Message { data, len });
+        self.count += 1;
+        self.count - 1
+    }
+
+    /// Counts bytes that have passed.
+    fn pass(&mut self, bytes: usize) {
+        self.passed += bytes;
+        if self.messages.front().is_some_and(|message| self.passed == HEAD + message.len) {
+            self.messages.pop_front();
+            self.complete += 1;
+            self.passed = 0;
+        }
+    }
+
+    /// Whether a message is complete, or else whether it is the first that is not: only then does
+    /// a look at the connection help.
+    fn state(&self, number: u64) -> Option<bool> {
+        if number < self.complete {
+            return Some(true);
+        }
+        (number > self.complete).then_some(false)
+    }
+}
+
+impl Line {
+    /// For a socket that does not block.
+    pub(super) fn new(socket: TcpStream, peer: usize) -> Line {
+        Line { socket, peer, out: Queue::default(), incoming: Queue::default(), head: [0; HEAD] }
+    }
+
+    /// Will send these bytes; returns the message's number.
+    pub(super) fn send(&mut self, data: *mut u8, len: usize) -> u64 {
+        self.out.push(data, len)
+    }
+
+    /// Will receive as many bytes; returns the message's number.
+    pub(super) fn receive(&mut self, data: *mut u8, len: usize) -> u64 {
+        self.incoming.push(data, len)
+    }
+
+    /// Hands over to the kernel what it takes; whether it has all of a message.
+    ///
+    /// # Safety
+    /// The memory of every message that is not complete is readable, and nobody changes it.
+    pub(super) unsafe fn has_sent(&mut self, number: u64) -> Result<bool, Error> {
+        if let Some(known) = self.out.state(number) {
+            return Ok(known);
+        }
+        while let Some(message) = self.out.messages.front() {
+            let (head, passed) = ((message.len as u64).to_le_bytes(), self.out.passed);
+            // SAFETY: the caller's promise.
+            let body = unsafe { std::slice::from_raw_parts(message.data.cast_const(), message.len) };
+            let parts = [IoSlice::new(&head[passed.min(HEAD)..]), IoSlice::new(&body[passed.saturating_sub(HEAD)..])];
+            let mut nothing = SendAncillaryBuffer::default();
+            match rustix::net::sendmsg(&self.socket, &parts, &mut nothing, SendFlags::NOSIGNAL) {
+                Ok(bytes) => self.out.pass(bytes),
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.lost(Some(errno))),
+            }
+        }
+        Ok(number < self.out.complete)
+    }
+
+    /// Takes what has arrived; whether that is all of a message.
+    ///
+    /// # Safety
+    /// The memory of every message that is not complete is writable, and nobody else touches it.
+    pub(super) unsafe fn has_received(&mut self, number: u64) -> Result<bool, Error> {
+        if let Some(known) = self.incoming.state(number) {
+            return Ok(known);
+        }
+        while let Some(message) = self.incoming.messages.front() {
+            let (passed, len) = (self.incoming.passed, message.len);
+            // SAFETY: the caller's promise.
+            let body = unsafe { std::slice::from_raw_parts_mut(message.data, len) };
+            let (head, body) = (&mut self.head[passed.min(HEAD)..], &mut body[passed.saturating_sub(HEAD)..]);
+            match rustix::io::readv(&self.socket, &mut [IoSliceMut::new(head), IoSliceMut::new(body)]) {
+                Ok(0) => return Err(self.lost(None)),
+                Ok(bytes) => {
+                    // Before what follows is taken for a part of it.
+                    if passed + bytes >= HEAD && u64::from_le_bytes(self.head) != len as u64 {
+                        return Err(self.unexpected(len));
+                    }
+                    self.incoming.pass(bytes);
+                }
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.lost(Some(errno))),
+            }
+        }
+        Ok(number < self.incoming.complete)
+    }
+
+    fn unexpected(&self, len: usize) -> Error {
+        let (peer, theirs) = (self.peer, u64::from_le_bytes(self.head));
+        let reason = format!(
+            "rank {peer} sent {theirs} bytes where {len} were expected: do all ranks run the same version of this \
+             program, with the same settings?"
+        );
+        Error::System { what: "receiving over TCP", reason }
+    }
+
+    fn lost(&self, errno: Option<Errno>) -> Error {
+        lost(self.peer, errno)
+    }
+}
+
+/// A rank whose connection has ended.
+pub(super) fn lost(peer: usize, errno: Option<Errno>) -> Error {
+    let how = match errno {
+        None => "its connection was closed",
+        Some(Errno::CONNRESET | Errno::PIPE) => "its connection was reset",
+        Some(Errno::TIMEDOUT) => "it did not confirm in time what was sent to it",
+        Some(_) => "its connection failed",
+    };
+    Error::PeerLost { rank: peer, op: "messages between hosts".to_owned(), how }
+}

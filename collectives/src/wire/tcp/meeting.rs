@@ -1,0 +1,214 @@
+//! How the ranks of a job meet at rank 0: each greets with the port at which it listens and the name
+//! of its host, and gets the table of all ranks once they have come. Whoever is no rank of this job
+//! is turned away and counted; the count stands in the error at the deadline.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+use super::greeting::{Arriving, Greeting, HOST, LEN, MEETING, Refusal, name};
+use crate::patience::Patience;
+
+const RETRY_EVERY: Duration = Duration::from_millis(20);
+/// Connections that may be waiting for their greeting to arrive; one more pushes out the oldest.
+const MOST_WAITING: usize = 256;
+/// First word of an answer, before the table; others are a [`Refusal`].
+const WELCOME: u64 = 0;
+/// Bytes of a rank in the table: its address, its port, and the name of its host.
+const ENTRY: usize = 16 + 8 + HOST;
+
+/// Where a rank listens, and on which host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Member {
+    /// Unspecified for a rank that is on rank 0's host, as far as rank 0 sees.
+    pub(super) address: SocketAddr,
+    pub(super) host: String,
+}
+
+/// A listener on every address of this host, at this port or, for 0, any.
+pub(super) fn listen(port: u16) -> std::io::Result<TcpListener> {
+    // Takes IPv4 as well, unless the system says otherwise.
+    TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))
+}
+
+/// Rank 0's side: waits for all others, and gives each the table.
+///
+/// # Errors
+/// Says who did not come, and who was turned away.
+pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> Result<Vec<Member>, String> {
+    let (world, token) = (own.number, own.token);
+    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+    let port: u16 = port.ok_or_else(|| format!("the address {address:?} has no port: give host:port"))?;
+    let listener = loop {
+        match listen(port) {
+            Ok(listener) => break listener,
+            Err(error) if Instant::now() >= patience.deadline => {
+                return Err(format!("rank 0 cannot listen at port {port}: {error}; give PILLION_ADDRESS another port"));
+            }
+            // Perhaps the job before is just ending.
+            Err(_) => std::thread::sleep(RETRY_EVERY),
+        }
+    };
+    listener.set_nonblocking(true).map_err(|error| format!("listening at port {port}: {error}"))?;
+    let mut come: BTreeMap<u64, (Member, TcpStream)> = BTreeMap::new();
+    let mut waiting: VecDeque<Arriving> = VecDeque::new();
+    let mut refused: BTreeMap<Refusal, usize> = BTreeMap::new();
+    while (come.len() as u64) < world - 1 {
+        let missing = || (1..world).filter(|rank| !come.contains_key(rank)).collect::<Vec<u64>>();
+        if Instant::now() >= patience.deadline {
+            return Err(format!("ranks {:?} did not come to port {port} of this host{}", missing(), count(&refused)));
+        }
+        patience.warn(|| format!("ranks {:?} at port {port}", missing()));
+        wait(&listener, &waiting, patience.next());
+        while let Ok((socket, _)) = listener.accept() {
+            if socket.set_nonblocking(true).is_ok() {
+                waiting.push_back(Arriving::new(socket));
+            }
+            if waiting.len() > MOST_WAITING {
+                waiting.pop_front();
+            }
+        }
+        for _ in 0..waiting.len() {
+            let Some(mut arriving) = waiting.pop_front() else { break };
+            let admitted = arriving.read(token).and_then(|greeting| match greeting {
+                None => Ok(None),
+                Some(greeting) => admit(greeting, world, &come, &arriving.socket).map(Some),
+            });
+            match admitted {
+                Ok(None) => waiting.push_back(arriving),
+                Ok(Some((rank, member))) => {
+                    come.insert(rank, (member, arriving.socket));
+                }
+                Err(refusal) => {
+                    // Whoever does not want to hear it is turned away all the same.
+                    let _ = arriving.socket.write(&(refusal as u64).to_le_bytes());
+                    *refused.entry(refusal).or_default() += 1;
+                }
+            }
+        }
+    }
+    let here = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), own.port as u16);
+    let members: Vec<Member> = std::iter::once(Member { address: here, host: own.host.clone() })
+        .chain(come.values().map(|(member, _)| member.clone()))
+        .collect();
+    let table: Vec<u8> = WELCOME.to_le_bytes().into_iter().chain(members.iter().flat_map(entry)).collect();
+    for (rank, (_, socket)) in &mut come {
+        let blocking = socket.set_nonblocking(false).and_then(|()| socket.set_write_timeout(Some(patience.left())));
+        blocking.and_then(|()| socket.write_all(&table)).map_err(|error| format!("rank {rank} is gone: {error}"))?;
+    }
+    Ok(members)
+}
+
+/// Who greeted.
+fn admit(
+    greeting: Greeting,
+    world: u64,
+    come: &BTreeMap<u64, (Member, TcpStream)>,
+    socket: &TcpStream,
+) -> Result<(u64, Member), Refusal> {
+    let Greeting { purpose, rank, number, port, host, .. } = greeting;
+    if purpose != MEETING || number != world {
+        return Err(Refusal::World);
+    }
+    if !(1..world).contains(&rank) {
+        return Err(Refusal::NoSuchRank);
+    }
+    if come.contains_key(&rank) {
+        return Err(Refusal::Taken);
+    }
+    let ip = socket.peer_addr().map_err(|_| Refusal::HungUp)?.ip().to_canonical();
+    let ip = if ip.is_loopback() { Ipv6Addr::UNSPECIFIED.into() } else { ip };
+    Ok((rank, Member { address: SocketAddr::new(ip, port as u16), host }))
+}
+
+/// The side of the other ranks. Returns the table, and the address by which rank 0 was reached.
+///
+/// # Errors
+/// Says why rank 0 could not be reached, or turned this rank away.
+pub(super) fn visit(own: &Greeting, address: &str, patience: &mut Patience) -> Result<(Vec<Member>, IpAddr), String> {
+    let mut socket = loop {
+        let obstacle = match dial(address, patience.left()) {
+            Ok(socket) => break socket,
+            Err(error) => format!("{address}: {error}"),
+        };
+        if Instant::now() >= patience.deadline {
+            return Err(format!("rank 0 cannot be reached at {obstacle}; is it running, and the address right?"));
+        }
+        patience.warn(|| format!("rank 0 at {obstacle}"));
+        std::thread::sleep(RETRY_EVERY);
+    };
+    let failed = |what: &str, error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::ConnectionReset => {
+            format!("rank 0 at {address} hung up {what}: it has ended, or is no rank of this job")
+        }
+        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
+            format!("not all ranks came to rank 0 at {address} in time")
+        }
+        _ => format!("rank 0 at {address}: {error}"),
+    };
+    let zero = socket.peer_addr().map_err(|error| failed("at once", error))?.ip();
+    socket.write_all(&own.bytes()).map_err(|error| failed("at the greeting", error))?;
+    socket.set_read_timeout(Some(patience.left())).map_err(|error| failed("", error))?;
+    let mut first = [0; 8];
+    socket.read_exact(&mut first).map_err(|error| failed("without an answer", error))?;
+    match u64::from_le_bytes(first) {
+        WELCOME => {}
+        other => {
+            let why = Refusal::of(other).map_or("without a reason".to_owned(), |refusal| refusal.to_string());
+            return Err(format!("rank 0 at {address} refused this rank as a connection {why}"));
+        }
+    }
+    let mut table = vec![0; ENTRY * own.number as usize];
+    socket.read_exact(&mut table).map_err(|error| failed("in the middle of the table", error))?;
+    Ok((table.chunks_exact(ENTRY).map(member).collect(), zero))
+}
+
+/// Connects to the first address of a name that answers.
+pub(super) fn dial(address: &str, limit: Duration) -> std::io::Result<TcpStream> {
+    let mut last = std::io::Error::other("the name has no address");
+    for address in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, limit.clamp(Duration::from_millis(1), Duration::from_secs(5))) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn entry(member: &Member) -> Vec<u8> {
+    let ip = match member.address.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    let mut host = member.host.as_bytes().to_vec();
+    host.resize(HOST, 0);
+    [&ip.octets()[..], &u64::from(member.address.port()).to_le_bytes(), &host].concat()
+}
+
+fn member(entry: &[u8]) -> Member {
+    let octets: [u8; 16] = entry[..16].try_into().expect("16 bytes");
+    let port = u64::from_le_bytes(entry[16..24].try_into().expect("8 bytes")) as u16;
+    let ip = IpAddr::from(octets).to_canonical();
+    Member { address: SocketAddr::new(ip, port), host: name(&entry[24..]) }
+}
+
+fn count(refused: &BTreeMap<Refusal, usize>) -> String {
+    let each: Vec<String> = refused.iter().map(|(refusal, count)| format!("{count} {refusal}")).collect();
+    if each.is_empty() { String::new() } else { format!("; connections were refused: {}", each.join(", ")) }
+}
+
+/// Sleeps until somebody connects or says something, or the time has come.
+fn wait(listener: &TcpListener, waiting: &VecDeque<Arriving>, until: Instant) {
+    let until = waiting.iter().map(|arriving| arriving.until).fold(until, Instant::min);
+    let sockets = waiting.iter().map(|arriving| PollFd::new(&arriving.socket, PollFlags::IN));
+    let mut events: Vec<PollFd<'_>> = std::iter::once(PollFd::new(listener, PollFlags::IN)).chain(sockets).collect();
+    let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
+    // Whatever comes of it, everything is looked at.
+    let _ = rustix::event::poll(&mut events, left.as_ref());
+}
+
+// A greeting arrives whole: the kernel takes it at once.
+const _: () = assert!(LEN < 4096);

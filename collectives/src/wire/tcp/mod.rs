@@ -1,0 +1,178 @@
+//! A wire over TCP, for clusters without MPI and for builds without it.
+//!
+//! The ranks of a job meet once, at rank 0 ([`meeting`]); from then on each knows the address and the
+//! host of every other ([`Network`]). A communicator's wire has a connection ([`Line`]) to each rank of
+//! another host for each tag that the two use, and one for what must not wait behind data
+//! ([`Control`]).
+//! A message is its length and its bytes. It is read when its receiver has asked for it, into the
+//! memory where it belongs; until then it stays in the kernel's buffers, and stops the sender once
+//! they are full. So no tag waits for another.
+
+mod control;
+mod greeting;
+mod line;
+mod meeting;
+mod network;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Request, Wire};
+use crate::Error;
+use crate::hosts::Hosts;
+use control::Control;
+use line::Line;
+pub(crate) use network::Network;
+
+/// The tags: that of messages between two ranks, and those of the channels for gathers, reductions
+/// and agreements.
+const TAGS: [u8; 4] = [16, 0, 1, 2];
+/// How many of them ranks use that are in different columns: reductions and agreements go through
+/// columns alone.
+const ACROSS: usize = 2;
+
+/// One rank's end of a communicator's wire.
+pub(crate) struct TcpWire {
+    /// By member, where this rank talks to it.
+    peers: Vec<Option<Peer>>,
+    failed: Option<Error>,
+    /// What another rank has said, or that it is gone.
+    heard: Option<Error>,
+    /// Keeps the listener.
+    _network: Arc<Network>,
+}
+
+/// The connections to another rank.
+struct Peer {
+    /// By [`TAGS`]; [`ACROSS`] outside of the column.
+    lines: Vec<Line>,
+    control: Control,
+}
+
+impl TcpWire {
+    /// Connects rank `own` of a communicator, whose members have these ranks in the job, to those on
+    /// other hosts. `name` tells the job's communicators apart. All of them call.
+    ///
+    /// # Errors
+    /// [`Error::Rendezvous`] for those that do not come within `limit`.
+    pub(crate) fn open(
+        network: Arc<Network>,
+        members: &[usize],
+        own: usize,
+        hosts: &Hosts,
+        name: &str,
+        limit: Duration,
+    ) -> Result<TcpWire, Error> {
+        let column: Vec<usize> = hosts.column_of(own).collect();
+        let count = |member: usize| if column.contains(&member) { 1 + TAGS.len() } else { 1 + ACROSS };
+        let wanted: Vec<(usize, usize)> = hosts.remote().map(|member| (members[member], count(member))).collect();
+        let mut connections = network.connect(name, &wanted, limit)?;
+        let mut peers: Vec<Option<Peer>> = members.iter().map(|_| None).collect();
+        for member in hosts.remote() {
+            let of_peer = connections.remove(&members[member]).expect("`connect` returns one entry for each");
+            let mut of_peer = of_peer.into_iter();
+            let control = Control::new(of_peer.next().expect("at least two"), member);
+            let lines = of_peer.map(|socket| Line::new(socket, member)).collect();
+            peers[member] = Some(Peer { lines, control });
+        }
+        Ok(TcpWire { peers, failed: None, heard: None, _network: network })
+    }
+
+    fn line(&mut self, member: usize, tag: u8) -> (usize, &mut Line) {
+        let index = TAGS.iter().position(|&known| known == tag).expect("a known tag");
+        let peer = self.peers[member].as_mut().expect("a rank of another host");
+        (index, &mut peer.lines[index])
+    }
+
+    fn enqueue(&mut self, way: Way, member: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let (index, line) = self.line(member, tag);
+        let number = match way {
+            Way::Send => line.send(data, len),
+            Way::Receive => line.receive(data, len),
+        };
+        Ok(Ticket { way, member, index, number }.pack())
+    }
+
+    /// What another rank has said on its control connection, or that it is gone.
+    fn listen(&mut self) -> Option<Error> {
+        if self.heard.is_none() {
+            let controls = self.peers.iter_mut().flatten().map(|peer| &mut peer.control);
+            self.heard = controls.filter_map(Control::hear).next();
+        }
+        self.heard.clone()
+    }
+}
+
+impl Wire for TcpWire {
+    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error> {
+        self.enqueue(Way::Send, to, tag, data.cast_mut(), len)
+    }
+
+    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error> {
+        self.enqueue(Way::Receive, from, tag, data, len)
+    }
+
+    fn test(&mut self, request: &Request) -> Result<bool, Error> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let Ticket { way, member, index, number } = Ticket::unpack(request);
+        let line = &mut self.peers[member].as_mut().expect("the request was made with it").lines[index];
+        // SAFETY: `Wire::send` and `Wire::receive` promise memory until this says that it is free.
+        let complete = unsafe {
+            match way {
+                Way::Send => line.has_sent(number),
+                Way::Receive => line.has_received(number),
+            }
+        };
+        complete.map_err(|error| {
+            // Why the connection ended, where the other rank has said it.
+            let error = self.listen().unwrap_or(error);
+            self.failed.insert(error).clone()
+        })
+    }
+
+    fn abort(&mut self, reason: &str) {
+        self.peers.iter_mut().flatten().for_each(|peer| peer.control.abort(reason));
+    }
+
+    fn failure(&mut self) -> Option<Error> {
+        self.listen()
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Send,
+    Receive,
+}
+
+/// A message in flight: the `number`-th of its way on a line.
+struct Ticket {
+    way: Way,
+    member: usize,
+    index: usize,
+    number: u64,
+}
+
+impl Ticket {
+    /// Digits of the number.
+    const NUMBER: u32 = 40;
+
+    fn pack(self) -> Request {
+        assert!(self.number < 1 << Ticket::NUMBER && self.member < 1 << 20, "more messages than can be counted");
+        let place = (self.member as u64) << 3 | (self.index as u64) << 1 | u64::from(self.way == Way::Send);
+        Request(place << Ticket::NUMBER | self.number)
+    }
+
+    fn unpack(&Request(word): &Request) -> Ticket {
+        let (place, number) = (word >> Ticket::NUMBER, word & ((1 << Ticket::NUMBER) - 1));
+        let way = if place & 1 == 1 { Way::Send } else { Way::Receive };
+        Ticket { way, member: (place >> 3) as usize, index: (place >> 1 & 3) as usize, number }
+    }
+}

@@ -1,0 +1,293 @@
+//! Ranks that are threads, each a host of its own, over the loopback interface.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::greeting::{Greeting, MEETING};
+use super::{Network, TcpWire};
+use crate::hosts::Hosts;
+use crate::wire::{Request, Wire};
+use crate::{Error, Launch, Meeting, Options};
+
+const LENGTHS: [usize; 5] = [0, 1, 7, 4096, 3 << 20];
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn launches(world: usize, port: u16, secret: &str) -> Vec<Launch> {
+    let meeting = Meeting { address: format!("127.0.0.1:{port}"), secret: secret.to_owned() };
+    let launch = |rank: usize| Launch {
+        rank,
+        local_rank: 0,
+        local_world: 1,
+        host: Some(format!("host{rank}")),
+        meeting: Some(meeting.clone()),
+        ..Launch::threads(world)[rank].clone()
+    };
+    (0..world).map(launch).collect()
+}
+
+fn patient(seconds: f64) -> Options {
+    Options { startup_timeout: Duration::from_secs_f64(seconds), ..Options::default() }
+}
+
+fn open(launch: &Launch, name: &str) -> Result<TcpWire, Error> {
+    let options = patient(20.0);
+    let network = Network::of(launch, &options)?;
+    let hosts = Hosts { ranks: (0..launch.world).map(|rank| vec![rank]).collect(), own: launch.rank };
+    let members: Vec<usize> = (0..launch.world).collect();
+    TcpWire::open(network, &members, launch.rank, &hosts, name, options.startup_timeout)
+}
+
+/// Runs `program` on `world` ranks, each with its end of a wire.
+fn ranks<R: Send>(world: usize, program: impl Fn(&Launch, TcpWire) -> R + Sync) -> Vec<R> {
+    let launches = launches(world, free_port(), "tests");
+    thread::scope(|scope| {
+        let start = |launch: Launch| {
+            let program = &program;
+            scope.spawn(move || program(&launch, open(&launch, "").unwrap()))
+        };
+        let handles: Vec<_> = launches.into_iter().map(start).collect();
+        handles.into_iter().map(|handle| handle.join().expect("a rank does not panic")).collect()
+    })
+}
+
+/// The memory of a message in flight: leaked, as a failed wire may use it for ever.
+fn memory(bytes: Vec<u8>) -> &'static mut [u8] {
+    Box::leak(bytes.into_boxed_slice())
+}
+
+fn send(wire: &mut TcpWire, to: usize, tag: u8, bytes: Vec<u8>) -> Request {
+    let bytes = memory(bytes);
+    // SAFETY: the bytes stay for ever, and nobody changes them.
+    unsafe { wire.send(to, tag, bytes.as_ptr(), bytes.len()) }.unwrap()
+}
+
+fn receive(wire: &mut TcpWire, from: usize, tag: u8, len: usize) -> (Request, *mut [u8]) {
+    let bytes: *mut [u8] = memory(vec![0; len]);
+    // SAFETY: the bytes stay for ever, and are read once the request is complete.
+    (unsafe { wire.receive(from, tag, bytes.cast(), len) }.unwrap(), bytes)
+}
+
+fn wait(wire: &mut TcpWire, request: &Request) -> Result<(), Error> {
+    let started = Instant::now();
+    while !wire.test(request)? {
+        assert!(started.elapsed() < Duration::from_secs(30), "a message hangs");
+        thread::yield_now();
+    }
+    Ok(())
+}
+
+fn content(from: usize, tag: u8, len: usize) -> Vec<u8> {
+    (0..len).map(|index| (index * 31 + from * 7 + usize::from(tag)) as u8).collect()
+}
+
+#[test]
+fn messages_arrive_in_order_and_whole_in_both_directions() {
+    ranks(3, |launch, mut wire| {
+        let peers = || (0..3).filter(|&peer| peer != launch.rank);
+        let mut sent = Vec::new();
+        for (peer, tag) in peers().flat_map(|peer| super::TAGS.map(|tag| (peer, tag))) {
+            sent.extend(LENGTHS.map(|len| send(&mut wire, peer, tag, content(launch.rank, tag, len))));
+        }
+        let mut received = Vec::new();
+        for (peer, tag) in peers().flat_map(|peer| super::TAGS.map(|tag| (peer, tag))) {
+            for len in LENGTHS {
+                received.push((peer, tag, len, receive(&mut wire, peer, tag, len)));
+            }
+        }
+        // In turn, since long messages need the other side.
+        while !sent.is_empty() || !received.is_empty() {
+            sent.retain(|request| !wire.test(request).unwrap());
+            received.retain(|(peer, tag, len, (request, bytes))| {
+                let complete = wire.test(request).unwrap();
+                if complete {
+                    // SAFETY: the message is complete.
+                    let bytes = unsafe { &**bytes };
+                    assert!(bytes == content(*peer, *tag, *len), "from {peer}, tag {tag}, {len}");
+                }
+                !complete
+            });
+        }
+    });
+}
+
+#[test]
+fn a_message_that_nobody_asks_for_holds_up_no_other_tag() {
+    ranks(2, |launch, mut wire| {
+        if launch.rank == 0 {
+            // More than the kernel's buffers hold.
+            let first = send(&mut wire, 1, 0, vec![1; 64 << 20]);
+            let second = send(&mut wire, 1, 1, vec![2; 5]);
+            wait(&mut wire, &second).unwrap();
+            let (answer, _) = receive(&mut wire, 1, 1, 1);
+            while !wire.test(&answer).unwrap() {
+                let _ = wire.test(&first).unwrap();
+            }
+            wait(&mut wire, &first).unwrap();
+        } else {
+            let (second, bytes) = receive(&mut wire, 0, 1, 5);
+            wait(&mut wire, &second).unwrap();
+            // SAFETY: the message is complete.
+            assert_eq!(unsafe { &*bytes }, [2; 5]);
+            let answer = send(&mut wire, 0, 1, vec![3]);
+            wait(&mut wire, &answer).unwrap();
+            let (first, _) = receive(&mut wire, 0, 0, 64 << 20);
+            wait(&mut wire, &first).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_message_of_another_length_is_an_error_that_stays() {
+    for (sent, expected) in [(0, 1), (1, 0), (10, 5), (5, 10), (1 << 20, 100)] {
+        ranks(2, |launch, mut wire| {
+            if launch.rank == 0 {
+                let request = send(&mut wire, 1, 2, vec![1; sent]);
+                // The other rank may have hung up by the end of a long one.
+                let _ = wait(&mut wire, &request);
+                return;
+            }
+            let (request, _) = receive(&mut wire, 0, 2, expected);
+            let error = wait(&mut wire, &request).unwrap_err().to_string();
+            assert!(error.contains(&format!("rank 0 sent {sent} bytes where {expected} were expected")), "{error}");
+            assert_eq!(wire.test(&request).unwrap_err().to_string(), error);
+        });
+    }
+}
+
+#[test]
+fn a_rank_that_gives_up_leaves_or_is_lost_is_told_apart() {
+    let heard = |wire: &mut TcpWire| {
+        let started = Instant::now();
+        loop {
+            match wire.failure() {
+                Some(error) => return error,
+                None => assert!(started.elapsed() < Duration::from_secs(30), "nothing is heard"),
+            }
+            thread::yield_now();
+        }
+    };
+    for reason in ["disk full".to_owned(), String::new(), "é".repeat(400)] {
+        ranks(3, |launch, mut wire| {
+            if launch.rank == 2 {
+                wire.abort(&reason);
+                return wire.abort("only the first reason counts");
+            }
+            match heard(&mut wire) {
+                Error::Aborted { rank: 2, reason: said } => {
+                    assert_eq!(said, reason.chars().take(256).collect::<String>())
+                }
+                other => panic!("{other}"),
+            }
+        });
+    }
+    ranks(2, |launch, mut wire| {
+        if launch.rank == 0 {
+            // As at the end of a process: nothing is said.
+            wire.peers[1].as_mut().unwrap().control.vanish();
+            return;
+        }
+        assert!(matches!(heard(&mut wire), Error::PeerLost { rank: 0, .. }));
+    });
+    ranks(2, |launch, mut wire| {
+        if launch.rank == 0 {
+            return drop(wire);
+        }
+        // In order: nobody minds, unless something was still to come.
+        let (request, _) = receive(&mut wire, 0, 0, 1);
+        let error = wait(&mut wire, &request).unwrap_err();
+        assert!(matches!(error, Error::PeerLost { rank: 0, .. }), "{error}");
+        assert!(wire.failure().is_none());
+    });
+}
+
+#[test]
+fn strangers_are_turned_away_and_counted_and_ranks_meet_all_the_same() {
+    let port = free_port();
+    let jobs = launches(2, port, "right");
+    let zero = jobs[0].clone();
+    let serving = thread::spawn(move || Network::of(&zero, &patient(20.0)));
+    let dial = || loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(socket) => return socket,
+            Err(_) => thread::yield_now(),
+        }
+    };
+    let greeting =
+        |token, rank, number| Greeting { token, purpose: MEETING, rank, number, port: 1, host: "x".into() }.bytes();
+    let right = super::network::digest("right");
+    let silent = dial();
+    for (bytes, answer) in [
+        (b"GET / HTTP/1.1\r\n\r\n".to_vec(), 4),
+        (b"pilltcp9........".to_vec(), 5),
+        (greeting(1, 1, 2).to_vec(), 6),
+        (greeting(right, 1, 3).to_vec(), 7),
+        (greeting(right, 2, 2).to_vec(), 8),
+        (greeting(right, 0, 2).to_vec(), 8),
+    ] {
+        let mut socket = dial();
+        socket.write_all(&bytes).unwrap();
+        let mut word = [0; 8];
+        // What follows the refused part may reset the connection before the answer is read.
+        if socket.read_exact(&mut word).is_ok() {
+            assert_eq!(u64::from_le_bytes(word), answer, "{}", String::from_utf8_lossy(&bytes));
+        }
+    }
+    let one = Network::of(&jobs[1], &patient(20.0)).unwrap();
+    let zero = serving.join().unwrap().unwrap();
+    assert_eq!((zero.host(1), one.host(0)), ("named host1", "named host0"));
+    drop(silent);
+}
+
+#[test]
+fn ranks_that_do_not_come_and_ranks_of_other_jobs_are_named() {
+    let port = free_port();
+    let jobs = launches(3, port, "missing");
+    let other = launches(3, port, "other").remove(2);
+    let (zero, one) = (jobs[0].clone(), jobs[1].clone());
+    let serving = thread::spawn(move || Network::of(&zero, &patient(1.0)).err().unwrap().to_string());
+    let visiting = thread::spawn(move || Network::of(&one, &patient(10.0)).err().unwrap().to_string());
+    let refused = Network::of(&other, &patient(10.0)).err().unwrap().to_string();
+    assert!(refused.contains("refused this rank") && refused.contains("PILLION_SECRET"), "{refused}");
+    let error = serving.join().unwrap();
+    assert!(error.contains("ranks [2] did not come") && error.contains("1 by another job"), "{error}");
+    assert!(visiting.join().unwrap().contains("hung up"), "rank 1 learns that rank 0 has given up");
+    let error = Network::of(&launches(2, port, "nobody").remove(1), &patient(0.3)).err().unwrap().to_string();
+    assert!(error.contains(&format!("cannot be reached at 127.0.0.1:{port}")), "{error}");
+    let nowhere = Launch { meeting: None, ..jobs[1].clone() };
+    let error = Network::of(&nowhere, &patient(0.3)).err().unwrap().to_string();
+    assert!(error.contains("PILLION_ADDRESS=host:port"), "{error}");
+}
+
+#[test]
+fn one_port_serves_twenty_restarts_and_two_communicators_share_a_network() {
+    let port = free_port();
+    for restart in 0..20 {
+        let jobs = launches(2, port, &format!("restart {restart}"));
+        thread::scope(|scope| {
+            for launch in &jobs {
+                scope.spawn(move || {
+                    let options = patient(20.0);
+                    let network = Network::of(launch, &options).unwrap();
+                    assert!(Arc::ptr_eq(&network, &Network::of(launch, &options).unwrap()));
+                    let mut wires = ["", "+0.0"].map(|name| open(launch, name).unwrap());
+                    for (number, wire) in wires.iter_mut().enumerate() {
+                        let peer = 1 - launch.rank;
+                        let sent = send(wire, peer, 0, vec![number as u8]);
+                        let (received, bytes) = receive(wire, peer, 0, 1);
+                        wait(wire, &sent).unwrap();
+                        wait(wire, &received).unwrap();
+                        // SAFETY: the message is complete.
+                        assert_eq!(unsafe { &*bytes }, [number as u8]);
+                    }
+                });
+            }
+        });
+    }
+}
