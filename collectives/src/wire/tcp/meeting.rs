@@ -3,13 +3,15 @@
 //! is turned away and counted; the count stands in the error at the deadline.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 
 use super::greeting::{Arriving, Greeting, HOST, LEN, MEETING, Refusal, name};
+use crate::limits::explain;
 use crate::patience::Patience;
 
 const RETRY_EVERY: Duration = Duration::from_millis(20);
@@ -129,36 +131,55 @@ fn admit(
 /// # Errors
 /// Says why rank 0 could not be reached, or turned this rank away.
 pub(super) fn visit(own: &Greeting, address: &str, patience: &mut Patience) -> Result<(Vec<Member>, IpAddr), String> {
-    let mut socket = loop {
-        let obstacle = match dial(address, patience.left()) {
-            Ok(socket) => break socket,
-            Err(error) => format!("{address}: {error}"),
+    loop {
+        let obstacle = match attempt(own, address, patience.left()) {
+            Ok(table) => return Ok(table),
+            Err(Obstacle::Stays(reason)) => return Err(reason),
+            Err(Obstacle::MayGo(reason)) => reason,
         };
         if Instant::now() >= patience.deadline {
-            return Err(format!("rank 0 cannot be reached at {obstacle}; is it running, and the address right?"));
+            return Err(obstacle);
         }
-        patience.warn(|| format!("rank 0 at {obstacle}"));
+        patience.warn(|| format!("rank 0: {obstacle}"));
         std::thread::sleep(RETRY_EVERY);
-    };
+    }
+}
+
+/// Why an attempt to meet rank 0 failed.
+enum Obstacle {
+    /// The next may go better: rank 0 may not listen yet, or the job before, at the same address,
+    /// is just ending.
+    MayGo(String),
+    Stays(String),
+}
+
+fn attempt(own: &Greeting, address: &str, limit: Duration) -> Result<(Vec<Member>, IpAddr), Obstacle> {
+    let mut socket = dial(address, limit).map_err(|error| {
+        let reason = format!("rank 0 cannot be reached at {address}: {}", explain(&error));
+        if is_out_of_files(&error) { Obstacle::Stays(reason) } else { Obstacle::MayGo(reason) }
+    })?;
     let failed = |what: &str, error: std::io::Error| match error.kind() {
-        std::io::ErrorKind::UnexpectedEof | std::io::ErrorKind::ConnectionReset => {
-            format!("rank 0 at {address} hung up {what}: it has ended, or is no rank of this job")
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+            Obstacle::MayGo(format!("rank 0 at {address} hung up {what}: it has given up, or is no rank of this job"))
         }
-        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
-            format!("not all ranks came to rank 0 at {address} in time")
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+            Obstacle::Stays(format!("not all ranks came to rank 0 at {address} in time"))
         }
-        _ => format!("rank 0 at {address}: {error}"),
+        _ => Obstacle::MayGo(format!("rank 0 at {address}: {error}")),
     };
     let zero = socket.peer_addr().map_err(|error| failed("at once", error))?.ip();
     socket.write_all(&own.bytes()).map_err(|error| failed("at the greeting", error))?;
-    socket.set_read_timeout(Some(patience.left())).map_err(|error| failed("", error))?;
+    socket.set_read_timeout(Some(limit)).map_err(|error| failed("", error))?;
     let mut first = [0; 8];
     socket.read_exact(&mut first).map_err(|error| failed("without an answer", error))?;
     match u64::from_le_bytes(first) {
         WELCOME => {}
         other => {
-            let why = Refusal::of(other).map_or("without a reason".to_owned(), |refusal| refusal.to_string());
-            return Err(format!("rank 0 at {address} refused this rank as a connection {why}"));
+            let refusal = Refusal::of(other);
+            let why = refusal.map_or("without a reason".to_owned(), |refusal| refusal.to_string());
+            let reason = format!("rank 0 at {address} refused this rank as a connection {why}");
+            let may_go = matches!(refusal, None | Some(Refusal::Token));
+            return Err(if may_go { Obstacle::MayGo(reason) } else { Obstacle::Stays(reason) });
         }
     }
     let mut table = vec![0; ENTRY * own.number as usize];
@@ -176,6 +197,11 @@ pub(super) fn dial(address: &str, limit: Duration) -> std::io::Result<TcpStream>
         }
     }
     Err(last)
+}
+
+/// Whether this process, or the system, can open no file more.
+pub(super) fn is_out_of_files(error: &std::io::Error) -> bool {
+    [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error).map(Some).contains(&error.raw_os_error())
 }
 
 fn entry(member: &Member) -> Vec<u8> {

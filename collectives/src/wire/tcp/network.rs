@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::greeting::{Arriving, Greeting, HOST, MEETING};
-use super::meeting::{Member, dial, listen, serve, visit};
+use super::meeting::{Member, dial, is_out_of_files, listen, serve, visit};
+use crate::limits::explain;
 use crate::patience::Patience;
 use crate::wire::identities;
 use crate::{Error, Launch, Options};
@@ -114,7 +115,7 @@ impl Network {
         let lower: Vec<(usize, usize)> = wanted.iter().copied().filter(|(peer, _)| *peer < self.rank).collect();
         loop {
             let mut arrivals = self.arrivals.lock();
-            arrivals.accept(&self.listener, self.token);
+            arrivals.accept(&self.listener, self.token).map_err(|error| self.fail(explain(&error)))?;
             let keys =
                 |(peer, count): (usize, usize)| (0..count as u64).map(move |number| (purpose, peer as u64, number));
             let is_missing = |&&peer: &&(usize, usize)| keys(peer).any(|key| !arrivals.greeted.contains_key(&key));
@@ -152,8 +153,9 @@ impl Network {
             });
             match greeted {
                 Ok(socket) => return Ok(socket),
-                Err(error) if Instant::now() >= deadline => {
-                    return Err(self.fail(format!("rank {peer} cannot be reached at {address}: {error}")));
+                Err(error) if Instant::now() >= deadline || is_out_of_files(&error) => {
+                    let why = explain(&error);
+                    return Err(self.fail(format!("rank {peer} cannot be reached at {address}: {why}")));
                 }
                 Err(_) => std::thread::sleep(NAP),
             }
@@ -176,10 +178,16 @@ impl Network {
 impl Arrivals {
     /// Takes in who has connected and greeted. Strangers, and whoever says nothing for long, are
     /// turned away.
-    fn accept(&mut self, listener: &TcpListener, token: u64) {
-        while let Ok((socket, _)) = listener.accept() {
-            if socket.set_nonblocking(true).is_ok() {
-                self.arriving.push(Arriving::new(socket));
+    ///
+    /// # Errors
+    /// When no file more can be opened.
+    fn accept(&mut self, listener: &TcpListener, token: u64) -> std::io::Result<()> {
+        loop {
+            match listener.accept() {
+                Ok((socket, _)) if socket.set_nonblocking(true).is_ok() => self.arriving.push(Arriving::new(socket)),
+                Ok(_) => {}
+                Err(error) if is_out_of_files(&error) => return Err(error),
+                Err(_) => break,
             }
         }
         for mut arriving in std::mem::take(&mut self.arriving) {
@@ -192,6 +200,7 @@ impl Arrivals {
                 Err(_) => {}
             }
         }
+        Ok(())
     }
 }
 
