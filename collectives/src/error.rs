@@ -22,16 +22,17 @@ pub enum Error {
     },
     /// A rank did not arrive in time.
     #[error(
-        "waited {seconds} s for rank {waiting_on} in {op} ({how}): is it stopped, swapping, or in another operation?"
+        "waited {seconds} s for {} in {op} ({how}): is it stopped, swapping, or in another operation?",
+        ranks(waiting_on)
     )]
     Timeout {
         /// The operation.
         op: String,
-        /// The rank that did not come.
-        waiting_on: usize,
+        /// The ranks that did not come, as far as this rank sees; at least one.
+        waiting_on: Vec<usize>,
         /// How long this rank waited, not counting time in which it was stopped itself.
         seconds: u64,
-        /// What that rank's heartbeat says.
+        /// What the heartbeat of the first of them says.
         how: String,
     },
     /// The start event of an operation did not happen in time on this rank.
@@ -129,6 +130,16 @@ impl From<Error> for Failure {
             Error::Before(failure) => failure,
             error => Failure::new(error),
         }
+    }
+}
+
+/// `rank 1`, or `ranks 1, 2 and 5`.
+fn ranks(ranks: &[usize]) -> String {
+    let names: Vec<String> = ranks.iter().map(usize::to_string).collect();
+    match &names[..] {
+        [] => "nobody".to_owned(),
+        [one] => format!("rank {one}"),
+        [first @ .., last] => format!("ranks {} and {last}", first.join(", ")),
     }
 }
 

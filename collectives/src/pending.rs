@@ -2,7 +2,8 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::task::{Poll, Waker};
+use std::task::{Poll, Wake, Waker};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use pillion_kernels::{Completion, Event, Failure, Status, Stream};
@@ -50,6 +51,31 @@ impl State {
             State::Flying(outcome) => outcome.wait(),
         }
     }
+
+    /// Blocks until the operation has ended, or for `limit`; whether it has ended.
+    fn wait_timeout(&self, limit: Duration) -> bool {
+        match self {
+            State::Ended(_) => true,
+            State::Flying(outcome) => outcome.wait_timeout(limit),
+        }
+    }
+}
+
+/// What [`Pending::on_complete`] calls, once.
+struct Call {
+    outcome: Arc<Outcome>,
+    callback: Mutex<Option<Callback>>,
+}
+
+type Callback = Box<dyn FnOnce(Result<(), Error>) + Send>;
+
+impl Wake for Call {
+    fn wake(self: Arc<Self>) {
+        let callback = self.callback.lock().take();
+        if let (Some(callback), Poll::Ready(result)) = (callback, self.outcome.status()) {
+            callback(result.map_err(Error::from));
+        }
+    }
 }
 
 impl<T> Pending<T> {
@@ -94,6 +120,41 @@ impl<T> Pending<T> {
     pub fn wait(mut self) -> Result<T, Error> {
         self.state.wait()?;
         Ok(self.take())
+    }
+
+    /// What [`Pending::wait`] returns, if the operation has ended.
+    ///
+    /// # Errors
+    /// The operation, while it is in flight.
+    pub fn try_wait(self) -> Result<Result<T, Error>, Pending<T>> {
+        match self.state.status() {
+            Poll::Ready(_) => Ok(self.wait()),
+            Poll::Pending => Err(self),
+        }
+    }
+
+    /// What [`Pending::wait`] returns, if the operation ends within `limit`.
+    ///
+    /// # Errors
+    /// The operation, which is still in flight. The communicator's own timeout goes on counting.
+    pub fn wait_timeout(self, limit: Duration) -> Result<Result<T, Error>, Pending<T>> {
+        match self.state.wait_timeout(limit) {
+            true => Ok(self.wait()),
+            false => Err(self),
+        }
+    }
+
+    /// Calls `callback` with the operation's result once it has ended: on the thread that ends it,
+    /// or, where that has happened, at once on this one. It must return soon, because others wait
+    /// for that thread, and it must not wait for operations of this communicator. The buffers come
+    /// back as before.
+    pub fn on_complete(&self, callback: impl FnOnce(Result<(), Error>) + Send + 'static) {
+        let state = match &self.state {
+            State::Ended(result) => return callback(result.clone().map_err(Error::from)),
+            State::Flying(outcome) => outcome,
+        };
+        let call = Call { outcome: state.clone(), callback: Mutex::new(Some(Box::new(callback))) };
+        state.call_back(&Waker::from(Arc::new(call)));
     }
 
     /// The moment at which the operation is complete, for other operations to start after. It fails
@@ -223,6 +284,20 @@ impl Outcome {
         // The next operation that uses this outcome needs no memory for its own wakers.
         self.state.lock().wakers = wakers;
     }
+
+    /// Blocks until the operation has ended, or for `limit`; whether it has ended.
+    fn wait_timeout(&self, limit: Duration) -> bool {
+        let deadline = Instant::now().checked_add(limit);
+        let mut state = self.state.lock();
+        while state.result.is_none() {
+            match deadline {
+                None => self.changed.wait(&mut state),
+                Some(deadline) if self.changed.wait_until(&mut state, deadline).timed_out() => break,
+                Some(_) => {}
+            }
+        }
+        state.result.is_some()
+    }
 }
 
 /// Outcomes that nobody holds any more, to be used again: a new operation needs no memory.
@@ -283,6 +358,27 @@ impl Completion for Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_end_is_told_once_whenever_it_is_asked_for() {
+        let ends = Arc::new(Mutex::new(Vec::new()));
+        let note = |what: &'static str| {
+            let ends = ends.clone();
+            move |result: Result<(), Error>| ends.lock().push((what, result.is_ok()))
+        };
+        let flying = Arc::new(Outcome::default());
+        let pending = Pending::new(flying.clone(), 7, false);
+        pending.on_complete(note("before"));
+        let pending = pending.try_wait().unwrap_err().wait_timeout(Duration::ZERO).unwrap_err();
+        assert!(ends.lock().is_empty());
+        flying.set(Ok(()));
+        flying.set(Err(Error::System { what: "a test", reason: "only the first end counts".to_owned() }));
+        pending.on_complete(note("after"));
+        assert_eq!(pending.wait_timeout(Duration::MAX).map_err(drop).unwrap().unwrap(), 7);
+        Pending::ended(Err(Error::System { what: "a test", reason: "made up".to_owned() }), ())
+            .on_complete(note("ended"));
+        assert_eq!(*ends.lock(), [("before", true), ("after", true), ("ended", false)]);
+    }
 
     #[test]
     fn what_a_failed_operation_had_is_never_formed() {

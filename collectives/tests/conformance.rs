@@ -346,8 +346,72 @@ fn a_rank_that_does_not_come_is_named_at_the_deadline() {
         Some(communicator.barrier().unwrap_err())
     });
     for error in errors.into_iter().flatten() {
-        assert!(matches!(error, Error::Timeout { waiting_on: 2, .. } | Error::PeerLost { rank: 2, .. }), "{error}");
+        match &error {
+            Error::Timeout { waiting_on, .. } => assert_eq!(*waiting_on, [2], "{error}"),
+            other => assert!(matches!(other, Error::PeerLost { rank: 2, .. }), "{error}"),
+        }
     }
+}
+
+#[test]
+fn a_barrier_names_every_late_rank() {
+    let options = Options { timeout: Duration::from_millis(200), ..Options::default() };
+    let come = std::sync::Barrier::new(5);
+    let errors = ranks(5, options, |communicator| {
+        let error = [0, 2].contains(&communicator.rank()).then(|| communicator.barrier().unwrap_err());
+        // The others stay until these have given up.
+        come.wait();
+        error
+    });
+    let named: Vec<_> = errors
+        .iter()
+        .flatten()
+        .filter_map(|error| match error {
+            Error::Timeout { waiting_on, .. } => Some((waiting_on.clone(), error.to_string())),
+            // Told by the other, which had given up a moment before.
+            _ => None,
+        })
+        .collect();
+    assert!(!named.is_empty(), "{errors:?}");
+    for (waiting_on, words) in named {
+        assert_eq!(waiting_on, [1, 3, 4]);
+        assert!(words.contains("for ranks 1, 3 and 4 in"), "{words}");
+    }
+}
+
+#[test]
+fn an_operation_can_be_looked_at_waited_for_a_moment_and_tell_of_its_end() {
+    use std::sync::mpsc::channel;
+    let (arrive, depart) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+    ranks(2, Options::default(), |communicator| {
+        let buffer = filled(&Cpu, &*Cpu.stream(), &communicator, &values(communicator.rank(), 100));
+        if communicator.rank() == 1 {
+            // Rank 0 has seen that its operation does not end.
+            arrive.wait();
+            communicator.all_reduce(buffer, Reduction::Sum, Start::Here).wait().unwrap();
+            depart.wait();
+            return;
+        }
+        let (told, tell) = channel();
+        let pending = communicator.all_reduce(buffer, Reduction::Sum, Event::PAST);
+        let teller = told.clone();
+        pending.on_complete(move |result| teller.send(result.is_ok()).unwrap());
+        let pending = pending.try_wait().map(drop).unwrap_err();
+        let pending = pending.wait_timeout(Duration::from_millis(20)).map(drop).unwrap_err();
+        assert!(tell.try_recv().is_err());
+        arrive.wait();
+        // Ends the wait at once where it is there, and gives up long after it must be.
+        let buffer = pending.wait_timeout(Duration::from_secs(60)).map_err(drop).unwrap().unwrap();
+        assert_eq!(Cpu.stream().download::<f32>(buffer.view()).unwrap()[3], sum(2, 3));
+        assert_eq!(tell.recv(), Ok(true));
+        depart.wait();
+        // The other rank has left.
+        let pending = communicator.all_reduce(buffer, Reduction::Sum, Event::PAST);
+        pending.on_complete(move |result| told.send(result.is_ok()).unwrap());
+        assert_eq!(tell.recv(), Ok(false));
+        let ended = pending.try_wait().map_err(drop).unwrap();
+        assert!(matches!(ended, Err(Error::PeerLost { rank: 1, .. })));
+    });
 }
 
 #[test]

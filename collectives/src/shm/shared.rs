@@ -190,10 +190,9 @@ impl Shared {
             if matches!(error, Error::System { .. } | Error::OutOfMemory { .. } | Error::NotStarted { .. }) {
                 self.say_aborted(&error.to_string());
             }
-            let culprit = match error {
-                Error::PeerLost { rank, .. }
-                | Error::Timeout { waiting_on: rank, .. }
-                | Error::Mismatch { peer: rank, .. } => Some(rank),
+            let culprit = match &error {
+                Error::Timeout { waiting_on, .. } => waiting_on.first().copied(),
+                Error::PeerLost { rank, .. } | Error::Mismatch { peer: rank, .. } => Some(*rank),
                 _ => None,
             };
             self.control().set_culprit(culprit);

@@ -46,7 +46,8 @@ impl Watch {
         let patient = self.patient;
         if self.passed(|| patient && is_running(shared, late)) {
             self.look_around(shared, is_late, op)?;
-            self.judge(shared, shared.name(late), op, &|| pulse(shared, late))?;
+            let all = || (0..shared.world()).filter(|&rank| is_late(rank)).map(|rank| shared.name(rank)).collect();
+            self.judge(shared, shared.name(late), &all, op, &|| pulse(shared, late))?;
         }
         Ok(())
     }
@@ -65,7 +66,7 @@ impl Watch {
             }
             // A rank of this host may have finished its part and left.
             self.look_around(shared, &|_| false, op)?;
-            self.judge(shared, late, op, &|| "it is on another host".to_owned())?;
+            self.judge(shared, late, &|| vec![late], op, &|| "it is on another host".to_owned())?;
         }
         Ok(())
     }
@@ -139,18 +140,21 @@ impl Watch {
         Ok(())
     }
 
-    /// Warns, then gives up.
+    /// Warns, then gives up on `all` that are late.
     fn judge(
         &mut self,
         shared: &Shared,
         late: usize,
+        all: &dyn Fn() -> Vec<usize>,
         op: &dyn Fn() -> String,
         how: &dyn Fn() -> String,
     ) -> Result<(), Error> {
         self.warn(shared, &|| format!("for rank {late} in {} ({})", op(), how()));
         if self.waited >= self.limit {
             let seconds = self.waited.as_secs();
-            return Err(Error::Timeout { op: op(), waiting_on: late, seconds, how: how() });
+            let others = all().into_iter().filter(|&rank| rank != late);
+            let waiting_on = std::iter::once(late).chain(others).collect();
+            return Err(Error::Timeout { op: op(), waiting_on, seconds, how: how() });
         }
         Ok(())
     }

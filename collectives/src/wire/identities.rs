@@ -64,7 +64,7 @@ pub(crate) fn exchange(
             } else if started.elapsed() > limit {
                 return Err(Error::Timeout {
                     op: "the start".to_owned(),
-                    waiting_on: *peer,
+                    waiting_on: vec![*peer],
                     seconds: limit.as_secs(),
                     how: "it has not said on which host it is".to_owned(),
                 });

@@ -62,7 +62,7 @@ pub(crate) fn run() {
 pub(crate) fn parts(error: &Error) -> (&'static str, Option<usize>) {
     match error {
         Error::PeerLost { rank, .. } => ("PeerLost", Some(*rank)),
-        Error::Timeout { waiting_on, .. } => ("Timeout", Some(*waiting_on)),
+        Error::Timeout { waiting_on, .. } => ("Timeout", waiting_on.first().copied()),
         Error::Mismatch { peer, .. } => ("Mismatch", Some(*peer)),
         Error::Aborted { rank, .. } => ("Aborted", Some(*rank)),
         Error::Rendezvous { .. } => ("Rendezvous", None),
