@@ -188,7 +188,7 @@ impl Communicator {
     pub fn split(&self, color: Option<u64>, key: u64) -> Result<Option<Communicator>, Error> {
         let number = self.splits.fetch_add(1, Ordering::Relaxed);
         let words = [u64::from(color.is_some()), color.unwrap_or(0), key, number];
-        let all = self.exchange_scalars(&words, Purpose::Split, false)?;
+        let all = self.exchange_scalars(&words, Purpose::Split, self.limit())?;
         if let Some(peer) = all.iter().position(|other| other[3] != number) {
             let call = |number| format!("split #{number}");
             return Err(self.shared.fail(Error::Mismatch { ours: call(number), theirs: call(all[peer][3]), peer }));
@@ -284,7 +284,7 @@ impl Communicator {
     /// wake the kernel's killer. Asked before any rank takes its part, so that the answers do not race.
     fn agree(&self, memory: Memory, bytes: u64, on_this_host: u64) -> Result<(), Error> {
         let (available, limit) = available_memory();
-        let values = self.exchange_scalars(&[memory as u64, bytes, available], Purpose::Allocate, false)?;
+        let values = self.exchange_scalars(&[memory as u64, bytes, available], Purpose::Allocate, self.limit())?;
         if let Some(peer) = values.iter().position(|other| (other[0], other[1]) != (memory as u64, bytes)) {
             let name = |memory| ["an allocation", "a window"][usize::from(memory == Memory::Window as u64)];
             let call = |memory, bytes| format!("{} of {bytes} bytes", name(memory));

@@ -1,6 +1,7 @@
 //! What the ranks can say to each other.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, Completion, DType, Event};
@@ -11,6 +12,7 @@ use crate::pending::{Outcome, Pending};
 use crate::shm::control::{Channel, PAYLOAD};
 use crate::shm::flight::{Collective, Course, Flight};
 use crate::shm::mail::{Direction, MailFlight};
+use crate::shm::watch::Limit;
 use crate::{Communicator, Error, Reduction, Sections, Window};
 
 /// When an operation starts, and which thread runs it.
@@ -18,6 +20,16 @@ use crate::{Communicator, Error, Reduction, Sections, Window};
 pub enum Start {
     /// After this event, on the progress thread, while the caller goes on.
     After(Event),
+    /// As [`Start::After`], with a limit of its own instead of [`Options::timeout`](crate::Options::timeout)
+    /// for how long the operation waits for the event, unless that is another operation's, and then
+    /// at each step for other ranks. Ranks may have different limits. At the first limit the
+    /// communicator fails, as ever.
+    Within {
+        /// After this event.
+        event: Event,
+        /// The limit.
+        limit: Duration,
+    },
     /// Now: complete when the call returns. On the calling thread where that can be, on one host with nothing else in flight, which saves
     /// handing it over to another thread and back.
     Here,
@@ -159,9 +171,11 @@ impl Communicator {
         on_host(&buffer);
         assert!(peer < self.world(), "a message between rank {} and rank {peer} of {}", self.rank(), self.world());
         let (outcome, deferred) = (Arc::new(Outcome::default()), buffer.span().deferred());
-        let flight = |after| MailFlight::new(&self.shared, direction, peer, buffer.span(), after, outcome.clone());
+        let limit = self.limit_of(&start);
+        let flight =
+            |after| MailFlight::new(&self.shared, direction, peer, buffer.span(), after, limit, outcome.clone());
         match start {
-            Start::After(event) => self.shared.start_mail(flight(event)),
+            Start::After(event) | Start::Within { event, .. } => self.shared.start_mail(flight(event)),
             Start::Here => {
                 self.shared.run_mail_here(flight(Event::PAST));
                 return Pending::ended(outcome.wait().map_err(Error::from), buffer);
@@ -182,7 +196,8 @@ impl Communicator {
         assert!(reduction.supports(DType::F64, DType::F64), "no {} of numbers", reduction.name());
         for chunk in values.chunks_mut(PAYLOAD) {
             let count = chunk.len();
-            let all = self.exchange(chunk.iter().map(|value| value.to_bits()), Purpose::Reduce(reduction), false)?;
+            let all =
+                self.exchange(chunk.iter().map(|value| value.to_bits()), Purpose::Reduce(reduction), self.limit())?;
             for (index, value) in chunk.iter_mut().enumerate() {
                 let all = all.iter().skip(index).step_by(count).map(|&bits| f64::from_bits(bits));
                 *value = reduction.of_numbers(all);
@@ -200,16 +215,16 @@ impl Communicator {
     /// # Panics
     /// With more than 64 values.
     pub fn all_gather_scalars(&self, values: &[u64]) -> Result<Vec<Vec<u64>>, Error> {
-        self.exchange_scalars(values, Purpose::Gather, false)
+        self.exchange_scalars(values, Purpose::Gather, self.limit())
     }
 
     pub(crate) fn exchange_scalars(
         &self,
         values: &[u64],
         purpose: Purpose,
-        patient: bool,
+        limit: Limit,
     ) -> Result<Vec<Vec<u64>>, Error> {
-        let gathered = self.exchange(values.iter().copied(), purpose, patient)?;
+        let gathered = self.exchange(values.iter().copied(), purpose, limit)?;
         // Of no values there is nothing to cut.
         let all = gathered.chunks_exact(values.len().max(1)).map(<[u64]>::to_vec).collect();
         self.shared.words.put_back(gathered);
@@ -221,18 +236,18 @@ impl Communicator {
         &self,
         values: impl ExactSizeIterator<Item = u64>,
         purpose: Purpose,
-        patient: bool,
+        limit: Limit,
     ) -> Result<Vec<u64>, Error> {
         assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
         let mut scalars = Scalars::new(values, purpose, self.shared.words.take());
-        match self.shared.run_here(Channel::Control, &mut scalars, patient) {
+        match self.shared.run_here(Channel::Control, &mut scalars, limit) {
             Some(result) => {
                 result?;
                 Ok(scalars.into_gathered())
             }
             None => {
                 let gathered = Arc::new(Mutex::new(Vec::new()));
-                let course = Course::new(&scalars, Channel::Control, patient);
+                let course = Course::new(&scalars, Channel::Control, limit);
                 self.submit(scalars.deliver_to(gathered.clone()).into(), course, Event::PAST).wait()?;
                 Ok(std::mem::take(&mut *gathered.lock()))
             }
@@ -245,7 +260,7 @@ impl Communicator {
     /// The communicator's first error.
     pub fn broadcast_bytes(&self, root: usize, bytes: &[u8]) -> Result<Vec<u8>, Error> {
         const PIECE: usize = PAYLOAD * 8;
-        let len = self.exchange_scalars(&[bytes.len() as u64], Purpose::Bytes, false)?[root][0] as usize;
+        let len = self.exchange_scalars(&[bytes.len() as u64], Purpose::Bytes, self.limit())?[root][0] as usize;
         let mut received = Vec::with_capacity(len);
         while received.len() < len {
             let mut piece = [0; PIECE];
@@ -256,7 +271,7 @@ impl Communicator {
             }
             let words: Vec<u64> =
                 piece.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes"))).collect();
-            let words = &self.exchange_scalars(&words, Purpose::Bytes, false)?[root];
+            let words = &self.exchange_scalars(&words, Purpose::Bytes, self.limit())?[root];
             let count = (len - received.len()).min(PIECE);
             received.extend(words.iter().flat_map(|word| word.to_le_bytes()).take(count));
         }
@@ -268,7 +283,16 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn barrier(&self) -> Result<(), Error> {
-        self.exchange_scalars(&[], Purpose::Barrier, false).map(|_| ())
+        self.exchange_scalars(&[], Purpose::Barrier, self.limit()).map(|_| ())
+    }
+
+    /// As [`Communicator::barrier`], with a limit of this rank's own.
+    ///
+    /// # Errors
+    /// The communicator's first error: at the limit one that names every rank that has not called,
+    /// as far as this rank sees.
+    pub fn barrier_within(&self, limit: Duration) -> Result<(), Error> {
+        self.exchange_scalars(&[], Purpose::Barrier, Limit::within(limit)).map(|_| ())
     }
 
     /// Blocks until every rank has called, however long that takes, as long as the ranks waited for are running: for phases in
@@ -277,7 +301,8 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn patient_barrier(&self) -> Result<(), Error> {
-        self.exchange_scalars(&[], Purpose::PatientBarrier, true).map(|_| ())
+        let limit = Limit::patiently(self.shared.options.timeout);
+        self.exchange_scalars(&[], Purpose::PatientBarrier, limit).map(|_| ())
     }
 
     pub(crate) fn run<T>(
@@ -287,25 +312,38 @@ impl Communicator {
         start: Start,
         value: T,
     ) -> Pending<T> {
+        let limit = self.limit_of(&start);
         let after = match start {
-            Start::After(event) => event,
+            Start::After(event) | Start::Within { event, .. } => event,
             Start::Here => {
-                if let Some(result) = self.shared.run_here(channel, &mut collective, false) {
+                if let Some(result) = self.shared.run_here(channel, &mut collective, limit) {
                     return Pending::ended(result, value);
                 }
-                let course = Course::new(&collective, channel, false);
+                let course = Course::new(&collective, channel, limit);
                 let outcome = self.submit(collective.into(), course, Event::PAST);
                 return Pending::ended(outcome.wait().map_err(Error::from), value);
             }
         };
-        let course = Course::new(&collective, channel, false);
+        let course = Course::new(&collective, channel, limit);
         let deferred = course.is_deferred();
         Pending::new(self.submit(collective.into(), course, after), value, deferred)
     }
 
+    /// How long operations wait that say nothing of it.
+    pub(crate) fn limit(&self) -> Limit {
+        Limit::within(self.shared.options.timeout)
+    }
+
+    fn limit_of(&self, start: &Start) -> Limit {
+        match start {
+            Start::Within { limit, .. } => Limit::within(*limit),
+            Start::After(_) | Start::Here => self.limit(),
+        }
+    }
+
     fn submit(&self, collective: AnyCollective, course: Course, after: Event) -> Arc<Outcome> {
         let outcome = self.shared.outcomes.get();
-        self.shared.submit(Flight::new(collective, course, after, self.shared.options.timeout, outcome.clone()));
+        self.shared.submit(Flight::new(collective, course, after, outcome.clone()));
         outcome
     }
 

@@ -380,6 +380,35 @@ fn a_barrier_names_every_late_rank() {
 }
 
 #[test]
+fn an_operation_has_a_limit_of_its_own() {
+    let come = std::sync::Barrier::new(2);
+    for kind in 0..3 {
+        let errors = ranks(2, Options::default(), |communicator| {
+            if communicator.rank() == 1 {
+                come.wait();
+                return None;
+            }
+            let buffer = || Cpu.allocate(DType::F32, 1 << 16).unwrap();
+            let limit = Duration::from_millis(100);
+            let within = |event| Start::Within { event, limit };
+            let error = match kind {
+                0 => communicator.barrier_within(limit).unwrap_err(),
+                1 => {
+                    communicator.all_reduce(buffer(), Reduction::Sum, within(Event::PAST)).wait().map(drop).unwrap_err()
+                }
+                _ => communicator.receive(buffer(), 1, within(Event::PAST)).wait().map(drop).unwrap_err(),
+            };
+            come.wait();
+            Some(error)
+        });
+        match &errors[0] {
+            Some(Error::Timeout { waiting_on, .. }) => assert_eq!(*waiting_on, [1]),
+            other => panic!("{kind}: {other:?}"),
+        }
+    }
+}
+
+#[test]
 fn an_operation_can_be_looked_at_waited_for_a_moment_and_tell_of_its_end() {
     use std::sync::mpsc::channel;
     let (arrive, depart) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));

@@ -9,7 +9,7 @@ use super::mail::MailFlight;
 use super::progress::AbortOnPanic;
 use super::protocol::Bell;
 use super::shared::{Lane, Shared};
-use super::watch::Watch;
+use super::watch::{Limit, Watch};
 use crate::Error;
 
 /// How long a caller, which has nothing else to do, looks for news before it sleeps.
@@ -25,7 +25,7 @@ impl Shared {
         &self,
         channel: Channel,
         collective: &mut dyn Collective,
-        patient: bool,
+        limit: Limit,
     ) -> Option<Result<(), Error>> {
         if self.has_wire() || !self.options.delay_of(channel).is_zero() {
             return None;
@@ -34,7 +34,7 @@ impl Shared {
         let idle = |lane: &Lane| lane.flights.is_empty() && inbox.is_empty();
         // Who has the lane is looking at it, or has an operation of its own, which this one follows in any case.
         let mut lane = Some(self.lanes[channel as usize].lock()).filter(|lane| idle(lane))?;
-        let mut course = Course::new(collective, channel, patient);
+        let mut course = Course::new(collective, channel, limit);
         let _guard = AbortOnPanic::new(self);
         let bell = &self.control().callers[channel as usize];
         let poll = || course.poll(collective, self, &mut lane.count, None).map(|done| done.then_some(()));
@@ -128,7 +128,7 @@ impl Shared {
     /// When the rank waited for is lost, or does not come before the deadline.
     pub(crate) fn wait_for_ranks(&self, op: &str, limit: Duration, late: impl Fn(usize) -> bool) -> Result<(), Error> {
         self.healthy()?;
-        let mut watch = Watch::new(limit, false);
+        let mut watch = Watch::new(Limit::within(limit));
         let poll = || match (0..self.world()).find(|&rank| late(rank)) {
             None => Ok(Some(())),
             Some(rank) => watch.check(self, rank, &late, &|| op.to_owned()).map(|()| None),

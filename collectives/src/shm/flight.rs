@@ -14,7 +14,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pillion_kernels::{Completion, Event};
 
@@ -23,7 +23,7 @@ use super::place::Place;
 use super::record::Span;
 use super::shared::{Count, Shared};
 use super::start::StartEvent;
-use super::watch::Watch;
+use super::watch::{Limit, Watch};
 use crate::Error;
 use crate::algorithms::AnyCollective;
 use crate::call::{describe, name};
@@ -158,15 +158,14 @@ pub(crate) struct Course {
     /// Whether peers that sleep have yet to be told of the newest step.
     untold: bool,
     watch: Watch,
-    patient: bool,
+    limit: Limit,
     /// Where it is recorded.
     started: Option<Instant>,
 }
 
 impl Course {
-    /// Before the start. A patient operation waits as long as the ranks that it waits for are running: the limit counts only time in
-    /// which they are not.
-    pub(crate) fn new(collective: &dyn Collective, channel: Channel, patient: bool) -> Course {
+    /// Before the start.
+    pub(crate) fn new(collective: &dyn Collective, channel: Channel, limit: Limit) -> Course {
         Course {
             channel,
             call: collective.call(),
@@ -175,8 +174,8 @@ impl Course {
             taken: 0,
             compared: 0,
             untold: false,
-            watch: Watch::new(Duration::MAX, false),
-            patient,
+            watch: Watch::new(Limit::NONE),
+            limit,
             started: None,
         }
     }
@@ -219,7 +218,7 @@ impl Course {
             let progress = collective.exchange(self.taken - 1, &mut peers)?;
             if peers.moved {
                 // Limits are for silence, not for large buffers.
-                self.watch = Watch::new(shared.options.timeout, self.patient);
+                self.watch = Watch::new(self.limit);
             }
             match progress {
                 Progress::Step => self.step(shared, count),
@@ -262,7 +261,7 @@ impl Course {
         count.steps += 1;
         self.target = count.steps;
         self.taken += 1;
-        self.watch = Watch::new(shared.options.timeout, self.patient);
+        self.watch = Watch::new(self.limit);
         shared.control().channels[self.channel as usize].steps.store(count.steps, Ordering::Release);
         self.untold = true;
     }
@@ -309,14 +308,9 @@ impl Drop for Flight {
 
 impl Flight {
     /// Fails if its event does not happen within `limit` from now.
-    pub(crate) fn new(
-        collective: AnyCollective,
-        course: Course,
-        after: Event,
-        limit: Duration,
-        outcome: Arc<Outcome>,
-    ) -> Flight {
-        Flight { collective, course, after: StartEvent::new(after, limit), outcome, delay: None }
+    pub(crate) fn new(collective: AnyCollective, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
+        let after = StartEvent::new(after, course.limit);
+        Flight { collective, course, after, outcome, delay: None }
     }
 
     pub(crate) fn channel(&self) -> Channel {

@@ -24,7 +24,7 @@ use super::place::Place;
 use super::protocol::publish;
 use super::shared::{Inbox, Shared};
 use super::start::StartEvent;
-use super::watch::Watch;
+use super::watch::{Limit, Watch};
 use crate::Error;
 use crate::call::{Detail, Kind, call, describe};
 use crate::pending::Outcome;
@@ -116,6 +116,7 @@ pub(crate) struct MailFlight {
     /// Whether messages on the wire may still use the buffer.
     lent: bool,
     watch: Watch,
+    limit: Limit,
     wire: Vec<Request>,
     /// The header on the wire: length and type.
     words: Box<[u64; 2]>,
@@ -140,16 +141,18 @@ impl MailFlight {
         peer: usize,
         buffer: Span,
         after: Event,
+        limit: Limit,
         outcome: Arc<Outcome>,
     ) -> MailFlight {
         let number = shared.mail.lines[peer][direction as usize].0.fetch_add(1, Ordering::Relaxed);
-        let watch = Watch::new(shared.options.timeout, false);
+        let watch = Watch::new(limit);
         let words = Box::new([0; 2]);
         MailFlight {
             direction,
             peer,
             buffer,
-            after: StartEvent::new(after, shared.options.timeout),
+            after: StartEvent::new(after, limit),
+            limit,
             outcome,
             number,
             moved: 0,
@@ -273,7 +276,7 @@ impl MailFlight {
                 self.begun = true;
                 publish(&mailbox.sent, sent + 1);
                 shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
-                self.watch = Watch::new(shared.options.timeout, false);
+                self.watch = Watch::new(self.limit);
                 continue;
             }
             let unchanged = || mailbox.receiver.taken.load(Ordering::Acquire) == taken;
@@ -323,7 +326,7 @@ impl MailFlight {
             self.begun = true;
             publish(&mailbox.receiver.taken, taken + 1);
             shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
-            self.watch = Watch::new(shared.options.timeout, false);
+            self.watch = Watch::new(self.limit);
         }
     }
 
@@ -391,7 +394,7 @@ impl MailFlight {
                 return Ok(false);
             }
             self.wire.remove(0);
-            self.watch = Watch::new(shared.options.timeout, false);
+            self.watch = Watch::new(self.limit);
             if self.direction == Direction::Receive && self.moved == 0 {
                 self.check(shared, self.words[0], self.words[1])?;
                 self.moved = self.buffer.len().max(1);

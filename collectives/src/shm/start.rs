@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 use std::task::{Poll, Wake, Waker};
-use std::time::Duration;
 
 use pillion_kernels::Event;
 
 use super::shared::Shared;
-use super::watch::Watch;
+use super::watch::{Limit, Watch};
 use crate::Error;
 use crate::pending::Outcome;
 use crate::wire::Wire;
@@ -34,9 +33,9 @@ pub(super) struct StartEvent {
 impl StartEvent {
     /// An operation that is called now may wait for its event for `limit`. The event of another
     /// operation ends by that operation's own deadline, which starts anew with each of its steps.
-    pub(super) fn new(event: Event, limit: Duration) -> StartEvent {
-        let limit = if event.origin::<Outcome>().is_some() { Duration::MAX } else { limit };
-        StartEvent { event, calls_back: false, watch: Watch::new(limit, false) }
+    pub(super) fn new(event: Event, limit: Limit) -> StartEvent {
+        let limit = if event.origin::<Outcome>().is_some() { Limit::NONE } else { limit };
+        StartEvent { event, calls_back: false, watch: Watch::new(limit) }
     }
 
     /// Whether the operation may start. `waker` is the progress thread's, if that is the thread
@@ -68,7 +67,7 @@ impl StartEvent {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::Ordering;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::{Communicator, Launch, Options};

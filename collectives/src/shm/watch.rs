@@ -9,10 +9,30 @@ use super::shared::Shared;
 use crate::Error;
 use crate::wire::Wire;
 
+/// How long somebody waits, at each step of an operation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit {
+    within: Duration,
+    /// Whether time does not count in which the rank waited for is running.
+    patient: bool,
+}
+
+impl Limit {
+    pub(crate) const NONE: Limit = Limit::within(Duration::MAX);
+
+    pub(crate) const fn within(within: Duration) -> Limit {
+        Limit { within, patient: false }
+    }
+
+    /// As long as the ranks waited for are running, and so long besides.
+    pub(crate) const fn patiently(within: Duration) -> Limit {
+        Limit { within, patient: true }
+    }
+}
+
 /// The patience of one wait.
 pub(crate) struct Watch {
-    limit: Duration,
-    patient: bool,
+    limit: Limit,
     /// Looks so far that did not ask for the time: most waits are over before any does.
     glances: u32,
     /// When this was last looked at.
@@ -30,9 +50,8 @@ const CHECK_EVERY: Duration = Duration::from_millis(1);
 const LONGEST_GAP: Duration = Duration::from_millis(200);
 
 impl Watch {
-    /// A wait of at most `limit`; a patient one does not count time in which the rank waited for is running.
-    pub(crate) fn new(limit: Duration, patient: bool) -> Watch {
-        Watch { limit, patient, glances: 0, checked: None, waited: Duration::ZERO, warned: false }
+    pub(crate) fn new(limit: Limit) -> Watch {
+        Watch { limit, glances: 0, checked: None, waited: Duration::ZERO, warned: false }
     }
 
     /// Looks, now and then, whether the wait is in vain. `late` is a rank of this host that is waited for, `is_late` tells it for each.
@@ -43,7 +62,7 @@ impl Watch {
         is_late: &dyn Fn(usize) -> bool,
         op: &dyn Fn() -> String,
     ) -> Result<(), Error> {
-        let patient = self.patient;
+        let patient = self.limit.patient;
         if self.passed(|| patient && is_running(shared, late)) {
             self.look_around(shared, is_late, op)?;
             let all = || (0..shared.world()).filter(|&rank| is_late(rank)).map(|rank| shared.name(rank)).collect();
@@ -85,7 +104,7 @@ impl Watch {
             }
             self.look_around(shared, is_late, op)?;
             self.warn(shared, &|| format!("for the event that starts {} here", op()));
-            if self.waited >= self.limit {
+            if self.waited >= self.limit.within {
                 return Err(Error::NotStarted { op: op(), seconds: self.waited.as_secs() });
             }
         }
@@ -150,7 +169,7 @@ impl Watch {
         how: &dyn Fn() -> String,
     ) -> Result<(), Error> {
         self.warn(shared, &|| format!("for rank {late} in {} ({})", op(), how()));
-        if self.waited >= self.limit {
+        if self.waited >= self.limit.within {
             let seconds = self.waited.as_secs();
             let others = all().into_iter().filter(|&rank| rank != late);
             let waiting_on = std::iter::once(late).chain(others).collect();
