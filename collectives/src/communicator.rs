@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use pillion_kernels::{Buffer, DType, Device, Region, Space};
 
 use crate::call::Purpose;
+use crate::checks::expect;
 use crate::join::{self, Job};
 use crate::limits::explain_thread;
 use crate::shm::arena::available_memory;
@@ -223,12 +224,12 @@ impl Communicator {
     /// A window of `len` elements, zeroed and writable; every rank makes the same.
     ///
     /// # Errors
-    /// As for [`Communicator::allocate`].
-    ///
-    /// # Panics
-    /// When `len` is no multiple of the world.
+    /// As for [`Communicator::allocate`]; [`Error::Misuse`] when `len` is no multiple of the world.
     pub fn window(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Window, Error> {
-        assert!(len.is_multiple_of(self.world()), "a window of {len} elements over {} ranks", self.world());
+        let world = self.world();
+        expect(len.is_multiple_of(world), || {
+            format!("a window of {len} elements over {world} ranks: give a multiple")
+        })?;
         self.make_window(device, dtype, len, None)
     }
 

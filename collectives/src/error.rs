@@ -78,6 +78,13 @@ pub enum Error {
         /// Whether rank 0 has the same error, so that this rank need not print it.
         said_by_rank_zero: bool,
     },
+    /// The arguments of a call on this rank cannot be. Nothing was sent; the communicator is as it
+    /// was, and the other ranks wait for this one where they made a right call.
+    #[error("{reason}")]
+    Misuse {
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
     /// Ranks did not find each other.
     #[error("rank {rank} of {world} could not join job `{job}`: {reason}")]
     Rendezvous {
@@ -144,6 +151,23 @@ fn ranks(ranks: &[usize]) -> String {
 }
 
 impl Error {
+    /// A number for each kind of error, which stays what it is.
+    pub const fn code(&self) -> i32 {
+        match self {
+            Error::PeerLost { .. } => 1,
+            Error::Timeout { .. } => 2,
+            Error::NotStarted { .. } => 3,
+            Error::Before(_) => 4,
+            Error::Mismatch { .. } => 5,
+            Error::Aborted { .. } => 6,
+            Error::Options { .. } => 7,
+            Error::Misuse { .. } => 8,
+            Error::Rendezvous { .. } => 9,
+            Error::OutOfMemory { .. } => 10,
+            Error::System { .. } => 11,
+        }
+    }
+
     pub(crate) fn system(what: &'static str) -> impl Fn(rustix::io::Errno) -> Error {
         move |errno| Error::System { what, reason: crate::limits::explain(&errno.into()) }
     }

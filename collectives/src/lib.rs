@@ -11,6 +11,7 @@
 
 mod algorithms;
 mod call;
+mod checks;
 mod communicator;
 mod error;
 mod hosts;

@@ -8,6 +8,7 @@ use pillion_kernels::{Buffer, Completion, DType, Event};
 
 use crate::algorithms::{self, AnyCollective, GatherWindow, Operands, Operation, Scalars};
 use crate::call::Purpose;
+use crate::checks::{checked, expect, on_host};
 use crate::pending::{Outcome, Pending};
 use crate::shm::control::{Channel, PAYLOAD};
 use crate::shm::flight::{Collective, Course, Flight};
@@ -43,11 +44,13 @@ impl From<Event> for Start {
 
 /// Reductions run in order of rank; on several hosts in order of rank on each, and then in order of hosts.
 /// Buffers come from [`Communicator::allocate`], where peers use them in place, or from anywhere, and are then copied through a stage.
-/// Every operation takes the same arguments on every rank unless it says otherwise, and panics when shapes or types disagree.
+/// Every operation takes the same arguments on every rank unless it says otherwise. One whose shapes or types
+/// cannot be ends with [`Error::Misuse`], and drops its buffers, before other ranks hear of it.
 impl Communicator {
     /// output\[p·n..\] = the shard of rank p. `shard: [n]`, unchanged; `output: [≥ world · n]`, same type, unchanged beyond.
     pub fn all_gather(&self, shard: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
-        self.check("all-gather", &shard, &output, output.len() >= self.world() * shard.len());
+        let fits = self.world().checked_mul(shard.len()).is_some_and(|len| output.len() >= len);
+        checked!(self.check("all-gather", &shard, &output, fits), (shard, output));
         let operation = self.gather_operation(operands(Some(&shard), Some(&output)), shard.len(), None, false);
         self.run(operation, Channel::Gather, start.into(), (shard, output))
     }
@@ -61,7 +64,8 @@ impl Communicator {
         start: impl Into<Start>,
     ) -> Pending<(Buffer, Buffer)> {
         let len = sections.shard_len();
-        self.check("all-gather", &shard, &output, shard.len() == len && output.len() >= self.world() * len);
+        let fits = shard.len() == len && output.len() >= self.world() * len;
+        checked!(self.check("all-gather", &shard, &output, fits), (shard, output));
         let operands = operands(Some(&shard), Some(&output));
         let operation = self.gather_operation(operands, len, Some(sections.clone()), false);
         self.run(operation, Channel::Gather, start.into(), (shard, output))
@@ -79,7 +83,7 @@ impl Communicator {
 
     /// buffer\[p·n..\] = that part of rank p's buffer. `buffer: [world · n]`.
     pub fn all_gather_in_place(&self, buffer: Buffer, start: impl Into<Start>) -> Pending<Buffer> {
-        let chunk = self.chunk_of(&buffer);
+        let chunk = checked!(self.chunk_of(&buffer), buffer);
         let mut operands = operands(None, Some(&buffer));
         operands.input = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
         let operation = self.gather_operation(operands, chunk, None, false);
@@ -94,18 +98,16 @@ impl Communicator {
         start: impl Into<Start>,
     ) -> Pending<Buffer> {
         let len = sections.shard_len();
-        self.check("all-gather", &buffer, &buffer, buffer.len() == self.world() * len);
+        checked!(self.check("all-gather", &buffer, &buffer, buffer.len() == self.world() * len), buffer);
         let operation =
             self.gather_operation(operands(Some(&buffer), Some(&buffer)), len, Some(sections.clone()), true);
         self.run(operation, Channel::Gather, start.into(), buffer)
     }
 
     /// Makes all of a window readable, with what each rank wrote to its shard before `start`. Moves nothing on a host.
-    ///
-    /// # Panics
-    /// When the window is gathered already.
+    /// A window that is gathered already, or of another communicator, is misuse.
     pub fn gather_window(&self, mut window: Window, start: impl Into<Start>) -> Pending<Window> {
-        window.begin_gather(&self.shared);
+        checked!(window.begin_gather(&self.shared), window);
         let sections = window.sections();
         let collective = GatherWindow::new(window.span(), window.place(), self.rank(), self.world(), sections);
         self.run(collective, Channel::Gather, start.into(), window)
@@ -113,7 +115,7 @@ impl Communicator {
 
     /// buffer = that of rank `root`. `buffer: [n]`.
     pub fn broadcast(&self, buffer: Buffer, root: usize, start: impl Into<Start>) -> Pending<Buffer> {
-        assert!(root < self.world(), "a broadcast from rank {root} of {}", self.world());
+        checked!(self.check_rank("a broadcast from", root).and_then(|()| on_host(&buffer)), buffer);
         let operands = if self.rank() == root { operands(Some(&buffer), None) } else { operands(None, Some(&buffer)) };
         let operation = algorithms::broadcast(&self.shared.hosts, self.rank(), operands, buffer.len(), root);
         self.run(operation, Channel::Gather, start.into(), buffer)
@@ -127,7 +129,8 @@ impl Communicator {
         root: usize,
         start: impl Into<Start>,
     ) -> Pending<(Buffer, Option<Buffer>)> {
-        self.check_root("gather", root, &shard, output.as_ref(), self.world() * shard.len());
+        let len = || self.world().saturating_mul(shard.len());
+        checked!(self.check_root("gather", root, &shard, output.as_ref(), len), (shard, output));
         let operands = operands(Some(&shard), output.as_ref());
         let operation = algorithms::gather(&self.shared.hosts, self.rank(), operands, shard.len(), root);
         self.run(operation, Channel::Gather, start.into(), (shard, output))
@@ -141,7 +144,8 @@ impl Communicator {
         root: usize,
         start: impl Into<Start>,
     ) -> Pending<(Option<Buffer>, Buffer)> {
-        self.check_root("scatter", root, &output, input.as_ref(), self.world() * output.len());
+        let len = || self.world().saturating_mul(output.len());
+        checked!(self.check_root("scatter", root, &output, input.as_ref(), len), (input, output));
         let operands = operands(input.as_ref(), Some(&output));
         let operation = algorithms::scatter(&self.shared.hosts, self.rank(), operands, output.len(), root);
         self.run(operation, Channel::Gather, start.into(), (input, output))
@@ -149,8 +153,9 @@ impl Communicator {
 
     /// output\[p·n..\] = part r of the input of rank p, on rank r. `input, output: [world · n]`.
     pub fn all_to_all(&self, input: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
-        self.check("all-to-all", &input, &output, output.len() == input.len());
-        let (operands, chunk) = (operands(Some(&input), Some(&output)), self.chunk_of(&input));
+        checked!(self.check("all-to-all", &input, &output, output.len() == input.len()), (input, output));
+        let chunk = checked!(self.chunk_of(&input), (input, output));
+        let operands = operands(Some(&input), Some(&output));
         let operation = algorithms::all_to_all(&self.shared.hosts, self.rank(), operands, chunk);
         self.run(operation, Channel::Gather, start.into(), (input, output))
     }
@@ -168,8 +173,7 @@ impl Communicator {
     }
 
     fn message(&self, direction: Direction, buffer: Buffer, peer: usize, start: Start) -> Pending<Buffer> {
-        on_host(&buffer);
-        assert!(peer < self.world(), "a message between rank {} and rank {peer} of {}", self.rank(), self.world());
+        checked!(self.check_rank("a message to or from", peer).and_then(|()| on_host(&buffer)), buffer);
         let (outcome, deferred) = (Arc::new(Outcome::default()), buffer.span().deferred());
         let limit = self.limit_of(&start);
         let flight =
@@ -188,12 +192,9 @@ impl Communicator {
     /// rank has called.
     ///
     /// # Errors
-    /// The communicator's first error.
-    ///
-    /// # Panics
-    /// For reductions of bits.
+    /// The communicator's first error; [`Error::Misuse`] for reductions of bits.
     pub fn all_reduce_scalars(&self, values: &mut [f64], reduction: Reduction) -> Result<(), Error> {
-        assert!(reduction.supports(DType::F64, DType::F64), "no {} of numbers", reduction.name());
+        expect(reduction.supports(DType::F64, DType::F64), || format!("there is no {} of f64", reduction.name()))?;
         for chunk in values.chunks_mut(PAYLOAD) {
             let count = chunk.len();
             let all =
@@ -210,10 +211,7 @@ impl Communicator {
     /// Every rank's `values` (at most 64, as many on each rank), in order of rank.
     ///
     /// # Errors
-    /// The communicator's first error.
-    ///
-    /// # Panics
-    /// With more than 64 values.
+    /// The communicator's first error; [`Error::Misuse`] with more than 64 values.
     pub fn all_gather_scalars(&self, values: &[u64]) -> Result<Vec<Vec<u64>>, Error> {
         self.exchange_scalars(values, Purpose::Gather, self.limit())
     }
@@ -238,7 +236,8 @@ impl Communicator {
         purpose: Purpose,
         limit: Limit,
     ) -> Result<Vec<u64>, Error> {
-        assert!(values.len() <= PAYLOAD, "at most {PAYLOAD} scalars at a time");
+        let count = values.len();
+        expect(count <= PAYLOAD, || format!("{count} scalars at a time: at most {PAYLOAD}"))?;
         let mut scalars = Scalars::new(values, purpose, self.shared.words.take());
         match self.shared.run_here(Channel::Control, &mut scalars, limit) {
             Some(result) => {
@@ -257,9 +256,10 @@ impl Communicator {
     /// `bytes` of rank `root`, on every rank. For settings and names; large data goes through [`Communicator::broadcast`].
     ///
     /// # Errors
-    /// The communicator's first error.
+    /// The communicator's first error; [`Error::Misuse`] for a root that is none of the ranks.
     pub fn broadcast_bytes(&self, root: usize, bytes: &[u8]) -> Result<Vec<u8>, Error> {
         const PIECE: usize = PAYLOAD * 8;
+        self.check_rank("a broadcast from", root)?;
         let len = self.exchange_scalars(&[bytes.len() as u64], Purpose::Bytes, self.limit())?[root][0] as usize;
         let mut received = Vec::with_capacity(len);
         while received.len() < len {
@@ -346,48 +346,13 @@ impl Communicator {
         self.shared.submit(Flight::new(collective, course, after, outcome.clone()));
         outcome
     }
-
-    fn check(&self, name: &str, input: &Buffer, output: &Buffer, fits: bool) {
-        assert!(
-            fits && input.dtype() == output.dtype(),
-            "an {name} of {input:?} into {output:?} over {} ranks",
-            self.world()
-        );
-        same_device(input, output);
-    }
-
-    /// Checks what only the root has: a buffer of `len` elements, of the type of what every rank has.
-    pub(crate) fn check_root(&self, name: &str, root: usize, every: &Buffer, only: Option<&Buffer>, len: usize) {
-        assert!(root < self.world(), "a {name} with root {root} of {}", self.world());
-        assert!(only.is_some() == (self.rank() == root), "a {name}'s root, and nobody else, gives the other buffer");
-        if let Some(only) = only {
-            assert!(only.len() == len && only.dtype() == every.dtype(), "a {name} between {every:?} and {only:?}");
-            same_device(every, only);
-        }
-    }
-
-    pub(crate) fn chunk_of(&self, buffer: &Buffer) -> usize {
-        assert!(buffer.len().is_multiple_of(self.world()), "{buffer:?} over {} ranks", self.world());
-        buffer.len() / self.world()
-    }
 }
 
+/// Of buffers that have been checked.
 pub(crate) fn operands(input: Option<&Buffer>, output: Option<&Buffer>) -> Operands {
-    [input, output].into_iter().flatten().for_each(on_host);
     let dtype = input.or(output).expect("an operation has a buffer").dtype();
     let to = output.map_or(dtype, Buffer::dtype);
     Operands { input: input.map(Buffer::span), output: output.map(Buffer::span), dtype, to }
-}
-
-fn on_host(buffer: &Buffer) {
-    let space = buffer.span().space();
-    assert!(space.is_host(), "collectives move memory of the host, and {buffer:?} is {space}");
-}
-
-/// Memory of a deferring device has a lock, which an operation takes for all of its buffers or for none.
-pub(crate) fn same_device(one: &Buffer, other: &Buffer) {
-    on_host(other);
-    assert!(one.span().deferred() == other.span().deferred(), "an operation's buffers are of one device");
 }
 
 // An operation is handed to the progress thread.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pillion_kernels::{Buffer, Event, Span, View, ViewMut};
 
+use crate::checks::expect;
 use crate::shm::control::{WINDOW_BELL, subject};
 use crate::shm::protocol::publish;
 use crate::shm::shared::Shared;
@@ -96,12 +97,12 @@ impl Window {
     /// gather. The next gather starts after an event that follows the writes.
     ///
     /// # Errors
-    /// When a rank is lost or does not release before the deadline.
-    ///
-    /// # Panics
-    /// When this rank itself has not released.
+    /// When a rank is lost or does not release before the deadline; [`Error::Misuse`] when this rank
+    /// itself has not released, or for a section that there is not.
     pub fn shard_mut(&mut self, section: usize) -> Result<ViewMut<'_>, Error> {
-        assert!(!self.gathered, "a window is released before it is written");
+        expect(!self.gathered, || "a window is released before it is written".to_owned())?;
+        let count = self.sections.as_ref().map_or(1, Sections::count);
+        expect(section < count, || format!("section {section} of a window of {count}: they are counted from 0"))?;
         let (shared, gathers) = (&self.shared, self.gathers);
         let late = |rank: usize| self.released(rank).load(Ordering::Acquire) < gathers;
         shared.wait_for_ranks("writing a window", shared.options.timeout, late)?;
@@ -127,11 +128,13 @@ impl Window {
     }
 
     /// Starts a gather by the ranks of `shared`; the caller has every rank do the same and waits for all before anyone reads.
-    pub(crate) fn begin_gather(&mut self, shared: &Arc<Shared>) {
-        assert!(Arc::ptr_eq(&self.shared, shared), "a window is gathered by the communicator that made it");
-        assert!(!self.gathered, "a window is released before it is gathered again");
+    pub(crate) fn begin_gather(&mut self, shared: &Arc<Shared>) -> Result<(), Error> {
+        let own = Arc::ptr_eq(&self.shared, shared);
+        expect(own, || "a window is gathered by the communicator that made it".to_owned())?;
+        expect(!self.gathered, || "a window is released before it is gathered again".to_owned())?;
         self.gathers += 1;
         self.gathered = true;
+        Ok(())
     }
 
     fn released(&self, rank: usize) -> &AtomicU64 {
