@@ -9,7 +9,7 @@ use pillion_kernels::{Buffer, DType, Device, Region, Space};
 
 use crate::call::Purpose;
 use crate::checks::expect;
-use crate::join::{self, Job};
+use crate::join::{self, Job, Joined};
 use crate::limits::explain_thread;
 use crate::shm::arena::available_memory;
 use crate::shm::control::state;
@@ -53,7 +53,8 @@ impl Communicator {
     /// The other ranks are told of the first and the last, and return [`Error::Aborted`].
     pub fn connect(launch: &Launch, options: Options) -> Result<Communicator, Error> {
         let world = launch.world;
-        let job = Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world };
+        let job =
+            Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world, network: None };
         options.check(launch).map_err(|error| join::decline(&job, error))?;
         Communicator::start(job, options)
     }
@@ -64,7 +65,8 @@ impl Communicator {
     /// need not print it.
     pub fn decline(launch: &Launch, reason: &str) -> bool {
         let world = launch.world;
-        let job = Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world };
+        let job =
+            Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world, network: None };
         join::decline_for(&job, reason)
     }
 
@@ -93,9 +95,9 @@ impl Communicator {
         let progress = std::thread::Builder::new()
             .name(format!("pillion-progress-{}", job.launch.rank))
             .spawn(move || match join::join(&for_thread, options) {
-                Ok((shared, wire)) => {
+                Ok(Joined { shared, wire, network }) => {
                     // Where nobody listens any more, this thread has been given up, and the rank has failed.
-                    if sender.send(Ok(shared.clone())).is_ok() {
+                    if sender.send(Ok((shared.clone(), network))).is_ok() {
                         shared.run(wire);
                     }
                 }
@@ -109,14 +111,15 @@ impl Communicator {
         let joined = receiver.recv_timeout(startup.saturating_mul(3)).map_err(|error| {
             let reason = match error {
                 RecvTimeoutError::Timeout => {
-                    "the other ranks did not answer MPI: were they all started by the same mpirun?"
+                    "the other ranks did not answer: were they all started by the same launcher?"
                 }
                 RecvTimeoutError::Disconnected => "the progress thread panicked",
             };
             let Launch { rank, world, .. } = job.launch;
             Error::Rendezvous { rank, world, job: job.name.clone(), reason: reason.to_owned() }
         })?;
-        let shared = joined.map_err(|error| join::decline(&job, error))?;
+        let (shared, network) = joined.map_err(|error| join::decline(&job, error))?;
+        let job = Job { network, ..job };
         let communicator = Communicator { shared, progress: Some(progress), job, splits: AtomicU64::new(0) };
         let shared = &communicator.shared;
         let absent = |rank: usize| shared.map.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
@@ -204,7 +207,8 @@ impl Communicator {
         let ranks = members.iter().map(|&rank| self.job.ranks[rank]).collect();
         let options = Options { reduce_groups: 1, ..self.shared.options.clone() };
         let name = format!("{}+{number}.{lowest}", self.job.name);
-        Communicator::start(Job { launch, name, ranks, world: self.job.world }, options).map(Some)
+        let network = self.job.network.clone();
+        Communicator::start(Job { launch, name, ranks, world: self.job.world, network }, options).map(Some)
     }
 
     /// Zeroed memory of `device` that other ranks can read while an operation owns it. Every rank allocates the same. The memory

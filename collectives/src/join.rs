@@ -23,14 +23,32 @@ pub(crate) struct Job {
     pub(crate) ranks: Vec<usize>,
     /// Number of ranks of the job.
     pub(crate) world: usize,
+    /// Where hosts are connected over TCP: from the first communicator of the job on.
+    pub(crate) network: Option<Arc<Network>>,
 }
 
-/// What [`join`] returns: what the rank's threads share, and the wire to other hosts where there are any.
-pub(crate) type Joined = (Arc<Shared>, Option<Box<dyn Wire>>);
+impl Job {
+    /// What tells this communicator from others of the job; the job's own name may be another on
+    /// other hosts.
+    pub(crate) fn suffix(&self) -> &str {
+        &self.name[self.launch.job.len()..]
+    }
+}
+
+/// What [`join`] returns.
+pub(crate) struct Joined {
+    /// What the rank's threads share.
+    pub(crate) shared: Arc<Shared>,
+    /// The wire to other hosts, where there are any.
+    pub(crate) wire: Option<Box<dyn Wire>>,
+    /// As in [`Job`].
+    pub(crate) network: Option<Arc<Network>>,
+}
 
 /// Joins the others, on the thread that will drive this rank's operations.
 pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     let Launch { rank, world, local_world, .. } = job.launch;
+    let mut network = job.network.clone();
     let (hosts, wire) = if options.simulated_hosts > 1 {
         let wire: Box<dyn Wire> = Box::new(ThreadWire::open(&job.name, rank));
         // By the rank in the job, so that a split communicator's ranks stay where they are.
@@ -41,20 +59,25 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     {
         match options.wire.of(&job.launch, options.backend) {
             WireKind::Mpi => over_mpi(job, &options)?,
-            _ => over_tcp(job, &options)?,
+            _ => over_tcp(job, &options, &mut network)?,
         }
     } else {
         (Hosts::single(world), None)
     };
-    let wire = wire.filter(|_| hosts.ranks.len() > 1);
+    let mut wire = wire.filter(|_| hosts.ranks.len() > 1);
     let groups = options.reduce_groups;
     if hosts.local().len() > 1 && wire.is_some() && ![1, hosts.ranks.len()].contains(&groups) {
         let reason =
             format!("{groups} groups of reduction were asked for, but {} hosts are groups already", hosts.ranks.len());
         return Err(Error::Options { reason, said_by_rank_zero: rank > 0 });
     }
+    // Launchers of one host may have given the job different names.
+    let name = match &network {
+        Some(network) => format!("{}{}", network.name(), job.suffix()),
+        None => job.name.clone(),
+    };
     // Every host has a place of its own, named after its lowest rank.
-    let name = if wire.is_some() { format!("{}@{}", job.name, hosts.local()[0]) } else { job.name.clone() };
+    let name = if wire.is_some() { format!("{name}@{}", hosts.local()[0]) } else { name };
     let local = hosts.column(rank);
     let place = Place {
         name: &name,
@@ -63,8 +86,11 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         global_rank: job.ranks[rank],
         global_world: job.world,
     };
-    let map = rendezvous::join(&place, options.startup_timeout, options.warn_after)?;
-    Ok((Arc::new(Shared::new(map, local, hosts, options)), wire))
+    let map = rendezvous::join(&place, options.startup_timeout, options.warn_after).inspect_err(|error| {
+        // Or the other hosts would take this rank's end for an orderly one.
+        wire.iter_mut().for_each(|wire| wire.abort(&error.to_string()));
+    })?;
+    Ok(Joined { shared: Arc::new(Shared::new(map, local, hosts, options)), wire, network })
 }
 
 /// Tells the other ranks of this host that this one cannot join because of `error`, where nothing
@@ -131,15 +157,23 @@ fn group(identities: &[String], rank: usize, backend: Backend) -> Hosts {
 }
 
 /// Meets the ranks of other hosts, and connects to those of this rank's column.
-fn over_tcp(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
-    let launch = Launch { rank: job.ranks[job.launch.rank], world: job.world, ..job.launch.clone() };
-    let network = Network::of(&launch, options)?;
+fn over_tcp(
+    job: &Job,
+    options: &Options,
+    known: &mut Option<Arc<Network>>,
+) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
+    let network = match known {
+        Some(network) => network.clone(),
+        // The job's first communicator, of all ranks.
+        none => none.insert(Network::meet(&job.launch, options)?).clone(),
+    };
     let identities: Vec<String> = job.ranks.iter().map(|&rank| network.host(rank).to_owned()).collect();
     let own = job.launch.rank;
     let hosts = group(&identities, own, options.backend);
-    // The job's name may be another on other hosts.
-    let name = &job.name[job.launch.job.len()..];
-    let wire = TcpWire::open(network, &job.ranks, own, &hosts, name, options.startup_timeout)?;
+    if hosts.ranks.len() == 1 {
+        return Ok((hosts, None));
+    }
+    let wire = TcpWire::open(network, &job.ranks, own, &hosts, job.suffix(), options.startup_timeout)?;
     Ok((hosts, Some(Box::new(wire))))
 }
 

@@ -76,7 +76,8 @@ impl Communicator {
         let Comparison { totals, limit } = comparison;
         expect(self.can_compare(), || "terms are compared on one host".to_owned())?;
         let is_sum = reduce.reduction == Reduction::Sum && reduce.output.dtype() == DType::F32 && !reduce.accumulate;
-        expect(is_sum, || "terms are compared with their sum in f32".to_owned())?;
+        let is_sum = is_sum && matches!(reduce.input.dtype(), DType::F32 | DType::Bf16);
+        expect(is_sum, || "terms, f32 or bf16, are compared with their sum in f32".to_owned())?;
         let sections = reduce.sections.as_ref().map_or(1, Sections::count);
         let len = sections * Comparison::len(self.world());
         let fits = totals.len() == len && totals.dtype() == DType::F64;

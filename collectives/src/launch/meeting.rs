@@ -34,14 +34,15 @@ pub(super) fn read(source: Source, get: &dyn Fn(&str) -> Option<String>) -> Resu
         (None, Source::Torchrun) => {
             // The agent's own store is at the port itself.
             let port = get("MASTER_PORT").and_then(|port| port.trim().parse::<u16>().ok()?.checked_add(1));
-            get("MASTER_ADDR").zip(port).map(|(host, port)| joined(&host, port))
+            get("MASTER_ADDR").and_then(|host| joined(&host, port?))
         }
         (None, Source::Slurm) => {
             let nodes = get("SLURM_STEP_NODELIST").or_else(|| get("SLURM_NODELIST"));
             let number = |name| get(name).and_then(|value| value.parse::<u64>().ok());
             let (job, step) = (number("SLURM_JOB_ID"), number("SLURM_STEP_ID"));
-            let port = job.zip(step).map(|(job, step)| LEAST_PORT + ((31 * job + step) % PORTS) as u16);
-            nodes.zip(port).map(|(nodes, port)| joined(&first_node(&nodes), port))
+            let number = job.zip(step).map(|(job, step)| job.wrapping_mul(31).wrapping_add(step));
+            let port = number.map(|number| LEAST_PORT + (number % PORTS) as u16);
+            nodes.and_then(|nodes| joined(&first_node(&nodes), port?))
         }
         _ => None,
     };
@@ -67,9 +68,11 @@ pub(super) fn read(source: Source, get: &dyn Fn(&str) -> Option<String>) -> Resu
 const LEAST_PORT: u16 = 20_000;
 const PORTS: u64 = 10_000;
 
-fn joined(host: &str, port: u16) -> String {
-    let is_v6 = host.contains(':') && !host.starts_with('[');
-    if is_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+/// None without a host.
+fn joined(host: &str, port: u16) -> Option<String> {
+    let (host, is_v6) = (host.trim(), host.contains(':') && !host.starts_with('['));
+    let address = if is_v6 { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+    (!host.is_empty()).then_some(address)
 }
 
 /// The first of Slurm's list, such as `node[003-010,020]-ib,other`.
@@ -115,6 +118,13 @@ mod tests {
         assert_eq!(meeting(Source::Torchrun, &v6), Ok(Some("[fe80::1]:29501".into())));
         let slurm = [("SLURM_STEP_NODELIST", "n[3-4]"), ("SLURM_JOB_ID", "1000"), ("SLURM_STEP_ID", "2")];
         assert_eq!(meeting(Source::Slurm, &slurm), Ok(Some("n3:21002".into())));
+        let largest = [("SLURM_STEP_NODELIST", "n"), ("SLURM_JOB_ID", "18446744073709551615"), ("SLURM_STEP_ID", "4")];
+        assert!(meeting(Source::Slurm, &largest).unwrap().unwrap().starts_with("n:2"));
+        for (source, name) in [(Source::Torchrun, "MASTER_ADDR"), (Source::Slurm, "SLURM_STEP_NODELIST")] {
+            let mut empty = [torch, slurm].concat();
+            empty.iter_mut().filter(|(known, _)| *known == name).for_each(|(_, value)| *value = "");
+            assert_eq!(meeting(source, &empty), Ok(None));
+        }
         assert_eq!(meeting(Source::OpenMpi, &torch), Ok(None));
         let given = [("PILLION_ADDRESS", "head:4000"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")];
         assert_eq!(meeting(Source::Torchrun, &given), Ok(Some("head:4000".into())));

@@ -97,10 +97,12 @@ impl fmt::Display for Refusal {
 }
 
 impl Refusal {
-    /// Those that rank 0 answers with.
+    /// The one of this number.
     pub(super) fn of(number: u64) -> Option<Refusal> {
         use Refusal::*;
-        [Token, World, NoSuchRank, Taken].into_iter().find(|&refusal| refusal as u64 == number)
+        [Silent, Unfinished, HungUp, Garbage, Version, Token, World, NoSuchRank, Taken]
+            .into_iter()
+            .find(|&refusal| refusal as u64 == number)
     }
 }
 

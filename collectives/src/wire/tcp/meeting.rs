@@ -51,28 +51,31 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
                 return Err(format!("rank 0 cannot listen at port {port}: {error}; give PILLION_ADDRESS another port"));
             }
             // Perhaps the job before is just ending.
-            Err(_) => std::thread::sleep(RETRY_EVERY),
+            Err(error) => {
+                patience.warn(|| format!("port {port}, which it cannot have: {error}"));
+                std::thread::sleep(RETRY_EVERY);
+            }
         }
     };
     listener.set_nonblocking(true).map_err(|error| format!("listening at port {port}: {error}"))?;
     let mut come: BTreeMap<u64, (Member, TcpStream)> = BTreeMap::new();
     let mut waiting: VecDeque<Arriving> = VecDeque::new();
     let mut refused: BTreeMap<Refusal, usize> = BTreeMap::new();
-    while (come.len() as u64) < world - 1 {
+    loop {
+        // A rank that has greeted says nothing more until it ends; then it may come again.
+        come.retain(
+            |_, (_, socket)| matches!(socket.peek(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock),
+        );
+        if come.len() as u64 == world - 1 {
+            break;
+        }
         let missing = || (1..world).filter(|rank| !come.contains_key(rank)).collect::<Vec<u64>>();
         if Instant::now() >= patience.deadline {
             return Err(format!("ranks {:?} did not come to port {port} of this host{}", missing(), count(&refused)));
         }
         patience.warn(|| format!("ranks {:?} at port {port}", missing()));
-        wait(&listener, &waiting, patience.next());
-        while let Ok((socket, _)) = listener.accept() {
-            if socket.set_nonblocking(true).is_ok() {
-                waiting.push_back(Arriving::new(socket));
-            }
-            if waiting.len() > MOST_WAITING {
-                waiting.pop_front();
-            }
-        }
+        wait(&listener, &waiting, &come, patience.next());
+        accept_some(&listener, &mut waiting).map_err(|error| explain(&error))?;
         for _ in 0..waiting.len() {
             let Some(mut arriving) = waiting.pop_front() else { break };
             let admitted = arriving.read(token).and_then(|greeting| match greeting {
@@ -102,6 +105,30 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
         blocking.and_then(|()| socket.write_all(&table)).map_err(|error| format!("rank {rank} is gone: {error}"))?;
     }
     Ok(members)
+}
+
+/// Takes in some of those who connect. The newest push out the oldest that have not greeted.
+///
+/// # Errors
+/// When no file more can be opened.
+pub(super) fn accept_some(listener: &TcpListener, waiting: &mut VecDeque<Arriving>) -> std::io::Result<()> {
+    for _ in 0..MOST_WAITING {
+        match listener.accept() {
+            Ok((socket, _)) if socket.set_nonblocking(true).is_ok() => waiting.push_back(Arriving::new(socket)),
+            Ok(_) => {}
+            // Without the older ones there is room for this one.
+            Err(error) if is_out_of_files(&error) => match waiting.pop_front() {
+                Some(_) => {}
+                None => return Err(error),
+            },
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+        if waiting.len() > MOST_WAITING {
+            waiting.pop_front();
+        }
+    }
+    Ok(())
 }
 
 /// Who greeted.
@@ -178,7 +205,8 @@ fn attempt(own: &Greeting, address: &str, limit: Duration) -> Result<(Vec<Member
             let refusal = Refusal::of(other);
             let why = refusal.map_or("without a reason".to_owned(), |refusal| refusal.to_string());
             let reason = format!("rank 0 at {address} refused this rank as a connection {why}");
-            let may_go = matches!(refusal, None | Some(Refusal::Token));
+            // The job before, or this rank's own earlier self, may just be ending.
+            let may_go = matches!(refusal, None | Some(Refusal::Token | Refusal::Taken));
             return Err(if may_go { Obstacle::MayGo(reason) } else { Obstacle::Stays(reason) });
         }
     }
@@ -227,9 +255,15 @@ fn count(refused: &BTreeMap<Refusal, usize>) -> String {
 }
 
 /// Sleeps until somebody connects or says something, or the time has come.
-fn wait(listener: &TcpListener, waiting: &VecDeque<Arriving>, until: Instant) {
+fn wait(
+    listener: &TcpListener,
+    waiting: &VecDeque<Arriving>,
+    come: &BTreeMap<u64, (Member, TcpStream)>,
+    until: Instant,
+) {
     let until = waiting.iter().map(|arriving| arriving.until).fold(until, Instant::min);
-    let sockets = waiting.iter().map(|arriving| PollFd::new(&arriving.socket, PollFlags::IN));
+    let sockets = waiting.iter().map(|arriving| &arriving.socket).chain(come.values().map(|(_, socket)| socket));
+    let sockets = sockets.map(|socket| PollFd::new(socket, PollFlags::IN));
     let mut events: Vec<PollFd<'_>> = std::iter::once(PollFd::new(listener, PollFlags::IN)).chain(sockets).collect();
     let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
     // Whatever comes of it, everything is looked at.

@@ -17,7 +17,7 @@ mod network;
 mod tests;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Request, Wire};
 use crate::Error;
@@ -32,6 +32,9 @@ const TAGS: [u8; 4] = [16, 0, 1, 2];
 /// How many of them ranks use that are in different columns: reductions and agreements go through
 /// columns alone.
 const ACROSS: usize = 2;
+
+/// How long a rank whose connection has ended may take to say why.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// One rank's end of a communicator's wire.
 pub(crate) struct TcpWire {
@@ -131,9 +134,16 @@ impl Wire for TcpWire {
             }
         };
         complete.map_err(|error| {
-            // Why the connection ended, where the other rank has said it.
-            let error = self.listen().unwrap_or(error);
-            self.failed.insert(error).clone()
+            // Why the connection ended, where the other rank has said it: on a connection of its own,
+            // which may be slower.
+            let started = Instant::now();
+            let said = loop {
+                match self.listen() {
+                    None if started.elapsed() < LAST_WORDS => std::thread::sleep(Duration::from_millis(1)),
+                    said => break said,
+                }
+            };
+            self.failed.insert(said.unwrap_or(error)).clone()
         })
     }
 

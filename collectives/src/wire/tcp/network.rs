@@ -1,15 +1,16 @@
 //! What a rank knows of its job once it has met the others: where each listens, and on which host.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, LazyLock, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::greeting::{Arriving, Greeting, HOST, MEETING};
-use super::meeting::{Member, dial, is_out_of_files, listen, serve, visit};
+use super::meeting::{Member, accept_some, dial, is_out_of_files, listen, serve, visit};
 use crate::limits::explain;
 use crate::patience::Patience;
 use crate::wire::identities;
@@ -28,40 +29,32 @@ pub(crate) struct Network {
     /// What unspecified addresses stand for: that of rank 0, as this rank reached it.
     zero: IpAddr,
     listener: TcpListener,
-    /// The kernel gives up after so long without a confirmation.
-    timeout: Duration,
+    /// When to say for whom this rank waits.
+    warn_after: Duration,
     arrivals: Mutex<Arrivals>,
 }
 
 /// Who has connected here.
 #[derive(Default)]
 struct Arrivals {
-    arriving: Vec<Arriving>,
+    arriving: VecDeque<Arriving>,
     /// By the purpose, the rank, and the number of the connection.
     greeted: HashMap<(u64, u64, u64), TcpStream>,
 }
 
-/// Networks by the job's token and the rank.
-type Networks = HashMap<(u64, usize), Weak<Network>>;
-
-/// Those of this process: of each job and rank one, while it is used.
-static NETWORKS: LazyLock<Mutex<Networks>> = LazyLock::new(Mutex::default);
-
 impl Network {
-    /// That of this rank of the job, which meets the others the first time.
+    /// Meets the other ranks of the job. Collective.
     ///
     /// # Errors
     /// [`Error::Rendezvous`].
-    pub(crate) fn of(launch: &Launch, options: &Options) -> Result<Arc<Network>, Error> {
+    pub(crate) fn meet(launch: &Launch, options: &Options) -> Result<Arc<Network>, Error> {
         let Launch { rank, world, .. } = *launch;
         let fail = |reason: String| Error::Rendezvous { rank, world, job: launch.job.clone(), reason };
         let Some(meeting) = &launch.meeting else {
             return Err(fail("nothing says where rank 0 is: set PILLION_ADDRESS=host:port on every rank".to_owned()));
         };
         let token = digest(&meeting.secret);
-        if let Some(network) = NETWORKS.lock().get(&(token, rank)).and_then(Weak::upgrade) {
-            return Ok(network);
-        }
+        allow_files();
         let listener = listen(0).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
         let listener = listener.map_err(|error| fail(format!("cannot listen for other ranks: {error}")))?;
         let port = listener.local_addr().map_err(|error| fail(error.to_string()))?.port();
@@ -79,12 +72,14 @@ impl Network {
             _ => visit(&own, &meeting.address, &mut patience),
         };
         let (members, zero) = met.map_err(fail)?;
-        let (job, timeout, arrivals) = (launch.job.clone(), options.timeout, Mutex::default());
-        let network = Arc::new(Network { rank, world, job, token, members, zero, listener, timeout, arrivals });
-        let mut networks = NETWORKS.lock();
-        networks.retain(|_, network| network.strong_count() > 0);
-        networks.insert((token, rank), Arc::downgrade(&network));
-        Ok(network)
+        let (job, arrivals) = (launch.job.clone(), Mutex::default());
+        let warn_after = options.warn_after;
+        Ok(Arc::new(Network { rank, world, job, token, members, zero, listener, warn_after, arrivals }))
+    }
+
+    /// What the job is called on every host, where launchers may have given it different names.
+    pub(crate) fn name(&self) -> String {
+        format!("{}-tcp-{:016x}", rustix::process::getuid().as_raw(), self.token)
     }
 
     /// The host of a rank of the job.
@@ -104,11 +99,23 @@ impl Network {
         limit: Duration,
     ) -> Result<HashMap<usize, Vec<TcpStream>>, Error> {
         let purpose = digest(name) | 1;
-        let deadline = Instant::now() + limit.min(Duration::from_secs(1 << 30));
+        let mut patience = Patience::new(self.rank, limit, self.warn_after);
+        let connections = self.connect_all(purpose, wanted, &mut patience);
+        // No name is used twice.
+        self.arrivals.lock().greeted.retain(|key, _| key.0 != purpose);
+        connections
+    }
+
+    fn connect_all(
+        &self,
+        purpose: u64,
+        wanted: &[(usize, usize)],
+        patience: &mut Patience,
+    ) -> Result<HashMap<usize, Vec<TcpStream>>, Error> {
         let mut connections: HashMap<usize, Vec<TcpStream>> = HashMap::new();
         for &(peer, count) in wanted.iter().filter(|(peer, _)| *peer > self.rank) {
             for number in 0..count as u64 {
-                let socket = self.dial(peer, purpose, number, deadline)?;
+                let socket = self.dial(peer, purpose, number, patience)?;
                 connections.entry(peer).or_default().push(socket);
             }
         }
@@ -127,51 +134,60 @@ impl Network {
                 }
                 break;
             };
-            if Instant::now() >= deadline {
+            if Instant::now() >= patience.deadline {
                 return Err(self.fail(format!("rank {missing} did not connect to this one")));
             }
+            patience.warn(|| format!("rank {missing} to connect"));
             drop(arrivals);
             std::thread::sleep(NAP);
         }
         for socket in connections.values().flatten() {
-            self.prepare(socket).map_err(|error| self.fail(format!("preparing a connection: {error}")))?;
+            // Small messages go at once. How long a rank may be silent is not the kernel's to judge,
+            // which does not know who was stopped.
+            let prepared = socket.set_nonblocking(true).and_then(|()| socket.set_nodelay(true));
+            prepared.map_err(|error| self.fail(format!("preparing a connection: {error}")))?;
         }
         Ok(connections)
     }
 
-    fn dial(&self, peer: usize, purpose: u64, number: u64, deadline: Instant) -> Result<TcpStream, Error> {
+    fn dial(&self, peer: usize, purpose: u64, number: u64, patience: &mut Patience) -> Result<TcpStream, Error> {
         let address = self.members[peer].address;
         let ip = if address.ip().is_unspecified() { self.zero } else { address.ip() };
         let address = SocketAddr::new(ip, address.port()).to_string();
         let (token, rank) = (self.token, self.rank as u64);
         let greeting = Greeting { token, purpose, rank, number, port: 0, host: String::new() };
         loop {
-            let socket = dial(&address, deadline.saturating_duration_since(Instant::now()));
+            let socket = dial(&address, patience.left());
             let greeted = socket.and_then(|mut socket| {
                 std::io::Write::write_all(&mut socket, &greeting.bytes())?;
                 Ok(socket)
             });
             match greeted {
                 Ok(socket) => return Ok(socket),
-                Err(error) if Instant::now() >= deadline || is_out_of_files(&error) => {
-                    let why = explain(&error);
-                    return Err(self.fail(format!("rank {peer} cannot be reached at {address}: {why}")));
+                Err(error) => {
+                    // It listened before it was met, so whoever refuses is not there any more.
+                    let is_gone = error.kind() == ErrorKind::ConnectionRefused;
+                    let reason = format!("rank {peer} cannot be reached at {address}: {}", explain(&error));
+                    if Instant::now() >= patience.deadline || is_gone || is_out_of_files(&error) {
+                        return Err(self.fail(reason));
+                    }
+                    patience.warn(|| reason);
+                    std::thread::sleep(NAP);
                 }
-                Err(_) => std::thread::sleep(NAP),
             }
         }
     }
 
-    /// Small messages go at once, and what nobody confirms ends the connection.
-    fn prepare(&self, socket: &TcpStream) -> std::io::Result<()> {
-        socket.set_nonblocking(true)?;
-        socket.set_nodelay(true)?;
-        let millis = u32::try_from(self.timeout.as_millis()).unwrap_or(u32::MAX).max(1);
-        Ok(rustix::net::sockopt::set_tcp_user_timeout(socket, millis)?)
-    }
-
     fn fail(&self, reason: String) -> Error {
         Error::Rendezvous { rank: self.rank, world: self.world, job: self.job.clone(), reason }
+    }
+}
+
+#[cfg(test)]
+impl Network {
+    /// Whether every connection that has greeted has been taken.
+    pub(super) fn nobody_has_arrived(&self) -> bool {
+        self.arrivals.lock().greeted.is_empty()
     }
 }
 
@@ -182,17 +198,10 @@ impl Arrivals {
     /// # Errors
     /// When no file more can be opened.
     fn accept(&mut self, listener: &TcpListener, token: u64) -> std::io::Result<()> {
-        loop {
-            match listener.accept() {
-                Ok((socket, _)) if socket.set_nonblocking(true).is_ok() => self.arriving.push(Arriving::new(socket)),
-                Ok(_) => {}
-                Err(error) if is_out_of_files(&error) => return Err(error),
-                Err(_) => break,
-            }
-        }
+        accept_some(listener, &mut self.arriving)?;
         for mut arriving in std::mem::take(&mut self.arriving) {
             match arriving.read(token) {
-                Ok(None) => self.arriving.push(arriving),
+                Ok(None) => self.arriving.push_back(arriving),
                 Ok(Some(greeting)) => {
                     let key = (greeting.purpose, greeting.rank, greeting.number);
                     self.greeted.insert(key, arriving.socket);
@@ -202,6 +211,14 @@ impl Arrivals {
         }
         Ok(())
     }
+}
+
+/// Lets this process open as many files as it may: a rank has some for each rank of other hosts.
+fn allow_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // Where that is refused, the first file too many says so.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// Equal on all ranks, which run the same program.

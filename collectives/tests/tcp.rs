@@ -1,0 +1,113 @@
+//! Communicators over TCP, between threads that count themselves to hosts of their own.
+
+use std::net::TcpListener;
+
+use pillion_collectives::{Backend, Communicator, Launch, Meeting, Options, Reduction, Start, WireKind};
+use pillion_kernels::{Buffer, Cpu, DType, Device};
+
+/// Launches of as many ranks on each host as each of `hosts` says, as two launchers would describe
+/// them: the job has another name on each host.
+fn launches(hosts: &[usize], named: bool) -> Vec<Launch> {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let meeting = Meeting { address: format!("127.0.0.1:{port}"), secret: format!("tests {port}") };
+    let world = hosts.iter().sum();
+    let places = hosts.iter().enumerate().flat_map(|(host, &ranks)| (0..ranks).map(move |local| (host, local)));
+    let names: Vec<String> = hosts.iter().map(|_| Launch::threads(1).remove(0).job).collect();
+    let launch = |(rank, (host, local)): (usize, (usize, usize))| Launch {
+        rank,
+        world,
+        local_rank: local,
+        local_world: hosts[host],
+        job: names[host].clone(),
+        host: named.then(|| format!("host{host}")),
+        meeting: Some(meeting.clone()),
+        ..Launch::single()
+    };
+    places.enumerate().map(launch).collect()
+}
+
+fn ranks(launches: Vec<Launch>, options: Options, program: impl Fn(&Launch, Communicator) + Sync) {
+    std::thread::scope(|scope| {
+        for launch in launches {
+            let (program, options) = (&program, options.clone());
+            scope.spawn(move || {
+                let communicator = Communicator::connect(&launch, options).unwrap();
+                program(&launch, communicator);
+            });
+        }
+    });
+}
+
+fn numbers(values: &[i64]) -> Buffer {
+    let mut buffer = Cpu.allocate(DType::I64, values.len()).unwrap();
+    Cpu.stream().upload(buffer.view_mut(), values);
+    buffer
+}
+
+/// The sum of the ranks' numbers in the job.
+fn sum(communicator: &Communicator, launch: &Launch) -> i64 {
+    let own = numbers(&vec![launch.rank as i64; 10_000]);
+    let buffer = communicator.all_reduce(own, Reduction::Sum, Start::Here).wait().unwrap();
+    let sums = Cpu.stream().download::<i64>(buffer.view()).unwrap();
+    assert!(sums.iter().all(|sum| *sum == sums[0]));
+    sums[0]
+}
+
+#[test]
+fn parts_of_hosts_and_across_hosts_come_and_go() {
+    ranks(launches(&[2, 2], true), Options::default(), |launch, all| {
+        assert_eq!((all.backend(), all.hosts(), all.wire()), (Backend::Hierarchical, 2, WireKind::Tcp));
+        assert_eq!(sum(&all, launch), 6);
+        let host = launch.rank / 2;
+        let of_host = all.split(Some(host as u64), 0).unwrap().unwrap();
+        assert_eq!((of_host.hosts(), sum(&of_host, launch)), (1, if host == 0 { 1 } else { 5 }));
+        let column = all.split(Some((launch.rank % 2) as u64), 0).unwrap().unwrap();
+        assert_eq!((column.hosts(), sum(&column, launch)), (2, if launch.rank % 2 == 0 { 2 } else { 4 }));
+        // Without the one that all made first; one host alone needs no other.
+        drop(all);
+        if host == 0 {
+            let again = of_host.split(Some(0), 0).unwrap().unwrap();
+            assert_eq!(sum(&again, launch), 1);
+        }
+        let alone = of_host.split((launch.rank == 0).then_some(0), 0).unwrap();
+        assert_eq!(alone.map(|alone| sum(&alone, launch)), (launch.rank == 0).then_some(0));
+        assert_eq!(sum(&column, launch), if launch.rank % 2 == 0 { 2 } else { 4 });
+    });
+}
+
+#[test]
+fn a_job_meets_again_while_a_part_of_it_lives() {
+    ranks(launches(&[1, 1, 1], true), Options::default(), |launch, all| {
+        assert_eq!((all.backend(), all.hosts()), (Backend::Tcp, 3));
+        let part = all.split((launch.rank < 2).then_some(0), 0).unwrap();
+        drop(all);
+        let again = Communicator::connect(launch, Options::default()).unwrap();
+        assert_eq!(sum(&again, launch), 3);
+        assert_eq!(part.map(|part| sum(&part, launch)), (launch.rank < 2).then_some(1));
+    });
+}
+
+#[test]
+fn launchers_of_one_machine_make_one_host() {
+    ranks(launches(&[2, 1], false), Options::default(), |launch, all| {
+        assert_eq!((all.backend(), all.hosts(), sum(&all, launch)), (Backend::Shm, 1, 3));
+    });
+}
+
+#[test]
+fn a_hierarchy_of_one_host_is_split_without_meeting_again() {
+    let options = Options { backend: Backend::Hierarchical, ..Options::default() };
+    ranks(launches(&[3], true), options, |launch, all| {
+        assert_eq!(all.hosts(), 1);
+        let part = all.split((launch.rank > 0).then_some(0), 0).unwrap();
+        assert_eq!(part.map(|part| sum(&part, launch)), (launch.rank > 0).then_some(3));
+    });
+}
+
+#[test]
+fn every_rank_talks_to_every_other_over_tcp_alone() {
+    let options = Options { backend: Backend::Tcp, ..Options::default() };
+    ranks(launches(&[3], true), options, |launch, all| {
+        assert_eq!((all.backend(), all.hosts(), sum(&all, launch)), (Backend::Tcp, 3, 3));
+    });
+}
