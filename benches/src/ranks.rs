@@ -4,7 +4,8 @@ use std::ffi::OsString;
 
 use clap::Parser;
 use pillion_collectives::launch::Source;
-use pillion_collectives::{Communicator, Launch, launcher, limits};
+use pillion_collectives::launcher::Node;
+use pillion_collectives::{Backend, Communicator, Launch, launcher, limits};
 use pillion_kernels::cpu::Isa;
 
 use crate::arguments::{Arguments, Settings};
@@ -60,10 +61,16 @@ fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
             let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
             launcher::check_ranks(ranks, settings.oversubscribe)?;
             check_groups(settings, ranks)?;
-            if settings.threads || ranks == 1 {
-                return threads(settings, command, ranks);
+            let mut node = Node::default();
+            let needs_address = matches!(settings.options.backend, Backend::Tcp | Backend::Hierarchical);
+            if needs_address && settings.options.simulated_hosts == 1 {
+                node = node.meeting_here()?;
             }
-            let options = launcher::Options { oversubscribe: settings.oversubscribe, ..launcher::Options::default() };
+            if settings.threads || ranks == 1 {
+                return threads(settings, command, node.threads(ranks)?);
+            }
+            let options =
+                launcher::Options { oversubscribe: settings.oversubscribe, node, ..launcher::Options::default() };
             return Ok(launcher::run_processes_with(ranks, &options)?);
         }
         Source::Local => launcher::bind_to_launcher()?,
@@ -103,8 +110,8 @@ fn check_groups(settings: &Settings, ranks: usize) -> Result<(), Error> {
 }
 
 /// Runs every rank as a thread of this process.
-fn threads(settings: &Settings, command: &[String], ranks: usize) -> Result<i32, Error> {
-    let codes = launcher::run_threads(Launch::threads(ranks), |launch| measure(settings, &launch, command))?;
+fn threads(settings: &Settings, command: &[String], launches: Vec<Launch>) -> Result<i32, Error> {
+    let codes = launcher::run_threads(launches, |launch| measure(settings, &launch, command))?;
     // A panic has been printed.
     let codes = codes.into_iter().map(|code| code.unwrap_or(1));
     // What caused the end counts more than what followed from it.

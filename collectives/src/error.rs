@@ -140,12 +140,14 @@ impl From<Error> for Failure {
     }
 }
 
-/// `rank 1`, or `ranks 1, 2 and 5`.
+/// `rank 1`, or `ranks 1, 2 and 5`; of many, the first.
 fn ranks(ranks: &[usize]) -> String {
-    let names: Vec<String> = ranks.iter().map(usize::to_string).collect();
+    const NAMED: usize = 16;
+    let names: Vec<String> = ranks.iter().take(NAMED).map(usize::to_string).collect();
     match &names[..] {
         [] => "nobody".to_owned(),
         [one] => format!("rank {one}"),
+        all if ranks.len() > NAMED => format!("ranks {} and {} more", all.join(", "), ranks.len() - NAMED),
         [first @ .., last] => format!("ranks {} and {last}", first.join(", ")),
     }
 }

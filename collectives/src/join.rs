@@ -67,8 +67,10 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     let mut wire = wire.filter(|_| hosts.ranks.len() > 1);
     let groups = options.reduce_groups;
     if hosts.local().len() > 1 && wire.is_some() && ![1, hosts.ranks.len()].contains(&groups) {
-        let reason =
-            format!("{groups} groups of reduction were asked for, but {} hosts are groups already", hosts.ranks.len());
+        let reason = format!(
+            "{groups} groups of reduction were asked for, but {0} hosts are groups already: ask for 1 or {0}",
+            hosts.ranks.len()
+        );
         return Err(Error::Options { reason, said_by_rank_zero: rank > 0 });
     }
     // Launchers of one host may have given the job different names.

@@ -15,6 +15,7 @@
 //!
 //! Only this thread reaps the children, so a process id it signals still belongs to its child.
 
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
@@ -82,6 +83,33 @@ impl Node {
     pub fn meeting(&self) -> Result<Option<Meeting>, LaunchError> {
         let get = |name: &str| self.address.clone().filter(|_| name == ADDRESS).or_else(|| env::var(name).ok());
         launch::meeting(Source::Local, &get)
+    }
+}
+
+impl Node {
+    /// The launches of `ranks` threads, where this is the only host.
+    ///
+    /// # Errors
+    /// As for [`Node::meeting`].
+    pub fn threads(&self, ranks: usize) -> Result<Vec<Launch>, LaunchError> {
+        let meeting = self.meeting()?;
+        let launch = |launch| Launch { meeting: meeting.clone(), ..launch };
+        Ok(Launch::threads(ranks).into_iter().map(launch).collect())
+    }
+
+    /// The only host, with an address of its own for ranks that meet over TCP all the same, unless
+    /// there is one already.
+    ///
+    /// # Errors
+    /// When there is no free port.
+    pub fn meeting_here(self) -> Result<Node, LaunchError> {
+        if self.meeting()?.is_some() {
+            return Ok(self);
+        }
+        // Free until rank 0 listens there, as far as anybody can know.
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let address = free.map_err(system("find a free port"))?.to_string();
+        Ok(Node { address: Some(address), ..self })
     }
 }
 
@@ -261,6 +289,9 @@ impl Job {
             self.pass_on(&arrived, grace)?;
             self.reap(grace)?;
             if self.children.iter().all(Option::is_none) {
+                if self.code == EXIT_CONSEQUENCE && self.first > 0 {
+                    say("the ranks of this host ended because another rank did: the first host's output says why");
+                }
                 return Ok(self.code);
             }
             let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));

@@ -135,8 +135,8 @@ impl Options {
         {
             format!(
                 "{local_world} of {world} ranks are on this host, and nothing says where they meet: set \
-                 PILLION_ADDRESS=host:port, of rank 0's host, on every rank, or start with torchrun or srun, or build \
-                 with `--features mpi` and start with mpirun"
+                 PILLION_ADDRESS=host:port, of rank 0's host, on every rank, or start with torchrun or srun, or {}",
+                if cfg!(feature = "mpi") { "with mpirun" } else { "build with `--features mpi` and start with mpirun" }
             )
         } else if local_world != world && backend == Backend::Shm {
             format!("only {local_world} of {world} ranks are on this host: choose another backend than shm")

@@ -3,7 +3,6 @@
 
 use std::net::TcpListener;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use pillion_tests::hosts::Hosts;
 use pillion_tests::program::{Ended, Running, TINY, Workplace};
@@ -92,8 +91,17 @@ fn our_own_launcher_spans_hosts() {
     assert_eq!(one.stdout, "", "only rank 0 prints");
     let own = place.train("one", &format!("{FLAGS} --max-batch 64 --ranks 4 --reduce-groups 2"));
     assert_eq!(place.steps("spanned"), own);
+    // Others are started by somebody else, who says where they meet.
+    for flags in ["--nodes 2 --node-rank 0", "--address 127.0.0.1:29400"] {
+        let ended = place.spawn(rank(&place, 0, [1, 2], port, &format!("--out out {flags}"))).finish();
+        assert!(ended.code() == Some(2) && ended.stderr.contains("leave it out"), "{ended}");
+    }
     for (flags, part) in [
         ("--nodes 2", "--node-rank"),
+        ("--address 127.0.0.1:29400", "give --nodes and --node-rank as well"),
+        ("--nodes 65536 --node-rank 0 --address 127.0.0.1:1 --ranks 17 --oversubscribe", "at most 1048576 make a job"),
+        ("--address 127.0.0.1:0", "--address"),
+        ("--address http://one:29400", "--address"),
         ("--node-rank 1", "--nodes"),
         ("--nodes 2 --node-rank 2 --address 127.0.0.1:1", "--node-rank 2 is none of --nodes 2"),
         ("--nodes 2 --node-rank 0", "--address HOST:PORT"),
@@ -101,13 +109,27 @@ fn our_own_launcher_spans_hosts() {
         ("--nodes 2 --node-rank 0 --address 127.0.0.1:1 --launch threads", "--launch threads"),
         ("--nodes 2 --node-rank 0 --address 127.0.0.1:1 --backend shm", "only 1 of 2 ranks are on this host"),
     ] {
-        let ended = place.run(&format!("train {TINY} --ranks 1 {flags}"));
+        let ended =
+            place.run(&format!("train {TINY} {flags}{}", if flags.contains("--ranks") { "" } else { " --ranks 1" }));
         assert!(ended.code() == Some(2) && ended.stderr.contains(part), "{flags}: {ended}");
     }
 }
 
 #[test]
-fn a_killed_rank_is_named_by_every_other_host_within_a_second() {
+fn ranks_of_one_host_find_an_address_of_their_own() {
+    let place = Workplace::new(PROGRAM);
+    let flags = format!("{FLAGS} --max-batch 64");
+    let own = place.train("own", &format!("{flags} --ranks 2"));
+    for (number, launch) in
+        ["--backend tcp", "--backend tcp --launch threads", "--backend hierarchical"].iter().enumerate()
+    {
+        let out = format!("tcp{number}");
+        assert_eq!(place.train(&out, &format!("{flags} --ranks 2 {launch}")), own, "{launch}");
+    }
+}
+
+#[test]
+fn a_killed_rank_is_named_to_the_other_hosts() {
     let place = Workplace::new(PROGRAM);
     for (shape, killed) in [([1, 2], 1), ([2, 2], 3), ([1, 3], 0)] {
         let out = format!("killed{}x{}", shape[0], shape[1]);
@@ -115,10 +137,9 @@ fn a_killed_rank_is_named_by_every_other_host_within_a_second() {
         let mut ranks = start(&place, shape, &endless);
         ranks[0].wait_for_step(&place, &out, 3);
         ranks[killed].signal(Signal::KILL);
-        let at = Instant::now();
         drop(ranks.remove(killed).finish());
+        // Far below --timeout, whose 300 s nothing here waits for.
         let ended: Vec<Ended> = ranks.into_iter().map(Running::finish).collect();
-        let took = at.elapsed();
         for ended in &ended {
             assert_ne!(ended.code(), Some(0), "{ended}");
             ended.has_no_panic();
@@ -126,8 +147,6 @@ fn a_killed_rank_is_named_by_every_other_host_within_a_second() {
         // Whom another rank has told need not say it again.
         let named = ended.iter().filter(|ended| ended.stderr.contains(&format!("lost rank {killed}")));
         assert!(named.count() > 0, "{}", ended[0]);
-        // Far below any limit of the program, and above what a loaded machine needs.
-        assert!(took < Duration::from_secs(20), "{took:?}");
     }
 }
 
@@ -146,7 +165,7 @@ fn what_is_missing_between_hosts_is_said_with_the_remedy() {
     // Another secret is another job.
     let port = free_port();
     let ranks = [1, 0].map(|number| {
-        let mut command = rank(&place, number, [1, 2], port, "--out out --timeout 3");
+        let mut command = rank(&place, number, [1, 2], port, "--out out --timeout 10");
         command.env("PILLION_SECRET", number.to_string());
         place.spawn(command)
     });

@@ -192,6 +192,20 @@ impl Rank<'_> {
         self.check("reduce-scatter", &reduce.output, &mine);
         self.check("reduce-scatter's input", &reduce.input, &self.values::<T>(rank, world * len));
 
+        // Onto what is there, which comes first; 16-bit floats would be rounded in between.
+        if T::DTYPE.bytes() != 2 {
+            let before = self.values::<T>(50, len);
+            let (input, output) = (self.input::<T>(world * len), self.buffer(&before, false));
+            let reduce = Reduce { input, sections: None, output, reduction, accumulate: true, sideband: None };
+            let reduce = self.done(c.reduce_scatter(reduce, self.start()));
+            let two = match reduction {
+                Reduction::Avg | Reduction::PremulSum(_) => Reduction::Sum,
+                other => other,
+            };
+            let onto = before.iter().zip(&mine).map(|(&before, &total)| T::combine(&[before, total], two, 1));
+            self.check("accumulated reduce-scatter", &reduce.output, &onto.collect::<Vec<T>>());
+        }
+
         let buffer = self.done(c.reduce_scatter_in_place(self.input::<T>(world * len), reduction, self.start()));
         let mut expected = self.values::<T>(rank, world * len);
         expected[rank * len..][..len].copy_from_slice(&mine);

@@ -236,11 +236,11 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "node_rank", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub nodes: u32,
     /// Which host this is, from 0, on which rank 0 runs.
-    #[arg(long, value_name = "K", default_value_t = 0, requires = "nodes")]
-    pub node_rank: u32,
-    /// Where the ranks of all hosts meet: the first host and a free port of it; default: what
-    /// PILLION_ADDRESS, torchrun or srun say.
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "K", requires = "nodes")]
+    pub node_rank: Option<u32>,
+    /// Where the ranks of all hosts meet: the first host and a free port of it, spelled alike on all;
+    /// default: PILLION_ADDRESS.
+    #[arg(long, value_name = "HOST:PORT", value_parser = address)]
     pub address: Option<String>,
     /// Start more than 8 ranks for each core.
     #[arg(long)]
@@ -401,6 +401,15 @@ pub(crate) fn save_memory(text: &str) -> Result<Staging, String> {
         Ok(bytes) if bytes >= LEAST_RING => Ok(Staging::Ring { bytes }),
         Ok(_) => Err("a ring has at least 64KiB: give more, or `copies`".to_owned()),
         Err(error) => Err(format!("{error}; or give `copies`")),
+    }
+}
+
+/// Reads an address with a port.
+fn address(text: &str) -> Result<String, String> {
+    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains('/'));
+    match port.and_then(|(_, port)| port.parse::<u16>().ok()).filter(|&port| port > 0) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err("give a host and a port, as in node1:29400".to_owned()),
     }
 }
 

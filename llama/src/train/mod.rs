@@ -29,7 +29,7 @@ use pillion_collectives::launcher::Node;
 use pillion_collectives::limits::explain_thread;
 use pillion_collectives::{Communicator, Launch, launcher, stop};
 
-use crate::settings::{LaunchKind, TrainArgs};
+use crate::settings::{BackendKind, LaunchKind, TrainArgs};
 use crate::{Error, complain};
 
 pub(crate) use metrics::Line;
@@ -38,6 +38,8 @@ pub(crate) use plan_table::step_bytes;
 pub(crate) use plan_table::{bytes, grouped, plan_table};
 pub(crate) use resume::CHANGEABLE;
 
+/// Ranks of a job, at most.
+const MOST_RANKS: usize = 1 << 20;
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;
 
@@ -65,16 +67,23 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
             "--ranks {ranks} asks for ranks of its own, but this is one of {} ranks started by {}: leave --ranks out",
             launch.world, launch.source
         )));
+    } else if let (Some(flag), false) = (of_hosts(settings), nobody) {
+        return Err(Error::Setting(format!(
+            "--{flag} is for ranks that nobody else starts, but this is one of {} ranks started by {}: leave it out",
+            launch.world, launch.source
+        )));
     } else if nobody || settings.ranks.is_some() {
         let ranks = settings.ranks.unwrap_or(DEFAULT_RANKS);
         launcher::check_ranks(ranks, settings.oversubscribe)?;
         cores::check(settings.threads, ranks)?;
         let node = node(settings, ranks)?;
-        let is_one_of_many = node.of > 1;
-        let options = launcher::Options { oversubscribe: settings.oversubscribe, node, ..launcher::Options::default() };
         return match settings.launch {
-            LaunchKind::Processes if ranks > 1 || is_one_of_many => Ok(launcher::run_processes_with(ranks, &options)?),
-            _ => threads(settings, Launch::threads(ranks)),
+            LaunchKind::Processes if ranks > 1 || node.of > 1 => {
+                let options =
+                    launcher::Options { oversubscribe: settings.oversubscribe, node, ..launcher::Options::default() };
+                Ok(launcher::run_processes_with(ranks, &options)?)
+            }
+            _ => threads(settings, node.threads(ranks)?),
         };
     }
     cores::threads(settings.threads, &launch)?;
@@ -89,9 +98,14 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
     Ok(exit_code(&launch, result))
 }
 
+/// The first flag given that says where the run's hosts are.
+fn of_hosts(settings: &TrainArgs) -> Option<&'static str> {
+    ["nodes", "node-rank", "address"].into_iter().find(|&flag| settings.given.contains(flag))
+}
+
 /// Which of the run's hosts this is, where nobody else has started `ranks` ranks on it.
 fn node(settings: &TrainArgs, ranks: usize) -> Result<Node, Error> {
-    let (number, of) = (settings.node_rank as usize, settings.nodes as usize);
+    let (number, of) = (settings.node_rank.unwrap_or(0) as usize, settings.nodes as usize);
     let refuse = |reason: String| Err(Error::Setting(reason));
     if number >= of {
         return refuse(format!("--node-rank {number} is none of --nodes {of}: they are counted from 0"));
@@ -99,15 +113,32 @@ fn node(settings: &TrainArgs, ranks: usize) -> Result<Node, Error> {
     if of > 1 && settings.launch == LaunchKind::Threads {
         return refuse("--launch threads keeps all ranks in one process: leave it out, or --nodes".to_owned());
     }
-    let node = Node { number, of, address: settings.address.clone() };
+    let world = ranks * of;
+    if world > MOST_RANKS {
+        return refuse(format!("--nodes {of} with {ranks} ranks each are {world}: at most {MOST_RANKS} make a job"));
+    }
+    let mut node = Node { number, of, address: settings.address.clone() };
+    let needs_address = matches!(settings.backend, BackendKind::Tcp | BackendKind::Hierarchical);
+    if of == 1 && needs_address {
+        node = node.meeting_here()?;
+    } else if of == 1 && node.address.is_some() {
+        return refuse("--address is where several hosts meet: give --nodes and --node-rank as well".to_owned());
+    }
     let meeting = node.meeting()?;
     if of > 1 && meeting.is_none() {
-        return refuse(
-            "--nodes needs to know where ranks meet: give --address HOST:PORT, of the first host".to_owned(),
-        );
+        let remedy = "give --address HOST:PORT, of the first host, or PILLION_ADDRESS";
+        return refuse(format!("--nodes needs to know where ranks meet: {remedy}"));
     }
-    let first = Launch::threads(ranks * of).swap_remove(number * ranks);
-    run::options(settings).check(&Launch { local_rank: 0, local_world: ranks, meeting, ..first })?;
+    let first = Launch {
+        rank: number * ranks,
+        world,
+        local_rank: 0,
+        local_world: ranks,
+        source: Source::Local,
+        meeting,
+        ..Launch::single()
+    };
+    run::options(settings).check(&first)?;
     Ok(node)
 }
 

@@ -193,7 +193,7 @@ impl<'s> Search<'s> {
 /// Checks that every rank was given the same settings: a launcher can start each with others.
 pub(super) fn same_settings(settings: &TrainArgs, communicator: &Communicator) -> Result<(), Error> {
     // Which host a rank is on is its own.
-    let settings = TrainArgs { node_rank: 0, ..settings.clone() };
+    let settings = TrainArgs { node_rank: None, ..settings.clone() };
     let digest = xxhash_rust::xxh3::xxh3_64(format!("{settings:?}").as_bytes());
     let digests = communicator.all_gather_scalars(&[digest])?;
     match digests.iter().position(|other| other != &digests[0]) {

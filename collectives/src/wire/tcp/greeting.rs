@@ -88,10 +88,10 @@ impl fmt::Display for Refusal {
             Refusal::HungUp => "that hung up early",
             Refusal::Garbage => "that did not greet as a rank does",
             Refusal::Version => "by another version of this program",
-            Refusal::Token => "by another job, or with another PILLION_SECRET",
-            Refusal::World => "that expected another number of ranks",
+            Refusal::Token => "of another job, or with another PILLION_SECRET or another spelling of the address",
+            Refusal::World => "that expected another number of ranks (--nodes, --ranks)",
             Refusal::NoSuchRank => "with a rank that cannot be",
-            Refusal::Taken => "as a rank that had come already",
+            Refusal::Taken => "with the number of one that had come already (--node-rank)",
         })
     }
 }

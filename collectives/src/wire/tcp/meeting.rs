@@ -48,7 +48,9 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
         match listen(port) {
             Ok(listener) => break listener,
             Err(error) if Instant::now() >= patience.deadline => {
-                return Err(format!("rank 0 cannot listen at port {port}: {error}; give PILLION_ADDRESS another port"));
+                return Err(format!(
+                    "rank 0 cannot listen at port {port}: {error}; meet at another one (--address, PILLION_ADDRESS, or torchrun's master port + 1)"
+                ));
             }
             // Perhaps the job before is just ending.
             Err(error) => {
@@ -69,11 +71,11 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
         if come.len() as u64 == world - 1 {
             break;
         }
-        let missing = || (1..world).filter(|rank| !come.contains_key(rank)).collect::<Vec<u64>>();
+        let missing = || listed(&(1..world).filter(|rank| !come.contains_key(rank)).collect::<Vec<u64>>());
         if Instant::now() >= patience.deadline {
-            return Err(format!("ranks {:?} did not come to port {port} of this host{}", missing(), count(&refused)));
+            return Err(format!("ranks {} did not come to port {port} of this host{}", missing(), count(&refused)));
         }
-        patience.warn(|| format!("ranks {:?} at port {port}", missing()));
+        patience.warn(|| format!("ranks {} at port {port}{}", missing(), count(&refused)));
         wait(&listener, &waiting, &come, patience.next());
         accept_some(&listener, &mut waiting).map_err(|error| explain(&error))?;
         for _ in 0..waiting.len() {
@@ -158,14 +160,17 @@ fn admit(
 /// # Errors
 /// Says why rank 0 could not be reached, or turned this rank away.
 pub(super) fn visit(own: &Greeting, address: &str, patience: &mut Patience) -> Result<(Vec<Member>, IpAddr), String> {
+    // An answer tells more than a connection that is refused later, when rank 0 has given up.
+    let mut answer = None;
     loop {
         let obstacle = match attempt(own, address, patience.left()) {
             Ok(table) => return Ok(table),
             Err(Obstacle::Stays(reason)) => return Err(reason),
+            Err(Obstacle::Answered(reason)) => answer.insert(reason).clone(),
             Err(Obstacle::MayGo(reason)) => reason,
         };
         if Instant::now() >= patience.deadline {
-            return Err(obstacle);
+            return Err(answer.unwrap_or(obstacle));
         }
         patience.warn(|| format!("rank 0: {obstacle}"));
         std::thread::sleep(RETRY_EVERY);
@@ -177,6 +182,8 @@ enum Obstacle {
     /// The next may go better: rank 0 may not listen yet, or the job before, at the same address,
     /// is just ending.
     MayGo(String),
+    /// The same, where rank 0 has said why.
+    Answered(String),
     Stays(String),
 }
 
@@ -186,12 +193,12 @@ fn attempt(own: &Greeting, address: &str, limit: Duration) -> Result<(Vec<Member
         if is_out_of_files(&error) { Obstacle::Stays(reason) } else { Obstacle::MayGo(reason) }
     })?;
     let failed = |what: &str, error: std::io::Error| match error.kind() {
-        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
-            Obstacle::MayGo(format!("rank 0 at {address} hung up {what}: it has given up, or is no rank of this job"))
-        }
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-            Obstacle::Stays(format!("not all ranks came to rank 0 at {address} in time"))
-        }
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => Obstacle::MayGo(format!(
+            "rank 0 at {address} hung up {what}: it has given up and says why, or another program listens there"
+        )),
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => Obstacle::Stays(format!(
+            "rank 0 at {address} waited for other ranks, or did not answer, until this one gave up"
+        )),
         _ => Obstacle::MayGo(format!("rank 0 at {address}: {error}")),
     };
     let zero = socket.peer_addr().map_err(|error| failed("at once", error))?.ip();
@@ -204,10 +211,10 @@ fn attempt(own: &Greeting, address: &str, limit: Duration) -> Result<(Vec<Member
         other => {
             let refusal = Refusal::of(other);
             let why = refusal.map_or("without a reason".to_owned(), |refusal| refusal.to_string());
-            let reason = format!("rank 0 at {address} refused this rank as a connection {why}");
+            let reason = format!("rank 0 at {address} refused this rank: it was taken for one {why}");
             // The job before, or this rank's own earlier self, may just be ending.
             let may_go = matches!(refusal, None | Some(Refusal::Token | Refusal::Taken));
-            return Err(if may_go { Obstacle::MayGo(reason) } else { Obstacle::Stays(reason) });
+            return Err(if may_go { Obstacle::Answered(reason) } else { Obstacle::Stays(reason) });
         }
     }
     let mut table = vec![0; ENTRY * own.number as usize];
@@ -247,6 +254,15 @@ fn member(entry: &[u8]) -> Member {
     let port = u64::from_le_bytes(entry[16..24].try_into().expect("8 bytes")) as u16;
     let ip = IpAddr::from(octets).to_canonical();
     Member { address: SocketAddr::new(ip, port), host: name(&entry[24..]) }
+}
+
+/// Some ranks, of which the first are named.
+fn listed(ranks: &[u64]) -> String {
+    const NAMED: usize = 16;
+    match ranks.split_at_checked(NAMED) {
+        Some((first, rest)) if !rest.is_empty() => format!("{first:?} and {} more", rest.len()),
+        _ => format!("{ranks:?}"),
+    }
 }
 
 fn count(refused: &BTreeMap<Refusal, usize>) -> String {

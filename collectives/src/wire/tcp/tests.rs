@@ -261,7 +261,7 @@ fn ranks_of_other_jobs_and_ranks_that_do_not_come_are_named() {
     // Where this machine had no time for rank 0 within a second, nobody was refused.
     if !refused.contains("cannot be reached") {
         assert!(refused.contains("refused this rank") && refused.contains("PILLION_SECRET"), "{refused}");
-        assert!(error.contains("by another job"), "{error}");
+        assert!(error.contains("of another job"), "{error}");
     }
     let nobody = launches(2, free_port(), "nobody").remove(1);
     let error = Network::meet(&nobody, &patient(0.3)).err().unwrap().to_string();
