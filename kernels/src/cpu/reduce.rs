@@ -14,7 +14,7 @@ use half::{bf16, f16};
 
 use super::non_temporal;
 use crate::{Bool, DType};
-use blocks::run;
+use blocks::{SHORT, in_blocks, run};
 use types::{Float, Stored, Wide};
 
 /// How two elements are combined.
@@ -131,7 +131,15 @@ pub unsafe fn fold(job: &Fold<'_>) {
         job.inputs.len(),
         job.groups
     );
-    assert!(job.supports(), "no reduction of {} into {} by {:?}", job.dtype, job.output, job.operator);
+    // The plainest needs no look at the others.
+    let is_plain = job.operator == Operator::Sum && job.factor.is_none() && job.divisor.is_none();
+    assert!(
+        is_plain && job.dtype == job.output || job.supports(),
+        "no reduction of {} into {} by {:?}",
+        job.dtype,
+        job.output,
+        job.operator
+    );
     // SAFETY: the types are those that the job names; the rest is the caller's promise.
     unsafe {
         match (job.dtype, job.output) {
@@ -177,6 +185,7 @@ unsafe fn floats<I: Stored<A>, O: Stored<A>, A: Float>(job: &Fold<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         match (job.operator, job.factor) {
+            (Operator::Sum, None) if job.count <= SHORT => in_blocks::<I, O, A, SHORT>(job, I::widen, A::sum),
             (Operator::Sum, None) => run::<I, O, A>(job, I::widen, A::sum),
             (Operator::Sum, Some(factor)) => {
                 let factor = A::of(factor);

@@ -9,8 +9,11 @@ use crate::cpu::vectorized;
 /// Elements combined at a time: they stay in the first-level cache between inputs.
 pub(super) const BLOCK: usize = 1024;
 
-/// A block that nobody has written yet. Clearing it would take most of the time of a short reduction.
-type Block<A> = [MaybeUninit<A>; BLOCK];
+/// As many, for reductions so short that a longer block on the stack would take much of the time.
+pub(super) const SHORT: usize = 32;
+
+/// A block that nobody has written yet: clearing it would take most of the time of a short reduction.
+type Block<A, const N: usize> = [MaybeUninit<A>; N];
 
 /// Runs a reduction whose elements `load` widens. `load` and `combine` are inlined.
 ///
@@ -21,14 +24,27 @@ pub(super) unsafe fn run<I: Copy, O: Stored<A>, A: Wide>(
     load: impl Fn(I) -> A + Copy,
     combine: impl Fn(A, A) -> A + Copy,
 ) {
+    // SAFETY: the caller's promise.
+    unsafe { in_blocks::<I, O, A, BLOCK>(job, load, combine) }
+}
+
+/// As [`run`], in blocks of `N` elements.
+///
+/// # Safety
+/// As for [`run`].
+pub(super) unsafe fn in_blocks<I: Copy, O: Stored<A>, A: Wide, const N: usize>(
+    job: &Fold<'_>,
+    load: impl Fn(I) -> A + Copy,
+    combine: impl Fn(A, A) -> A + Copy,
+) {
     let in_group = job.inputs.len() / job.groups;
     vectorized(
         #[inline(always)]
         || {
-            let mut total: Block<A> = [const { MaybeUninit::uninit() }; BLOCK];
-            let mut partial: Block<A> = [const { MaybeUninit::uninit() }; BLOCK];
-            for first in (0..job.count).step_by(BLOCK) {
-                let len = BLOCK.min(job.count - first);
+            let mut total: Block<A, N> = [const { MaybeUninit::uninit() }; N];
+            let mut partial: Block<A, N> = [const { MaybeUninit::uninit() }; N];
+            for first in (0..job.count).step_by(N) {
+                let len = N.min(job.count - first);
                 let mut groups = job.inputs.chunks_exact(in_group);
                 let group = groups.next().expect("there is an input");
                 // SAFETY: elements first..first + len of inputs, by the caller's promise.
@@ -46,7 +62,7 @@ pub(super) unsafe fn run<I: Copy, O: Stored<A>, A: Wide>(
                 for &output in job.outputs {
                     // SAFETY: elements first..first + len of an output, by the caller's promise. No reference to an input that this
                     // might be is alive.
-                    unsafe { emit::<O, A>(total, output.cast::<O>().add(first), job, combine) };
+                    unsafe { emit::<O, A, N>(total, output.cast::<O>().add(first), job, combine) };
                 }
             }
         },
@@ -110,9 +126,14 @@ unsafe fn combine_inputs<'a, I: Copy, A: Wide>(
 /// # Safety
 /// `out` is writable, and readable where the job accumulates, for `total.len()` elements that nobody else touches meanwhile.
 #[inline(always)]
-unsafe fn emit<O: Stored<A>, A: Wide>(total: &[A], out: *mut O, job: &Fold<'_>, combine: impl Fn(A, A) -> A + Copy) {
+unsafe fn emit<O: Stored<A>, A: Wide, const N: usize>(
+    total: &[A],
+    out: *mut O,
+    job: &Fold<'_>,
+    combine: impl Fn(A, A) -> A + Copy,
+) {
     if job.stream {
-        let mut block = [O::default(); BLOCK];
+        let mut block = [O::default(); N];
         let block = &mut block[..total.len()];
         if job.accumulate {
             // SAFETY: the caller's promise; the reference ends before the stores.
