@@ -26,7 +26,8 @@ const KINDS: [(&str, &str); 10] = [
     ("copies|BYTES", "B"),
 ];
 /// Names of values that are something else.
-const OTHERS: [&str; 9] = ["FILE", "PATH", "DIR", "NAME", "WHAT", "TEXT", "PART", "auto|PATH", "replicate=R,shard=S"];
+const OTHERS: [&str; 10] =
+    ["FILE", "PATH", "DIR", "NAME", "WHAT", "TEXT", "PART", "auto|PATH", "replicate=R,shard=S", "HOST:PORT"];
 
 /// Flags whose refusal goes by another name.
 const BY_OTHER_NAMES: [(&str, &str); 10] = [

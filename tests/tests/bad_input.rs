@@ -198,8 +198,9 @@ fn a_setting_that_is_wrong_for_all_ranks_is_said_once_whoever_starts_them() {
         ("--threads 100000", &["--threads 100000", "processors"]),
     ];
     if cfg!(not(feature = "mpi")) {
-        cases.push(("--backend mpi", &["the backend mpi needs MPI", "build with `--features mpi`"]));
-        cases.push(("--backend hierarchical", &["the backend hierarchical needs MPI", "choose another backend"]));
+        cases.push(("--backend mpi", &["this build has no MPI", "build with `--features mpi`"]));
+        cases
+            .push(("--backend hierarchical --wire mpi", &["this build has no MPI", "choose another backend and wire"]));
     }
     refused(&place, 2, &cases);
     cases.push(("--micro-bach 8", &["--micro-bach", "--micro-batch"]));

@@ -236,7 +236,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "node_rank", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub nodes: u32,
     /// Which host this is, from 0, on which rank 0 runs.
-    #[arg(long, value_name = "K", requires = "nodes")]
+    #[arg(long, value_name = "N", requires = "nodes")]
     pub node_rank: Option<u32>,
     /// Where the ranks of all hosts meet: the first host and a free port of it, spelled alike on all;
     /// default: PILLION_ADDRESS.
