@@ -9,9 +9,9 @@ use pillion_kernels::DType;
 
 use crate::Error;
 use crate::binding::Bind;
+use crate::elements::{RedopArgument, TypeArgument, type_of};
 use crate::habits::{Habits, size};
 use crate::operation::{Form, Operation};
-use crate::pattern::REDUCTIONS;
 
 /// Times collectives as nccl-tests does: `size count type redop root time algbw busbw #wrong`, and more columns.
 ///
@@ -43,8 +43,8 @@ pub struct Arguments {
     /// Iterations before them that do not count
     #[arg(short = 'w', visible_short_alias = 'x', long = "warmup_iters", value_name = "WARMUP", default_value_t = 5)]
     warmup: usize,
-    /// Type of the elements, or all of them in turn: f32, bf16, f16, f64, i8, u8, i32, u32, i64, u64,
-    /// bool, all [default: f32]
+    /// Type of the elements, or all of them in turn: f32, bf16, f16, f64, i8, u8, i32, u32, i64,
+    /// u64, bool, all [default: f32]
     #[arg(short = 't', visible_short_alias = 'd', long = "type", alias = "datatype", value_name = "TYPE", value_parser = type_of)]
     dtype: Option<TypeArgument>,
     /// How elements are combined, or all that there are for the type in turn [default: sum]
@@ -101,84 +101,6 @@ pub struct Arguments {
     /// Runs another library's operation in turn with each of ours, in the first form; needs the feature of its name, and mpirun
     #[arg(long, value_enum, value_name = "LIBRARY")]
     compare: Option<Compare>,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum TypeArgument {
-    One(DType),
-    All,
-}
-
-/// What nccl-tests, NumPy and C call types that have other names here.
-const ALIASES: [(&str, DType); 15] = [
-    ("float", DType::F32),
-    ("float32", DType::F32),
-    ("bfloat16", DType::Bf16),
-    ("half", DType::F16),
-    ("float16", DType::F16),
-    ("double", DType::F64),
-    ("float64", DType::F64),
-    ("int8", DType::I8),
-    ("uint8", DType::U8),
-    ("byte", DType::U8),
-    ("int", DType::I32),
-    ("int32", DType::I32),
-    ("uint32", DType::U32),
-    ("int64", DType::I64),
-    ("uint64", DType::U64),
-];
-
-/// Reads a type; a number is what nccl-tests' -t is followed by.
-fn type_of(text: &str) -> Result<TypeArgument, String> {
-    let text = text.to_ascii_lowercase();
-    if let Ok(number) = text.parse::<usize>() {
-        return Err(format!(
-            "-t is the type of the elements here; for ranks that are threads give --threads -r {number}"
-        ));
-    }
-    if text == "all" {
-        return Ok(TypeArgument::All);
-    }
-    let own = DType::ALL.map(|dtype| (dtype.name(), dtype));
-    let known = own.iter().chain(&ALIASES).find(|(name, _)| *name == text);
-    known.map(|&(_, dtype)| TypeArgument::One(dtype)).ok_or_else(|| {
-        let names: Vec<&str> = own.iter().map(|(name, _)| *name).collect();
-        format!("there are {} and all", names.join(", "))
-    })
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum RedopArgument {
-    /// The sum
-    Sum,
-    /// The sum, divided by the number of ranks
-    Avg,
-    /// The product
-    Prod,
-    /// The smallest
-    Min,
-    /// The largest
-    Max,
-    /// Bits that all have
-    Band,
-    /// Bits that one has
-    Bor,
-    /// Bits that an odd number has
-    Bxor,
-    /// The sum of elements times 0.5
-    #[value(alias = "mulsum")]
-    Premul,
-    /// Each of them, as far as the type has it
-    All,
-}
-
-impl RedopArgument {
-    fn reductions(self) -> Vec<Reduction> {
-        match self {
-            RedopArgument::All => REDUCTIONS.to_vec(),
-            one => vec![REDUCTIONS[one as usize]],
-        }
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -326,11 +248,7 @@ impl Arguments {
                 return usage("--compare mpi compares the first form of each operation: leave --in-place out".into());
             }
         }
-        let dtypes = match self.dtype {
-            None => vec![DType::F32],
-            Some(TypeArgument::One(dtype)) => vec![dtype],
-            Some(TypeArgument::All) => DType::ALL.to_vec(),
-        };
+        let dtypes = self.dtype.unwrap_or(TypeArgument::One(DType::F32)).dtypes();
         let reductions = self.redop.unwrap_or(RedopArgument::Sum).reductions();
         if let ([dtype], [reduction]) = (&dtypes[..], &reductions[..])
             && !reduction.supports(*dtype, *dtype)
@@ -457,14 +375,6 @@ mod tests {
         assert_eq!(parse("all-reduce --sizes 0,4,1k").unwrap().sizes, [0, 4, 1024]);
         let default = parse("all-reduce").unwrap().sizes;
         assert_eq!((default[0], *default.last().unwrap()), (8, 16 << 20), "8 · 8⁷; 8 · 8⁸ is more than 64 MiB");
-    }
-
-    #[test]
-    fn reductions_have_their_own_names() {
-        for argument in RedopArgument::value_variants() {
-            let (name, reductions) = (argument.to_possible_value().unwrap(), argument.reductions());
-            assert!(*argument == RedopArgument::All || name.get_name() == reductions[0].name(), "{argument:?}");
-        }
     }
 
     #[test]

@@ -1,17 +1,18 @@
 //! How fast: benchmarks of kernels and collectives. `RESULTS.md` beside this crate's manifest records what was seen, with command
 //! and machine.
 //!
-//! `cargo bench` runs the [`kernels`] beside the memory [`traffic`] that bounds them; `kernelbench` times
-//! them on request, for a comparison with PyTorch's. The binary `collbench` measures collectives as
-//! nccl-tests and the OSU benchmarks do; this is its code, in the order in which a run meets it:
-//! [`arguments`] with the habits of others, [`ranks`], [`binding`], [`sweep`] over operations and
-//! sizes, [`case`] for one call, [`pattern`] and [`integral`] for what its buffers hold, [`timing`], [`roofline`],
-//! [`overlap`], [`report`].
+//! `cargo bench` runs the [`kernels`] beside the memory [`traffic`] that bounds them; `kernelbench`
+//! times them on request, for a comparison with PyTorch's. The binary `collbench` measures
+//! collectives as nccl-tests and the OSU benchmarks do; this is its code, in the order in which a
+//! run meets it: [`arguments`] with the habits of others, [`ranks`], [`binding`], [`sweep`] over
+//! operations and sizes, [`case`] for one call, [`pattern`] and [`integral`] for what its buffers
+//! hold, [`timing`], [`roofline`], [`overlap`], [`report`].
 #![deny(unsafe_code)]
 
 pub mod arguments;
 pub mod binding;
 pub mod case;
+mod elements;
 mod error;
 mod habits;
 pub mod integral;

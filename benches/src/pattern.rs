@@ -1,12 +1,12 @@
 //! What buffers hold before and after each operation, so that every element of every result is known exactly, in every type.
 //!
 //! Values are small integers that depend on rank, index and round. Where elements are moved or
-//! compared, they lie in 0..=256; where they are summed over n ranks, in 0..=⌊256/n⌋. bfloat16 has 8
-//! bits of significand, so all integers up to 2⁸ = 256 are exact in it; no partial sum exceeds
-//! n · ⌊256/n⌋ ≤ 256, so whatever the order, and even if each step were rounded, the sum is exact.
-//! That serves up to 256 ranks. For 8-bit integers 127 stands in the place of 256, for truth values 1.
-//! Values that are multiplied are 1 and 2: each product is a power of 2. [`POISON`] lies in what an
-//! operation must overwrite; no value equals it.
+//! compared, they lie in 0..=256; where they are summed over n ranks, in 0..=⌊256/n⌋. bfloat16 has
+//! 8 bits of significand, so all integers up to 2⁸ = 256 are exact in it. A partial sum is at most
+//! n · ⌊256/n⌋, and so at most 256: the sum is exact, whatever the order, and even if each step
+//! were rounded. That serves up to 256 ranks. For 8-bit integers 127 stands in the
+//! place of 256, for truth values 1. Values that are multiplied are 1 and 2: each product is a
+//! power of 2. [`POISON`] lies in what an operation must overwrite; no value equals it.
 //!
 //! All ranks read their values from one sequence of random numbers that repeats after [`PERIOD`],
 //! each from a place of its own. So what a large buffer must hold is compared with a table, as fast
@@ -342,7 +342,8 @@ mod tests {
                         Reduction::BitXor => both(|a, b| a ^ b),
                     };
                     let found = pattern.combined::<T>(index);
-                    // A mean of integers loses less than 1, and one of floats half of the last digit that bf16 has.
+                    // A mean of integers loses less than 1, and one of floats half of the last
+                    // digit that bf16 has.
                     let error = if T::DTYPE.is_float() { exact / 256.0 } else { 1.0 - 1e-9 };
                     let wraps = T::DTYPE.bytes() == 1 && exact > most;
                     assert!(

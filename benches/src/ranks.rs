@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use clap::Parser;
 use pillion_collectives::launch::Source;
 use pillion_collectives::launcher::Node;
-use pillion_collectives::{Backend, Communicator, Launch, launcher, limits};
+use pillion_collectives::{Communicator, Launch, launcher, limits};
 use pillion_kernels::cpu::Isa;
 
 use crate::arguments::{Arguments, Settings};
@@ -62,8 +62,7 @@ fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
             launcher::check_ranks(ranks, settings.oversubscribe)?;
             check_groups(settings, ranks)?;
             let mut node = Node::default();
-            let needs_address = matches!(settings.options.backend, Backend::Tcp | Backend::Hierarchical);
-            if needs_address && settings.options.simulated_hosts == 1 {
+            if settings.options.needs_meeting(&launch) {
                 node = node.meeting_here()?;
             }
             if settings.threads || ranks == 1 {

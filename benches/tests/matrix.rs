@@ -105,7 +105,8 @@ fn no_element_is_wrong_between_threads() {
 #[test]
 fn no_element_is_wrong_however_types_are_combined() {
     let folder = tempfile::tempdir().unwrap();
-    // Six reductions of four floats, eight of six integers, seven of truth values; of which a scalar is f64.
+    // Six reductions of four floats, eight of six integers, seven of truth values; of which a
+    // scalar is f64.
     let calls = 4 * 6 + 6 * 8 + 7;
     for (operation, lines) in
         [("reduce-scatter", 2 * calls), ("all-reduce", 2 * calls), ("reduce", calls), ("scalars", 6)]

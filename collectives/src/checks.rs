@@ -59,7 +59,7 @@ impl Communicator {
         root: usize,
         every: &Buffer,
         only: Option<&Buffer>,
-        len: impl FnOnce() -> usize,
+        len: usize,
     ) -> Result<(), Error> {
         self.check_rank(&format!("a {name} with root"), root)?;
         expect(only.is_some() == (self.rank() == root), || {
@@ -67,7 +67,6 @@ impl Communicator {
         })?;
         on_host(every)?;
         let Some(only) = only else { return Ok(()) };
-        let len = len();
         expect(only.len() == len && only.dtype() == every.dtype(), || {
             format!("a {name} between {every:?} and {only:?}: the root's has {len} elements, of the same type")
         })?;

@@ -52,9 +52,7 @@ impl Communicator {
     /// ranks do not all come in time, [`Error::System`] when the host refuses memory or a thread.
     /// The other ranks are told of the first and the last, and return [`Error::Aborted`].
     pub fn connect(launch: &Launch, options: Options) -> Result<Communicator, Error> {
-        let world = launch.world;
-        let job =
-            Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world, network: None };
+        let job = Job::of(launch);
         options.check(launch).map_err(|error| join::decline(&job, error))?;
         Communicator::start(job, options)
     }
@@ -64,9 +62,7 @@ impl Communicator {
     /// nobody listens. Returns whether rank 0 gives up for the same `reason`, so that this rank
     /// need not print it.
     pub fn decline(launch: &Launch, reason: &str) -> bool {
-        let world = launch.world;
-        let job =
-            Job { launch: launch.clone(), name: launch.job.clone(), ranks: (0..world).collect(), world, network: None };
+        let job = Job::of(launch);
         join::decline_for(&job, reason)
     }
 
@@ -155,7 +151,8 @@ impl Communicator {
         if simulated_hosts > 1 { WireKind::Mpi } else { wire.of(&self.job.launch, backend) }
     }
 
-    /// Number of hosts over which the ranks are spread, as many on each; every rank counts as one under [`Backend::Mpi`] and [`Backend::Tcp`].
+    /// Number of hosts over which the ranks are spread, as many on each; every rank counts as one
+    /// under [`Backend::Mpi`] and [`Backend::Tcp`].
     pub fn hosts(&self) -> usize {
         self.shared.hosts.ranks.len()
     }

@@ -141,7 +141,7 @@ impl From<Error> for Failure {
 }
 
 /// `rank 1`, or `ranks 1, 2 and 5`; of many, the first.
-fn ranks(ranks: &[usize]) -> String {
+pub(crate) fn ranks(ranks: &[usize]) -> String {
     const NAMED: usize = 16;
     let names: Vec<String> = ranks.iter().take(NAMED).map(usize::to_string).collect();
     match &names[..] {

@@ -1,5 +1,7 @@
 //! Which ranks are where.
 
+use crate::Launch;
+
 /// Which ranks of the communicator are on which host: `hosts[h][l]`, as many on each.
 #[derive(Clone, Debug)]
 pub(crate) struct Hosts {
@@ -47,4 +49,15 @@ impl Hosts {
     pub(crate) fn world(&self) -> usize {
         self.ranks.len() * self.local().len()
     }
+}
+
+/// What a rank calls its host: what the launch says, or else the running kernel and the network
+/// name space, since ranks meet on a socket that only their name space sees.
+pub(crate) fn identity(launch: &Launch) -> String {
+    if let Some(host) = &launch.host {
+        return format!("named {host}");
+    }
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let space = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
+    format!("{} {}", boot.trim(), space.display())
 }

@@ -28,6 +28,12 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// All ranks of a job, before they have met.
+    pub(crate) fn of(launch: &Launch) -> Job {
+        let (name, world) = (launch.job.clone(), launch.world);
+        Job { launch: launch.clone(), name, ranks: (0..world).collect(), world, network: None }
+    }
+
     /// What tells this communicator from others of the job; the job's own name may be another on
     /// other hosts.
     pub(crate) fn suffix(&self) -> &str {
@@ -55,8 +61,7 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         let on_each = local_world / options.simulated_hosts;
         let identities: Vec<String> = job.ranks.iter().map(|rank| (rank / on_each).to_string()).collect();
         (group(&identities, rank, options.backend), Some(wire))
-    } else if local_world != job.world || matches!(options.backend, Backend::Tcp | Backend::Mpi | Backend::Hierarchical)
-    {
+    } else if local_world != job.world || options.backend.uses_wire() {
         match options.wire.of(&job.launch, options.backend) {
             WireKind::Mpi => over_mpi(job, &options)?,
             _ => over_tcp(job, &options, &mut network)?,
@@ -182,7 +187,7 @@ fn over_tcp(
 /// Opens the wire between hosts and finds out which ranks are on which.
 #[cfg(feature = "mpi")]
 fn over_mpi(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
-    use crate::wire::identities;
+    use crate::mpi::identities;
     let mut hasher = DefaultHasher::new();
     job.name.hash(&mut hasher);
     // MPI guarantees tags up to 32767. The members of a communicator make one at a time, so this need not tell all apart.
@@ -190,7 +195,7 @@ fn over_mpi(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>
     let launch = Launch { rank: job.ranks[job.launch.rank], world: job.world, ..job.launch.clone() };
     let mut wire: Box<dyn Wire> = Box::new(crate::mpi::MpiWire::open(&launch, &job.ranks, number)?);
     let (rank, world) = (job.launch.rank, job.launch.world);
-    let own = identities::own(&launch);
+    let own = crate::hosts::identity(&launch);
     let identities = identities::exchange(&mut *wire, rank, world, &own, options.startup_timeout)?;
     Ok((group(&identities, rank, options.backend), Some(wire)))
 }

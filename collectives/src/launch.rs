@@ -254,8 +254,8 @@ pub enum LaunchError {
     },
 }
 
-/// Variables our own launcher sets: rank, world size, the same of this host, job name, the launcher's
-/// process id.
+/// Variables our own launcher sets: rank, world size, the same of this host, job name, the
+/// launcher's process id.
 pub(crate) const OWN_RANK: &str = "PILLION_RANK";
 pub(crate) const OWN_WORLD: &str = "PILLION_WORLD";
 pub(crate) const OWN_LOCAL_RANK: &str = "PILLION_LOCAL_RANK";

@@ -6,8 +6,8 @@
 //! has waited: memory in flight cannot be touched by accident.
 //!
 //! Ranks of one host, processes or threads, read each other's buffers in place, in shared memory.
-//! Ranks of several hosts exchange messages besides: over TCP, or, with the feature `mpi`, over MPI.
-//! Reductions run in a fixed order and round once, so a result has the same bits in every run.
+//! Ranks of several hosts exchange messages besides: over TCP, or, with the feature `mpi`, over
+//! MPI. Reductions run in a fixed order and round once, so a result has the same bits in every run.
 
 mod algorithms;
 mod call;

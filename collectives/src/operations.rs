@@ -21,10 +21,10 @@ use crate::{Communicator, Error, Reduction, Sections, Window};
 pub enum Start {
     /// After this event, on the progress thread, while the caller goes on.
     After(Event),
-    /// As [`Start::After`], with a limit of its own instead of [`Options::timeout`](crate::Options::timeout)
-    /// for how long the operation waits for the event, unless that is another operation's, and then
-    /// at each step for other ranks. Ranks may have different limits. At the first limit the
-    /// communicator fails, as ever.
+    /// As [`Start::After`], with a limit of its own instead of
+    /// [`Options::timeout`](crate::Options::timeout) for how long the operation waits for the
+    /// event, unless that is another operation's, and then at each step for other ranks. Ranks may
+    /// have different limits. At the first limit the communicator fails, as ever.
     Within {
         /// After this event.
         event: Event,
@@ -42,10 +42,11 @@ impl From<Event> for Start {
     }
 }
 
-/// Reductions run in order of rank; on several hosts in order of rank on each, and then in order of hosts.
-/// Buffers come from [`Communicator::allocate`], where peers use them in place, or from anywhere, and are then copied through a stage.
-/// Every operation takes the same arguments on every rank unless it says otherwise. One whose shapes or types
-/// cannot be ends with [`Error::Misuse`], and drops its buffers, before other ranks hear of it.
+/// Reductions run in order of rank; on several hosts in order of rank on each, and then in order of
+/// hosts. Buffers come from [`Communicator::allocate`], where peers use them in place, or from
+/// anywhere, and are then copied through a stage. Every operation takes the same arguments on every
+/// rank unless it says otherwise. One whose shapes or types cannot be ends with [`Error::Misuse`],
+/// and drops its buffers, before other ranks hear of it.
 impl Communicator {
     /// output\[p·n..\] = the shard of rank p. `shard: [n]`, unchanged; `output: [≥ world · n]`, same type, unchanged beyond.
     pub fn all_gather(&self, shard: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
@@ -129,7 +130,7 @@ impl Communicator {
         root: usize,
         start: impl Into<Start>,
     ) -> Pending<(Buffer, Option<Buffer>)> {
-        let len = || self.world().saturating_mul(shard.len());
+        let len = self.world().saturating_mul(shard.len());
         checked!(self.check_root("gather", root, &shard, output.as_ref(), len), (shard, output));
         let operands = operands(Some(&shard), output.as_ref());
         let operation = algorithms::gather(&self.shared.hosts, self.rank(), operands, shard.len(), root);
@@ -144,7 +145,7 @@ impl Communicator {
         root: usize,
         start: impl Into<Start>,
     ) -> Pending<(Option<Buffer>, Buffer)> {
-        let len = || self.world().saturating_mul(output.len());
+        let len = self.world().saturating_mul(output.len());
         checked!(self.check_root("scatter", root, &output, input.as_ref(), len), (input, output));
         let operands = operands(input.as_ref(), Some(&output));
         let operation = algorithms::scatter(&self.shared.hosts, self.rank(), operands, output.len(), root);

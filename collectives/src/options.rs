@@ -18,16 +18,23 @@ pub enum Backend {
     Tcp,
     /// MPI between all ranks, wherever they are. Needs the feature `mpi`.
     Mpi,
-    /// Shared memory between the ranks of a host, and a wire ([`WireKind`]) between hosts, which have
-    /// as many ranks each.
+    /// Shared memory between the ranks of a host, and a wire ([`WireKind`]) between hosts, which
+    /// have as many ranks each.
     Hierarchical,
+}
+
+impl Backend {
+    /// Whether ranks of one host may be connected by a wire, too.
+    pub(crate) fn uses_wire(self) -> bool {
+        matches!(self, Backend::Tcp | Backend::Mpi | Backend::Hierarchical)
+    }
 }
 
 /// What connects hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WireKind {
-    /// [`WireKind::Mpi`] where this build has MPI and an MPI's launcher or Slurm started the job, else
-    /// [`WireKind::Tcp`].
+    /// [`WireKind::Mpi`] where this build has MPI and an MPI's launcher or Slurm started the job,
+    /// else [`WireKind::Tcp`].
     #[default]
     Auto,
     /// TCP, from the address in [`Launch::meeting`](crate::Launch) on.
@@ -115,6 +122,18 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Whether ranks of `launch` meet over TCP, and need to know where ([`Launch::meeting`]).
+    pub fn needs_meeting(&self, launch: &Launch) -> bool {
+        self.wire_for(launch) == Some(WireKind::Tcp)
+    }
+
+    /// What connects ranks of `launch`, where they are not all in the shared memory of one host.
+    fn wire_for(&self, launch: &Launch) -> Option<WireKind> {
+        let several = launch.local_world != launch.world && self.backend != Backend::Shm;
+        let real = self.simulated_hosts == 1;
+        (real && (several || self.backend.uses_wire())).then(|| self.wire.of(launch, self.backend))
+    }
+
     /// Whether a rank of `launch` can join with these options; [`crate::Communicator::connect`]
     /// asks, too. A program that starts ranks itself asks before.
     ///
@@ -123,16 +142,13 @@ impl Options {
     pub fn check(&self, launch: &Launch) -> Result<(), Error> {
         let &Launch { world, local_world, .. } = launch;
         let (backend, groups, hosts) = (self.backend, self.reduce_groups, self.simulated_hosts);
-        let wire = self.wire.of(launch, backend);
-        let several = local_world != world || matches!(backend, Backend::Tcp | Backend::Mpi | Backend::Hierarchical);
         let reason = if groups == 0 || !world.is_multiple_of(groups) {
             format!("{groups} groups of reduction do not divide {world} ranks: choose a divisor")
         } else if matches!((backend, self.wire), (Backend::Mpi, WireKind::Tcp) | (Backend::Tcp, WireKind::Mpi)) {
             format!("the backend {backend} sends over another wire than {}: leave one of them out", self.wire)
-        } else if several && hosts == 1 && wire == WireKind::Mpi && !cfg!(feature = "mpi") {
+        } else if self.wire_for(launch) == Some(WireKind::Mpi) && !cfg!(feature = "mpi") {
             "this build has no MPI: build with `--features mpi`, or choose another backend and wire".to_owned()
-        } else if several && hosts == 1 && wire == WireKind::Tcp && launch.meeting.is_none() && backend != Backend::Shm
-        {
+        } else if self.needs_meeting(launch) && launch.meeting.is_none() {
             format!(
                 "{local_world} of {world} ranks are on this host, and nothing says where they meet: set \
                  PILLION_ADDRESS=host:port, of rank 0's host, on every rank, or start with torchrun or srun, or {}",

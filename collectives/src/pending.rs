@@ -62,14 +62,14 @@ impl State {
 }
 
 /// What [`Pending::on_complete`] calls, once.
-struct Call {
+struct OnComplete {
     outcome: Arc<Outcome>,
     callback: Mutex<Option<Callback>>,
 }
 
 type Callback = Box<dyn FnOnce(Result<(), Error>) + Send>;
 
-impl Wake for Call {
+impl Wake for OnComplete {
     fn wake(self: Arc<Self>) {
         let callback = self.callback.lock().take();
         if let (Some(callback), Poll::Ready(result)) = (callback, self.outcome.status()) {
@@ -153,7 +153,7 @@ impl<T> Pending<T> {
             State::Ended(result) => return callback(result.clone().map_err(Error::from)),
             State::Flying(outcome) => outcome,
         };
-        let call = Call { outcome: state.clone(), callback: Mutex::new(Some(Box::new(callback))) };
+        let call = OnComplete { outcome: state.clone(), callback: Mutex::new(Some(Box::new(callback))) };
         state.call_back(&Waker::from(Arc::new(call)));
     }
 

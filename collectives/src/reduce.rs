@@ -11,7 +11,8 @@ pub struct Reduce {
     pub input: Buffer,
     /// How the summand is cut; none: into one chunk for each rank.
     pub sections: Option<Sections>,
-    /// `[n]`: the ranks' parts of this rank combined, in order of rank. Of the input's type, or f32 for 16-bit floats.
+    /// `[n]`: the ranks' parts of this rank combined, in order of rank. Of the input's type, or f32
+    /// for 16-bit floats.
     pub output: Buffer,
     /// How elements are combined.
     pub reduction: Reduction,

@@ -22,8 +22,8 @@ impl Communicator {
     }
 
     /// Adds the ranks' summands to the output of an earlier reduction, and their numbers to its
-    /// totals, once that is complete. The host does not wait. One of the two with a sideband and the
-    /// other without is misuse.
+    /// totals, once that is complete. The host does not wait. One of the two with a sideband and
+    /// the other without is misuse.
     pub fn reduce_scatter_onto(
         &self,
         summand: Summand,
@@ -213,7 +213,7 @@ impl Communicator {
         start: impl Into<Start>,
     ) -> Pending<(Buffer, Option<Buffer>)> {
         let combination = self
-            .check_root("reduce", root, &input, output.as_ref(), || input.len())
+            .check_root("reduce", root, &input, output.as_ref(), input.len())
             .and_then(|()| self.combination(reduction, &input, output.as_ref().unwrap_or(&input)));
         let combination = checked!(combination, (input, output));
         let operands = operands(Some(&input), output.as_ref());

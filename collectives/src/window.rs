@@ -97,8 +97,8 @@ impl Window {
     /// gather. The next gather starts after an event that follows the writes.
     ///
     /// # Errors
-    /// When a rank is lost or does not release before the deadline; [`Error::Misuse`] when this rank
-    /// itself has not released, or for a section that there is not.
+    /// When a rank is lost or does not release before the deadline; [`Error::Misuse`] when this
+    /// rank itself has not released, or for a section that there is not.
     pub fn shard_mut(&mut self, section: usize) -> Result<ViewMut<'_>, Error> {
         expect(!self.gathered, || "a window is released before it is written".to_owned())?;
         let count = self.sections.as_ref().map_or(1, Sections::count);

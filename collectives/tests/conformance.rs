@@ -1,5 +1,7 @@
 //! What every transport must do, run over ranks as threads on both devices of the host.
 
+mod common;
+
 use std::time::Duration;
 
 use half::bf16;
@@ -11,18 +13,7 @@ const LENGTHS: [usize; 6] = [0, 1, 3, 64, 1023, 20_000];
 
 /// Runs `program` on `world` ranks and returns what each returned.
 fn ranks<R: Send>(world: usize, options: Options, program: impl Fn(Communicator) -> R + Sync) -> Vec<R> {
-    std::thread::scope(|scope| {
-        let handles: Vec<_> = Launch::threads(world)
-            .into_iter()
-            .map(|launch| {
-                let (options, program) = (options.clone(), &program);
-                scope.spawn(move || {
-                    program(Communicator::connect(&launch, options).expect("ranks of this process meet"))
-                })
-            })
-            .collect();
-        handles.into_iter().map(|handle| handle.join().expect("a rank does not panic")).collect()
-    })
+    common::run(Launch::threads(world), options, |_, communicator| program(communicator))
 }
 
 fn devices() -> [Box<dyn Device>; 2] {
@@ -335,115 +326,6 @@ fn a_rank_that_leaves_or_aborts_or_panics_is_named() {
 }
 
 #[test]
-fn a_rank_that_does_not_come_is_named_at_the_deadline() {
-    let options = Options { timeout: Duration::from_millis(200), ..Options::default() };
-    let errors = ranks(3, options, |communicator| {
-        if communicator.rank() == 2 {
-            // Stays past every other rank's deadline, without a call.
-            std::thread::sleep(Duration::from_millis(600));
-            return None;
-        }
-        Some(communicator.barrier().unwrap_err())
-    });
-    for error in errors.into_iter().flatten() {
-        match &error {
-            Error::Timeout { waiting_on, .. } => assert_eq!(*waiting_on, [2], "{error}"),
-            other => assert!(matches!(other, Error::PeerLost { rank: 2, .. }), "{error}"),
-        }
-    }
-}
-
-#[test]
-fn a_barrier_names_every_late_rank() {
-    let options = Options { timeout: Duration::from_millis(200), ..Options::default() };
-    let come = std::sync::Barrier::new(5);
-    let errors = ranks(5, options, |communicator| {
-        let error = [0, 2].contains(&communicator.rank()).then(|| communicator.barrier().unwrap_err());
-        // The others stay until these have given up.
-        come.wait();
-        error
-    });
-    let named: Vec<_> = errors
-        .iter()
-        .flatten()
-        .filter_map(|error| match error {
-            Error::Timeout { waiting_on, .. } => Some((waiting_on.clone(), error.to_string())),
-            // Told by the other, which had given up a moment before.
-            _ => None,
-        })
-        .collect();
-    assert!(!named.is_empty(), "{errors:?}");
-    for (waiting_on, words) in named {
-        assert_eq!(waiting_on, [1, 3, 4]);
-        assert!(words.contains("for ranks 1, 3 and 4 in"), "{words}");
-    }
-}
-
-#[test]
-fn an_operation_has_a_limit_of_its_own() {
-    let come = std::sync::Barrier::new(2);
-    for kind in 0..3 {
-        let errors = ranks(2, Options::default(), |communicator| {
-            if communicator.rank() == 1 {
-                come.wait();
-                return None;
-            }
-            let buffer = || Cpu.allocate(DType::F32, 1 << 16).unwrap();
-            let limit = Duration::from_millis(100);
-            let within = |event| Start::Within { event, limit };
-            let error = match kind {
-                0 => communicator.barrier_within(limit).unwrap_err(),
-                1 => {
-                    communicator.all_reduce(buffer(), Reduction::Sum, within(Event::PAST)).wait().map(drop).unwrap_err()
-                }
-                _ => communicator.receive(buffer(), 1, within(Event::PAST)).wait().map(drop).unwrap_err(),
-            };
-            come.wait();
-            Some(error)
-        });
-        match &errors[0] {
-            Some(Error::Timeout { waiting_on, .. }) => assert_eq!(*waiting_on, [1]),
-            other => panic!("{kind}: {other:?}"),
-        }
-    }
-}
-
-#[test]
-fn an_operation_can_be_looked_at_waited_for_a_moment_and_tell_of_its_end() {
-    use std::sync::mpsc::channel;
-    let (arrive, depart) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
-    ranks(2, Options::default(), |communicator| {
-        let buffer = filled(&Cpu, &*Cpu.stream(), &communicator, &values(communicator.rank(), 100));
-        if communicator.rank() == 1 {
-            // Rank 0 has seen that its operation does not end.
-            arrive.wait();
-            communicator.all_reduce(buffer, Reduction::Sum, Start::Here).wait().unwrap();
-            depart.wait();
-            return;
-        }
-        let (told, tell) = channel();
-        let pending = communicator.all_reduce(buffer, Reduction::Sum, Event::PAST);
-        let teller = told.clone();
-        pending.on_complete(move |result| teller.send(result.is_ok()).unwrap());
-        let pending = pending.try_wait().map(drop).unwrap_err();
-        let pending = pending.wait_timeout(Duration::from_millis(20)).map(drop).unwrap_err();
-        assert!(tell.try_recv().is_err());
-        arrive.wait();
-        // Ends the wait at once where it is there, and gives up long after it must be.
-        let buffer = pending.wait_timeout(Duration::from_secs(60)).map_err(drop).unwrap().unwrap();
-        assert_eq!(Cpu.stream().download::<f32>(buffer.view()).unwrap()[3], sum(2, 3));
-        assert_eq!(tell.recv(), Ok(true));
-        depart.wait();
-        // The other rank has left.
-        let pending = communicator.all_reduce(buffer, Reduction::Sum, Event::PAST);
-        pending.on_complete(move |result| told.send(result.is_ok()).unwrap());
-        assert_eq!(tell.recv(), Ok(false));
-        let ended = pending.try_wait().map_err(drop).unwrap();
-        assert!(matches!(ended, Err(Error::PeerLost { rank: 1, .. })));
-    });
-}
-
-#[test]
 fn missing_ranks_are_named_at_the_start() {
     let launches = Launch::threads(3);
     let options = Options { startup_timeout: Duration::from_millis(200), ..Options::default() };
@@ -484,7 +366,8 @@ fn traffic_counts_operations_and_the_bytes_that_peers_read() {
         (after.operations - before.operations, after.bytes - before.bytes)
     });
     assert!(traffic.iter().all(|&moved| moved == (1, 3 * 8 * 4)), "{traffic:?}");
-    // An all-reduce of fewer elements than ranks: whoever combines one gives it to the others, which read no more of its input.
+    // An all-reduce of fewer elements than ranks: whoever combines one gives it to the others,
+    // which read no more of its input.
     let traffic = ranks(4, Options::default(), |communicator| {
         let buffer = communicator.allocate(&Cpu, DType::F32, 3).unwrap();
         let wide = communicator.allocate(&Cpu, DType::F64, 3).unwrap();
@@ -493,7 +376,8 @@ fn traffic_counts_operations_and_the_bytes_that_peers_read() {
         communicator.all_reduce(buffer, Reduction::Max, Event::PAST).wait().unwrap();
         communicator.traffic().bytes - before
     });
-    // Of three f64 each of ranks 0 to 2 combines one, 3 · 8 + 2 · 8 bytes; rank 3 gives its three. 12 bytes travel whole.
+    // Of three f64 each of ranks 0 to 2 combines one, 3 · 8 + 2 · 8 bytes; rank 3 gives its three.
+    // 12 bytes travel whole.
     assert_eq!(traffic, [40, 40, 40, 24].map(|bytes| bytes + 3 * 12));
 }
 

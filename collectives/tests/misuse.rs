@@ -1,6 +1,8 @@
 //! Arguments that cannot be are errors with a code and a remedy, before any other rank hears of the
 //! call; the communicator goes on.
 
+mod common;
+
 use pillion_collectives::{
     Communicator, Comparison, Error, Launch, Options, Pending, Reduce, Reduction, Sideband, Start,
 };
@@ -19,12 +21,7 @@ fn of(dtype: DType, len: usize) -> Buffer {
 
 /// Runs `program` on three ranks.
 fn ranks(program: impl Fn(&Communicator) + Sync) {
-    std::thread::scope(|scope| {
-        for launch in Launch::threads(3) {
-            let program = &program;
-            scope.spawn(move || program(&Communicator::connect(&launch, Options::default()).unwrap()));
-        }
-    });
+    common::run(Launch::threads(3), Options::default(), |_, communicator| program(&communicator));
 }
 
 fn refused<T>(pending: Pending<T>, part: &str) {

@@ -1,7 +1,10 @@
 //! Communicators over TCP, between threads that count themselves to hosts of their own.
 
+mod common;
+
 use std::net::TcpListener;
 
+use common::run;
 use pillion_collectives::{Backend, Communicator, Launch, Meeting, Options, Reduction, Start, WireKind};
 use pillion_kernels::{Buffer, Cpu, DType, Device};
 
@@ -26,18 +29,6 @@ fn launches(hosts: &[usize], named: bool) -> Vec<Launch> {
     places.enumerate().map(launch).collect()
 }
 
-fn ranks(launches: Vec<Launch>, options: Options, program: impl Fn(&Launch, Communicator) + Sync) {
-    std::thread::scope(|scope| {
-        for launch in launches {
-            let (program, options) = (&program, options.clone());
-            scope.spawn(move || {
-                let communicator = Communicator::connect(&launch, options).unwrap();
-                program(&launch, communicator);
-            });
-        }
-    });
-}
-
 fn numbers(values: &[i64]) -> Buffer {
     let mut buffer = Cpu.allocate(DType::I64, values.len()).unwrap();
     Cpu.stream().upload(buffer.view_mut(), values);
@@ -55,7 +46,7 @@ fn sum(communicator: &Communicator, launch: &Launch) -> i64 {
 
 #[test]
 fn parts_of_hosts_and_across_hosts_come_and_go() {
-    ranks(launches(&[2, 2], true), Options::default(), |launch, all| {
+    run(launches(&[2, 2], true), Options::default(), |launch, all| {
         assert_eq!((all.backend(), all.hosts(), all.wire()), (Backend::Hierarchical, 2, WireKind::Tcp));
         assert_eq!(sum(&all, launch), 6);
         let host = launch.rank / 2;
@@ -77,7 +68,7 @@ fn parts_of_hosts_and_across_hosts_come_and_go() {
 
 #[test]
 fn a_job_meets_again_while_a_part_of_it_lives() {
-    ranks(launches(&[1, 1, 1], true), Options::default(), |launch, all| {
+    run(launches(&[1, 1, 1], true), Options::default(), |launch, all| {
         assert_eq!((all.backend(), all.hosts()), (Backend::Tcp, 3));
         let part = all.split((launch.rank < 2).then_some(0), 0).unwrap();
         drop(all);
@@ -89,7 +80,7 @@ fn a_job_meets_again_while_a_part_of_it_lives() {
 
 #[test]
 fn launchers_of_one_machine_make_one_host() {
-    ranks(launches(&[2, 1], false), Options::default(), |launch, all| {
+    run(launches(&[2, 1], false), Options::default(), |launch, all| {
         assert_eq!((all.backend(), all.hosts(), sum(&all, launch)), (Backend::Shm, 1, 3));
     });
 }
@@ -97,7 +88,7 @@ fn launchers_of_one_machine_make_one_host() {
 #[test]
 fn a_hierarchy_of_one_host_is_split_without_meeting_again() {
     let options = Options { backend: Backend::Hierarchical, ..Options::default() };
-    ranks(launches(&[3], true), options, |launch, all| {
+    run(launches(&[3], true), options, |launch, all| {
         assert_eq!(all.hosts(), 1);
         let part = all.split((launch.rank > 0).then_some(0), 0).unwrap();
         assert_eq!(part.map(|part| sum(&part, launch)), (launch.rank > 0).then_some(3));
@@ -107,7 +98,7 @@ fn a_hierarchy_of_one_host_is_split_without_meeting_again() {
 #[test]
 fn every_rank_talks_to_every_other_over_tcp_alone() {
     let options = Options { backend: Backend::Tcp, ..Options::default() };
-    ranks(launches(&[3], true), options, |launch, all| {
+    run(launches(&[3], true), options, |launch, all| {
         assert_eq!((all.backend(), all.hosts(), sum(&all, launch)), (Backend::Tcp, 3, 3));
     });
 }

@@ -54,7 +54,8 @@ impl Hosts {
         Command::new(Hosts::path(script)).args(arguments).output().expect("a script of the repository runs")
     }
 
-    /// A command line, split at spaces, on host 1 or 2, whose addresses are 10.77.0.1 and 10.77.0.2.
+    /// A command line, split at spaces, on host 1 or 2, whose addresses are 10.77.0.1 and
+    /// 10.77.0.2.
     pub fn command(&self, place: &Workplace, host: usize, line: &str) -> Command {
         let mut command = Command::new("ip");
         place.prepare(&mut command);

@@ -171,7 +171,7 @@ fn what_is_missing_between_hosts_is_said_with_the_remedy() {
     });
     let [one, zero] = ranks.map(Running::finish);
     assert!(one.stderr.contains("another PILLION_SECRET"), "{one}");
-    assert!(zero.stderr.contains("ranks [1] did not come") && zero.stderr.contains("another PILLION_SECRET"), "{zero}");
+    assert!(zero.stderr.contains("rank 1 did not come") && zero.stderr.contains("another PILLION_SECRET"), "{zero}");
 }
 
 /// One rank on each of two hosts, as torchrun starts them.

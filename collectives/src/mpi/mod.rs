@@ -12,6 +12,7 @@
 //! lent for ever, as [`Wire`] says. The same holds when starting a message fails, since earlier pieces of it may be on their way.
 
 mod calls;
+pub(crate) mod identities;
 mod process;
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,6 @@
 //! A wire belongs to the progress thread of one rank, which makes every call. Messages between the same two ranks with the same tag
 //! arrive in the order in which they were sent.
 
-pub(crate) mod identities;
 pub(crate) mod tcp;
 pub(crate) mod threads;
 
@@ -18,14 +17,15 @@ pub(crate) trait Wire {
     /// Starts sending `len` bytes to rank `to`. Any length, 0 too.
     ///
     /// # Safety
-    /// The bytes stay readable and unchanged until [`Wire::test`] returns true for the request; if it never does, for ever.
+    /// `data` is not null. The bytes stay readable and unchanged until [`Wire::test`] returns true
+    /// for the request; if it never does, for ever.
     unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error>;
 
     /// Starts receiving exactly `len` bytes from rank `from`. A message of another length is an error.
     ///
     /// # Safety
-    /// The bytes stay writable, and nobody else touches them, until [`Wire::test`] returns true for the request; if it never does,
-    /// for ever.
+    /// `data` is not null. The bytes stay writable, and nobody else touches them, until
+    /// [`Wire::test`] returns true for the request; if it never does, for ever.
     unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error>;
 
     /// Lets messages move, and says whether this one is complete. Not called again for a request once it has returned true.

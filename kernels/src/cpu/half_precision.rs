@@ -45,7 +45,8 @@ mod tests {
             assert!(narrow(ours).to_bits() == bits || (narrow(ours).is_nan() && ours.is_nan()), "{bits:#x}");
         }
         for upper in 0..=u16::MAX {
-            // The digits that f16 lacks: none, less than half, half, more, and what is next to them.
+            // The digits that f16 lacks: none, less than half, half, more, and what is next to
+            // them.
             for lower in [0u32, 1, 0xfff, 0x1000, 0x1001, 0x1fff, 0x2000, 0x3000, 0x7fff, 0x8000, 0xf000, 0xffff] {
                 let x = f32::from_bits(u32::from(upper) << 16 | lower);
                 let (ours, theirs) = (narrow(x), f16::from_f32(x));

@@ -238,8 +238,8 @@ pub struct TrainArgs {
     /// Which host this is, from 0, on which rank 0 runs.
     #[arg(long, value_name = "N", requires = "nodes")]
     pub node_rank: Option<u32>,
-    /// Where the ranks of all hosts meet: the first host and a free port of it, spelled alike on all;
-    /// default: PILLION_ADDRESS.
+    /// Where the ranks of all hosts meet: the first host and a free port of it, spelled alike on
+    /// all; default: PILLION_ADDRESS.
     #[arg(long, value_name = "HOST:PORT", value_parser = address)]
     pub address: Option<String>,
     /// Start more than 8 ranks for each core.

@@ -29,7 +29,7 @@ use pillion_collectives::launcher::Node;
 use pillion_collectives::limits::explain_thread;
 use pillion_collectives::{Communicator, Launch, launcher, stop};
 
-use crate::settings::{BackendKind, LaunchKind, TrainArgs};
+use crate::settings::{LaunchKind, TrainArgs};
 use crate::{Error, complain};
 
 pub(crate) use metrics::Line;
@@ -117,9 +117,10 @@ fn node(settings: &TrainArgs, ranks: usize) -> Result<Node, Error> {
     if world > MOST_RANKS {
         return refuse(format!("--nodes {of} with {ranks} ranks each are {world}: at most {MOST_RANKS} make a job"));
     }
+    let (options, rank) = (run::options(settings), number * ranks);
+    let first = Launch { rank, world, local_rank: 0, local_world: ranks, source: Source::Local, ..Launch::single() };
     let mut node = Node { number, of, address: settings.address.clone() };
-    let needs_address = matches!(settings.backend, BackendKind::Tcp | BackendKind::Hierarchical);
-    if of == 1 && needs_address {
+    if of == 1 && options.needs_meeting(&first) {
         node = node.meeting_here()?;
     } else if of == 1 && node.address.is_some() {
         return refuse("--address is where several hosts meet: give --nodes and --node-rank as well".to_owned());
@@ -129,16 +130,7 @@ fn node(settings: &TrainArgs, ranks: usize) -> Result<Node, Error> {
         let remedy = "give --address HOST:PORT, of the first host, or PILLION_ADDRESS";
         return refuse(format!("--nodes needs to know where ranks meet: {remedy}"));
     }
-    let first = Launch {
-        rank: number * ranks,
-        world,
-        local_rank: 0,
-        local_world: ranks,
-        source: Source::Local,
-        meeting,
-        ..Launch::single()
-    };
-    run::options(settings).check(&first)?;
+    options.check(&Launch { meeting, ..first })?;
     Ok(node)
 }
 

@@ -16,7 +16,8 @@ const REASON: usize = 512;
 pub(super) struct Control {
     socket: TcpStream,
     peer: usize,
-    /// What has come: one of the bytes above; for [`ABORTS`], two bytes of a length, and the reason.
+    /// What has come: one of the bytes above; for [`ABORTS`], two bytes of a length, and the
+    /// reason.
     received: Vec<u8>,
     has_aborted: bool,
     ended: bool,

@@ -1,6 +1,6 @@
-//! How the ranks of a job meet at rank 0: each greets with the port at which it listens and the name
-//! of its host, and gets the table of all ranks once they have come. Whoever is no rank of this job
-//! is turned away and counted; the count stands in the error at the deadline.
+//! How the ranks of a job meet at rank 0: each greets with the port at which it listens and the
+//! name of its host, and gets the table of all ranks once they have come. Whoever is no rank of
+//! this job is turned away and counted; the count stands in the error at the deadline.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{ErrorKind, Read, Write};
@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use super::greeting::{Arriving, Greeting, HOST, LEN, MEETING, Refusal, name};
+use super::greeting::{Arriving, Greeting, HOST, MEETING, Refusal, name};
+use crate::error::ranks;
 use crate::limits::explain;
 use crate::patience::Patience;
 
@@ -49,7 +50,8 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
             Ok(listener) => break listener,
             Err(error) if Instant::now() >= patience.deadline => {
                 return Err(format!(
-                    "rank 0 cannot listen at port {port}: {error}; meet at another one (--address, PILLION_ADDRESS, or torchrun's master port + 1)"
+                    "rank 0 cannot listen at port {port}: {error}; meet at another one (--address, PILLION_ADDRESS, or \
+                     torchrun's master port + 1)"
                 ));
             }
             // Perhaps the job before is just ending.
@@ -71,11 +73,12 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
         if come.len() as u64 == world - 1 {
             break;
         }
-        let missing = || listed(&(1..world).filter(|rank| !come.contains_key(rank)).collect::<Vec<u64>>());
+        let is_missing = |rank: &usize| !come.contains_key(&(*rank as u64));
+        let missing = || ranks(&(1..world as usize).filter(is_missing).collect::<Vec<usize>>());
         if Instant::now() >= patience.deadline {
-            return Err(format!("ranks {} did not come to port {port} of this host{}", missing(), count(&refused)));
+            return Err(format!("{} did not come to port {port} of this host{}", missing(), count(&refused)));
         }
-        patience.warn(|| format!("ranks {} at port {port}{}", missing(), count(&refused)));
+        patience.warn(|| format!("{} at port {port}{}", missing(), count(&refused)));
         wait(&listener, &waiting, &come, patience.next());
         accept_some(&listener, &mut waiting).map_err(|error| explain(&error))?;
         for _ in 0..waiting.len() {
@@ -203,7 +206,7 @@ fn attempt(own: &Greeting, address: &str, limit: Duration) -> Result<(Vec<Member
     };
     let zero = socket.peer_addr().map_err(|error| failed("at once", error))?.ip();
     socket.write_all(&own.bytes()).map_err(|error| failed("at the greeting", error))?;
-    socket.set_read_timeout(Some(limit)).map_err(|error| failed("", error))?;
+    socket.set_read_timeout(Some(limit)).map_err(|error| failed("at once", error))?;
     let mut first = [0; 8];
     socket.read_exact(&mut first).map_err(|error| failed("without an answer", error))?;
     match u64::from_le_bytes(first) {
@@ -256,15 +259,6 @@ fn member(entry: &[u8]) -> Member {
     Member { address: SocketAddr::new(ip, port), host: name(&entry[24..]) }
 }
 
-/// Some ranks, of which the first are named.
-fn listed(ranks: &[u64]) -> String {
-    const NAMED: usize = 16;
-    match ranks.split_at_checked(NAMED) {
-        Some((first, rest)) if !rest.is_empty() => format!("{first:?} and {} more", rest.len()),
-        _ => format!("{ranks:?}"),
-    }
-}
-
 fn count(refused: &BTreeMap<Refusal, usize>) -> String {
     let each: Vec<String> = refused.iter().map(|(refusal, count)| format!("{count} {refusal}")).collect();
     if each.is_empty() { String::new() } else { format!("; connections were refused: {}", each.join(", ")) }
@@ -285,6 +279,3 @@ fn wait(
     // Whatever comes of it, everything is looked at.
     let _ = rustix::event::poll(&mut events, left.as_ref());
 }
-
-// A greeting arrives whole: the kernel takes it at once.
-const _: () = assert!(LEN < 4096);

@@ -1,12 +1,11 @@
 //! A wire over TCP, for clusters without MPI and for builds without it.
 //!
-//! The ranks of a job meet once, at rank 0 ([`meeting`]); from then on each knows the address and the
-//! host of every other ([`Network`]). A communicator's wire has a connection ([`Line`]) to each rank of
-//! another host for each tag that the two use, and one for what must not wait behind data
-//! ([`Control`]).
-//! A message is its length and its bytes. It is read when its receiver has asked for it, into the
-//! memory where it belongs; until then it stays in the kernel's buffers, and stops the sender once
-//! they are full. So no tag waits for another.
+//! The ranks of a job meet once, at rank 0 ([`meeting`]); from then on each knows the address and
+//! the host of every other ([`Network`]). A communicator's wire has a connection ([`Line`]) to each
+//! rank of another host for each tag that the two use, and one for what must not wait behind data
+//! ([`Control`]). A message is its length and its bytes. It is read when its receiver has asked for
+//! it, into the memory where it belongs; until then it stays in the kernel's buffers, and stops the
+//! sender once they are full. So no tag waits for another.
 
 mod control;
 mod greeting;
@@ -55,8 +54,8 @@ struct Peer {
 }
 
 impl TcpWire {
-    /// Connects rank `own` of a communicator, whose members have these ranks in the job, to those on
-    /// other hosts. `name` tells the job's communicators apart. All of them call.
+    /// Connects rank `own` of a communicator, whose members have these ranks in the job, to those
+    /// on other hosts. `name` tells the job's communicators apart. All of them call.
     ///
     /// # Errors
     /// [`Error::Rendezvous`] for those that do not come within `limit`.
@@ -101,6 +100,18 @@ impl TcpWire {
         Ok(Ticket { way, member, index, number }.pack())
     }
 
+    /// Why a rank whose connection has ended gave up, if it has said so: on another connection,
+    /// which may be slower.
+    fn last_words(&mut self) -> Option<Error> {
+        let started = Instant::now();
+        loop {
+            match self.listen() {
+                None if started.elapsed() < LAST_WORDS => std::thread::sleep(Duration::from_millis(1)),
+                said => return said,
+            }
+        }
+    }
+
     /// What another rank has said on its control connection, or that it is gone.
     fn listen(&mut self) -> Option<Error> {
         if self.heard.is_none() {
@@ -134,15 +145,7 @@ impl Wire for TcpWire {
             }
         };
         complete.map_err(|error| {
-            // Why the connection ended, where the other rank has said it: on a connection of its own,
-            // which may be slower.
-            let started = Instant::now();
-            let said = loop {
-                match self.listen() {
-                    None if started.elapsed() < LAST_WORDS => std::thread::sleep(Duration::from_millis(1)),
-                    said => break said,
-                }
-            };
+            let said = matches!(error, Error::PeerLost { .. }).then(|| self.last_words()).flatten();
             self.failed.insert(said.unwrap_or(error)).clone()
         })
     }

@@ -13,8 +13,7 @@ use super::greeting::{Arriving, Greeting, HOST, MEETING};
 use super::meeting::{Member, accept_some, dial, is_out_of_files, listen, serve, visit};
 use crate::limits::explain;
 use crate::patience::Patience;
-use crate::wire::identities;
-use crate::{Error, Launch, Options};
+use crate::{Error, Launch, Options, hosts};
 
 /// How long the listener is left alone while connections are waited for.
 const NAP: Duration = Duration::from_millis(1);
@@ -58,7 +57,7 @@ impl Network {
         let listener = listen(0).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
         let listener = listener.map_err(|error| fail(format!("cannot listen for other ranks: {error}")))?;
         let port = listener.local_addr().map_err(|error| fail(error.to_string()))?.port();
-        let host = identities::own(launch);
+        let host = hosts::identity(launch);
         if host.len() > HOST {
             let reason =
                 format!("the name of this host (PILLION_HOST) has {} bytes, and at most {HOST} fit", host.len());
@@ -142,8 +141,8 @@ impl Network {
             std::thread::sleep(NAP);
         }
         for socket in connections.values().flatten() {
-            // Small messages go at once. How long a rank may be silent is not the kernel's to judge,
-            // which does not know who was stopped.
+            // Small messages go at once. How long a rank may be silent is not the kernel's to
+            // judge, which does not know who was stopped.
             let prepared = socket.set_nonblocking(true).and_then(|()| socket.set_nodelay(true));
             prepared.map_err(|error| self.fail(format!("preparing a connection: {error}")))?;
         }

@@ -252,12 +252,13 @@ fn ranks_of_other_jobs_and_ranks_that_do_not_come_are_named() {
     let port = free_port();
     let zero = launches(3, port, "missing").remove(0);
     let serving = thread::spawn(move || Network::meet(&zero, &patient(3.0)).err().unwrap().to_string());
-    // From the job's other ranks one has come, and waits; a rank of another job is refused meanwhile.
+    // From the job's other ranks one has come, and waits; a rank of another job is refused
+    // meanwhile.
     let mut other = launches(3, port, "other").remove(2);
     other.meeting.as_mut().unwrap().address = format!("localhost:{port}");
     let refused = Network::meet(&other, &patient(1.0)).err().unwrap().to_string();
     let error = serving.join().unwrap();
-    assert!(error.contains("ranks [1, 2] did not come"), "{error}");
+    assert!(error.contains("ranks 1 and 2 did not come"), "{error}");
     // Where this machine had no time for rank 0 within a second, nobody was refused.
     if !refused.contains("cannot be reached") {
         assert!(refused.contains("refused this rank") && refused.contains("PILLION_SECRET"), "{refused}");

@@ -12,7 +12,8 @@ pub(super) const BLOCK: usize = 1024;
 /// As many, for reductions so short that a longer block on the stack would take much of the time.
 pub(super) const SHORT: usize = 32;
 
-/// A block that nobody has written yet: clearing it would take most of the time of a short reduction.
+/// A block that nobody has written yet: clearing it would take most of the time of a short
+/// reduction.
 type Block<A, const N: usize> = [MaybeUninit<A>; N];
 
 /// Runs a reduction whose elements `load` widens. `load` and `combine` are inlined.
@@ -60,8 +61,8 @@ pub(super) unsafe fn in_blocks<I: Copy, O: Stored<A>, A: Wide, const N: usize>(
                     total.iter_mut().for_each(|total| *total = total.divide(divisor));
                 }
                 for &output in job.outputs {
-                    // SAFETY: elements first..first + len of an output, by the caller's promise. No reference to an input that this
-                    // might be is alive.
+                    // SAFETY: elements first..first + len of an output, by the caller's promise. No
+                    // reference to an input that this might be is alive.
                     unsafe { emit::<O, A, N>(total, output.cast::<O>().add(first), job, combine) };
                 }
             }
@@ -124,7 +125,8 @@ unsafe fn combine_inputs<'a, I: Copy, A: Wide>(
 /// Stores a block of results, rounded.
 ///
 /// # Safety
-/// `out` is writable, and readable where the job accumulates, for `total.len()` elements that nobody else touches meanwhile.
+/// `out` is writable, and readable where the job accumulates, for `total.len()` elements that
+/// nobody else touches meanwhile.
 #[inline(always)]
 unsafe fn emit<O: Stored<A>, A: Wide, const N: usize>(
     total: &[A],

@@ -121,7 +121,8 @@ fn narrow_floats<T: Element>(
     Ok(())
 }
 
-/// Integers give the lowest digits of what they come to; a sum that is divided does not wrap before.
+/// Integers give the lowest digits of what they come to; a sum that is divided does not wrap
+/// before.
 macro_rules! integers {
     ($integer:ty, $job:expr) => {{
         let (job, inputs, count) = $job;

@@ -1,36 +1,18 @@
 //! Which host each rank is on, as the ranks tell each other at the start.
 
-#[cfg(feature = "mpi")]
 use std::time::{Duration, Instant};
 
-#[cfg(feature = "mpi")]
 use crate::Error;
-use crate::Launch;
-#[cfg(feature = "mpi")]
 use crate::wire::{Request, Wire};
 
 /// Bytes of an identity, padded with zeros.
-#[cfg(feature = "mpi")]
 const LEN: usize = 256;
-#[cfg(feature = "mpi")]
 const TAG: u8 = 32;
-
-/// What a rank calls its host: what the launch says, or else the running kernel and the network name space, since ranks meet on a
-/// socket that only their name space sees.
-pub(crate) fn own(launch: &Launch) -> String {
-    if let Some(host) = &launch.host {
-        return format!("named {host}");
-    }
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let space = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
-    format!("{} {}", boot.trim(), space.display())
-}
 
 /// The identities of all ranks, in their order.
 ///
 /// # Errors
 /// The wire's, or a timeout that names a rank that has not said anything.
-#[cfg(feature = "mpi")]
 pub(crate) fn exchange(
     wire: &mut dyn Wire,
     rank: usize,
