@@ -15,7 +15,6 @@
 //!
 //! Only this thread reaps the children, so a process id it signals still belongs to its child.
 
-use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
@@ -106,9 +105,7 @@ impl Node {
         if self.meeting()?.is_some() {
             return Ok(self);
         }
-        // Free until rank 0 listens there, as far as anybody can know.
-        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-        let address = free.map_err(system("find a free port"))?.to_string();
+        let address = Meeting::free_address().map_err(system("find a free port"))?.to_string();
         Ok(Node { address: Some(address), ..self })
     }
 }

@@ -2,8 +2,6 @@
 
 mod common;
 
-use std::net::TcpListener;
-
 use common::run;
 use pillion_collectives::{Backend, Communicator, Launch, Meeting, Options, Reduction, Start, WireKind};
 use pillion_kernels::{Buffer, Cpu, DType, Device};
@@ -11,8 +9,8 @@ use pillion_kernels::{Buffer, Cpu, DType, Device};
 /// Launches of as many ranks on each host as each of `hosts` says, as two launchers would describe
 /// them: the job has another name on each host.
 fn launches(hosts: &[usize], named: bool) -> Vec<Launch> {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let meeting = Meeting { address: format!("127.0.0.1:{port}"), secret: format!("tests {port}") };
+    let address = Meeting::free_address().unwrap();
+    let meeting = Meeting { address: address.to_string(), secret: format!("tests {address}") };
     let world = hosts.iter().sum();
     let places = hosts.iter().enumerate().flat_map(|(host, &ranks)| (0..ranks).map(move |local| (host, local)));
     let names: Vec<String> = hosts.iter().map(|_| Launch::threads(1).remove(0).job).collect();

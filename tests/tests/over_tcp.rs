@@ -1,9 +1,9 @@
 //! Several hosts without MPI: ranks that count themselves to different hosts (`PILLION_HOST`) meet
 //! over the loopback interface, as torchrun's variables tell them, and train what one host trains.
 
-use std::net::TcpListener;
 use std::process::Command;
 
+use pillion_collectives::Meeting;
 use pillion_tests::hosts::Hosts;
 use pillion_tests::program::{Ended, Running, TINY, Workplace};
 use rustix::process::Signal;
@@ -11,9 +11,9 @@ use rustix::process::Signal;
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 const FLAGS: &str = "--steps 20 --eta 0.35";
 
-/// A port whose successor, at which ranks meet, was free a moment ago.
+/// A port whose successor, at which ranks meet, is free.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port() - 1
+    Meeting::free_address().unwrap().port() - 1
 }
 
 /// Rank `rank` of a job of `ranks` ranks on each of `hosts` hosts, with the variables of torchrun.
@@ -79,9 +79,9 @@ fn hosts_without_mpi_train_the_bits_of_one() {
 #[test]
 fn our_own_launcher_spans_hosts() {
     let place = Workplace::new(PROGRAM);
-    let port = free_port();
+    let address = Meeting::free_address().unwrap();
     let hosts = [1, 0].map(|host| {
-        let nodes = format!("--ranks 2 --nodes 2 --node-rank {host} --address 127.0.0.1:{port}");
+        let nodes = format!("--ranks 2 --nodes 2 --node-rank {host} --address {address}");
         let mut command = place.command(&format!("train {TINY} {FLAGS} --max-batch 64 --out spanned {nodes}"));
         command.env("PILLION_HOST", format!("host{host}"));
         place.spawn(command)
@@ -93,7 +93,7 @@ fn our_own_launcher_spans_hosts() {
     assert_eq!(place.steps("spanned"), own);
     // Others are started by somebody else, who says where they meet.
     for flags in ["--nodes 2 --node-rank 0", "--address 127.0.0.1:29400"] {
-        let ended = place.spawn(rank(&place, 0, [1, 2], port, &format!("--out out {flags}"))).finish();
+        let ended = place.spawn(rank(&place, 0, [1, 2], free_port(), &format!("--out out {flags}"))).finish();
         assert!(ended.code() == Some(2) && ended.stderr.contains("leave it out"), "{ended}");
     }
     for (flags, part) in [
@@ -158,7 +158,7 @@ fn what_is_missing_between_hosts_is_said_with_the_remedy() {
     let ended = place.spawn(command).finish();
     assert!(ended.code() == Some(2) && ended.stderr.contains("PILLION_ADDRESS"), "{ended}");
     let mut command = rank(&place, 1, [1, 2], free_port(), "--out out --timeout 2");
-    command.env("PILLION_ADDRESS", format!("127.0.0.1:{}", free_port()));
+    command.env("PILLION_ADDRESS", Meeting::free_address().unwrap().to_string());
     let ended = place.spawn(command).finish();
     assert!(ended.stderr.contains("rank 0 cannot be reached at 127.0.0.1:"), "{ended}");
     assert_ne!(ended.code(), Some(0), "{ended}");

@@ -1,5 +1,8 @@
 //! Where the ranks of several hosts meet, as launchers tell it.
 
+use std::io::{self, Read};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+
 use super::{LaunchError, Source};
 
 /// Overrides where the ranks of all hosts meet.
@@ -15,6 +18,23 @@ pub struct Meeting {
     /// Tells jobs apart. Only with something in it that no stranger knows, such as
     /// `PILLION_SECRET`, does it keep strangers out.
     pub secret: String,
+}
+
+impl Meeting {
+    /// An address of this host alone, for the ranks of one job. For a minute, the system gives its
+    /// port to no socket that has not asked for that very port.
+    ///
+    /// # Errors
+    /// When no port is free.
+    pub fn free_address() -> io::Result<SocketAddr> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        let mut visitor = TcpStream::connect(address)?;
+        // The side that closes a connection first keeps its port (TIME_WAIT).
+        drop(listener.accept()?);
+        visitor.read(&mut [0])?;
+        Ok(address)
+    }
 }
 
 /// The secret stays out of messages.

@@ -1,7 +1,7 @@
 //! Ranks that are threads, each a host of its own, over the loopback interface.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,9 +14,8 @@ use crate::{Error, Launch, Meeting, Options};
 
 const LENGTHS: [usize; 5] = [0, 1, 7, 4096, 3 << 20];
 
-/// A port that was free a moment ago.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    Meeting::free_address().unwrap().port()
 }
 
 fn launches(world: usize, port: u16, secret: &str) -> Vec<Launch> {
