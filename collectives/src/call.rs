@@ -91,7 +91,8 @@ impl Purpose {
     }
 }
 
-/// What tells operations of one kind apart, packed into a word: a root, a window's place, or how elements are combined.
+/// What tells operations of one kind apart, packed into a word: a root, a window's number, or how
+/// elements are combined.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Detail {
     None,
@@ -106,7 +107,7 @@ impl Detail {
         match self {
             Detail::None => 0,
             Detail::Root(root) => 1 + root as u64,
-            Detail::Window(place) => place,
+            Detail::Window(number) => number,
             Detail::Purpose(purpose) => purpose.to_word(),
             Detail::Reduction { reduction, output, groups, root, sideband } => {
                 let root = root.map_or(0, |root| 1 + root as u64);
@@ -165,7 +166,7 @@ pub(crate) fn describe(call: Call) -> String {
     let detail = match kind {
         Some(Kind::Broadcast | Kind::Gather | Kind::Scatter) => root(call.detail),
         Some(Kind::Scalars) => format!(" ({})", Purpose::describe(call.detail, call.factor)),
-        Some(Kind::GatherWindow) => format!(" (at {})", call.detail),
+        Some(Kind::GatherWindow) => format!(" (window {})", call.detail),
         Some(Kind::ReduceScatter | Kind::AllReduce | Kind::Reduce) => {
             let reduction = Reduction::describe(call.detail >> 56 & 0xf, call.factor);
             let output = dtype_of(call.detail >> 48 & 0xff).filter(|&output| Some(output) != dtype);

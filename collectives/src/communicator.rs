@@ -1,11 +1,12 @@
 //! The ranks that talk: how they meet, the memory that they share, and how they part.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
-use std::thread::JoinHandle;
 
-use pillion_kernels::{Buffer, DType, Device, Region, Space};
+use parking_lot::Mutex;
+use pillion_kernels::{Buffer, DType, Device};
 
 use crate::call::Purpose;
 use crate::checks::expect;
@@ -13,8 +14,10 @@ use crate::join::{self, Job, Joined};
 use crate::limits::explain_thread;
 use crate::shm::arena::available_memory;
 use crate::shm::control::state;
+use crate::shm::engine::Owned;
+use crate::shm::ranges::Range;
 use crate::shm::shared::Shared;
-use crate::window::chunk;
+use crate::window::{self, chunk};
 use crate::{Backend, Error, Launch, Options, Sections, Span, Window, WireKind};
 
 /// What a communicator has moved so far.
@@ -32,9 +35,12 @@ pub struct Traffic {
 /// returns that first error. Dropping a communicator waits for the operations in flight.
 pub struct Communicator {
     pub(crate) shared: Arc<Shared>,
-    progress: Option<JoinHandle<()>>,
-    job: Job,
+    pub(crate) job: Job,
     splits: AtomicU64,
+    /// Windows made so far.
+    windows: AtomicU64,
+    /// How many groups of the same members this rank has made.
+    pub(crate) groups: Mutex<HashMap<Vec<usize>, u64>>,
 }
 
 /// What is allocated.
@@ -92,10 +98,10 @@ impl Communicator {
             .name(format!("pillion-progress-{}", job.launch.rank))
             .spawn(move || match join::join(&for_thread, options) {
                 Ok(Joined { shared, wire, network }) => {
+                    let engine = shared.engine.clone();
+                    engine.open(shared.clone(), wire);
                     // Where nobody listens any more, this thread has been given up, and the rank has failed.
-                    if sender.send(Ok((shared.clone(), network))).is_ok() {
-                        shared.run(wire);
-                    }
+                    engine.run(|begun| sender.send(begun.map(|()| (shared, network))).is_ok());
                 }
                 Err(error) => {
                     let _ = sender.send(Err(error));
@@ -111,17 +117,23 @@ impl Communicator {
                 }
                 RecvTimeoutError::Disconnected => "the progress thread panicked",
             };
-            let Launch { rank, world, .. } = job.launch;
-            Error::Rendezvous { rank, world, job: job.name.clone(), reason: reason.to_owned() }
+            job.fail(reason.to_owned())
         })?;
         let (shared, network) = joined.map_err(|error| join::decline(&job, error))?;
-        let job = Job { network, ..job };
-        let communicator = Communicator { shared, progress: Some(progress), job, splits: AtomicU64::new(0) };
+        let engine = shared.engine.clone();
+        engine.set_thread(progress);
+        let communicator = Communicator::of(shared, Job { network, ..job });
         let shared = &communicator.shared;
-        let absent = |rank: usize| shared.map.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
+        shared.declare_joined();
+        let absent = |rank: usize| shared.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
         shared.wait_for_ranks("the start", startup, absent)?;
-        shared.look_at_processors();
+        engine.look_at_processors();
         Ok(communicator)
+    }
+
+    /// Of a group that this rank's engine drives.
+    pub(crate) fn of(shared: Arc<Shared>, job: Job) -> Communicator {
+        Communicator { shared, job, splits: AtomicU64::new(0), windows: AtomicU64::new(0), groups: Mutex::default() }
     }
 
     /// This rank's number, from 0.
@@ -181,11 +193,12 @@ impl Communicator {
         self.shared.record.take()
     }
 
-    /// A communicator of the ranks that call this with the same `color`, numbered in the order of (`key`, rank here). Every rank
-    /// calls it; one without a color gets none. It has memory, operations and failures of its own.
+    /// A communicator of the ranks that call this with the same `color`, numbered in the order of
+    /// (`key`, rank here). Every rank calls it; one without a color gets none. Otherwise as
+    /// [`Communicator::group`].
     ///
     /// # Errors
-    /// This communicator's first error, and those of [`Communicator::connect`].
+    /// As for [`Communicator::group`].
     pub fn split(&self, color: Option<u64>, key: u64) -> Result<Option<Communicator>, Error> {
         let number = self.splits.fetch_add(1, Ordering::Relaxed);
         let words = [u64::from(color.is_some()), color.unwrap_or(0), key, number];
@@ -197,29 +210,23 @@ impl Communicator {
         let Some(color) = color else { return Ok(None) };
         let mut members: Vec<usize> = (0..self.world()).filter(|&rank| all[rank][..2] == [1, color]).collect();
         members.sort_by_key(|&rank| (all[rank][2], rank));
-        let rank = members.iter().position(|&rank| rank == self.rank()).expect("this rank has this color");
-        // The lowest member's number tells apart communicators that are split at once.
-        let lowest = members.iter().min().expect("at least this rank");
-        let launch = Launch { rank, world: members.len(), ..self.job.launch.clone() };
-        let ranks = members.iter().map(|&rank| self.job.ranks[rank]).collect();
-        let options = Options { reduce_groups: 1, ..self.shared.options.clone() };
-        let name = format!("{}+{number}.{lowest}", self.job.name);
-        let network = self.job.network.clone();
-        Communicator::start(Job { launch, name, ranks, world: self.job.world, network }, options).map(Some)
+        self.group(&members).map(Some)
     }
 
-    /// Zeroed memory of `device` that other ranks can read while an operation owns it. Every rank allocates the same. The memory
-    /// returns when the communicator and its buffers are gone.
+    /// Zeroed memory of `device` that other ranks can read while an operation owns it: one of this
+    /// communicator, or of any other of this job. Every rank allocates the same. The memory returns
+    /// to the system when the buffer is gone; after an error, when this rank's communicators are.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], or [`Error::Mismatch`] when ranks ask for different sizes.
     pub fn allocate(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
         let bytes = size(dtype, len)?;
         let shared = &self.shared;
-        self.agree(Memory::Arena, bytes, bytes.saturating_mul(shared.world() as u64))?;
-        let offset = shared.allocator.arena(bytes);
-        shared.map.reserve(shared.rank, offset, bytes).map_err(|error| self.give_up(error))?;
-        self.buffer(device, dtype, shared.rank, offset, bytes)
+        self.agree(Memory::Arena, bytes, bytes.saturating_mul(shared.world() as u64), [0; 2])?;
+        let engine = &shared.engine;
+        let range = engine.reserve(bytes).map_err(|error| self.give_up(error))?;
+        let (place, owner) = ((engine.rank, range.offset, bytes), Owned::new(engine.clone(), range));
+        engine.buffer(device, dtype, place, owner).map_err(|error| self.give_up(error))
     }
 
     /// A window of `len` elements, zeroed and writable; every rank makes the same.
@@ -250,25 +257,35 @@ impl Communicator {
         sections: Option<Sections>,
     ) -> Result<Window, Error> {
         let bytes = size(dtype, len)?;
-        let (map, heap, hosts) = (&self.shared.map, self.shared.world(), &self.shared.hosts);
-        let words_bytes = 8 * heap as u64;
-        self.agree(Memory::Window, bytes, bytes)?;
-        let words = self.shared.allocator.windows(words_bytes);
-        let start = self.shared.allocator.windows(bytes);
+        let (shared, engine, hosts) = (&self.shared, &self.shared.engine, &self.shared.hosts);
+        let own = match shared.rank {
+            0 => Some(window::Memory::make(engine, shared.world(), bytes).map_err(|error| self.give_up(error))?),
+            _ => None,
+        };
+        let places = own.map_or([0; 2], |own| [own.words.offset, own.data.offset]);
+        let places = self.agree(Memory::Window, bytes, bytes, places).inspect_err(|_| {
+            own.into_iter().for_each(|own| own.give_back(engine));
+        })?;
+        let [words, data] = places[hosts.local()[0]];
+        let memory = window::Memory {
+            leader: shared.local(0),
+            words: Range { offset: words, bytes: window::Memory::of_words(shared.world()) },
+            data: Range { offset: data, bytes },
+        };
+        let memory = own.unwrap_or(memory);
         // This rank's shard, and those that it receives from other hosts.
         let ranks = || hosts.column_of(self.rank()).chain([self.rank()]);
         let count = sections.as_ref().map_or(1, Sections::count);
         let mut chunks = (0..count).flat_map(|section| ranks().map(move |rank| (section, rank)));
-        map.reserve(heap, words, words_bytes)
-            .and_then(|()| {
-                chunks.try_for_each(|(section, rank)| {
-                    let chunk = chunk(sections.as_ref(), len, section, self.world(), rank);
-                    let [first, bytes] = [chunk.start, chunk.len()].map(|elements| (elements * dtype.bytes()) as u64);
-                    map.reserve(heap, start + first, bytes)
-                })
-            })
-            .map_err(|error| self.give_up(error))?;
-        Ok(Window::new(self.buffer(device, dtype, heap, start, bytes)?, words, self.shared.clone(), sections))
+        let reserved = chunks.try_for_each(|(section, rank)| {
+            let chunk = chunk(sections.as_ref(), len, section, self.world(), rank);
+            let [first, bytes] = [chunk.start, chunk.len()].map(|elements| (elements * dtype.bytes()) as u64);
+            engine.map.reserve(memory.leader, data + first, bytes)
+        });
+        let number = self.windows.fetch_add(1, Ordering::Relaxed);
+        reserved
+            .and_then(|()| Window::new(shared.clone(), device, dtype, (number, memory), sections))
+            .map_err(|error| self.give_up(error))
     }
 
     /// Gives up: every call here and, once it next waits, on every other rank returns [`Error::Aborted`] with this reason.
@@ -277,16 +294,18 @@ impl Communicator {
     }
 
     /// Gives up because of this rank's own failure, so that no other rank waits for it.
-    fn give_up(&self, error: Error) -> Error {
+    pub(crate) fn give_up(&self, error: Error) -> Error {
         self.shared.abort(&error.to_string());
         error
     }
 
-    /// Checks that every rank asks for the same size, and that the host has memory for all of it: exceeding it would not fail, but
-    /// wake the kernel's killer. Asked before any rank takes its part, so that the answers do not race.
-    fn agree(&self, memory: Memory, bytes: u64, on_this_host: u64) -> Result<(), Error> {
+    /// Checks that every rank asks for the same size, and that the host has memory for all of it:
+    /// exceeding it would not fail, but wake the kernel's killer. Asked before any rank takes its
+    /// part, so that the answers do not race. Returns every rank's `places`.
+    fn agree(&self, memory: Memory, bytes: u64, on_this_host: u64, places: [u64; 2]) -> Result<Vec<[u64; 2]>, Error> {
         let (available, limit) = available_memory();
-        let values = self.exchange_scalars(&[memory as u64, bytes, available], Purpose::Allocate, self.limit())?;
+        let words = [memory as u64, bytes, available, places[0], places[1]];
+        let values = self.exchange_scalars(&words, Purpose::Allocate, self.limit())?;
         if let Some(peer) = values.iter().position(|other| (other[0], other[1]) != (memory as u64, bytes)) {
             let name = |memory| ["an allocation", "a window"][usize::from(memory == Memory::Window as u64)];
             let call = |memory, bytes| format!("{} of {bytes} bytes", name(memory));
@@ -297,28 +316,7 @@ impl Communicator {
         if on_this_host > available {
             return Err(Error::OutOfMemory { bytes: on_this_host, available, limit });
         }
-        Ok(())
-    }
-
-    fn buffer(
-        &self,
-        device: &dyn Device,
-        dtype: DType,
-        arena: usize,
-        offset: u64,
-        bytes: u64,
-    ) -> Result<Buffer, Error> {
-        let start = self.shared.map.address(arena, offset, bytes);
-        let owner = Box::new(self.shared.map.clone());
-        // SAFETY: the range is mapped while `owner` lives and starts at a page. The allocator hands each range out once, so no other region
-        // of this rank overlaps it. Other ranks map it too; they access it only inside operations that own the buffer, or through a
-        // window's protocol.
-        let region = unsafe { Region::from_raw(start, bytes as usize, Space::Host, owner) };
-        let taken = device.take_in(region).and_then(|region| Buffer::whole(region, dtype));
-        taken.map_err(|error| {
-            let reason = format!("{}: {error}", device.name());
-            self.give_up(Error::System { what: "taking shared memory into a device's use", reason })
-        })
+        Ok(values.iter().map(|other| [other[3], other[4]]).collect())
     }
 }
 
@@ -333,9 +331,7 @@ impl Drop for Communicator {
             self.shared.abort("it panicked");
         }
         self.shared.stop();
-        if let Some(progress) = self.progress.take() {
-            // A panic of the progress thread has been printed, and other ranks see it as a death.
-            let _ = progress.join();
-        }
+        self.shared.ended.wait();
+        self.shared.engine.close();
     }
 }

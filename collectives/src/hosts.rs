@@ -11,9 +11,46 @@ pub(crate) struct Hosts {
 }
 
 impl Hosts {
-    /// All ranks on one host.
-    pub(crate) fn single(world: usize) -> Hosts {
-        Hosts { ranks: vec![(0..world).collect()], own: 0 }
+    /// Ranks whose hosts have these numbers, if there are as many on every host; else every rank on
+    /// its own.
+    pub(crate) fn of(homes: &[usize], rank: usize) -> Hosts {
+        let mut ranks: Vec<Vec<usize>> = Vec::new();
+        for (rank, home) in homes.iter().enumerate() {
+            match ranks.iter_mut().find(|host| homes[host[0]] == *home) {
+                Some(host) => host.push(rank),
+                None => ranks.push(vec![rank]),
+            }
+        }
+        let is_even = ranks.iter().all(|host| host.len() == ranks[0].len());
+        if !is_even && rank == 0 {
+            crate::launcher::say(
+                "hosts have different numbers of ranks, so every rank talks to every other over the network",
+            );
+        }
+        if !is_even {
+            return Hosts::alone(homes.len(), rank);
+        }
+        let is_in_order = ranks.iter().flat_map(|host| host.windows(2)).all(|pair| pair[0] + 1 == pair[1]);
+        if !is_in_order && rank == 0 {
+            crate::launcher::say(
+                "the ranks of a host are not consecutive, so sums run in an order that one host cannot reproduce; \
+                 place ranks in blocks (mpirun --map-by slot) where that matters",
+            );
+        }
+        let own = ranks.iter().position(|host| host.contains(&rank)).expect("every rank is on a host");
+        Hosts { ranks, own }
+    }
+
+    /// Every rank on a host of its own.
+    pub(crate) fn alone(world: usize, rank: usize) -> Hosts {
+        Hosts { ranks: (0..world).map(|rank| vec![rank]).collect(), own: rank }
+    }
+
+    /// Those of some ranks of these hosts, counted in this order, `rank` being this one's number
+    /// among them.
+    pub(crate) fn among(&self, members: &[usize], rank: usize) -> Hosts {
+        let homes: Vec<usize> = members.iter().map(|&member| self.host(member)).collect();
+        Hosts::of(&homes, rank)
     }
 
     /// The ranks of this host.

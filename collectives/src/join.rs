@@ -1,10 +1,12 @@
 //! How the ranks of a communicator come together: who is on which host, and what connects them.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use crate::hosts::Hosts;
+use crate::limits::explain_thread;
 use crate::shm::arena::MAPPING;
+use crate::shm::engine::Engine;
 use crate::shm::rendezvous::{self, Place};
 use crate::shm::shared::Shared;
 use crate::wire::Wire;
@@ -25,13 +27,20 @@ pub(crate) struct Job {
     pub(crate) world: usize,
     /// Where hosts are connected over TCP: from the first communicator of the job on.
     pub(crate) network: Option<Arc<Network>>,
+    /// Tells the communicator from others of the job: 0 for that of all ranks.
+    pub(crate) key: u64,
 }
 
 impl Job {
     /// All ranks of a job, before they have met.
     pub(crate) fn of(launch: &Launch) -> Job {
         let (name, world) = (launch.job.clone(), launch.world);
-        Job { launch: launch.clone(), name, ranks: (0..world).collect(), world, network: None }
+        Job { launch: launch.clone(), name, ranks: (0..world).collect(), world, network: None, key: 0 }
+    }
+
+    pub(crate) fn fail(&self, reason: String) -> Error {
+        let Launch { rank, world, .. } = self.launch;
+        Error::Rendezvous { rank, world, job: self.name.clone(), reason }
     }
 
     /// What tells this communicator from others of the job; the job's own name may be another on
@@ -54,37 +63,46 @@ pub(crate) struct Joined {
 /// Joins the others, on the thread that will drive this rank's operations.
 pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     let Launch { rank, world, local_world, .. } = job.launch;
-    let mut network = job.network.clone();
-    let (hosts, wire) = if options.simulated_hosts > 1 {
-        let wire: Box<dyn Wire> = Box::new(ThreadWire::open(&job.name, rank));
-        // By the rank in the job, so that a split communicator's ranks stay where they are.
+    let mut network = None;
+    let (homes, wire): (Vec<usize>, Option<Box<dyn Wire>>) = if options.simulated_hosts > 1 {
         let on_each = local_world / options.simulated_hosts;
-        let identities: Vec<String> = job.ranks.iter().map(|rank| (rank / on_each).to_string()).collect();
-        (group(&identities, rank, options.backend), Some(wire))
+        ((0..world).map(|rank| rank / on_each).collect(), Some(Box::new(ThreadWire::open(&job.name, rank))))
     } else if local_world != job.world || options.backend.uses_wire() {
         match options.wire.of(&job.launch, options.backend) {
-            WireKind::Mpi => over_mpi(job, &options)?,
-            _ => over_tcp(job, &options, &mut network)?,
+            WireKind::Mpi => {
+                let (identities, wire) = identities_over_mpi(job, &options)?;
+                (numbered(&identities), Some(wire))
+            }
+            _ => {
+                let network = network.insert(Network::meet(&job.launch, &options)?);
+                (numbered(&(0..world).map(|rank| network.host(rank).to_owned()).collect::<Vec<_>>()), None)
+            }
         }
     } else {
-        (Hosts::single(world), None)
+        (vec![0; world], None)
     };
-    let mut wire = wire.filter(|_| hosts.ranks.len() > 1);
+    let hosts = match options.backend {
+        Backend::Mpi | Backend::Tcp => Hosts::alone(world, rank),
+        _ => Hosts::of(&homes, rank),
+    };
+    let is_single = hosts.ranks.len() == 1;
     let groups = options.reduce_groups;
-    if hosts.local().len() > 1 && wire.is_some() && ![1, hosts.ranks.len()].contains(&groups) {
+    if hosts.local().len() > 1 && !is_single && ![1, hosts.ranks.len()].contains(&groups) {
         let reason = format!(
             "{groups} groups of reduction were asked for, but {0} hosts are groups already: ask for 1 or {0}",
             hosts.ranks.len()
         );
         return Err(Error::Options { reason, said_by_rank_zero: rank > 0 });
     }
-    // Launchers of one host may have given the job different names.
-    let name = match &network {
-        Some(network) => format!("{}{}", network.name(), job.suffix()),
-        None => job.name.clone(),
+    let mut wire = match (&network, wire) {
+        _ if is_single => None,
+        (_, Some(wire)) => Some(wire),
+        (network, None) => open_wire(&Job { network: network.clone(), ..job.clone() }, &hosts, &options)?,
     };
+    // Launchers of one host may have given the job different names.
+    let name = network.as_ref().map_or_else(|| job.name.clone(), |network| network.name());
     // Every host has a place of its own, named after its lowest rank.
-    let name = if wire.is_some() { format!("{name}@{}", hosts.local()[0]) } else { name };
+    let name = if is_single { name } else { format!("{name}@{}", hosts.local()[0]) };
     let local = hosts.column(rank);
     let place = Place {
         name: &name,
@@ -97,7 +115,36 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         // Or the other hosts would take this rank's end for an orderly one.
         wire.iter_mut().for_each(|wire| wire.abort(&error.to_string()));
     })?;
-    Ok(Joined { shared: Arc::new(Shared::new(map, local, hosts, options)), wire, network })
+    let (words, members) = (map.shape().all(), (0..place.world).collect());
+    let engine = Arc::new(Engine::new(map, local));
+    Ok(Joined { shared: Arc::new(Shared::new(engine, words, members, local, hosts, options)), wire, network })
+}
+
+/// Opens the wire to the other hosts of a communicator, if it has any. Only its members call this.
+pub(crate) fn open_wire(job: &Job, hosts: &Hosts, options: &Options) -> Result<Option<Box<dyn Wire>>, Error> {
+    if hosts.ranks.len() == 1 {
+        return Ok(None);
+    }
+    if options.simulated_hosts > 1 {
+        return Ok(Some(Box::new(ThreadWire::open(&job.name, job.launch.rank))));
+    }
+    match &job.network {
+        Some(network) => {
+            let (own, limit) = (job.launch.rank, options.startup_timeout);
+            let wire = TcpWire::open(network.clone(), &job.ranks, own, hosts, job.suffix(), limit)?;
+            Ok(Some(Box::new(wire)))
+        }
+        None => {
+            // MPI waits for the other members without limit, on a thread that is left behind then.
+            let (sender, receiver) = mpsc::channel();
+            let for_thread = job.clone();
+            let opening = std::thread::Builder::new().name("pillion-opening".into());
+            let opening = opening.spawn(move || sender.send(over_mpi(&for_thread)));
+            opening.map_err(|error| Error::System { what: "starting a thread", reason: explain_thread(&error) })?;
+            let opened = receiver.recv_timeout(options.startup_timeout);
+            opened.unwrap_or_else(|_| Err(job.fail("members on other hosts did not come".to_owned()))).map(Some)
+        }
+    }
 }
 
 /// Tells the other ranks of this host that this one cannot join because of `error`, where nothing
@@ -133,76 +180,46 @@ pub(crate) fn decline_for(job: &Job, reason: &str) -> bool {
     rendezvous::decline(&place, hasher.finish())
 }
 
-/// Puts ranks with equal identities on one host each, if there are as many on every host; every rank on its own otherwise, and where
-/// the backend asks for that.
-fn group(identities: &[String], rank: usize, backend: Backend) -> Hosts {
-    let mut ranks: Vec<Vec<usize>> = Vec::new();
-    for (rank, identity) in identities.iter().enumerate() {
-        match ranks.iter_mut().find(|host| identities[host[0]] == *identity) {
-            Some(host) => host.push(rank),
-            None => ranks.push(vec![rank]),
-        }
-    }
-    let even = ranks.iter().all(|host| host.len() == ranks[0].len());
-    if matches!(backend, Backend::Mpi | Backend::Tcp) || !even {
-        if !even && rank == 0 {
-            crate::launcher::say(
-                "hosts have different numbers of ranks, so every rank talks to every other over the network",
-            );
-        }
-        ranks = (0..identities.len()).map(|rank| vec![rank]).collect();
-    }
-    let consecutive = |host: &Vec<usize>| host.windows(2).all(|pair| pair[0] + 1 == pair[1]);
-    if !ranks.iter().all(consecutive) && rank == 0 {
-        crate::launcher::say(
-            "the ranks of a host are not consecutive, so sums run in an order that one host cannot reproduce; \
-             place ranks in blocks (mpirun --map-by slot) where that matters",
-        );
-    }
-    let own = ranks.iter().position(|host| host.contains(&rank)).expect("every rank has an identity");
-    Hosts { ranks, own }
-}
-
-/// Meets the ranks of other hosts, and connects to those of this rank's column.
-fn over_tcp(
-    job: &Job,
-    options: &Options,
-    known: &mut Option<Arc<Network>>,
-) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
-    let network = match known {
-        Some(network) => network.clone(),
-        // The job's first communicator, of all ranks.
-        none => none.insert(Network::meet(&job.launch, options)?).clone(),
+/// The numbers of hosts with these names, in the order in which they first come.
+fn numbered(identities: &[String]) -> Vec<usize> {
+    let mut names: Vec<&String> = Vec::new();
+    let number = |identity| {
+        names.iter().position(|&name| name == identity).unwrap_or_else(|| {
+            names.push(identity);
+            names.len() - 1
+        })
     };
-    let identities: Vec<String> = job.ranks.iter().map(|&rank| network.host(rank).to_owned()).collect();
-    let own = job.launch.rank;
-    let hosts = group(&identities, own, options.backend);
-    if hosts.ranks.len() == 1 {
-        return Ok((hosts, None));
-    }
-    let wire = TcpWire::open(network, &job.ranks, own, &hosts, job.suffix(), options.startup_timeout)?;
-    Ok((hosts, Some(Box::new(wire))))
+    identities.iter().map(number).collect()
 }
 
-/// Opens the wire between hosts and finds out which ranks are on which.
+/// Opens the wire between all ranks and finds out which are on which host.
 #[cfg(feature = "mpi")]
-fn over_mpi(job: &Job, options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
+fn identities_over_mpi(job: &Job, options: &Options) -> Result<(Vec<String>, Box<dyn Wire>), Error> {
     use crate::mpi::identities;
+    let mut wire = over_mpi(job)?;
+    let Launch { rank, world, .. } = job.launch;
+    let own = crate::hosts::identity(&job.launch);
+    let identities = identities::exchange(&mut *wire, rank, world, &own, options.startup_timeout)?;
+    Ok((identities, wire))
+}
+
+#[cfg(feature = "mpi")]
+fn over_mpi(job: &Job) -> Result<Box<dyn Wire>, Error> {
     let mut hasher = DefaultHasher::new();
     job.name.hash(&mut hasher);
     // MPI guarantees tags up to 32767. The members of a communicator make one at a time, so this need not tell all apart.
     let number = (hasher.finish() % 32_000) as u32;
     let launch = Launch { rank: job.ranks[job.launch.rank], world: job.world, ..job.launch.clone() };
-    let mut wire: Box<dyn Wire> = Box::new(crate::mpi::MpiWire::open(&launch, &job.ranks, number)?);
-    let (rank, world) = (job.launch.rank, job.launch.world);
-    let own = crate::hosts::identity(&launch);
-    let identities = identities::exchange(&mut *wire, rank, world, &own, options.startup_timeout)?;
-    Ok((group(&identities, rank, options.backend), Some(wire)))
+    Ok(Box::new(crate::mpi::MpiWire::open(&launch, &job.ranks, number)?))
 }
 
 /// This build has no MPI; [`crate::Communicator::connect`] has said so by now.
 #[cfg(not(feature = "mpi"))]
-fn over_mpi(job: &Job, _options: &Options) -> Result<(Hosts, Option<Box<dyn Wire>>), Error> {
-    let reason = "its ranks are on several hosts: build with `--features mpi`".to_owned();
-    Err(Error::Rendezvous { rank: job.launch.rank, world: job.launch.world, job: job.name.clone(), reason })
+fn identities_over_mpi(job: &Job, _options: &Options) -> Result<(Vec<String>, Box<dyn Wire>), Error> {
+    over_mpi(job).map(|wire| (Vec::new(), wire))
+}
+
+#[cfg(not(feature = "mpi"))]
+fn over_mpi(job: &Job) -> Result<Box<dyn Wire>, Error> {
+    Err(job.fail("its ranks are on several hosts: build with `--features mpi`".to_owned()))
 }

@@ -14,6 +14,7 @@ mod call;
 mod checks;
 mod communicator;
 mod error;
+mod group;
 mod hosts;
 mod join;
 pub mod launch;

@@ -110,7 +110,7 @@ impl Communicator {
     pub fn gather_window(&self, mut window: Window, start: impl Into<Start>) -> Pending<Window> {
         checked!(window.begin_gather(&self.shared), window);
         let sections = window.sections();
-        let collective = GatherWindow::new(window.span(), window.place(), self.rank(), self.world(), sections);
+        let collective = GatherWindow::new(window.span(), window.number(), self.rank(), self.world(), sections);
         self.run(collective, Channel::Gather, start.into(), window)
     }
 
@@ -204,7 +204,7 @@ impl Communicator {
                 let all = all.iter().skip(index).step_by(count).map(|&bits| f64::from_bits(bits));
                 *value = reduction.of_numbers(all);
             }
-            self.shared.words.put_back(all);
+            self.shared.scalars.put_back(all);
         }
         Ok(())
     }
@@ -226,7 +226,7 @@ impl Communicator {
         let gathered = self.exchange(values.iter().copied(), purpose, limit)?;
         // Of no values there is nothing to cut.
         let all = gathered.chunks_exact(values.len().max(1)).map(<[u64]>::to_vec).collect();
-        self.shared.words.put_back(gathered);
+        self.shared.scalars.put_back(gathered);
         Ok(all)
     }
 
@@ -239,7 +239,7 @@ impl Communicator {
     ) -> Result<Vec<u64>, Error> {
         let count = values.len();
         expect(count <= PAYLOAD, || format!("{count} scalars at a time: at most {PAYLOAD}"))?;
-        let mut scalars = Scalars::new(values, purpose, self.shared.words.take());
+        let mut scalars = Scalars::new(values, purpose, self.shared.scalars.take());
         match self.shared.run_here(Channel::Control, &mut scalars, limit) {
             Some(result) => {
                 result?;

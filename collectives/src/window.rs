@@ -1,14 +1,16 @@
 //! Memory that all ranks of a host read in place.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pillion_kernels::{Buffer, Event, Span, View, ViewMut};
+use pillion_kernels::{Buffer, DType, Device, Event, Span, View, ViewMut};
 
 use crate::checks::expect;
+use crate::shm::arena::{Mapping, PAGE};
 use crate::shm::control::{WINDOW_BELL, subject};
+use crate::shm::engine::Engine;
 use crate::shm::protocol::publish;
+use crate::shm::ranges::Range;
 use crate::shm::shared::Shared;
 use crate::{Error, Sections};
 
@@ -20,8 +22,9 @@ use crate::{Error, Sections};
 /// ever writes what another reads.
 pub struct Window {
     buffer: Buffer,
-    /// Byte offset, in the windows' heap, of one word for each rank: the number of gathers it has released.
-    words: u64,
+    /// Its number among those of its communicator.
+    number: u64,
+    words: Words,
     shared: Arc<Shared>,
     sections: Option<Sections>,
     gathers: u64,
@@ -35,7 +38,7 @@ pub(crate) fn chunk(
     section: usize,
     world: usize,
     rank: usize,
-) -> Range<usize> {
+) -> std::ops::Range<usize> {
     match sections {
         Some(sections) => sections.in_full(section, world, rank),
         None => {
@@ -46,8 +49,23 @@ pub(crate) fn chunk(
 }
 
 impl Window {
-    pub(crate) fn new(buffer: Buffer, words: u64, shared: Arc<Shared>, sections: Option<Sections>) -> Window {
-        Window { buffer, words, shared, sections, gathers: 0, gathered: false }
+    /// Of memory that every rank has reserved its part of.
+    ///
+    /// # Errors
+    /// Where `device` cannot use it.
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        device: &dyn Device,
+        dtype: DType,
+        (number, memory): (u64, Memory),
+        sections: Option<Sections>,
+    ) -> Result<Window, Error> {
+        let Memory { leader, words, data } = memory;
+        let words = Words { leader, offset: words.offset };
+        let (engine, place) = (shared.engine.clone(), (leader, data.offset, data.bytes));
+        let lease = Lease { memory, shared: shared.clone() };
+        let buffer = engine.buffer(device, dtype, place, lease)?;
+        Ok(Window { buffer, number, words, shared, sections, gathers: 0, gathered: false })
     }
 
     /// Number of elements of the whole.
@@ -73,9 +91,9 @@ impl Window {
         self.buffer.span()
     }
 
-    /// Where it lies in the windows' heap: the same on every rank.
-    pub(crate) fn place(&self) -> u64 {
-        self.words
+    /// Its number among those of its communicator: the same on every rank.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     pub(crate) fn sections(&self) -> Option<Sections> {
@@ -88,7 +106,7 @@ impl Window {
         self.buffer.slice(self.own(section))
     }
 
-    fn own(&self, section: usize) -> Range<usize> {
+    fn own(&self, section: usize) -> std::ops::Range<usize> {
         let (world, rank) = (self.shared.hosts.world(), self.shared.name(self.shared.rank));
         chunk(self.sections.as_ref(), self.buffer.len(), section, world, rank)
     }
@@ -138,11 +156,92 @@ impl Window {
     }
 
     fn released(&self, rank: usize) -> &AtomicU64 {
-        let map = &self.shared.map;
-        let address = map.address(map.shape().world, self.words + 8 * rank as u64, 8);
-        // SAFETY: inside the mapping, which `self.shared` holds; aligned to 8, since allocations start at pages; reserved for these words
-        // alone, which are only ever accessed as atomics.
+        self.words.of(&self.shared.engine.map, rank, RELEASED)
+    }
+}
+
+/// Where a window lies on a host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memory {
+    /// Whose arena it is in, as the engine counts ranks: the first member's on this host.
+    pub(crate) leader: usize,
+    /// Two words for each member.
+    pub(crate) words: Range,
+    /// The whole window.
+    pub(crate) data: Range,
+}
+
+impl Memory {
+    /// Bytes of the words of `members` members.
+    pub(crate) fn of_words(members: usize) -> u64 {
+        16 * members as u64
+    }
+
+    /// For `bytes` bytes, in the arena of this rank. The words are reserved, the rest is each
+    /// member's to reserve.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub(crate) fn make(engine: &Engine, members: usize, bytes: u64) -> Result<Memory, Error> {
+        let words = engine.reserve(Memory::of_words(members))?;
+        Ok(Memory { leader: engine.rank, words, data: Range { bytes, ..engine.take(bytes) } })
+    }
+
+    /// Gives back what [`Memory::make`] took.
+    pub(crate) fn give_back(self, engine: &Engine) {
+        self.ranges().into_iter().for_each(|range| engine.give_back(range));
+    }
+
+    fn ranges(self) -> [Range; 2] {
+        let Range { offset, bytes } = self.data;
+        [self.words, Range { offset, bytes: bytes.max(1).next_multiple_of(PAGE) }]
+    }
+}
+
+/// The members' words of a window.
+#[derive(Clone, Copy)]
+struct Words {
+    leader: usize,
+    offset: u64,
+}
+
+/// The number of gathers that a member has released.
+const RELEASED: u64 = 0;
+/// Whether a member has dropped the window, and nothing of it is in flight.
+const DROPPED: u64 = 1;
+
+impl Words {
+    fn of(self, map: &Mapping, member: usize, word: u64) -> &AtomicU64 {
+        let address = map.address(self.leader, self.offset + 16 * member as u64 + 8 * word, 8);
+        // SAFETY: inside the mapping; aligned to 8, since ranges start at pages; reserved for these
+        // words alone, which are only ever accessed as atomics, until every member has dropped the
+        // window.
         unsafe { address.cast::<AtomicU64>().as_ref() }
+    }
+}
+
+/// A window's memory, which every operation on it keeps.
+struct Lease {
+    memory: Memory,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let (memory, shared) = (self.memory, &self.shared);
+        if shared.healthy().is_err() {
+            // Members may still be about to use it.
+            return;
+        }
+        let words = Words { leader: memory.leader, offset: memory.words.offset };
+        words.of(&shared.engine.map, shared.rank, DROPPED).store(1, Ordering::Release);
+        if shared.rank == 0 {
+            let members = shared.world();
+            let is_dropped = move |map: &Mapping| {
+                (0..members).all(|member| words.of(map, member, DROPPED).load(Ordering::Acquire) == 1)
+            };
+            shared.engine.retire(memory.ranges().into(), is_dropped, |_| {});
+        }
     }
 }
 

@@ -52,7 +52,7 @@ fn strangers_at_the_door_do_not_disturb_the_job() {
     let job = Launch::threads(3);
     let zero = start(&job[0], 1.0);
     let mut strangers = Vec::new();
-    for said in [&b""[..], b"pillion2\x01", b"GET / HTTP/1.1\r\n\r\n"].repeat(20) {
+    for said in [&b""[..], b"pillion3\x01", b"GET / HTTP/1.1\r\n\r\n"].repeat(20) {
         let mut stream = dial(&job[0].job);
         stream.write_all(said).unwrap();
         strangers.push(stream);

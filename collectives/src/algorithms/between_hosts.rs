@@ -130,7 +130,7 @@ impl Operation {
             }
         };
         let operands = [self.sides.input.span.clone(), self.sides.output.span.clone()];
-        let transit = Transit::new(Held { work, _operands: operands, _map: peers.shared.map.clone() });
+        let transit = Transit::new(Held { work, _operands: operands, _map: peers.shared.engine.map.clone() });
         Passing { transit, fold, started: false }
     }
 

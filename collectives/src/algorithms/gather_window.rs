@@ -19,8 +19,8 @@ use crate::{Error, Sections};
 
 pub(crate) struct GatherWindow {
     window: Span,
-    /// Where the window lies in the heap: the same on every rank for the same window.
-    place: u64,
+    /// The same on every rank for the same window.
+    number: u64,
     /// This rank, as the communicator counts, and the number of ranks.
     rank: usize,
     world: usize,
@@ -30,8 +30,14 @@ pub(crate) struct GatherWindow {
 }
 
 impl GatherWindow {
-    pub(crate) fn new(window: Span, place: u64, rank: usize, world: usize, sections: Option<Sections>) -> GatherWindow {
-        GatherWindow { window, place, rank, world, sections, greeting: None, transit: None }
+    pub(crate) fn new(
+        window: Span,
+        number: u64,
+        rank: usize,
+        world: usize,
+        sections: Option<Sections>,
+    ) -> GatherWindow {
+        GatherWindow { window, number, rank, world, sections, greeting: None, transit: None }
     }
 
     /// Exchanges shards with other hosts; a rank that is waited for, or none once all are there.
@@ -41,7 +47,7 @@ impl GatherWindow {
             if let Some(rank) = greeting.poll(peers)? {
                 return Ok(Some(rank));
             }
-            let mut transit = Transit::new((self.window.clone(), peers.shared.map.clone()));
+            let mut transit = Transit::new((self.window.clone(), peers.shared.engine.map.clone()));
             let count = self.sections.as_ref().map_or(1, Sections::count);
             let chunks = (0..count).flat_map(|section| column(peers).into_iter().map(move |(_, peer)| (section, peer)));
             for (section, peer) in chunks {
@@ -64,8 +70,8 @@ impl GatherWindow {
 
 impl Collective for GatherWindow {
     fn call(&self) -> Call {
-        let (len, place) = (self.window.len(), Detail::Window(self.place));
-        in_sections(call(Kind::GatherWindow, None, self.window.deferred(), len, place), self.sections.as_ref())
+        let (len, number) = (self.window.len(), Detail::Window(self.number));
+        in_sections(call(Kind::GatherWindow, None, self.window.deferred(), len, number), self.sections.as_ref())
     }
 
     fn begin(&mut self, _peers: &mut Peers<'_>) -> Result<Opening, Error> {

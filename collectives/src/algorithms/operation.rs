@@ -143,7 +143,7 @@ impl Operation {
         if span.is_empty() {
             return Ok(Place::Arena(0));
         }
-        if let Some(offset) = peers.shared.map.offset_of(peers.rank(), span.address()) {
+        if let Some(offset) = peers.shared.offset_of(span.address()) {
             return Ok(Place::Arena(offset));
         }
         Ok(Place::Stage(peers.shared.stage(peers.channel, STAGE)?))

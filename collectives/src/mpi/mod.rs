@@ -185,6 +185,11 @@ impl MpiWire {
     }
 }
 
+// SAFETY: the pointers are to memory that callers lend to whoever drives the wire, and to a box
+// that it owns. MPI's handles may be used by any thread, one after the other: a session has
+// MPI_THREAD_MULTIPLE, or makes its calls one at a time.
+unsafe impl Send for MpiWire {}
+
 impl Wire for MpiWire {
     unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error> {
         // SAFETY: the caller's promise is the same. Sending only reads.

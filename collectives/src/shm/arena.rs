@@ -1,25 +1,25 @@
-//! One memfd, mapped whole by every rank: control pages, an arena for each rank, a heap for windows.
+//! One memfd, mapped whole by every process: control pages, and an arena for each rank.
 //!
 //! The file is as large as could ever be needed (the host's memory for each rank) and empty: pages appear as ranks reserve
 //! them, each by the rank that will use them, which also places them near its core.
 
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::control::{RankControl, state};
-use super::mail::{self, Mailbox};
+use super::control::{GroupControl, RankControl};
+use super::mail::Mailbox;
 use crate::{Error, limits};
 
-pub(super) const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 /// What the processor can map with one entry; larger allocations start at multiples of it.
-const HUGE_PAGE: u64 = 2 << 20;
+pub(super) const HUGE_PAGE: u64 = 2 << 20;
 const RESERVE_AT_ONCE: u64 = 256 << 20;
-/// Half of the addresses that x86-64 gives a process, in which each rank that is a thread maps everything once.
+/// Half of the addresses that x86-64 gives a process.
 const ADDRESSES: u64 = 1 << 46;
 
 /// Sizes of the parts, equal on every rank of a job.
@@ -28,38 +28,123 @@ pub(crate) struct Shape {
     pub(crate) world: usize,
     /// Bytes of an arena.
     pub(crate) reserve: u64,
-    /// Bytes of the windows' heap.
-    pub(crate) heap: u64,
 }
 
 impl Shape {
-    /// Arenas as large as the host's memory, so that the host's memory and not the arena is the limit; smaller only where so many
-    /// would not fit into the address space.
+    /// Arenas as large as the host's memory, so that the host's memory and not the arena is the
+    /// limit; smaller only where so many would not fit into the address space, which gives every
+    /// rank its share of 64 TiB all the same.
     pub(crate) fn of_host(world: usize) -> Shape {
         let info = rustix::system::sysinfo();
-        let memory = info.totalram as u64 * u64::from(info.mem_unit);
-        let mapping = ADDRESSES / world as u64;
-        let whole_pages = |bytes: u64| bytes / HUGE_PAGE * HUGE_PAGE;
-        let reserve = whole_pages(memory.min(mapping / 2 / world as u64));
-        Shape { world, reserve, heap: whole_pages(memory.min(mapping / 2)) }
+        Shape::with_memory(world, info.totalram as u64 * u64::from(info.mem_unit))
+    }
+
+    fn with_memory(world: usize, memory: u64) -> Shape {
+        let reserve = memory.min(ADDRESSES / world as u64) / HUGE_PAGE * HUGE_PAGE;
+        Shape { world, reserve }
+    }
+
+    /// The words of all ranks, as one group.
+    pub(crate) fn all(self) -> Words {
+        Words::at((self.world * size_of::<RankControl>()) as u64, self.world)
     }
 
     fn control_bytes(self) -> u64 {
-        ((self.world * size_of::<RankControl>()) as u64 + mail::bytes(self.world)).next_multiple_of(HUGE_PAGE)
+        let all = self.all();
+        (all.controls + Words::bytes(self.world)).next_multiple_of(HUGE_PAGE)
     }
 
-    /// Where a rank's arena starts; the windows' heap is that of rank `world`.
-    pub(crate) fn arena(self, rank: usize) -> u64 {
+    /// Where a rank's arena starts.
+    fn arena(self, rank: usize) -> u64 {
         self.control_bytes() + rank as u64 * self.reserve
     }
 
     fn total(self) -> u64 {
-        self.arena(self.world) + self.heap
+        self.arena(self.world)
+    }
+}
+
+/// Where the words of a group's members lie in the file: one [`GroupControl`] for each, then a
+/// mailbox for each ordered pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Words {
+    controls: u64,
+    mailboxes: u64,
+    world: usize,
+}
+
+impl Words {
+    /// Of `world` members, from this byte of the file on.
+    pub(crate) fn at(start: u64, world: usize) -> Words {
+        Words { controls: start, mailboxes: start + (world * size_of::<GroupControl>()) as u64, world }
     }
 
-    /// Bytes of a rank's arena, or of the windows' heap.
-    fn size(self, rank: usize) -> u64 {
-        if rank < self.world { self.reserve } else { self.heap }
+    /// Their size.
+    pub(crate) fn bytes(world: usize) -> u64 {
+        (world * size_of::<GroupControl>() + world * world * size_of::<Mailbox>()) as u64
+    }
+
+    /// Where they start in the file.
+    pub(crate) fn start(self) -> u64 {
+        self.controls
+    }
+}
+
+/// A group's members on this host. Where their words are is found once: every look at a peer needs
+/// it.
+pub(crate) struct Members {
+    map: Arc<Mapping>,
+    words: Words,
+    /// By member: the rank as the mapping counts.
+    locals: Box<[usize]>,
+    controls: Box<[(NonNull<GroupControl>, NonNull<RankControl>)]>,
+}
+
+// SAFETY: the pointers are to words made of atomics, in the mapping that this holds.
+unsafe impl Send for Members {}
+// SAFETY: as above.
+unsafe impl Sync for Members {}
+
+impl Members {
+    /// Of ranks that the mapping counts like this, with their words at `words`.
+    pub(crate) fn new(map: Arc<Mapping>, words: Words, locals: Box<[usize]>) -> Members {
+        assert!(locals.len() == words.world);
+        let found = |(member, &local): (usize, &usize)| {
+            (NonNull::from(map.group(words, member)), NonNull::from(map.rank(local)))
+        };
+        let controls = locals.iter().enumerate().map(found).collect();
+        Members { map, words, locals, controls }
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.locals.len()
+    }
+
+    pub(crate) fn words(&self) -> Words {
+        self.words
+    }
+
+    /// A member's rank, as the mapping counts.
+    pub(crate) fn local(&self, member: usize) -> usize {
+        self.locals[member]
+    }
+
+    /// A member's words of this group.
+    pub(crate) fn group(&self, member: usize) -> &GroupControl {
+        // SAFETY: from a reference, as `Mapping::group` says, in the mapping that this holds; the
+        // words are given back once every member is gone, which this rank is not while this lives.
+        unsafe { self.controls[member].0.as_ref() }
+    }
+
+    /// A member's words as a rank of the host.
+    pub(crate) fn rank(&self, member: usize) -> &RankControl {
+        // SAFETY: from a reference into the mapping, which this holds.
+        unsafe { self.controls[member].1.as_ref() }
+    }
+
+    /// Where messages from one member to another wait.
+    pub(crate) fn mailbox(&self, from: usize, to: usize) -> &Mailbox {
+        self.map.mailbox(self.words, from, to)
     }
 }
 
@@ -75,6 +160,15 @@ pub(crate) fn create(shape: Shape) -> Result<OwnedFd, Error> {
     rustix::fs::ftruncate(&file, shape.total()).map_err(Error::system("sizing a memfd"))?;
     rustix::fs::fcntl_add_seals(&file, SEALS).map_err(Error::system("sealing a memfd"))?;
     Ok(file)
+}
+
+/// What this process has mapped.
+static MAPPED: Mutex<Vec<Mapped>> = Mutex::new(Vec::new());
+
+struct Mapped {
+    /// Device and number of the file.
+    file: (u64, u64),
+    mapping: Weak<Mapping>,
 }
 
 /// What failed when a rank cannot map the shared file.
@@ -95,22 +189,34 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the file for a rank. When the system refuses, the ranks that share the file already are
-    /// told.
+    /// Maps the file for a rank; once for all ranks that are threads of one process. When the
+    /// system refuses, the ranks that share the file already are told.
     pub(crate) fn new(file: OwnedFd, shape: Shape, rank: usize) -> Result<Arc<Mapping>, Error> {
-        let size = rustix::fs::fstat(&file).map_err(Error::system("asking for a memfd's size"))?.st_size as u64;
+        let status = rustix::fs::fstat(&file).map_err(Error::system("asking for a memfd's size"))?;
+        let size = status.st_size as u64;
         if size != shape.total() {
             let reason = format!("it has {size} bytes where {} were expected", shape.total());
             return Err(Error::System { what: "mapping the job's shared memory", reason });
         }
+        let mut mapped = MAPPED.lock();
+        mapped.retain(|mapped| mapped.mapping.strong_count() > 0);
+        let identity = (status.st_dev, status.st_ino);
+        // A file that is mapped is open, so no other has its number.
+        let known = mapped.iter().find(|mapped| mapped.file == identity);
+        if let Some(mapping) = known.and_then(|known| known.mapping.upgrade()) {
+            return Ok(mapping);
+        }
         match Mapping::of(file, shape, size) {
-            Ok(mapping) => Ok(Arc::new(mapping)),
+            Ok(mapping) => {
+                let mapping = Arc::new(mapping);
+                mapped.push(Mapped { file: identity, mapping: Arc::downgrade(&mapping) });
+                Ok(mapping)
+            }
             Err((file, errno)) => {
                 let error = Error::system(MAPPING)(errno);
                 // The ranks' words alone need little.
                 if let Ok(words) = Mapping::of(file, shape, shape.control_bytes()) {
-                    words.control(rank).write_reason(&error.to_string());
-                    words.control(rank).state.store(state::ABORTED, Ordering::Release);
+                    words.group(shape.all(), rank).abort(&error.to_string());
                 }
                 Err(error)
             }
@@ -146,35 +252,59 @@ impl Mapping {
     }
 
     /// A rank's words.
-    pub(crate) fn control(&self, rank: usize) -> &RankControl {
+    pub(crate) fn rank(&self, rank: usize) -> &RankControl {
         assert!(rank < self.shape.world);
         // SAFETY: inside the mapping, aligned to a page, and made of atomics and a pthread mutex, for which zeroed memory is valid
         // and which other processes may change at any time.
         unsafe { &*self.start.cast::<RankControl>().as_ptr().add(rank) }
     }
 
-    /// Where messages from one rank to another wait.
-    pub(crate) fn mailbox(&self, from: usize, to: usize) -> &Mailbox {
-        let world = self.shape.world;
-        assert!(from < world && to < world);
-        // SAFETY: the mailboxes follow the ranks' words, world² of them, inside the mapping (`control_bytes`); pages are aligned to more
-        // than a mailbox is; a mailbox is made of atomics, as above.
-        unsafe {
-            let first = self.start.cast::<RankControl>().as_ptr().add(world).cast::<Mailbox>();
-            &*first.add(from * world + to)
-        }
+    /// A member's words of a group.
+    pub(crate) fn group(&self, words: Words, member: usize) -> &GroupControl {
+        assert!(member < words.world);
+        // SAFETY: `place` finds the words inside the mapping. They are made of atomics, for which
+        // zeroed memory is valid, and nothing else lies there until every member has gone.
+        unsafe { &*self.place::<GroupControl>(words.controls, member) }
+    }
+
+    /// Where messages from one member of a group to another wait.
+    pub(crate) fn mailbox(&self, words: Words, from: usize, to: usize) -> &Mailbox {
+        assert!(from < words.world && to < words.world);
+        // SAFETY: as for a member's words.
+        unsafe { &*self.place::<Mailbox>(words.mailboxes, from * words.world + to) }
+    }
+
+    /// The `index`-th of some values that lie one after the other from a byte of the file on.
+    fn place<T>(&self, start: u64, index: usize) -> *const T {
+        let at = start + (index * size_of::<T>()) as u64;
+        let fits = at.checked_add(size_of::<T>() as u64).is_some_and(|end| end <= self.bytes);
+        assert!(fits && at.is_multiple_of(align_of::<T>() as u64), "words outside the shared file, at {at}");
+        // SAFETY: inside the mapping, by the assertion.
+        unsafe { self.start.as_ptr().add(at as usize).cast() }
+    }
+
+    /// Where a byte of a rank's arena lies in the file.
+    pub(crate) fn place_of(&self, rank: usize, offset: u64) -> u64 {
+        self.shape.arena(rank) + offset
+    }
+
+    /// Which rank's arena a byte of the file lies in, and where there.
+    pub(crate) fn arena_of(&self, place: u64) -> Option<(usize, u64)> {
+        let at = place.checked_sub(self.shape.control_bytes())?;
+        let rank = at.checked_div(self.shape.reserve)? as usize;
+        (rank < self.shape.world).then_some((rank, at % self.shape.reserve))
     }
 
     /// The address of a byte of a rank's arena.
     pub(crate) fn address(&self, rank: usize, offset: u64, bytes: u64) -> NonNull<u8> {
-        assert!(rank <= self.shape.world && self.contains(rank, offset, bytes), "an address beyond an arena");
+        assert!(rank < self.shape.world && self.contains(offset, bytes), "an address beyond an arena");
         // SAFETY: inside the mapping, by the assertion.
         unsafe { self.start.add((self.shape.arena(rank) + offset) as usize) }
     }
 
-    /// Whether a range lies in a rank's arena.
-    pub(crate) fn contains(&self, rank: usize, offset: u64, bytes: u64) -> bool {
-        offset.checked_add(bytes).is_some_and(|end| end <= self.shape.size(rank))
+    /// Whether a range lies in an arena.
+    pub(crate) fn contains(&self, offset: u64, bytes: u64) -> bool {
+        offset.checked_add(bytes).is_some_and(|end| end <= self.shape.reserve)
     }
 
     /// Where an address lies in the arena of `rank`, if it does.
@@ -186,8 +316,8 @@ impl Mapping {
     /// Backs a range of an arena with memory, zeroed. Without this the first touch of a page that does not exist would be a bus
     /// error. The caller has compared the size with [`available_memory`].
     pub(crate) fn reserve(&self, rank: usize, offset: u64, bytes: u64) -> Result<(), Error> {
-        if !self.contains(rank, offset, bytes) {
-            let available = self.shape.size(rank).saturating_sub(offset);
+        if !self.contains(offset, bytes) {
+            let available = self.shape.reserve.saturating_sub(offset);
             return Err(Error::OutOfMemory { bytes, available, limit: "the address space" });
         }
         self.populate_huge(rank, offset, bytes);
@@ -208,6 +338,14 @@ impl Mapping {
             })?;
         }
         Ok(())
+    }
+
+    /// Gives the memory of a range back to the system: where it is reserved again, it is zeroed.
+    /// Returns whether the system did so.
+    pub(crate) fn discard(&self, rank: usize, offset: u64, bytes: u64) -> bool {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let at = self.shape.arena(rank) + offset;
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, at, bytes)).is_ok()
     }
 
     /// Asks for huge pages wherever a range has room for whole ones, and for the pages at once, which only a fault makes huge. Where the
@@ -235,32 +373,6 @@ impl Drop for Mapping {
         // so nothing refers to it. A failure leaves the range mapped, which is harmless.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes as usize) };
     }
-}
-
-/// Hands out offsets; memory returns when the last buffer and the communicator are gone.
-#[derive(Default)]
-pub(crate) struct Allocator {
-    arena: AtomicU64,
-    windows: AtomicU64,
-}
-
-impl Allocator {
-    /// An unused range of this rank's arena.
-    pub(crate) fn arena(&self, bytes: u64) -> u64 {
-        take(&self.arena, bytes)
-    }
-
-    /// An unused range of the windows' heap; the same on every rank that asks for the same ranges in the same order.
-    pub(crate) fn windows(&self, bytes: u64) -> u64 {
-        take(&self.windows, bytes)
-    }
-}
-
-fn take(end: &AtomicU64, bytes: u64) -> u64 {
-    let alignment = if bytes >= HUGE_PAGE { HUGE_PAGE } else { PAGE };
-    let after = |end: u64| end.next_multiple_of(alignment) + bytes.next_multiple_of(PAGE);
-    let before = end.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |end| Some(after(end)));
-    before.unwrap_or_else(|end| end).next_multiple_of(alignment)
 }
 
 /// Bytes that this process may still use, and who sets that limit: the host, or its control group (version 2).

@@ -1,6 +1,6 @@
 //! Threads that wait for their own operation drive it themselves: handing it over to the progress thread would cost two switches.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use super::control::{Channel, MAIL_BELL, WINDOW_BELL, sleep, subject};
@@ -36,13 +36,13 @@ impl Shared {
         let mut lane = Some(self.lanes[channel as usize].lock()).filter(|lane| idle(lane))?;
         let mut course = Course::new(collective, channel, limit);
         let _guard = AbortOnPanic::new(self);
-        let bell = &self.control().callers[channel as usize];
+        let bell = &self.control(self.rank).callers[channel as usize];
         let poll = || course.poll(collective, self, &mut lane.count, None).map(|done| done.then_some(()));
         let result = self.wait(bell, channel.subject(), poll).map_err(|error| self.fail(error));
         drop(lane);
         if !inbox.is_empty() {
             // The progress thread could not have this lane when they came. (Where this look may overtake the unlocking, it finds out after a nap.)
-            self.ring_progress();
+            self.engine.ring_progress();
         }
         Some(result)
     }
@@ -66,7 +66,7 @@ impl Shared {
             return self.submit_mail(flight);
         }
         let _guard = AbortOnPanic::new(self);
-        let bell = &self.control().callers[MAIL_BELL];
+        let bell = &self.control(self.rank).callers[MAIL_BELL];
         let result = self.wait(bell, subject::MAIL, || flight.poll(self, None, None).map(|done| done.then_some(())));
         flight.finish(result.map_err(|error| self.fail(error)));
     }
@@ -88,7 +88,7 @@ impl Shared {
                     if let Some(value) = poll()? {
                         return Ok(value);
                     }
-                    self.relax();
+                    self.engine.relax();
                 }
                 let spun = spinning.get_or_insert_with(Instant::now).elapsed();
                 if spun > CALLER_SPIN {
@@ -113,15 +113,6 @@ impl Shared {
         }
     }
 
-    /// A moment of spinning: with more ranks than processors, whom this one waits for may need this one.
-    pub(super) fn relax(&self) {
-        if self.crowded.load(Ordering::Relaxed) {
-            std::thread::yield_now();
-        } else {
-            std::hint::spin_loop();
-        }
-    }
-
     /// Blocks until no rank of this host is `late` any more.
     ///
     /// # Errors
@@ -133,7 +124,7 @@ impl Shared {
             None => Ok(Some(())),
             Some(rank) => watch.check(self, rank, &late, &|| op.to_owned()).map(|()| None),
         };
-        let bell = &self.control().callers[WINDOW_BELL];
+        let bell = &self.control(self.rank).callers[WINDOW_BELL];
         self.wait(bell, subject::WINDOW, poll).map_err(|error| self.fail(error))
     }
 }

@@ -53,30 +53,55 @@ impl Channel {
     }
 }
 
-/// What one rank shows the others.
+/// What one rank of the job shows the others of its host, whatever groups it is in.
 #[repr(C, align(4096))]
 pub(crate) struct RankControl {
-    /// A [`state`].
+    /// [`state::ABSENT`], then [`state::JOINED`] while the progress thread runs, then
+    /// [`state::LEFT`] or [`state::DEAD`].
     pub(crate) state: AtomicU32,
     /// When this rank's progress thread last ran, in milliseconds of the monotonic clock.
     pub(crate) heartbeat: AtomicU64,
-    /// The rank that this one's error names, plus one.
-    culprit: AtomicU64,
     /// Held by the progress thread while it lives.
     pub(crate) life: Life,
-    /// Why this rank aborted: a length in bytes, then UTF-8.
-    pub(crate) reason: [AtomicU64; 64],
     /// The processors on which this rank may run, as bits.
     pub(crate) processors: [AtomicU64; 16],
     /// Where the progress thread sleeps.
     pub(crate) progress: Bell<AtomicU32>,
+    /// Groups that this rank has made room for, and whose members have not all come.
+    pub(crate) notices: [Notice; NOTICES],
+}
+
+/// Groups that one rank may make room for at a time.
+pub(crate) const NOTICES: usize = 64;
+
+/// Says where the words of a new group lie. Only the rank that shows it writes it.
+#[repr(C)]
+pub(crate) struct Notice {
+    /// What tells the group from others; 0 where there is none. Written last.
+    pub(crate) key: AtomicU64,
+    /// A place in the file.
+    pub(crate) place: AtomicU64,
+}
+
+/// What one rank shows the other members of one group that are on its host.
+#[repr(C, align(128))]
+pub(crate) struct GroupControl {
+    /// A [`state`].
+    pub(crate) state: AtomicU32,
+    /// Whether this rank never touches the words of this group again, nor what it took from the
+    /// memory of others.
+    pub(crate) gone: AtomicU32,
+    /// The rank that this one's error names, plus one.
+    culprit: AtomicU64,
+    /// Why this rank aborted: a length in bytes, then UTF-8.
+    reason: [AtomicU64; 64],
     /// Where calling threads sleep, one bell for each channel, one for windows and one for messages; whoever drives a channel holds its lane's lock.
     pub(crate) callers: [Bell<AtomicU32>; CHANNELS + 2],
     /// One per [`Channel`].
     pub(crate) channels: [ChannelControl; CHANNELS],
 }
 
-/// The stages of a rank's life; the memory starts zeroed.
+/// The stages of a rank's life in a group; the memory starts zeroed.
 pub(crate) mod state {
     pub(crate) const ABSENT: u32 = 0;
     pub(crate) const JOINED: u32 = 1;
@@ -194,7 +219,13 @@ pub(crate) fn sleep(bell: &Bell<AtomicU32>, seen: u64, limit: std::time::Duratio
     bell.awake();
 }
 
-impl RankControl {
+impl GroupControl {
+    /// Says that this rank gives up, and why.
+    pub(crate) fn abort(&self, reason: &str) {
+        self.write_reason(reason);
+        self.state.store(state::ABORTED, Ordering::Release);
+    }
+
     pub(crate) fn set_culprit(&self, rank: Option<usize>) {
         self.culprit.store(rank.map_or(0, |rank| rank as u64 + 1), Ordering::Release);
     }
@@ -203,7 +234,7 @@ impl RankControl {
         self.culprit.load(Ordering::Acquire).checked_sub(1).map(|rank| rank as usize)
     }
 
-    pub(crate) fn write_reason(&self, reason: &str) {
+    fn write_reason(&self, reason: &str) {
         let room = (self.reason.len() - 1) * 8;
         let mut end = reason.len().min(room);
         while !reason.is_char_boundary(end) {

@@ -94,7 +94,7 @@ impl Peers<'_> {
 
     /// A rank's header.
     pub(crate) fn header(&self, rank: usize) -> &Header {
-        &self.shared.map.control(rank).channels[self.channel as usize].headers[self.parity()]
+        &self.shared.control(rank).channels[self.channel as usize].headers[self.parity()]
     }
 
     /// Which of the two places for what belongs to an operation this one has.
@@ -103,12 +103,12 @@ impl Peers<'_> {
     }
 
     fn own_channel(&self) -> &ChannelControl {
-        &self.shared.control().channels[self.channel as usize]
+        &self.shared.control(self.shared.rank).channels[self.channel as usize]
     }
 
     /// A rank's brief operand, which nobody writes while the operation is under way.
     pub(crate) fn brief(&self, rank: usize) -> &[AtomicU64; BRIEF] {
-        &self.shared.map.control(rank).channels[self.channel as usize].brief[self.parity()]
+        &self.shared.control(rank).channels[self.channel as usize].brief[self.parity()]
     }
 
     /// A value from a rank's header.
@@ -135,11 +135,11 @@ impl Peers<'_> {
         bytes: u64,
         aligned_to: usize,
     ) -> Result<NonNull<u8>, Error> {
-        if !self.shared.map.contains(rank, offset, bytes) || !offset.is_multiple_of(aligned_to as u64) {
+        if !self.shared.engine.map.contains(offset, bytes) || !offset.is_multiple_of(aligned_to as u64) {
             let reason = format!("rank {} published a buffer outside its arena", self.shared.name(rank));
             return Err(Error::System { what: "reading a peer's arena", reason });
         }
-        Ok(self.shared.map.address(rank, offset, bytes))
+        Ok(self.shared.address(rank, offset, bytes))
     }
 }
 
@@ -198,7 +198,7 @@ impl Course {
         }
         loop {
             let channel = self.channel as usize;
-            let steps = |rank: usize| shared.map.control(rank).channels[channel].steps.load(Ordering::Acquire);
+            let steps = |rank: usize| shared.control(rank).channels[channel].steps.load(Ordering::Acquire);
             let late = (0..shared.world()).find(|&rank| steps(rank) < self.target);
             if self.untold {
                 // After the first look: the fence in it would otherwise wait for the step to reach memory before the look.
@@ -262,7 +262,7 @@ impl Course {
         self.target = count.steps;
         self.taken += 1;
         self.watch = Watch::new(self.limit);
-        shared.control().channels[self.channel as usize].steps.store(count.steps, Ordering::Release);
+        shared.control(shared.rank).channels[self.channel as usize].steps.store(count.steps, Ordering::Release);
         self.untold = true;
     }
 
@@ -274,7 +274,7 @@ impl Course {
             if steps(rank) < self.target {
                 continue;
             }
-            let theirs = &shared.map.control(rank).channels[self.channel as usize].digests[peers.parity()];
+            let theirs = &shared.control(rank).channels[self.channel as usize].digests[peers.parity()];
             if theirs.load(Ordering::Relaxed) != self.digest {
                 let (ours, theirs) = (describe(self.call), describe(peers.header(rank).call()));
                 return Err(Error::Mismatch { ours, theirs, peer: shared.name(rank) });
@@ -332,7 +332,7 @@ impl Flight {
         if self.course.taken == 0 {
             let Course { channel, call, .. } = self.course;
             let is_late = |rank: usize| {
-                shared.map.control(rank).channels[channel as usize].steps.load(Ordering::Acquire) <= count.steps
+                shared.control(rank).channels[channel as usize].steps.load(Ordering::Acquire) <= count.steps
             };
             let op = || describe(Call { sequence: count.sequence + 1, ..call });
             if !self.after.has_happened(shared, Some(waker), wire.as_deref_mut(), &is_late, &op)? {

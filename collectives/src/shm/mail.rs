@@ -22,6 +22,7 @@ use pillion_kernels::{DType, Event, Span, exclusive};
 use super::control::{Call, MAIL_BELL, subject};
 use super::place::Place;
 use super::protocol::publish;
+use super::ranges::Range;
 use super::shared::{Inbox, Shared};
 use super::start::StartEvent;
 use super::watch::{Limit, Watch};
@@ -60,7 +61,7 @@ struct Receiver {
 
 impl Mailbox {
     /// Whether the receiver has something to take.
-    fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.sent.load(Ordering::Acquire) != self.receiver.taken.load(Ordering::Relaxed)
     }
 }
@@ -88,7 +89,7 @@ pub(crate) struct Mailroom {
     /// For each rank and direction: messages submitted, and messages complete. A message's turn comes once those before it are complete.
     lines: Vec<[(AtomicU64, AtomicU64); 2]>,
     /// Where pieces for each rank of this host are staged, by the rank and the bytes of a piece: messages of a few bytes take little memory.
-    stages: Mutex<HashMap<(usize, usize), u64>>,
+    stages: Mutex<HashMap<(usize, usize), Range>>,
 }
 
 impl Mailroom {
@@ -96,6 +97,11 @@ impl Mailroom {
     pub(crate) fn new(world: usize) -> Mailroom {
         let lines = (0..world).map(|_| Default::default()).collect();
         Mailroom { inbox: Inbox::default(), lines, stages: Mutex::default() }
+    }
+
+    /// The memory of its stages, which it does not use any more.
+    pub(super) fn take_stages(&mut self) -> Vec<Range> {
+        self.stages.get_mut().drain().map(|(_, range)| range).collect()
     }
 }
 
@@ -205,8 +211,7 @@ impl MailFlight {
         let (op, direction) = (self.describe(), self.direction);
         // A sender may put all of a message out and leave before its receiver starts.
         let is_late = |rank: usize| {
-            Some(rank) == local_peer
-                && (direction == Direction::Send || !shared.map.mailbox(rank, shared.rank).is_full())
+            Some(rank) == local_peer && (direction == Direction::Send || !shared.mailbox(rank, shared.rank).is_full())
         };
         if !self.after.has_happened(shared, waker, wire.as_deref_mut(), &is_late, &op)? {
             return Ok(false);
@@ -229,7 +234,7 @@ impl MailFlight {
     }
 
     fn send(&mut self, shared: &Shared, peer: usize) -> Result<bool, Error> {
-        let mailbox = shared.map.mailbox(shared.rank, peer);
+        let mailbox = shared.mailbox(shared.rank, peer);
         let (len, width) = (self.buffer.len(), self.buffer.dtype().bytes());
         loop {
             let [refused_len, refused_number, refused_dtype] = &mailbox.receiver.refused;
@@ -248,7 +253,7 @@ impl MailFlight {
                     return Ok(true);
                 }
             } else if sent - taken < 2 {
-                let place = match shared.map.offset_of(shared.rank, self.buffer.address()) {
+                let place = match shared.offset_of(self.buffer.address()) {
                     Some(offset) if !self.is_short() => {
                         (self.moved, self.in_place) = (len, true);
                         Place::Arena(offset)
@@ -262,7 +267,7 @@ impl MailFlight {
                         // peer has taken what stood there, two pieces ago, since fewer than two are out.
                         unsafe {
                             let from = self.buffer.address().as_ptr().add(self.moved * width);
-                            let to = shared.map.address(shared.rank, at, (count * width) as u64);
+                            let to = shared.address(shared.rank, at, (count * width) as u64);
                             non_temporal::copy(from, to.as_ptr(), count * width, false);
                         }
                         self.moved += count;
@@ -285,7 +290,7 @@ impl MailFlight {
     }
 
     fn receive(&mut self, shared: &Shared, peer: usize) -> Result<bool, Error> {
-        let mailbox = shared.map.mailbox(peer, shared.rank);
+        let mailbox = shared.mailbox(peer, shared.rank);
         let (len, width) = (self.buffer.len(), self.buffer.dtype().bytes());
         loop {
             if self.begun && self.moved == len {
@@ -309,7 +314,7 @@ impl MailFlight {
                 Place::Stage(offset) => (offset, (len - self.moved).min(PIECE / width)),
                 Place::None | Place::Header => (u64::MAX, 0),
             };
-            if !shared.map.contains(peer, offset, (count * width) as u64) {
+            if !shared.engine.map.contains(offset, (count * width) as u64) {
                 let reason = format!("rank {} published a message outside its arena", self.peer);
                 return Err(Error::System { what: "receiving a message", reason });
             }
@@ -318,7 +323,7 @@ impl MailFlight {
             // SAFETY: the source lies in the peer's arena, and the peer leaves it as it is until this rank has taken the piece; the
             // destination lies in the buffer, which this flight owns. They belong to different ranks or different buffers.
             unsafe {
-                let from = shared.map.address(peer, offset, (count * width) as u64);
+                let from = shared.address(peer, offset, (count * width) as u64);
                 let to = self.buffer.address().as_ptr().add(self.moved * width);
                 non_temporal::copy(from.as_ptr(), to, count * width, large);
             }
@@ -333,13 +338,12 @@ impl MailFlight {
     /// A stage for two pieces of `piece` bytes.
     fn stage(&self, shared: &Shared, peer: usize, piece: usize) -> Result<u64, Error> {
         let mut stages = shared.mail.stages.lock();
-        if let Some(&offset) = stages.get(&(peer, piece)) {
-            return Ok(offset);
+        if let Some(range) = stages.get(&(peer, piece)) {
+            return Ok(range.offset);
         }
-        let offset = shared.allocator.arena(2 * piece as u64);
-        shared.map.reserve(shared.rank, offset, 2 * piece as u64)?;
-        stages.insert((peer, piece), offset);
-        Ok(offset)
+        let range = shared.engine.reserve(2 * piece as u64)?;
+        stages.insert((peer, piece), range);
+        Ok(range.offset)
     }
 
     /// Waits for the other rank, as long as it is `late`: asked once it is seen to have left, since its last act may have been to serve
@@ -404,11 +408,6 @@ impl MailFlight {
         }
         Ok(true)
     }
-}
-
-/// Number of bytes of the mailboxes of `world` ranks.
-pub(crate) fn bytes(world: usize) -> u64 {
-    (world * world * size_of::<Mailbox>()) as u64
 }
 
 /// Where elements of a type may lie in a piece: pieces hold whole elements.

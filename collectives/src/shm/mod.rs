@@ -12,12 +12,14 @@
 pub(crate) mod arena;
 mod caller;
 pub(crate) mod control;
+pub(crate) mod engine;
 pub(crate) mod flight;
 pub(crate) mod life;
 pub(crate) mod mail;
 pub(crate) mod place;
 pub(crate) mod progress;
 pub(crate) mod protocol;
+pub(crate) mod ranges;
 pub(crate) mod record;
 pub(crate) mod rendezvous;
 pub(crate) mod shared;

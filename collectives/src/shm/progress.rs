@@ -1,7 +1,7 @@
 //! The thread that drives the operations of a rank which nobody waits for with a thread of its own.
 //!
-//! It polls the channels in turn, and when nothing moves spins for a moment, then sleeps at its bell, which peers ring when they take a step
-//! that it waits for.
+//! It polls the channels of the rank's groups in turn, and when nothing moves spins for a moment,
+//! then sleeps at its bell, which peers ring when they take a step that it waits for.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use super::caller::NAP;
 use super::control::{Channel, monotonic_millis, sleep, state, subject};
+use super::engine::{Arrival, Engine};
 use super::flight::Flight;
 use super::mail::MailFlight;
 use super::shared::{Lane, Shared, left};
+use crate::Error;
 use crate::wire::Wire;
 
 /// How long this thread looks for news before it sleeps, which may take a core from computation. Waking costs about as much.
@@ -47,66 +49,99 @@ impl Drop for AbortOnPanic<'_> {
 }
 
 /// What one turn found.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Turn {
     moved: bool,
     /// Subjects of which news may move something.
     waiting_for: u64,
+    /// Whether something waits for another host.
+    on_wire: bool,
 }
 
-impl Shared {
-    /// The progress thread: declares the rank joined, drives its operations, and leaves in order once told to stop.
-    pub(crate) fn run(self: &Arc<Self>, wire: Option<Box<dyn Wire>>) {
+impl Engine {
+    /// The progress thread: declares the rank joined, drives the operations of its groups, and
+    /// leaves in order once the last has been dropped. `begun` is called first, and says whether to
+    /// go on.
+    pub(crate) fn run(self: &Arc<Self>, begun: impl FnOnce(Result<(), Error>) -> bool) {
         let control = self.control();
         // SAFETY: once per rank, on fresh memory, before the state says so; the mapping outlives this thread's use of it, being
         // held by `self`.
-        if let Err(error) = unsafe { control.life.begin() } {
-            control.write_reason(&error.to_string());
-            self.fail(error);
-            control.state.store(state::ABORTED, Ordering::Release);
-            return self.ring_everybody();
+        let life = unsafe { control.life.begin() };
+        let is_alive = life.is_ok();
+        if let Err(error) = &life {
+            self.map.group(self.map.shape().all(), self.rank).abort(&error.to_string());
         }
         self.publish_processors();
-        control.state.store(state::JOINED, Ordering::Release);
-        self.ring_everybody();
-        let mut driver = Driver { shared: self, waker: Waker::from(self.clone()), wire, mail: Vec::new() };
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive())).is_err() {
-            // The panic has been printed.
-            self.abort("its progress thread panicked");
+        if begun(life) && is_alive {
+            control.state.store(state::JOINED, Ordering::Release);
+            let mut driver = Driver { engine: self, waker: Waker::from(self.clone()), groups: Vec::new() };
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive())).is_err() {
+                // The panic has been printed.
+                driver.groups.iter().for_each(|group| group.shared.abort("its progress thread panicked"));
+            }
+            // Nothing may wait for what nobody drives any more.
+            driver.groups.drain(..).for_each(Driven::end);
+            self.arrivals.close().into_iter().for_each(|arrival| Driven::new(arrival).end());
+            let _ = control.state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
         }
-        // Nothing may wait for what nobody drives any more.
+        if is_alive {
+            // SAFETY: this thread began it.
+            unsafe { control.life.end() };
+        }
+    }
+}
+
+impl Shared {
+    /// Ends what is in flight, tells the other members that this rank leaves, and whoever drops the
+    /// communicator that it may.
+    pub(super) fn end(&self, mut wire: Option<Box<dyn Wire>>, mail: Vec<MailFlight>) {
         let result = || Err(self.healthy().err().unwrap_or_else(left));
         for (lane, inbox) in self.lanes.iter().zip(&self.inboxes) {
             let arrived = inbox.close();
             let flights: Vec<Flight> = lane.lock().flights.drain(..).chain(arrived).collect();
             flights.into_iter().for_each(|flight| flight.finish(result()));
         }
-        let mail = std::mem::take(&mut driver.mail).into_iter().chain(self.mail.inbox.close());
-        mail.for_each(|flight| flight.finish(result()));
-        if let (Some(wire), Err(error)) = (&mut driver.wire, self.healthy()) {
+        mail.into_iter().chain(self.mail.inbox.close()).for_each(|flight| flight.finish(result()));
+        if let (Some(wire), Err(error)) = (&mut wire, self.healthy()) {
             wire.abort(&error.to_string());
         }
-        let _ = control.state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
-        // SAFETY: this thread began it.
-        unsafe { control.life.end() };
+        drop(wire);
+        let state = &self.control(self.rank).state;
+        let _ = state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
         self.ring_everybody();
+        self.ended.set();
     }
 }
 
-/// The progress thread of a rank, and what it alone has.
-struct Driver<'a> {
-    shared: &'a Shared,
-    /// Rings the bell at which this thread sleeps.
-    waker: Waker,
+/// A group, and what the progress thread alone has of it.
+struct Driven {
+    shared: Arc<Shared>,
     wire: Option<Box<dyn Wire>>,
+    /// Whether the other hosts have been told of a failure.
+    told: bool,
     /// Messages in flight.
     mail: Vec<MailFlight>,
 }
 
-impl Driver<'_> {
+impl Driven {
+    fn new(Arrival { shared, wire }: Arrival) -> Driven {
+        Driven { shared, wire, told: false, mail: Vec::new() }
+    }
+
+    fn end(self) {
+        self.shared.end(self.wire, self.mail);
+    }
+
     /// Polls every channel that nobody else drives, and the mail.
-    fn turn(&mut self) -> Turn {
-        let (shared, mut turn) = (self.shared, Turn::default());
+    fn turn(&mut self, waker: &Waker) -> Turn {
+        let (shared, mut turn) = (&self.shared, Turn::default());
+        if let (Some(wire), Err(error), false) = (self.wire.as_mut(), shared.healthy(), self.told) {
+            wire.abort(&error.to_string());
+            self.told = true;
+        }
+        if shared.is_idle() {
+            return turn;
+        }
         for (channel, lane) in [Channel::Gather, Channel::Reduce, Channel::Control].into_iter().zip(&shared.lanes) {
             let inbox = &shared.inboxes[channel as usize];
             let Some(mut lane) = lane.try_lock() else {
@@ -119,18 +154,17 @@ impl Driver<'_> {
             inbox.drain(|flight| lane.flights.push_back(flight));
             let Lane { flights, count } = &mut *lane;
             while let Some(flight) = flights.front_mut() {
-                let result = match shared
-                    .healthy()
-                    .and_then(|()| flight.poll(shared, count, self.wire.as_deref_mut(), &self.waker))
-                {
-                    Ok(false) => {
-                        turn.waiting_for |= channel.subject();
-                        break;
-                    }
-                    Ok(true) => Ok(()),
-                    Err(error) => Err(shared.fail(error)),
-                };
+                let result =
+                    match shared.healthy().and_then(|()| flight.poll(shared, count, self.wire.as_deref_mut(), waker)) {
+                        Ok(false) => {
+                            turn.waiting_for |= channel.subject();
+                            break;
+                        }
+                        Ok(true) => Ok(()),
+                        Err(error) => Err(shared.fail(error)),
+                    };
                 if let Some(flight) = flights.pop_front() {
+                    shared.took_one();
                     flight.finish(result);
                 }
                 turn.moved = true;
@@ -139,44 +173,79 @@ impl Driver<'_> {
         shared.mail.inbox.drain(|flight| self.mail.push(flight));
         let mut index = 0;
         while let Some(flight) = self.mail.get_mut(index) {
-            match shared.healthy().and_then(|()| flight.poll(shared, self.wire.as_deref_mut(), Some(&self.waker))) {
-                Ok(false) => {
-                    index += 1;
-                    turn.waiting_for |= subject::MAIL;
-                    continue;
-                }
-                Ok(true) => self.mail.remove(index).finish(Ok(())),
-                Err(error) => self.mail.remove(index).finish(Err(shared.fail(error))),
-            }
+            let result =
+                match shared.healthy().and_then(|()| flight.poll(shared, self.wire.as_deref_mut(), Some(waker))) {
+                    Ok(false) => {
+                        index += 1;
+                        turn.waiting_for |= subject::MAIL;
+                        continue;
+                    }
+                    Ok(true) => Ok(()),
+                    Err(error) => Err(shared.fail(error)),
+                };
+            shared.took_one();
+            self.mail.remove(index).finish(result);
             turn.moved = true;
+        }
+        turn.on_wire = turn.waiting_for != 0 && self.wire.is_some();
+        turn
+    }
+}
+
+/// The progress thread of a rank, and what it alone has.
+struct Driver<'a> {
+    engine: &'a Arc<Engine>,
+    /// Rings the bell at which this thread sleeps.
+    waker: Waker,
+    groups: Vec<Driven>,
+}
+
+impl Driver<'_> {
+    /// Lets every group go as far as it can.
+    fn turn(&mut self) -> Turn {
+        let mut turn = Turn::default();
+        self.engine.arrivals.drain(|arrival| self.groups.push(Driven::new(arrival)));
+        let mut index = 0;
+        while let Some(group) = self.groups.get_mut(index) {
+            // Before the inboxes are looked at: what was handed over before the end was asked for
+            // is still driven.
+            let stopping = group.shared.stopping.load(Ordering::Acquire);
+            let of_group = group.turn(&self.waker);
+            turn.moved |= of_group.moved;
+            turn.waiting_for |= of_group.waiting_for;
+            turn.on_wire |= of_group.on_wire;
+            if stopping && !of_group.moved && of_group.waiting_for == 0 {
+                self.groups.swap_remove(index).end();
+                turn.moved = true;
+            } else {
+                index += 1;
+            }
         }
         turn
     }
 
+    /// Whether the last communicator has been dropped.
+    fn is_last(&self) -> bool {
+        self.groups.is_empty() && self.engine.open.load(Ordering::Acquire) == 0
+    }
+
     fn drive(&mut self) {
-        let (shared, control) = (self.shared, self.shared.control());
+        let (engine, control) = (self.engine, self.engine.control());
         let mut spinning: Option<Instant> = None;
-        let mut told = false;
         let mut wire_nap = WIRE_NAP / 2;
         loop {
             control.heartbeat.store(monotonic_millis(), Ordering::Relaxed);
-            // Before the inboxes are looked at: what was handed over before the end was asked for is still driven.
-            let stopping = shared.stopping.load(Ordering::Acquire);
             let turn = self.turn();
-            if let (Some(wire), Err(error), false) = (self.wire.as_mut(), shared.healthy(), told) {
-                wire.abort(&error.to_string());
-                told = true;
-            }
             if turn.moved {
                 (spinning, wire_nap) = (None, WIRE_NAP / 2);
                 continue;
             }
-            if turn.waiting_for == 0 && stopping {
+            if self.is_last() {
                 break;
             }
             let in_flight = turn.waiting_for != 0;
             if in_flight && spinning.get_or_insert_with(Instant::now).elapsed() < PROGRESS_SPIN {
-                shared.relax();
+                engine.relax();
                 continue;
             }
             spinning = None;
@@ -184,17 +253,14 @@ impl Driver<'_> {
             let seen = control.progress.prepare(declared);
             // A last look, now that who has news would ring. What it starts to wait for has not been declared.
             let turn = self.turn();
-            if turn.moved
-                || turn.waiting_for & !declared != 0
-                || (turn.waiting_for == 0 && shared.stopping.load(Ordering::Acquire))
-            {
+            if turn.moved || turn.waiting_for & !declared != 0 || self.is_last() {
                 control.progress.awake();
                 continue;
             }
             // A peer that dies rings no bell, so this thread looks at the others now and then.
             let nap = if !in_flight {
                 REST
-            } else if self.wire.is_some() {
+            } else if turn.on_wire {
                 wire_nap = (2 * wire_nap).min(LONGEST_WIRE_NAP);
                 wire_nap
             } else {

@@ -167,8 +167,7 @@ fn attempt(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience)
     let is = |refusal: Refusal| number(&answer, 1) == refusal as u64;
     let reason = match file {
         Some(file) if number(&answer, 1) == WELCOME => {
-            let (reserve, heap) = (number(&answer, 2), number(&answer, 3));
-            return map(place, file, reserve, heap).map(Attempt::Joined);
+            return map(place, file, number(&answer, 2)).map(Attempt::Joined);
         }
         None if number(&answer, 1) == WELCOME => {
             return Err(Error::system("receiving the job's shared memory from rank 0")(Errno::MFILE));
@@ -191,12 +190,11 @@ fn attempt(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience)
 }
 
 /// Maps what rank 0 sent, if nobody can shrink it under the mapping: touching what is gone would end the process.
-fn map(place: &Place<'_>, file: OwnedFd, reserve: u64, heap: u64) -> Result<Arc<Mapping>, Error> {
-    let bytes = reserve.checked_mul(place.world as u64).and_then(|arenas| arenas.checked_add(heap));
-    let whole_pages = reserve.is_multiple_of(arena::PAGE) && heap.is_multiple_of(arena::PAGE);
-    if !whole_pages || bytes.is_none_or(|bytes| bytes > MOST_BYTES) {
+fn map(place: &Place<'_>, file: OwnedFd, reserve: u64) -> Result<Arc<Mapping>, Error> {
+    let bytes = reserve.checked_mul(place.world as u64);
+    if !reserve.is_multiple_of(arena::PAGE) || bytes.is_none_or(|bytes| bytes > MOST_BYTES) {
         return Err(place.fail(format!(
-            "rank 0 announced arenas of {reserve} and windows of {heap} bytes, which cannot be: start every rank from the same build"
+            "rank 0 announced arenas of {reserve} bytes, which cannot be: start every rank from the same build"
         )));
     }
     if !rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(arena::SEALS)) {
@@ -204,5 +202,5 @@ fn map(place: &Place<'_>, file: OwnedFd, reserve: u64, heap: u64) -> Result<Arc<
             "rank 0 sent a file that is no memory of sealed size: start every rank from the same build".to_owned(),
         ));
     }
-    Mapping::new(file, Shape { world: place.world, reserve, heap }, place.rank)
+    Mapping::new(file, Shape { world: place.world, reserve }, place.rank)
 }

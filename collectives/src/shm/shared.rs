@@ -1,50 +1,71 @@
-//! What a rank's threads share.
+//! What a rank's threads share of one group.
 //!
 //! Each channel has a lane: the operations that are under way or wait for their turn, the first of each being driven by whoever holds the lane.
 //! That is the progress thread ([`super::progress`]), or, on an idle channel, a thread that blocks on its operation anyway
 //! ([`super::caller`]). New operations arrive in an inbox, so that nobody waits for a lane to hand one over.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use pillion_kernels::Failure;
 
-use super::arena::{Allocator, Mapping};
-use super::control::{CHANNELS, Channel, RankControl, ring, state, subject};
+use super::arena::{Mapping, Members, Words as Place};
+use super::control::{CHANNELS, Channel, GroupControl, RankControl, ring, state, subject};
+use super::engine::{Engine, GONE};
 use super::flight::Flight;
-use super::mail::{MailFlight, Mailroom};
+use super::mail::{MailFlight, Mailbox, Mailroom};
 use super::protocol::Word;
+use super::ranges::Range;
 use super::record::Record;
 use crate::hosts::Hosts;
 use crate::pending::Outcomes;
 use crate::{Error, Options};
 
-/// What the threads of one rank share. Ranks are counted as those of this host here; `Hosts` knows the others.
+/// What the threads of one rank share of a group. Ranks are counted as its members on this host
+/// here; `Hosts` knows the others.
 pub(crate) struct Shared {
-    pub(crate) map: Arc<Mapping>,
+    pub(crate) engine: Arc<Engine>,
+    members: Members,
     pub(crate) rank: usize,
     pub(crate) hosts: Hosts,
     pub(crate) options: Options,
-    pub(crate) allocator: Allocator,
     pub(crate) mail: Mailroom,
     pub(super) lanes: [Mutex<Lane>; CHANNELS],
     pub(super) inboxes: [Inbox<Flight>; CHANNELS],
-    stages: [OnceLock<u64>; CHANNELS],
+    stages: [OnceLock<Range>; CHANNELS],
     /// What reductions between hosts work in, kept from one to the next.
     pub(crate) work: [Mutex<Vec<u64>>; CHANNELS],
     /// What operations used that have ended, for the next ones.
     pub(crate) outcomes: Outcomes,
-    pub(crate) words: Words,
+    pub(crate) scalars: Words,
+    /// Operations that the progress thread has been given and has not finished.
+    given: AtomicUsize,
     failure: Mutex<Option<Error>>,
     failed: AtomicBool,
     pub(super) stopping: AtomicBool,
-    /// Whether there are more ranks than processors, so that who waits must let others run.
-    pub(super) crowded: AtomicBool,
+    pub(crate) ended: Ended,
     /// One for each channel, and one for messages.
     traffic: [Traffic; CHANNELS + 1],
     pub(crate) record: Record,
+}
+
+/// Whether the progress thread has let go of a group.
+#[derive(Default)]
+pub(crate) struct Ended(Mutex<bool>, Condvar);
+
+impl Ended {
+    pub(super) fn set(&self) {
+        *self.0.lock() = true;
+        self.1.notify_all();
+    }
+
+    pub(crate) fn wait(&self) {
+        let mut ended = self.0.lock();
+        self.1.wait_while(&mut ended, |ended| !*ended);
+    }
 }
 
 /// What has been completed.
@@ -128,6 +149,15 @@ impl<F> Inbox<F> {
         flights.iter_mut().flat_map(|flights| flights.drain(..)).for_each(take);
     }
 
+    /// Puts one in; gives it back where nothing is accepted any more.
+    pub(super) fn put(&self, flight: F) -> Result<(), F> {
+        let mut flights = self.flights.lock();
+        let Some(flights) = flights.as_mut() else { return Err(flight) };
+        flights.push(flight);
+        self.some.store(true, Ordering::Release);
+        Ok(())
+    }
+
     /// Takes out what has arrived; from now on nothing is accepted.
     pub(super) fn close(&self) -> Vec<F> {
         self.flights.lock().take().unwrap_or_default()
@@ -135,11 +165,20 @@ impl<F> Inbox<F> {
 }
 
 impl Shared {
-    pub(crate) fn new(map: Arc<Mapping>, rank: usize, hosts: Hosts, options: Options) -> Shared {
+    /// Of the members of `hosts` that are on this host, whose ranks `members` gives as the engine
+    /// counts them, this rank being the `rank`-th; their words are at `words`.
+    pub(crate) fn new(
+        engine: Arc<Engine>,
+        words: Place,
+        members: Box<[usize]>,
+        rank: usize,
+        hosts: Hosts,
+        options: Options,
+    ) -> Shared {
         Shared {
-            allocator: Allocator::default(),
             mail: Mailroom::new(hosts.world()),
-            map,
+            members: Members::new(engine.map.clone(), words, members),
+            engine,
             rank,
             hosts,
             options,
@@ -150,9 +189,10 @@ impl Shared {
             failure: Mutex::new(None),
             failed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
-            crowded: AtomicBool::new(false),
+            ended: Ended::default(),
             outcomes: Outcomes::default(),
-            words: Words::default(),
+            scalars: Words::default(),
+            given: AtomicUsize::new(0),
             traffic: Default::default(),
             record: Record::default(),
         }
@@ -160,11 +200,53 @@ impl Shared {
 
     /// Number of ranks on this host.
     pub(crate) fn world(&self) -> usize {
-        self.map.shape().world
+        self.members.count()
     }
 
-    pub(crate) fn control(&self) -> &RankControl {
-        self.map.control(self.rank)
+    /// A member's words.
+    pub(crate) fn control(&self, member: usize) -> &GroupControl {
+        self.members.group(member)
+    }
+
+    /// Where messages from one member to another wait.
+    pub(super) fn mailbox(&self, from: usize, to: usize) -> &Mailbox {
+        self.members.mailbox(from, to)
+    }
+
+    /// A member's rank, as the engine counts.
+    pub(crate) fn local(&self, member: usize) -> usize {
+        self.members.local(member)
+    }
+
+    /// A member's words as a rank of this host.
+    pub(super) fn rank_control(&self, member: usize) -> &RankControl {
+        self.members.rank(member)
+    }
+
+    /// The address of a byte of a member's arena.
+    pub(crate) fn address(&self, member: usize, offset: u64, bytes: u64) -> NonNull<u8> {
+        self.engine.map.address(self.local(member), offset, bytes)
+    }
+
+    /// Where an address lies in this rank's arena, if it does.
+    pub(crate) fn offset_of(&self, address: NonNull<u8>) -> Option<u64> {
+        self.engine.map.offset_of(self.engine.rank, address)
+    }
+
+    /// Whether the progress thread has nothing of this group to drive.
+    pub(super) fn is_idle(&self) -> bool {
+        self.given.load(Ordering::Acquire) == 0
+    }
+
+    /// The progress thread has finished an operation.
+    pub(super) fn took_one(&self) {
+        self.given.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Says that this rank takes part, and everybody may see it.
+    pub(crate) fn declare_joined(&self) {
+        self.control(self.rank).state.store(state::JOINED, Ordering::Release);
+        self.ring_everybody();
     }
 
     /// A rank of this host, as the communicator counts ranks.
@@ -195,10 +277,10 @@ impl Shared {
                 Error::PeerLost { rank, .. } | Error::Mismatch { peer: rank, .. } => Some(*rank),
                 _ => None,
             };
-            self.control().set_culprit(culprit);
+            self.control(self.rank).set_culprit(culprit);
         }
         let error = failure.get_or_insert(error).clone();
-        self.failed.store(true, Ordering::Release);
+        self.set_failed();
         error
     }
 
@@ -210,13 +292,18 @@ impl Shared {
         let mut remembered = self.failure.lock();
         let is_first = remembered.is_none();
         let error = remembered.get_or_insert(error).clone();
-        self.failed.store(true, Ordering::Release);
+        self.set_failed();
         drop(remembered);
         if is_first {
             // Whoever is woken by this finds the failure.
             self.say_aborted(&format!("work that its next operation follows failed (ranks as counted there): {error}"));
         }
         error
+    }
+
+    fn set_failed(&self) {
+        self.failed.store(true, Ordering::Release);
+        self.engine.set_failed();
     }
 
     /// Counts an operation of a channel; the caller holds its lane, and nobody else counts there.
@@ -246,12 +333,11 @@ impl Shared {
     /// When there is no memory for it.
     pub(crate) fn stage(&self, channel: Channel, bytes: u64) -> Result<u64, Error> {
         let stage = &self.stages[channel as usize];
-        if let Some(&offset) = stage.get() {
-            return Ok(offset);
+        if let Some(range) = stage.get() {
+            return Ok(range.offset);
         }
-        let offset = self.allocator.arena(bytes);
-        self.map.reserve(self.rank, offset, bytes)?;
-        Ok(*stage.get_or_init(|| offset))
+        let range = self.engine.reserve(bytes)?;
+        Ok(stage.get_or_init(|| range).offset)
     }
 
     /// Tells the peers of this host that this rank has taken a step on a channel.
@@ -264,38 +350,30 @@ impl Shared {
 
     /// Tells one rank of news, which have been published, about a subject for which its callers sleep at bell `bell`.
     pub(crate) fn ring_rank(&self, rank: usize, bell: usize, subjects: u64) {
-        let control = self.map.control(rank);
-        ring(&control.callers[bell], subjects);
-        ring(&control.progress, subjects);
+        ring(&self.control(rank).callers[bell], subjects);
+        ring(&self.rank_control(rank).progress, subjects);
     }
 
     /// Tells everybody of something that concerns all waits.
     pub(crate) fn ring_everybody(&self) {
         std::sync::atomic::fence(Ordering::SeqCst);
         for rank in 0..self.world() {
-            let control = self.map.control(rank);
-            control.callers.iter().chain([&control.progress]).for_each(|bell| ring(bell, subject::ALL));
+            let progress = &self.rank_control(rank).progress;
+            self.control(rank).callers.iter().chain([progress]).for_each(|bell| ring(bell, subject::ALL));
         }
-    }
-
-    /// Tells this rank's progress thread that there is something to do.
-    pub(super) fn ring_progress(&self) {
-        std::sync::atomic::fence(Ordering::SeqCst);
-        ring(&self.control().progress, subject::WORK);
     }
 
     /// A rank's state, after making sure that it still lives.
     pub(crate) fn look_at(&self, rank: usize) -> u32 {
-        let control = self.map.control(rank);
-        let seen = control.state.load(Ordering::Acquire);
-        if seen != state::JOINED {
-            return seen;
+        let state = &self.control(rank).state;
+        match state.load(Ordering::Acquire) {
+            // A rank leaves its groups before its life ends in order.
+            state::ABSENT | state::JOINED => match self.engine.look_at(self.local(rank)) {
+                state::DEAD => state::DEAD,
+                _ => state.load(Ordering::Acquire),
+            },
+            seen => seen,
         }
-        // SAFETY: a joined rank has begun its life (acquire above, release in `run`).
-        if unsafe { control.life.has_ended() } {
-            let _ = control.state.compare_exchange(state::JOINED, state::DEAD, Ordering::AcqRel, Ordering::Acquire);
-        }
-        control.state.load(Ordering::Acquire)
     }
 
     /// Puts a flight behind those of its channel.
@@ -313,6 +391,7 @@ impl Shared {
         let mut flights = inbox.flights.lock();
         let error = match (self.healthy(), flights.as_mut()) {
             (Ok(()), Some(flights)) => {
+                self.given.fetch_add(1, Ordering::Release);
                 flights.push(flight);
                 inbox.some.store(true, Ordering::Release);
                 None
@@ -322,35 +401,15 @@ impl Shared {
         };
         drop(flights);
         match error {
-            None => self.ring_progress(),
+            None => self.engine.ring_progress(),
             Some((flight, error)) => refuse(flight, error),
-        }
-    }
-
-    /// Once all have joined: whether they must share processors.
-    pub(crate) fn look_at_processors(&self) {
-        let union = |word: usize| {
-            let masks = (0..self.world()).map(|rank| &self.map.control(rank).processors[word]);
-            masks.fold(0, |union, mask| union | mask.load(Ordering::Relaxed))
-        };
-        let processors: u32 = (0..self.control().processors.len()).map(|word| union(word).count_ones()).sum();
-        self.crowded.store(processors > 0 && self.world() > processors as usize, Ordering::Relaxed);
-    }
-
-    /// Says where this rank may run.
-    pub(super) fn publish_processors(&self) {
-        let Ok(set) = rustix::thread::sched_getaffinity(None) else { return };
-        for (index, word) in self.control().processors.iter().enumerate() {
-            let bits = (0..64).filter(|bit| index * 64 + bit < rustix::thread::CpuSet::MAX_CPU);
-            let mask = bits.filter(|bit| set.is_set(index * 64 + bit)).fold(0, |mask, bit| mask | 1 << bit);
-            word.store(mask, Ordering::Relaxed);
         }
     }
 
     /// Tells the progress thread to leave once nothing is in flight.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.ring_progress();
+        self.engine.ring_progress();
     }
 
     /// Tells every rank that this one gives up.
@@ -360,9 +419,31 @@ impl Shared {
     }
 
     fn say_aborted(&self, reason: &str) {
-        let control = self.control();
-        control.write_reason(reason);
-        control.state.store(state::ABORTED, Ordering::Release);
+        self.control(self.rank).abort(reason);
         self.ring_everybody();
+    }
+}
+
+impl Drop for Shared {
+    /// Gives back what this group used, as soon as no other member uses it.
+    fn drop(&mut self) {
+        if *self.failed.get_mut() {
+            // Members may still be about to use it.
+            return;
+        }
+        self.stages.iter().filter_map(OnceLock::get).for_each(|&range| self.engine.give_back(range));
+        let (words, own, members) = (self.members.words(), self.rank, self.members.count());
+        // A member takes a message that is staged when it comes to it, which may be later.
+        let is_taken = move |map: &Mapping| {
+            (0..members).all(|member| {
+                let has_left = || map.group(words, member).state.load(Ordering::Acquire) == state::LEFT;
+                !map.mailbox(words, own, member).is_full() || has_left()
+            })
+        };
+        let say_gone = move |map: &Mapping| map.group(words, own).gone.store(GONE, Ordering::Release);
+        self.engine.retire(self.mail.take_stages(), is_taken, say_gone);
+        if own == 0 {
+            self.engine.retire_words(words, members);
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! The event that an operation starts after.
 
-use std::sync::Arc;
-use std::task::{Poll, Wake, Waker};
+use std::task::{Poll, Waker};
 
 use pillion_kernels::Event;
 
@@ -10,17 +9,6 @@ use super::watch::{Limit, Watch};
 use crate::Error;
 use crate::pending::Outcome;
 use crate::wire::Wire;
-
-impl Wake for Shared {
-    /// Wakes the progress thread.
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.ring_progress();
-    }
-}
 
 /// What an operation of this rank waits for before it starts.
 pub(super) struct StartEvent {
@@ -76,8 +64,8 @@ mod tests {
     #[test]
     fn an_event_that_ends_rings_the_progress_thread() {
         let communicator = Communicator::connect(&Launch::single(), Options::default()).unwrap();
-        let rings = || communicator.shared.control().progress.rings.load(Ordering::Acquire);
-        let (before, waker) = (rings(), Waker::from(communicator.shared.clone()));
+        let rings = || communicator.shared.engine.control().progress.rings.load(Ordering::Acquire);
+        let (before, waker) = (rings(), Waker::from(communicator.shared.engine.clone()));
         // An awake thread is not rung. Nothing else rings this one, and it sleeps soon.
         let started = Instant::now();
         while rings() == before {

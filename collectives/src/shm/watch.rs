@@ -145,10 +145,10 @@ impl Watch {
             return Err(Error::PeerLost { rank: shared.name(rank), op: op(), how: "it died" });
         }
         if let Some((rank, _)) = states().find(|&(_, state)| state == state::ABORTED) {
-            return Err(Error::Aborted { rank: shared.name(rank), reason: shared.map.control(rank).read_reason() });
+            return Err(Error::Aborted { rank: shared.name(rank), reason: shared.control(rank).read_reason() });
         }
         if let Some((rank, _)) = states().find(|&(rank, state)| state == state::LEFT && is_late(rank)) {
-            let (rank, how) = match shared.map.control(rank).culprit() {
+            let (rank, how) = match shared.control(rank).culprit() {
                 Some(culprit) if culprit == shared.name(shared.rank) => (shared.name(rank), "it gave up on this rank"),
                 Some(culprit) if is_plausible(shared, culprit, is_late) => (culprit, "another rank gave up on it"),
                 Some(_) => (shared.name(rank), "it gave up"),
@@ -196,7 +196,7 @@ fn is_plausible(shared: &Shared, culprit: usize, is_late: &dyn Fn(usize) -> bool
     is_late(rank)
         || match shared.look_at(rank) {
             state::JOINED => pulse_age(shared, rank) > STOPPED_AFTER,
-            state::LEFT => shared.map.control(rank).culprit().is_none(),
+            state::LEFT => shared.control(rank).culprit().is_none(),
             _ => true,
         }
 }
@@ -206,16 +206,16 @@ const STOPPED_AFTER: u64 = 2000;
 
 /// Milliseconds since a rank's heart last beat.
 fn pulse_age(shared: &Shared, rank: usize) -> u64 {
-    monotonic_millis().saturating_sub(shared.map.control(rank).heartbeat.load(Ordering::Relaxed))
+    monotonic_millis().saturating_sub(shared.rank_control(rank).heartbeat.load(Ordering::Relaxed))
 }
 
 fn is_running(shared: &Shared, rank: usize) -> bool {
-    shared.map.control(rank).state.load(Ordering::Acquire) == state::JOINED && pulse_age(shared, rank) <= STOPPED_AFTER
+    shared.control(rank).state.load(Ordering::Acquire) == state::JOINED && pulse_age(shared, rank) <= STOPPED_AFTER
 }
 
 /// What a rank's heartbeat says about it.
 fn pulse(shared: &Shared, rank: usize) -> String {
-    if shared.map.control(rank).state.load(Ordering::Acquire) == state::ABSENT {
+    if shared.control(rank).state.load(Ordering::Acquire) == state::ABSENT {
         return "it has not joined".to_owned();
     }
     match pulse_age(shared, rank) {

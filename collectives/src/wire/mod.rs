@@ -13,7 +13,7 @@ use crate::Error;
 pub(crate) struct Request(pub(crate) u64);
 
 /// Messages to and from the ranks of a communicator, counted as the communicator counts them.
-pub(crate) trait Wire {
+pub(crate) trait Wire: Send {
     /// Starts sending `len` bytes to rank `to`. Any length, 0 too.
     ///
     /// # Safety

@@ -48,6 +48,10 @@ impl ThreadWire {
     }
 }
 
+// SAFETY: the pointer is to memory that `Wire::receive`'s caller lends to whoever drives the wire,
+// whichever thread that is.
+unsafe impl Send for Posted {}
+
 impl Wire for ThreadWire {
     unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error> {
         // SAFETY: readable, by the caller's promise.

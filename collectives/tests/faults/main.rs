@@ -96,6 +96,16 @@ fn a_death_of_a_rank_that_reads_a_window_is_named() {
 }
 
 #[test]
+fn a_death_in_a_group_is_named_by_its_members() {
+    a_death_is_named("group");
+}
+
+#[test]
+fn a_death_of_a_member_before_it_makes_its_group_is_named() {
+    a_death_is_named("making");
+}
+
+#[test]
 fn a_rank_that_dies_or_never_starts_is_named_at_the_end_of_the_start() {
     for (world, victim, starts) in [(2, 1, true), (3, 1, true), (3, 1, false), (3, 0, true), (4, 0, false)] {
         let settings = Settings { startup: Duration::from_millis(700), ..Settings::new("start-up", world, victim) };

@@ -157,6 +157,8 @@ impl Rank {
                 self.end_as_told(name, &communicator)
             }
             "window" => self.hold_a_window(&communicator),
+            "group" => return self.stay_in_a_group(&communicator),
+            "making" => self.make_a_group(&communicator),
             "messages" => self.pass_messages(&communicator, ready),
             "reduce" | "staged" => self.reduce(&communicator, name == "reduce", ready),
             "lots" => lots::draw(self, &communicator, ready),
@@ -223,6 +225,27 @@ impl Rank {
                 panic!("a rank's own mistake");
             }
         }
+    }
+
+    /// Barriers in a group of all ranks, until one fails; nothing else.
+    fn stay_in_a_group(&self, communicator: &Communicator) -> Result<(), Error> {
+        let ranks: Vec<usize> = (0..self.world).collect();
+        let group = communicator.group(&ranks)?;
+        self.say("ready");
+        loop {
+            group.barrier()?;
+        }
+    }
+
+    /// Makes groups with a victim that makes one less.
+    fn make_a_group(&self, communicator: &Communicator) -> Result<(), Error> {
+        let ranks: Vec<usize> = (0..self.world).collect();
+        let _first = communicator.group(&ranks)?;
+        self.say("ready");
+        if self.is_victim() {
+            self.park();
+        }
+        communicator.group(&ranks).map(|_| ())
     }
 
     /// The victim reads a window for ever; the others want to write.

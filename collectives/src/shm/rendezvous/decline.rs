@@ -50,7 +50,7 @@ pub(super) fn tell(listener: &OwnedFd, mut missing: BTreeSet<u64>, digest: u64) 
             Ok(false) => true,
             Ok(true) => {
                 missing.remove(&(connection.word(1) & !GIVES_UP));
-                let _ = connection.answer([Refusal::GaveUp as u64, digest, 0], None);
+                let _ = connection.answer([Refusal::GaveUp as u64, digest], None);
                 false
             }
             Err(_) => false,

@@ -4,12 +4,12 @@
 use std::fmt;
 
 /// First bytes of a greeting and of its answer; the digit is the version of the protocol and of the shared words' layout.
-pub(super) const MAGIC: [u8; 8] = *b"pillion2";
+pub(super) const MAGIC: [u8; 8] = *b"pillion3";
 /// Magic, rank, world; or magic, rank with [`GIVES_UP`], a digest of the reason.
 pub(super) const GREETING: usize = 24;
-/// Magic, 0 or a [`Refusal`], and two numbers: the shape's reserve and heap, or the world that was
-/// expected and 0, or the digest of the reason for which rank 0 gives up and 0.
-pub(super) const ANSWER: usize = 32;
+/// Magic, 0 or a [`Refusal`], and a number: the bytes of an arena, or the world that was expected,
+/// or the digest of the reason for which rank 0 gives up.
+pub(super) const ANSWER: usize = 24;
 pub(super) const WELCOME: u64 = 0;
 /// In a greeting's rank: this rank cannot join, and says so instead.
 pub(super) const GIVES_UP: u64 = 1 << 63;

@@ -6,7 +6,6 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -20,7 +19,6 @@ use super::{Place, RETRY_EVERY};
 use crate::Error;
 use crate::patience::Patience;
 use crate::shm::arena::{self, Mapping, Shape};
-use crate::shm::control::state;
 
 /// A connection that has not greeted by then is dropped. Its rank, if it is one, comes again.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
@@ -134,11 +132,11 @@ impl Connection {
         if !missing.contains(&rank) {
             return Err(Refusal::Taken);
         }
-        self.answer([WELCOME, shape.reserve, shape.heap], Some(file)).map_err(|_| Refusal::HungUp)?;
+        self.answer([WELCOME, shape.reserve], Some(file)).map_err(|_| Refusal::HungUp)?;
         Ok(Some(Arrival::Joined(rank)))
     }
 
-    pub(super) fn answer(&self, numbers: [u64; 3], file: Option<&OwnedFd>) -> rustix::io::Result<usize> {
+    pub(super) fn answer(&self, numbers: [u64; 2], file: Option<&OwnedFd>) -> rustix::io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut message = SendAncillaryBuffer::new(&mut space);
         let files = file.map(|file| [file.as_fd()]);
@@ -166,9 +164,7 @@ pub(super) fn serve(
     let admitted = admit_all(place, &listener, mapping.file(), shape, patience);
     let Err(Failure { error, gave_up }) = admitted else { return Ok(mapping) };
     // Ranks that were admitted wait for this one now, and would name it at their deadline.
-    let control = mapping.control(0);
-    control.write_reason(&error.to_string());
-    control.state.store(state::ABORTED, Ordering::Release);
+    mapping.group(shape.all(), 0).abort(&error.to_string());
     if let Some((digest, untold)) = gave_up {
         // This rank ends because of that error, not because of one in passing it on.
         let _ = tell(&listener, untold, digest);
@@ -215,7 +211,7 @@ fn admit_all(
             }
             Ok(Some(Arrival::GivesUp(rank, digest))) => {
                 // The first learns that it was heard, the others what the first has said.
-                let answer = gave_up.map_or([WELCOME, 0, 0], |(_, first)| [Refusal::GaveUp as u64, first, 0]);
+                let answer = gave_up.map_or([WELCOME, 0], |(_, first)| [Refusal::GaveUp as u64, first]);
                 let _ = connection.answer(answer, None);
                 gave_up.get_or_insert((rank, digest));
                 quitters.insert(rank);
@@ -223,7 +219,7 @@ fn admit_all(
             }
             Err(refusal) => {
                 // Whoever does not want to hear it is turned away all the same.
-                let _ = connection.answer([refusal as u64, place.world as u64, 0], None);
+                let _ = connection.answer([refusal as u64, place.world as u64], None);
                 refused.count(refusal);
                 false
             }

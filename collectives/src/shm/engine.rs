@@ -1,0 +1,266 @@
+//! What all groups of one rank have in common: the mapped memory, which of it is in use, and the
+//! thread that drives their operations.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::Wake;
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+use pillion_kernels::{Buffer, DType, Device, Region, Space};
+
+use super::arena::{Mapping, Words};
+use super::control::{RankControl, ring, state, subject};
+use super::ranges::{Range, Ranges};
+use super::shared::{Inbox, Shared};
+use crate::Error;
+use crate::wire::Wire;
+
+/// One rank of a job, on its host.
+pub(crate) struct Engine {
+    pub(crate) map: Arc<Mapping>,
+    /// This rank, among those that share the mapping.
+    pub(crate) rank: usize,
+    ranges: Mutex<Ranges>,
+    /// What is given back once others have gone.
+    retired: Mutex<Vec<Retired>>,
+    /// Groups that the progress thread has yet to see.
+    pub(super) arrivals: Inbox<Arrival>,
+    /// Communicators of this rank that have not been dropped.
+    pub(super) open: AtomicUsize,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Whether some operation failed. Others may use this rank's memory at any time from then on,
+    /// so nothing of it is handed out again.
+    failed: AtomicBool,
+    /// Whether there are more ranks than processors, so that who waits must let others run.
+    pub(super) crowded: AtomicBool,
+    /// Held while a rank makes room for a group.
+    pub(crate) making_room: Mutex<()>,
+}
+
+/// A group that has been made, and its wire to other hosts.
+pub(super) struct Arrival {
+    pub(super) shared: Arc<Shared>,
+    pub(super) wire: Option<Box<dyn Wire>>,
+}
+
+/// Memory of a rank that others may still use.
+struct Retired {
+    ranges: Vec<Range>,
+    /// Whether nobody does any more.
+    is_free: Box<dyn Fn(&Mapping) -> bool + Send>,
+    /// Called with the mapping once nobody does.
+    then: Box<dyn FnOnce(&Mapping) + Send>,
+}
+
+impl Wake for Engine {
+    /// Wakes the progress thread.
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.ring_progress();
+    }
+}
+
+impl Engine {
+    pub(crate) fn new(map: Arc<Mapping>, rank: usize) -> Engine {
+        Engine {
+            map,
+            rank,
+            ranges: Mutex::default(),
+            retired: Mutex::default(),
+            arrivals: Inbox::default(),
+            open: AtomicUsize::new(0),
+            thread: Mutex::default(),
+            failed: AtomicBool::new(false),
+            crowded: AtomicBool::new(false),
+            making_room: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn control(&self) -> &RankControl {
+        self.map.rank(self.rank)
+    }
+
+    /// Tells this rank's progress thread that there is something to do.
+    pub(super) fn ring_progress(&self) {
+        std::sync::atomic::fence(Ordering::SeqCst);
+        ring(&self.control().progress, subject::WORK);
+    }
+
+    /// The thread that drives this rank's operations; whoever drops the last communicator waits for
+    /// its end.
+    pub(crate) fn set_thread(&self, thread: JoinHandle<()>) {
+        *self.thread.lock() = Some(thread);
+    }
+
+    /// Another communicator, which the progress thread drives from now on.
+    pub(crate) fn open(&self, shared: Arc<Shared>, wire: Option<Box<dyn Wire>>) {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        match self.arrivals.put(Arrival { shared, wire }) {
+            Ok(()) => self.ring_progress(),
+            Err(Arrival { shared, wire }) => shared.end(wire, Vec::new()),
+        }
+    }
+
+    /// A communicator has been dropped, and nothing of it is in flight.
+    pub(crate) fn close(&self) {
+        if self.open.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.ring_progress();
+            if let Some(thread) = self.thread.lock().take() {
+                // A panic of the progress thread has been printed, and other ranks see it as a
+                // death.
+                let _ = thread.join();
+            }
+        }
+    }
+
+    pub(super) fn set_failed(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// Zeroed memory of this rank's arena. The caller has compared the size with
+    /// [`available_memory`](super::arena::available_memory).
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn reserve(&self, bytes: u64) -> Result<Range, Error> {
+        self.clear_out();
+        let range = self.ranges.lock().take(bytes);
+        let reserved = self.map.reserve(self.rank, range.offset, range.bytes);
+        reserved.map(|()| range).inspect_err(|_| self.give_back(range))
+    }
+
+    /// Memory that other ranks only wrote parts of, and reserve themselves.
+    pub(crate) fn take(&self, bytes: u64) -> Range {
+        self.clear_out();
+        self.ranges.lock().take(bytes)
+    }
+
+    /// Takes back memory that no other rank uses any more.
+    pub(crate) fn give_back(&self, range: Range) {
+        let unused = !self.failed.load(Ordering::Relaxed);
+        if unused && self.map.discard(self.rank, range.offset, range.bytes) {
+            self.ranges.lock().give_back(range);
+        }
+    }
+
+    /// Takes memory back as soon as `is_free`, and then calls `then`.
+    pub(crate) fn retire(
+        &self,
+        ranges: Vec<Range>,
+        is_free: impl Fn(&Mapping) -> bool + Send + 'static,
+        then: impl FnOnce(&Mapping) + Send + 'static,
+    ) {
+        self.retired.lock().push(Retired { ranges, is_free: Box::new(is_free), then: Box::new(then) });
+        self.clear_out();
+    }
+
+    fn clear_out(&self) {
+        let mut retired = self.retired.lock();
+        for Retired { ranges, then, .. } in retired.extract_if(.., |retired| (retired.is_free)(&self.map)) {
+            ranges.into_iter().for_each(|range| self.give_back(range));
+            then(&self.map);
+        }
+    }
+
+    /// A buffer over a part of an arena, which `owner` keeps.
+    pub(crate) fn buffer(
+        &self,
+        device: &dyn Device,
+        dtype: DType,
+        (rank, offset, bytes): (usize, u64, u64),
+        owner: impl Any + Send + Sync,
+    ) -> Result<Buffer, Error> {
+        let start = self.map.address(rank, offset, bytes);
+        // SAFETY: the range is mapped, and handed out to nobody else, while `owner` lives; it
+        // starts at a page. Other ranks map it too; they access it only inside operations that own
+        // the buffer, or through a window's protocol.
+        let region = unsafe { Region::from_raw(start, bytes as usize, Space::Host, Box::new(owner)) };
+        let taken = device.take_in(region).and_then(|region| Buffer::whole(region, dtype));
+        taken.map_err(|error| {
+            let reason = format!("{}: {error}", device.name());
+            Error::System { what: "taking shared memory into a device's use", reason }
+        })
+    }
+
+    /// The words of a group that lie in the memory of the rank that made room for them, which takes
+    /// them back once every member has gone.
+    pub(super) fn retire_words(&self, words: Words, members: usize) {
+        let Some((rank, offset)) = self.map.arena_of(words.start()).filter(|&(rank, _)| rank == self.rank) else {
+            return;
+        };
+        debug_assert_eq!(rank, self.rank);
+        let range = Range { offset, bytes: Words::bytes(members).next_multiple_of(super::arena::PAGE) };
+        let all_gone = move |map: &Mapping| {
+            (0..members).all(|member| map.group(words, member).gone.load(Ordering::Acquire) == GONE)
+        };
+        self.retire(vec![range], all_gone, |_| {});
+    }
+
+    /// A moment of spinning: with more ranks than processors, whom this one waits for may need this
+    /// one.
+    pub(super) fn relax(&self) {
+        if self.crowded.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Whether another rank of the mapping has died, or has ended in order: its state.
+    pub(super) fn look_at(&self, rank: usize) -> u32 {
+        let control = self.map.rank(rank);
+        let joined = control.state.load(Ordering::Acquire) == state::JOINED;
+        // SAFETY: a joined rank has begun its life (acquire above, release in `run`).
+        if joined && unsafe { control.life.has_ended() } {
+            let _ = control.state.compare_exchange(state::JOINED, state::DEAD, Ordering::AcqRel, Ordering::Acquire);
+        }
+        control.state.load(Ordering::Acquire)
+    }
+
+    /// Once all have joined: whether they must share processors.
+    pub(crate) fn look_at_processors(&self) {
+        let ranks = self.map.shape().world;
+        let union = |word: usize| {
+            let masks = (0..ranks).map(|rank| &self.map.rank(rank).processors[word]);
+            masks.fold(0, |union, mask| union | mask.load(Ordering::Relaxed))
+        };
+        let processors: u32 = (0..self.control().processors.len()).map(|word| union(word).count_ones()).sum();
+        self.crowded.store(processors > 0 && ranks > processors as usize, Ordering::Relaxed);
+    }
+
+    /// Says where this rank may run.
+    pub(super) fn publish_processors(&self) {
+        let Ok(set) = rustix::thread::sched_getaffinity(None) else { return };
+        for (index, word) in self.control().processors.iter().enumerate() {
+            let bits = (0..64).filter(|bit| index * 64 + bit < rustix::thread::CpuSet::MAX_CPU);
+            let mask = bits.filter(|bit| set.is_set(index * 64 + bit)).fold(0, |mask, bit| mask | 1 << bit);
+            word.store(mask, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What a member writes as its last word of a group.
+pub(super) const GONE: u32 = 1;
+
+/// Memory of this rank's arena, for as long as this lives.
+pub(crate) struct Owned {
+    engine: Arc<Engine>,
+    range: Range,
+}
+
+impl Owned {
+    pub(crate) fn new(engine: Arc<Engine>, range: Range) -> Owned {
+        Owned { engine, range }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.engine.give_back(self.range);
+    }
+}
