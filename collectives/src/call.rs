@@ -2,7 +2,7 @@
 
 use pillion_kernels::DType;
 
-use crate::shm::control::Call;
+use crate::memory::control::Call;
 use crate::{Reduction, Sections};
 
 /// The operations there are.

@@ -10,13 +10,13 @@ use pillion_kernels::{Buffer, DType, Device};
 
 use crate::call::Purpose;
 use crate::checks::expect;
+use crate::engine::Owned;
+use crate::engine::group::Group;
 use crate::join::{self, Job, Joined};
 use crate::limits::explain_thread;
-use crate::shm::arena::available_memory;
-use crate::shm::control::state;
-use crate::shm::engine::Owned;
-use crate::shm::ranges::Range;
-use crate::shm::shared::Shared;
+use crate::memory::available::available_memory;
+use crate::memory::control::state;
+use crate::memory::ranges::Range;
 use crate::window::{self, chunk};
 use crate::{Backend, Error, Launch, Options, Sections, Span, Window, WireKind};
 
@@ -34,7 +34,7 @@ pub struct Traffic {
 /// Every rank makes the same calls in the same order; a rank that does not is named by an error. After an error every call
 /// returns that first error. Dropping a communicator waits for the operations in flight.
 pub struct Communicator {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) group: Arc<Group>,
     pub(crate) job: Job,
     splits: AtomicU64,
     /// Windows made so far.
@@ -97,11 +97,11 @@ impl Communicator {
         let progress = std::thread::Builder::new()
             .name(format!("pillion-progress-{}", job.launch.rank))
             .spawn(move || match join::join(&for_thread, options) {
-                Ok(Joined { shared, wire, network }) => {
-                    let engine = shared.engine.clone();
-                    engine.open(shared.clone(), wire);
+                Ok(Joined { group, wire, network }) => {
+                    let engine = group.engine.clone();
+                    engine.open(group.clone(), wire);
                     // Where nobody listens any more, this thread has been given up, and the rank has failed.
-                    engine.run(|begun| sender.send(begun.map(|()| (shared, network))).is_ok());
+                    engine.run(|begun| sender.send(begun.map(|()| (group, network))).is_ok());
                 }
                 Err(error) => {
                     let _ = sender.send(Err(error));
@@ -119,21 +119,21 @@ impl Communicator {
             };
             job.fail(reason.to_owned())
         })?;
-        let (shared, network) = joined.map_err(|error| join::decline(&job, error))?;
-        let engine = shared.engine.clone();
+        let (group, network) = joined.map_err(|error| join::decline(&job, error))?;
+        let engine = group.engine.clone();
         engine.set_thread(progress);
-        let communicator = Communicator::of(shared, Job { network, ..job });
-        let shared = &communicator.shared;
-        shared.declare_joined();
-        let absent = |rank: usize| shared.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
-        shared.wait_for_ranks("the start", startup, absent)?;
+        let communicator = Communicator::of(group, Job { network, ..job });
+        let group = &communicator.group;
+        group.declare_joined();
+        let absent = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
+        group.wait_for_ranks("the start", startup, absent)?;
         engine.look_at_processors();
         Ok(communicator)
     }
 
     /// Of a group that this rank's engine drives.
-    pub(crate) fn of(shared: Arc<Shared>, job: Job) -> Communicator {
-        Communicator { shared, job, splits: AtomicU64::new(0), windows: AtomicU64::new(0), groups: Mutex::default() }
+    pub(crate) fn of(group: Arc<Group>, job: Job) -> Communicator {
+        Communicator { group, job, splits: AtomicU64::new(0), windows: AtomicU64::new(0), groups: Mutex::default() }
     }
 
     /// This rank's number, from 0.
@@ -143,12 +143,12 @@ impl Communicator {
 
     /// Number of ranks.
     pub fn world(&self) -> usize {
-        self.shared.hosts.world()
+        self.group.hosts.world()
     }
 
     /// What moves the bytes: never [`Backend::Auto`].
     pub fn backend(&self) -> Backend {
-        match (self.shared.hosts.ranks.len(), self.shared.world(), self.wire()) {
+        match (self.group.hosts.ranks.len(), self.group.world(), self.wire()) {
             (1, ..) => Backend::Shm,
             (_, 1, WireKind::Tcp) => Backend::Tcp,
             (_, 1, _) => Backend::Mpi,
@@ -158,7 +158,7 @@ impl Communicator {
 
     /// What connects hosts, where there are several: never [`WireKind::Auto`].
     pub fn wire(&self) -> WireKind {
-        let Options { wire, backend, simulated_hosts, .. } = self.shared.options;
+        let Options { wire, backend, simulated_hosts, .. } = self.group.options;
         // What stands for a network between threads counts as MPI.
         if simulated_hosts > 1 { WireKind::Mpi } else { wire.of(&self.job.launch, backend) }
     }
@@ -166,7 +166,7 @@ impl Communicator {
     /// Number of hosts over which the ranks are spread, as many on each; every rank counts as one
     /// under [`Backend::Mpi`] and [`Backend::Tcp`].
     pub fn hosts(&self) -> usize {
-        self.shared.hosts.ranks.len()
+        self.group.hosts.ranks.len()
     }
 
     /// Whether nothing has failed here so far.
@@ -174,23 +174,23 @@ impl Communicator {
     /// # Errors
     /// The first error, which every later call returns too.
     pub fn healthy(&self) -> Result<(), Error> {
-        self.shared.healthy()
+        self.group.healthy()
     }
 
     /// What has been moved so far.
     pub fn traffic(&self) -> Traffic {
-        let (operations, bytes) = self.shared.traffic();
+        let (operations, bytes) = self.group.traffic();
         Traffic { operations, bytes }
     }
 
     /// Whether operations that start from now on are recorded, but for messages; [`Communicator::recorded`] has them.
     pub fn record(&self, wanted: bool) {
-        self.shared.record.set_wanted(wanted);
+        self.group.record.set_wanted(wanted);
     }
 
     /// The operations that were recorded and have ended since this was last asked: those of one kind in the order of their calls.
     pub fn recorded(&self) -> Vec<Span> {
-        self.shared.record.take()
+        self.group.record.take()
     }
 
     /// A communicator of the ranks that call this with the same `color`, numbered in the order of
@@ -205,7 +205,7 @@ impl Communicator {
         let all = self.exchange_scalars(&words, Purpose::Split, self.limit())?;
         if let Some(peer) = all.iter().position(|other| other[3] != number) {
             let call = |number| format!("split #{number}");
-            return Err(self.shared.fail(Error::Mismatch { ours: call(number), theirs: call(all[peer][3]), peer }));
+            return Err(self.group.fail(Error::Mismatch { ours: call(number), theirs: call(all[peer][3]), peer }));
         }
         let Some(color) = color else { return Ok(None) };
         let mut members: Vec<usize> = (0..self.world()).filter(|&rank| all[rank][..2] == [1, color]).collect();
@@ -221,9 +221,9 @@ impl Communicator {
     /// [`Error::OutOfMemory`], or [`Error::Mismatch`] when ranks ask for different sizes.
     pub fn allocate(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
         let bytes = size(dtype, len)?;
-        let shared = &self.shared;
-        self.agree(Memory::Arena, bytes, bytes.saturating_mul(shared.world() as u64), [0; 2])?;
-        let engine = &shared.engine;
+        let group = &self.group;
+        self.agree(Memory::Arena, bytes, bytes.saturating_mul(group.world() as u64), [0; 2])?;
+        let engine = &group.engine;
         let range = engine.reserve(bytes).map_err(|error| self.give_up(error))?;
         let (place, owner) = ((engine.rank, range.offset, bytes), Owned::new(engine.clone(), range));
         engine.buffer(device, dtype, place, owner).map_err(|error| self.give_up(error))
@@ -257,9 +257,9 @@ impl Communicator {
         sections: Option<Sections>,
     ) -> Result<Window, Error> {
         let bytes = size(dtype, len)?;
-        let (shared, engine, hosts) = (&self.shared, &self.shared.engine, &self.shared.hosts);
-        let own = match shared.rank {
-            0 => Some(window::Memory::make(engine, shared.world(), bytes).map_err(|error| self.give_up(error))?),
+        let (group, engine, hosts) = (&self.group, &self.group.engine, &self.group.hosts);
+        let own = match group.rank {
+            0 => Some(window::Memory::make(engine, group.world(), bytes).map_err(|error| self.give_up(error))?),
             _ => None,
         };
         let places = own.map_or([0; 2], |own| [own.words.offset, own.data.offset]);
@@ -268,8 +268,8 @@ impl Communicator {
         })?;
         let [words, data] = places[hosts.local()[0]];
         let memory = window::Memory {
-            leader: shared.local(0),
-            words: Range { offset: words, bytes: window::Memory::of_words(shared.world()) },
+            leader: group.local(0),
+            words: Range { offset: words, bytes: window::Memory::of_words(group.world()) },
             data: Range { offset: data, bytes },
         };
         let memory = own.unwrap_or(memory);
@@ -284,18 +284,18 @@ impl Communicator {
         });
         let number = self.windows.fetch_add(1, Ordering::Relaxed);
         reserved
-            .and_then(|()| Window::new(shared.clone(), device, dtype, (number, memory), sections))
+            .and_then(|()| Window::new(group.clone(), device, dtype, (number, memory), sections))
             .map_err(|error| self.give_up(error))
     }
 
     /// Gives up: every call here and, once it next waits, on every other rank returns [`Error::Aborted`] with this reason.
     pub fn abort(&self, reason: &str) {
-        self.shared.abort(reason);
+        self.group.abort(reason);
     }
 
     /// Gives up because of this rank's own failure, so that no other rank waits for it.
     pub(crate) fn give_up(&self, error: Error) -> Error {
-        self.shared.abort(&error.to_string());
+        self.group.abort(&error.to_string());
         error
     }
 
@@ -310,7 +310,7 @@ impl Communicator {
             let name = |memory| ["an allocation", "a window"][usize::from(memory == Memory::Window as u64)];
             let call = |memory, bytes| format!("{} of {bytes} bytes", name(memory));
             let theirs = call(values[peer][0], values[peer][1]);
-            return Err(self.shared.fail(Error::Mismatch { ours: call(memory as u64, bytes), theirs, peer }));
+            return Err(self.group.fail(Error::Mismatch { ours: call(memory as u64, bytes), theirs, peer }));
         }
         let available = values.iter().map(|other| other[2]).min().unwrap_or(available);
         if on_this_host > available {
@@ -328,10 +328,10 @@ fn size(dtype: DType, len: usize) -> Result<u64, Error> {
 impl Drop for Communicator {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.shared.abort("it panicked");
+            self.group.abort("it panicked");
         }
-        self.shared.stop();
-        self.shared.ended.wait();
-        self.shared.engine.close();
+        self.group.stop();
+        self.group.ended.wait();
+        self.group.engine.close();
     }
 }

@@ -3,12 +3,12 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, mpsc};
 
+use crate::engine::Engine;
+use crate::engine::group::Group;
 use crate::hosts::Hosts;
 use crate::limits::explain_thread;
-use crate::shm::arena::MAPPING;
-use crate::shm::engine::Engine;
-use crate::shm::rendezvous::{self, Place};
-use crate::shm::shared::Shared;
+use crate::memory::mapping::MAPPING;
+use crate::rendezvous::{self, Place};
 use crate::wire::Wire;
 use crate::wire::tcp::{Network, TcpWire};
 use crate::wire::threads::ThreadWire;
@@ -53,7 +53,7 @@ impl Job {
 /// What [`join`] returns.
 pub(crate) struct Joined {
     /// What the rank's threads share.
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) group: Arc<Group>,
     /// The wire to other hosts, where there are any.
     pub(crate) wire: Option<Box<dyn Wire>>,
     /// As in [`Job`].
@@ -117,7 +117,7 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     })?;
     let (words, members) = (map.shape().all(), (0..place.world).collect());
     let engine = Arc::new(Engine::new(map, local));
-    Ok(Joined { shared: Arc::new(Shared::new(engine, words, members, local, hosts, options)), wire, network })
+    Ok(Joined { group: Arc::new(Group::new(engine, words, members, local, hosts, options)), wire, network })
 }
 
 /// Opens the wire to the other hosts of a communicator, if it has any. Only its members call this.
@@ -195,7 +195,7 @@ fn numbered(identities: &[String]) -> Vec<usize> {
 /// Opens the wire between all ranks and finds out which are on which host.
 #[cfg(feature = "mpi")]
 fn identities_over_mpi(job: &Job, options: &Options) -> Result<(Vec<String>, Box<dyn Wire>), Error> {
-    use crate::mpi::identities;
+    use crate::wire::mpi::identities;
     let mut wire = over_mpi(job)?;
     let Launch { rank, world, .. } = job.launch;
     let own = crate::hosts::identity(&job.launch);
@@ -210,7 +210,7 @@ fn over_mpi(job: &Job) -> Result<Box<dyn Wire>, Error> {
     // MPI guarantees tags up to 32767. The members of a communicator make one at a time, so this need not tell all apart.
     let number = (hasher.finish() % 32_000) as u32;
     let launch = Launch { rank: job.ranks[job.launch.rank], world: job.world, ..job.launch.clone() };
-    Ok(Box::new(crate::mpi::MpiWire::open(&launch, &job.ranks, number)?))
+    Ok(Box::new(crate::wire::mpi::MpiWire::open(&launch, &job.ranks, number)?))
 }
 
 /// This build has no MPI; [`crate::Communicator::connect`] has said so by now.

@@ -13,15 +13,14 @@ mod algorithms;
 mod call;
 mod checks;
 mod communicator;
+mod engine;
 mod error;
-mod group;
 mod hosts;
 mod join;
 pub mod launch;
 pub mod launcher;
 pub mod limits;
-#[cfg(feature = "mpi")]
-mod mpi;
+mod memory;
 mod operations;
 mod options;
 mod patience;
@@ -29,23 +28,23 @@ mod pending;
 mod reduce;
 mod reduction;
 mod reductions;
+mod rendezvous;
 mod sections;
-mod shm;
 pub mod stop;
 mod window;
 mod wire;
 
 pub use communicator::{Communicator, Traffic};
+pub use engine::record::Span;
 pub use error::Error;
 pub use launch::{Launch, Meeting};
-#[cfg(feature = "mpi")]
-pub use mpi::library as mpi_library;
+pub use memory::available::available_memory;
 pub use operations::Start;
 pub use options::{Backend, Options, WireKind};
 pub use pending::Pending;
 pub use reduce::{Comparison, Reduce, Sideband, Summand, Sums};
 pub use reduction::Reduction;
 pub use sections::Sections;
-pub use shm::arena::available_memory;
-pub use shm::record::Span;
 pub use window::Window;
+#[cfg(feature = "mpi")]
+pub use wire::mpi::library as mpi_library;

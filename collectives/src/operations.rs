@@ -9,11 +9,11 @@ use pillion_kernels::{Buffer, Completion, DType, Event};
 use crate::algorithms::{self, AnyCollective, GatherWindow, Operands, Operation, Scalars};
 use crate::call::Purpose;
 use crate::checks::{checked, expect, on_host};
+use crate::engine::flight::{Collective, Course, Flight};
+use crate::engine::mail::{Direction, MailFlight};
+use crate::engine::watch::Limit;
+use crate::memory::control::{Channel, PAYLOAD};
 use crate::pending::{Outcome, Pending};
-use crate::shm::control::{Channel, PAYLOAD};
-use crate::shm::flight::{Collective, Course, Flight};
-use crate::shm::mail::{Direction, MailFlight};
-use crate::shm::watch::Limit;
 use crate::{Communicator, Error, Reduction, Sections, Window};
 
 /// When an operation starts, and which thread runs it.
@@ -79,7 +79,7 @@ impl Communicator {
         sections: Option<Sections>,
         in_place: bool,
     ) -> Operation {
-        algorithms::all_gather(&self.shared.hosts, self.rank(), operands, chunk, sections, in_place)
+        algorithms::all_gather(&self.group.hosts, self.rank(), operands, chunk, sections, in_place)
     }
 
     /// buffer\[p·n..\] = that part of rank p's buffer. `buffer: [world · n]`.
@@ -108,7 +108,7 @@ impl Communicator {
     /// Makes all of a window readable, with what each rank wrote to its shard before `start`. Moves nothing on a host.
     /// A window that is gathered already, or of another communicator, is misuse.
     pub fn gather_window(&self, mut window: Window, start: impl Into<Start>) -> Pending<Window> {
-        checked!(window.begin_gather(&self.shared), window);
+        checked!(window.begin_gather(&self.group), window);
         let sections = window.sections();
         let collective = GatherWindow::new(window.span(), window.number(), self.rank(), self.world(), sections);
         self.run(collective, Channel::Gather, start.into(), window)
@@ -118,7 +118,7 @@ impl Communicator {
     pub fn broadcast(&self, buffer: Buffer, root: usize, start: impl Into<Start>) -> Pending<Buffer> {
         checked!(self.check_rank("a broadcast from", root).and_then(|()| on_host(&buffer)), buffer);
         let operands = if self.rank() == root { operands(Some(&buffer), None) } else { operands(None, Some(&buffer)) };
-        let operation = algorithms::broadcast(&self.shared.hosts, self.rank(), operands, buffer.len(), root);
+        let operation = algorithms::broadcast(&self.group.hosts, self.rank(), operands, buffer.len(), root);
         self.run(operation, Channel::Gather, start.into(), buffer)
     }
 
@@ -133,7 +133,7 @@ impl Communicator {
         let len = self.world().saturating_mul(shard.len());
         checked!(self.check_root("gather", root, &shard, output.as_ref(), len), (shard, output));
         let operands = operands(Some(&shard), output.as_ref());
-        let operation = algorithms::gather(&self.shared.hosts, self.rank(), operands, shard.len(), root);
+        let operation = algorithms::gather(&self.group.hosts, self.rank(), operands, shard.len(), root);
         self.run(operation, Channel::Gather, start.into(), (shard, output))
     }
 
@@ -148,7 +148,7 @@ impl Communicator {
         let len = self.world().saturating_mul(output.len());
         checked!(self.check_root("scatter", root, &output, input.as_ref(), len), (input, output));
         let operands = operands(input.as_ref(), Some(&output));
-        let operation = algorithms::scatter(&self.shared.hosts, self.rank(), operands, output.len(), root);
+        let operation = algorithms::scatter(&self.group.hosts, self.rank(), operands, output.len(), root);
         self.run(operation, Channel::Gather, start.into(), (input, output))
     }
 
@@ -157,7 +157,7 @@ impl Communicator {
         checked!(self.check("all-to-all", &input, &output, output.len() == input.len()), (input, output));
         let chunk = checked!(self.chunk_of(&input), (input, output));
         let operands = operands(Some(&input), Some(&output));
-        let operation = algorithms::all_to_all(&self.shared.hosts, self.rank(), operands, chunk);
+        let operation = algorithms::all_to_all(&self.group.hosts, self.rank(), operands, chunk);
         self.run(operation, Channel::Gather, start.into(), (input, output))
     }
 
@@ -178,11 +178,11 @@ impl Communicator {
         let (outcome, deferred) = (Arc::new(Outcome::default()), buffer.span().deferred());
         let limit = self.limit_of(&start);
         let flight =
-            |after| MailFlight::new(&self.shared, direction, peer, buffer.span(), after, limit, outcome.clone());
+            |after| MailFlight::new(&self.group, direction, peer, buffer.span(), after, limit, outcome.clone());
         match start {
-            Start::After(event) | Start::Within { event, .. } => self.shared.start_mail(flight(event)),
+            Start::After(event) | Start::Within { event, .. } => self.group.start_mail(flight(event)),
             Start::Here => {
-                self.shared.run_mail_here(flight(Event::PAST));
+                self.group.run_mail_here(flight(Event::PAST));
                 return Pending::ended(outcome.wait().map_err(Error::from), buffer);
             }
         }
@@ -204,7 +204,7 @@ impl Communicator {
                 let all = all.iter().skip(index).step_by(count).map(|&bits| f64::from_bits(bits));
                 *value = reduction.of_numbers(all);
             }
-            self.shared.scalars.put_back(all);
+            self.group.scalars.put_back(all);
         }
         Ok(())
     }
@@ -226,7 +226,7 @@ impl Communicator {
         let gathered = self.exchange(values.iter().copied(), purpose, limit)?;
         // Of no values there is nothing to cut.
         let all = gathered.chunks_exact(values.len().max(1)).map(<[u64]>::to_vec).collect();
-        self.shared.scalars.put_back(gathered);
+        self.group.scalars.put_back(gathered);
         Ok(all)
     }
 
@@ -239,8 +239,8 @@ impl Communicator {
     ) -> Result<Vec<u64>, Error> {
         let count = values.len();
         expect(count <= PAYLOAD, || format!("{count} scalars at a time: at most {PAYLOAD}"))?;
-        let mut scalars = Scalars::new(values, purpose, self.shared.scalars.take());
-        match self.shared.run_here(Channel::Control, &mut scalars, limit) {
+        let mut scalars = Scalars::new(values, purpose, self.group.scalars.take());
+        match self.group.run_here(Channel::Control, &mut scalars, limit) {
             Some(result) => {
                 result?;
                 Ok(scalars.into_gathered())
@@ -302,7 +302,7 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn patient_barrier(&self) -> Result<(), Error> {
-        let limit = Limit::patiently(self.shared.options.timeout);
+        let limit = Limit::patiently(self.group.options.timeout);
         self.exchange_scalars(&[], Purpose::PatientBarrier, limit).map(|_| ())
     }
 
@@ -317,7 +317,7 @@ impl Communicator {
         let after = match start {
             Start::After(event) | Start::Within { event, .. } => event,
             Start::Here => {
-                if let Some(result) = self.shared.run_here(channel, &mut collective, limit) {
+                if let Some(result) = self.group.run_here(channel, &mut collective, limit) {
                     return Pending::ended(result, value);
                 }
                 let course = Course::new(&collective, channel, limit);
@@ -332,7 +332,7 @@ impl Communicator {
 
     /// How long operations wait that say nothing of it.
     pub(crate) fn limit(&self) -> Limit {
-        Limit::within(self.shared.options.timeout)
+        Limit::within(self.group.options.timeout)
     }
 
     fn limit_of(&self, start: &Start) -> Limit {
@@ -343,8 +343,8 @@ impl Communicator {
     }
 
     fn submit(&self, collective: AnyCollective, course: Course, after: Event) -> Arc<Outcome> {
-        let outcome = self.shared.outcomes.get();
-        self.shared.submit(Flight::new(collective, course, after, outcome.clone()));
+        let outcome = self.group.outcomes.get();
+        self.group.submit(Flight::new(collective, course, after, outcome.clone()));
         outcome
     }
 }

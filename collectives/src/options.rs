@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::launch::Source;
-use crate::shm::control::Channel;
+use crate::memory::control::Channel;
 use crate::{Error, Launch};
 
 /// What moves the bytes. Displays as its name.
@@ -12,13 +12,13 @@ pub enum Backend {
     /// [`Backend::Shm`] where all ranks are on one host, else [`Backend::Hierarchical`].
     #[default]
     Auto,
-    /// Shared memory; all ranks are on one host.
+    /// Group memory; all ranks are on one host.
     Shm,
     /// TCP between all ranks, wherever they are.
     Tcp,
     /// MPI between all ranks, wherever they are. Needs the feature `mpi`.
     Mpi,
-    /// Shared memory between the ranks of a host, and a wire ([`WireKind`]) between hosts, which
+    /// Group memory between the ranks of a host, and a wire ([`WireKind`]) between hosts, which
     /// have as many ranks each.
     Hierarchical,
 }

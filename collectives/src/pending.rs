@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex};
 use pillion_kernels::{Completion, Event, Failure, Status, Stream};
 
 use crate::Error;
-use crate::shm::shared::AT_A_TIME;
+use crate::engine::inbox::AT_A_TIME;
 
 /// An operation in flight, and the buffers that it needs until it is complete.
 ///

@@ -7,10 +7,10 @@ use pillion_kernels::{Buffer, DType, Event};
 
 use crate::algorithms::{self, BriefAllReduce, Combination, Operands, Sidebands};
 use crate::checks::{checked, expect, same_device};
+use crate::memory::control::Channel;
 use crate::operations::{Start, operands};
 use crate::reduce::{Comparison, Reduce, Sideband, Summand, Sums};
 use crate::sections::SIDEBAND;
-use crate::shm::control::Channel;
 use crate::{Communicator, Error, Pending, Reduction, Sections};
 
 /// Buffers and arguments are as for the other operations.
@@ -35,7 +35,7 @@ impl Communicator {
         let after = Event::all([after, earlier.event()]);
         let Some(Sums { output, totals }) = earlier.take_in_flight() else {
             // The other ranks of this communicator would wait for this one.
-            earlier.failure().map(|failure| self.shared.fail_after(failure));
+            earlier.failure().map(|failure| self.group.fail_after(failure));
             return (earlier.like(summand), earlier);
         };
         let Summand { input, own } = summand;
@@ -53,7 +53,7 @@ impl Communicator {
     /// Whether a rank that combines reads every rank's input where it lies, as
     /// [`Communicator::reduce_scatter_compared`] must: all ranks are on one host.
     pub fn can_compare(&self) -> bool {
-        !self.shared.has_wire()
+        !self.group.has_wire()
     }
 
     /// As [`Communicator::reduce_scatter`], and compares every rank's part with the sum while it is
@@ -115,7 +115,7 @@ impl Communicator {
             }
         };
         let (chunk, operands) = (output.len(), operands(Some(input), Some(output)));
-        let (hosts, sections) = (&self.shared.hosts, sections.clone());
+        let (hosts, sections) = (&self.group.hosts, sections.clone());
         let operation = algorithms::reduce_scatter(
             hosts,
             operands,
@@ -141,7 +141,7 @@ impl Communicator {
         let combination = checked!(self.combination(reduction, &buffer, &buffer), buffer);
         let mut operands = operands(Some(&buffer), Some(&buffer));
         operands.output = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
-        let hosts = &self.shared.hosts;
+        let hosts = &self.group.hosts;
         let operation = algorithms::reduce_scatter(hosts, operands, chunk, combination, false, None, None, None);
         self.run(operation, Channel::Reduce, start.into(), buffer)
     }
@@ -178,7 +178,7 @@ impl Communicator {
         let after = sums.event();
         let Some(sums) = sums.take_in_flight() else {
             // The other ranks of this communicator would wait for this one.
-            sums.failure().map(|failure| self.shared.fail_after(failure));
+            sums.failure().map(|failure| self.group.fail_after(failure));
             return sums;
         };
         let combination = checked!(self.combination(reduction, &sums.output, &sums.output), sums);
@@ -194,7 +194,7 @@ impl Communicator {
         start: Start,
         value: T,
     ) -> Pending<T> {
-        let hosts = &self.shared.hosts;
+        let hosts = &self.group.hosts;
         if BriefAllReduce::fits(hosts, len * operands.dtype.bytes()) {
             return self.run(BriefAllReduce::new(operands, len, combination), Channel::Reduce, start, value);
         }
@@ -217,7 +217,7 @@ impl Communicator {
             .and_then(|()| self.combination(reduction, &input, output.as_ref().unwrap_or(&input)));
         let combination = checked!(combination, (input, output));
         let operands = operands(Some(&input), output.as_ref());
-        let operation = algorithms::reduce(&self.shared.hosts, operands, input.len(), combination, root);
+        let operation = algorithms::reduce(&self.group.hosts, operands, input.len(), combination, root);
         self.run(operation, Channel::Reduce, start.into(), (input, output))
     }
 
@@ -227,7 +227,7 @@ impl Communicator {
         let fits = reduction.supports(dtype, output_dtype);
         expect(fits, || format!("there is no {name} of {dtype} into {output_dtype}: see Reduction::supports"))?;
         same_device(input, output)?;
-        let (world, groups) = (self.world(), self.shared.options.reduce_groups);
+        let (world, groups) = (self.world(), self.group.options.reduce_groups);
         Ok(Combination { reduction, output: output_dtype, world, groups })
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::shm::control::PAYLOAD;
+use crate::memory::control::PAYLOAD;
 
 /// Numbers of a rank that ride with each section of a reduce-scatter.
 pub(crate) const SIDEBAND: usize = 4;

@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pillion_kernels::{Buffer, DType, Device, Event, Span, View, ViewMut};
 
 use crate::checks::expect;
-use crate::shm::arena::{Mapping, PAGE};
-use crate::shm::control::{WINDOW_BELL, subject};
-use crate::shm::engine::Engine;
-use crate::shm::protocol::publish;
-use crate::shm::ranges::Range;
-use crate::shm::shared::Shared;
+use crate::engine::Engine;
+use crate::engine::group::Group;
+use crate::memory::control::{WINDOW_BELL, subject};
+use crate::memory::mapping::{Mapping, PAGE};
+use crate::memory::protocol::publish;
+use crate::memory::ranges::Range;
 use crate::{Error, Sections};
 
 /// A full-length buffer that every rank of the host can read and whose own shard each rank writes.
@@ -25,7 +25,7 @@ pub struct Window {
     /// Its number among those of its communicator.
     number: u64,
     words: Words,
-    shared: Arc<Shared>,
+    group: Arc<Group>,
     sections: Option<Sections>,
     gathers: u64,
     gathered: bool,
@@ -54,7 +54,7 @@ impl Window {
     /// # Errors
     /// Where `device` cannot use it.
     pub(crate) fn new(
-        shared: Arc<Shared>,
+        group: Arc<Group>,
         device: &dyn Device,
         dtype: DType,
         (number, memory): (u64, Memory),
@@ -62,10 +62,10 @@ impl Window {
     ) -> Result<Window, Error> {
         let Memory { leader, words, data } = memory;
         let words = Words { leader, offset: words.offset };
-        let (engine, place) = (shared.engine.clone(), (leader, data.offset, data.bytes));
-        let lease = Lease { memory, shared: shared.clone() };
+        let (engine, place) = (group.engine.clone(), (leader, data.offset, data.bytes));
+        let lease = Lease { memory, group: group.clone() };
         let buffer = engine.buffer(device, dtype, place, lease)?;
-        Ok(Window { buffer, number, words, shared, sections, gathers: 0, gathered: false })
+        Ok(Window { buffer, number, words, group, sections, gathers: 0, gathered: false })
     }
 
     /// Number of elements of the whole.
@@ -107,7 +107,7 @@ impl Window {
     }
 
     fn own(&self, section: usize) -> std::ops::Range<usize> {
-        let (world, rank) = (self.shared.hosts.world(), self.shared.name(self.shared.rank));
+        let (world, rank) = (self.group.hosts.world(), self.group.name(self.group.rank));
         chunk(self.sections.as_ref(), self.buffer.len(), section, world, rank)
     }
 
@@ -121,9 +121,9 @@ impl Window {
         expect(!self.gathered, || "a window is released before it is written".to_owned())?;
         let count = self.sections.as_ref().map_or(1, Sections::count);
         expect(section < count, || format!("section {section} of a window of {count}: they are counted from 0"))?;
-        let (shared, gathers) = (&self.shared, self.gathers);
+        let (group, gathers) = (&self.group, self.gathers);
         let late = |rank: usize| self.released(rank).load(Ordering::Acquire) < gathers;
-        shared.wait_for_ranks("writing a window", shared.options.timeout, late)?;
+        group.wait_for_ranks("writing a window", group.options.timeout, late)?;
         let own = self.own(section);
         Ok(self.buffer.slice_mut(own))
     }
@@ -137,17 +137,17 @@ impl Window {
         if self.gathered {
             after.wait()?;
             self.gathered = false;
-            publish(self.released(self.shared.rank), self.gathers);
-            for rank in (0..self.shared.world()).filter(|&rank| rank != self.shared.rank) {
-                self.shared.ring_rank(rank, WINDOW_BELL, subject::WINDOW);
+            publish(self.released(self.group.rank), self.gathers);
+            for rank in (0..self.group.world()).filter(|&rank| rank != self.group.rank) {
+                self.group.ring_rank(rank, WINDOW_BELL, subject::WINDOW);
             }
         }
         Ok(())
     }
 
     /// Starts a gather by the ranks of `shared`; the caller has every rank do the same and waits for all before anyone reads.
-    pub(crate) fn begin_gather(&mut self, shared: &Arc<Shared>) -> Result<(), Error> {
-        let own = Arc::ptr_eq(&self.shared, shared);
+    pub(crate) fn begin_gather(&mut self, group: &Arc<Group>) -> Result<(), Error> {
+        let own = Arc::ptr_eq(&self.group, group);
         expect(own, || "a window is gathered by the communicator that made it".to_owned())?;
         expect(!self.gathered, || "a window is released before it is gathered again".to_owned())?;
         self.gathers += 1;
@@ -156,7 +156,7 @@ impl Window {
     }
 
     fn released(&self, rank: usize) -> &AtomicU64 {
-        self.words.of(&self.shared.engine.map, rank, RELEASED)
+        self.words.of(&self.group.engine.map, rank, RELEASED)
     }
 }
 
@@ -223,24 +223,24 @@ impl Words {
 /// A window's memory, which every operation on it keeps.
 struct Lease {
     memory: Memory,
-    shared: Arc<Shared>,
+    group: Arc<Group>,
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let (memory, shared) = (self.memory, &self.shared);
-        if shared.healthy().is_err() {
+        let (memory, group) = (self.memory, &self.group);
+        if group.healthy().is_err() {
             // Members may still be about to use it.
             return;
         }
         let words = Words { leader: memory.leader, offset: memory.words.offset };
-        words.of(&shared.engine.map, shared.rank, DROPPED).store(1, Ordering::Release);
-        if shared.rank == 0 {
-            let members = shared.world();
+        words.of(&group.engine.map, group.rank, DROPPED).store(1, Ordering::Release);
+        if group.rank == 0 {
+            let members = group.world();
             let is_dropped = move |map: &Mapping| {
                 (0..members).all(|member| words.of(map, member, DROPPED).load(Ordering::Acquire) == 1)
             };
-            shared.engine.retire(memory.ranges().into(), is_dropped, |_| {});
+            group.engine.retire(memory.ranges().into(), is_dropped, |_| {});
         }
     }
 }

@@ -15,8 +15,8 @@ use super::sides::Piece;
 use super::transit::{Greeting, Transit};
 use super::wire_fold::WireFold;
 use crate::Error;
-use crate::shm::arena::Mapping;
-use crate::shm::flight::{Peers, Progress};
+use crate::engine::flight::{Peers, Progress};
+use crate::memory::mapping::Mapping;
 
 /// What an operation has under way between hosts.
 pub(super) enum OnWire {
@@ -81,7 +81,7 @@ impl Operation {
             if let Some(rank) = self.pass(passing, peers, &piece)? {
                 return Ok(Progress::Waiting(rank));
             }
-            *peers.shared.work[peers.channel as usize].lock() = std::mem::take(&mut passing.transit.memory.work);
+            *peers.group.work[peers.channel as usize].lock() = std::mem::take(&mut passing.transit.memory.work);
             *wire = OnWire::Agreed;
         }
         Ok(Progress::Step)
@@ -109,7 +109,7 @@ impl Operation {
 
     /// Takes from the column's greetings what rode along, and whether somebody stages.
     fn agree(&mut self, greeting: &Greeting, peers: &Peers<'_>) {
-        let (hosts, words) = (&peers.shared.hosts, self.sideband_words());
+        let (hosts, words) = (&peers.group.hosts, self.sideband_words());
         self.add_sidebands(hosts.world(), |rank, index| {
             greeting.body(hosts.host(rank))[hosts.column(rank) * words + index]
         });
@@ -117,12 +117,12 @@ impl Operation {
     }
 
     fn open(&self, peers: &Peers<'_>) -> Passing {
-        let mut work = std::mem::take(&mut *peers.shared.work[peers.channel as usize].lock());
+        let mut work = std::mem::take(&mut *peers.group.work[peers.channel as usize].lock());
         let fold = match &self.work {
             Work::Moves(_) => None,
             Work::Fold(fold) => {
                 let fold = WireFold::new(fold, peers);
-                let words = fold.work_bytes(peers.shared.hosts.ranks.len()).div_ceil(8);
+                let words = fold.work_bytes(peers.group.hosts.ranks.len()).div_ceil(8);
                 if work.len() < words {
                     work.resize(words, 0);
                 }
@@ -130,7 +130,7 @@ impl Operation {
             }
         };
         let operands = [self.sides.input.span.clone(), self.sides.output.span.clone()];
-        let transit = Transit::new(Held { work, _operands: operands, _map: peers.shared.engine.map.clone() });
+        let transit = Transit::new(Held { work, _operands: operands, _map: peers.group.engine.map.clone() });
         Passing { transit, fold, started: false }
     }
 

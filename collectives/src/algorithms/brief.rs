@@ -9,10 +9,10 @@ use super::folds::{Addresses, Combination};
 use super::operation::Operands;
 use crate::Error;
 use crate::call::{Kind, call};
+use crate::engine::flight::{Collective, Opening, Peers, Progress};
 use crate::hosts::Hosts;
-use crate::shm::control::{BRIEF, Call};
-use crate::shm::flight::{Collective, Opening, Peers, Progress};
-use crate::shm::place::Place;
+use crate::memory::control::{BRIEF, Call};
+use crate::memory::place::Place;
 
 /// An all-reduce of at most [`BRIEF`] words.
 pub(crate) struct BriefAllReduce {

@@ -10,8 +10,8 @@ use smallvec::{SmallVec, smallvec};
 use super::operation::{Mode, Operands};
 use super::sides::{End, Piece, Sides};
 use crate::call::Detail;
+use crate::engine::flight::Peers;
 use crate::hosts::Hosts;
-use crate::shm::flight::Peers;
 use crate::{Error, Reduction};
 
 /// One for each rank of a host: no allocation as long as there are few, which is much of a short reduction's time.
@@ -121,7 +121,7 @@ impl Fold {
 
     /// Chunks of this rank's output that its peers store.
     pub(super) fn pushed_by_others(&self, peers: &Peers<'_>) -> Vec<usize> {
-        let hosts = &peers.shared.hosts;
+        let hosts = &peers.group.hosts;
         let wanted = match self.target {
             Target::Own => false,
             Target::All => true,
@@ -219,7 +219,7 @@ impl Fold {
         piece: &Piece,
         range: Range<usize>,
     ) -> Result<Addresses<*mut u8>, Error> {
-        let (rank, hosts) = (peers.rank(), &peers.shared.hosts);
+        let (rank, hosts) = (peers.rank(), &peers.group.hosts);
         let output = |of: usize, chunk| sides.of_rank(peers, of, End::Output, chunk, range.clone(), piece);
         if range.is_empty() {
             return Ok(Addresses::new());

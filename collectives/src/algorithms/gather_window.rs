@@ -10,10 +10,10 @@ use pillion_kernels::Span;
 
 use super::transit::{Greeting, Transit, column};
 use crate::call::{Detail, Kind, call, in_sections};
-use crate::shm::arena::Mapping;
-use crate::shm::control::Call;
-use crate::shm::flight::{Collective, Opening, Peers, Progress};
-use crate::shm::place::Place;
+use crate::engine::flight::{Collective, Opening, Peers, Progress};
+use crate::memory::control::Call;
+use crate::memory::mapping::Mapping;
+use crate::memory::place::Place;
 use crate::window::chunk;
 use crate::{Error, Sections};
 
@@ -47,7 +47,7 @@ impl GatherWindow {
             if let Some(rank) = greeting.poll(peers)? {
                 return Ok(Some(rank));
             }
-            let mut transit = Transit::new((self.window.clone(), peers.shared.engine.map.clone()));
+            let mut transit = Transit::new((self.window.clone(), peers.group.engine.map.clone()));
             let count = self.sections.as_ref().map_or(1, Sections::count);
             let chunks = (0..count).flat_map(|section| column(peers).into_iter().map(move |(_, peer)| (section, peer)));
             for (section, peer) in chunks {
@@ -79,7 +79,7 @@ impl Collective for GatherWindow {
     }
 
     fn exchange(&mut self, step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
-        if step == 1 || !peers.shared.has_wire() {
+        if step == 1 || !peers.group.has_wire() {
             return Ok(Progress::Done);
         }
         Ok(self.pass_wire(peers)?.map_or(Progress::Step, Progress::Waiting))

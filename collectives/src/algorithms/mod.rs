@@ -23,7 +23,7 @@ mod sides;
 mod transit;
 mod wire_fold;
 
-use crate::shm::flight::Collective;
+use crate::engine::flight::Collective;
 
 pub(crate) use all_gather::all_gather;
 pub(crate) use all_reduce::all_reduce;

@@ -11,8 +11,8 @@ use super::between_hosts::Held;
 use super::sides::{End, Piece, Sides};
 use super::transit::Transit;
 use crate::Error;
-use crate::shm::flight::Peers;
-use crate::shm::place::Place;
+use crate::engine::flight::Peers;
+use crate::memory::place::Place;
 
 /// The group of these messages in a transit.
 pub(super) const GROUP: usize = 100;

@@ -20,9 +20,9 @@ use super::folds::{Fold, Target};
 use super::moves::Moves;
 use super::sides::{End, HEAD, Piece, STAGE, Side, Sides};
 use crate::call::{Detail, Kind, call, in_sections};
-use crate::shm::control::{Call, PAYLOAD};
-use crate::shm::flight::{Collective, Opening, Peers, Progress};
-use crate::shm::place::Place;
+use crate::engine::flight::{Collective, Opening, Peers, Progress};
+use crate::memory::control::{Call, PAYLOAD};
+use crate::memory::place::Place;
 use crate::{Error, Sections};
 
 /// The buffers of an operation, as this rank has them.
@@ -122,7 +122,7 @@ impl Operation {
 
     /// Whether all inputs are so small that they travel in headers: the same on every rank, since it follows from the call.
     fn fits_header(&self, peers: &Peers<'_>) -> bool {
-        self.sides.sections.is_none() && self.input_bytes() <= (PAYLOAD - HEAD) * 8 && !peers.shared.has_wire()
+        self.sides.sections.is_none() && self.input_bytes() <= (PAYLOAD - HEAD) * 8 && !peers.group.has_wire()
     }
 
     fn input_bytes(&self) -> usize {
@@ -143,10 +143,10 @@ impl Operation {
         if span.is_empty() {
             return Ok(Place::Arena(0));
         }
-        if let Some(offset) = peers.shared.offset_of(span.address()) {
+        if let Some(offset) = peers.group.offset_of(span.address()) {
             return Ok(Place::Arena(offset));
         }
-        Ok(Place::Stage(peers.shared.stage(peers.channel, STAGE)?))
+        Ok(Place::Stage(peers.group.stage(peers.channel, STAGE)?))
     }
 
     /// Copies this rank's part of a piece into its stage: the chunks that others read.
@@ -191,7 +191,7 @@ impl Operation {
 
     /// The only rank of this host that may read a chunk of this rank's input, if there is only one.
     fn reader(&self, peers: &Peers<'_>, chunk: usize) -> Option<usize> {
-        let hosts = &peers.shared.hosts;
+        let hosts = &peers.group.hosts;
         match self.kind {
             // In place, the chunks of the other ranks are not this rank's to give.
             Kind::AllGather if self.sides.input.chunks > 1 && chunk != hosts.local()[peers.rank()] => {
@@ -314,7 +314,7 @@ impl Collective for Operation {
 
     fn exchange(&mut self, step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
         let _access = exclusive(self.deferred());
-        if peers.shared.has_wire() {
+        if peers.group.has_wire() {
             self.exchange_between_hosts(step as usize, peers)
         } else {
             self.exchange_on_host(step as usize, peers)

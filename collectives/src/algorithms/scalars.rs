@@ -9,9 +9,9 @@ use parking_lot::Mutex;
 use super::transit::Greeting;
 use crate::Error;
 use crate::call::{Detail, Kind, Purpose, call};
-use crate::shm::control::{BRIEF, Call, PAYLOAD};
-use crate::shm::flight::{Collective, Opening, Peers, Progress};
-use crate::shm::place::Place;
+use crate::engine::flight::{Collective, Opening, Peers, Progress};
+use crate::memory::control::{BRIEF, Call, PAYLOAD};
+use crate::memory::place::Place;
 
 pub(crate) struct Scalars {
     /// At most as many values of this rank as a header holds.
@@ -72,7 +72,7 @@ impl Collective for Scalars {
     }
 
     fn exchange(&mut self, _step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
-        if !peers.shared.has_wire() {
+        if !peers.group.has_wire() {
             let values = self.on_host(peers);
             self.gathered.extend(values);
         } else {
@@ -83,7 +83,7 @@ impl Collective for Scalars {
             if let Some(rank) = greeting.poll(peers)? {
                 return Ok(Progress::Waiting(rank));
             }
-            let (hosts, count) = (&peers.shared.hosts, self.count);
+            let (hosts, count) = (&peers.group.hosts, self.count);
             let of = |rank| &greeting.body(hosts.host(rank))[hosts.column(rank) * count..][..count];
             self.gathered = (0..hosts.world()).flat_map(of).copied().collect();
         }

@@ -10,8 +10,8 @@ use std::ops::Range;
 
 use pillion_kernels::Span;
 
-use crate::shm::flight::Peers;
-use crate::shm::place::Place;
+use crate::engine::flight::Peers;
+use crate::memory::place::Place;
 use crate::{Error, Sections};
 
 /// Bytes of one staged piece of one operand; a stage holds two of each operand. Small enough for a core's second-level cache.
@@ -162,7 +162,7 @@ impl Sides {
                 return Ok(unsafe { peers.payload_address(rank, HEAD).add(whole) });
             }
             Place::None => {
-                let reason = format!("rank {} published no operand", peers.shared.name(rank));
+                let reason = format!("rank {} published no operand", peers.group.name(rank));
                 return Err(Error::System { what: "reading a peer's arena", reason });
             }
         };

@@ -9,8 +9,8 @@ use std::mem::ManuallyDrop;
 
 use crate::Error;
 use crate::call::describe;
-use crate::shm::control::Call;
-use crate::shm::flight::Peers;
+use crate::engine::flight::Peers;
+use crate::memory::control::Call;
 use crate::wire::{Request, Wire};
 
 /// Longest message, in bytes.
@@ -215,7 +215,7 @@ impl Greeting {
         let column = column(peers);
         if self.phase == Phase::Unsent {
             self.phase = Phase::Heads;
-            let hosts = peers.shared.hosts.ranks.len();
+            let hosts = peers.group.hosts.ranks.len();
             let words = &mut *self.transit.memory;
             words.heads = vec![[0; HEAD]; hosts].into();
             words.bodies = vec![words.body.clone(); hosts].into();
@@ -269,7 +269,7 @@ impl Greeting {
 
 /// The other ranks of this rank's column, each with its host.
 pub(super) fn column(peers: &Peers<'_>) -> Vec<(usize, usize)> {
-    let hosts = &peers.shared.hosts;
+    let hosts = &peers.group.hosts;
     let others = (0..hosts.ranks.len()).filter(|&host| host != hosts.own);
     others.map(|host| (host, hosts.ranks[host][peers.rank()])).collect()
 }

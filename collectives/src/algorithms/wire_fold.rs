@@ -17,7 +17,7 @@ use super::folds::{Addresses, Combination, Fold, Target};
 use super::sides::{End, Piece, Sides};
 use super::transit::Transit;
 use crate::Error;
-use crate::shm::flight::Peers;
+use crate::engine::flight::Peers;
 
 /// Segments under way at a time.
 const DEPTH: usize = 3;
@@ -39,7 +39,7 @@ pub(super) struct WireFold {
 impl WireFold {
     pub(super) fn new(fold: &Fold, peers: &Peers<'_>) -> WireFold {
         let partial = if peers.world() == 1 { fold.dtype } else { fold.wide() };
-        let bytes = (WORK / (2 * DEPTH * peers.shared.hosts.ranks.len())).clamp(SHORTEST, LONGEST);
+        let bytes = (WORK / (2 * DEPTH * peers.group.hosts.ranks.len())).clamp(SHORTEST, LONGEST);
         WireFold { started: 0, finished: 0, segment: bytes / partial.bytes() / 64 * 64, partial }
     }
 
@@ -101,7 +101,7 @@ impl WireFold {
         transit: &mut Transit<Held>,
     ) -> Result<(), Error> {
         let (segment, group) = (self.started, self.started % DEPTH);
-        let hosts = peers.shared.hosts.clone();
+        let hosts = peers.group.hosts.clone();
         for (host, ranks) in hosts.ranks.iter().enumerate() {
             let [made, arriving] = self.work(transit, segment, host, hosts.ranks.len());
             let peer = ranks[peers.rank()];
@@ -178,7 +178,7 @@ impl WireFold {
         transit: &mut Transit<Held>,
         streams: bool,
     ) -> Result<(), Error> {
-        let hosts = peers.shared.hosts.clone();
+        let hosts = peers.group.hosts.clone();
         let Some(chunk) = fold.chunk_for(&hosts, hosts.own, peers.rank()) else { return Ok(()) };
         let range = self.range(sides, chunk, piece, self.finished);
         for part in sides.parts(range.clone()) {
@@ -200,7 +200,7 @@ impl WireFold {
         range: Range<usize>,
         streams: bool,
     ) -> Result<(), Error> {
-        let hosts = &peers.shared.hosts;
+        let hosts = &peers.group.hosts;
         let mut inputs = Addresses::with_capacity(hosts.ranks.len());
         for host in 0..hosts.ranks.len() {
             let [made, arriving] = self.work(transit, self.finished, host, hosts.ranks.len());

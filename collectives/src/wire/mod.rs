@@ -3,6 +3,8 @@
 //! A wire belongs to the progress thread of one rank, which makes every call. Messages between the same two ranks with the same tag
 //! arrive in the order in which they were sent.
 
+#[cfg(feature = "mpi")]
+pub(crate) mod mpi;
 pub(crate) mod tcp;
 pub(crate) mod threads;
 

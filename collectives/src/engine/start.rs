@@ -4,14 +4,14 @@ use std::task::{Poll, Waker};
 
 use pillion_kernels::Event;
 
-use super::shared::Shared;
+use super::group::Group;
 use super::watch::{Limit, Watch};
 use crate::Error;
 use crate::pending::Outcome;
 use crate::wire::Wire;
 
 /// What an operation of this rank waits for before it starts.
-pub(super) struct StartEvent {
+pub(crate) struct StartEvent {
     event: Event,
     /// Whether the event wakes the progress thread.
     calls_back: bool,
@@ -21,7 +21,7 @@ pub(super) struct StartEvent {
 impl StartEvent {
     /// An operation that is called now may wait for its event for `limit`. The event of another
     /// operation ends by that operation's own deadline, which starts anew with each of its steps.
-    pub(super) fn new(event: Event, limit: Limit) -> StartEvent {
+    pub(crate) fn new(event: Event, limit: Limit) -> StartEvent {
         let limit = if event.origin::<Outcome>().is_some() { Limit::NONE } else { limit };
         StartEvent { event, calls_back: false, watch: Watch::new(limit) }
     }
@@ -31,9 +31,9 @@ impl StartEvent {
     ///
     /// # Errors
     /// When the event has failed or does not happen in time, and when a rank is lost meanwhile.
-    pub(super) fn has_happened(
+    pub(crate) fn has_happened(
         &mut self,
-        shared: &Shared,
+        group: &Group,
         waker: Option<&Waker>,
         wire: Option<&mut (dyn Wire + 'static)>,
         is_late: &dyn Fn(usize) -> bool,
@@ -46,8 +46,8 @@ impl StartEvent {
             self.calls_back = true;
         }
         match self.event.advance() {
-            Poll::Ready(result) => result.map(|()| true).map_err(|failure| shared.fail_after(failure)),
-            Poll::Pending => self.watch.check_start(shared, wire, is_late, op).map(|()| false),
+            Poll::Ready(result) => result.map(|()| true).map_err(|failure| group.fail_after(failure)),
+            Poll::Pending => self.watch.check_start(group, wire, is_late, op).map(|()| false),
         }
     }
 }
@@ -64,8 +64,8 @@ mod tests {
     #[test]
     fn an_event_that_ends_rings_the_progress_thread() {
         let communicator = Communicator::connect(&Launch::single(), Options::default()).unwrap();
-        let rings = || communicator.shared.engine.control().progress.rings.load(Ordering::Acquire);
-        let (before, waker) = (rings(), Waker::from(communicator.shared.engine.clone()));
+        let rings = || communicator.group.engine.control().progress.rings.load(Ordering::Acquire);
+        let (before, waker) = (rings(), Waker::from(communicator.group.engine.clone()));
         // An awake thread is not rung. Nothing else rings this one, and it sleeps soon.
         let started = Instant::now();
         while rings() == before {

@@ -7,11 +7,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::group::Group;
 use crate::checks::expect;
 use crate::join::{Job, open_wire};
-use crate::shm::arena::Words;
-use crate::shm::control::{Notice, WINDOW_BELL, state, subject};
-use crate::shm::shared::Shared;
+use crate::memory::control::{Notice, WINDOW_BELL, state, subject};
+use crate::memory::mapping::Words;
 use crate::{Communicator, Error, Launch, Options};
 
 impl Communicator {
@@ -34,7 +34,7 @@ impl Communicator {
             self.check_rank("a group with", rank)?;
             expect(!ranks[..index].contains(&rank), || format!("a group of ranks {ranks:?} has rank {rank} twice"))?;
         }
-        let parent = &self.shared;
+        let parent = &self.group;
         parent.healthy()?;
         let key = self.key_of(ranks);
         let job = Job {
@@ -53,12 +53,12 @@ impl Communicator {
         let wire = open_wire(&job, &hosts, &options).map_err(|error| self.give_up(error))?;
         let locals = members.iter().map(|&member| parent.local(member)).collect();
         let column = hosts.column(own);
-        let shared = Shared::new(parent.engine.clone(), words, locals, column, hosts, options);
-        let shared = Arc::new(shared);
-        parent.engine.open(shared.clone(), wire);
-        let group = Communicator::of(shared, job);
-        group.shared.declare_joined();
-        room.wait_for_all(&group.shared)?;
+        let group = Group::new(parent.engine.clone(), words, locals, column, hosts, options);
+        let group = Arc::new(group);
+        parent.engine.open(group.clone(), wire);
+        let group = Communicator::of(group, job);
+        group.group.declare_joined();
+        room.wait_for_all(&group.group)?;
         if let Some(notice) = notice {
             notice.key.store(0, Ordering::Release);
         }
@@ -78,7 +78,7 @@ impl Communicator {
 
 /// Where the members on this host put their words.
 struct Room<'a> {
-    parent: &'a Shared,
+    parent: &'a Group,
     /// As the parent counts its members on this host.
     members: &'a [usize],
     key: u64,
@@ -125,7 +125,7 @@ impl<'a> Room<'a> {
     }
 
     /// Waits until every member on this host takes part.
-    fn wait_for_all(&self, group: &Shared) -> Result<(), Error> {
+    fn wait_for_all(&self, group: &Group) -> Result<(), Error> {
         self.ring();
         let is_absent = |member| {
             let place = self.members.iter().position(|&other| other == member);

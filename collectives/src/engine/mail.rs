@@ -19,15 +19,16 @@ use parking_lot::Mutex;
 use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::{DType, Event, Span, exclusive};
 
-use super::control::{Call, MAIL_BELL, subject};
-use super::place::Place;
-use super::protocol::publish;
-use super::ranges::Range;
-use super::shared::{Inbox, Shared};
+use super::group::Group;
+use super::inbox::Inbox;
 use super::start::StartEvent;
 use super::watch::{Limit, Watch};
 use crate::Error;
 use crate::call::{Detail, Kind, call, describe};
+use crate::memory::control::{Call, MAIL_BELL, subject};
+use crate::memory::place::Place;
+use crate::memory::protocol::publish;
+use crate::memory::ranges::Range;
 use crate::pending::Outcome;
 use crate::wire::{Request, Wire};
 
@@ -39,32 +40,6 @@ const SMALLEST_PIECE: usize = 4096;
 const SHORT: usize = 64 << 10;
 /// The tag of messages on the wire.
 const TAG: u8 = 16;
-
-/// Where one rank's messages for another wait; zeroed memory is an empty one.
-#[repr(C, align(128))]
-pub(crate) struct Mailbox {
-    /// Pieces that the sender has put out.
-    sent: AtomicU64,
-    /// What the last two are, by the parity of their number: length of the message, type, and the place of the piece.
-    pieces: [[AtomicU64; 3]; 2],
-    /// What the receiver writes, on a line of its own.
-    receiver: Receiver,
-}
-
-#[repr(C, align(128))]
-struct Receiver {
-    /// Pieces that it has taken.
-    taken: AtomicU64,
-    /// What it expected instead of the message whose piece is next: length, number and type; type 0 while it has no objection.
-    refused: [AtomicU64; 3],
-}
-
-impl Mailbox {
-    /// Whether the receiver has something to take.
-    pub(super) fn is_full(&self) -> bool {
-        self.sent.load(Ordering::Acquire) != self.receiver.taken.load(Ordering::Relaxed)
-    }
-}
 
 /// Which way a message goes, seen from this rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +60,7 @@ impl Direction {
 
 /// This rank's messages.
 pub(crate) struct Mailroom {
-    pub(super) inbox: Inbox<MailFlight>,
+    pub(crate) inbox: Inbox<MailFlight>,
     /// For each rank and direction: messages submitted, and messages complete. A message's turn comes once those before it are complete.
     lines: Vec<[(AtomicU64, AtomicU64); 2]>,
     /// Where pieces for each rank of this host are staged, by the rank and the bytes of a piece: messages of a few bytes take little memory.
@@ -100,7 +75,7 @@ impl Mailroom {
     }
 
     /// The memory of its stages, which it does not use any more.
-    pub(super) fn take_stages(&mut self) -> Vec<Range> {
+    pub(crate) fn take_stages(&mut self) -> Vec<Range> {
         self.stages.get_mut().drain().map(|(_, range)| range).collect()
     }
 }
@@ -142,7 +117,7 @@ impl Drop for MailFlight {
 
 impl MailFlight {
     pub(crate) fn new(
-        shared: &Shared,
+        group: &Group,
         direction: Direction,
         peer: usize,
         buffer: Span,
@@ -150,7 +125,7 @@ impl MailFlight {
         limit: Limit,
         outcome: Arc<Outcome>,
     ) -> MailFlight {
-        let number = shared.mail.lines[peer][direction as usize].0.fetch_add(1, Ordering::Relaxed);
+        let number = group.mail.lines[peer][direction as usize].0.fetch_add(1, Ordering::Relaxed);
         let watch = Watch::new(limit);
         let words = Box::new([0; 2]);
         MailFlight {
@@ -176,7 +151,7 @@ impl MailFlight {
     }
 
     /// Whether it fits into one piece and takes no time to copy.
-    pub(super) fn is_short(&self) -> bool {
+    pub(crate) fn is_short(&self) -> bool {
         self.buffer.len() * self.buffer.dtype().bytes() <= SHORT
     }
 
@@ -199,42 +174,42 @@ impl MailFlight {
     /// Goes as far as the other rank allows; true once complete.
     pub(crate) fn poll(
         &mut self,
-        shared: &Shared,
+        group: &Group,
         mut wire: Option<&mut (dyn Wire + 'static)>,
         waker: Option<&Waker>,
     ) -> Result<bool, Error> {
-        let completed = &shared.mail.lines[self.peer][self.direction as usize].1;
+        let completed = &group.mail.lines[self.peer][self.direction as usize].1;
         if completed.load(Ordering::Acquire) != self.number {
             return Ok(false);
         }
-        let local_peer = shared.hosts.local().iter().position(|&rank| rank == self.peer);
+        let local_peer = group.hosts.local().iter().position(|&rank| rank == self.peer);
         let (op, direction) = (self.describe(), self.direction);
         // A sender may put all of a message out and leave before its receiver starts.
         let is_late = |rank: usize| {
-            Some(rank) == local_peer && (direction == Direction::Send || !shared.mailbox(rank, shared.rank).is_full())
+            Some(rank) == local_peer && (direction == Direction::Send || !group.mailbox(rank, group.rank).is_full())
         };
-        if !self.after.has_happened(shared, waker, wire.as_deref_mut(), &is_late, &op)? {
+        if !self.after.has_happened(group, waker, wire.as_deref_mut(), &is_late, &op)? {
             return Ok(false);
         }
         let done = match (local_peer, self.direction) {
-            (Some(peer), Direction::Send) => self.send(shared, peer)?,
-            (Some(peer), Direction::Receive) => self.receive(shared, peer)?,
-            (None, _) => self.pass_wire(shared, wire.expect("a rank of another host has a wire"))?,
+            (Some(peer), Direction::Send) => self.send(group, peer)?,
+            (Some(peer), Direction::Receive) => self.receive(group, peer)?,
+            (None, _) => self.pass_wire(group, wire.expect("a rank of another host has a wire"))?,
         };
         self.lent &= !done;
         if done {
             publish(completed, self.number + 1);
             // The next message of this line may be another thread's.
-            shared.ring_rank(shared.rank, MAIL_BELL, subject::MAIL);
+            group.ring_rank(group.rank, MAIL_BELL, subject::MAIL);
             let sent =
                 if self.direction == Direction::Send { self.buffer.len() * self.buffer.dtype().bytes() } else { 0 };
-            shared.count_message(sent as u64);
+            group.count_message(sent as u64);
         }
         Ok(done)
     }
 
-    fn send(&mut self, shared: &Shared, peer: usize) -> Result<bool, Error> {
-        let mailbox = shared.mailbox(shared.rank, peer);
+    fn send(&mut self, group: &Group, peer: usize) -> Result<bool, Error> {
+        let mailbox = group.mailbox(group.rank, peer);
         let (len, width) = (self.buffer.len(), self.buffer.dtype().bytes());
         loop {
             let [refused_len, refused_number, refused_dtype] = &mailbox.receiver.refused;
@@ -245,7 +220,7 @@ impl MailFlight {
                 let ours = mailbox.pieces[(taken % 2) as usize].each_ref().map(|word| word.load(Ordering::Relaxed));
                 let expected = (refused_len.load(Ordering::Relaxed), dtype);
                 let number = refused_number.load(Ordering::Relaxed);
-                return Err(self.disagreement(shared, number, (ours[0], ours[1]), expected));
+                return Err(self.disagreement(group, number, (ours[0], ours[1]), expected));
             }
             if self.begun && self.moved == len {
                 // What is staged needs the buffer no more.
@@ -253,21 +228,21 @@ impl MailFlight {
                     return Ok(true);
                 }
             } else if sent - taken < 2 {
-                let place = match shared.offset_of(self.buffer.address()) {
+                let place = match group.offset_of(self.buffer.address()) {
                     Some(offset) if !self.is_short() => {
                         (self.moved, self.in_place) = (len, true);
                         Place::Arena(offset)
                     }
                     _ => {
                         let piece = (len * width).next_power_of_two().clamp(SMALLEST_PIECE, PIECE);
-                        let at = self.stage(shared, peer, piece)? + (sent % 2) * piece as u64;
+                        let at = self.stage(group, peer, piece)? + (sent % 2) * piece as u64;
                         let count = (len - self.moved).min(PIECE / width);
                         let _access = exclusive(self.buffer.deferred());
                         // SAFETY: the range lies in the buffer, which this flight owns, and in this rank's stage for the peer; the
                         // peer has taken what stood there, two pieces ago, since fewer than two are out.
                         unsafe {
                             let from = self.buffer.address().as_ptr().add(self.moved * width);
-                            let to = shared.address(shared.rank, at, (count * width) as u64);
+                            let to = group.address(group.rank, at, (count * width) as u64);
                             non_temporal::copy(from, to.as_ptr(), count * width, false);
                         }
                         self.moved += count;
@@ -280,17 +255,17 @@ impl MailFlight {
                 }
                 self.begun = true;
                 publish(&mailbox.sent, sent + 1);
-                shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
+                group.ring_rank(peer, MAIL_BELL, subject::MAIL);
                 self.watch = Watch::new(self.limit);
                 continue;
             }
             let unchanged = || mailbox.receiver.taken.load(Ordering::Acquire) == taken;
-            return self.wait_for(shared, peer, &unchanged);
+            return self.wait_for(group, peer, &unchanged);
         }
     }
 
-    fn receive(&mut self, shared: &Shared, peer: usize) -> Result<bool, Error> {
-        let mailbox = shared.mailbox(peer, shared.rank);
+    fn receive(&mut self, group: &Group, peer: usize) -> Result<bool, Error> {
+        let mailbox = group.mailbox(peer, group.rank);
         let (len, width) = (self.buffer.len(), self.buffer.dtype().bytes());
         loop {
             if self.begun && self.moved == len {
@@ -298,15 +273,15 @@ impl MailFlight {
             }
             let (sent, taken) = (mailbox.sent.load(Ordering::Acquire), mailbox.receiver.taken.load(Ordering::Relaxed));
             if taken == sent {
-                return self.wait_for(shared, peer, &|| mailbox.sent.load(Ordering::Acquire) == sent);
+                return self.wait_for(group, peer, &|| mailbox.sent.load(Ordering::Acquire) == sent);
             }
             let words = mailbox.pieces[(taken % 2) as usize].each_ref().map(|word| word.load(Ordering::Relaxed));
-            if let Err(error) = self.check(shared, words[0], words[1]) {
+            if let Err(error) = self.check(group, words[0], words[1]) {
                 let (ours, refused) = (self.call(), &mailbox.receiver.refused);
                 refused[0].store(ours.count, Ordering::Relaxed);
                 refused[1].store(self.number, Ordering::Relaxed);
                 publish(&refused[2], ours.dtype);
-                shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
+                group.ring_rank(peer, MAIL_BELL, subject::MAIL);
                 return Err(error);
             }
             let (offset, count) = match Place::from_word(words[2]) {
@@ -314,7 +289,7 @@ impl MailFlight {
                 Place::Stage(offset) => (offset, (len - self.moved).min(PIECE / width)),
                 Place::None | Place::Header => (u64::MAX, 0),
             };
-            if !shared.engine.map.contains(offset, (count * width) as u64) {
+            if !group.engine.map.contains(offset, (count * width) as u64) {
                 let reason = format!("rank {} published a message outside its arena", self.peer);
                 return Err(Error::System { what: "receiving a message", reason });
             }
@@ -323,57 +298,57 @@ impl MailFlight {
             // SAFETY: the source lies in the peer's arena, and the peer leaves it as it is until this rank has taken the piece; the
             // destination lies in the buffer, which this flight owns. They belong to different ranks or different buffers.
             unsafe {
-                let from = shared.address(peer, offset, (count * width) as u64);
+                let from = group.address(peer, offset, (count * width) as u64);
                 let to = self.buffer.address().as_ptr().add(self.moved * width);
                 non_temporal::copy(from.as_ptr(), to, count * width, large);
             }
             self.moved += count;
             self.begun = true;
             publish(&mailbox.receiver.taken, taken + 1);
-            shared.ring_rank(peer, MAIL_BELL, subject::MAIL);
+            group.ring_rank(peer, MAIL_BELL, subject::MAIL);
             self.watch = Watch::new(self.limit);
         }
     }
 
     /// A stage for two pieces of `piece` bytes.
-    fn stage(&self, shared: &Shared, peer: usize, piece: usize) -> Result<u64, Error> {
-        let mut stages = shared.mail.stages.lock();
+    fn stage(&self, group: &Group, peer: usize, piece: usize) -> Result<u64, Error> {
+        let mut stages = group.mail.stages.lock();
         if let Some(range) = stages.get(&(peer, piece)) {
             return Ok(range.offset);
         }
-        let range = shared.engine.reserve(2 * piece as u64)?;
+        let range = group.engine.reserve(2 * piece as u64)?;
         stages.insert((peer, piece), range);
         Ok(range.offset)
     }
 
     /// Waits for the other rank, as long as it is `late`: asked once it is seen to have left, since its last act may have been to serve
     /// this message.
-    fn wait_for(&mut self, shared: &Shared, peer: usize, late: &dyn Fn() -> bool) -> Result<bool, Error> {
+    fn wait_for(&mut self, group: &Group, peer: usize, late: &dyn Fn() -> bool) -> Result<bool, Error> {
         let op = self.describe();
-        self.watch.check(shared, peer, &|rank| rank == peer && late(), &op)?;
+        self.watch.check(group, peer, &|rank| rank == peer && late(), &op)?;
         Ok(false)
     }
 
     /// Whether sender and receiver mean the same message.
-    fn check(&self, shared: &Shared, len: u64, dtype: u64) -> Result<(), Error> {
+    fn check(&self, group: &Group, len: u64, dtype: u64) -> Result<(), Error> {
         let ours = self.call();
         let ours = (ours.count, ours.dtype);
-        if (len, dtype) == ours { Ok(()) } else { Err(self.disagreement(shared, self.number, ours, (len, dtype))) }
+        if (len, dtype) == ours { Ok(()) } else { Err(self.disagreement(group, self.number, ours, (len, dtype))) }
     }
 
     /// The error when the other rank means another message, each given by length and type.
-    fn disagreement(&self, shared: &Shared, number: u64, ours: (u64, u64), theirs: (u64, u64)) -> Error {
+    fn disagreement(&self, group: &Group, number: u64, ours: (u64, u64), theirs: (u64, u64)) -> Error {
         let message = |(count, dtype)| describe(Call { count, dtype, sequence: number + 1, ..self.call() });
         let (way, back) = self.direction.words();
         Error::Mismatch {
             ours: format!("{} {way} rank {}", message(ours), self.peer),
-            theirs: format!("{} {back} rank {}", message(theirs), shared.name(shared.rank)),
+            theirs: format!("{} {back} rank {}", message(theirs), group.name(group.rank)),
             peer: self.peer,
         }
     }
 
     /// To or from another host: the header, then, once it is there and right, the data.
-    fn pass_wire(&mut self, shared: &Shared, wire: &mut (dyn Wire + 'static)) -> Result<bool, Error> {
+    fn pass_wire(&mut self, group: &Group, wire: &mut (dyn Wire + 'static)) -> Result<bool, Error> {
         let (peer, bytes) = (self.peer, self.buffer.len() * self.buffer.dtype().bytes());
         let (data, words) = (self.buffer.address().as_ptr(), self.words.as_mut_ptr().cast::<u8>());
         if !self.begun {
@@ -394,13 +369,13 @@ impl MailFlight {
         while let Some(request) = self.wire.first() {
             if !wire.test(request)? {
                 let op = self.describe();
-                self.watch.check_wire(shared, peer, wire, &op)?;
+                self.watch.check_wire(group, peer, wire, &op)?;
                 return Ok(false);
             }
             self.wire.remove(0);
             self.watch = Watch::new(self.limit);
             if self.direction == Direction::Receive && self.moved == 0 {
-                self.check(shared, self.words[0], self.words[1])?;
+                self.check(group, self.words[0], self.words[1])?;
                 self.moved = self.buffer.len().max(1);
                 // SAFETY: as above.
                 self.wire.push(unsafe { wire.receive(peer, TAG, data, bytes)? });

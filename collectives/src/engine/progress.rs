@@ -9,12 +9,13 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use super::caller::NAP;
-use super::control::{Channel, monotonic_millis, sleep, state, subject};
-use super::engine::{Arrival, Engine};
 use super::flight::Flight;
+use super::group::{Group, Lane};
+use super::inbox::left;
 use super::mail::MailFlight;
-use super::shared::{Lane, Shared, left};
 use crate::Error;
+use crate::engine::{Arrival, Engine};
+use crate::memory::control::{Channel, monotonic_millis, sleep, state, subject};
 use crate::wire::Wire;
 
 /// How long this thread looks for news before it sleeps, which may take a core from computation. Waking costs about as much.
@@ -28,22 +29,22 @@ const LONGEST_WIRE_NAP: Duration = Duration::from_micros(960);
 const REST: Duration = Duration::from_millis(200);
 
 /// Tells the other ranks when the thread that drives an operation panics: they would wait for its steps.
-pub(super) struct AbortOnPanic<'a> {
-    shared: &'a Shared,
+pub(crate) struct AbortOnPanic<'a> {
+    group: &'a Group,
     /// Whether the thread was panicking before.
     panicking: bool,
 }
 
 impl AbortOnPanic<'_> {
-    pub(super) fn new(shared: &Shared) -> AbortOnPanic<'_> {
-        AbortOnPanic { shared, panicking: std::thread::panicking() }
+    pub(crate) fn new(group: &Group) -> AbortOnPanic<'_> {
+        AbortOnPanic { group, panicking: std::thread::panicking() }
     }
 }
 
 impl Drop for AbortOnPanic<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() && !self.panicking {
-            self.shared.abort("it panicked");
+            self.group.abort("it panicked");
         }
     }
 }
@@ -77,7 +78,7 @@ impl Engine {
             let mut driver = Driver { engine: self, waker: Waker::from(self.clone()), groups: Vec::new() };
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive())).is_err() {
                 // The panic has been printed.
-                driver.groups.iter().for_each(|group| group.shared.abort("its progress thread panicked"));
+                driver.groups.iter().for_each(|group| group.group.abort("its progress thread panicked"));
             }
             // Nothing may wait for what nobody drives any more.
             driver.groups.drain(..).for_each(Driven::end);
@@ -91,10 +92,10 @@ impl Engine {
     }
 }
 
-impl Shared {
+impl Group {
     /// Ends what is in flight, tells the other members that this rank leaves, and whoever drops the
     /// communicator that it may.
-    pub(super) fn end(&self, mut wire: Option<Box<dyn Wire>>, mail: Vec<MailFlight>) {
+    pub(crate) fn end(&self, mut wire: Option<Box<dyn Wire>>, mail: Vec<MailFlight>) {
         let result = || Err(self.healthy().err().unwrap_or_else(left));
         for (lane, inbox) in self.lanes.iter().zip(&self.inboxes) {
             let arrived = inbox.close();
@@ -115,7 +116,7 @@ impl Shared {
 
 /// A group, and what the progress thread alone has of it.
 struct Driven {
-    shared: Arc<Shared>,
+    group: Arc<Group>,
     wire: Option<Box<dyn Wire>>,
     /// Whether the other hosts have been told of a failure.
     told: bool,
@@ -124,26 +125,26 @@ struct Driven {
 }
 
 impl Driven {
-    fn new(Arrival { shared, wire }: Arrival) -> Driven {
-        Driven { shared, wire, told: false, mail: Vec::new() }
+    fn new(Arrival { group, wire }: Arrival) -> Driven {
+        Driven { group, wire, told: false, mail: Vec::new() }
     }
 
     fn end(self) {
-        self.shared.end(self.wire, self.mail);
+        self.group.end(self.wire, self.mail);
     }
 
     /// Polls every channel that nobody else drives, and the mail.
     fn turn(&mut self, waker: &Waker) -> Turn {
-        let (shared, mut turn) = (&self.shared, Turn::default());
-        if let (Some(wire), Err(error), false) = (self.wire.as_mut(), shared.healthy(), self.told) {
+        let (group, mut turn) = (&self.group, Turn::default());
+        if let (Some(wire), Err(error), false) = (self.wire.as_mut(), group.healthy(), self.told) {
             wire.abort(&error.to_string());
             self.told = true;
         }
-        if shared.is_idle() {
+        if group.is_idle() {
             return turn;
         }
-        for (channel, lane) in [Channel::Gather, Channel::Reduce, Channel::Control].into_iter().zip(&shared.lanes) {
-            let inbox = &shared.inboxes[channel as usize];
+        for (channel, lane) in [Channel::Gather, Channel::Reduce, Channel::Control].into_iter().zip(&group.lanes) {
+            let inbox = &group.inboxes[channel as usize];
             let Some(mut lane) = lane.try_lock() else {
                 if !inbox.is_empty() {
                     // Whoever drives this channel says when it has finished.
@@ -155,35 +156,35 @@ impl Driven {
             let Lane { flights, count } = &mut *lane;
             while let Some(flight) = flights.front_mut() {
                 let result =
-                    match shared.healthy().and_then(|()| flight.poll(shared, count, self.wire.as_deref_mut(), waker)) {
+                    match group.healthy().and_then(|()| flight.poll(group, count, self.wire.as_deref_mut(), waker)) {
                         Ok(false) => {
                             turn.waiting_for |= channel.subject();
                             break;
                         }
                         Ok(true) => Ok(()),
-                        Err(error) => Err(shared.fail(error)),
+                        Err(error) => Err(group.fail(error)),
                     };
                 if let Some(flight) = flights.pop_front() {
-                    shared.took_one();
+                    group.took_one();
                     flight.finish(result);
                 }
                 turn.moved = true;
             }
         }
-        shared.mail.inbox.drain(|flight| self.mail.push(flight));
+        group.mail.inbox.drain(|flight| self.mail.push(flight));
         let mut index = 0;
         while let Some(flight) = self.mail.get_mut(index) {
-            let result =
-                match shared.healthy().and_then(|()| flight.poll(shared, self.wire.as_deref_mut(), Some(waker))) {
-                    Ok(false) => {
-                        index += 1;
-                        turn.waiting_for |= subject::MAIL;
-                        continue;
-                    }
-                    Ok(true) => Ok(()),
-                    Err(error) => Err(shared.fail(error)),
-                };
-            shared.took_one();
+            let result = match group.healthy().and_then(|()| flight.poll(group, self.wire.as_deref_mut(), Some(waker)))
+            {
+                Ok(false) => {
+                    index += 1;
+                    turn.waiting_for |= subject::MAIL;
+                    continue;
+                }
+                Ok(true) => Ok(()),
+                Err(error) => Err(group.fail(error)),
+            };
+            group.took_one();
             self.mail.remove(index).finish(result);
             turn.moved = true;
         }
@@ -209,7 +210,7 @@ impl Driver<'_> {
         while let Some(group) = self.groups.get_mut(index) {
             // Before the inboxes are looked at: what was handed over before the end was asked for
             // is still driven.
-            let stopping = group.shared.stopping.load(Ordering::Acquire);
+            let stopping = group.group.stopping.load(Ordering::Acquire);
             let of_group = group.turn(&self.waker);
             turn.moved |= of_group.moved;
             turn.waiting_for |= of_group.waiting_for;

@@ -31,11 +31,11 @@ impl Record {
     }
 
     /// The start of an operation whose end is to be recorded.
-    pub(super) fn start(&self) -> Option<Instant> {
+    pub(crate) fn start(&self) -> Option<Instant> {
         self.wanted.load(Ordering::Relaxed).then(Instant::now)
     }
 
-    pub(super) fn end(&self, span: Span) {
+    pub(crate) fn end(&self, span: Span) {
         self.spans.lock().push(span);
     }
 

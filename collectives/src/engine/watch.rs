@@ -4,9 +4,9 @@ use std::io::Write;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::control::{monotonic_millis, state};
-use super::shared::Shared;
+use super::group::Group;
 use crate::Error;
+use crate::memory::control::{monotonic_millis, state};
 use crate::wire::Wire;
 
 /// How long somebody waits, at each step of an operation.
@@ -57,16 +57,16 @@ impl Watch {
     /// Looks, now and then, whether the wait is in vain. `late` is a rank of this host that is waited for, `is_late` tells it for each.
     pub(crate) fn check(
         &mut self,
-        shared: &Shared,
+        group: &Group,
         late: usize,
         is_late: &dyn Fn(usize) -> bool,
         op: &dyn Fn() -> String,
     ) -> Result<(), Error> {
         let patient = self.limit.patient;
-        if self.passed(|| patient && is_running(shared, late)) {
-            self.look_around(shared, is_late, op)?;
-            let all = || (0..shared.world()).filter(|&rank| is_late(rank)).map(|rank| shared.name(rank)).collect();
-            self.judge(shared, shared.name(late), &all, op, &|| pulse(shared, late))?;
+        if self.passed(|| patient && is_running(group, late)) {
+            self.look_around(group, is_late, op)?;
+            let all = || (0..group.world()).filter(|&rank| is_late(rank)).map(|rank| group.name(rank)).collect();
+            self.judge(group, group.name(late), &all, op, &|| pulse(group, late))?;
         }
         Ok(())
     }
@@ -74,7 +74,7 @@ impl Watch {
     /// As [`Watch::check`], for a message from or to a rank of another host, as the communicator counts ranks.
     pub(crate) fn check_wire(
         &mut self,
-        shared: &Shared,
+        group: &Group,
         late: usize,
         wire: &mut dyn Wire,
         op: &dyn Fn() -> String,
@@ -84,16 +84,16 @@ impl Watch {
                 return Err(error);
             }
             // A rank of this host may have finished its part and left.
-            self.look_around(shared, &|_| false, op)?;
-            self.judge(shared, late, &|| vec![late], op, &|| "it is on another host".to_owned())?;
+            self.look_around(group, &|_| false, op)?;
+            self.judge(group, late, &|| vec![late], op, &|| "it is on another host".to_owned())?;
         }
         Ok(())
     }
 
     /// As [`Watch::check`], for the event that an operation of this rank starts after.
-    pub(super) fn check_start(
+    pub(crate) fn check_start(
         &mut self,
-        shared: &Shared,
+        group: &Group,
         wire: Option<&mut (dyn Wire + 'static)>,
         is_late: &dyn Fn(usize) -> bool,
         op: &dyn Fn() -> String,
@@ -102,8 +102,8 @@ impl Watch {
             if let Some(error) = wire.and_then(|wire| wire.failure()) {
                 return Err(error);
             }
-            self.look_around(shared, is_late, op)?;
-            self.warn(shared, &|| format!("for the event that starts {} here", op()));
+            self.look_around(group, is_late, op)?;
+            self.warn(group, &|| format!("for the event that starts {} here", op()));
             if self.waited >= self.limit.within {
                 return Err(Error::NotStarted { op: op(), seconds: self.waited.as_secs() });
             }
@@ -135,24 +135,23 @@ impl Watch {
     /// Looks whether a rank of this host is known never to come.
     fn look_around(
         &self,
-        shared: &Shared,
+        group: &Group,
         is_late: &dyn Fn(usize) -> bool,
         op: &dyn Fn() -> String,
     ) -> Result<(), Error> {
-        let states =
-            || (0..shared.world()).filter(|&rank| rank != shared.rank).map(|rank| (rank, shared.look_at(rank)));
+        let states = || (0..group.world()).filter(|&rank| rank != group.rank).map(|rank| (rank, group.look_at(rank)));
         if let Some((rank, _)) = states().find(|&(_, state)| state == state::DEAD) {
-            return Err(Error::PeerLost { rank: shared.name(rank), op: op(), how: "it died" });
+            return Err(Error::PeerLost { rank: group.name(rank), op: op(), how: "it died" });
         }
         if let Some((rank, _)) = states().find(|&(_, state)| state == state::ABORTED) {
-            return Err(Error::Aborted { rank: shared.name(rank), reason: shared.control(rank).read_reason() });
+            return Err(Error::Aborted { rank: group.name(rank), reason: group.control(rank).read_reason() });
         }
         if let Some((rank, _)) = states().find(|&(rank, state)| state == state::LEFT && is_late(rank)) {
-            let (rank, how) = match shared.control(rank).culprit() {
-                Some(culprit) if culprit == shared.name(shared.rank) => (shared.name(rank), "it gave up on this rank"),
-                Some(culprit) if is_plausible(shared, culprit, is_late) => (culprit, "another rank gave up on it"),
-                Some(_) => (shared.name(rank), "it gave up"),
-                None => (shared.name(rank), "it left early"),
+            let (rank, how) = match group.control(rank).culprit() {
+                Some(culprit) if culprit == group.name(group.rank) => (group.name(rank), "it gave up on this rank"),
+                Some(culprit) if is_plausible(group, culprit, is_late) => (culprit, "another rank gave up on it"),
+                Some(_) => (group.name(rank), "it gave up"),
+                None => (group.name(rank), "it left early"),
             };
             return Err(Error::PeerLost { rank, op: op(), how });
         }
@@ -162,13 +161,13 @@ impl Watch {
     /// Warns, then gives up on `all` that are late.
     fn judge(
         &mut self,
-        shared: &Shared,
+        group: &Group,
         late: usize,
         all: &dyn Fn() -> Vec<usize>,
         op: &dyn Fn() -> String,
         how: &dyn Fn() -> String,
     ) -> Result<(), Error> {
-        self.warn(shared, &|| format!("for rank {late} in {} ({})", op(), how()));
+        self.warn(group, &|| format!("for rank {late} in {} ({})", op(), how()));
         if self.waited >= self.limit.within {
             let seconds = self.waited.as_secs();
             let others = all().into_iter().filter(|&rank| rank != late);
@@ -179,10 +178,10 @@ impl Watch {
     }
 
     /// Says once, when this rank has waited for long, what it waits for.
-    fn warn(&mut self, shared: &Shared, what: &dyn Fn() -> String) {
-        if !self.warned && self.waited >= shared.options.warn_after {
+    fn warn(&mut self, group: &Group, what: &dyn Fn() -> String) {
+        if !self.warned && self.waited >= group.options.warn_after {
             self.warned = true;
-            let (rank, seconds, what) = (shared.name(shared.rank), self.waited.as_secs_f32(), what());
+            let (rank, seconds, what) = (group.name(group.rank), self.waited.as_secs_f32(), what());
             // A closed stderr must not end the thread that says this.
             let _ = writeln!(std::io::stderr(), "pillion: rank {rank} has waited {seconds:.0} s {what}");
         }
@@ -191,12 +190,12 @@ impl Watch {
 
 /// Whether to believe a rank that has left and names this one. Not where the one named keeps pace here and is well, or has given up, too:
 /// then whoever named it went a way of its own.
-fn is_plausible(shared: &Shared, culprit: usize, is_late: &dyn Fn(usize) -> bool) -> bool {
-    let Some(rank) = shared.hosts.local().iter().position(|&local| local == culprit) else { return true };
+fn is_plausible(group: &Group, culprit: usize, is_late: &dyn Fn(usize) -> bool) -> bool {
+    let Some(rank) = group.hosts.local().iter().position(|&local| local == culprit) else { return true };
     is_late(rank)
-        || match shared.look_at(rank) {
-            state::JOINED => pulse_age(shared, rank) > STOPPED_AFTER,
-            state::LEFT => shared.control(rank).culprit().is_none(),
+        || match group.look_at(rank) {
+            state::JOINED => pulse_age(group, rank) > STOPPED_AFTER,
+            state::LEFT => group.control(rank).culprit().is_none(),
             _ => true,
         }
 }
@@ -205,20 +204,20 @@ fn is_plausible(shared: &Shared, culprit: usize, is_late: &dyn Fn(usize) -> bool
 const STOPPED_AFTER: u64 = 2000;
 
 /// Milliseconds since a rank's heart last beat.
-fn pulse_age(shared: &Shared, rank: usize) -> u64 {
-    monotonic_millis().saturating_sub(shared.rank_control(rank).heartbeat.load(Ordering::Relaxed))
+fn pulse_age(group: &Group, rank: usize) -> u64 {
+    monotonic_millis().saturating_sub(group.rank_control(rank).heartbeat.load(Ordering::Relaxed))
 }
 
-fn is_running(shared: &Shared, rank: usize) -> bool {
-    shared.control(rank).state.load(Ordering::Acquire) == state::JOINED && pulse_age(shared, rank) <= STOPPED_AFTER
+fn is_running(group: &Group, rank: usize) -> bool {
+    group.control(rank).state.load(Ordering::Acquire) == state::JOINED && pulse_age(group, rank) <= STOPPED_AFTER
 }
 
 /// What a rank's heartbeat says about it.
-fn pulse(shared: &Shared, rank: usize) -> String {
-    if shared.control(rank).state.load(Ordering::Acquire) == state::ABSENT {
+fn pulse(group: &Group, rank: usize) -> String {
+    if group.control(rank).state.load(Ordering::Acquire) == state::ABSENT {
         return "it has not joined".to_owned();
     }
-    match pulse_age(shared, rank) {
+    match pulse_age(group, rank) {
         age if age > STOPPED_AFTER => format!("it has not run for {} s: stopped?", age / 1000),
         _ => "it is running".to_owned(),
     }

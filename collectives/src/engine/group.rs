@@ -9,32 +9,34 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use pillion_kernels::Failure;
 
-use super::arena::{Mapping, Members, Words as Place};
-use super::control::{CHANNELS, Channel, GroupControl, RankControl, ring, state, subject};
-use super::engine::{Engine, GONE};
 use super::flight::Flight;
-use super::mail::{MailFlight, Mailbox, Mailroom};
-use super::protocol::Word;
-use super::ranges::Range;
+use super::inbox::{AT_A_TIME, Ended, Inbox, left};
+use super::mail::{MailFlight, Mailroom};
 use super::record::Record;
+use crate::engine::{Engine, GONE};
 use crate::hosts::Hosts;
+use crate::memory::control::{CHANNELS, Channel, GroupControl, RankControl, ring, state, subject};
+use crate::memory::mailbox::Mailbox;
+use crate::memory::mapping::{Mapping, Members, Words as Place};
+use crate::memory::protocol::Word;
+use crate::memory::ranges::Range;
 use crate::pending::Outcomes;
 use crate::{Error, Options};
 
 /// What the threads of one rank share of a group. Ranks are counted as its members on this host
 /// here; `Hosts` knows the others.
-pub(crate) struct Shared {
+pub(crate) struct Group {
     pub(crate) engine: Arc<Engine>,
     members: Members,
     pub(crate) rank: usize,
     pub(crate) hosts: Hosts,
     pub(crate) options: Options,
     pub(crate) mail: Mailroom,
-    pub(super) lanes: [Mutex<Lane>; CHANNELS],
-    pub(super) inboxes: [Inbox<Flight>; CHANNELS],
+    pub(crate) lanes: [Mutex<Lane>; CHANNELS],
+    pub(crate) inboxes: [Inbox<Flight>; CHANNELS],
     stages: [OnceLock<Range>; CHANNELS],
     /// What reductions between hosts work in, kept from one to the next.
     pub(crate) work: [Mutex<Vec<u64>>; CHANNELS],
@@ -45,27 +47,11 @@ pub(crate) struct Shared {
     given: AtomicUsize,
     failure: Mutex<Option<Error>>,
     failed: AtomicBool,
-    pub(super) stopping: AtomicBool,
+    pub(crate) stopping: AtomicBool,
     pub(crate) ended: Ended,
     /// One for each channel, and one for messages.
     traffic: [Traffic; CHANNELS + 1],
     pub(crate) record: Record,
-}
-
-/// Whether the progress thread has let go of a group.
-#[derive(Default)]
-pub(crate) struct Ended(Mutex<bool>, Condvar);
-
-impl Ended {
-    pub(super) fn set(&self) {
-        *self.0.lock() = true;
-        self.1.notify_all();
-    }
-
-    pub(crate) fn wait(&self) {
-        let mut ended = self.0.lock();
-        self.1.wait_while(&mut ended, |ended| !*ended);
-    }
 }
 
 /// What has been completed.
@@ -77,26 +63,14 @@ struct Traffic {
 
 /// One channel as this rank drives it.
 pub(crate) struct Lane {
-    pub(super) flights: VecDeque<Flight>,
-    pub(super) count: Count,
+    pub(crate) flights: VecDeque<Flight>,
+    pub(crate) count: Count,
 }
-
-/// Operations in flight on a channel at a time for which there is memory from the start.
-pub(crate) const AT_A_TIME: usize = 8;
 
 impl Default for Lane {
     fn default() -> Lane {
         Lane { flights: VecDeque::with_capacity(AT_A_TIME), count: Count::default() }
     }
-}
-
-/// How far this rank is on a channel.
-#[derive(Default)]
-pub(crate) struct Count {
-    /// Operations started.
-    pub(crate) sequence: u64,
-    /// Steps taken.
-    pub(crate) steps: u64,
 }
 
 /// Memory for scalars, kept from one operation to the next.
@@ -113,58 +87,16 @@ impl Words {
     }
 }
 
-/// Why what nobody drives any more has failed.
-pub(super) fn left() -> Error {
-    Error::System { what: "an operation", reason: "this communicator's progress thread has ended".to_owned() }
+/// How far this rank is on a channel.
+#[derive(Default)]
+pub(crate) struct Count {
+    /// Operations started.
+    pub(crate) sequence: u64,
+    /// Steps taken.
+    pub(crate) steps: u64,
 }
 
-/// What has been handed over and not yet been taken.
-pub(super) struct Inbox<F> {
-    /// None once nobody looks any more.
-    flights: Mutex<Option<Vec<F>>>,
-    /// Whether there may be any; written with the lock held.
-    some: AtomicBool,
-}
-
-impl<F> Default for Inbox<F> {
-    fn default() -> Inbox<F> {
-        Inbox { flights: Mutex::new(Some(Vec::with_capacity(AT_A_TIME))), some: AtomicBool::default() }
-    }
-}
-
-impl<F> Inbox<F> {
-    /// Whether nothing has arrived, as far as this thread can know.
-    pub(super) fn is_empty(&self) -> bool {
-        !self.some.load(Ordering::Acquire)
-    }
-
-    /// Takes out what has arrived, in order.
-    pub(super) fn drain(&self, take: impl FnMut(F)) {
-        if self.is_empty() {
-            return;
-        }
-        let mut flights = self.flights.lock();
-        self.some.store(false, Ordering::Relaxed);
-        // Emptied in place: what comes next needs no memory.
-        flights.iter_mut().flat_map(|flights| flights.drain(..)).for_each(take);
-    }
-
-    /// Puts one in; gives it back where nothing is accepted any more.
-    pub(super) fn put(&self, flight: F) -> Result<(), F> {
-        let mut flights = self.flights.lock();
-        let Some(flights) = flights.as_mut() else { return Err(flight) };
-        flights.push(flight);
-        self.some.store(true, Ordering::Release);
-        Ok(())
-    }
-
-    /// Takes out what has arrived; from now on nothing is accepted.
-    pub(super) fn close(&self) -> Vec<F> {
-        self.flights.lock().take().unwrap_or_default()
-    }
-}
-
-impl Shared {
+impl Group {
     /// Of the members of `hosts` that are on this host, whose ranks `members` gives as the engine
     /// counts them, this rank being the `rank`-th; their words are at `words`.
     pub(crate) fn new(
@@ -174,8 +106,8 @@ impl Shared {
         rank: usize,
         hosts: Hosts,
         options: Options,
-    ) -> Shared {
-        Shared {
+    ) -> Group {
+        Group {
             mail: Mailroom::new(hosts.world()),
             members: Members::new(engine.map.clone(), words, members),
             engine,
@@ -209,7 +141,7 @@ impl Shared {
     }
 
     /// Where messages from one member to another wait.
-    pub(super) fn mailbox(&self, from: usize, to: usize) -> &Mailbox {
+    pub(crate) fn mailbox(&self, from: usize, to: usize) -> &Mailbox {
         self.members.mailbox(from, to)
     }
 
@@ -219,7 +151,7 @@ impl Shared {
     }
 
     /// A member's words as a rank of this host.
-    pub(super) fn rank_control(&self, member: usize) -> &RankControl {
+    pub(crate) fn rank_control(&self, member: usize) -> &RankControl {
         self.members.rank(member)
     }
 
@@ -234,12 +166,12 @@ impl Shared {
     }
 
     /// Whether the progress thread has nothing of this group to drive.
-    pub(super) fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.given.load(Ordering::Acquire) == 0
     }
 
     /// The progress thread has finished an operation.
-    pub(super) fn took_one(&self) {
+    pub(crate) fn took_one(&self) {
         self.given.fetch_sub(1, Ordering::Relaxed);
     }
 
@@ -284,7 +216,7 @@ impl Shared {
         error
     }
 
-    /// As [`Shared::fail`], because of the work that an operation of this rank follows. The ranks
+    /// As [`Group::fail`], because of the work that an operation of this rank follows. The ranks
     /// that an error of another communicator names are not ranks of this one, so peers are told
     /// only that this rank gave up.
     pub(crate) fn fail_after(&self, failure: Failure) -> Error {
@@ -383,7 +315,7 @@ impl Shared {
     }
 
     /// Starts a message to or from another rank.
-    pub(super) fn submit_mail(&self, flight: MailFlight) {
+    pub(crate) fn submit_mail(&self, flight: MailFlight) {
         self.hand_over(&self.mail.inbox, flight, |flight, error| flight.finish(Err(error)));
     }
 
@@ -424,7 +356,7 @@ impl Shared {
     }
 }
 
-impl Drop for Shared {
+impl Drop for Group {
     /// Gives back what this group used, as soon as no other member uses it.
     fn drop(&mut self) {
         if *self.failed.get_mut() {

@@ -1,5 +1,24 @@
-//! What all groups of one rank have in common: the mapped memory, which of it is in use, and the
-//! thread that drives their operations.
+//! Operations in progress: who drives them, how long they wait, and what they leave behind.
+//!
+//! An operation is a sequence of synchronised steps ([`flight`]): a rank publishes what it called,
+//! waits until every rank has published the same, then reads its peers' memory in place, and keeps
+//! its own memory still until all have read it. A progress thread drives the operations in flight
+//! ([`progress`]), unless their callers wait for them and do ([`caller`]); whoever waits watches the
+//! other ranks ([`watch`]). [`record`] remembers when each operation began and ended.
+//!
+//! An [`Engine`] is what all groups of one rank have in common; a [`group::Group`] is what the
+//! threads of one rank share of one group, made in a [`room`].
+
+mod caller;
+pub(crate) mod flight;
+pub(crate) mod group;
+pub(crate) mod inbox;
+pub(crate) mod mail;
+pub(crate) mod progress;
+pub(crate) mod record;
+mod room;
+mod start;
+pub(crate) mod watch;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -10,11 +29,12 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, Device, Region, Space};
 
-use super::arena::{Mapping, Words};
-use super::control::{RankControl, ring, state, subject};
-use super::ranges::{Range, Ranges};
-use super::shared::{Inbox, Shared};
+use self::group::Group;
+use self::inbox::Inbox;
 use crate::Error;
+use crate::memory::control::{RankControl, ring, state, subject};
+use crate::memory::mapping::{Mapping, Words};
+use crate::memory::ranges::{Range, Ranges};
 use crate::wire::Wire;
 
 /// One rank of a job, on its host.
@@ -26,23 +46,23 @@ pub(crate) struct Engine {
     /// What is given back once others have gone.
     retired: Mutex<Vec<Retired>>,
     /// Groups that the progress thread has yet to see.
-    pub(super) arrivals: Inbox<Arrival>,
+    pub(crate) arrivals: Inbox<Arrival>,
     /// Communicators of this rank that have not been dropped.
-    pub(super) open: AtomicUsize,
+    pub(crate) open: AtomicUsize,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Whether some operation failed. Others may use this rank's memory at any time from then on,
     /// so nothing of it is handed out again.
     failed: AtomicBool,
     /// Whether there are more ranks than processors, so that who waits must let others run.
-    pub(super) crowded: AtomicBool,
+    pub(crate) crowded: AtomicBool,
     /// Held while a rank makes room for a group.
     pub(crate) making_room: Mutex<()>,
 }
 
 /// A group that has been made, and its wire to other hosts.
-pub(super) struct Arrival {
-    pub(super) shared: Arc<Shared>,
-    pub(super) wire: Option<Box<dyn Wire>>,
+pub(crate) struct Arrival {
+    pub(crate) group: Arc<Group>,
+    pub(crate) wire: Option<Box<dyn Wire>>,
 }
 
 /// Memory of a rank that others may still use.
@@ -86,7 +106,7 @@ impl Engine {
     }
 
     /// Tells this rank's progress thread that there is something to do.
-    pub(super) fn ring_progress(&self) {
+    pub(crate) fn ring_progress(&self) {
         std::sync::atomic::fence(Ordering::SeqCst);
         ring(&self.control().progress, subject::WORK);
     }
@@ -98,11 +118,11 @@ impl Engine {
     }
 
     /// Another communicator, which the progress thread drives from now on.
-    pub(crate) fn open(&self, shared: Arc<Shared>, wire: Option<Box<dyn Wire>>) {
+    pub(crate) fn open(&self, group: Arc<Group>, wire: Option<Box<dyn Wire>>) {
         self.open.fetch_add(1, Ordering::Relaxed);
-        match self.arrivals.put(Arrival { shared, wire }) {
+        match self.arrivals.put(Arrival { group, wire }) {
             Ok(()) => self.ring_progress(),
-            Err(Arrival { shared, wire }) => shared.end(wire, Vec::new()),
+            Err(Arrival { group, wire }) => group.end(wire, Vec::new()),
         }
     }
 
@@ -118,12 +138,12 @@ impl Engine {
         }
     }
 
-    pub(super) fn set_failed(&self) {
+    pub(crate) fn set_failed(&self) {
         self.failed.store(true, Ordering::Relaxed);
     }
 
     /// Zeroed memory of this rank's arena. The caller has compared the size with
-    /// [`available_memory`](super::arena::available_memory).
+    /// [`available_memory`](crate::memory::mapping::available_memory).
     ///
     /// # Errors
     /// When there is none.
@@ -189,12 +209,12 @@ impl Engine {
 
     /// The words of a group that lie in the memory of the rank that made room for them, which takes
     /// them back once every member has gone.
-    pub(super) fn retire_words(&self, words: Words, members: usize) {
+    pub(crate) fn retire_words(&self, words: Words, members: usize) {
         let Some((rank, offset)) = self.map.arena_of(words.start()).filter(|&(rank, _)| rank == self.rank) else {
             return;
         };
         debug_assert_eq!(rank, self.rank);
-        let range = Range { offset, bytes: Words::bytes(members).next_multiple_of(super::arena::PAGE) };
+        let range = Range { offset, bytes: Words::bytes(members).next_multiple_of(crate::memory::mapping::PAGE) };
         let all_gone = move |map: &Mapping| {
             (0..members).all(|member| map.group(words, member).gone.load(Ordering::Acquire) == GONE)
         };
@@ -203,7 +223,7 @@ impl Engine {
 
     /// A moment of spinning: with more ranks than processors, whom this one waits for may need this
     /// one.
-    pub(super) fn relax(&self) {
+    pub(crate) fn relax(&self) {
         if self.crowded.load(Ordering::Relaxed) {
             std::thread::yield_now();
         } else {
@@ -212,7 +232,7 @@ impl Engine {
     }
 
     /// Whether another rank of the mapping has died, or has ended in order: its state.
-    pub(super) fn look_at(&self, rank: usize) -> u32 {
+    pub(crate) fn look_at(&self, rank: usize) -> u32 {
         let control = self.map.rank(rank);
         let joined = control.state.load(Ordering::Acquire) == state::JOINED;
         // SAFETY: a joined rank has begun its life (acquire above, release in `run`).
@@ -234,7 +254,7 @@ impl Engine {
     }
 
     /// Says where this rank may run.
-    pub(super) fn publish_processors(&self) {
+    pub(crate) fn publish_processors(&self) {
         let Ok(set) = rustix::thread::sched_getaffinity(None) else { return };
         for (index, word) in self.control().processors.iter().enumerate() {
             let bits = (0..64).filter(|bit| index * 64 + bit < rustix::thread::CpuSet::MAX_CPU);
@@ -245,7 +265,7 @@ impl Engine {
 }
 
 /// What a member writes as its last word of a group.
-pub(super) const GONE: u32 = 1;
+pub(crate) const GONE: u32 = 1;
 
 /// Memory of this rank's arena, for as long as this lives.
 pub(crate) struct Owned {

@@ -19,7 +19,7 @@ use rustix::thread::set_thread_res_uid;
 
 use super::{Place, decline, join};
 use crate::Launch;
-use crate::shm::arena::Mapping;
+use crate::memory::mapping::Mapping;
 
 /// Only turns a hang into a failure.
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::arena::{HUGE_PAGE, PAGE};
+use super::mapping::{HUGE_PAGE, PAGE};
 
 /// A range of an arena, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

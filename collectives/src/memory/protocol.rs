@@ -121,7 +121,7 @@ mod tests {
             }
         }
 
-        /// Waits until all of `ranks` have taken `steps`, as `Shared::wait` does, but without any time limit: a wake-up that
+        /// Waits until all of `ranks` have taken `steps`, as `Group::wait` does, but without any time limit: a wake-up that
         /// is lost is a deadlock, which the checker reports.
         fn wait(&self, steps: u64, ranks: &[&Rank]) {
             let here = || ranks.iter().all(|rank| rank.steps.load(Ordering::Acquire) >= steps);

@@ -17,8 +17,8 @@ use super::message::{ANSWER, GIVES_UP, GREETING, Refusal, WELCOME, bytes, check_
 use super::socket::{dial, is_ready, peer, socket, wait};
 use super::{Place, RETRY_EVERY};
 use crate::Error;
+use crate::memory::mapping::{self, Mapping, Shape};
 use crate::patience::Patience;
-use crate::shm::arena::{self, Mapping, Shape};
 
 /// A connection that has not greeted by then is dropped. Its rank, if it is one, comes again.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
@@ -159,7 +159,7 @@ pub(super) fn serve(
 ) -> Result<Arc<Mapping>, Error> {
     let shape = Shape::of_host(place.world);
     // Before anybody is admitted: whoever comes later can then be told that this rank gives up.
-    let mapping = Mapping::new(arena::create(shape)?, shape, place.rank)?;
+    let mapping = Mapping::new(mapping::create(shape)?, shape, place.rank)?;
     let listener = listen(place, address, patience.deadline)?;
     let admitted = admit_all(place, &listener, mapping.file(), shape, patience);
     let Err(Failure { error, gave_up }) = admitted else { return Ok(mapping) };

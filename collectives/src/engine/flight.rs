@@ -18,15 +18,15 @@ use std::time::Instant;
 
 use pillion_kernels::{Completion, Event};
 
-use super::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
-use super::place::Place;
+use super::group::{Count, Group};
 use super::record::Span;
-use super::shared::{Count, Shared};
 use super::start::StartEvent;
 use super::watch::{Limit, Watch};
 use crate::Error;
 use crate::algorithms::AnyCollective;
 use crate::call::{describe, name};
+use crate::memory::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
+use crate::memory::place::Place;
 use crate::pending::Outcome;
 use crate::wire::Wire;
 
@@ -73,7 +73,7 @@ pub(crate) trait Collective: Send {
 
 /// Access to the other ranks of an operation: those of this host through shared memory, others through the wire.
 pub(crate) struct Peers<'a> {
-    pub(crate) shared: &'a Shared,
+    pub(crate) group: &'a Group,
     pub(crate) channel: Channel,
     pub(crate) call: Call,
     pub(crate) wire: Option<&'a mut (dyn Wire + 'static)>,
@@ -84,17 +84,17 @@ pub(crate) struct Peers<'a> {
 impl Peers<'_> {
     /// This rank, among those of its host.
     pub(crate) fn rank(&self) -> usize {
-        self.shared.rank
+        self.group.rank
     }
 
     /// Number of ranks on this host.
     pub(crate) fn world(&self) -> usize {
-        self.shared.world()
+        self.group.world()
     }
 
     /// A rank's header.
     pub(crate) fn header(&self, rank: usize) -> &Header {
-        &self.shared.control(rank).channels[self.channel as usize].headers[self.parity()]
+        &self.group.control(rank).channels[self.channel as usize].headers[self.parity()]
     }
 
     /// Which of the two places for what belongs to an operation this one has.
@@ -103,12 +103,12 @@ impl Peers<'_> {
     }
 
     fn own_channel(&self) -> &ChannelControl {
-        &self.shared.control(self.shared.rank).channels[self.channel as usize]
+        &self.group.control(self.group.rank).channels[self.channel as usize]
     }
 
     /// A rank's brief operand, which nobody writes while the operation is under way.
     pub(crate) fn brief(&self, rank: usize) -> &[AtomicU64; BRIEF] {
-        &self.shared.control(rank).channels[self.channel as usize].brief[self.parity()]
+        &self.group.control(rank).channels[self.channel as usize].brief[self.parity()]
     }
 
     /// A value from a rank's header.
@@ -135,11 +135,11 @@ impl Peers<'_> {
         bytes: u64,
         aligned_to: usize,
     ) -> Result<NonNull<u8>, Error> {
-        if !self.shared.engine.map.contains(offset, bytes) || !offset.is_multiple_of(aligned_to as u64) {
-            let reason = format!("rank {} published a buffer outside its arena", self.shared.name(rank));
+        if !self.group.engine.map.contains(offset, bytes) || !offset.is_multiple_of(aligned_to as u64) {
+            let reason = format!("rank {} published a buffer outside its arena", self.group.name(rank));
             return Err(Error::System { what: "reading a peer's arena", reason });
         }
-        Ok(self.shared.address(rank, offset, bytes))
+        Ok(self.group.address(rank, offset, bytes))
     }
 }
 
@@ -189,50 +189,50 @@ impl Course {
     pub(crate) fn poll(
         &mut self,
         collective: &mut dyn Collective,
-        shared: &Shared,
+        group: &Group,
         count: &mut Count,
         mut wire: Option<&mut (dyn Wire + 'static)>,
     ) -> Result<bool, Error> {
         if self.taken == 0 {
-            self.start(collective, shared, count)?;
+            self.start(collective, group, count)?;
         }
         loop {
             let channel = self.channel as usize;
-            let steps = |rank: usize| shared.control(rank).channels[channel].steps.load(Ordering::Acquire);
-            let late = (0..shared.world()).find(|&rank| steps(rank) < self.target);
+            let steps = |rank: usize| group.control(rank).channels[channel].steps.load(Ordering::Acquire);
+            let late = (0..group.world()).find(|&rank| steps(rank) < self.target);
             if self.untold {
                 // After the first look: the fence in it would otherwise wait for the step to reach memory before the look.
                 self.untold = false;
-                shared.ring_channel(self.channel);
+                group.ring_channel(self.channel);
             }
             if self.taken == 1 {
-                self.compare(shared, steps)?;
+                self.compare(group, steps)?;
             }
             if let Some(late) = late {
                 let (target, call) = (self.target, self.call);
-                self.watch.check(shared, late, &|rank| steps(rank) < target, &|| describe(call))?;
+                self.watch.check(group, late, &|rank| steps(rank) < target, &|| describe(call))?;
                 return Ok(false);
             }
             let mut peers =
-                Peers { shared, channel: self.channel, call: self.call, wire: wire.as_deref_mut(), moved: false };
+                Peers { group, channel: self.channel, call: self.call, wire: wire.as_deref_mut(), moved: false };
             let progress = collective.exchange(self.taken - 1, &mut peers)?;
             if peers.moved {
                 // Limits are for silence, not for large buffers.
                 self.watch = Watch::new(self.limit);
             }
             match progress {
-                Progress::Step => self.step(shared, count),
+                Progress::Step => self.step(group, count),
                 Progress::Waiting(rank) => {
                     let call = self.call;
                     let wire = wire.as_deref_mut().expect("only a wire is waited for");
-                    self.watch.check_wire(shared, rank, wire, &|| describe(call))?;
+                    self.watch.check_wire(group, rank, wire, &|| describe(call))?;
                     return Ok(false);
                 }
                 Progress::Done => {
-                    let bytes = collective.bytes_sent(shared.hosts.world());
-                    shared.count(self.channel, bytes);
+                    let bytes = collective.bytes_sent(group.hosts.world());
+                    group.count(self.channel, bytes);
                     if let Some(start) = self.started {
-                        shared.record.end(Span { operation: name(self.call), start, end: Instant::now(), bytes });
+                        group.record.end(Span { operation: name(self.call), start, end: Instant::now(), bytes });
                     }
                     return Ok(true);
                 }
@@ -240,44 +240,44 @@ impl Course {
         }
     }
 
-    fn start(&mut self, collective: &mut dyn Collective, shared: &Shared, count: &mut Count) -> Result<(), Error> {
-        self.started = shared.record.start();
+    fn start(&mut self, collective: &mut dyn Collective, group: &Group, count: &mut Count) -> Result<(), Error> {
+        self.started = group.record.start();
         self.call.sequence = count.sequence + 1;
         self.digest = self.call.digest();
-        let mut peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };
+        let mut peers = Peers { group, channel: self.channel, call: self.call, wire: None, moved: false };
         let Opening { input, output, brief } = collective.begin(&mut peers)?;
-        peers.header(shared.rank).write(self.call, input, output);
+        peers.header(group.rank).write(self.call, input, output);
         // What lies beside the steps is stored together with them: a peer that looks in between would take the cache line away.
-        for (word, value) in peers.brief(shared.rank).iter().zip(brief) {
+        for (word, value) in peers.brief(group.rank).iter().zip(brief) {
             word.store(value, Ordering::Relaxed);
         }
         peers.own_channel().digests[peers.parity()].store(self.digest, Ordering::Relaxed);
         count.sequence += 1;
-        self.step(shared, count);
+        self.step(group, count);
         Ok(())
     }
 
-    fn step(&mut self, shared: &Shared, count: &mut Count) {
+    fn step(&mut self, group: &Group, count: &mut Count) {
         count.steps += 1;
         self.target = count.steps;
         self.taken += 1;
         self.watch = Watch::new(self.limit);
-        shared.control(shared.rank).channels[self.channel as usize].steps.store(count.steps, Ordering::Release);
+        group.control(group.rank).channels[self.channel as usize].steps.store(count.steps, Ordering::Release);
         self.untold = true;
     }
 
     /// Compares the calls of ranks that have arrived. A rank further on may already show a mismatch while an earlier one is still
     /// on its way: it is named now.
-    fn compare(&mut self, shared: &Shared, steps: impl Fn(usize) -> u64) -> Result<(), Error> {
-        let peers = Peers { shared, channel: self.channel, call: self.call, wire: None, moved: false };
-        for rank in self.compared..shared.world() {
+    fn compare(&mut self, group: &Group, steps: impl Fn(usize) -> u64) -> Result<(), Error> {
+        let peers = Peers { group, channel: self.channel, call: self.call, wire: None, moved: false };
+        for rank in self.compared..group.world() {
             if steps(rank) < self.target {
                 continue;
             }
-            let theirs = &shared.control(rank).channels[self.channel as usize].digests[peers.parity()];
+            let theirs = &group.control(rank).channels[self.channel as usize].digests[peers.parity()];
             if theirs.load(Ordering::Relaxed) != self.digest {
                 let (ours, theirs) = (describe(self.call), describe(peers.header(rank).call()));
-                return Err(Error::Mismatch { ours, theirs, peer: shared.name(rank) });
+                return Err(Error::Mismatch { ours, theirs, peer: group.name(rank) });
             }
             if rank == self.compared {
                 self.compared += 1;
@@ -324,7 +324,7 @@ impl Flight {
     /// Goes as far as its event and the other ranks allow; true once complete.
     pub(crate) fn poll(
         &mut self,
-        shared: &Shared,
+        group: &Group,
         count: &mut Count,
         mut wire: Option<&mut (dyn Wire + 'static)>,
         waker: &Waker,
@@ -332,18 +332,18 @@ impl Flight {
         if self.course.taken == 0 {
             let Course { channel, call, .. } = self.course;
             let is_late = |rank: usize| {
-                shared.control(rank).channels[channel as usize].steps.load(Ordering::Acquire) <= count.steps
+                group.control(rank).channels[channel as usize].steps.load(Ordering::Acquire) <= count.steps
             };
             let op = || describe(Call { sequence: count.sequence + 1, ..call });
-            if !self.after.has_happened(shared, Some(waker), wire.as_deref_mut(), &is_late, &op)? {
+            if !self.after.has_happened(group, Some(waker), wire.as_deref_mut(), &is_late, &op)? {
                 return Ok(false);
             }
             // An injected delay, for tests: the operation starts late, everything else goes on.
-            let delay = shared.options.delay_of(self.course.channel);
+            let delay = group.options.delay_of(self.course.channel);
             if !delay.is_zero() && self.delay.get_or_insert_with(Instant::now).elapsed() < delay {
                 return Ok(false);
             }
         }
-        self.course.poll(self.collective.as_dyn(), shared, count, wire)
+        self.course.poll(self.collective.as_dyn(), group, count, wire)
     }
 }

@@ -21,8 +21,8 @@ pub(crate) use self::decline::decline;
 use self::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number};
 use self::serve::serve;
 use self::socket::{dial, peer, wait};
-use super::arena::{self, Mapping, Shape};
 use crate::Error;
+use crate::memory::mapping::{self, Mapping, Shape};
 use crate::patience::Patience;
 
 mod decline;
@@ -55,7 +55,7 @@ pub(crate) struct Place<'a> {
 pub(crate) fn join(place: &Place<'_>, limit: Duration, warn_after: Duration) -> Result<Arc<Mapping>, Error> {
     if place.world == 1 {
         let shape = Shape::of_host(1);
-        return Mapping::new(arena::create(shape)?, shape, 0);
+        return Mapping::new(mapping::create(shape)?, shape, 0);
     }
     let address = place.address()?;
     let mut patience = Patience::new(place.global_rank, limit, warn_after);
@@ -192,12 +192,12 @@ fn attempt(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience)
 /// Maps what rank 0 sent, if nobody can shrink it under the mapping: touching what is gone would end the process.
 fn map(place: &Place<'_>, file: OwnedFd, reserve: u64) -> Result<Arc<Mapping>, Error> {
     let bytes = reserve.checked_mul(place.world as u64);
-    if !reserve.is_multiple_of(arena::PAGE) || bytes.is_none_or(|bytes| bytes > MOST_BYTES) {
+    if !reserve.is_multiple_of(mapping::PAGE) || bytes.is_none_or(|bytes| bytes > MOST_BYTES) {
         return Err(place.fail(format!(
             "rank 0 announced arenas of {reserve} bytes, which cannot be: start every rank from the same build"
         )));
     }
-    if !rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(arena::SEALS)) {
+    if !rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(mapping::SEALS)) {
         return Err(place.fail(
             "rank 0 sent a file that is no memory of sealed size: start every rank from the same build".to_owned(),
         ));

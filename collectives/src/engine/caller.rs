@@ -3,22 +3,22 @@
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
-use super::control::{Channel, MAIL_BELL, WINDOW_BELL, sleep, subject};
 use super::flight::{Collective, Course};
+use super::group::{Group, Lane};
 use super::mail::MailFlight;
 use super::progress::AbortOnPanic;
-use super::protocol::Bell;
-use super::shared::{Lane, Shared};
 use super::watch::{Limit, Watch};
 use crate::Error;
+use crate::memory::control::{Channel, MAIL_BELL, WINDOW_BELL, sleep, subject};
+use crate::memory::protocol::Bell;
 
 /// How long a caller, which has nothing else to do, looks for news before it sleeps.
 const CALLER_SPIN: Duration = Duration::from_micros(200);
 /// After this long it lets others run between looks.
 const CALLER_POLITE: Duration = Duration::from_micros(10);
 /// Longest sleep with operations in flight: the time to notice that a peer has died.
-pub(super) const NAP: Duration = Duration::from_millis(5);
-impl Shared {
+pub(crate) const NAP: Duration = Duration::from_millis(5);
+impl Group {
     /// Runs an operation on the calling thread until it is complete, when its channel is idle; none when it is not, and when messages to
     /// other hosts belong to it, which only the progress thread can send.
     pub(crate) fn run_here(
@@ -60,7 +60,7 @@ impl Shared {
         self.submit_mail(flight);
     }
 
-    /// As [`Shared::run_here`], for a message.
+    /// As [`Group::run_here`], for a message.
     pub(crate) fn run_mail_here(&self, mut flight: MailFlight) {
         if self.has_wire() {
             return self.submit_mail(flight);

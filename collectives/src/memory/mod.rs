@@ -1,0 +1,16 @@
+//! The memory that the ranks of a host share, and the words through which they see each other.
+//!
+//! One [memory object](mapping) has everything: control words for each rank and an arena for each.
+//! Every process maps all of it, so an address in another rank's arena is a matter of arithmetic,
+//! and nothing is left behind in the file system however a process ends. [`ranges`] says which parts
+//! of an arena are in use, [`control`] and [`mailbox`] are the words, [`protocol`] is how ranks wait
+//! for each other, and [`life`] how they know that one has died.
+
+pub(crate) mod available;
+pub(crate) mod control;
+pub(crate) mod life;
+pub(crate) mod mailbox;
+pub(crate) mod mapping;
+pub(crate) mod place;
+pub(crate) mod protocol;
+pub(crate) mod ranges;
