@@ -257,7 +257,7 @@ impl Case {
         let mut window = communicator.gather_window(window, Start::Here).wait()?;
         for first in (0..window.len()).step_by(BLOCK) {
             let len = BLOCK.min(window.len() - first);
-            let block = window.view().slice(first..first + len);
+            let block = window.view()?.slice(first..first + len);
             consume(&*self.stream, block, self.scratch.slice_mut(0..len), first);
         }
         window.release(&self.stream.record())?;

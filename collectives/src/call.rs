@@ -99,7 +99,14 @@ pub(crate) enum Detail {
     Root(usize),
     Window(u64),
     Purpose(Purpose),
-    Reduction { reduction: Reduction, output: DType, groups: usize, root: Option<usize>, sideband: bool },
+    Reduction {
+        reduction: Reduction,
+        output: DType,
+        groups: usize,
+        root: Option<usize>,
+        /// Numbers that ride along.
+        sideband: usize,
+    },
 }
 
 impl Detail {
@@ -111,10 +118,7 @@ impl Detail {
             Detail::Purpose(purpose) => purpose.to_word(),
             Detail::Reduction { reduction, output, groups, root, sideband } => {
                 let root = root.map_or(0, |root| 1 + root as u64);
-                root | (groups as u64) << 24
-                    | (output as u64) << 48
-                    | reduction.code() << 56
-                    | u64::from(sideband) << 60
+                root | (groups as u64) << 24 | (output as u64) << 48 | reduction.code() << 52 | (sideband as u64) << 56
             }
         }
     }
@@ -168,14 +172,17 @@ pub(crate) fn describe(call: Call) -> String {
         Some(Kind::Scalars) => format!(" ({})", Purpose::describe(call.detail, call.factor)),
         Some(Kind::GatherWindow) => format!(" (window {})", call.detail),
         Some(Kind::ReduceScatter | Kind::AllReduce | Kind::Reduce) => {
-            let reduction = Reduction::describe(call.detail >> 56 & 0xf, call.factor);
-            let output = dtype_of(call.detail >> 48 & 0xff).filter(|&output| Some(output) != dtype);
+            let reduction = Reduction::describe(call.detail >> 52 & 0xf, call.factor);
+            let output = dtype_of(call.detail >> 48 & 0xf).filter(|&output| Some(output) != dtype);
             let groups = match call.detail >> 24 & 0xff_ffff {
                 0 | 1 => String::new(),
                 groups => format!(" in {groups} groups"),
             };
             let output = output.map_or_else(String::new, |output| format!(" to {output}"));
-            let sideband = if call.detail >> 60 == 1 { " with a sideband" } else { "" };
+            let sideband = match call.detail >> 56 {
+                0 => String::new(),
+                numbers => format!(" with a sideband of {numbers}"),
+            };
             format!(" ({reduction}{output}{groups}){sideband}{}", root(call.detail & 0xff_ffff))
         }
         _ => String::new(),
@@ -195,7 +202,7 @@ mod tests {
     #[test]
     fn calls_are_described_with_what_tells_them_apart() {
         let sum = |reduction, output, groups, root| {
-            let sideband = groups == 2;
+            let sideband = if groups == 2 { 4 } else { 0 };
             Detail::Reduction { reduction, output, groups, root, sideband }
         };
         let cases = [
@@ -203,7 +210,7 @@ mod tests {
             (call(Kind::Broadcast, Some(DType::I64), false, 1, Detail::Root(3)), "broadcast #0 of 1 × i64 (root 3)"),
             (
                 call(Kind::ReduceScatter, Some(DType::Bf16), true, 6, sum(Reduction::Sum, DType::F32, 2, None)),
-                "reduce-scatter #0 of 6 × bf16 (sum to f32 in 2 groups) with a sideband on a deferring device",
+                "reduce-scatter #0 of 6 × bf16 (sum to f32 in 2 groups) with a sideband of 4 on a deferring device",
             ),
             (
                 call(Kind::Reduce, Some(DType::F64), false, 5, sum(Reduction::Max, DType::F64, 1, Some(0))),
@@ -224,7 +231,7 @@ mod tests {
         }
         let in_sections = |chunks: &[usize]| {
             let call = call(Kind::AllGather, Some(DType::F32), false, 8, Detail::None);
-            describe(super::in_sections(call, Some(&Sections::new(chunks))))
+            describe(super::in_sections(call, Some(&Sections::new(chunks).unwrap())))
         };
         assert!(in_sections(&[1, 3]).starts_with("all-gather #0 of 8 × f32 in 2 sections (cut "));
         assert_ne!(in_sections(&[1, 3]), in_sections(&[3, 1]));

@@ -22,7 +22,7 @@ pub(crate) fn expect(fits: bool, reason: impl FnOnce() -> String) -> Result<(), 
 
 /// Collectives move memory of the host.
 pub(crate) fn on_host(buffer: &Buffer) -> Result<(), Error> {
-    let space = buffer.span().space();
+    let space = buffer.space();
     expect(space.is_host(), || format!("collectives move memory of the host, and {buffer:?} is {space}"))
 }
 
@@ -31,7 +31,7 @@ pub(crate) fn on_host(buffer: &Buffer) -> Result<(), Error> {
 pub(crate) fn same_device(one: &Buffer, other: &Buffer) -> Result<(), Error> {
     on_host(one)?;
     on_host(other)?;
-    expect(one.span().deferred() == other.span().deferred(), || {
+    expect(one.is_deferred() == other.is_deferred(), || {
         format!("an operation's buffers are of one device, and {one:?} and {other:?} are not")
     })
 }

@@ -1,6 +1,7 @@
 //! The ranks that talk: how they meet, the memory that they share, and how they part.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
@@ -10,14 +11,10 @@ use pillion_kernels::{Buffer, DType, Device};
 
 use crate::call::Purpose;
 use crate::checks::expect;
-use crate::engine::Owned;
-use crate::engine::group::Group;
 use crate::join::{self, Job, Joined};
 use crate::limits::explain_thread;
-use crate::memory::available::available_memory;
 use crate::memory::control::state;
-use crate::memory::ranges::Range;
-use crate::window::{self, chunk};
+use crate::transport::{Capabilities, Limit, Transport};
 use crate::{Backend, Error, Launch, Options, Sections, Span, Window, WireKind};
 
 /// What a communicator has moved so far.
@@ -34,20 +31,14 @@ pub struct Traffic {
 /// Every rank makes the same calls in the same order; a rank that does not is named by an error. After an error every call
 /// returns that first error. Dropping a communicator waits for the operations in flight.
 pub struct Communicator {
-    pub(crate) group: Arc<Group>,
-    pub(crate) job: Job,
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) options: Options,
+    job: Job,
     splits: AtomicU64,
     /// Windows made so far.
     windows: AtomicU64,
     /// How many groups of the same members this rank has made.
-    pub(crate) groups: Mutex<HashMap<Vec<usize>, u64>>,
-}
-
-/// What is allocated.
-#[derive(Clone, Copy)]
-enum Memory {
-    Arena,
-    Window,
+    groups: Mutex<HashMap<Vec<usize>, u64>>,
 }
 
 impl Communicator {
@@ -122,8 +113,8 @@ impl Communicator {
         let (group, network) = joined.map_err(|error| join::decline(&job, error))?;
         let engine = group.engine.clone();
         engine.set_thread(progress);
-        let communicator = Communicator::of(group, Job { network, ..job });
-        let group = &communicator.group;
+        let options = group.options.clone();
+        let communicator = Communicator::of(group.clone(), options, Job { network, ..job });
         group.declare_joined();
         let absent = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
         group.wait_for_ranks("the start", startup, absent)?;
@@ -131,9 +122,9 @@ impl Communicator {
         Ok(communicator)
     }
 
-    /// Of a group that this rank's engine drives.
-    pub(crate) fn of(group: Arc<Group>, job: Job) -> Communicator {
-        Communicator { group, job, splits: AtomicU64::new(0), windows: AtomicU64::new(0), groups: Mutex::default() }
+    fn of(transport: Arc<dyn Transport>, options: Options, job: Job) -> Communicator {
+        let (splits, windows) = (AtomicU64::new(0), AtomicU64::new(0));
+        Communicator { transport, options, job, splits, windows, groups: Mutex::default() }
     }
 
     /// This rank's number, from 0.
@@ -143,12 +134,13 @@ impl Communicator {
 
     /// Number of ranks.
     pub fn world(&self) -> usize {
-        self.group.hosts.world()
+        self.job.launch.world
     }
 
     /// What moves the bytes: never [`Backend::Auto`].
     pub fn backend(&self) -> Backend {
-        match (self.group.hosts.ranks.len(), self.group.world(), self.wire()) {
+        let hosts = self.transport.hosts();
+        match (hosts.ranks.len(), hosts.local().len(), self.wire()) {
             (1, ..) => Backend::Shm,
             (_, 1, WireKind::Tcp) => Backend::Tcp,
             (_, 1, _) => Backend::Mpi,
@@ -158,7 +150,7 @@ impl Communicator {
 
     /// What connects hosts, where there are several: never [`WireKind::Auto`].
     pub fn wire(&self) -> WireKind {
-        let Options { wire, backend, simulated_hosts, .. } = self.group.options;
+        let Options { wire, backend, simulated_hosts, .. } = self.options;
         // What stands for a network between threads counts as MPI.
         if simulated_hosts > 1 { WireKind::Mpi } else { wire.of(&self.job.launch, backend) }
     }
@@ -166,7 +158,12 @@ impl Communicator {
     /// Number of hosts over which the ranks are spread, as many on each; every rank counts as one
     /// under [`Backend::Mpi`] and [`Backend::Tcp`].
     pub fn hosts(&self) -> usize {
-        self.group.hosts.ranks.len()
+        self.transport.hosts().ranks.len()
+    }
+
+    /// What it can do beyond moving and combining elements.
+    pub fn capabilities(&self) -> Capabilities {
+        self.transport.capabilities()
     }
 
     /// Whether nothing has failed here so far.
@@ -174,23 +171,65 @@ impl Communicator {
     /// # Errors
     /// The first error, which every later call returns too.
     pub fn healthy(&self) -> Result<(), Error> {
-        self.group.healthy()
+        self.transport.healthy()
     }
 
     /// What has been moved so far.
     pub fn traffic(&self) -> Traffic {
-        let (operations, bytes) = self.group.traffic();
-        Traffic { operations, bytes }
+        self.transport.traffic()
     }
 
     /// Whether operations that start from now on are recorded, but for messages; [`Communicator::recorded`] has them.
     pub fn record(&self, wanted: bool) {
-        self.group.record.set_wanted(wanted);
+        self.transport.record().set_wanted(wanted);
     }
 
     /// The operations that were recorded and have ended since this was last asked: those of one kind in the order of their calls.
     pub fn recorded(&self) -> Vec<Span> {
-        self.group.record.take()
+        self.transport.record().take()
+    }
+
+    /// A communicator of these ranks of this one, numbered in this order. They alone call this, all
+    /// with the same list, in an order of groups that lets each be completed. It costs some pages
+    /// of memory and no thread, and has operations and failures of its own. Memory that any
+    /// communicator of the job allocated is used in place by all of them.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] for a list without this rank, with a rank twice, or with one that there is
+    /// not. This communicator's first error: [`Error::Timeout`] where members do not come within
+    /// [`Options::startup_timeout`]. Between hosts also [`Error::Rendezvous`].
+    pub fn group(&self, ranks: &[usize]) -> Result<Communicator, Error> {
+        for (index, &rank) in ranks.iter().enumerate() {
+            self.check_rank("a group with", rank)?;
+            expect(!ranks[..index].contains(&rank), || format!("a group of ranks {ranks:?} has rank {rank} twice"))?;
+        }
+        let own = ranks.iter().position(|&rank| rank == self.rank());
+        let Some(own) = own else {
+            let reason = format!("rank {} makes a group of ranks {ranks:?}: only members make it", self.rank());
+            return Err(Error::Misuse { reason });
+        };
+        self.healthy()?;
+        let key = self.key_of(ranks);
+        let job = Job {
+            launch: Launch { rank: own, world: ranks.len(), ..self.job.launch.clone() },
+            name: format!("{}+{key:x}", self.job.name),
+            ranks: ranks.iter().map(|&rank| self.job.ranks[rank]).collect(),
+            key,
+            ..self.job.clone()
+        };
+        let transport = self.transport.group(ranks, &job)?;
+        let options = Options { reduce_groups: 1, ..self.options.clone() };
+        Ok(Communicator::of(transport, options, job))
+    }
+
+    /// What tells the next group of these ranks from others of the job, the same on every member.
+    fn key_of(&self, ranks: &[usize]) -> u64 {
+        let mut groups = self.groups.lock();
+        let number = groups.entry(ranks.to_vec()).or_default();
+        *number += 1;
+        let mut hasher = DefaultHasher::new();
+        (self.job.key, ranks, *number).hash(&mut hasher);
+        hasher.finish().max(1)
     }
 
     /// A communicator of the ranks that call this with the same `color`, numbered in the order of
@@ -205,7 +244,7 @@ impl Communicator {
         let all = self.exchange_scalars(&words, Purpose::Split, self.limit())?;
         if let Some(peer) = all.iter().position(|other| other[3] != number) {
             let call = |number| format!("split #{number}");
-            return Err(self.group.fail(Error::Mismatch { ours: call(number), theirs: call(all[peer][3]), peer }));
+            return Err(self.transport.fail(Error::Mismatch { ours: call(number), theirs: call(all[peer][3]), peer }));
         }
         let Some(color) = color else { return Ok(None) };
         let mut members: Vec<usize> = (0..self.world()).filter(|&rank| all[rank][..2] == [1, color]).collect();
@@ -220,13 +259,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::OutOfMemory`], or [`Error::Mismatch`] when ranks ask for different sizes.
     pub fn allocate(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
-        let bytes = size(dtype, len)?;
-        let group = &self.group;
-        self.agree(Memory::Arena, bytes, bytes.saturating_mul(group.world() as u64), [0; 2])?;
-        let engine = &group.engine;
-        let range = engine.reserve(bytes).map_err(|error| self.give_up(error))?;
-        let (place, owner) = ((engine.rank, range.offset, bytes), Owned::new(engine.clone(), range));
-        engine.buffer(device, dtype, place, owner).map_err(|error| self.give_up(error))
+        self.transport.allocate(device, dtype, len)
     }
 
     /// A window of `len` elements, zeroed and writable; every rank makes the same.
@@ -256,82 +289,27 @@ impl Communicator {
         len: usize,
         sections: Option<Sections>,
     ) -> Result<Window, Error> {
-        let bytes = size(dtype, len)?;
-        let (group, engine, hosts) = (&self.group, &self.group.engine, &self.group.hosts);
-        let own = match group.rank {
-            0 => Some(window::Memory::make(engine, group.world(), bytes).map_err(|error| self.give_up(error))?),
-            _ => None,
-        };
-        let places = own.map_or([0; 2], |own| [own.words.offset, own.data.offset]);
-        let places = self.agree(Memory::Window, bytes, bytes, places).inspect_err(|_| {
-            own.into_iter().for_each(|own| own.give_back(engine));
-        })?;
-        let [words, data] = places[hosts.local()[0]];
-        let memory = window::Memory {
-            leader: group.local(0),
-            words: Range { offset: words, bytes: window::Memory::of_words(group.world()) },
-            data: Range { offset: data, bytes },
-        };
-        let memory = own.unwrap_or(memory);
-        // This rank's shard, and those that it receives from other hosts.
-        let ranks = || hosts.column_of(self.rank()).chain([self.rank()]);
-        let count = sections.as_ref().map_or(1, Sections::count);
-        let mut chunks = (0..count).flat_map(|section| ranks().map(move |rank| (section, rank)));
-        let reserved = chunks.try_for_each(|(section, rank)| {
-            let chunk = chunk(sections.as_ref(), len, section, self.world(), rank);
-            let [first, bytes] = [chunk.start, chunk.len()].map(|elements| (elements * dtype.bytes()) as u64);
-            engine.map.reserve(memory.leader, data + first, bytes)
-        });
+        let memory = self.transport.clone().window(device, dtype, len, sections.as_ref())?;
         let number = self.windows.fetch_add(1, Ordering::Relaxed);
-        reserved
-            .and_then(|()| Window::new(group.clone(), device, dtype, (number, memory), sections))
-            .map_err(|error| self.give_up(error))
+        Ok(Window::new(self.transport.clone(), self.rank(), number, memory, sections))
     }
 
     /// Gives up: every call here and, once it next waits, on every other rank returns [`Error::Aborted`] with this reason.
     pub fn abort(&self, reason: &str) {
-        self.group.abort(reason);
+        self.transport.abort(reason);
     }
 
-    /// Gives up because of this rank's own failure, so that no other rank waits for it.
-    pub(crate) fn give_up(&self, error: Error) -> Error {
-        self.group.abort(&error.to_string());
-        error
+    /// How long operations wait that say nothing of it.
+    pub(crate) fn limit(&self) -> Limit {
+        Limit::within(self.options.timeout)
     }
-
-    /// Checks that every rank asks for the same size, and that the host has memory for all of it:
-    /// exceeding it would not fail, but wake the kernel's killer. Asked before any rank takes its
-    /// part, so that the answers do not race. Returns every rank's `places`.
-    fn agree(&self, memory: Memory, bytes: u64, on_this_host: u64, places: [u64; 2]) -> Result<Vec<[u64; 2]>, Error> {
-        let (available, limit) = available_memory();
-        let words = [memory as u64, bytes, available, places[0], places[1]];
-        let values = self.exchange_scalars(&words, Purpose::Allocate, self.limit())?;
-        if let Some(peer) = values.iter().position(|other| (other[0], other[1]) != (memory as u64, bytes)) {
-            let name = |memory| ["an allocation", "a window"][usize::from(memory == Memory::Window as u64)];
-            let call = |memory, bytes| format!("{} of {bytes} bytes", name(memory));
-            let theirs = call(values[peer][0], values[peer][1]);
-            return Err(self.group.fail(Error::Mismatch { ours: call(memory as u64, bytes), theirs, peer }));
-        }
-        let available = values.iter().map(|other| other[2]).min().unwrap_or(available);
-        if on_this_host > available {
-            return Err(Error::OutOfMemory { bytes: on_this_host, available, limit });
-        }
-        Ok(values.iter().map(|other| [other[3], other[4]]).collect())
-    }
-}
-
-fn size(dtype: DType, len: usize) -> Result<u64, Error> {
-    let bytes = (len as u64).checked_mul(dtype.bytes() as u64).filter(|&bytes| bytes < 1 << 60);
-    bytes.ok_or(Error::OutOfMemory { bytes: u64::MAX, available: 1 << 60, limit: "the address space" })
 }
 
 impl Drop for Communicator {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.group.abort("it panicked");
+            self.transport.abort("it panicked");
         }
-        self.group.stop();
-        self.group.ended.wait();
-        self.group.engine.close();
+        self.transport.close();
     }
 }

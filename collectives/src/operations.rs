@@ -1,19 +1,15 @@
 //! What the ranks can say to each other.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
-use pillion_kernels::{Buffer, Completion, DType, Event};
+use pillion_kernels::{Buffer, DType, Event};
 
-use crate::algorithms::{self, AnyCollective, GatherWindow, Operands, Operation, Scalars};
 use crate::call::Purpose;
 use crate::checks::{checked, expect, on_host};
-use crate::engine::flight::{Collective, Course, Flight};
-use crate::engine::mail::{Direction, MailFlight};
-use crate::engine::watch::Limit;
-use crate::memory::control::{Channel, PAYLOAD};
-use crate::pending::{Outcome, Pending};
+use crate::memory::control::PAYLOAD;
+use crate::pending::Pending;
+use crate::request::{Collective, Direction, Message, Operands, Request};
+use crate::transport::Limit;
 use crate::{Communicator, Error, Reduction, Sections, Window};
 
 /// When an operation starts, and which thread runs it.
@@ -52,8 +48,9 @@ impl Communicator {
     pub fn all_gather(&self, shard: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
         let fits = self.world().checked_mul(shard.len()).is_some_and(|len| output.len() >= len);
         checked!(self.check("all-gather", &shard, &output, fits), (shard, output));
-        let operation = self.gather_operation(operands(Some(&shard), Some(&output)), shard.len(), None, false);
-        self.run(operation, Channel::Gather, start.into(), (shard, output))
+        let (operands, chunk) = (Operands::of(Some(&shard), Some(&output)), shard.len());
+        let collective = Collective::AllGather { operands, chunk, sections: None, in_place: false };
+        self.run(Request::Collective(collective), start.into(), (shard, output))
     }
 
     /// As [`Communicator::all_gather`], into an output that is cut into sections.
@@ -65,30 +62,24 @@ impl Communicator {
         start: impl Into<Start>,
     ) -> Pending<(Buffer, Buffer)> {
         let len = sections.shard_len();
-        let fits = shard.len() == len && output.len() >= self.world() * len;
+        let fits = shard.len() == len && self.world().checked_mul(len).is_some_and(|len| output.len() >= len);
         checked!(self.check("all-gather", &shard, &output, fits), (shard, output));
-        let operands = operands(Some(&shard), Some(&output));
-        let operation = self.gather_operation(operands, len, Some(sections.clone()), false);
-        self.run(operation, Channel::Gather, start.into(), (shard, output))
-    }
-
-    fn gather_operation(
-        &self,
-        operands: Operands,
-        chunk: usize,
-        sections: Option<Sections>,
-        in_place: bool,
-    ) -> Operation {
-        algorithms::all_gather(&self.group.hosts, self.rank(), operands, chunk, sections, in_place)
+        let operands = Operands::of(Some(&shard), Some(&output));
+        let collective =
+            Collective::AllGather { operands, chunk: len, sections: Some(sections.clone()), in_place: false };
+        self.run(Request::Collective(collective), start.into(), (shard, output))
     }
 
     /// buffer\[p·n..\] = that part of rank p's buffer. `buffer: [world · n]`.
     pub fn all_gather_in_place(&self, buffer: Buffer, start: impl Into<Start>) -> Pending<Buffer> {
         let chunk = checked!(self.chunk_of(&buffer), buffer);
-        let mut operands = operands(None, Some(&buffer));
+        let mut operands = Operands::of(None, Some(&buffer));
         operands.input = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
-        let operation = self.gather_operation(operands, chunk, None, false);
-        self.run(operation, Channel::Gather, start.into(), buffer)
+        self.run(
+            Request::Collective(Collective::AllGather { operands, chunk, sections: None, in_place: false }),
+            start.into(),
+            buffer,
+        )
     }
 
     /// As [`Communicator::all_gather_in_place`], of a buffer that is cut into sections.
@@ -99,27 +90,29 @@ impl Communicator {
         start: impl Into<Start>,
     ) -> Pending<Buffer> {
         let len = sections.shard_len();
-        checked!(self.check("all-gather", &buffer, &buffer, buffer.len() == self.world() * len), buffer);
-        let operation =
-            self.gather_operation(operands(Some(&buffer), Some(&buffer)), len, Some(sections.clone()), true);
-        self.run(operation, Channel::Gather, start.into(), buffer)
+        let fits = self.world().checked_mul(len) == Some(buffer.len());
+        checked!(self.check("all-gather", &buffer, &buffer, fits), buffer);
+        let operands = Operands::of(Some(&buffer), Some(&buffer));
+        let collective =
+            Collective::AllGather { operands, chunk: len, sections: Some(sections.clone()), in_place: true };
+        self.run(Request::Collective(collective), start.into(), buffer)
     }
 
     /// Makes all of a window readable, with what each rank wrote to its shard before `start`. Moves nothing on a host.
     /// A window that is gathered already, or of another communicator, is misuse.
     pub fn gather_window(&self, mut window: Window, start: impl Into<Start>) -> Pending<Window> {
-        checked!(window.begin_gather(&self.group), window);
-        let sections = window.sections();
-        let collective = GatherWindow::new(window.span(), window.number(), self.rank(), self.world(), sections);
-        self.run(collective, Channel::Gather, start.into(), window)
+        checked!(window.begin_gather(&self.transport), window);
+        let collective =
+            Collective::GatherWindow { window: window.span(), number: window.number(), sections: window.sections() };
+        self.run(Request::Collective(collective), start.into(), window)
     }
 
     /// buffer = that of rank `root`. `buffer: [n]`.
     pub fn broadcast(&self, buffer: Buffer, root: usize, start: impl Into<Start>) -> Pending<Buffer> {
         checked!(self.check_rank("a broadcast from", root).and_then(|()| on_host(&buffer)), buffer);
-        let operands = if self.rank() == root { operands(Some(&buffer), None) } else { operands(None, Some(&buffer)) };
-        let operation = algorithms::broadcast(&self.group.hosts, self.rank(), operands, buffer.len(), root);
-        self.run(operation, Channel::Gather, start.into(), buffer)
+        let (input, output) = if self.rank() == root { (Some(&buffer), None) } else { (None, Some(&buffer)) };
+        let (operands, len) = (Operands::of(input, output), buffer.len());
+        self.run(Request::Collective(Collective::Broadcast { operands, len, root }), start.into(), buffer)
     }
 
     /// The root's output\[p·n..\] = the shard of rank p. `shard: [n]`, unchanged; `output: [world · n]` on the root, nothing elsewhere.
@@ -132,9 +125,8 @@ impl Communicator {
     ) -> Pending<(Buffer, Option<Buffer>)> {
         let len = self.world().saturating_mul(shard.len());
         checked!(self.check_root("gather", root, &shard, output.as_ref(), len), (shard, output));
-        let operands = operands(Some(&shard), output.as_ref());
-        let operation = algorithms::gather(&self.group.hosts, self.rank(), operands, shard.len(), root);
-        self.run(operation, Channel::Gather, start.into(), (shard, output))
+        let (operands, chunk) = (Operands::of(Some(&shard), output.as_ref()), shard.len());
+        self.run(Request::Collective(Collective::Gather { operands, chunk, root }), start.into(), (shard, output))
     }
 
     /// output = part r of the root's input, on rank r. `input: [world · n]` on the root, unchanged, nothing elsewhere; `output: [n]`.
@@ -147,18 +139,16 @@ impl Communicator {
     ) -> Pending<(Option<Buffer>, Buffer)> {
         let len = self.world().saturating_mul(output.len());
         checked!(self.check_root("scatter", root, &output, input.as_ref(), len), (input, output));
-        let operands = operands(input.as_ref(), Some(&output));
-        let operation = algorithms::scatter(&self.group.hosts, self.rank(), operands, output.len(), root);
-        self.run(operation, Channel::Gather, start.into(), (input, output))
+        let (operands, chunk) = (Operands::of(input.as_ref(), Some(&output)), output.len());
+        self.run(Request::Collective(Collective::Scatter { operands, chunk, root }), start.into(), (input, output))
     }
 
     /// output\[p·n..\] = part r of the input of rank p, on rank r. `input, output: [world · n]`.
     pub fn all_to_all(&self, input: Buffer, output: Buffer, start: impl Into<Start>) -> Pending<(Buffer, Buffer)> {
         checked!(self.check("all-to-all", &input, &output, output.len() == input.len()), (input, output));
         let chunk = checked!(self.chunk_of(&input), (input, output));
-        let operands = operands(Some(&input), Some(&output));
-        let operation = algorithms::all_to_all(&self.group.hosts, self.rank(), operands, chunk);
-        self.run(operation, Channel::Gather, start.into(), (input, output))
+        let operands = Operands::of(Some(&input), Some(&output));
+        self.run(Request::Collective(Collective::AllToAll { operands, chunk }), start.into(), (input, output))
     }
 
     /// Sends `buffer` to rank `to`, which receives as many elements of the same type. Messages between two ranks arrive in order;
@@ -175,18 +165,7 @@ impl Communicator {
 
     fn message(&self, direction: Direction, buffer: Buffer, peer: usize, start: Start) -> Pending<Buffer> {
         checked!(self.check_rank("a message to or from", peer).and_then(|()| on_host(&buffer)), buffer);
-        let (outcome, deferred) = (Arc::new(Outcome::default()), buffer.span().deferred());
-        let limit = self.limit_of(&start);
-        let flight =
-            |after| MailFlight::new(&self.group, direction, peer, buffer.span(), after, limit, outcome.clone());
-        match start {
-            Start::After(event) | Start::Within { event, .. } => self.group.start_mail(flight(event)),
-            Start::Here => {
-                self.group.run_mail_here(flight(Event::PAST));
-                return Pending::ended(outcome.wait().map_err(Error::from), buffer);
-            }
-        }
-        Pending::new(outcome, buffer, deferred)
+        self.run(Request::Message(Message { direction, buffer: buffer.span(), peer }), start, buffer)
     }
 
     /// Combines each of `values` over all ranks, in order of rank; blocks until it is done. No rank returns before every
@@ -198,13 +177,12 @@ impl Communicator {
         expect(reduction.supports(DType::F64, DType::F64), || format!("there is no {} of f64", reduction.name()))?;
         for chunk in values.chunks_mut(PAYLOAD) {
             let count = chunk.len();
-            let all =
-                self.exchange(chunk.iter().map(|value| value.to_bits()), Purpose::Reduce(reduction), self.limit())?;
+            let all = self.transport.exchange(bytemuck::cast_slice(chunk), Purpose::Reduce(reduction), self.limit())?;
             for (index, value) in chunk.iter_mut().enumerate() {
                 let all = all.iter().skip(index).step_by(count).map(|&bits| f64::from_bits(bits));
                 *value = reduction.of_numbers(all);
             }
-            self.group.scalars.put_back(all);
+            self.transport.put_back(all);
         }
         Ok(())
     }
@@ -223,35 +201,13 @@ impl Communicator {
         purpose: Purpose,
         limit: Limit,
     ) -> Result<Vec<Vec<u64>>, Error> {
-        let gathered = self.exchange(values.iter().copied(), purpose, limit)?;
-        // Of no values there is nothing to cut.
-        let all = gathered.chunks_exact(values.len().max(1)).map(<[u64]>::to_vec).collect();
-        self.group.scalars.put_back(gathered);
-        Ok(all)
-    }
-
-    /// All ranks' values, one rank after the other, in memory for `Words::put_back`.
-    fn exchange(
-        &self,
-        values: impl ExactSizeIterator<Item = u64>,
-        purpose: Purpose,
-        limit: Limit,
-    ) -> Result<Vec<u64>, Error> {
         let count = values.len();
         expect(count <= PAYLOAD, || format!("{count} scalars at a time: at most {PAYLOAD}"))?;
-        let mut scalars = Scalars::new(values, purpose, self.group.scalars.take());
-        match self.group.run_here(Channel::Control, &mut scalars, limit) {
-            Some(result) => {
-                result?;
-                Ok(scalars.into_gathered())
-            }
-            None => {
-                let gathered = Arc::new(Mutex::new(Vec::new()));
-                let course = Course::new(&scalars, Channel::Control, limit);
-                self.submit(scalars.deliver_to(gathered.clone()).into(), course, Event::PAST).wait()?;
-                Ok(std::mem::take(&mut *gathered.lock()))
-            }
-        }
+        let gathered = self.transport.exchange(values, purpose, limit)?;
+        // Of no values there is nothing to cut.
+        let all = gathered.chunks_exact(values.len().max(1)).map(<[u64]>::to_vec).collect();
+        self.transport.put_back(gathered);
+        Ok(all)
     }
 
     /// `bytes` of rank `root`, on every rank. For settings and names; large data goes through [`Communicator::broadcast`].
@@ -284,7 +240,7 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn barrier(&self) -> Result<(), Error> {
-        self.exchange_scalars(&[], Purpose::Barrier, self.limit()).map(|_| ())
+        self.meet(Purpose::Barrier, self.limit())
     }
 
     /// As [`Communicator::barrier`], with a limit of this rank's own.
@@ -293,7 +249,7 @@ impl Communicator {
     /// The communicator's first error: at the limit one that names every rank that has not called,
     /// as far as this rank sees.
     pub fn barrier_within(&self, limit: Duration) -> Result<(), Error> {
-        self.exchange_scalars(&[], Purpose::Barrier, Limit::within(limit)).map(|_| ())
+        self.meet(Purpose::Barrier, Limit::within(limit))
     }
 
     /// Blocks until every rank has called, however long that takes, as long as the ranks waited for are running: for phases in
@@ -302,62 +258,28 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn patient_barrier(&self) -> Result<(), Error> {
-        let limit = Limit::patiently(self.group.options.timeout);
-        self.exchange_scalars(&[], Purpose::PatientBarrier, limit).map(|_| ())
+        let limit = Limit::patiently(self.options.timeout);
+        self.meet(Purpose::PatientBarrier, limit)
     }
 
-    pub(crate) fn run<T>(
-        &self,
-        mut collective: impl Collective + Into<AnyCollective>,
-        channel: Channel,
-        start: Start,
-        value: T,
-    ) -> Pending<T> {
-        let limit = self.limit_of(&start);
-        let after = match start {
-            Start::After(event) | Start::Within { event, .. } => event,
-            Start::Here => {
-                if let Some(result) = self.group.run_here(channel, &mut collective, limit) {
-                    return Pending::ended(result, value);
-                }
-                let course = Course::new(&collective, channel, limit);
-                let outcome = self.submit(collective.into(), course, Event::PAST);
-                return Pending::ended(outcome.wait().map_err(Error::from), value);
-            }
+    fn meet(&self, purpose: Purpose, limit: Limit) -> Result<(), Error> {
+        self.transport.exchange(&[], purpose, limit).map(|nothing| self.transport.put_back(nothing))
+    }
+
+    /// Hands a request to the transport; `value` comes back once it has ended.
+    pub(crate) fn run<T>(&self, request: Request, start: Start, value: T) -> Pending<T> {
+        let (event, limit) = match start {
+            Start::Here => return Pending::ended(self.transport.run(request, self.limit()), value),
+            Start::After(event) => (event, self.limit()),
+            Start::Within { event, limit } => (event, Limit::within(limit)),
         };
-        let course = Course::new(&collective, channel, limit);
-        let deferred = course.is_deferred();
-        Pending::new(self.submit(collective.into(), course, after), value, deferred)
+        let deferred = request.is_deferred();
+        Pending::new(self.transport.submit(request, event, limit), value, deferred)
     }
-
-    /// How long operations wait that say nothing of it.
-    pub(crate) fn limit(&self) -> Limit {
-        Limit::within(self.group.options.timeout)
-    }
-
-    fn limit_of(&self, start: &Start) -> Limit {
-        match start {
-            Start::Within { limit, .. } => Limit::within(*limit),
-            Start::After(_) | Start::Here => self.limit(),
-        }
-    }
-
-    fn submit(&self, collective: AnyCollective, course: Course, after: Event) -> Arc<Outcome> {
-        let outcome = self.group.outcomes.get();
-        self.group.submit(Flight::new(collective, course, after, outcome.clone()));
-        outcome
-    }
-}
-
-/// Of buffers that have been checked.
-pub(crate) fn operands(input: Option<&Buffer>, output: Option<&Buffer>) -> Operands {
-    let dtype = input.or(output).expect("an operation has a buffer").dtype();
-    let to = output.map_or(dtype, Buffer::dtype);
-    Operands { input: input.map(Buffer::span), output: output.map(Buffer::span), dtype, to }
 }
 
 // An operation is handed to the progress thread.
 const _: fn() = || {
     fn is_send<T: Send>() {}
-    is_send::<Operation>();
+    is_send::<Request>();
 };

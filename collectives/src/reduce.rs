@@ -1,7 +1,11 @@
 //! The buffers of a reduce-scatter.
 
-use pillion_kernels::Buffer;
+use std::sync::Arc;
 
+use pillion_kernels::Buffer;
+use pillion_kernels::cpu::observe::Observer;
+
+use crate::memory::control::PAYLOAD;
 use crate::{Pending, Reduction, Sections};
 
 /// A reduce-scatter's buffers.
@@ -22,14 +26,18 @@ pub struct Reduce {
     pub sideband: Option<Sideband>,
 }
 
-/// Numbers that ride on a reduce-scatter.
+/// Numbers that ride on a reduce-scatter: no operation more, no buffer more.
 #[derive(Debug)]
 pub struct Sideband {
-    /// `[≥ 4 · sections]` f64: numbers of this rank, four for each section; unchanged, and not read
-    /// beyond.
+    /// `[≥ n]` f64: n numbers of this rank; unchanged, and not read beyond.
     pub own: Buffer,
-    /// `[4 · sections]` f64: the sums of the ranks' numbers, in order of rank.
+    /// `[n]` f64: the sums of the ranks' numbers, in order of rank. At most [`Sideband::MAX`].
     pub totals: Buffer,
+}
+
+impl Sideband {
+    /// Most numbers: they travel in the operation's header.
+    pub const MAX: usize = PAYLOAD;
 }
 
 /// What a reduce-scatter reads, until it is complete.
@@ -65,19 +73,13 @@ impl Pending<Reduce> {
     }
 }
 
-/// The ranks' inputs of a reduce-scatter beside their sum, in this rank's part.
+/// The ranks' inputs of a reduce-scatter beside their sum, in this rank's part, as an observer sees
+/// them.
 #[derive(Debug)]
-pub struct Comparison {
-    /// `[2 + world]` f64 for each section, replaced: the number of elements that pass; the sum of
-    /// the squares of their sums; for each rank, its input times the sum.
+pub struct Observation {
+    /// What the observer takes of this rank's part, replaced: `[numbers]` f64 for each section, as
+    /// [`Observer::numbers`] says of as many terms as there are ranks.
     pub totals: Buffer,
-    /// An element passes where world · Σ_k x_k² ≤ `limit` · (Σ_k x_k)², and that is not zero.
-    pub limit: f64,
-}
-
-impl Comparison {
-    /// Numbers in the totals of a section.
-    pub const fn len(world: usize) -> usize {
-        pillion_kernels::cpu::compare::numbers(world)
-    }
+    /// Who looks.
+    pub observer: Arc<dyn Observer>,
 }

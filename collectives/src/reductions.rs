@@ -5,20 +5,18 @@
 
 use pillion_kernels::{Buffer, DType, Event};
 
-use crate::algorithms::{self, BriefAllReduce, Combination, Operands, Sidebands};
 use crate::checks::{checked, expect, same_device};
-use crate::memory::control::Channel;
-use crate::operations::{Start, operands};
-use crate::reduce::{Comparison, Reduce, Sideband, Summand, Sums};
-use crate::sections::SIDEBAND;
+use crate::operations::Start;
+use crate::reduce::{Observation, Reduce, Sideband, Summand, Sums};
+use crate::request::{Collective, Observing, Operands, Request, Scattered, Sidebands};
 use crate::{Communicator, Error, Pending, Reduction, Sections};
 
 /// Buffers and arguments are as for the other operations.
 impl Communicator {
     /// Combines the inputs of all ranks, and gives each rank its part.
     pub fn reduce_scatter(&self, reduce: Reduce, start: impl Into<Start>) -> Pending<Reduce> {
-        let operation = checked!(self.scatter_operation(&reduce, None), reduce);
-        self.run(operation, Channel::Reduce, start.into(), reduce)
+        let collective = checked!(self.scatter_request(&reduce, None), reduce);
+        self.run(Request::Collective(collective), start.into(), reduce)
     }
 
     /// Adds the ranks' summands to the output of an earlier reduction, and their numbers to its
@@ -35,7 +33,7 @@ impl Communicator {
         let after = Event::all([after, earlier.event()]);
         let Some(Sums { output, totals }) = earlier.take_in_flight() else {
             // The other ranks of this communicator would wait for this one.
-            earlier.failure().map(|failure| self.group.fail_after(failure));
+            earlier.failure().map(|failure| self.transport.fail_after(failure));
             return (earlier.like(summand), earlier);
         };
         let Summand { input, own } = summand;
@@ -50,49 +48,41 @@ impl Communicator {
         self.reduce_scatter(reduce, after).split()
     }
 
-    /// Whether a rank that combines reads every rank's input where it lies, as
-    /// [`Communicator::reduce_scatter_compared`] must: all ranks are on one host.
-    pub fn can_compare(&self) -> bool {
-        !self.group.has_wire()
-    }
-
-    /// As [`Communicator::reduce_scatter`], and compares every rank's part with the sum while it is
-    /// made. Nothing more is moved. Misuse unless [`Communicator::can_compare`], for a sum in f32
-    /// that is not accumulated.
-    pub fn reduce_scatter_compared(
+    /// As [`Communicator::reduce_scatter`], while an observer looks at every rank's part beside the
+    /// sum. Nothing more is moved. Misuse unless
+    /// [`reads_peers_in_place`](crate::Capabilities::reads_peers_in_place), for a sum in f32 that
+    /// is not accumulated, of terms that the observer supports.
+    pub fn reduce_scatter_observed(
         &self,
         reduce: Reduce,
-        comparison: Comparison,
+        observation: Observation,
         start: impl Into<Start>,
-    ) -> Pending<(Reduce, Comparison)> {
-        let operation = self
-            .check_comparison(&reduce, &comparison)
-            .and_then(|comparing| self.scatter_operation(&reduce, Some(comparing)));
-        let operation = checked!(operation, (reduce, comparison));
-        self.run(operation, Channel::Reduce, start.into(), (reduce, comparison))
+    ) -> Pending<(Reduce, Observation)> {
+        let collective = self
+            .check_observation(&reduce, &observation)
+            .and_then(|observing| self.scatter_request(&reduce, Some(observing)));
+        let collective = checked!(collective, (reduce, observation));
+        self.run(Request::Collective(collective), start.into(), (reduce, observation))
     }
 
-    fn check_comparison(&self, reduce: &Reduce, comparison: &Comparison) -> Result<algorithms::Comparing, Error> {
-        let Comparison { totals, limit } = comparison;
-        expect(self.can_compare(), || "terms are compared on one host".to_owned())?;
+    fn check_observation(&self, reduce: &Reduce, observation: &Observation) -> Result<Observing, Error> {
+        let Observation { totals, observer } = observation;
+        expect(self.capabilities().reads_peers_in_place, || "terms are observed on one host".to_owned())?;
         let is_sum = reduce.reduction == Reduction::Sum && reduce.output.dtype() == DType::F32 && !reduce.accumulate;
-        let is_sum = is_sum && matches!(reduce.input.dtype(), DType::F32 | DType::Bf16);
-        expect(is_sum, || "terms, f32 or bf16, are compared with their sum in f32".to_owned())?;
+        expect(is_sum, || "terms are observed beside their sum in f32, which is not accumulated".to_owned())?;
+        let dtype = reduce.input.dtype();
+        expect(observer.supports(dtype), || format!("{observer:?} does not look at terms of {dtype}"))?;
         let sections = reduce.sections.as_ref().map_or(1, Sections::count);
-        let len = sections * Comparison::len(self.world());
+        let len = sections * observer.numbers(self.world());
         let fits = totals.len() == len && totals.dtype() == DType::F64;
-        expect(fits, || format!("a comparison is {len} × f64, and not {totals:?}"))?;
+        expect(fits, || format!("an observation is {len} × f64, and not {totals:?}"))?;
         same_device(&reduce.input, totals)?;
-        Ok(algorithms::Comparing { totals: totals.span(), sections, limit: *limit })
+        Ok(Observing { totals: totals.span(), sections, observer: observer.clone() })
     }
 
-    fn scatter_operation(
-        &self,
-        reduce: &Reduce,
-        comparison: Option<algorithms::Comparing>,
-    ) -> Result<algorithms::Operation, Error> {
+    fn scatter_request(&self, reduce: &Reduce, observing: Option<Observing>) -> Result<Collective, Error> {
         let Reduce { input, sections, output, reduction, accumulate, sideband } = reduce;
-        let combination = self.combination(*reduction, input, output)?;
+        self.check_reduction(*reduction, input, output)?;
         let world = self.world();
         let is_cut = sections.as_ref().is_none_or(|sections| sections.shard_len() == output.len());
         let fits = is_cut && world.checked_mul(output.len()).is_some_and(|len| input.len() >= len);
@@ -104,29 +94,30 @@ impl Communicator {
         let sidebands = match sideband {
             None => None,
             Some(Sideband { own, totals }) => {
-                let len = SIDEBAND * sections.as_ref().map_or(1, Sections::count);
-                let fits = own.len() >= len && totals.len() == len;
+                let len = totals.len();
+                let fits = own.len() >= len && len <= Sideband::MAX;
                 for numbers in [own, totals] {
                     let fits = fits && numbers.dtype() == DType::F64;
-                    expect(fits, || format!("a sideband is {len} × f64, and not {own:?} and {totals:?}"))?;
+                    expect(fits, || {
+                        let most = Sideband::MAX;
+                        format!(
+                            "a sideband is as many × f64 on both sides, at most {most}, and not {own:?} and {totals:?}"
+                        )
+                    })?;
                     same_device(input, numbers)?;
                 }
                 Some(Sidebands { own: own.span().range(0..len), totals: totals.span(), accumulate: *accumulate })
             }
         };
-        let (chunk, operands) = (output.len(), operands(Some(input), Some(output)));
-        let (hosts, sections) = (&self.group.hosts, sections.clone());
-        let operation = algorithms::reduce_scatter(
-            hosts,
-            operands,
-            chunk,
-            combination,
-            *accumulate,
-            sections,
+        Ok(Collective::ReduceScatter(Scattered {
+            operands: Operands::of(Some(input), Some(output)),
+            chunk: output.len(),
+            sections: sections.clone(),
+            reduction: *reduction,
+            accumulate: *accumulate,
             sidebands,
-            comparison,
-        );
-        Ok(operation)
+            observing,
+        }))
     }
 
     /// Part r of rank r's buffer = the ranks' parts r combined, in order of rank; the other parts
@@ -138,19 +129,26 @@ impl Communicator {
         start: impl Into<Start>,
     ) -> Pending<Buffer> {
         let chunk = checked!(self.chunk_of(&buffer), buffer);
-        let combination = checked!(self.combination(reduction, &buffer, &buffer), buffer);
-        let mut operands = operands(Some(&buffer), Some(&buffer));
+        checked!(self.check_reduction(reduction, &buffer, &buffer), buffer);
+        let mut operands = Operands::of(Some(&buffer), Some(&buffer));
         operands.output = Some(buffer.span().range(self.rank() * chunk..(self.rank() + 1) * chunk));
-        let hosts = &self.group.hosts;
-        let operation = algorithms::reduce_scatter(hosts, operands, chunk, combination, false, None, None, None);
-        self.run(operation, Channel::Reduce, start.into(), buffer)
+        let collective = Collective::ReduceScatter(Scattered {
+            operands,
+            chunk,
+            sections: None,
+            reduction,
+            accumulate: false,
+            sidebands: None,
+            observing: None,
+        });
+        self.run(Request::Collective(collective), start.into(), buffer)
     }
 
     /// buffer = the ranks' buffers combined, in order of rank. `buffer: [n]`.
     pub fn all_reduce(&self, buffer: Buffer, reduction: Reduction, start: impl Into<Start>) -> Pending<Buffer> {
-        let combination = checked!(self.combination(reduction, &buffer, &buffer), buffer);
-        let operands = operands(Some(&buffer), Some(&buffer));
-        self.run_all_reduce(operands, buffer.len(), combination, start.into(), buffer)
+        checked!(self.check_reduction(reduction, &buffer, &buffer), buffer);
+        let (operands, len) = (Operands::of(Some(&buffer), Some(&buffer)), buffer.len());
+        self.run(Request::Collective(Collective::AllReduce { operands, len, reduction }), start.into(), buffer)
     }
 
     /// output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged; `output:
@@ -165,10 +163,9 @@ impl Communicator {
         let fits = expect(input.len() == output.len(), || {
             format!("an all-reduce of {input:?} into {output:?}: give lengths that are equal")
         });
-        let combination = fits.and_then(|()| self.combination(reduction, &input, &output));
-        let combination = checked!(combination, (input, output));
-        let operands = operands(Some(&input), Some(&output));
-        self.run_all_reduce(operands, input.len(), combination, start.into(), (input, output))
+        checked!(fits.and_then(|()| self.check_reduction(reduction, &input, &output)), (input, output));
+        let (operands, len) = (Operands::of(Some(&input), Some(&output)), input.len());
+        self.run(Request::Collective(Collective::AllReduce { operands, len, reduction }), start.into(), (input, output))
     }
 
     /// Combines the output of a reduce-scatter over the ranks of this communicator, in place, once
@@ -178,28 +175,12 @@ impl Communicator {
         let after = sums.event();
         let Some(sums) = sums.take_in_flight() else {
             // The other ranks of this communicator would wait for this one.
-            sums.failure().map(|failure| self.group.fail_after(failure));
+            sums.failure().map(|failure| self.transport.fail_after(failure));
             return sums;
         };
-        let combination = checked!(self.combination(reduction, &sums.output, &sums.output), sums);
-        let operands = operands(Some(&sums.output), Some(&sums.output));
-        self.run_all_reduce(operands, sums.output.len(), combination, Start::After(after), sums)
-    }
-
-    fn run_all_reduce<T>(
-        &self,
-        operands: Operands,
-        len: usize,
-        combination: Combination,
-        start: Start,
-        value: T,
-    ) -> Pending<T> {
-        let hosts = &self.group.hosts;
-        if BriefAllReduce::fits(hosts, len * operands.dtype.bytes()) {
-            return self.run(BriefAllReduce::new(operands, len, combination), Channel::Reduce, start, value);
-        }
-        let operation = algorithms::all_reduce(hosts, self.rank(), operands, len, combination);
-        self.run(operation, Channel::Reduce, start, value)
+        checked!(self.check_reduction(reduction, &sums.output, &sums.output), sums);
+        let (operands, len) = (Operands::of(Some(&sums.output), Some(&sums.output)), sums.output.len());
+        self.run(Request::Collective(Collective::AllReduce { operands, len, reduction }), Start::After(after), sums)
     }
 
     /// The root's output = the ranks' inputs combined, in order of rank. `input: [n]`, unchanged;
@@ -212,22 +193,23 @@ impl Communicator {
         root: usize,
         start: impl Into<Start>,
     ) -> Pending<(Buffer, Option<Buffer>)> {
-        let combination = self
+        let checked = self
             .check_root("reduce", root, &input, output.as_ref(), input.len())
-            .and_then(|()| self.combination(reduction, &input, output.as_ref().unwrap_or(&input)));
-        let combination = checked!(combination, (input, output));
-        let operands = operands(Some(&input), output.as_ref());
-        let operation = algorithms::reduce(&self.group.hosts, operands, input.len(), combination, root);
-        self.run(operation, Channel::Reduce, start.into(), (input, output))
+            .and_then(|()| self.check_reduction(reduction, &input, output.as_ref().unwrap_or(&input)));
+        checked!(checked, (input, output));
+        let (operands, len) = (Operands::of(Some(&input), output.as_ref()), input.len());
+        self.run(
+            Request::Collective(Collective::Reduce { operands, len, reduction, root }),
+            start.into(),
+            (input, output),
+        )
     }
 
-    fn combination(&self, reduction: Reduction, input: &Buffer, output: &Buffer) -> Result<Combination, Error> {
+    fn check_reduction(&self, reduction: Reduction, input: &Buffer, output: &Buffer) -> Result<(), Error> {
         let (dtype, output_dtype) = (input.dtype(), output.dtype());
         let name = reduction.name();
         let fits = reduction.supports(dtype, output_dtype);
         expect(fits, || format!("there is no {name} of {dtype} into {output_dtype}: see Reduction::supports"))?;
-        same_device(input, output)?;
-        let (world, groups) = (self.world(), self.group.options.reduce_groups);
-        Ok(Combination { reduction, output: output_dtype, world, groups })
+        same_device(input, output)
     }
 }

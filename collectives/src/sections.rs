@@ -3,10 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::memory::control::PAYLOAD;
-
-/// Numbers of a rank that ride with each section of a reduce-scatter.
-pub(crate) const SIDEBAND: usize = 4;
+use crate::Error;
+use crate::checks::expect;
 
 /// How a full buffer is cut when several things move as one operation: it is a row of sections,
 /// and each section is a row of equal chunks, one for each rank. A rank's *shard* is the row of
@@ -23,21 +21,28 @@ pub struct Sections {
 }
 
 impl Sections {
-    /// Most sections of an operation: the numbers that ride with them travel in its header.
-    pub const MAX: usize = PAYLOAD / SIDEBAND;
+    /// Most sections of an operation.
+    pub const MAX: usize = 1 << 15;
 
     /// Sections whose chunks have these lengths.
     ///
-    /// # Panics
-    /// When there are none, or more than [`Sections::MAX`].
-    pub fn new(chunks: &[usize]) -> Sections {
+    /// # Errors
+    /// [`Error::Misuse`] when there are none, or more than [`Sections::MAX`], and when the sum of
+    /// the lengths is no length.
+    pub fn new(chunks: &[usize]) -> Result<Sections, Error> {
         let count = chunks.len();
-        assert!((1..=Sections::MAX).contains(&count), "{count} sections of an operation: 1 to {}", Sections::MAX);
+        expect((1..=Sections::MAX).contains(&count), || {
+            format!("{count} sections of an operation: give 1 to {}", Sections::MAX)
+        })?;
+        let len = chunks.iter().try_fold(0usize, |sum, &chunk| sum.checked_add(chunk));
+        expect(len.is_some_and(|len| len <= isize::MAX as usize), || {
+            format!("{count} sections that are longer than any memory: give lengths in elements")
+        })?;
         let ends = chunks.iter().scan(0, |end, chunk| {
             *end += chunk;
             Some(*end)
         });
-        Sections { bounds: std::iter::once(0).chain(ends).collect() }
+        Ok(Sections { bounds: std::iter::once(0).chain(ends).collect() })
     }
 
     /// Number of sections.
@@ -93,13 +98,15 @@ mod tests {
 
     use super::*;
 
+    const MANY: usize = 16;
+
     proptest! {
         #[test]
         fn every_element_of_a_full_buffer_is_in_one_chunk_of_one_rank(
-            chunks in prop::collection::vec(0usize..9, 1..=Sections::MAX),
+            chunks in prop::collection::vec(0usize..9, 1..=MANY),
             world in 1usize..5,
         ) {
-            let sections = Sections::new(&chunks);
+            let sections = Sections::new(&chunks).unwrap();
             prop_assert_eq!(sections.shard_len(), chunks.iter().sum::<usize>());
             let mut places = Vec::new();
             for section in 0..sections.count() {
@@ -112,11 +119,11 @@ mod tests {
 
         #[test]
         fn a_cut_keeps_all_elements_in_order_and_none_of_two_sections(
-            chunks in prop::collection::vec(0usize..9, 1..=Sections::MAX),
+            chunks in prop::collection::vec(0usize..9, 1..=MANY),
             from in 0usize..150,
             len in 0usize..150,
         ) {
-            let sections = Sections::new(&chunks);
+            let sections = Sections::new(&chunks).unwrap();
             let all = from.min(sections.shard_len())..(from + len).min(sections.shard_len());
             let parts: Vec<Range<usize>> = sections.cut(all.clone()).collect();
             prop_assert!(parts.iter().cloned().flatten().eq(all));

@@ -1,17 +1,12 @@
 //! Memory that all ranks of a host read in place.
 
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use pillion_kernels::{Buffer, DType, Device, Event, Span, View, ViewMut};
+use pillion_kernels::{Buffer, Event, Span, View, ViewMut};
 
 use crate::checks::expect;
-use crate::engine::Engine;
-use crate::engine::group::Group;
-use crate::memory::control::{WINDOW_BELL, subject};
-use crate::memory::mapping::{Mapping, PAGE};
-use crate::memory::protocol::publish;
-use crate::memory::ranges::Range;
+use crate::transport::{Transport, Turns};
 use crate::{Error, Sections};
 
 /// A full-length buffer that every rank of the host can read and whose own shard each rank writes.
@@ -24,8 +19,11 @@ pub struct Window {
     buffer: Buffer,
     /// Its number among those of its communicator.
     number: u64,
-    words: Words,
-    group: Arc<Group>,
+    turns: Box<dyn Turns>,
+    /// What it belongs to.
+    transport: Arc<dyn Transport>,
+    /// This rank.
+    rank: usize,
     sections: Option<Sections>,
     gathers: u64,
     gathered: bool,
@@ -38,7 +36,7 @@ pub(crate) fn chunk(
     section: usize,
     world: usize,
     rank: usize,
-) -> std::ops::Range<usize> {
+) -> Range<usize> {
     match sections {
         Some(sections) => sections.in_full(section, world, rank),
         None => {
@@ -49,23 +47,15 @@ pub(crate) fn chunk(
 }
 
 impl Window {
-    /// Of memory that every rank has reserved its part of.
-    ///
-    /// # Errors
-    /// Where `device` cannot use it.
+    /// The `number`-th window of a communicator's rank `rank`.
     pub(crate) fn new(
-        group: Arc<Group>,
-        device: &dyn Device,
-        dtype: DType,
-        (number, memory): (u64, Memory),
+        transport: Arc<dyn Transport>,
+        rank: usize,
+        number: u64,
+        (buffer, turns): (Buffer, Box<dyn Turns>),
         sections: Option<Sections>,
-    ) -> Result<Window, Error> {
-        let Memory { leader, words, data } = memory;
-        let words = Words { leader, offset: words.offset };
-        let (engine, place) = (group.engine.clone(), (leader, data.offset, data.bytes));
-        let lease = Lease { memory, group: group.clone() };
-        let buffer = engine.buffer(device, dtype, place, lease)?;
-        Ok(Window { buffer, number, words, group, sections, gathers: 0, gathered: false })
+    ) -> Window {
+        Window { buffer, number, turns, transport, rank, sections, gathers: 0, gathered: false }
     }
 
     /// Number of elements of the whole.
@@ -80,11 +70,11 @@ impl Window {
 
     /// The whole, for reading.
     ///
-    /// # Panics
-    /// When it has not been gathered since the last release.
-    pub fn view(&self) -> View<'_> {
-        assert!(self.gathered, "a window is gathered before it is read");
-        self.buffer.view()
+    /// # Errors
+    /// [`Error::Misuse`] when it has not been gathered since the last release.
+    pub fn view(&self) -> Result<View<'_>, Error> {
+        expect(self.gathered, || "a window is gathered before it is read".to_owned())?;
+        Ok(self.buffer.view())
     }
 
     pub(crate) fn span(&self) -> Span {
@@ -102,13 +92,18 @@ impl Window {
 
     /// This rank's chunk of a section, for reading: nobody else writes it. A window that was made
     /// without sections has one, number 0.
-    pub fn shard(&self, section: usize) -> View<'_> {
-        self.buffer.slice(self.own(section))
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] for a section that there is not.
+    pub fn shard(&self, section: usize) -> Result<View<'_>, Error> {
+        Ok(self.buffer.slice(self.own(section)?))
     }
 
-    fn own(&self, section: usize) -> std::ops::Range<usize> {
-        let (world, rank) = (self.group.hosts.world(), self.group.name(self.group.rank));
-        chunk(self.sections.as_ref(), self.buffer.len(), section, world, rank)
+    fn own(&self, section: usize) -> Result<Range<usize>, Error> {
+        let count = self.sections.as_ref().map_or(1, Sections::count);
+        expect(section < count, || format!("section {section} of a window of {count}: they are counted from 0"))?;
+        let world = self.transport.hosts().world();
+        Ok(chunk(self.sections.as_ref(), self.buffer.len(), section, world, self.rank))
     }
 
     /// This rank's chunk of a section, for writing; blocks until every rank has released the last
@@ -119,12 +114,8 @@ impl Window {
     /// rank itself has not released, or for a section that there is not.
     pub fn shard_mut(&mut self, section: usize) -> Result<ViewMut<'_>, Error> {
         expect(!self.gathered, || "a window is released before it is written".to_owned())?;
-        let count = self.sections.as_ref().map_or(1, Sections::count);
-        expect(section < count, || format!("section {section} of a window of {count}: they are counted from 0"))?;
-        let (group, gathers) = (&self.group, self.gathers);
-        let late = |rank: usize| self.released(rank).load(Ordering::Acquire) < gathers;
-        group.wait_for_ranks("writing a window", group.options.timeout, late)?;
-        let own = self.own(section);
+        let own = self.own(section)?;
+        self.turns.wait(self.gathers)?;
         Ok(self.buffer.slice_mut(own))
     }
 
@@ -137,111 +128,20 @@ impl Window {
         if self.gathered {
             after.wait()?;
             self.gathered = false;
-            publish(self.released(self.group.rank), self.gathers);
-            for rank in (0..self.group.world()).filter(|&rank| rank != self.group.rank) {
-                self.group.ring_rank(rank, WINDOW_BELL, subject::WINDOW);
-            }
+            self.turns.release(self.gathers);
         }
         Ok(())
     }
 
-    /// Starts a gather by the ranks of `shared`; the caller has every rank do the same and waits for all before anyone reads.
-    pub(crate) fn begin_gather(&mut self, group: &Arc<Group>) -> Result<(), Error> {
-        let own = Arc::ptr_eq(&self.group, group);
+    /// Starts a gather by the ranks of `transport`; the caller has every rank do the same and waits
+    /// for all before anyone reads.
+    pub(crate) fn begin_gather(&mut self, transport: &Arc<dyn Transport>) -> Result<(), Error> {
+        let own = std::ptr::addr_eq(Arc::as_ptr(&self.transport), Arc::as_ptr(transport));
         expect(own, || "a window is gathered by the communicator that made it".to_owned())?;
         expect(!self.gathered, || "a window is released before it is gathered again".to_owned())?;
         self.gathers += 1;
         self.gathered = true;
         Ok(())
-    }
-
-    fn released(&self, rank: usize) -> &AtomicU64 {
-        self.words.of(&self.group.engine.map, rank, RELEASED)
-    }
-}
-
-/// Where a window lies on a host.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Memory {
-    /// Whose arena it is in, as the engine counts ranks: the first member's on this host.
-    pub(crate) leader: usize,
-    /// Two words for each member.
-    pub(crate) words: Range,
-    /// The whole window.
-    pub(crate) data: Range,
-}
-
-impl Memory {
-    /// Bytes of the words of `members` members.
-    pub(crate) fn of_words(members: usize) -> u64 {
-        16 * members as u64
-    }
-
-    /// For `bytes` bytes, in the arena of this rank. The words are reserved, the rest is each
-    /// member's to reserve.
-    ///
-    /// # Errors
-    /// When there is no memory.
-    pub(crate) fn make(engine: &Engine, members: usize, bytes: u64) -> Result<Memory, Error> {
-        let words = engine.reserve(Memory::of_words(members))?;
-        Ok(Memory { leader: engine.rank, words, data: Range { bytes, ..engine.take(bytes) } })
-    }
-
-    /// Gives back what [`Memory::make`] took.
-    pub(crate) fn give_back(self, engine: &Engine) {
-        self.ranges().into_iter().for_each(|range| engine.give_back(range));
-    }
-
-    fn ranges(self) -> [Range; 2] {
-        let Range { offset, bytes } = self.data;
-        [self.words, Range { offset, bytes: bytes.max(1).next_multiple_of(PAGE) }]
-    }
-}
-
-/// The members' words of a window.
-#[derive(Clone, Copy)]
-struct Words {
-    leader: usize,
-    offset: u64,
-}
-
-/// The number of gathers that a member has released.
-const RELEASED: u64 = 0;
-/// Whether a member has dropped the window, and nothing of it is in flight.
-const DROPPED: u64 = 1;
-
-impl Words {
-    fn of(self, map: &Mapping, member: usize, word: u64) -> &AtomicU64 {
-        let address = map.address(self.leader, self.offset + 16 * member as u64 + 8 * word, 8);
-        // SAFETY: inside the mapping; aligned to 8, since ranges start at pages; reserved for these
-        // words alone, which are only ever accessed as atomics, until every member has dropped the
-        // window.
-        unsafe { address.cast::<AtomicU64>().as_ref() }
-    }
-}
-
-/// A window's memory, which every operation on it keeps.
-struct Lease {
-    memory: Memory,
-    group: Arc<Group>,
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let (memory, group) = (self.memory, &self.group);
-        if group.healthy().is_err() {
-            // Members may still be about to use it.
-            return;
-        }
-        let words = Words { leader: memory.leader, offset: memory.words.offset };
-        words.of(&group.engine.map, group.rank, DROPPED).store(1, Ordering::Release);
-        if group.rank == 0 {
-            let members = group.world();
-            let is_dropped = move |map: &Mapping| {
-                (0..members).all(|member| words.of(map, member, DROPPED).load(Ordering::Acquire) == 1)
-            };
-            group.engine.retire(memory.ranges().into(), is_dropped, |_| {});
-        }
     }
 }
 

@@ -216,7 +216,7 @@ fn a_window_shows_every_rank_what_each_has_written() {
                     window = communicator.gather_window(window, stream.record()).then(&*stream).unwrap();
                     let expected: Vec<f32> =
                         (0..world).flat_map(|rank| vec![(round * 10 + rank) as f32; 1000]).collect();
-                    assert_eq!(stream.download::<f32>(window.view()).unwrap(), expected);
+                    assert_eq!(stream.download::<f32>(window.view().unwrap()).unwrap(), expected);
                     window.release(&stream.record()).unwrap();
                 }
             }

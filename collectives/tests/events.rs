@@ -305,7 +305,7 @@ fn woken_by(event: &Event) -> Arc<Woken> {
     woken
 }
 
-/// Counts calls instead of time. `shm/start.rs` tests that a call rings the progress thread.
+/// Counts calls instead of time. `engine/start.rs` tests that a call rings the progress thread.
 #[test]
 fn events_call_back_who_waits_for_them() {
     let woken = woken_by;

@@ -150,7 +150,7 @@ fn use_up(communicator: &Communicator) {
     let ones = vec![1.0f32; 16];
     Cpu.stream().upload(window.shard_mut(0).unwrap(), &ones);
     let mut window = communicator.gather_window(window, Event::PAST).wait().unwrap();
-    assert_eq!(Cpu.stream().download::<f32>(window.view()).unwrap(), vec![1.0; 16 * world]);
+    assert_eq!(Cpu.stream().download::<f32>(window.view().unwrap()).unwrap(), vec![1.0; 16 * world]);
     window.release(&Event::PAST).unwrap();
     // A message that is taken after its sender has dropped the communicator.
     let message = Cpu.allocate(DType::F32, 3000).unwrap();

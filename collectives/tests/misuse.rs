@@ -3,9 +3,12 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use pillion_collectives::{
-    Communicator, Comparison, Error, Launch, Options, Pending, Reduce, Reduction, Sideband, Start,
+    Communicator, Error, Launch, Observation, Options, Pending, Reduce, Reduction, Sections, Sideband, Start,
 };
+use pillion_kernels::cpu::compare::Comparison;
 use pillion_kernels::{Buffer, Cpu, DType, Device, LazyCpu};
 
 /// The code of misuse, which programs in other languages see.
@@ -73,20 +76,28 @@ fn wrong_arguments_are_refused_and_the_communicator_goes_on() {
         refused(c.all_reduce_into(of(DType::U8, 4), of(DType::I64, 4), sum, here()), "no sum of u8 into i64");
         refused(c.reduce_scatter(reduce(f32s(11), f32s(4), sum, None), here()), "a part for each rank");
         let narrow = Some(Sideband { own: of(DType::F64, 3), totals: of(DType::F64, 4) });
-        refused(c.reduce_scatter(reduce(f32s(12), f32s(4), sum, narrow), here()), "a sideband is 4 × f64");
+        refused(c.reduce_scatter(reduce(f32s(12), f32s(4), sum, narrow), here()), "a sideband is as many");
+        let long = Some(Sideband { own: of(DType::F64, 65), totals: of(DType::F64, 65) });
+        refused(c.reduce_scatter(reduce(f32s(12), f32s(4), sum, long), here()), "at most 64");
         refused(c.reduce_scatter_in_place(f32s(10), sum, here()), "3 equal parts");
-        let comparison = |len| Comparison { totals: of(DType::F64, len), limit: 1.0 };
+        let observation =
+            |len| Observation { totals: of(DType::F64, len), observer: Arc::new(Comparison { limit: 1.0 }) };
         let max = reduce(f32s(12), f32s(4), Reduction::Max, None);
-        refused(c.reduce_scatter_compared(max, comparison(5), here()), "their sum in f32");
+        refused(c.reduce_scatter_observed(max, observation(5), here()), "their sum in f32");
         let summed = reduce(f32s(12), f32s(4), sum, None);
-        refused(c.reduce_scatter_compared(summed, comparison(4), here()), "a comparison is 5 × f64");
+        refused(c.reduce_scatter_observed(summed, observation(4), here()), "an observation is 5 × f64");
         said(c.all_reduce_scalars(&mut [1.0], Reduction::BitOr).err(), "no bor of f64");
         said(c.all_gather_scalars(&[0; 65]).err(), "65 scalars at a time");
         said(c.broadcast_bytes(3, &[]).err(), "rank 3 of 3");
+        said(Sections::new(&[]).err(), "0 sections");
+        said(Sections::new(&[1; 40_000]).err(), "40000 sections");
+        said(Sections::new(&[usize::MAX, 2]).err(), "longer than any memory");
         said(c.window(&Cpu, DType::F32, 10).err(), "a window of 10 elements over 3 ranks");
 
         let mut window = c.window(&Cpu, DType::F32, 12).unwrap();
         said(window.shard_mut(1).err(), "section 1 of a window of 1");
+        said(window.shard(1).err(), "section 1 of a window of 1");
+        said(window.view().err(), "gathered before it is read");
         let mut window = c.gather_window(window, here()).wait().unwrap();
         said(window.shard_mut(0).err(), "released before it is written");
         refused(c.gather_window(window, here()), "released before it is gathered again");

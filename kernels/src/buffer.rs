@@ -102,6 +102,16 @@ impl Buffer {
         ViewMut { span: self.span.range(range), _borrow: PhantomData }
     }
 
+    /// Whose memory it is.
+    pub fn space(&self) -> Space {
+        self.span.space()
+    }
+
+    /// Whether work on the memory may run later than the call that enqueues it.
+    pub fn is_deferred(&self) -> bool {
+        self.span.deferred()
+    }
+
     /// What an operation keeps that has taken this buffer over.
     pub fn span(&self) -> Span {
         self.span.clone()

@@ -8,9 +8,13 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use pillion_collectives::Sections;
+use pillion_collectives::{Sections, Sideband};
 
+use crate::gradients::sideband;
 use crate::{Layout, Unit};
+
+/// Most units of a bucket: the numbers of each ride with its reduction.
+const MOST_UNITS: usize = Sideband::MAX / sideband::LEN;
 
 /// Runs of a layout's units, in order, none of which has more than `limit` elements unless it is a
 /// single unit. A unit that a forward pass does not visit right after the one before it, or visits
@@ -26,7 +30,7 @@ pub(crate) fn runs(layout: &Layout, limit: usize) -> Vec<Range<usize>> {
     let mut elements = 0;
     for (unit, Unit { padded, .. }) in layout.units.iter().enumerate() {
         match runs.last_mut() {
-            Some(run) if follows(unit) && elements + padded <= limit && run.len() < Sections::MAX => {
+            Some(run) if follows(unit) && elements + padded <= limit && run.len() < MOST_UNITS => {
                 run.end = unit + 1;
                 elements += padded;
             }
@@ -82,7 +86,8 @@ impl Buckets {
                 places.push(Place { bucket, section, full, shard: of_shard });
             }
             let chunks: Vec<usize> = layout.units[units.clone()].iter().map(|unit| unit.shard).collect();
-            let sections = (chunks.len() > 1).then(|| Sections::new(&chunks));
+            let sections =
+                (chunks.len() > 1).then(|| Sections::new(&chunks).expect("few, of lengths that a buffer has"));
             buckets.push(Bucket { units: units.clone(), sections, shard, padded });
         }
         Buckets { buckets, places }

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Comparison};
+use pillion_collectives::Communicator;
+use pillion_kernels::cpu::compare::Comparison;
+use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Buffer, DType, Device, Event, Stream};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -48,8 +50,8 @@ pub struct Engine {
     pub(crate) trains: bool,
     pub(crate) recording: Option<Recording>,
     pub(crate) measures_groups: bool,
-    /// The noise-to-gradient ratio that a coordinate may have, where groups are compared.
-    pub(crate) compares_groups: Option<f64>,
+    /// How groups are compared with their sum, where they are.
+    pub(crate) comparison: Option<Arc<Comparison>>,
     outline: Outline,
     plans: HashMap<(Kind, usize), Arc<Verified>>,
     planner: Planner,
@@ -186,7 +188,7 @@ impl Engine {
             trains,
             recording: None,
             measures_groups: true,
-            compares_groups: None,
+            comparison: None,
             outline,
             plans: HashMap::new(),
             planner: Box::new(|outline, rounds| {
@@ -267,16 +269,21 @@ impl Engine {
     /// ranks; for an `eta` that is no positive number. [`Error::Device`] when there is no memory.
     pub fn compare_groups(&mut self, eta: Option<f64>) -> Result<(), Error> {
         let world = self.axes.world.world();
-        if let Some(eta) = eta {
+        // σ̂ᵢ²/N ≤ η²(Gᵢ/N)² with σ̂ᵢ² = (K·Σₖ Gₖᵢ² − Gᵢ²)/(N·(K − 1)) is K·Σₖ Gₖᵢ² ≤ (1 + η²(K −
+        // 1))·Gᵢ².
+        let limit = |eta: f64| 1.0 + eta * eta * (world as f64 - 1.0);
+        let comparison = eta.map(|eta| Arc::new(Comparison { limit: limit(eta) }));
+        if let (Some(eta), Some(comparison)) = (eta, &comparison) {
             self.policy.check_comparison(world, eta)?;
-            if !self.axes.world.can_compare() {
+            if !self.axes.world.capabilities().reads_peers_in_place {
                 let why = "across hosts, or over MPI: use the shared memory of one host";
                 return Err(Error::Policy(format!("groups cannot be compared {why}")));
             }
-            self.gradients.compare(&*self.device, world)?;
-            self.summary = Summary::new(&*self.device, self.layout.units.len(), Comparison::len(world))?;
+            let numbers = comparison.numbers(world);
+            self.gradients.compare(&*self.device, numbers)?;
+            self.summary = Summary::new(&*self.device, self.layout.units.len(), numbers)?;
         }
-        self.compares_groups = eta;
+        self.comparison = comparison;
         Ok(())
     }
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Comparison, Pending, Reduce, Reduction, Sideband, Summand, Sums};
+use pillion_collectives::{Communicator, Observation, Pending, Reduce, Reduction, Sideband, Summand, Sums};
+use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Buffer, DType, Device, Event, Stream, View, ViewMut};
 
 use crate::axes::Axes;
@@ -66,7 +67,7 @@ struct Sum {
     compared: Option<Buffer>,
     /// To the shards, and then over the groups.
     flight: Option<Pending<Sums>>,
-    comparing: Option<Pending<Comparison>>,
+    comparing: Option<Pending<Observation>>,
 }
 
 impl GradientStore {
@@ -147,11 +148,12 @@ impl GradientStore {
         }
     }
 
-    /// Makes room for comparisons of `world` ranks' gradients with their sum, one for each unit.
-    pub(crate) fn compare(&mut self, device: &dyn Device, world: usize) -> Result<(), Error> {
+    /// Makes room for comparisons of ranks' gradients with their sum, so many numbers for each
+    /// unit.
+    pub(crate) fn compare(&mut self, device: &dyn Device, numbers: usize) -> Result<(), Error> {
         let sums = self.sums.iter_mut().zip(&self.buckets.buckets);
         for (sum, bucket) in sums.filter(|(sum, _)| sum.compared.is_none()) {
-            let len = bucket.units.len() * Comparison::len(world);
+            let len = bucket.units.len() * numbers;
             sum.compared = Some(device.allocate(DType::F64, len)?);
         }
         Ok(())
@@ -166,7 +168,7 @@ impl GradientStore {
     }
 
     /// Starts to sum a slot's gradients over the ranks of a group into a bucket's shard, or to add
-    /// them there after an earlier reduction of the bucket; with a `limit`, to compare what is
+    /// them there after an earlier reduction of the bucket; with an `observer`, to compare what is
     /// summed with the sum.
     pub(crate) fn reduce(
         &mut self,
@@ -174,7 +176,7 @@ impl GradientStore {
         bucket: usize,
         slot: usize,
         accumulate: bool,
-        limit: Option<f64>,
+        observer: Option<Arc<dyn Observer>>,
         after: Event,
     ) {
         let sum = &mut self.sums[bucket];
@@ -193,12 +195,12 @@ impl GradientStore {
         let (output, totals) = (sum.gradient.take().expect(LOST), sum.totals.take().expect(LOST));
         let sideband = Some(Sideband { own, totals });
         let reduce = Reduce { input, sections, output, reduction: Reduction::Sum, accumulate, sideband };
-        let reduce = match limit {
+        let reduce = match observer {
             None => group.reduce_scatter(reduce, after),
-            Some(limit) => {
-                let comparison = Comparison { totals: sum.compared.take().expect(LOST), limit };
-                let (reduce, comparison) = group.reduce_scatter_compared(reduce, comparison, after).split();
-                sum.comparing = Some(comparison);
+            Some(observer) => {
+                let observation = Observation { totals: sum.compared.take().expect(LOST), observer };
+                let (reduce, observation) = group.reduce_scatter_observed(reduce, observation, after).split();
+                sum.comparing = Some(observation);
                 reduce
             }
         };

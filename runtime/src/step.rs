@@ -6,6 +6,8 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use pillion_collectives::{Reduction, Traffic};
+use pillion_kernels::cpu::compare::Comparison;
+use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Event, Stream, View, ViewMut};
 
 use crate::engine::{Engine, Health, Kind};
@@ -36,7 +38,7 @@ pub struct Step<'e> {
     /// Tokens of this rank in all rounds so far.
     all_tokens: usize,
     /// Of the comparison of groups, in a step that makes one.
-    limit: Option<f64>,
+    comparison: Option<Arc<Comparison>>,
     pub(crate) exposed: Duration,
     /// Times that the host had waited for the stream before this step.
     pub(crate) host_waits: u64,
@@ -107,9 +109,7 @@ impl<'e> Step<'e> {
             let is_reduction = |operation: &&Operation| matches!(operation.action, Action::Reduce { .. });
             plan.operations.iter().filter(is_reduction).count() == plan.outline.buckets.len()
         };
-        // σ̂ᵢ²/N ≤ η²(Gᵢ/N)² with σ̂ᵢ² = (K·Σₖ Gₖᵢ² − Gᵢ²)/(N·(K − 1)) is K·Σₖ Gₖᵢ² ≤ (1 + η²(K − 1))·Gᵢ².
-        let others = engine.axes.world.world() as f64 - 1.0;
-        let limit = engine.compares_groups.filter(|_| reduces_once()).map(|eta| 1.0 + eta * eta * others);
+        let comparison = engine.comparison.clone().filter(|_| reduces_once());
         let exposed = Duration::ZERO;
         let host_waits = engine.stream.host_waits();
         Step {
@@ -121,7 +121,7 @@ impl<'e> Step<'e> {
             opened: None,
             tokens: 0,
             all_tokens: 0,
-            limit,
+            comparison,
             exposed,
             host_waits,
             traffic,
@@ -334,7 +334,8 @@ impl<'e> Step<'e> {
             }
             Action::Reduce { bucket, slot, round } => {
                 let group = engine.axes.shard.as_ref().expect(AXIS);
-                engine.gradients.reduce(group, bucket, slot, round > 0, self.limit, after);
+                let observer = self.comparison.clone().map(|comparison| comparison as Arc<dyn Observer>);
+                engine.gradients.reduce(group, bucket, slot, round > 0, observer, after);
                 if !engine.policy.overlap {
                     let waiting = Instant::now();
                     engine.gradients.wait()?;
@@ -397,7 +398,7 @@ impl<'e> Step<'e> {
             let part = part(gradient.len(), axes.mesh.replicate, axes.replica());
             stream.square_norm(summary.norm_mut(unit), gradient.slice(part), 1.0);
             summary.collect_totals(unit, unit_totals, &**stream);
-            if self.limit.is_some() {
+            if self.comparison.is_some() {
                 summary.collect_comparison(unit, gradients.compared(unit), &**stream);
             }
         }
@@ -416,7 +417,8 @@ impl<'e> Step<'e> {
         let requested = SUMS..SUMS + requests.len();
         values[requested.clone()].copy_from_slice(requests);
         // The square of this rank's tokens, and what its part of each unit says.
-        let compared = requested.end..requested.end + if self.limit.is_some() { 3 + axes.world.world() } else { 0 };
+        let compared =
+            requested.end..requested.end + if self.comparison.is_some() { 3 + axes.world.world() } else { 0 };
         if let [square, found @ ..] = &mut values[compared.clone()] {
             *square = (self.tokens as f64).powi(2);
             for unit in 0..layout.units.len() {

@@ -211,7 +211,7 @@ impl WeightStore {
         let Place { bucket, full, .. } = &self.buckets.places[unit];
         let all = match &self.memory {
             Memory::Slots { slots, .. } => slots[slot].held.get().buffer.view(),
-            Memory::Windows(windows) => windows[*bucket].get().view(),
+            Memory::Windows(windows) => windows[*bucket].get().view().expect("a plan gathers what it reads"),
             Memory::Whole(whole) => whole[*bucket].get().view(),
         };
         all.slice(full.clone())
@@ -230,7 +230,9 @@ impl WeightStore {
         let Place { bucket, section, shard, .. } = &self.buckets.places[unit];
         match &self.memory {
             Memory::Slots { shards, .. } => shards[*bucket].as_ref().expect(LOST).slice(shard.clone()),
-            Memory::Windows(windows) => windows[*bucket].get().shard(*section),
+            Memory::Windows(windows) => {
+                windows[*bucket].get().shard(*section).expect("a window has a section for each unit")
+            }
             Memory::Whole(whole) => whole[*bucket].get().slice(self.shards[unit].clone()),
         }
     }

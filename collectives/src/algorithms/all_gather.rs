@@ -5,11 +5,12 @@
 //! (H−1)/H·S/L a rank on the wire, the lower bound, and 2·S of copies.
 
 use super::moves::{Moves, Pull};
-use super::operation::{Operands, Operation, Work};
+use super::operation::{Operation, Work};
 use super::sides::End;
 use crate::Sections;
 use crate::call::{Detail, Kind};
 use crate::hosts::Hosts;
+use crate::request::Operands;
 
 /// output\[p\] = the input of rank p, for `chunk` elements of each rank, cut into sections in the
 /// output. `in_place` input and output are one buffer, and a rank's input is its chunk of that.

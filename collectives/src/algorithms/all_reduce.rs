@@ -8,10 +8,11 @@
 use super::all_gather::spread;
 use super::folds::{Combination, Fold, Target};
 use super::moves::Moves;
-use super::operation::{Operands, Operation, Work};
+use super::operation::{Operation, Work};
 use super::sides::End;
 use crate::call::Kind;
 use crate::hosts::Hosts;
+use crate::request::Operands;
 
 /// output = combination over p of the input of rank p, `len` elements.
 pub(crate) fn all_reduce(
@@ -27,7 +28,7 @@ pub(crate) fn all_reduce(
     let own = chunk.min(len.saturating_sub(rank * chunk));
     let sent = ((world - 1) * own + len - own) * operands.dtype.bytes();
     let fold = Fold { target: Target::All, ..combination.fold(&operands) };
-    let mut operation = Operation::new(Kind::AllReduce, combination.detail(None, false), operands, Work::Fold(fold))
+    let mut operation = Operation::new(Kind::AllReduce, combination.detail(None, 0), operands, Work::Fold(fold))
         .cut_into(chunk, len, world, world)
         .sending(sent);
     operation.then = hosts.column_of(rank).next().map(|_| {

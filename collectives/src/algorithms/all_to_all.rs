@@ -2,10 +2,11 @@
 //! the lower bound.
 
 use super::moves::{Moves, Pull};
-use super::operation::{Operands, Operation, Work};
+use super::operation::{Operation, Work};
 use super::sides::End;
 use crate::call::{Detail, Kind};
 use crate::hosts::Hosts;
+use crate::request::Operands;
 
 /// output\[p\] at rank r = chunk r of the input of rank p, of `chunk` elements.
 pub(crate) fn all_to_all(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize) -> Operation {

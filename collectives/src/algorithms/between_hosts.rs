@@ -10,13 +10,14 @@ use std::sync::Arc;
 use pillion_kernels::Span;
 
 use super::moves::{self, Moves};
-use super::operation::{Operation, Sidebands, Work};
+use super::operation::{Operation, Work};
 use super::sides::Piece;
 use super::transit::{Greeting, Transit};
 use super::wire_fold::WireFold;
 use crate::Error;
 use crate::engine::flight::{Peers, Progress};
 use crate::memory::mapping::Mapping;
+use crate::request::Sidebands;
 
 /// What an operation has under way between hosts.
 pub(super) enum OnWire {

@@ -6,13 +6,13 @@ use pillion_kernels::cpu::reduce;
 use pillion_kernels::exclusive;
 
 use super::folds::{Addresses, Combination};
-use super::operation::Operands;
 use crate::Error;
 use crate::call::{Kind, call};
-use crate::engine::flight::{Collective, Opening, Peers, Progress};
+use crate::engine::flight::{Algorithm, Opening, Peers, Progress};
 use crate::hosts::Hosts;
 use crate::memory::control::{BRIEF, Call};
 use crate::memory::place::Place;
+use crate::request::Operands;
 
 /// An all-reduce of at most [`BRIEF`] words.
 pub(crate) struct BriefAllReduce {
@@ -37,9 +37,9 @@ impl BriefAllReduce {
     }
 }
 
-impl Collective for BriefAllReduce {
+impl Algorithm for BriefAllReduce {
     fn call(&self) -> Call {
-        let detail = self.combination.detail(None, false);
+        let detail = self.combination.detail(None, 0);
         call(Kind::AllReduce, Some(self.operands.dtype), self.deferred(), self.len, detail)
     }
 

@@ -4,9 +4,10 @@
 //! lower bound without forwarding.
 
 use super::moves::{Moves, Pull};
-use super::operation::{Operands, Operation, Work};
+use super::operation::{Operation, Work};
 use crate::call::{Detail, Kind};
 use crate::hosts::Hosts;
+use crate::request::Operands;
 
 /// output = the input of `root`, `len` elements.
 pub(crate) fn broadcast(hosts: &Hosts, rank: usize, operands: Operands, len: usize, root: usize) -> Operation {

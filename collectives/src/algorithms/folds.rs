@@ -2,16 +2,17 @@
 
 use std::ops::Range;
 
-use pillion_kernels::cpu::compare::{Compare, compare};
+use pillion_kernels::DType;
+use pillion_kernels::cpu::observe::Terms;
 use pillion_kernels::cpu::reduce;
-use pillion_kernels::{DType, Span};
 use smallvec::{SmallVec, smallvec};
 
-use super::operation::{Mode, Operands};
+use super::operation::Mode;
 use super::sides::{End, Piece, Sides};
 use crate::call::Detail;
 use crate::engine::flight::Peers;
 use crate::hosts::Hosts;
+use crate::request::{Observing, Operands};
 use crate::{Error, Reduction};
 
 /// One for each rank of a host: no allocation as long as there are few, which is much of a short reduction's time.
@@ -41,14 +42,18 @@ pub(crate) struct Combination {
 }
 
 impl Combination {
+    pub(crate) fn new(operands: &Operands, reduction: Reduction, world: usize, groups: usize) -> Combination {
+        Combination { reduction, output: operands.to, world, groups }
+    }
+
     /// Its mark in the header.
-    pub(super) fn detail(self, root: Option<usize>, sideband: bool) -> Detail {
+    pub(super) fn detail(self, root: Option<usize>, sideband: usize) -> Detail {
         Detail::Reduction { reduction: self.reduction, output: self.output, groups: self.groups, root, sideband }
     }
 
     /// A fold that stores where `Target::Own` says, without accumulating.
     pub(super) fn fold(self, operands: &Operands) -> Fold {
-        Fold { dtype: operands.dtype, combination: self, target: Target::Own, accumulate: false, comparison: None }
+        Fold { dtype: operands.dtype, combination: self, target: Target::Own, accumulate: false, observing: None }
     }
 }
 
@@ -58,29 +63,21 @@ pub(super) struct Fold {
     pub(super) combination: Combination,
     pub(super) target: Target,
     pub(super) accumulate: bool,
-    pub(super) comparison: Option<Comparing>,
+    pub(super) observing: Option<Observing>,
 }
 
-/// Compares the terms of a sum with it.
-pub(crate) struct Comparing {
-    /// `[2 + ranks]` f64 for each section.
-    pub(crate) totals: Span,
-    pub(crate) sections: usize,
-    pub(crate) limit: f64,
-}
+/// Elements that are combined and observed at a time: they stay in the caches in between.
+const OBSERVED: usize = 4096;
 
-impl Comparing {
-    /// Elements that are combined and compared at a time: they stay in the caches in between.
-    const PART: usize = 4096;
-
+impl Observing {
     pub(super) fn clear(&self) {
         // SAFETY: the buffer travels with the operation and is nobody else's until that is over; whoever drives the operation, one thread at a time, comes here alone. It is f64, by the
-        // assertion of `reduce_scatter_compared`.
+        // check of `reduce_scatter_observed`.
         unsafe { self.totals.as_mut_slice::<f64>() }.fill(0.0);
     }
 
     /// Runs a reduction of elements of one section that stores one sum in f32, and adds what the
-    /// comparison finds to the section's totals.
+    /// observer finds to the section's totals.
     ///
     /// # Safety
     /// As for [`reduce::fold`]; the output is none of the inputs.
@@ -89,18 +86,20 @@ impl Comparing {
         let totals = unsafe { self.totals.as_mut_slice::<f64>() };
         let numbers = totals.len() / self.sections;
         let totals = &mut totals[section * numbers..][..numbers];
-        for start in (0..fold.count).step_by(Self::PART) {
-            let count = Self::PART.min(fold.count - start);
+        for start in (0..fold.count).step_by(OBSERVED) {
+            let count = OBSERVED.min(fold.count - start);
             let terms: Addresses<*const u8> =
                 fold.inputs.iter().map(|input| input.wrapping_add(start * fold.dtype.bytes())).collect();
             let sum = fold.outputs[0].wrapping_add(start * fold.output.bytes());
             let part = reduce::Fold { inputs: &terms, outputs: &[sum], count, stream: false, ..fold.clone() };
-            // SAFETY: a part of what the caller promises, of each operand the same elements.
-            unsafe { reduce::fold(&part) };
-            let job =
-                Compare { dtype: fold.dtype, terms: &terms, sum: sum.cast_const().cast(), limit: self.limit, count };
-            // SAFETY: as before; the sum is f32, was just stored by this thread, and nobody else writes it.
-            unsafe { compare(&job, totals) };
+            // SAFETY: a part of what the caller promises, of each operand the same elements. They
+            // stay as they are until all ranks have finished, and the sum, which is f32, was just
+            // stored by this thread; nobody else writes it.
+            unsafe {
+                reduce::fold(&part);
+                let sum = std::slice::from_raw_parts(sum.cast_const().cast::<f32>(), count);
+                self.observer.observe(&Terms::new(fold.dtype, &terms, count), sum, totals);
+            }
         }
     }
 }
@@ -184,15 +183,17 @@ impl Fold {
             stream: streams,
             ..self.combination.reduction.whole(self.dtype, self.combination.world)
         };
-        // SAFETY: `Sides` checked that all ranges lie in this operation's buffers or in a peer's arena, aligned to the types that all
-        // ranks agree on. In this exchange chunk c of every input is read by rank c alone, and chunk c of every output is written by rank
-        // c alone; so where input and output are one buffer, what a rank writes is what it alone has just read, element by element.
-        // (Operands in headers are copies, which nobody writes; this rank's own are read and written by itself alone.)
-        // With a comparison the output is a buffer of its own, and neither an input nor in place: `reduce_scatter_compared` takes both by value.
+        // SAFETY: `Sides` checked that all ranges lie in this operation's buffers or in a peer's
+        // arena, aligned to the types that all ranks agree on. In this exchange chunk c of every
+        // input is read by rank c alone, and chunk c of every output is written by rank c alone; so
+        // where input and output are one buffer, what a rank writes is what it alone has just read,
+        // element by element. (Operands in headers are copies, which nobody writes; this rank's own
+        // are read and written by itself alone.) With a observing the output is a buffer of its
+        // own, and neither an input nor in place: `reduce_scatter_compared` takes both by value.
         unsafe {
-            match &self.comparison {
+            match &self.observing {
                 None => reduce::fold(&fold),
-                Some(comparison) => comparison.run(&fold, sides.section(range.start)),
+                Some(observing) => observing.run(&fold, sides.section(range.start)),
             }
         }
         Ok(())

@@ -2,9 +2,10 @@
 //! bound; the others wait until it has.
 
 use super::moves::{Moves, Pull};
-use super::operation::{Operands, Operation, Work};
+use super::operation::{Operation, Work};
 use crate::call::{Detail, Kind};
 use crate::hosts::Hosts;
+use crate::request::Operands;
 
 /// The root's output\[p\] = the input of rank p, for `chunk` elements of each rank.
 pub(crate) fn gather(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize, root: usize) -> Operation {

@@ -10,7 +10,7 @@ use pillion_kernels::Span;
 
 use super::transit::{Greeting, Transit, column};
 use crate::call::{Detail, Kind, call, in_sections};
-use crate::engine::flight::{Collective, Opening, Peers, Progress};
+use crate::engine::flight::{Algorithm, Opening, Peers, Progress};
 use crate::memory::control::Call;
 use crate::memory::mapping::Mapping;
 use crate::memory::place::Place;
@@ -68,7 +68,7 @@ impl GatherWindow {
     }
 }
 
-impl Collective for GatherWindow {
+impl Algorithm for GatherWindow {
     fn call(&self) -> Call {
         let (len, number) = (self.window.len(), Detail::Window(self.number));
         in_sections(call(Kind::GatherWindow, None, self.window.deferred(), len, number), self.sections.as_ref())

@@ -23,61 +23,84 @@ mod sides;
 mod transit;
 mod wire_fold;
 
-use crate::engine::flight::Collective;
+use crate::engine::flight::Algorithm;
+use crate::hosts::Hosts;
+use crate::memory::control::{Call, Channel};
+use crate::request::{Collective, Operands, Scattered};
 
-pub(crate) use all_gather::all_gather;
-pub(crate) use all_reduce::all_reduce;
-pub(crate) use all_to_all::all_to_all;
 pub(crate) use brief::BriefAllReduce;
-pub(crate) use broadcast::broadcast;
-pub(crate) use folds::{Combination, Comparing};
-pub(crate) use gather::gather;
-pub(crate) use gather_window::GatherWindow;
-pub(crate) use operation::{Operands, Operation, Sidebands};
-pub(crate) use reduce::reduce;
-pub(crate) use reduce_scatter::reduce_scatter;
+pub(crate) use folds::Combination;
+use gather_window::GatherWindow;
+use operation::Operation;
 pub(crate) use scalars::Scalars;
-pub(crate) use scatter::scatter;
 
 /// Any algorithm, for a flight to carry: one size, so that a new flight needs no memory.
-pub(crate) enum AnyCollective {
+pub(crate) enum AnyAlgorithm {
     Operation(Operation),
     Brief(BriefAllReduce),
     Window(GatherWindow),
     Scalars(Scalars),
 }
 
-impl AnyCollective {
-    pub(crate) fn as_dyn(&mut self) -> &mut dyn Collective {
-        match self {
-            AnyCollective::Operation(collective) => collective,
-            AnyCollective::Brief(collective) => collective,
-            AnyCollective::Window(collective) => collective,
-            AnyCollective::Scalars(collective) => collective,
+impl AnyAlgorithm {
+    /// How ranks of these hosts, of which this is number `rank`, do what is asked for, and on which
+    /// channel. Reductions are computed in `groups` groups of ranks.
+    pub(crate) fn of(collective: Collective, hosts: &Hosts, rank: usize, groups: usize) -> (AnyAlgorithm, Channel) {
+        let combination = |operands: &Operands, reduction| Combination::new(operands, reduction, hosts.world(), groups);
+        let gathers = |operation| (AnyAlgorithm::Operation(operation), Channel::Gather);
+        let reduces = |operation| (AnyAlgorithm::Operation(operation), Channel::Reduce);
+        match collective {
+            Collective::AllGather { operands, chunk, sections, in_place } => {
+                gathers(all_gather::all_gather(hosts, rank, operands, chunk, sections, in_place))
+            }
+            Collective::GatherWindow { window, number, sections } => {
+                let algorithm = GatherWindow::new(window, number, rank, hosts.world(), sections);
+                (AnyAlgorithm::Window(algorithm), Channel::Gather)
+            }
+            Collective::Broadcast { operands, len, root } => {
+                gathers(broadcast::broadcast(hosts, rank, operands, len, root))
+            }
+            Collective::Gather { operands, chunk, root } => gathers(gather::gather(hosts, rank, operands, chunk, root)),
+            Collective::Scatter { operands, chunk, root } => {
+                gathers(scatter::scatter(hosts, rank, operands, chunk, root))
+            }
+            Collective::AllToAll { operands, chunk } => gathers(all_to_all::all_to_all(hosts, rank, operands, chunk)),
+            Collective::ReduceScatter(scattered) => {
+                let Scattered { operands, reduction, .. } = &scattered;
+                let combination = combination(operands, *reduction);
+                reduces(reduce_scatter::reduce_scatter(hosts, scattered, combination))
+            }
+            Collective::AllReduce { operands, len, reduction } => {
+                let combination = combination(&operands, reduction);
+                if BriefAllReduce::fits(hosts, len * operands.dtype.bytes()) {
+                    let algorithm = BriefAllReduce::new(operands, len, combination);
+                    return (AnyAlgorithm::Brief(algorithm), Channel::Reduce);
+                }
+                reduces(all_reduce::all_reduce(hosts, rank, operands, len, combination))
+            }
+            Collective::Reduce { operands, len, reduction, root } => {
+                let combination = combination(&operands, reduction);
+                reduces(reduce::reduce(hosts, operands, len, combination, root))
+            }
         }
     }
-}
 
-impl From<Operation> for AnyCollective {
-    fn from(collective: Operation) -> AnyCollective {
-        AnyCollective::Operation(collective)
+    pub(crate) fn as_dyn(&mut self) -> &mut dyn Algorithm {
+        match self {
+            AnyAlgorithm::Operation(algorithm) => algorithm,
+            AnyAlgorithm::Brief(algorithm) => algorithm,
+            AnyAlgorithm::Window(algorithm) => algorithm,
+            AnyAlgorithm::Scalars(algorithm) => algorithm,
+        }
     }
-}
 
-impl From<BriefAllReduce> for AnyCollective {
-    fn from(collective: BriefAllReduce) -> AnyCollective {
-        AnyCollective::Brief(collective)
-    }
-}
-
-impl From<GatherWindow> for AnyCollective {
-    fn from(collective: GatherWindow) -> AnyCollective {
-        AnyCollective::Window(collective)
-    }
-}
-
-impl From<Scalars> for AnyCollective {
-    fn from(collective: Scalars) -> AnyCollective {
-        AnyCollective::Scalars(collective)
+    /// What every rank must have called.
+    pub(crate) fn call(&self) -> Call {
+        match self {
+            AnyAlgorithm::Operation(algorithm) => algorithm.call(),
+            AnyAlgorithm::Brief(algorithm) => algorithm.call(),
+            AnyAlgorithm::Window(algorithm) => algorithm.call(),
+            AnyAlgorithm::Scalars(algorithm) => algorithm.call(),
+        }
     }
 }

@@ -18,28 +18,13 @@ use pillion_kernels::{DType, Span, exclusive};
 use super::between_hosts::OnWire;
 use super::folds::{Fold, Target};
 use super::moves::Moves;
-use super::sides::{End, HEAD, Piece, STAGE, Side, Sides};
+use super::sides::{End, Piece, STAGE, Side, Sides};
 use crate::call::{Detail, Kind, call, in_sections};
-use crate::engine::flight::{Collective, Opening, Peers, Progress};
+use crate::engine::flight::{Algorithm, Opening, Peers, Progress};
 use crate::memory::control::{Call, PAYLOAD};
 use crate::memory::place::Place;
+use crate::request::{Operands, Sidebands};
 use crate::{Error, Sections};
-
-/// The buffers of an operation, as this rank has them.
-pub(crate) struct Operands {
-    pub(crate) input: Option<Span>,
-    pub(crate) output: Option<Span>,
-    pub(crate) dtype: DType,
-    /// Type of the output's elements.
-    pub(crate) to: DType,
-}
-
-/// Numbers that ride along, f64: [`SIDEBAND`](crate::sections::SIDEBAND) for each section.
-pub(crate) struct Sidebands {
-    pub(crate) own: Span,
-    pub(crate) totals: Span,
-    pub(crate) accumulate: bool,
-}
 
 /// What is done with the operands.
 // A box would be an allocation for each operation.
@@ -86,7 +71,7 @@ impl Operation {
         };
         let input = Side { span: input, chunks: 1, width: dtype.bytes(), shared: true };
         let output = Side { span: output, chunks: 1, width: to.bytes(), shared: pushed };
-        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0, sections: None };
+        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0, sections: None, head: 0 };
         Operation {
             kind,
             dtype,
@@ -122,7 +107,9 @@ impl Operation {
 
     /// Whether all inputs are so small that they travel in headers: the same on every rank, since it follows from the call.
     fn fits_header(&self, peers: &Peers<'_>) -> bool {
-        self.sides.sections.is_none() && self.input_bytes() <= (PAYLOAD - HEAD) * 8 && !peers.group.has_wire()
+        self.sides.sections.is_none()
+            && self.input_bytes() <= (PAYLOAD - self.sides.head) * 8
+            && !peers.group.has_wire()
     }
 
     fn input_bytes(&self) -> usize {
@@ -273,7 +260,7 @@ impl Operation {
     }
 }
 
-impl Collective for Operation {
+impl Algorithm for Operation {
     fn call(&self) -> Call {
         let call = call(self.kind, Some(self.dtype), self.deferred(), self.sides.len, self.detail);
         in_sections(call, self.sides.sections.as_ref())
@@ -284,8 +271,8 @@ impl Collective for Operation {
         if let Work::Moves(moves) = &mut self.work {
             moves.take_turns(peers);
         }
-        if let Work::Fold(Fold { comparison: Some(comparison), .. }) = &self.work {
-            comparison.clear();
+        if let Work::Fold(Fold { observing: Some(observing), .. }) = &self.work {
+            observing.clear();
         }
         if let Some(sidebands) = &self.sidebands {
             // SAFETY: this operation owns the sideband, and its event has happened.
@@ -296,7 +283,7 @@ impl Collective for Operation {
             self.mode = Mode::Header;
             if let Some(span) = &self.sides.input.span {
                 let bytes = span.len().min(self.sides.len) * self.sides.input.width;
-                let to = peers.payload_address(peers.rank(), HEAD);
+                let to = peers.payload_address(peers.rank(), self.sides.head);
                 // SAFETY: the operand is this operation's and fits (`fits_header`); nobody reads this header before the next step.
                 unsafe { std::ptr::copy_nonoverlapping(span.address().as_ptr(), to, bytes) };
             }

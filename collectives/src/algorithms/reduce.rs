@@ -4,9 +4,10 @@
 //! Between hosts see [`super::wire_fold`].
 
 use super::folds::{Combination, Fold, Target};
-use super::operation::{Operands, Operation, Work};
+use super::operation::{Operation, Work};
 use crate::call::Kind;
 use crate::hosts::Hosts;
+use crate::request::Operands;
 
 /// The root's output = combination over p of the input of rank p, `len` elements.
 pub(crate) fn reduce(
@@ -19,7 +20,7 @@ pub(crate) fn reduce(
     let ranks = hosts.local().len();
     let sent = len * operands.dtype.bytes() * (hosts.world() - 1) / hosts.world();
     let fold = Fold { target: Target::Root(root), ..combination.fold(&operands) };
-    Operation::new(Kind::Reduce, combination.detail(Some(root), false), operands, Work::Fold(fold))
+    Operation::new(Kind::Reduce, combination.detail(Some(root), 0), operands, Work::Fold(fold))
         .cut_into(len.div_ceil(ranks), len, ranks, ranks)
         .sending(sent)
 }

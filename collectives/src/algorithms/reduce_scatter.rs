@@ -5,31 +5,24 @@
 //!
 //! Between hosts see [`super::wire_fold`].
 
-use super::folds::{Combination, Comparing, Fold, Target};
-use super::operation::{Operands, Operation, Sidebands, Work};
-use crate::Sections;
+use super::folds::{Combination, Fold, Target};
+use super::operation::{Operation, Work};
 use crate::call::Kind;
 use crate::hosts::Hosts;
+use crate::request::Scattered;
 
 /// output at rank r = combination over p of chunk r of the input of rank p, of `chunk` elements; or output combined with that.
-pub(crate) fn reduce_scatter(
-    hosts: &Hosts,
-    operands: Operands,
-    chunk: usize,
-    combination: Combination,
-    accumulate: bool,
-    sections: Option<Sections>,
-    sidebands: Option<Sidebands>,
-    comparison: Option<Comparing>,
-) -> Operation {
+pub(crate) fn reduce_scatter(hosts: &Hosts, scattered: Scattered, combination: Combination) -> Operation {
+    let Scattered { operands, chunk, sections, accumulate, sidebands, observing, .. } = scattered;
     let world = hosts.world();
     let sent = (world - 1) * chunk * operands.dtype.bytes();
-    let fold = Fold { target: Target::Own, accumulate, comparison, ..combination.fold(&operands) };
-    let mut operation =
-        Operation::new(Kind::ReduceScatter, combination.detail(None, sidebands.is_some()), operands, Work::Fold(fold))
-            .cut_into(chunk, world * chunk, world, 1)
-            .in_sections(sections)
-            .sending(sent);
+    let head = sidebands.as_ref().map_or(0, |sidebands| sidebands.totals.len());
+    let fold = Fold { target: Target::Own, accumulate, observing, ..combination.fold(&operands) };
+    let mut operation = Operation::new(Kind::ReduceScatter, combination.detail(None, head), operands, Work::Fold(fold))
+        .cut_into(chunk, world * chunk, world, 1)
+        .in_sections(sections)
+        .sending(sent);
     operation.sidebands = sidebands;
+    operation.sides.head = head;
     operation
 }

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 
 use super::transit::Greeting;
 use crate::Error;
 use crate::call::{Detail, Kind, Purpose, call};
-use crate::engine::flight::{Collective, Opening, Peers, Progress};
+use crate::engine::flight::{Algorithm, Opening, Peers, Progress};
 use crate::memory::control::{BRIEF, Call, PAYLOAD};
 use crate::memory::place::Place;
 
 pub(crate) struct Scalars {
     /// At most as many values of this rank as a header holds.
-    values: [u64; PAYLOAD],
-    count: usize,
+    values: SmallVec<[u64; PAYLOAD]>,
     purpose: Purpose,
     /// All ranks' values, in order of rank, once complete.
     gathered: Vec<u64>,
@@ -27,15 +27,10 @@ pub(crate) struct Scalars {
 
 impl Scalars {
     /// `memory` is for all ranks' values.
-    pub(crate) fn new(own: impl ExactSizeIterator<Item = u64>, purpose: Purpose, mut memory: Vec<u64>) -> Scalars {
-        let (mut values, count) = ([0; PAYLOAD], own.len());
-        values.iter_mut().zip(own).for_each(|(value, own)| *value = own);
+    #[inline]
+    pub(crate) fn new(own: &[u64], purpose: Purpose, mut memory: Vec<u64>) -> Scalars {
         memory.clear();
-        Scalars { values, count, purpose, gathered: memory, deliver_to: None, greeting: None }
-    }
-
-    fn values(&self) -> &[u64] {
-        &self.values[..self.count]
+        Scalars { values: SmallVec::from_slice(own), purpose, gathered: memory, deliver_to: None, greeting: None }
     }
 
     /// The same, for another thread to complete.
@@ -50,23 +45,23 @@ impl Scalars {
 
     /// Values of this host's ranks.
     fn on_host<'a>(&self, peers: &'a Peers<'_>) -> impl Iterator<Item = u64> + use<'a> {
-        let count = self.count;
+        let count = self.values.len();
         let words = move |rank| if count <= BRIEF { peers.brief(rank) } else { &peers.header(rank).payload[..] };
         (0..peers.world()).flat_map(move |rank| words(rank)[..count].iter().map(|word| word.load(Ordering::Relaxed)))
     }
 }
 
-impl Collective for Scalars {
+impl Algorithm for Scalars {
     fn call(&self) -> Call {
-        call(Kind::Scalars, None, false, self.count, Detail::Purpose(self.purpose))
+        call(Kind::Scalars, None, false, self.values.len(), Detail::Purpose(self.purpose))
     }
 
     fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error> {
         let mut opening = Opening::new(Place::Header, Place::None);
-        if let Some(brief) = opening.brief.get_mut(..self.count) {
-            brief.copy_from_slice(self.values());
+        if let Some(brief) = opening.brief.get_mut(..self.values.len()) {
+            brief.copy_from_slice(&self.values);
         } else {
-            self.values().iter().enumerate().for_each(|(index, &value)| peers.set_payload(index, value));
+            self.values.iter().enumerate().for_each(|(index, &value)| peers.set_payload(index, value));
         }
         Ok(opening)
     }
@@ -83,7 +78,7 @@ impl Collective for Scalars {
             if let Some(rank) = greeting.poll(peers)? {
                 return Ok(Progress::Waiting(rank));
             }
-            let (hosts, count) = (&peers.group.hosts, self.count);
+            let (hosts, count) = (&peers.group.hosts, self.values.len());
             let of = |rank| &greeting.body(hosts.host(rank))[hosts.column(rank) * count..][..count];
             self.gathered = (0..hosts.world()).flat_map(of).copied().collect();
         }
@@ -94,6 +89,6 @@ impl Collective for Scalars {
     }
 
     fn bytes_sent(&self, world: usize) -> u64 {
-        ((world - 1) * self.count * 8) as u64
+        ((world - 1) * self.values.len() * 8) as u64
     }
 }

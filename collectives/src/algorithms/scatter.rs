@@ -4,9 +4,10 @@
 use smallvec::smallvec;
 
 use super::moves::{Moves, Pull};
-use super::operation::{Operands, Operation, Work};
+use super::operation::{Operation, Work};
 use crate::call::{Detail, Kind};
 use crate::hosts::Hosts;
+use crate::request::Operands;
 
 /// output = chunk r of the root's input, at rank r, of `chunk` elements.
 pub(crate) fn scatter(hosts: &Hosts, rank: usize, operands: Operands, chunk: usize, root: usize) -> Operation {

@@ -18,9 +18,6 @@ use crate::{Error, Sections};
 pub(super) const PIECE: usize = 256 << 10;
 /// Bytes of a channel's stage.
 pub(super) const STAGE: u64 = 4 * PIECE as u64;
-/// Words of the payload in front of an operand that travels in the header: the sideband.
-pub(super) const HEAD: usize = 4;
-
 /// Which operand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum End {
@@ -60,6 +57,8 @@ pub(super) struct Sides {
     pub(super) piece: usize,
     /// Where a full operand has several sections.
     pub(super) sections: Option<Sections>,
+    /// Words of the payload in front of an operand that travels in the header: the sideband.
+    pub(super) head: usize,
 }
 
 impl Sides {
@@ -159,7 +158,7 @@ impl Sides {
             }
             Place::Header => {
                 // SAFETY: operands in headers fit there, on every rank (`Operation::fits_header`).
-                return Ok(unsafe { peers.payload_address(rank, HEAD).add(whole) });
+                return Ok(unsafe { peers.payload_address(rank, self.head).add(whole) });
             }
             Place::None => {
                 let reason = format!("rank {} published no operand", peers.group.name(rank));

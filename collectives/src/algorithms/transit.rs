@@ -11,7 +11,7 @@ use crate::Error;
 use crate::call::describe;
 use crate::engine::flight::Peers;
 use crate::memory::control::Call;
-use crate::wire::{Request, Wire};
+use crate::wire::{Receipt, Wire};
 
 /// Longest message, in bytes.
 const LONGEST: usize = 1 << 20;
@@ -39,7 +39,7 @@ struct Line {
 /// The messages of one line in one direction, from first to last.
 #[derive(Default)]
 struct Way {
-    waiting: Vec<(Message, Request)>,
+    waiting: Vec<(Message, Receipt)>,
     queued: VecDeque<Message>,
     /// Number of messages so far.
     count: usize,

@@ -3,14 +3,15 @@
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
-use super::flight::{Collective, Course};
+use super::flight::{Algorithm, Course};
 use super::group::{Group, Lane};
 use super::mail::MailFlight;
 use super::progress::AbortOnPanic;
-use super::watch::{Limit, Watch};
+use super::watch::Watch;
 use crate::Error;
 use crate::memory::control::{Channel, MAIL_BELL, WINDOW_BELL, sleep, subject};
 use crate::memory::protocol::Bell;
+use crate::transport::Limit;
 
 /// How long a caller, which has nothing else to do, looks for news before it sleeps.
 const CALLER_SPIN: Duration = Duration::from_micros(200);
@@ -24,7 +25,7 @@ impl Group {
     pub(crate) fn run_here(
         &self,
         channel: Channel,
-        collective: &mut dyn Collective,
+        algorithm: &mut dyn Algorithm,
         limit: Limit,
     ) -> Option<Result<(), Error>> {
         if self.has_wire() || !self.options.delay_of(channel).is_zero() {
@@ -34,10 +35,10 @@ impl Group {
         let idle = |lane: &Lane| lane.flights.is_empty() && inbox.is_empty();
         // Who has the lane is looking at it, or has an operation of its own, which this one follows in any case.
         let mut lane = Some(self.lanes[channel as usize].lock()).filter(|lane| idle(lane))?;
-        let mut course = Course::new(collective, channel, limit);
+        let mut course = Course::new(algorithm.call(), channel, limit);
         let _guard = AbortOnPanic::new(self);
         let bell = &self.control(self.rank).callers[channel as usize];
-        let poll = || course.poll(collective, self, &mut lane.count, None).map(|done| done.then_some(()));
+        let poll = || course.poll(algorithm, self, &mut lane.count, None).map(|done| done.then_some(()));
         let result = self.wait(bell, channel.subject(), poll).map_err(|error| self.fail(error));
         drop(lane);
         if !inbox.is_empty() {

@@ -19,15 +19,16 @@ use std::time::Instant;
 use pillion_kernels::{Completion, Event};
 
 use super::group::{Count, Group};
-use super::record::Span;
 use super::start::StartEvent;
-use super::watch::{Limit, Watch};
+use super::watch::Watch;
 use crate::Error;
-use crate::algorithms::AnyCollective;
+use crate::algorithms::AnyAlgorithm;
 use crate::call::{describe, name};
 use crate::memory::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
 use crate::memory::place::Place;
 use crate::pending::Outcome;
+use crate::record::Span;
+use crate::transport::Limit;
 use crate::wire::Wire;
 
 /// What one exchange came to.
@@ -57,7 +58,7 @@ impl Opening {
 }
 
 /// An algorithm: what its header says, and what it does once every rank is there.
-pub(crate) trait Collective: Send {
+pub(crate) trait Algorithm: Send {
     /// What every rank must have called; the sequence number is filled in.
     fn call(&self) -> Call;
 
@@ -165,10 +166,10 @@ pub(crate) struct Course {
 
 impl Course {
     /// Before the start.
-    pub(crate) fn new(collective: &dyn Collective, channel: Channel, limit: Limit) -> Course {
+    pub(crate) fn new(call: Call, channel: Channel, limit: Limit) -> Course {
         Course {
             channel,
-            call: collective.call(),
+            call,
             digest: 0,
             target: 0,
             taken: 0,
@@ -180,21 +181,16 @@ impl Course {
         }
     }
 
-    /// Whether work on the operation's buffers may run later than the call that enqueues it.
-    pub(crate) fn is_deferred(&self) -> bool {
-        self.call.memory & 1 == 1
-    }
-
     /// Goes as far as the other ranks allow; true once complete.
     pub(crate) fn poll(
         &mut self,
-        collective: &mut dyn Collective,
+        algorithm: &mut dyn Algorithm,
         group: &Group,
         count: &mut Count,
         mut wire: Option<&mut (dyn Wire + 'static)>,
     ) -> Result<bool, Error> {
         if self.taken == 0 {
-            self.start(collective, group, count)?;
+            self.start(algorithm, group, count)?;
         }
         loop {
             let channel = self.channel as usize;
@@ -215,7 +211,7 @@ impl Course {
             }
             let mut peers =
                 Peers { group, channel: self.channel, call: self.call, wire: wire.as_deref_mut(), moved: false };
-            let progress = collective.exchange(self.taken - 1, &mut peers)?;
+            let progress = algorithm.exchange(self.taken - 1, &mut peers)?;
             if peers.moved {
                 // Limits are for silence, not for large buffers.
                 self.watch = Watch::new(self.limit);
@@ -229,7 +225,7 @@ impl Course {
                     return Ok(false);
                 }
                 Progress::Done => {
-                    let bytes = collective.bytes_sent(group.hosts.world());
+                    let bytes = algorithm.bytes_sent(group.hosts.world());
                     group.count(self.channel, bytes);
                     if let Some(start) = self.started {
                         group.record.end(Span { operation: name(self.call), start, end: Instant::now(), bytes });
@@ -240,12 +236,12 @@ impl Course {
         }
     }
 
-    fn start(&mut self, collective: &mut dyn Collective, group: &Group, count: &mut Count) -> Result<(), Error> {
+    fn start(&mut self, algorithm: &mut dyn Algorithm, group: &Group, count: &mut Count) -> Result<(), Error> {
         self.started = group.record.start();
         self.call.sequence = count.sequence + 1;
         self.digest = self.call.digest();
         let mut peers = Peers { group, channel: self.channel, call: self.call, wire: None, moved: false };
-        let Opening { input, output, brief } = collective.begin(&mut peers)?;
+        let Opening { input, output, brief } = algorithm.begin(&mut peers)?;
         peers.header(group.rank).write(self.call, input, output);
         // What lies beside the steps is stored together with them: a peer that looks in between would take the cache line away.
         for (word, value) in peers.brief(group.rank).iter().zip(brief) {
@@ -289,7 +285,7 @@ impl Course {
 
 /// An operation that goes its course while its caller does something else.
 pub(crate) struct Flight {
-    collective: AnyCollective,
+    algorithm: AnyAlgorithm,
     course: Course,
     after: StartEvent,
     outcome: Arc<Outcome>,
@@ -308,9 +304,9 @@ impl Drop for Flight {
 
 impl Flight {
     /// Fails if its event does not happen within `limit` from now.
-    pub(crate) fn new(collective: AnyCollective, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
+    pub(crate) fn new(algorithm: AnyAlgorithm, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
         let after = StartEvent::new(after, course.limit);
-        Flight { collective, course, after, outcome, delay: None }
+        Flight { algorithm, course, after, outcome, delay: None }
     }
 
     pub(crate) fn channel(&self) -> Channel {
@@ -344,6 +340,6 @@ impl Flight {
                 return Ok(false);
             }
         }
-        self.course.poll(self.collective.as_dyn(), group, count, wire)
+        self.course.poll(self.algorithm.as_dyn(), group, count, wire)
     }
 }

@@ -15,7 +15,6 @@ use pillion_kernels::Failure;
 use super::flight::Flight;
 use super::inbox::{AT_A_TIME, Ended, Inbox, left};
 use super::mail::{MailFlight, Mailroom};
-use super::record::Record;
 use crate::engine::{Engine, GONE};
 use crate::hosts::Hosts;
 use crate::memory::control::{CHANNELS, Channel, GroupControl, RankControl, ring, state, subject};
@@ -24,6 +23,7 @@ use crate::memory::mapping::{Mapping, Members, Words as Place};
 use crate::memory::protocol::Word;
 use crate::memory::ranges::Range;
 use crate::pending::Outcomes;
+use crate::record::Record;
 use crate::{Error, Options};
 
 /// What the threads of one rank share of a group. Ranks are counted as its members on this host
@@ -253,7 +253,7 @@ impl Group {
     }
 
     /// (operations completed, bytes that other ranks took from this one).
-    pub(crate) fn traffic(&self) -> (u64, u64) {
+    pub(crate) fn completed(&self) -> (u64, u64) {
         let sum =
             |count: fn(&Traffic) -> &AtomicU64| self.traffic.iter().map(|t| count(t).load(Ordering::Relaxed)).sum();
         (sum(|traffic| &traffic.operations), sum(|traffic| &traffic.bytes))
@@ -309,7 +309,7 @@ impl Group {
     }
 
     /// Puts a flight behind those of its channel.
-    pub(crate) fn submit(&self, flight: Flight) {
+    pub(crate) fn submit_flight(&self, flight: Flight) {
         let inbox = &self.inboxes[flight.channel() as usize];
         self.hand_over(inbox, flight, |flight, error| flight.finish(Err(error)));
     }

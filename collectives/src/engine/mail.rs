@@ -22,7 +22,7 @@ use pillion_kernels::{DType, Event, Span, exclusive};
 use super::group::Group;
 use super::inbox::Inbox;
 use super::start::StartEvent;
-use super::watch::{Limit, Watch};
+use super::watch::Watch;
 use crate::Error;
 use crate::call::{Detail, Kind, call, describe};
 use crate::memory::control::{Call, MAIL_BELL, subject};
@@ -30,7 +30,9 @@ use crate::memory::place::Place;
 use crate::memory::protocol::publish;
 use crate::memory::ranges::Range;
 use crate::pending::Outcome;
-use crate::wire::{Request, Wire};
+use crate::request::{Direction, Message};
+use crate::transport::Limit;
+use crate::wire::{Receipt, Wire};
 
 /// Bytes of a staged piece at most; a stage holds two.
 const PIECE: usize = 256 << 10;
@@ -40,13 +42,6 @@ const SMALLEST_PIECE: usize = 4096;
 const SHORT: usize = 64 << 10;
 /// The tag of messages on the wire.
 const TAG: u8 = 16;
-
-/// Which way a message goes, seen from this rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Direction {
-    Send,
-    Receive,
-}
 
 impl Direction {
     /// How messages say it of this rank, and of the other.
@@ -98,7 +93,7 @@ pub(crate) struct MailFlight {
     lent: bool,
     watch: Watch,
     limit: Limit,
-    wire: Vec<Request>,
+    wire: Vec<Receipt>,
     /// The header on the wire: length and type.
     words: Box<[u64; 2]>,
 }
@@ -118,13 +113,12 @@ impl Drop for MailFlight {
 impl MailFlight {
     pub(crate) fn new(
         group: &Group,
-        direction: Direction,
-        peer: usize,
-        buffer: Span,
+        message: Message,
         after: Event,
         limit: Limit,
         outcome: Arc<Outcome>,
     ) -> MailFlight {
+        let Message { direction, buffer, peer } = message;
         let number = group.mail.lines[peer][direction as usize].0.fetch_add(1, Ordering::Relaxed);
         let watch = Watch::new(limit);
         let words = Box::new([0; 2]);

@@ -4,20 +4,21 @@
 //! waits until every rank has published the same, then reads its peers' memory in place, and keeps
 //! its own memory still until all have read it. A progress thread drives the operations in flight
 //! ([`progress`]), unless their callers wait for them and do ([`caller`]); whoever waits watches the
-//! other ranks ([`watch`]). [`record`] remembers when each operation began and ended.
+//! other ranks ([`watch`]). [`transport`] is what all of this is for a communicator.
 //!
 //! An [`Engine`] is what all groups of one rank have in common; a [`group::Group`] is what the
 //! threads of one rank share of one group, made in a [`room`].
 
+mod allocate;
 mod caller;
 pub(crate) mod flight;
 pub(crate) mod group;
 pub(crate) mod inbox;
 pub(crate) mod mail;
 pub(crate) mod progress;
-pub(crate) mod record;
 mod room;
 mod start;
+mod transport;
 pub(crate) mod watch;
 
 use std::any::Any;

@@ -3,76 +3,40 @@
 //! The first member on each host makes room for the members' words in its arena, and shows the
 //! place in a notice until all members on the host have come. Nobody but the members takes part.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::group::Group;
-use crate::checks::expect;
 use crate::join::{Job, open_wire};
 use crate::memory::control::{Notice, WINDOW_BELL, state, subject};
 use crate::memory::mapping::Words;
-use crate::{Communicator, Error, Launch, Options};
+use crate::transport::Transport;
+use crate::{Error, Options};
 
-impl Communicator {
-    /// A communicator of these ranks of this one, numbered in this order. They alone call this, all
-    /// with the same list. It costs some pages of memory and no thread, and has operations and
-    /// failures of its own. Memory that any communicator of the job allocated is used in place by
-    /// all of them.
-    ///
-    /// # Errors
-    /// [`Error::Misuse`] for a list without this rank, with a rank twice, or with one that there is
-    /// not. This communicator's first error: [`Error::Timeout`] where members do not come within
-    /// [`Options::startup_timeout`]. Between hosts also [`Error::Rendezvous`].
-    pub fn group(&self, ranks: &[usize]) -> Result<Communicator, Error> {
-        let own = ranks.iter().position(|&rank| rank == self.rank());
-        let Some(own) = own else {
-            let reason = format!("rank {} makes a group of ranks {ranks:?}: only members make it", self.rank());
-            return Err(Error::Misuse { reason });
-        };
-        for (index, &rank) in ranks.iter().enumerate() {
-            self.check_rank("a group with", rank)?;
-            expect(!ranks[..index].contains(&rank), || format!("a group of ranks {ranks:?} has rank {rank} twice"))?;
-        }
-        let parent = &self.group;
-        parent.healthy()?;
-        let key = self.key_of(ranks);
-        let job = Job {
-            launch: Launch { rank: own, world: ranks.len(), ..self.job.launch.clone() },
-            name: format!("{}+{key:x}", self.job.name),
-            ranks: ranks.iter().map(|&rank| self.job.ranks[rank]).collect(),
-            key,
-            ..self.job.clone()
-        };
-        let options = Options { reduce_groups: 1, ..parent.options.clone() };
-        let hosts = parent.hosts.among(ranks, own);
-        // Those of this host, as the parent counts its members here.
-        let members: Vec<usize> = hosts.local().iter().map(|&rank| parent.hosts.column(ranks[rank])).collect();
-        let room = Room { parent, members: &members, key };
-        let (words, notice) = room.find(hosts.column(own)).map_err(|error| self.give_up(error))?;
-        let wire = open_wire(&job, &hosts, &options).map_err(|error| self.give_up(error))?;
-        let locals = members.iter().map(|&member| parent.local(member)).collect();
+impl Group {
+    /// The ranks `ranks` of these, which alone call this.
+    pub(super) fn make_group(&self, ranks: &[usize], job: &Job) -> Result<Arc<Group>, Error> {
+        let own = job.launch.rank;
+        let options = Options { reduce_groups: 1, ..self.options.clone() };
+        let hosts = self.hosts.among(ranks, own);
         let column = hosts.column(own);
-        let group = Group::new(parent.engine.clone(), words, locals, column, hosts, options);
-        let group = Arc::new(group);
-        parent.engine.open(group.clone(), wire);
-        let group = Communicator::of(group, job);
-        group.group.declare_joined();
-        room.wait_for_all(&group.group)?;
+        // Those of this host, as this group counts its members here.
+        let members: Vec<usize> = hosts.local().iter().map(|&rank| self.hosts.column(ranks[rank])).collect();
+        let room = Room { parent: self, members: &members, key: job.key };
+        let (words, notice) = room.find(column).map_err(|error| self.give_up(error))?;
+        let wire = open_wire(job, &hosts, &options).map_err(|error| self.give_up(error))?;
+        let locals = members.iter().map(|&member| self.local(member)).collect();
+        let group = Arc::new(Group::new(self.engine.clone(), words, locals, column, hosts, options));
+        self.engine.open(group.clone(), wire);
+        group.declare_joined();
+        if let Err(error) = room.wait_for_all(&group) {
+            group.close();
+            return Err(error);
+        }
         if let Some(notice) = notice {
             notice.key.store(0, Ordering::Release);
         }
         Ok(group)
-    }
-
-    /// What tells the next group of these ranks from others of the job, the same on every member.
-    fn key_of(&self, ranks: &[usize]) -> u64 {
-        let mut groups = self.groups.lock();
-        let number = groups.entry(ranks.to_vec()).or_default();
-        *number += 1;
-        let mut hasher = DefaultHasher::new();
-        (self.job.key, ranks, *number).hash(&mut hasher);
-        hasher.finish().max(1)
     }
 }
 

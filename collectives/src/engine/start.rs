@@ -5,9 +5,10 @@ use std::task::{Poll, Waker};
 use pillion_kernels::Event;
 
 use super::group::Group;
-use super::watch::{Limit, Watch};
+use super::watch::Watch;
 use crate::Error;
 use crate::pending::Outcome;
+use crate::transport::Limit;
 use crate::wire::Wire;
 
 /// What an operation of this rank waits for before it starts.
@@ -58,20 +59,28 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::{Communicator, Launch, Options};
+    use crate::join::{Job, Joined, join};
+    use crate::transport::Transport;
+    use crate::{Launch, Options};
 
     /// A progress thread that slept until its next look would start an operation milliseconds late.
     #[test]
     fn an_event_that_ends_rings_the_progress_thread() {
-        let communicator = Communicator::connect(&Launch::single(), Options::default()).unwrap();
-        let rings = || communicator.group.engine.control().progress.rings.load(Ordering::Acquire);
-        let (before, waker) = (rings(), Waker::from(communicator.group.engine.clone()));
-        // An awake thread is not rung. Nothing else rings this one, and it sleeps soon.
-        let started = Instant::now();
-        while rings() == before {
-            assert!(started.elapsed() < Duration::from_secs(60), "the progress thread was never rung");
-            waker.wake_by_ref();
-            std::thread::yield_now();
-        }
+        let Joined { group, .. } = join(&Job::of(&Launch::single()), Options::default()).unwrap();
+        let engine = group.engine.clone();
+        engine.open(group.clone(), None);
+        std::thread::scope(|scope| {
+            scope.spawn(|| engine.run(|begun| begun.is_ok()));
+            let rings = || engine.control().progress.rings.load(Ordering::Acquire);
+            let (before, waker) = (rings(), Waker::from(engine.clone()));
+            // An awake thread is not rung. Nothing else rings this one, and it sleeps soon.
+            let started = Instant::now();
+            while rings() == before {
+                assert!(started.elapsed() < Duration::from_secs(60), "the progress thread was never rung");
+                waker.wake_by_ref();
+                std::thread::yield_now();
+            }
+            group.close();
+        });
     }
 }

@@ -7,28 +7,8 @@ use std::time::{Duration, Instant};
 use super::group::Group;
 use crate::Error;
 use crate::memory::control::{monotonic_millis, state};
+use crate::transport::Limit;
 use crate::wire::Wire;
-
-/// How long somebody waits, at each step of an operation.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Limit {
-    within: Duration,
-    /// Whether time does not count in which the rank waited for is running.
-    patient: bool,
-}
-
-impl Limit {
-    pub(crate) const NONE: Limit = Limit::within(Duration::MAX);
-
-    pub(crate) const fn within(within: Duration) -> Limit {
-        Limit { within, patient: false }
-    }
-
-    /// As long as the ranks waited for are running, and so long besides.
-    pub(crate) const fn patiently(within: Duration) -> Limit {
-        Limit { within, patient: true }
-    }
-}
 
 /// The patience of one wait.
 pub(crate) struct Watch {

@@ -375,3 +375,20 @@ impl Drop for Mapping {
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes as usize) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arenas_are_limited_by_memory_on_every_host_that_there_is() {
+        const GIB: u64 = 1 << 30;
+        for (world, memory) in [(1, GIB), (128, 24 * GIB), (128, 512 * GIB), (1024, 64 * GIB), (8, 8192 * GIB)] {
+            let shape = Shape::with_memory(world, memory);
+            assert_eq!(shape.reserve, memory, "{world} ranks");
+            assert!(shape.total() < 1 << 47, "a process has so many addresses");
+        }
+        // Beyond that each rank has its share of 64 TiB, more than its share of any host's memory.
+        assert_eq!(Shape::with_memory(1024, 4096 * GIB).reserve, 64 * GIB);
+    }
+}

@@ -212,7 +212,7 @@ mod tests {
 
     /// Runs a broken program in a process of its own, since the checker may panic twice, and returns what it says.
     fn verdict(test: &str) -> String {
-        let name = format!("shm::protocol::tests::{test}");
+        let name = format!("memory::protocol::tests::{test}");
         let program = std::env::current_exe().unwrap();
         let run = std::process::Command::new(program).args(["--ignored", "--exact", &name]).output().unwrap();
         assert!(!run.status.success(), "{test} passes");

@@ -12,7 +12,7 @@ use crate::Error;
 
 /// A message on its way. Its memory stays as it is until [`Wire::test`] has said that it is complete.
 #[derive(Debug)]
-pub(crate) struct Request(pub(crate) u64);
+pub(crate) struct Receipt(pub(crate) u64);
 
 /// Messages to and from the ranks of a communicator, counted as the communicator counts them.
 pub(crate) trait Wire: Send {
@@ -21,17 +21,17 @@ pub(crate) trait Wire: Send {
     /// # Safety
     /// `data` is not null. The bytes stay readable and unchanged until [`Wire::test`] returns true
     /// for the request; if it never does, for ever.
-    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error>;
+    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Receipt, Error>;
 
     /// Starts receiving exactly `len` bytes from rank `from`. A message of another length is an error.
     ///
     /// # Safety
     /// `data` is not null. The bytes stay writable, and nobody else touches them, until
     /// [`Wire::test`] returns true for the request; if it never does, for ever.
-    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error>;
+    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Receipt, Error>;
 
     /// Lets messages move, and says whether this one is complete. Not called again for a request once it has returned true.
-    fn test(&mut self, request: &Request) -> Result<bool, Error>;
+    fn test(&mut self, request: &Receipt) -> Result<bool, Error>;
 
     /// Tells every other rank, as far as that is possible without waiting, that this one gives up.
     fn abort(&mut self, reason: &str);

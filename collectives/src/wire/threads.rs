@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
-use super::{Request, Wire};
+use super::{Receipt, Wire};
 use crate::Error;
 
 /// Sender, receiver, tag.
@@ -53,21 +53,21 @@ impl ThreadWire {
 unsafe impl Send for Posted {}
 
 impl Wire for ThreadWire {
-    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error> {
+    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Receipt, Error> {
         // SAFETY: readable, by the caller's promise.
         let bytes = unsafe { std::slice::from_raw_parts(data, len) }.to_vec();
         self.board.lock().messages.entry((self.rank, to, tag)).or_default().push_back(bytes);
         self.next += 1;
-        Ok(Request(self.next))
+        Ok(Receipt(self.next))
     }
 
-    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error> {
+    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Receipt, Error> {
         self.next += 1;
         self.posted.entry((from, tag)).or_default().push_back(Posted { number: self.next, data, len });
-        Ok(Request(self.next))
+        Ok(Receipt(self.next))
     }
 
-    fn test(&mut self, request: &Request) -> Result<bool, Error> {
+    fn test(&mut self, request: &Receipt) -> Result<bool, Error> {
         let mut board = self.board.lock();
         for (&(from, tag), posted) in &mut self.posted {
             let Some(messages) = board.messages.get_mut(&(from, self.rank, tag)) else { continue };

@@ -236,7 +236,7 @@ fn gather_second_window(communicator: &Communicator, memory: &mut Memory) -> Res
 
 fn gather_cut(communicator: &Communicator, memory: &mut Memory, chunks: &[usize]) -> Result<(), Error> {
     let (shard, output) = (memory.take::<f32>(PART), memory.take::<f32>(3 * PART));
-    communicator.all_gather_sections(&Sections::new(chunks), shard, output, Event::PAST).wait().map(|_| ())
+    communicator.all_gather_sections(&Sections::new(chunks)?, shard, output, Event::PAST).wait().map(|_| ())
 }
 
 fn gather_short_first(communicator: &Communicator, memory: &mut Memory) -> Result<(), Error> {
@@ -248,7 +248,7 @@ fn gather_long_first(communicator: &Communicator, memory: &mut Memory) -> Result
 }
 
 fn gather_window_cut(communicator: &Communicator, chunks: &[usize]) -> Result<(), Error> {
-    let window = communicator.window_of(&Cpu, DType::F32, &Sections::new(chunks))?;
+    let window = communicator.window_of(&Cpu, DType::F32, &Sections::new(chunks)?)?;
     communicator.gather_window(window, Event::PAST).wait().map(|_| ())
 }
 

@@ -5,10 +5,13 @@ mod numbers;
 mod sections;
 
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use numbers::{Number, tree};
-use pillion_collectives::{Communicator, Comparison, Launch, Options, Pending, Reduce, Reduction, Sideband, Start};
+use pillion_collectives::{Communicator, Launch, Observation, Options, Pending, Reduce, Reduction, Sideband, Start};
+use pillion_kernels::cpu::compare::Comparison;
+use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Bool, Buffer, Cpu, DType, Device, Event, Space};
 
 /// Ranks, simulated hosts, groups of reduction.
@@ -262,11 +265,13 @@ impl Rank<'_> {
     fn compared<T: Number>(&self, len: usize, widen: fn(T) -> f32) {
         let (c, rank, world) = (self.communicator, self.communicator.rank(), self.communicator.world());
         let limit = 0.6 * world as f64;
-        let comparison = Comparison { totals: self.buffer(&vec![f64::NAN; Comparison::len(world)], false), limit };
+        let observer = Arc::new(Comparison { limit });
+        let totals = self.buffer(&vec![f64::NAN; observer.numbers(world)], false);
+        let observation = Observation { totals, observer };
         let (input, output) = (self.input::<T>(world * len), self.output::<f32>(len));
         let reduce =
             Reduce { input, sections: None, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
-        let (reduce, comparison) = self.done(c.reduce_scatter_compared(reduce, comparison, self.start()));
+        let (reduce, observation) = self.done(c.reduce_scatter_observed(reduce, observation, self.start()));
         let (mut sums, mut expected, mut sizes) = (Vec::new(), vec![0.0; 2 + world], vec![0.0; world]);
         for index in rank * len..(rank + 1) * len {
             let terms: Vec<f32> = (0..world).map(|from| widen(T::new(from, index))).collect();
@@ -284,7 +289,7 @@ impl Rank<'_> {
             }
         }
         self.check("compared sum", &reduce.output, &sums);
-        let found: Vec<f64> = Cpu.stream().download(comparison.totals.view()).unwrap();
+        let found: Vec<f64> = Cpu.stream().download(observation.totals.view()).unwrap();
         assert_eq!(found[..2], expected[..2], "what passes of {len} {}, {:?}", T::DTYPE, self.memory);
         assert!(len < 1000 || world == 1 || (1.0..len as f64).contains(&found[0]), "some pass, and some do not");
         for ((found, expected), size) in found[2..].iter().zip(&expected[2..]).zip(sizes) {
@@ -298,7 +303,7 @@ impl Rank<'_> {
 fn terms_are_compared_with_their_sum_wherever_they_lie() {
     for (world, hosts, groups) in WORLDS {
         ranks(world, hosts, groups, |rank| {
-            assert_eq!(rank.communicator.can_compare(), hosts == 1);
+            assert_eq!(rank.communicator.capabilities().reads_peers_in_place, hosts == 1);
             for len in lengths(world).filter(|_| hosts == 1) {
                 rank.compared::<f32>(len, |x| x);
                 rank.compared::<bf16>(len, bf16::to_f32);
@@ -426,7 +431,7 @@ fn windows_show_what_ranks_of_all_hosts_have_written() {
                 let expected: Vec<f32> = (0..world)
                     .flat_map(|from| (0..1000).map(move |index| f32::new(from + 100 * round, index)))
                     .collect();
-                assert_eq!(stream.download::<f32>(window.view()).unwrap(), expected);
+                assert_eq!(stream.download::<f32>(window.view().unwrap()).unwrap(), expected);
                 window.release(&Event::PAST).unwrap();
             }
         });

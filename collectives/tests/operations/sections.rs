@@ -1,13 +1,17 @@
 //! Operations on buffers that are cut into sections, against an operation on each section alone.
 
+use std::sync::Arc;
+
 use half::bf16;
-use pillion_collectives::{Comparison, Reduce, Reduction, Sections, Sideband};
+use pillion_collectives::{Observation, Reduce, Reduction, Sections, Sideband};
+use pillion_kernels::cpu::compare::Comparison;
+use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Cpu, DType, Device, Event};
 
 use crate::{Memory, Number, Rank, WORLDS, ranks};
 
 /// Chunks of sections: one; empty ones; less than a header; pieces that end within a section, and
-/// sections that end within a piece; as many as there can be.
+/// sections that end within a piece; as many as four numbers of each leave room for.
 fn cuts() -> [Vec<usize>; 6] {
     [
         vec![77],
@@ -15,7 +19,7 @@ fn cuts() -> [Vec<usize>; 6] {
         vec![1, 1, 2],
         vec![4_099, 1, 20_000, 64],
         vec![70_001, 333],
-        (0..Sections::MAX).map(|section| 32 * section).collect(),
+        (0..Sideband::MAX / 4).map(|section| 32 * section).collect(),
     ]
 }
 
@@ -94,17 +98,18 @@ impl Rank<'_> {
     /// A comparison of each section has the bits of a comparison of the section alone.
     fn compares_sections(&self, sections: &Sections) {
         let (c, rank, world) = (self.communicator, self.communicator.rank(), self.communicator.world());
-        let numbers = Comparison::len(world);
+        let observer = Arc::new(Comparison { limit: 0.6 * world as f64 });
+        let numbers = observer.numbers(world);
         let compare = |input: &[f32], sections: Option<&Sections>, len: usize| {
             let count = sections.map_or(1, Sections::count);
             let totals = self.buffer(&vec![f64::NAN; count * numbers], false);
-            let comparison = Comparison { totals, limit: 0.6 * world as f64 };
+            let observation = Observation { totals, observer: observer.clone() };
             let (input, output) = (self.buffer(input, true), self.output::<f32>(len));
             let sections = sections.cloned();
             let reduce =
                 Reduce { input, sections, output, reduction: Reduction::Sum, accumulate: false, sideband: None };
-            let (_, comparison) = self.done(c.reduce_scatter_compared(reduce, comparison, self.start()));
-            Cpu.stream().download::<f64>(comparison.totals.view()).unwrap()
+            let (_, observation) = self.done(c.reduce_scatter_observed(reduce, observation, self.start()));
+            Cpu.stream().download::<f64>(observation.totals.view()).unwrap()
         };
         let all = self.values::<f32>(rank, world * sections.shard_len());
         let found = compare(&all, Some(sections), sections.shard_len());
@@ -123,7 +128,7 @@ fn sections_move_as_one_operation_as_they_would_alone() {
     for (world, hosts, groups) in WORLDS {
         ranks(world, hosts, groups, |rank| {
             for cut in cuts() {
-                let sections = Sections::new(&cut);
+                let sections = Sections::new(&cut).unwrap();
                 rank.gathers_sections::<f32>(&sections);
                 rank.gathers_sections::<bf16>(&sections);
                 rank.reduces_sections::<f32>(&sections, Reduction::Sum);
@@ -144,7 +149,7 @@ fn a_window_of_sections_shows_what_ranks_of_all_hosts_have_written() {
         ranks(world, hosts, groups, |rank| {
             let (c, stream) = (rank.communicator, Cpu.stream());
             for cut in cuts() {
-                let sections = Sections::new(&cut);
+                let sections = Sections::new(&cut).unwrap();
                 let mut window = c.window_of(&Cpu, DType::F32, &sections).unwrap();
                 assert_eq!(window.len(), world * sections.shard_len());
                 for _ in 0..3 {
@@ -153,7 +158,7 @@ fn a_window_of_sections_shows_what_ranks_of_all_hosts_have_written() {
                         stream.upload(window.shard_mut(section).unwrap(), &shard[sections.in_shard(section)]);
                     }
                     window = c.gather_window(window, rank.start()).wait().unwrap();
-                    assert_eq!(stream.download::<f32>(window.view()).unwrap(), rank.full::<f32>(&sections));
+                    assert_eq!(stream.download::<f32>(window.view().unwrap()).unwrap(), rank.full::<f32>(&sections));
                     window.release(&Event::PAST).unwrap();
                 }
             }

@@ -2,76 +2,64 @@
 
 use half::bf16;
 
+use super::observe::{Observer, Terms};
 use super::value::Value;
 use super::vectorized;
-use crate::DType;
+use crate::{DType, Element};
 
-/// Terms beside their sum.
-#[derive(Clone, Debug)]
-pub struct Compare<'a> {
-    /// Type of the terms' elements: f32 or bf16.
-    pub dtype: DType,
-    /// Where each term starts; K of them.
-    pub terms: &'a [*const u8],
-    /// Where their sum starts.
-    pub sum: *const f32,
-    /// An element passes where K · Σ_k x_k² ≤ `limit` · sum², and that is not zero.
+/// Compares the terms of a sum with it. Of K terms, an element passes where K · Σ_k x_k² ≤ `limit`
+/// · (Σ_k x_k)², and that is not zero. Numbers: how many elements pass, Σ sum² over those, and for
+/// each term k over all elements Σ x_k · sum. Products and sums are f64.
+#[derive(Clone, Copy, Debug)]
+pub struct Comparison {
+    /// As above.
     pub limit: f64,
-    /// Number of elements.
-    pub count: usize,
-}
-
-/// Numbers that [`compare`] adds to, for `terms` terms.
-pub const fn numbers(terms: usize) -> usize {
-    2 + terms
 }
 
 /// Elements at a time: squares and sum stay in the first-level cache between terms.
 const BLOCK: usize = 512;
 
-/// out\[0\] += elements that pass, out\[1\] += Σ sum² over those, out\[2 + k\] += Σ x_k · sum. Products and sums are f64.
-///
-/// # Safety
-/// Every term and the sum are readable for `count` elements of their types, aligned to them, and nobody writes them meanwhile.
-///
-/// # Panics
-/// For other types, and unless `out` has [`numbers`] of the terms.
-pub unsafe fn compare(job: &Compare<'_>, out: &mut [f64]) {
-    assert_eq!(out.len(), numbers(job.terms.len()), "two numbers and one for each term");
-    // SAFETY: the type is the one that the job names; the rest is the caller's promise.
-    unsafe {
-        match job.dtype {
-            DType::F32 => run::<f32>(job, out),
-            DType::Bf16 => run::<bf16>(job, out),
+impl Observer for Comparison {
+    fn numbers(&self, terms: usize) -> usize {
+        2 + terms
+    }
+
+    /// f32 and bf16.
+    fn supports(&self, dtype: DType) -> bool {
+        matches!(dtype, DType::F32 | DType::Bf16)
+    }
+
+    fn observe(&self, terms: &Terms<'_>, sum: &[f32], totals: &mut [f64]) {
+        assert!(sum.len() == terms.count() && totals.len() == self.numbers(terms.operands()));
+        match terms.dtype() {
+            DType::F32 => self.run::<f32>(terms, sum, totals),
+            DType::Bf16 => self.run::<bf16>(terms, sum, totals),
             other => panic!("no comparison of {other}"),
         }
     }
 }
 
-/// # Safety
-/// As for [`compare`], whose type is `T`.
-unsafe fn run<T: Value>(job: &Compare<'_>, out: &mut [f64]) {
-    for start in (0..job.count).step_by(BLOCK) {
-        let len = BLOCK.min(job.count - start);
-        // SAFETY: inside the sum, by the caller's promise.
-        let sum = unsafe { std::slice::from_raw_parts(job.sum.add(start), len) };
-        let mut squares = [0.0f64; BLOCK];
-        let (totals, products) = out.split_at_mut(2);
-        for (term, product) in job.terms.iter().zip(products) {
-            // SAFETY: inside the term, by the caller's promise.
-            let term = unsafe { std::slice::from_raw_parts(term.cast::<T>().add(start), len) };
-            vectorized(
-                #[inline(always)]
-                || *product += dot(term, sum, &mut squares[..len]),
-            );
-        }
-        let scale = job.terms.len() as f64;
-        for (square, sum) in squares.iter().zip(sum) {
-            let sum = f64::from(*sum);
-            // Padding has neither noise nor gradient, and is no element that passes.
-            if sum != 0.0 && scale * square <= job.limit * sum * sum {
-                totals[0] += 1.0;
-                totals[1] += sum * sum;
+impl Comparison {
+    fn run<T: Value + Element>(&self, terms: &Terms<'_>, sum: &[f32], totals: &mut [f64]) {
+        let (totals, products) = totals.split_at_mut(2);
+        for (block, sum) in sum.chunks(BLOCK).enumerate() {
+            let mut squares = [0.0f64; BLOCK];
+            let squares = &mut squares[..sum.len()];
+            for (operand, product) in products.iter_mut().enumerate() {
+                let term = &terms.of::<T>(operand)[block * BLOCK..][..sum.len()];
+                vectorized(
+                    #[inline(always)]
+                    || *product += dot(term, sum, squares),
+                );
+            }
+            let scale = terms.operands() as f64;
+            for (square, sum) in squares.iter().zip(sum) {
+                let sum = f64::from(*sum);
+                // Padding has neither noise nor gradient, and is no element that passes.
+                if sum != 0.0 && scale * *square <= self.limit * sum * sum {
+                    totals[0] += 1.0;
+                    totals[1] += sum * sum;
+                }
             }
         }
     }
@@ -121,9 +109,9 @@ mod tests {
                 // 2 · (1 + 9) ≤ limit · 16 from 1.25 on; where the sum is zero, nothing passes.
                 for (limit, passing) in [(1.24, 0.0), (1.25, even)] {
                     let mut out = [100.0; 4];
-                    let job = Compare { dtype, terms: &terms, sum: sum.as_ptr(), limit, count };
                     // SAFETY: all have `count` elements, and nobody writes them.
-                    unsafe { compare(&job, &mut out) };
+                    let terms = unsafe { Terms::new(dtype, &terms, count) };
+                    Comparison { limit }.observe(&terms, &sum, &mut out);
                     let expected = [passing, 16.0 * passing, 4.0 * even, 12.0 * even];
                     assert_eq!(out, expected.map(|x| 100.0 + x), "{count} of {dtype}");
                 }
@@ -136,9 +124,9 @@ mod tests {
         let (term, sum) = ([f32::NAN, 1.0], [f32::NAN, 1.0]);
         let mut out = [0.0; 3];
         let terms = [term.as_ptr().cast()];
-        let job = Compare { dtype: DType::F32, terms: &terms, sum: sum.as_ptr(), limit: 1.0, count: 2 };
-        // SAFETY: both have two elements.
-        unsafe { compare(&job, &mut out) };
+        // SAFETY: it has two elements.
+        let terms = unsafe { Terms::new(DType::F32, &terms, 2) };
+        Comparison { limit: 1.0 }.observe(&terms, &sum, &mut out);
         assert_eq!(out[..2], [1.0, 1.0]);
         assert!(out[2].is_nan());
     }

@@ -18,6 +18,7 @@ mod matmul;
 mod mlp;
 pub mod non_temporal;
 mod norm;
+pub mod observe;
 mod profile;
 pub mod reduce;
 mod rope;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::Error;
-use crate::wire::{Request, Wire};
+use crate::wire::{Receipt, Wire};
 
 /// Bytes of an identity, padded with zeros.
 const LEN: usize = 256;
@@ -29,7 +29,7 @@ pub(crate) fn exchange(
     let own: Box<[u8]> = padded.into();
     let mut all = vec![0u8; LEN * world].into_boxed_slice();
     all[rank * LEN..][..LEN].copy_from_slice(&own);
-    let mut waiting: Vec<(usize, Request)> = Vec::new();
+    let mut waiting: Vec<(usize, Receipt)> = Vec::new();
     let mut pass = || -> Result<(), Error> {
         for peer in (0..world).filter(|&peer| peer != rank) {
             // SAFETY: both boxes stay where they are and untouched until every request is complete, or are leaked below.

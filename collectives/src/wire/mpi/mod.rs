@@ -23,7 +23,7 @@ use std::thread;
 
 use ::mpi::ffi;
 
-use crate::wire::{Request, Wire};
+use crate::wire::{Receipt, Wire};
 use crate::{Error, Launch};
 pub use calls::library;
 use process::Session;
@@ -37,7 +37,7 @@ pub(crate) struct MpiWire {
     own: usize,
     /// Longest piece of a message, in bytes.
     piece: usize,
-    /// A [`Request`] is an index into this.
+    /// A [`Receipt`] is an index into this.
     messages: Vec<Message>,
     /// Those of `messages` that are not in flight.
     free: Vec<usize>,
@@ -92,7 +92,7 @@ impl MpiWire {
 
     /// # Safety
     /// As for [`Wire::send`] or [`Wire::receive`].
-    unsafe fn start(&mut self, way: Way, peer: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error> {
+    unsafe fn start(&mut self, way: Way, peer: usize, tag: u8, data: *mut u8, len: usize) -> Result<Receipt, Error> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -132,7 +132,7 @@ impl MpiWire {
             }
             message.pieces.push(Piece { request, bytes });
         }
-        Ok(Request(index as u64))
+        Ok(Receipt(index as u64))
     }
 
     /// Receives what a rank that gave up has said, if one has.
@@ -191,17 +191,17 @@ impl MpiWire {
 unsafe impl Send for MpiWire {}
 
 impl Wire for MpiWire {
-    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error> {
+    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Receipt, Error> {
         // SAFETY: the caller's promise is the same. Sending only reads.
         unsafe { self.start(Way::Send, to, tag, data.cast_mut(), len) }
     }
 
-    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error> {
+    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Receipt, Error> {
         // SAFETY: the caller's promise is the same.
         unsafe { self.start(Way::Receive, from, tag, data, len) }
     }
 
-    fn test(&mut self, request: &Request) -> Result<bool, Error> {
+    fn test(&mut self, request: &Receipt) -> Result<bool, Error> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }

@@ -10,7 +10,7 @@ use std::{env, ptr, slice, thread};
 use ::mpi::ffi;
 
 use super::MpiWire;
-use crate::wire::{Request, Wire};
+use crate::wire::{Receipt, Wire};
 use crate::{Error, Launch};
 
 /// Tells a process that it is a rank, and where to leave its file.
@@ -239,26 +239,26 @@ fn ring(wire: &mut MpiWire) {
 /// Returns once all ranks have called it.
 fn barrier(wire: &mut MpiWire) {
     let others: Vec<usize> = (0..wire.members.len()).filter(|rank| *rank != wire.own).collect();
-    let sent: Vec<Request> = others.iter().map(|rank| send(wire, *rank, 9, Vec::new())).collect();
-    let received: Vec<Request> = others.iter().map(|rank| receive(wire, *rank, 9, 0).0).collect();
+    let sent: Vec<Receipt> = others.iter().map(|rank| send(wire, *rank, 9, Vec::new())).collect();
+    let received: Vec<Receipt> = others.iter().map(|rank| receive(wire, *rank, 9, 0).0).collect();
     for request in sent.iter().chain(&received) {
         wait(wire, request).unwrap();
     }
 }
 
-fn send(wire: &mut MpiWire, to: usize, tag: u8, data: Vec<u8>) -> Request {
+fn send(wire: &mut MpiWire, to: usize, tag: u8, data: Vec<u8>) -> Receipt {
     let data: &'static [u8] = data.leak();
     // SAFETY: it lives for ever, and nobody changes it.
     unsafe { wire.send(to, tag, data.as_ptr(), data.len()) }.unwrap()
 }
 
-fn receive(wire: &mut MpiWire, from: usize, tag: u8, len: usize) -> (Request, *const u8) {
+fn receive(wire: &mut MpiWire, from: usize, tag: u8, len: usize) -> (Receipt, *const u8) {
     let data = vec![0xee; len].leak().as_mut_ptr();
     // SAFETY: it lives for ever, and nobody looks at it before the request is complete.
     (unsafe { wire.receive(from, tag, data, len) }.unwrap(), data)
 }
 
-fn wait(wire: &mut MpiWire, request: &Request) -> Result<(), Error> {
+fn wait(wire: &mut MpiWire, request: &Receipt) -> Result<(), Error> {
     while !wire.test(request)? {
         thread::yield_now();
     }

@@ -18,7 +18,7 @@ mod tests;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Request, Wire};
+use super::{Receipt, Wire};
 use crate::Error;
 use crate::hosts::Hosts;
 use control::Control;
@@ -88,7 +88,7 @@ impl TcpWire {
         (index, &mut peer.lines[index])
     }
 
-    fn enqueue(&mut self, way: Way, member: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error> {
+    fn enqueue(&mut self, way: Way, member: usize, tag: u8, data: *mut u8, len: usize) -> Result<Receipt, Error> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -123,15 +123,15 @@ impl TcpWire {
 }
 
 impl Wire for TcpWire {
-    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Request, Error> {
+    unsafe fn send(&mut self, to: usize, tag: u8, data: *const u8, len: usize) -> Result<Receipt, Error> {
         self.enqueue(Way::Send, to, tag, data.cast_mut(), len)
     }
 
-    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Request, Error> {
+    unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Receipt, Error> {
         self.enqueue(Way::Receive, from, tag, data, len)
     }
 
-    fn test(&mut self, request: &Request) -> Result<bool, Error> {
+    fn test(&mut self, request: &Receipt) -> Result<bool, Error> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
@@ -177,13 +177,13 @@ impl Ticket {
     /// Digits of the number.
     const NUMBER: u32 = 40;
 
-    fn pack(self) -> Request {
+    fn pack(self) -> Receipt {
         assert!(self.number < 1 << Ticket::NUMBER && self.member < 1 << 20, "more messages than can be counted");
         let place = (self.member as u64) << 3 | (self.index as u64) << 1 | u64::from(self.way == Way::Send);
-        Request(place << Ticket::NUMBER | self.number)
+        Receipt(place << Ticket::NUMBER | self.number)
     }
 
-    fn unpack(&Request(word): &Request) -> Ticket {
+    fn unpack(&Receipt(word): &Receipt) -> Ticket {
         let (place, number) = (word >> Ticket::NUMBER, word & ((1 << Ticket::NUMBER) - 1));
         let way = if place & 1 == 1 { Way::Send } else { Way::Receive };
         Ticket { way, member: (place >> 3) as usize, index: (place >> 1 & 3) as usize, number }

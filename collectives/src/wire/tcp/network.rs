@@ -42,7 +42,7 @@ struct Arrivals {
 }
 
 impl Network {
-    /// Meets the other ranks of the job. Collective.
+    /// Meets the other ranks of the job. Algorithm.
     ///
     /// # Errors
     /// [`Error::Rendezvous`].

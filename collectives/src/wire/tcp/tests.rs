@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::greeting::{Greeting, MEETING};
 use super::{Network, TcpWire};
 use crate::hosts::Hosts;
-use crate::wire::{Request, Wire};
+use crate::wire::{Receipt, Wire};
 use crate::{Error, Launch, Meeting, Options};
 
 const LENGTHS: [usize; 5] = [0, 1, 7, 4096, 3 << 20];
@@ -63,19 +63,19 @@ fn memory(bytes: Vec<u8>) -> &'static mut [u8] {
     Box::leak(bytes.into_boxed_slice())
 }
 
-fn send(wire: &mut TcpWire, to: usize, tag: u8, bytes: Vec<u8>) -> Request {
+fn send(wire: &mut TcpWire, to: usize, tag: u8, bytes: Vec<u8>) -> Receipt {
     let bytes = memory(bytes);
     // SAFETY: the bytes stay for ever, and nobody changes them.
     unsafe { wire.send(to, tag, bytes.as_ptr(), bytes.len()) }.unwrap()
 }
 
-fn receive(wire: &mut TcpWire, from: usize, tag: u8, len: usize) -> (Request, *mut [u8]) {
+fn receive(wire: &mut TcpWire, from: usize, tag: u8, len: usize) -> (Receipt, *mut [u8]) {
     let bytes: *mut [u8] = memory(vec![0; len]);
     // SAFETY: the bytes stay for ever, and are read once the request is complete.
     (unsafe { wire.receive(from, tag, bytes.cast(), len) }.unwrap(), bytes)
 }
 
-fn wait(wire: &mut TcpWire, request: &Request) -> Result<(), Error> {
+fn wait(wire: &mut TcpWire, request: &Receipt) -> Result<(), Error> {
     let started = Instant::now();
     while !wire.test(request)? {
         assert!(started.elapsed() < Duration::from_secs(30), "a message hangs");

@@ -1,0 +1,157 @@
+//! What a transport is asked to do.
+
+use std::sync::Arc;
+
+use pillion_kernels::cpu::observe::Observer;
+use pillion_kernels::{Buffer, DType, Span};
+
+use crate::{Reduction, Sections};
+
+/// The buffers of an operation, as this rank has them.
+pub(crate) struct Operands {
+    pub(crate) input: Option<Span>,
+    pub(crate) output: Option<Span>,
+    pub(crate) dtype: DType,
+    /// Type of the output's elements.
+    pub(crate) to: DType,
+}
+
+impl Operands {
+    /// Of buffers that have been checked, of which there is at least one.
+    pub(crate) fn of(input: Option<&Buffer>, output: Option<&Buffer>) -> Operands {
+        let dtype = input.or(output).expect("an operation has a buffer").dtype();
+        let to = output.map_or(dtype, Buffer::dtype);
+        Operands { input: input.map(Buffer::span), output: output.map(Buffer::span), dtype, to }
+    }
+}
+
+/// Numbers that ride along, f64, as many on every rank.
+pub(crate) struct Sidebands {
+    pub(crate) own: Span,
+    /// Their sums over the ranks.
+    pub(crate) totals: Span,
+    /// Whether the sums are added to what is there.
+    pub(crate) accumulate: bool,
+}
+
+/// Who looks at the terms of a sum beside the sum.
+pub(crate) struct Observing {
+    /// As many f64 for each section.
+    pub(crate) totals: Span,
+    pub(crate) sections: usize,
+    pub(crate) observer: Arc<dyn Observer>,
+}
+
+/// Which way a message goes, seen from this rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Send,
+    Receive,
+}
+
+/// A call whose arguments have been checked.
+// A box would be an allocation for each operation.
+#[allow(clippy::large_enum_variant)]
+pub(crate) enum Request {
+    Collective(Collective),
+    Message(Message),
+}
+
+/// What one rank sends to another, or receives from it.
+pub(crate) struct Message {
+    pub(crate) direction: Direction,
+    pub(crate) buffer: Span,
+    /// The other rank.
+    pub(crate) peer: usize,
+}
+
+/// What all ranks do together. The operands stay the caller's, who leaves them alone
+/// until the operation has ended. A `chunk` is the elements of one rank, `len` those of a whole
+/// buffer; what each operation does is said where callers ask for it.
+// A box would be an allocation for each operation.
+#[allow(clippy::large_enum_variant)]
+pub(crate) enum Collective {
+    /// `in_place`: input and output are one buffer, and a rank's input is its chunk of that.
+    AllGather {
+        operands: Operands,
+        chunk: usize,
+        sections: Option<Sections>,
+        in_place: bool,
+    },
+    /// `number`: the window's, among those of its communicator.
+    GatherWindow {
+        window: Span,
+        number: u64,
+        sections: Option<Sections>,
+    },
+    Broadcast {
+        operands: Operands,
+        len: usize,
+        root: usize,
+    },
+    Gather {
+        operands: Operands,
+        chunk: usize,
+        root: usize,
+    },
+    Scatter {
+        operands: Operands,
+        chunk: usize,
+        root: usize,
+    },
+    AllToAll {
+        operands: Operands,
+        chunk: usize,
+    },
+    ReduceScatter(Scattered),
+    AllReduce {
+        operands: Operands,
+        len: usize,
+        reduction: Reduction,
+    },
+    Reduce {
+        operands: Operands,
+        len: usize,
+        reduction: Reduction,
+        root: usize,
+    },
+}
+
+/// A reduce-scatter.
+pub(crate) struct Scattered {
+    pub(crate) operands: Operands,
+    pub(crate) chunk: usize,
+    pub(crate) sections: Option<Sections>,
+    pub(crate) reduction: Reduction,
+    /// Whether the result is combined with the output.
+    pub(crate) accumulate: bool,
+    pub(crate) sidebands: Option<Sidebands>,
+    pub(crate) observing: Option<Observing>,
+}
+
+impl Request {
+    /// Whether work on the buffers may run later than the call that enqueues it.
+    pub(crate) fn is_deferred(&self) -> bool {
+        match self {
+            Request::Collective(collective) => collective.is_deferred(),
+            Request::Message(Message { buffer, .. }) => buffer.deferred(),
+        }
+    }
+}
+
+impl Collective {
+    fn is_deferred(&self) -> bool {
+        let operands = match self {
+            Collective::GatherWindow { window, .. } => return window.deferred(),
+            Collective::AllGather { operands, .. }
+            | Collective::Broadcast { operands, .. }
+            | Collective::Gather { operands, .. }
+            | Collective::Scatter { operands, .. }
+            | Collective::AllToAll { operands, .. }
+            | Collective::ReduceScatter(Scattered { operands, .. })
+            | Collective::AllReduce { operands, .. }
+            | Collective::Reduce { operands, .. } => operands,
+        };
+        operands.input.as_ref().or(operands.output.as_ref()).is_some_and(Span::deferred)
+    }
+}

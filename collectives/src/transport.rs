@@ -1,0 +1,125 @@
+//! What a communicator's operations run on. A communicator knows names, shapes, who may call what,
+//! and what a caller gets back; a transport knows memory, other ranks, and how elements move.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pillion_kernels::{Buffer, DType, Device, Event, Failure};
+
+use crate::call::Purpose;
+use crate::hosts::Hosts;
+use crate::join::Job;
+use crate::pending::Outcome;
+use crate::record::Record;
+use crate::request::Request;
+use crate::{Error, Sections, Traffic};
+
+/// What a communicator can do beyond moving and combining elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// Whether it has windows: see [`Communicator::window`](crate::Communicator::window).
+    pub windows: bool,
+    /// Whether ranks read each other's buffers where they lie, so that a sum's terms can be
+    /// observed: see
+    /// [`Communicator::reduce_scatter_observed`](crate::Communicator::reduce_scatter_observed).
+    pub reads_peers_in_place: bool,
+    /// Whether reductions run in order of rank, or of ranks and then hosts, so that a result has
+    /// the same bits in every run.
+    pub rank_order: bool,
+    /// Whether buffers may be memory of a device that the host cannot read.
+    pub device_memory: bool,
+    /// Whether memory from [`Communicator::allocate`](crate::Communicator::allocate) moves with
+    /// fewer copies than other memory.
+    pub registered_memory: bool,
+}
+
+/// How long somebody waits, at each step of an operation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit {
+    pub(crate) within: Duration,
+    /// Whether time does not count in which the rank waited for is running.
+    pub(crate) patient: bool,
+}
+
+impl Limit {
+    pub(crate) const NONE: Limit = Limit::within(Duration::MAX);
+
+    pub(crate) const fn within(within: Duration) -> Limit {
+        Limit { within, patient: false }
+    }
+
+    /// As long as the ranks waited for are running, and so long besides.
+    pub(crate) const fn patiently(within: Duration) -> Limit {
+        Limit { within, patient: true }
+    }
+}
+
+/// Ranks that are connected, seen from one of them. Every rank makes the same calls in the same
+/// order. After an error every call returns that first error.
+pub(crate) trait Transport: Send + Sync {
+    /// Which ranks are where.
+    fn hosts(&self) -> &Hosts;
+
+    fn capabilities(&self) -> Capabilities;
+
+    /// Starts an operation once `after` has happened. It waits no longer than `limit` for the
+    /// event, unless that is another operation's, and then at each step for other ranks.
+    fn submit(&self, request: Request, after: Event, limit: Limit) -> Arc<Outcome>;
+
+    /// Runs an operation now; it has ended when this returns.
+    fn run(&self, request: Request, limit: Limit) -> Result<(), Error>;
+
+    /// Gives every rank the words of all, at most as many as a [`Scalars`](crate::algorithms)
+    /// exchange carries, one rank's after the other's. They go back with
+    /// [`Transport::put_back`].
+    fn exchange(&self, words: &[u64], purpose: Purpose, limit: Limit) -> Result<Vec<u64>, Error>;
+
+    /// Takes memory back for the next exchange.
+    fn put_back(&self, words: Vec<u64>);
+
+    /// Zeroed memory of `device`, the same on every rank. Not of a device that cannot use it.
+    fn allocate(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error>;
+
+    /// A window's memory, and how the ranks take turns with it.
+    fn window(
+        self: Arc<Self>,
+        device: &dyn Device,
+        dtype: DType,
+        len: usize,
+        sections: Option<&Sections>,
+    ) -> Result<(Buffer, Box<dyn Turns>), Error>;
+
+    /// The ranks `ranks` of these, which alone call this; `job` describes them.
+    fn group(&self, ranks: &[usize], job: &Job) -> Result<Arc<dyn Transport>, Error>;
+
+    /// The first error here, if there was one.
+    fn healthy(&self) -> Result<(), Error>;
+
+    /// Remembers an error, and tells other ranks what they would not learn otherwise. Returns the
+    /// first error.
+    fn fail(&self, error: Error) -> Error;
+
+    /// The same, because of the work that an operation of this rank follows.
+    fn fail_after(&self, failure: Failure) -> Error;
+
+    /// Gives up, and tells every rank why.
+    fn abort(&self, reason: &str);
+
+    /// What has been moved so far.
+    fn traffic(&self) -> Traffic;
+
+    fn record(&self) -> &Record;
+
+    /// Waits for what is in flight, and lets go of the other ranks.
+    fn close(&self);
+}
+
+/// How the ranks of a host take turns with a window.
+pub(crate) trait Turns: Send + Sync {
+    /// Blocks until every rank has released `gathers` gathers.
+    fn wait(&self, gathers: u64) -> Result<(), Error>;
+
+    /// Says that this rank has.
+    fn release(&self, gathers: u64);
+}
