@@ -192,6 +192,9 @@ impl Turns for Released {
     }
 
     fn release(&self, gathers: u64) {
+        if self.group.engine.maker.is_another() {
+            return;
+        }
         publish(self.of(self.group.rank), gathers);
         for member in (0..self.group.world()).filter(|&member| member != self.group.rank) {
             self.group.ring_rank(member, WINDOW_BELL, subject::WINDOW);

@@ -9,8 +9,8 @@ use super::mail::MailFlight;
 use super::progress::AbortOnPanic;
 use super::watch::Watch;
 use crate::Error;
-use crate::memory::control::{Channel, MAIL_BELL, WINDOW_BELL, sleep, subject};
-use crate::memory::protocol::Bell;
+use crate::memory::control::{Channel, MAIL_BELL, WINDOW_BELL, subject};
+use crate::memory::protocol::{Bell, wait_at};
 use crate::transport::Limit;
 
 /// How long a caller, which has nothing else to do, looks for news before it sleeps.
@@ -73,45 +73,32 @@ impl Group {
     }
 
     /// Polls until `poll` has a value: spins for a moment, then sleeps between polls until there is news about `subjects`.
-    ///
-    /// Two threads that sleep at one bell can hide each other's interest; each then looks again after a nap.
     fn wait<T>(
         &self,
         bell: &Bell<AtomicU32>,
         subjects: u64,
         mut poll: impl FnMut() -> Result<Option<T>, Error>,
     ) -> Result<T, Error> {
-        let mut poll = || self.healthy().and_then(|()| poll());
-        loop {
-            let mut spinning = None;
-            loop {
-                for _ in 0..32 {
-                    if let Some(value) = poll()? {
-                        return Ok(value);
-                    }
-                    self.engine.relax();
-                }
-                let spun = spinning.get_or_insert_with(Instant::now).elapsed();
-                if spun > CALLER_SPIN {
-                    break;
-                } else if spun > CALLER_POLITE {
-                    // Whom this rank waits for may have been put on the same processor.
-                    std::thread::yield_now();
-                }
+        let (mut spins, mut spinning) = (0u32, None);
+        let spin = || {
+            self.engine.relax();
+            spins += 1;
+            // Asking for the time takes as long as some looks.
+            if !spins.is_multiple_of(32) {
+                return true;
             }
-            let seen = bell.prepare(subjects);
-            match poll() {
-                Ok(None) => sleep(bell, seen, NAP),
-                Ok(Some(value)) => {
-                    bell.awake();
-                    return Ok(value);
-                }
-                Err(error) => {
-                    bell.awake();
-                    return Err(error);
-                }
+            let spun = spinning.get_or_insert_with(Instant::now).elapsed();
+            if spun > CALLER_SPIN {
+                spinning = None;
+                return false;
             }
-        }
+            if spun > CALLER_POLITE {
+                // Whom this rank waits for may have been put on the same processor.
+                std::thread::yield_now();
+            }
+            true
+        };
+        wait_at(bell, subjects, NAP, spin, || self.healthy().and_then(|()| poll()))
     }
 
     /// Blocks until no rank of this host is `late` any more.

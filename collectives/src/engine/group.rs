@@ -17,7 +17,7 @@ use super::inbox::{AT_A_TIME, Ended, Inbox, left};
 use super::mail::{MailFlight, Mailroom};
 use crate::engine::{Engine, GONE};
 use crate::hosts::Hosts;
-use crate::memory::control::{CHANNELS, Channel, GroupControl, RankControl, ring, state, subject};
+use crate::memory::control::{CHANNELS, Channel, GroupControl, RankControl, state, subject};
 use crate::memory::mailbox::Mailbox;
 use crate::memory::mapping::{Mapping, Members, Words as Place};
 use crate::memory::protocol::Word;
@@ -193,12 +193,18 @@ impl Group {
 
     /// The communicator's first error, if it had one.
     pub(crate) fn healthy(&self) -> Result<(), Error> {
-        if self.failed.load(Ordering::Acquire) { self.failure.lock().clone().map_or(Ok(()), Err) } else { Ok(()) }
+        if self.failed.load(Ordering::Acquire) {
+            return self.failure.lock().clone().map_or(Ok(()), Err);
+        }
+        self.engine.maker.check()
     }
 
     /// Remembers the first error, and for other ranks, whom it names. What went wrong here alone they are told as an abort: nothing else
     /// would tell them before their deadlines.
     pub(crate) fn fail(&self, error: Error) -> Error {
+        if let Err(error) = self.engine.maker.check() {
+            return error;
+        }
         let mut failure = self.failure.lock();
         if failure.is_none() {
             if matches!(error, Error::System { .. } | Error::OutOfMemory { .. } | Error::NotStarted { .. }) {
@@ -220,6 +226,9 @@ impl Group {
     /// that an error of another communicator names are not ranks of this one, so peers are told
     /// only that this rank gave up.
     pub(crate) fn fail_after(&self, failure: Failure) -> Error {
+        if let Err(error) = self.engine.maker.check() {
+            return error;
+        }
         let error = Error::from(failure);
         let mut remembered = self.failure.lock();
         let is_first = remembered.is_none();
@@ -282,8 +291,8 @@ impl Group {
 
     /// Tells one rank of news, which have been published, about a subject for which its callers sleep at bell `bell`.
     pub(crate) fn ring_rank(&self, rank: usize, bell: usize, subjects: u64) {
-        ring(&self.control(rank).callers[bell], subjects);
-        ring(&self.rank_control(rank).progress, subjects);
+        self.control(rank).callers[bell].tell(subjects);
+        self.rank_control(rank).progress.tell(subjects);
     }
 
     /// Tells everybody of something that concerns all waits.
@@ -291,7 +300,7 @@ impl Group {
         std::sync::atomic::fence(Ordering::SeqCst);
         for rank in 0..self.world() {
             let progress = &self.rank_control(rank).progress;
-            self.control(rank).callers.iter().chain([progress]).for_each(|bell| ring(bell, subject::ALL));
+            self.control(rank).callers.iter().chain([progress]).for_each(|bell| bell.tell(subject::ALL));
         }
     }
 
@@ -346,6 +355,9 @@ impl Group {
 
     /// Tells every rank that this one gives up.
     pub(crate) fn abort(&self, reason: &str) {
+        if self.engine.maker.is_another() {
+            return;
+        }
         self.say_aborted(reason);
         self.fail(Error::Aborted { rank: self.name(self.rank), reason: reason.to_owned() });
     }
@@ -359,7 +371,7 @@ impl Group {
 impl Drop for Group {
     /// Gives back what this group used, as soon as no other member uses it.
     fn drop(&mut self) {
-        if *self.failed.get_mut() {
+        if *self.failed.get_mut() || self.engine.maker.is_another() {
             // Members may still be about to use it.
             return;
         }

@@ -33,7 +33,8 @@ use pillion_kernels::{Buffer, DType, Device, Region, Space};
 use self::group::Group;
 use self::inbox::Inbox;
 use crate::Error;
-use crate::memory::control::{RankControl, ring, state, subject};
+use crate::memory::control::{RankControl, state, subject};
+use crate::memory::fork::Maker;
 use crate::memory::mapping::{Mapping, Words};
 use crate::memory::ranges::{Range, Ranges};
 use crate::wire::Wire;
@@ -41,6 +42,8 @@ use crate::wire::Wire;
 /// One rank of a job, on its host.
 pub(crate) struct Engine {
     pub(crate) map: Arc<Mapping>,
+    /// The process that has joined the job.
+    pub(crate) maker: Maker,
     /// This rank, among those that share the mapping.
     pub(crate) rank: usize,
     ranges: Mutex<Ranges>,
@@ -90,6 +93,7 @@ impl Engine {
     pub(crate) fn new(map: Arc<Mapping>, rank: usize) -> Engine {
         Engine {
             map,
+            maker: Maker::this(),
             rank,
             ranges: Mutex::default(),
             retired: Mutex::default(),
@@ -109,7 +113,7 @@ impl Engine {
     /// Tells this rank's progress thread that there is something to do.
     pub(crate) fn ring_progress(&self) {
         std::sync::atomic::fence(Ordering::SeqCst);
-        ring(&self.control().progress, subject::WORK);
+        self.control().progress.tell(subject::WORK);
     }
 
     /// The thread that drives this rank's operations; whoever drops the last communicator waits for
@@ -163,7 +167,7 @@ impl Engine {
 
     /// Takes back memory that no other rank uses any more.
     pub(crate) fn give_back(&self, range: Range) {
-        let unused = !self.failed.load(Ordering::Relaxed);
+        let unused = !self.failed.load(Ordering::Relaxed) && !self.maker.is_another();
         if unused && self.map.discard(self.rank, range.offset, range.bytes) {
             self.ranges.lock().give_back(range);
         }

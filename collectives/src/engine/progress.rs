@@ -15,7 +15,7 @@ use super::inbox::left;
 use super::mail::MailFlight;
 use crate::Error;
 use crate::engine::{Arrival, Engine};
-use crate::memory::control::{Channel, monotonic_millis, sleep, state, subject};
+use crate::memory::control::{Channel, monotonic_millis, state, subject};
 use crate::wire::Wire;
 
 /// How long this thread looks for news before it sleeps, which may take a core from computation. Waking costs about as much.
@@ -251,23 +251,23 @@ impl Driver<'_> {
             }
             spinning = None;
             let declared = turn.waiting_for | subject::WORK;
-            let seen = control.progress.prepare(declared);
-            // A last look, now that who has news would ring. What it starts to wait for has not been declared.
-            let turn = self.turn();
-            if turn.moved || turn.waiting_for & !declared != 0 || self.is_last() {
-                control.progress.awake();
-                continue;
-            }
-            // A peer that dies rings no bell, so this thread looks at the others now and then.
-            let nap = if !in_flight {
-                REST
-            } else if turn.on_wire {
-                wire_nap = (2 * wire_nap).min(LONGEST_WIRE_NAP);
-                wire_nap
-            } else {
-                NAP
-            };
-            sleep(&control.progress, seen, nap);
+            control.progress.rest(declared, || {
+                let turn = self.turn();
+                // What it starts to wait for has not been declared.
+                if turn.moved || turn.waiting_for & !declared != 0 || self.is_last() {
+                    return None;
+                }
+                Some(if !in_flight {
+                    REST
+                } else if turn.on_wire {
+                    wire_nap = (2 * wire_nap).min(LONGEST_WIRE_NAP);
+                    wire_nap
+                } else {
+                    // A peer that dies rings no bell, so this thread looks at the others now and
+                    // then.
+                    NAP
+                })
+            });
         }
     }
 }

@@ -35,6 +35,11 @@ impl Transport for Group {
     }
 
     fn submit(&self, request: Request, after: Event, limit: Limit) -> Arc<Outcome> {
+        if let Err(error) = self.engine.maker.check() {
+            let outcome = Arc::new(Outcome::default());
+            outcome.set(Err(error));
+            return outcome;
+        }
         match request {
             Request::Collective(collective) => {
                 let (algorithm, channel) = self.algorithm(collective);
@@ -50,6 +55,7 @@ impl Transport for Group {
     }
 
     fn run(&self, request: Request, limit: Limit) -> Result<(), Error> {
+        self.engine.maker.check()?;
         match request {
             // As it is: making it any algorithm would take a tenth of its time.
             Request::Collective(Collective::AllReduce { operands, len, reduction })
@@ -69,6 +75,7 @@ impl Transport for Group {
     }
 
     fn exchange(&self, words: &[u64], purpose: Purpose, limit: Limit) -> Result<Vec<u64>, Error> {
+        self.engine.maker.check()?;
         let mut scalars = Scalars::new(words, purpose, self.scalars.take());
         match self.run_here(Channel::Control, &mut scalars, limit) {
             Some(result) => {
@@ -100,10 +107,12 @@ impl Transport for Group {
         len: usize,
         sections: Option<&Sections>,
     ) -> Result<(Buffer, Box<dyn Turns>), Error> {
+        self.engine.maker.check()?;
         self.make_window(device, dtype, len, sections)
     }
 
     fn group(&self, ranks: &[usize], job: &Job) -> Result<Arc<dyn Transport>, Error> {
+        self.engine.maker.check()?;
         Ok(self.make_group(ranks, job)?)
     }
 
@@ -133,6 +142,9 @@ impl Transport for Group {
     }
 
     fn close(&self) {
+        if self.engine.maker.is_another() {
+            return;
+        }
         self.stop();
         self.ended.wait();
         self.engine.close();

@@ -202,23 +202,6 @@ impl Header {
     }
 }
 
-/// Wakes whoever sleeps at a bell, if it has an interest in `subjects`. What the news are about has been published.
-pub(crate) fn ring(bell: &Bell<AtomicU32>, subjects: u64) {
-    if bell.must_ring(subjects) {
-        bell.ring();
-        // Fails only for a bad address, and this one is mapped.
-        let _ = rustix::thread::futex::wake(&bell.rings, rustix::thread::futex::Flags::empty(), u32::MAX >> 1);
-    }
-}
-
-/// Sleeps until the bell has rung since [`Bell::prepare`] returned `seen`, or for `limit`.
-pub(crate) fn sleep(bell: &Bell<AtomicU32>, seen: u64, limit: std::time::Duration) {
-    let limit = rustix::fs::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
-    // Every outcome (woken, changed, timed out, interrupted) means: look again.
-    let _ = rustix::thread::futex::wait(&bell.rings, rustix::thread::futex::Flags::empty(), seen as u32, Some(&limit));
-    bell.awake();
-}
-
 impl GroupControl {
     /// Says that this rank gives up, and why.
     pub(crate) fn abort(&self, reason: &str) {

@@ -4,10 +4,12 @@
 //! Every process maps all of it, so an address in another rank's arena is a matter of arithmetic,
 //! and nothing is left behind in the file system however a process ends. [`ranges`] says which parts
 //! of an arena are in use, [`control`] and [`mailbox`] are the words, [`protocol`] is how ranks wait
-//! for each other, and [`life`] how they know that one has died.
+//! for each other, and [`life`] how they know that one has died. [`fork`] keeps children of a rank
+//! out of all that.
 
 pub(crate) mod available;
 pub(crate) mod control;
+pub(crate) mod fork;
 pub(crate) mod life;
 pub(crate) mod mailbox;
 pub(crate) mod mapping;

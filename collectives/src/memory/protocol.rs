@@ -6,6 +6,9 @@
 //! it cannot be that neither sees the other.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::thread::futex;
 
 /// An atomic number.
 pub(crate) trait Word {
@@ -14,6 +17,14 @@ pub(crate) trait Word {
     fn increment(&self, order: Ordering);
     /// A sequentially consistent fence.
     fn fence();
+}
+
+/// A word at which a thread can sleep.
+pub(crate) trait Futex: Word {
+    /// Sleeps while the word is `seen`, until [`Futex::wake`], or for `limit`; or not at all, and
+    /// then the caller looks again.
+    fn sleep(&self, seen: u64, limit: Duration);
+    fn wake(&self);
 }
 
 macro_rules! word {
@@ -36,10 +47,17 @@ macro_rules! word {
 }
 word!(AtomicU32 as u32, AtomicU64 as u64);
 
-/// Publishes `value` and everything written before. Whoever may sleep is looked at afterwards, with [`Bell::must_ring`].
-pub(crate) fn publish<W: Word>(word: &W, value: u64) {
-    word.store(value, Ordering::Release);
-    W::fence();
+impl Futex for AtomicU32 {
+    fn sleep(&self, seen: u64, limit: Duration) {
+        let limit = rustix::fs::Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+        // Every outcome (woken, changed, timed out, interrupted) means: look again.
+        let _ = futex::wait(self, futex::Flags::empty(), seen as u32, Some(&limit));
+    }
+
+    fn wake(&self) {
+        // Fails only for a bad address, and this one is mapped.
+        let _ = futex::wake(self, futex::Flags::empty(), u32::MAX >> 1);
+    }
 }
 
 /// What one thread sleeps on: zeroed memory is a bell at which nobody sleeps.
@@ -52,28 +70,71 @@ pub(crate) struct Bell<W> {
     interest: W,
 }
 
-impl<W: Word> Bell<W> {
+impl<W: Futex> Bell<W> {
+    /// Sleeps until there is news about `interest`, or for as long as a last look says, now that
+    /// who has news would ring; it says none where it finds some.
+    pub(crate) fn rest(&self, interest: u64, look: impl FnOnce() -> Option<Duration>) {
+        let seen = self.prepare(interest);
+        if let Some(limit) = look() {
+            self.rings.sleep(seen, limit);
+        }
+        self.interest.store(0, Ordering::Relaxed);
+    }
+
     /// The sleeper declares its interest. It looks for news once more, and sleeps only while `rings` is what this returns.
-    pub(crate) fn prepare(&self, interest: u64) -> u64 {
+    fn prepare(&self, interest: u64) -> u64 {
         let seen = self.rings.load(Ordering::Acquire);
         self.interest.store(interest, Ordering::Relaxed);
         W::fence();
         seen
     }
 
-    /// The sleeper is awake again.
-    pub(crate) fn awake(&self) {
-        self.interest.store(0, Ordering::Relaxed);
+    /// Wakes whoever sleeps here with an interest in `subjects`. What the news are about has been
+    /// published, and a fence has followed.
+    pub(crate) fn tell(&self, subjects: u64) {
+        if self.interest.load(Ordering::Relaxed) & subjects != 0 {
+            self.rings.increment(Ordering::Release);
+            self.rings.wake();
+        }
     }
+}
 
-    /// Whether who has published news about `subjects` must ring.
-    pub(crate) fn must_ring(&self, subjects: u64) -> bool {
-        self.interest.load(Ordering::Relaxed) & subjects != 0
-    }
+/// Publishes `value` and everything written before. Whoever may sleep is told afterwards, with
+/// [`Bell::tell`].
+pub(crate) fn publish<W: Word>(word: &W, value: u64) {
+    word.store(value, Ordering::Release);
+    W::fence();
+}
 
-    /// Makes a sleep that has been prepared end at once; one under way is ended by whoever calls this, through the system.
-    pub(crate) fn ring(&self) {
-        self.rings.increment(Ordering::Release);
+/// Polls until `poll` has a value: as long as `spin` says at once, then after each sleep at `bell`,
+/// which news about `subjects` end, and `nap`.
+///
+/// Two threads that sleep at one bell can hide each other's interest; each then looks again after a
+/// nap.
+pub(crate) fn wait_at<W: Futex, T, E>(
+    bell: &Bell<W>,
+    subjects: u64,
+    nap: Duration,
+    mut spin: impl FnMut() -> bool,
+    mut poll: impl FnMut() -> Result<Option<T>, E>,
+) -> Result<T, E> {
+    loop {
+        loop {
+            if let Some(value) = poll()? {
+                return Ok(value);
+            }
+            if !spin() {
+                break;
+            }
+        }
+        let mut found = Ok(None);
+        bell.rest(subjects, || {
+            found = poll();
+            matches!(found, Ok(None)).then_some(nap)
+        });
+        if let Some(value) = found? {
+            return Ok(value);
+        }
     }
 }
 
@@ -100,40 +161,68 @@ mod tests {
         }
     }
 
-    /// One rank as the others see it, with a futex made of what the checker has.
+    /// A futex made of what the checker has, without any time limit: a wake-up that is lost is a
+    /// deadlock, which the checker reports.
+    #[derive(Default)]
+    struct ModelledFutex {
+        word: Modelled,
+        queue: Mutex<()>,
+        woken: Condvar,
+    }
+
+    impl Word for ModelledFutex {
+        fn load(&self, order: Ordering) -> u64 {
+            self.word.load(order)
+        }
+        fn store(&self, value: u64, order: Ordering) {
+            self.word.store(value, order);
+        }
+        fn increment(&self, order: Ordering) {
+            self.word.fetch_add(1, order);
+        }
+        fn fence() {
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    impl Futex for ModelledFutex {
+        fn sleep(&self, seen: u64, _limit: Duration) {
+            let mut queue = self.queue.lock().unwrap();
+            while self.word.load(Ordering::Acquire) == seen {
+                queue = self.woken.wait(queue).unwrap();
+            }
+        }
+        fn wake(&self) {
+            let _queue = self.queue.lock().unwrap();
+            self.woken.notify_all();
+        }
+    }
+
+    /// One rank as the others see it.
     #[derive(Default)]
     struct Rank {
         steps: Modelled,
-        bell: Bell<Modelled>,
-        futex: (Mutex<()>, Condvar),
+        bell: Bell<ModelledFutex>,
     }
 
     impl Rank {
-        /// Takes a step, as `Flight::step` does.
+        /// Takes a step, and tells who may sleep.
         fn step(&self, steps: u64, peers: &[&Rank]) {
             publish(&self.steps, steps);
-            for peer in peers {
-                if peer.bell.must_ring(1) {
-                    peer.bell.ring();
-                    let _queue = peer.futex.0.lock().unwrap();
-                    peer.futex.1.notify_all();
-                }
-            }
+            peers.iter().for_each(|peer| peer.bell.tell(1));
         }
 
-        /// Waits until all of `ranks` have taken `steps`, as `Group::wait` does, but without any time limit: a wake-up that
-        /// is lost is a deadlock, which the checker reports.
+        /// Waits until all of `ranks` have taken `steps`, as callers do, without spinning.
         fn wait(&self, steps: u64, ranks: &[&Rank]) {
-            let here = || ranks.iter().all(|rank| rank.steps.load(Ordering::Acquire) >= steps);
-            while !here() {
-                let seen = self.bell.prepare(1);
-                if !here() {
-                    let mut queue = self.futex.0.lock().unwrap();
-                    while self.bell.rings.load(Ordering::Acquire) == seen {
-                        queue = self.futex.1.wait(queue).unwrap();
-                    }
-                }
-                self.bell.awake();
+            let here = || ranks.iter().all(|rank| rank.steps.load(Ordering::Acquire) >= steps).then_some(());
+            let Ok(()) = wait_at(&self.bell, 1, Duration::MAX, || false, || Ok::<_, std::convert::Infallible>(here()));
+        }
+
+        /// The same as the progress thread does.
+        fn drive(&self, steps: u64, ranks: &[&Rank]) {
+            let is_here = || ranks.iter().all(|rank| rank.steps.load(Ordering::Acquire) >= steps);
+            while !is_here() {
+                self.bell.rest(1, || (!is_here()).then_some(Duration::MAX));
             }
         }
     }
@@ -176,7 +265,7 @@ mod tests {
             assert_eq!(job.headers[1 - rank][parity].read(), operation);
             assert_eq!(job.arenas[1 - rank].read(), 10 * operation + 1 - rank as u64);
             own.step(2 * operation, &[other]);
-            own.wait(2 * operation, &[other]);
+            own.drive(2 * operation, &[other]);
         }
     }
 
@@ -261,11 +350,7 @@ mod tests {
         check_wait(
             |own, other| {
                 while other.steps.load(Ordering::Acquire) < 1 {
-                    let seen = own.bell.prepare(1);
-                    let mut queue = own.futex.0.lock().unwrap();
-                    while own.bell.rings.load(Ordering::Acquire) == seen {
-                        queue = own.futex.1.wait(queue).unwrap();
-                    }
+                    own.bell.rest(1, || Some(Duration::MAX));
                 }
             },
             |own, other| own.step(1, &[other]),
@@ -280,11 +365,7 @@ mod tests {
             |own, other| {
                 // As `step`, but nothing orders the store before the look at the sleeper.
                 own.steps.store(1, Ordering::Release);
-                if other.bell.must_ring(1) {
-                    other.bell.ring();
-                    let _queue = other.futex.0.lock().unwrap();
-                    other.futex.1.notify_all();
-                }
+                other.bell.tell(1);
             },
         );
     }

@@ -6,6 +6,7 @@ use std::net::TcpStream;
 
 use super::line::lost;
 use crate::Error;
+use crate::memory::fork::Kept;
 
 /// First byte of what is said.
 const LEAVES: u8 = 1;
@@ -14,6 +15,7 @@ const ABORTS: u8 = 2;
 const REASON: usize = 512;
 
 pub(super) struct Control {
+    _kept: Kept,
     socket: TcpStream,
     peer: usize,
     /// What has come: one of the bytes above; for [`ABORTS`], two bytes of a length, and the
@@ -26,7 +28,7 @@ pub(super) struct Control {
 impl Control {
     /// For a socket that does not block.
     pub(super) fn new(socket: TcpStream, peer: usize) -> Control {
-        Control { socket, peer, received: Vec::new(), has_aborted: false, ended: false }
+        Control { _kept: Kept::new(&socket), socket, peer, received: Vec::new(), has_aborted: false, ended: false }
     }
 
     /// Why the other rank has failed, if it has.

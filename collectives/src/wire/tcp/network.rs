@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use super::greeting::{Arriving, Greeting, HOST, MEETING};
 use super::meeting::{Member, accept_some, dial, is_out_of_files, listen, serve, visit};
 use crate::limits::explain;
+use crate::memory::fork::Kept;
 use crate::patience::Patience;
 use crate::{Error, Launch, Options, hosts};
 
@@ -27,6 +28,7 @@ pub(crate) struct Network {
     members: Vec<Member>,
     /// What unspecified addresses stand for: that of rank 0, as this rank reached it.
     zero: IpAddr,
+    _kept: Kept,
     listener: TcpListener,
     /// When to say for whom this rank waits.
     warn_after: Duration,
@@ -42,7 +44,7 @@ struct Arrivals {
 }
 
 impl Network {
-    /// Meets the other ranks of the job. Algorithm.
+    /// Meets the other ranks of the job. Collective.
     ///
     /// # Errors
     /// [`Error::Rendezvous`].
@@ -73,7 +75,18 @@ impl Network {
         let (members, zero) = met.map_err(fail)?;
         let (job, arrivals) = (launch.job.clone(), Mutex::default());
         let warn_after = options.warn_after;
-        Ok(Arc::new(Network { rank, world, job, token, members, zero, listener, warn_after, arrivals }))
+        Ok(Arc::new(Network {
+            rank,
+            world,
+            job,
+            token,
+            members,
+            zero,
+            _kept: Kept::new(&listener),
+            listener,
+            warn_after,
+            arrivals,
+        }))
     }
 
     /// What the job is called on every host, where launchers may have given it different names.

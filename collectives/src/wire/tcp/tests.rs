@@ -209,6 +209,35 @@ fn a_rank_that_gives_up_leaves_or_is_lost_is_told_apart() {
 }
 
 #[test]
+fn a_rank_is_lost_though_a_child_that_it_forked_lives_on() {
+    ranks(2, |launch, mut wire| {
+        if launch.rank == 0 {
+            // SAFETY: the child only sleeps and ends.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                std::thread::sleep(Duration::from_secs(60));
+                // SAFETY: ends the child at once.
+                unsafe { libc::_exit(0) };
+            }
+            assert!(child > 0, "fork failed");
+            // As at the end of a process: nothing is said.
+            wire.peers[1].as_mut().unwrap().control.vanish();
+            drop(wire);
+            return;
+        }
+        let started = Instant::now();
+        let error = loop {
+            if let Some(error) = wire.failure() {
+                break error;
+            }
+            assert!(started.elapsed() < Duration::from_secs(30), "nothing is heard");
+            thread::yield_now();
+        };
+        assert!(matches!(error, Error::PeerLost { rank: 0, .. }), "{error}");
+    });
+}
+
+#[test]
 fn strangers_are_turned_away_and_counted_and_ranks_meet_all_the_same() {
     let port = free_port();
     let jobs = launches(2, port, "right");

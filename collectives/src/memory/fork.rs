@@ -1,0 +1,97 @@
+//! Children that a process forks and that go on in the same program, as Python's `multiprocessing`
+//! makes them. Such a child has the parent's memory, shared memory and descriptors, but none of its
+//! threads. What it must not do: wait for the progress thread, give back memory that its parent
+//! uses, or keep connections open, whose end tells other hosts that a rank has died.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+
+use crate::Error;
+
+/// How many forks lie between the first process and this one.
+static FORKS: AtomicU32 = AtomicU32::new(0);
+
+/// What stands in a child for a descriptor that its parent keeps.
+static NOTHING: OnceLock<Option<OwnedFd>> = OnceLock::new();
+
+/// The descriptor of [`NOTHING`], for a child, which must not take locks; -1 where there is none.
+static NOTHING_FD: AtomicI32 = AtomicI32::new(-1);
+
+/// Descriptors that a child must not keep open, plus one; 0 in places that are free. A child reads
+/// it before anything else runs in it, so it is made of atomics and never grows.
+static KEPT: [AtomicI32; 8192] = [const { AtomicI32::new(0) }; 8192];
+
+/// The process that made something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Maker(u32);
+
+impl Maker {
+    /// This process.
+    pub(crate) fn this() -> Maker {
+        static WATCH: OnceLock<()> = OnceLock::new();
+        WATCH.get_or_init(|| {
+            // SAFETY: the function only uses atomics and system calls, as is allowed in a child
+            // of a process with threads, and never unwinds. Where it cannot be registered, there
+            // is no memory, and children are as before.
+            unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        });
+        Maker(FORKS.load(Ordering::Relaxed))
+    }
+
+    /// Whether that is not this process but one that it was forked from.
+    pub(crate) fn is_another(self) -> bool {
+        self.0 != FORKS.load(Ordering::Relaxed)
+    }
+
+    /// # Errors
+    /// Where that is not this process.
+    pub(crate) fn check(self) -> Result<(), Error> {
+        if self.is_another() {
+            let reason = "the process that joined the job forked this one, in which it does not run: \
+                          join a job of its own, or start other programs with exec";
+            return Err(Error::System { what: "using a communicator", reason: reason.to_owned() });
+        }
+        Ok(())
+    }
+}
+
+extern "C" fn in_child() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+    let nothing = NOTHING_FD.load(Ordering::Relaxed);
+    if nothing < 0 {
+        return;
+    }
+    for fd in KEPT.iter().map(|kept| kept.load(Ordering::Relaxed) - 1).filter(|&fd| fd >= 0) {
+        // SAFETY: both are open. The number stays taken, so whoever closes it in this child closes
+        // nothing else; the parent's own descriptor is not touched.
+        unsafe { libc::dup3(nothing, fd, libc::O_CLOEXEC) };
+    }
+}
+
+/// A descriptor that is no longer this one's in forked children, while this lives.
+pub(crate) struct Kept(Option<&'static AtomicI32>);
+
+impl Kept {
+    /// Where there are more than there is room for, children keep the others.
+    pub(crate) fn new(descriptor: &impl AsRawFd) -> Kept {
+        let nothing = NOTHING.get_or_init(|| {
+            let nothing = std::fs::File::open("/dev/null").ok().map(OwnedFd::from);
+            NOTHING_FD.store(nothing.as_ref().map_or(-1, AsRawFd::as_raw_fd), Ordering::Relaxed);
+            nothing
+        });
+        Maker::this();
+        let fd: RawFd = descriptor.as_raw_fd() + 1;
+        let free = |kept: &&AtomicI32| kept.compare_exchange(0, fd, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        Kept(nothing.as_ref().and_then(|_| KEPT.iter().find(free)))
+    }
+}
+
+impl Drop for Kept {
+    /// Before the descriptor is closed.
+    fn drop(&mut self) {
+        if let Some(kept) = self.0 {
+            kept.store(0, Ordering::Relaxed);
+        }
+    }
+}
