@@ -20,10 +20,15 @@ pub(crate) enum Kind {
     GatherWindow,
     Scalars,
     Message,
+    AllGatherV,
+    GatherV,
+    ScatterV,
+    AllToAllV,
+    ReduceScatterV,
 }
 
 impl Kind {
-    const ALL: [Kind; 11] = [
+    const ALL: [Kind; 16] = [
         Kind::AllGather,
         Kind::ReduceScatter,
         Kind::AllReduce,
@@ -35,6 +40,11 @@ impl Kind {
         Kind::GatherWindow,
         Kind::Scalars,
         Kind::Message,
+        Kind::AllGatherV,
+        Kind::GatherV,
+        Kind::ScatterV,
+        Kind::AllToAllV,
+        Kind::ReduceScatterV,
     ];
 
     const fn name(self) -> &'static str {
@@ -50,6 +60,11 @@ impl Kind {
             Kind::GatherWindow => "window gather",
             Kind::Scalars => "scalar exchange",
             Kind::Message => "message",
+            Kind::AllGatherV => "all-gather-v",
+            Kind::GatherV => "gather-v",
+            Kind::ScatterV => "scatter-v",
+            Kind::AllToAllV => "all-to-all-v",
+            Kind::ReduceScatterV => "reduce-scatter-v",
         }
     }
 }
@@ -168,10 +183,10 @@ pub(crate) fn describe(call: Call) -> String {
     let elements = dtype.map_or_else(|| call.count.to_string(), |dtype| format!("{} × {dtype}", call.count));
     let root = |word: u64| if word == 0 { String::new() } else { format!(" (root {})", word - 1) };
     let detail = match kind {
-        Some(Kind::Broadcast | Kind::Gather | Kind::Scatter) => root(call.detail),
+        Some(Kind::Broadcast | Kind::Gather | Kind::GatherV | Kind::Scatter | Kind::ScatterV) => root(call.detail),
         Some(Kind::Scalars) => format!(" ({})", Purpose::describe(call.detail, call.factor)),
         Some(Kind::GatherWindow) => format!(" (window {})", call.detail),
-        Some(Kind::ReduceScatter | Kind::AllReduce | Kind::Reduce) => {
+        Some(Kind::ReduceScatter | Kind::ReduceScatterV | Kind::AllReduce | Kind::Reduce) => {
             let reduction = Reduction::describe(call.detail >> 52 & 0xf, call.factor);
             let output = dtype_of(call.detail >> 48 & 0xf).filter(|&output| Some(output) != dtype);
             let groups = match call.detail >> 24 & 0xff_ffff {
@@ -189,7 +204,10 @@ pub(crate) fn describe(call: Call) -> String {
     };
     let sections = match call.memory >> 1 {
         0 => String::new(),
-        mark => format!(" in {} sections (cut {:04x})", mark >> 16, mark & 0xffff),
+        mark => {
+            let what = if kind == Some(Kind::ReduceScatterV) { "parts" } else { "sections" };
+            format!(" in {} {what} (cut {:04x})", mark >> 16, mark & 0xffff)
+        }
     };
     let device = if call.memory & 1 == 1 { " on a deferring device" } else { "" };
     format!("{name} #{} of {elements}{sections}{detail}{device}", call.sequence)

@@ -205,7 +205,7 @@ impl Communicator {
         )
     }
 
-    fn check_reduction(&self, reduction: Reduction, input: &Buffer, output: &Buffer) -> Result<(), Error> {
+    pub(crate) fn check_reduction(&self, reduction: Reduction, input: &Buffer, output: &Buffer) -> Result<(), Error> {
         let (dtype, output_dtype) = (input.dtype(), output.dtype());
         let name = reduction.name();
         let fits = reduction.supports(dtype, output_dtype);

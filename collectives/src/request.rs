@@ -104,6 +104,7 @@ pub(crate) enum Collective {
         chunk: usize,
     },
     ReduceScatter(Scattered),
+    Parts(Parted),
     AllReduce {
         operands: Operands,
         len: usize,
@@ -129,6 +130,26 @@ pub(crate) struct Scattered {
     pub(crate) observing: Option<Observing>,
 }
 
+/// An operation whose parts, one for each rank, have lengths of their own.
+pub(crate) struct Parted {
+    pub(crate) form: PartedForm,
+    /// The parts, or the one that this rank has.
+    pub(crate) input: Box<[Span]>,
+    pub(crate) output: Box<[Span]>,
+    pub(crate) dtype: DType,
+    /// Type of the output's elements.
+    pub(crate) to: DType,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum PartedForm {
+    AllGather,
+    Gather { root: usize },
+    Scatter { root: usize },
+    AllToAll,
+    ReduceScatter { reduction: Reduction },
+}
+
 impl Request {
     /// Whether work on the buffers may run later than the call that enqueues it.
     pub(crate) fn is_deferred(&self) -> bool {
@@ -143,6 +164,9 @@ impl Collective {
     fn is_deferred(&self) -> bool {
         let operands = match self {
             Collective::GatherWindow { window, .. } => return window.deferred(),
+            Collective::Parts(Parted { input, output, .. }) => {
+                return input.iter().chain(output).next().is_some_and(Span::deferred);
+            }
             Collective::AllGather { operands, .. }
             | Collective::Broadcast { operands, .. }
             | Collective::Gather { operands, .. }

@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use pillion_collectives::{
-    Communicator, Error, Launch, Observation, Options, Pending, Reduce, Reduction, Sections, Sideband, Start,
+    Communicator, Error, Launch, Observation, Options, Parts, Pending, Reduce, Reduction, Sections, Sideband, Start,
 };
 use pillion_kernels::cpu::compare::Comparison;
 use pillion_kernels::{Buffer, Cpu, DType, Device, LazyCpu};
@@ -89,6 +89,18 @@ fn wrong_arguments_are_refused_and_the_communicator_goes_on() {
         said(c.all_reduce_scalars(&mut [1.0], Reduction::BitOr).err(), "no bor of f64");
         said(c.all_gather_scalars(&[0; 65]).err(), "65 scalars at a time");
         said(c.broadcast_bytes(3, &[]).err(), "rank 3 of 3");
+        let parts = |lengths: [usize; 3]| Parts::list(lengths.map(f32s).into());
+        said(Parts::cut(f32s(5), &[2, 4]).err(), "lengths that fit");
+        said(Parts::cut(f32s(5), &[2, usize::MAX]).err(), "lengths that fit");
+        refused(c.all_gather_v(f32s(4), Parts::list(vec![f32s(4), f32s(4)]), here()), "of 2 parts");
+        refused(c.all_gather_v(f32s(4), parts([5, 5, 5]), here()), "part of the output has 5 elements");
+        refused(c.all_gather_v(of(DType::F64, 4), parts([4; 3]), here()), "give one type");
+        refused(c.all_gather_v_in_place(Parts::list(Vec::new()), here()), "of no parts");
+        refused(c.gather_v(f32s(4), None, 3, here()), "rank 3 of 3");
+        refused(c.scatter_v((c.rank() != 1).then(|| parts([4; 3])), f32s(4), 1, here()), "gives the parts");
+        refused(c.all_to_all_v(parts([1; 3]), Parts::cut(of(DType::F64, 9), &[1; 3]).unwrap(), here()), "one type");
+        refused(c.reduce_scatter_v(parts([4; 3]), f32s(3), sum, here()), "part of the input has 4 elements");
+        refused(c.reduce_scatter_v_in_place(parts([4; 3]), Reduction::BitXor, here()), "no bxor of f32");
         said(Sections::new(&[]).err(), "0 sections");
         said(Sections::new(&[1; 40_000]).err(), "40000 sections");
         said(Sections::new(&[usize::MAX, 2]).err(), "longer than any memory");

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use pillion_kernels::Span;
 
+use super::lists::Lists;
 use super::moves::{self, Moves};
 use super::operation::{Operation, Work};
 use super::sides::Piece;
@@ -40,14 +41,17 @@ pub(super) struct Passing {
 /// Memory that messages use: the operands, the mapping that holds the stage, and what partial results are made in.
 pub(super) struct Held {
     pub(super) work: Vec<u64>,
-    _operands: [Option<Span>; 2],
+    _operands: Vec<Span>,
     _map: Arc<Mapping>,
 }
 
 impl Operation {
     /// One exchange; a step may take several calls.
     pub(super) fn exchange_between_hosts(&mut self, step: usize, peers: &mut Peers<'_>) -> Result<Progress, Error> {
-        let mut wire = self.wire.take().unwrap_or_else(|| Box::new(OnWire::Greeting(self.greeting(peers))));
+        let mut wire = self
+            .wire
+            .take()
+            .map_or_else(|| self.greeting(peers).map(|greeting| Box::new(OnWire::Greeting(greeting))), Ok)?;
         let progress = self.go_on(&mut wire, step, peers)?;
         self.wire = Some(wire);
         Ok(progress)
@@ -58,7 +62,7 @@ impl Operation {
             if let Some(rank) = greeting.poll(peers)? {
                 return Ok(Progress::Waiting(rank));
             }
-            self.agree(greeting, peers);
+            self.agree(greeting, peers)?;
             *wire = OnWire::Agreed;
         }
         let spreads = self.moves().is_some_and(|moves| !moves.spread.is_empty()) && peers.world() > 1;
@@ -101,20 +105,34 @@ impl Operation {
         self.sidebands.as_ref().map_or(0, |Sidebands { own, .. }| own.len())
     }
 
-    /// What this rank called, and the numbers of its host that ride along.
-    fn greeting(&self, peers: &Peers<'_>) -> Greeting {
-        let own = (0..peers.world()).flat_map(|rank| (0..self.sideband_words()).map(move |index| (rank, index)));
-        let body = own.map(|(rank, index)| peers.payload(rank, index)).collect();
-        Greeting::new(peers.call, self.somebody_stages(peers), body)
+    /// What this rank called, and what its host says besides: the numbers that ride along, or the
+    /// lengths of chunks.
+    fn greeting(&self, peers: &Peers<'_>) -> Result<Greeting, Error> {
+        let body = if self.sides.lists.is_some() {
+            Lists::lengths(peers)?
+        } else {
+            let own = (0..peers.world()).flat_map(|rank| (0..self.sideband_words()).map(move |index| (rank, index)));
+            own.map(|(rank, index)| peers.payload(rank, index)).collect()
+        };
+        Ok(Greeting::new(peers.call, self.somebody_stages(peers), body))
     }
 
     /// Takes from the column's greetings what rode along, and whether somebody stages.
-    fn agree(&mut self, greeting: &Greeting, peers: &Peers<'_>) {
-        let (hosts, words) = (&peers.group.hosts, self.sideband_words());
-        self.add_sidebands(hosts.world(), |rank, index| {
+    fn agree(&mut self, greeting: &Greeting, peers: &Peers<'_>) -> Result<(), Error> {
+        let hosts = &peers.group.hosts;
+        let word = |rank: usize, words: usize, index: usize| {
             greeting.body(hosts.host(rank))[hosts.column(rank) * words + index]
-        });
+        };
+        if let Some(lists) = &self.sides.lists {
+            let world = hosts.world();
+            let longest = lists.compare(hosts, peers, self.dtype, |rank, chunk| word(rank, world, chunk))?;
+            self.sides.chunk = longest;
+        } else {
+            let words = self.sideband_words();
+            self.add_sidebands(hosts.world(), |rank, index| word(rank, words, index));
+        }
         self.decide(greeting.staged());
+        Ok(())
     }
 
     fn open(&self, peers: &Peers<'_>) -> Passing {
@@ -130,7 +148,9 @@ impl Operation {
                 Some(fold)
             }
         };
-        let operands = [self.sides.input.span.clone(), self.sides.output.span.clone()];
+        let lists = self.sides.lists.iter().flat_map(|lists| lists.input.iter().chain(&lists.output));
+        let whole = [&self.sides.input.span, &self.sides.output.span].into_iter().flatten();
+        let operands = whole.chain(lists).cloned().collect();
         let transit = Transit::new(Held { work, _operands: operands, _map: peers.group.engine.map.clone() });
         Passing { transit, fold, started: false }
     }

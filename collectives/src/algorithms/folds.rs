@@ -143,7 +143,7 @@ impl Fold {
         if mode != Mode::Header {
             // What passes through a stage is read again at once.
             let streams = streams && (mode == Mode::Arena || self.target == Target::Own);
-            return sides.parts(sides.range(rank, piece)).try_for_each(|part| {
+            return sides.parts(sides.range(End::Input, rank, piece)).try_for_each(|part| {
                 let outputs = self.outputs(sides, peers, piece, part.clone())?;
                 self.combine(sides, peers, piece, rank, part, &outputs, streams)
             });
@@ -151,7 +151,7 @@ impl Fold {
         // Everybody has everybody's input: each computes what it wants itself, and nothing needs to come back. There, chunks follow each
         // other, so that all of them are one long chunk.
         let (chunk, range) = match self.target {
-            Target::Own => (rank, sides.range(rank, piece)),
+            Target::Own => (rank, sides.range(End::Input, rank, piece)),
             Target::Root(root) if root != rank => return Ok(()),
             Target::All | Target::Root(_) => (0, 0..sides.len),
         };
@@ -188,8 +188,8 @@ impl Fold {
         // input is read by rank c alone, and chunk c of every output is written by rank c alone; so
         // where input and output are one buffer, what a rank writes is what it alone has just read,
         // element by element. (Operands in headers are copies, which nobody writes; this rank's own
-        // are read and written by itself alone.) With a observing the output is a buffer of its
-        // own, and neither an input nor in place: `reduce_scatter_compared` takes both by value.
+        // are read and written by itself alone.) With an observer the output is a buffer of its
+        // own, and neither an input nor in place: `reduce_scatter_observed` takes both by value.
         unsafe {
             match &self.observing {
                 None => reduce::fold(&fold),

@@ -13,8 +13,10 @@ mod broadcast;
 mod folds;
 mod gather;
 mod gather_window;
+mod lists;
 mod moves;
 mod operation;
+mod parts;
 mod reduce;
 mod reduce_scatter;
 mod scalars;
@@ -26,7 +28,7 @@ mod wire_fold;
 use crate::engine::flight::Algorithm;
 use crate::hosts::Hosts;
 use crate::memory::control::{Call, Channel};
-use crate::request::{Collective, Operands, Scattered};
+use crate::request::{Collective, Operands, PartedForm, Scattered};
 
 pub(crate) use brief::BriefAllReduce;
 pub(crate) use folds::Combination;
@@ -77,6 +79,11 @@ impl AnyAlgorithm {
                     return (AnyAlgorithm::Brief(algorithm), Channel::Reduce);
                 }
                 reduces(all_reduce::all_reduce(hosts, rank, operands, len, combination))
+            }
+            Collective::Parts(parted) => {
+                let is_sum = matches!(parted.form, PartedForm::ReduceScatter { .. });
+                let operation = parts::parts(hosts, rank, parted, groups);
+                if is_sum { reduces(operation) } else { gathers(operation) }
             }
             Collective::Reduce { operands, len, reduction, root } => {
                 let combination = combination(&operands, reduction);

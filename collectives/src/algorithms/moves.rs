@@ -55,7 +55,7 @@ impl Moves {
     /// Copies from inputs.
     pub(super) fn pull(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
         self.pulls.iter().try_for_each(|pull| {
-            sides.parts(sides.range(pull.to, piece)).try_for_each(|part| {
+            sides.parts(sides.range(End::Output, pull.to, piece)).try_for_each(|part| {
                 let source = sides.of_rank(peers, pull.from, End::Input, pull.chunk, part.clone(), piece)?;
                 copy(sides, pull.to, part, source, streams);
                 Ok(())
@@ -72,7 +72,7 @@ impl Moves {
         transit: &mut Transit<Held>,
     ) -> Result<(), Error> {
         for &(rank, chunk) in &self.sends {
-            for part in sides.parts(sides.range(chunk, piece)) {
+            for part in sides.parts(sides.range(self.source, chunk, piece)) {
                 let from = sides.own(self.source, chunk, part.start, part.len());
                 // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this
                 // chunk before the operation is complete.
@@ -81,7 +81,7 @@ impl Moves {
         }
         for &(rank, chunk) in &self.receives {
             let staged = matches!(peers.header(peers.rank()).output(), Place::Stage(_));
-            for part in sides.parts(sides.range(chunk, piece)) {
+            for part in sides.parts(sides.range(End::Output, chunk, piece)) {
                 let bytes = part.len() * sides.output.width;
                 let into = if staged {
                     sides.published(peers, peers.rank(), End::Output, chunk, part, piece)?
@@ -100,7 +100,7 @@ impl Moves {
     /// Copies what ranks of this host have received.
     pub(super) fn spread(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
         self.spread.iter().try_for_each(|pull| {
-            sides.parts(sides.range(pull.to, piece)).try_for_each(|part| {
+            sides.parts(sides.range(End::Output, pull.to, piece)).try_for_each(|part| {
                 let source = sides.published(peers, pull.from, End::Output, pull.chunk, part.clone(), piece)?;
                 copy(sides, pull.to, part, source, streams);
                 Ok(())

@@ -71,7 +71,7 @@ impl Operation {
         };
         let input = Side { span: input, chunks: 1, width: dtype.bytes(), shared: true };
         let output = Side { span: output, chunks: 1, width: to.bytes(), shared: pushed };
-        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0, sections: None, head: 0 };
+        let sides = Sides { input, output, chunk: 0, len: 0, piece: 0, sections: None, head: 0, lists: None };
         Operation {
             kind,
             dtype,
@@ -108,6 +108,7 @@ impl Operation {
     /// Whether all inputs are so small that they travel in headers: the same on every rank, since it follows from the call.
     fn fits_header(&self, peers: &Peers<'_>) -> bool {
         self.sides.sections.is_none()
+            && self.sides.lists.is_none()
             && self.input_bytes() <= (PAYLOAD - self.sides.head) * 8
             && !peers.group.has_wire()
     }
@@ -117,12 +118,23 @@ impl Operation {
     }
 
     fn deferred(&self) -> bool {
+        if let Some(lists) = &self.sides.lists {
+            return lists.deferred();
+        }
         let span = self.sides.input.span.as_ref().or(self.sides.output.span.as_ref());
         span.is_some_and(Span::deferred)
     }
 
     /// Where peers find an operand.
     fn place(&self, end: End, peers: &Peers<'_>) -> Result<Place, Error> {
+        if let Some(lists) = &self.sides.lists {
+            let is_shared = self.sides.side(end).shared && peers.world() > 1 && !lists.of(end).is_empty();
+            return match is_shared {
+                false => Ok(Place::None),
+                true if lists.lie_in_arena(end, peers) => Ok(Place::Arena(0)),
+                true => Ok(Place::Stage(peers.group.stage(peers.channel, STAGE)?)),
+            };
+        }
         let Side { span: Some(span), shared: true, .. } = self.sides.side(end) else { return Ok(Place::None) };
         if peers.world() == 1 {
             return Ok(Place::None);
@@ -141,11 +153,12 @@ impl Operation {
         if !matches!(peers.header(peers.rank()).input(), Place::Stage(_)) {
             return Ok(());
         }
-        for chunk in 0..self.sides.input.chunks {
+        let chunks = self.sides.lists.as_ref().map_or(self.sides.input.chunks, |lists| lists.input.len());
+        for chunk in 0..chunks {
             if self.reader(peers, chunk) == Some(peers.rank()) {
                 continue;
             }
-            for part in self.sides.parts(self.sides.range(chunk, piece)) {
+            for part in self.sides.parts(self.sides.range(End::Input, chunk, piece)) {
                 let bytes = part.len() * self.sides.input.width;
                 let from = self.sides.own(End::Input, chunk, part.start, part.len());
                 let to = self.sides.published(peers, peers.rank(), End::Input, chunk, part, piece)?;
@@ -164,7 +177,7 @@ impl Operation {
             return Ok(());
         }
         for chunk in fold.pushed_by_others(peers) {
-            for part in self.sides.parts(self.sides.range(chunk, piece)) {
+            for part in self.sides.parts(self.sides.range(End::Output, chunk, piece)) {
                 let bytes = part.len() * self.sides.output.width;
                 let to = self.sides.own(End::Output, chunk, part.start, part.len());
                 let from = self.sides.published(peers, peers.rank(), End::Output, chunk, part, piece)?;
@@ -184,16 +197,21 @@ impl Operation {
             Kind::AllGather if self.sides.input.chunks > 1 && chunk != hosts.local()[peers.rank()] => {
                 Some(peers.rank())
             }
-            Kind::AllGather | Kind::Broadcast | Kind::Gather => None,
+            Kind::AllGather | Kind::AllGatherV | Kind::Broadcast | Kind::Gather | Kind::GatherV => None,
             Kind::Reduce => Some(chunk),
             // What goes to another host is sent from where it lies.
-            Kind::Scatter | Kind::AllToAll if hosts.host(chunk) != hosts.own => Some(peers.rank()),
+            Kind::Scatter | Kind::ScatterV | Kind::AllToAll | Kind::AllToAllV if hosts.host(chunk) != hosts.own => {
+                Some(peers.rank())
+            }
             _ => Some(hosts.column(chunk)),
         }
     }
 
     /// Whether results should be stored past the caches: what all ranks of this host read and write does not fit there.
     pub(super) fn streams(&self, peers: &Peers<'_>) -> bool {
+        if let Some(lists) = &self.sides.lists {
+            return non_temporal::pays(lists.bytes() * peers.world());
+        }
         let side = |side: &Side| side.chunks * side.width;
         let bytes = (side(&self.sides.input) + side(&self.sides.output)) * self.sides.chunk * peers.world();
         non_temporal::pays(bytes)
@@ -233,6 +251,9 @@ impl Operation {
                 self.run(peers, &self.sides.piece(0))?;
                 return Ok(Progress::Done);
             }
+            if let Some(lists) = &self.sides.lists {
+                self.sides.chunk = lists.compare_on_host(peers, self.dtype)?;
+            }
             self.decide(self.somebody_stages(peers));
         }
         if !self.pass_stage(peers, step, true)? {
@@ -263,6 +284,9 @@ impl Operation {
 impl Algorithm for Operation {
     fn call(&self) -> Call {
         let call = call(self.kind, Some(self.dtype), self.deferred(), self.sides.len, self.detail);
+        if let Some(lists) = &self.sides.lists {
+            return Call { memory: call.memory | lists.digest() << 1, ..call };
+        }
         in_sections(call, self.sides.sections.as_ref())
     }
 
@@ -290,6 +314,9 @@ impl Algorithm for Operation {
             return Ok(Opening::new(Place::Header, Place::None));
         }
         let (input, output) = (self.place(End::Input, peers)?, self.place(End::Output, peers)?);
+        if let Some(lists) = &self.sides.lists {
+            lists.show(peers)?;
+        }
         if let Place::Stage(_) = input {
             // The first piece, as long as it will be cut once the others have said that somebody stages: this rank does.
             self.sides.cut(true);

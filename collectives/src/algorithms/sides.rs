@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use pillion_kernels::Span;
 
+use super::lists::{Lists, Table};
 use crate::engine::flight::Peers;
 use crate::memory::place::Place;
 use crate::{Error, Sections};
@@ -59,6 +60,8 @@ pub(super) struct Sides {
     pub(super) sections: Option<Sections>,
     /// Words of the payload in front of an operand that travels in the header: the sideband.
     pub(super) head: usize,
+    /// Where chunks have lengths and places of their own.
+    pub(super) lists: Option<Box<Lists>>,
 }
 
 impl Sides {
@@ -70,8 +73,11 @@ impl Sides {
     }
 
     /// The elements of a chunk that belong to a piece and exist.
-    pub(super) fn range(&self, chunk: usize, piece: &Piece) -> Range<usize> {
-        let exist = self.len.saturating_sub(chunk * self.chunk).min(self.chunk);
+    pub(super) fn range(&self, end: End, chunk: usize, piece: &Piece) -> Range<usize> {
+        let exist = match &self.lists {
+            None => self.len.saturating_sub(chunk * self.chunk).min(self.chunk),
+            Some(lists) => lists.of(end)[chunk].len(),
+        };
         piece.elements.start.min(exist)..piece.elements.end.min(exist)
     }
 
@@ -125,6 +131,12 @@ impl Sides {
     /// # Panics
     /// When there are fewer than `count`, which would be a mistake of the algorithm.
     pub(super) fn own(&self, end: End, chunk: usize, at: usize, count: usize) -> *mut u8 {
+        if let Some(lists) = &self.lists {
+            let span = &lists.of(end)[chunk];
+            assert!(at + count <= span.len(), "elements {at}..+{count} of a chunk of {}", span.len());
+            // SAFETY: inside the span, by the assertion.
+            return unsafe { span.address().as_ptr().add(at * self.side(end).width) };
+        }
         let span = self.side(end).span.as_ref().expect("an operand that this rank has");
         let first = if count == 0 { 0 } else { self.index(self.side(end).chunks, chunk, at) };
         assert!(first + count <= span.len(), "elements {first}..+{count} of an operand of {}", span.len());
@@ -148,9 +160,17 @@ impl Sides {
             End::Input => (header.input(), 0),
             End::Output => (header.output(), 2 * PIECE as u64),
         };
-        let index = if elements.is_empty() { 0 } else { self.index(side.chunks, chunk, elements.start) };
+        let index = if elements.is_empty() || self.lists.is_some() {
+            0
+        } else {
+            self.index(side.chunks, chunk, elements.start)
+        };
         let whole = index * side.width;
         let offset = match place {
+            Place::Arena(_) if self.lists.is_some() => {
+                let [offset, _] = Table::of(peers, rank)?.chunk(end, chunk);
+                offset + (elements.start * side.width) as u64
+            }
             Place::Arena(offset) => offset + whole as u64,
             Place::Stage(offset) => {
                 let in_piece = chunk * self.piece + elements.start - piece.elements.start;

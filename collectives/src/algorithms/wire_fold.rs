@@ -79,7 +79,7 @@ impl WireFold {
     fn range(&self, sides: &Sides, chunk: usize, piece: &Piece, segment: usize) -> Range<usize> {
         let first = piece.elements.start + segment * self.segment;
         let elements = first..(first + self.segment).min(piece.elements.end);
-        sides.range(chunk, &Piece { index: piece.index, elements })
+        sides.range(End::Input, chunk, &Piece { index: piece.index, elements })
     }
 
     /// Where a segment's partial result for a host is made, and where that of the host arrives.

@@ -38,6 +38,8 @@ pub(crate) struct Group {
     pub(crate) lanes: [Mutex<Lane>; CHANNELS],
     pub(crate) inboxes: [Inbox<Flight>; CHANNELS],
     stages: [OnceLock<Range>; CHANNELS],
+    /// Where this rank shows where parts lie.
+    tables: [OnceLock<Range>; CHANNELS],
     /// What reductions between hosts work in, kept from one to the next.
     pub(crate) work: [Mutex<Vec<u64>>; CHANNELS],
     /// What operations used that have ended, for the next ones.
@@ -117,6 +119,7 @@ impl Group {
             lanes: Default::default(),
             inboxes: Default::default(),
             stages: Default::default(),
+            tables: Default::default(),
             work: Default::default(),
             failure: Mutex::new(None),
             failed: AtomicBool::new(false),
@@ -273,12 +276,21 @@ impl Group {
     /// # Errors
     /// When there is no memory for it.
     pub(crate) fn stage(&self, channel: Channel, bytes: u64) -> Result<u64, Error> {
-        let stage = &self.stages[channel as usize];
-        if let Some(range) = stage.get() {
+        self.made_once(&self.stages[channel as usize], bytes)
+    }
+
+    /// The same for the table that this rank shows on a channel.
+    pub(crate) fn table(&self, channel: Channel, bytes: u64) -> Result<u64, Error> {
+        self.made_once(&self.tables[channel as usize], bytes)
+    }
+
+    /// Whoever drives a channel is alone.
+    fn made_once(&self, place: &OnceLock<Range>, bytes: u64) -> Result<u64, Error> {
+        if let Some(range) = place.get() {
             return Ok(range.offset);
         }
         let range = self.engine.reserve(bytes)?;
-        Ok(stage.get_or_init(|| range).offset)
+        Ok(place.get_or_init(|| range).offset)
     }
 
     /// Tells the peers of this host that this rank has taken a step on a channel.
@@ -362,7 +374,8 @@ impl Group {
         self.fail(Error::Aborted { rank: self.name(self.rank), reason: reason.to_owned() });
     }
 
-    fn say_aborted(&self, reason: &str) {
+    /// Tells every rank that this one gives up; the caller returns the error.
+    pub(crate) fn say_aborted(&self, reason: &str) {
         self.control(self.rank).abort(reason);
         self.ring_everybody();
     }
@@ -375,7 +388,11 @@ impl Drop for Group {
             // Members may still be about to use it.
             return;
         }
-        self.stages.iter().filter_map(OnceLock::get).for_each(|&range| self.engine.give_back(range));
+        self.stages
+            .iter()
+            .chain(&self.tables)
+            .filter_map(OnceLock::get)
+            .for_each(|&range| self.engine.give_back(range));
         let (words, own, members) = (self.members.words(), self.rank, self.members.count());
         // A member takes a message that is staged when it comes to it, which may be later.
         let is_taken = move |map: &Mapping| {

@@ -2,6 +2,7 @@
 //! chunks are ragged. The expected values are computed from all ranks' inputs, in the order that the documentation promises.
 
 mod numbers;
+mod parts;
 mod sections;
 
 use std::ptr::NonNull;
@@ -60,6 +61,8 @@ fn foreign(dtype: DType, len: usize) -> Buffer {
 
 struct Rank<'a> {
     communicator: &'a Communicator,
+    /// Of this rank alone, so that ranks may allocate what they need.
+    alone: &'a Communicator,
     memory: Memory,
     /// Whether operations run on this thread.
     here: bool,
@@ -77,13 +80,10 @@ impl Rank<'_> {
             Memory::Private => false,
             Memory::Mixed => is_input && self.communicator.rank().is_multiple_of(2),
         };
-        // Everybody allocates, since that is a collective call; who wants private memory does not use it.
-        let shared = match self.memory {
-            Memory::Private => None,
-            _ => Some(self.communicator.allocate(&Cpu, T::DTYPE, data.len()).unwrap()),
+        let mut buffer = match arena {
+            true => self.alone.allocate(&Cpu, T::DTYPE, data.len()).unwrap(),
+            false => foreign(T::DTYPE, data.len()),
         };
-        let private = || foreign(T::DTYPE, data.len());
-        let mut buffer = shared.filter(|_| arena).unwrap_or_else(private);
         Cpu.stream().upload(buffer.view_mut(), data);
         buffer
     }
@@ -321,11 +321,12 @@ fn ranks(world: usize, hosts: usize, groups: usize, program: impl Fn(&Rank<'_>) 
                 let options = Options { simulated_hosts: hosts, reduce_groups: groups, ..Options::default() };
                 let communicator = Communicator::connect(&launch, options).unwrap();
                 assert_eq!(communicator.hosts(), hosts);
+                let alone = communicator.group(&[communicator.rank()]).unwrap();
                 // With several ranks on each of several hosts the hosts are the groups.
                 let groups = if hosts > 1 && world > hosts { hosts } else { groups };
                 for memory in [Memory::Arena, Memory::Private, Memory::Mixed] {
                     for here in [false, true] {
-                        program(&Rank { communicator: &communicator, memory, here, groups });
+                        program(&Rank { communicator: &communicator, alone: &alone, memory, here, groups });
                     }
                 }
             });
