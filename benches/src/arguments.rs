@@ -451,6 +451,6 @@ mod tests {
     fn all_takes_every_flag() {
         let settings =
             parse("all -t all -o all --in-place --buffers private --overlap -r 4 --reduce-groups 2").unwrap();
-        assert_eq!((settings.operations.len(), settings.dtypes.len(), settings.reductions.len()), (12, 11, 9));
+        assert_eq!((settings.operations.len(), settings.dtypes.len(), settings.reductions.len()), (17, 11, 9));
     }
 }

@@ -1,6 +1,6 @@
 //! One operation at one size: its buffers, how it is called, and whether it gave what it should.
 
-use pillion_collectives::{Communicator, Pending, Reduce, Start, Window};
+use pillion_collectives::{Communicator, Parts, Pending, Reduce, Start, Window};
 use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Stream, View, ViewMut, with_element};
 
 use crate::Error;
@@ -40,9 +40,11 @@ enum Flight {
 impl Case {
     /// Bytes that a rank allocates from its communicator, and privately; equal on all ranks.
     pub fn bytes(pattern: &Pattern, dtype: DType, buffers: Buffers) -> (u64, u64) {
-        let of_root = Pattern { rank: 0, ..*pattern };
-        let bytes = |len: Option<usize>| (len.unwrap_or(0) * dtype.bytes()) as u64;
-        let (input, output) = (bytes(of_root.input_len()), bytes(of_root.output_len()));
+        let most = |len: fn(&Pattern) -> Option<usize>| {
+            let lens = (0..pattern.world).filter_map(|rank| len(&Pattern { rank, ..*pattern }));
+            (lens.max().unwrap_or(0) * dtype.bytes()) as u64
+        };
+        let (input, output) = (most(Pattern::input_len), most(Pattern::output_len));
         match (pattern.operation, buffers) {
             (Operation::Window, _) => (output, input),
             (_, Buffers::Arena) => (input + output, 0),
@@ -56,22 +58,20 @@ impl Case {
     /// Those of the allocations.
     pub fn new(communicator: &Communicator, pattern: Pattern, dtype: DType, buffers: Buffers) -> Result<Case, Error> {
         let is_window = pattern.operation == Operation::Window;
-        let of_root = Pattern { rank: 0, ..pattern };
-        // An arena's allocations are the same on every rank; where only the root has a buffer, the others' stay unused.
-        let allocate = |own: Option<usize>, root: Option<usize>| -> Result<Option<Buffer>, Error> {
-            match (own, root, buffers) {
-                (_, Some(len), Buffers::Arena) if !is_window => {
-                    Ok(Some(communicator.allocate(&Cpu, dtype, len)?).filter(|_| own.is_some()))
-                }
-                (Some(len), _, _) => Ok(Some(Cpu.allocate(dtype, len)?)),
-                (None, _, _) => Ok(None),
+        // Ranks need buffers of different lengths, and some none: each allocates for itself.
+        let alone = communicator.group(&[communicator.rank()])?;
+        let allocate = |len: Option<usize>| -> Result<Option<Buffer>, Error> {
+            match (len, buffers) {
+                (Some(len), Buffers::Arena) if !is_window => Ok(Some(alone.allocate(&Cpu, dtype, len)?)),
+                (Some(len), _) => Ok(Some(Cpu.allocate(dtype, len)?)),
+                (None, _) => Ok(None),
             }
         };
-        let input = allocate(pattern.input_len(), of_root.input_len())?;
+        let input = allocate(pattern.input_len())?;
         let (mut output, mut window) = (None, None);
         match pattern.output_len() {
             Some(len) if is_window => window = Some(communicator.window(&Cpu, dtype, len)?),
-            own => output = allocate(own, of_root.output_len())?,
+            len => output = allocate(len)?,
         }
         let scratch = Cpu.allocate(dtype, BLOCK)?;
         let operands = Operands { input, output };
@@ -189,6 +189,9 @@ impl Case {
         let Operands { input, output } = std::mem::take(&mut self.operands);
         let only_output = |buffer| Operands { input: None, output: Some(buffer) };
         let both = |(input, output)| Operands { input: Some(input), output: Some(output) };
+        let pattern = &self.pattern;
+        let cut = |buffer: Buffer| Parts::cut(buffer, &pattern.parts(rank)).expect("a buffer holds its parts");
+        let whole = |parts: Parts| parts.into_buffers().pop().expect("the one that was cut");
         let has = "a rank has the buffers of its part";
         Flight::One(match (operation, form) {
             (Operation::ReduceScatter, Form::InPlace) => {
@@ -222,6 +225,27 @@ impl Case {
                 .scatter(input, output.expect(has), 0, start)
                 .map(|(input, output)| Operands { input, output: Some(output) }),
             (Operation::AllToAll, _) => communicator.all_to_all(input.expect(has), output.expect(has), start).map(both),
+            (Operation::ReduceScatterV, Form::InPlace) => communicator
+                .reduce_scatter_v_in_place(cut(output.expect(has)), reduction, start)
+                .map(move |parts| only_output(whole(parts))),
+            (Operation::ReduceScatterV, Form::OutOfPlace) => communicator
+                .reduce_scatter_v(cut(input.expect(has)), output.expect(has), reduction, start)
+                .map(move |(parts, output)| both((whole(parts), output))),
+            (Operation::AllGatherV, Form::InPlace) => communicator
+                .all_gather_v_in_place(cut(output.expect(has)), start)
+                .map(move |parts| only_output(whole(parts))),
+            (Operation::AllGatherV, Form::OutOfPlace) => communicator
+                .all_gather_v(input.expect(has), cut(output.expect(has)), start)
+                .map(move |(input, parts)| both((input, whole(parts)))),
+            (Operation::GatherV, _) => communicator
+                .gather_v(input.expect(has), output.map(cut), 0, start)
+                .map(move |(input, parts)| Operands { input: Some(input), output: parts.map(whole) }),
+            (Operation::ScatterV, _) => communicator
+                .scatter_v(input.map(cut), output.expect(has), 0, start)
+                .map(move |(parts, output)| Operands { input: parts.map(whole), output: Some(output) }),
+            (Operation::AllToAllV, _) => communicator
+                .all_to_all_v(cut(input.expect(has)), cut(output.expect(has)), start)
+                .map(move |(input, output)| both((whole(input), whole(output)))),
             (Operation::SendRecv, _) => {
                 // Not sent with `Here`: a long message would wait for a receiver that waits for its own send.
                 let sent = communicator.send(input.expect(has), (rank + 1) % world, Event::PAST);

@@ -26,6 +26,10 @@ pub(crate) enum Call {
     Alltoall,
     Sendrecv,
     Barrier,
+    Allgatherv,
+    Gatherv,
+    Scatterv,
+    Alltoallv,
 }
 
 impl Call {
@@ -43,6 +47,10 @@ impl Call {
             Call::Alltoall => "MPI_Alltoall",
             Call::Sendrecv => "MPI_Sendrecv",
             Call::Barrier => "MPI_Barrier",
+            Call::Allgatherv => "MPI_Allgatherv",
+            Call::Gatherv => "MPI_Gatherv",
+            Call::Scatterv => "MPI_Scatterv",
+            Call::Alltoallv => "MPI_Alltoallv",
         }
     }
 }
@@ -111,6 +119,11 @@ impl Library {
             Operation::SendRecv => &[Call::Sendrecv],
             Operation::Barrier => &[Call::Barrier],
             Operation::Window => &[],
+            Operation::ReduceScatterV => &[Call::ReduceScatter],
+            Operation::AllGatherV => &[Call::Allgatherv],
+            Operation::GatherV => &[Call::Gatherv],
+            Operation::ScatterV => &[Call::Scatterv],
+            Operation::AllToAllV => &[Call::Alltoallv],
         }
     }
 
@@ -140,17 +153,30 @@ impl Library {
         let to: *mut c_void = output.as_mut().map_or(ptr::null_mut(), |buffer| buffer.span().address().as_ptr().cast());
         let (kind, combine) = (datatype(dtype)?, combination(pattern.reduction)?);
         let (next, previous) = ((self.rank + 1) % self.world, (self.rank + self.world - 1) % self.world);
-        let counts = if call == Call::ReduceScatter { vec![count; self.world] } else { Vec::new() };
-        // SAFETY: MPI is initialised while `self` exists, and every rank makes this call with the same operation, count, type and root. The
-        // buffers that this rank must have were just seen to hold `count` elements of this type, times the number of ranks where the
-        // operation is one of parts (`Pattern::input_len` and `output_len` are MPI's own rules for them); a buffer that only the root has may be
-        // null elsewhere. Input and output are two buffers, borrowed for the length of this blocking call. `counts` has one number for
-        // each rank.
+        let takes_counts = call == Call::ReduceScatter || pattern.operation.is_uneven();
+        let parts = if takes_counts { pattern.parts(self.rank) } else { Vec::new() };
+        let counts = parts.iter().map(|&count| int(count)).collect::<Result<Vec<c_int>, Error>>()?;
+        let ends = parts.iter().scan(0, |end, count| {
+            *end += count;
+            Some(*end - count)
+        });
+        let starts = ends.map(int).collect::<Result<Vec<c_int>, Error>>()?;
+        // What MPI calls the displacements; an all-to-all-v's are the same on both sides.
+        let (counts, starts) = (counts.as_ptr(), starts.as_ptr());
+        let own = int(parts.get(self.rank).copied().unwrap_or(0))?;
+        // SAFETY: MPI is initialised while `self` exists, and every rank makes this call with the
+        // same operation, count, type and root. The buffers that this rank must have were just seen
+        // to hold `count` elements of this type, times the number of ranks where the operation is
+        // one of parts (`Pattern::input_len` and `output_len` are MPI's own rules for them); a
+        // buffer that only the root has may be null elsewhere. Input and output are two buffers,
+        // borrowed for the length of this blocking call. `counts` and `starts` have one number for
+        // each rank, where the call takes them, and say parts that follow each other in such a
+        // buffer.
         let code = unsafe {
             let world = ffi::RSMPI_COMM_WORLD;
             match call {
                 Call::ReduceScatterBlock => ffi::MPI_Reduce_scatter_block(from, to, count, kind, combine, world),
-                Call::ReduceScatter => ffi::MPI_Reduce_scatter(from, to, counts.as_ptr(), kind, combine, world),
+                Call::ReduceScatter => ffi::MPI_Reduce_scatter(from, to, counts, kind, combine, world),
                 Call::Allgather => ffi::MPI_Allgather(from, count, kind, to, count, kind, world),
                 Call::Allreduce => ffi::MPI_Allreduce(from, to, count, kind, combine, world),
                 Call::Bcast => ffi::MPI_Bcast(to, count, kind, 0, world),
@@ -163,6 +189,10 @@ impl Library {
                     ffi::MPI_Sendrecv(from, count, kind, next, 0, to, count, kind, previous, 0, world, status)
                 }
                 Call::Barrier => ffi::MPI_Barrier(world),
+                Call::Allgatherv => ffi::MPI_Allgatherv(from, own, kind, to, counts, starts, kind, world),
+                Call::Gatherv => ffi::MPI_Gatherv(from, own, kind, to, counts, starts, kind, 0, world),
+                Call::Scatterv => ffi::MPI_Scatterv(from, counts, starts, kind, to, own, kind, 0, world),
+                Call::Alltoallv => ffi::MPI_Alltoallv(from, counts, starts, kind, to, counts, starts, kind, world),
             }
         };
         check(code, call.name())

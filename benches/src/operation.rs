@@ -29,6 +29,17 @@ pub enum Operation {
     Window,
     /// One f64 is combined over the ranks, by the call that a training step makes for its scalars.
     Scalars,
+    /// As reduce-scatter, of parts that differ in length: that of rank p is p + 1 times as long as
+    /// that of rank 0.
+    ReduceScatterV,
+    /// As all-gather, of such shards.
+    AllGatherV,
+    /// As gather, of such shards.
+    GatherV,
+    /// As scatter, of such parts.
+    ScatterV,
+    /// As all-to-all: rank p sends to rank q the part of rank (p + q) mod the number of ranks.
+    AllToAllV,
 }
 
 /// Which of an operation's forms.
@@ -42,7 +53,7 @@ pub enum Form {
 
 impl Operation {
     /// All of them, in the order of `all`.
-    pub const ALL: [Operation; 12] = [
+    pub const ALL: [Operation; 17] = [
         Operation::ReduceScatter,
         Operation::AllGather,
         Operation::AllReduce,
@@ -55,6 +66,11 @@ impl Operation {
         Operation::Barrier,
         Operation::Window,
         Operation::Scalars,
+        Operation::ReduceScatterV,
+        Operation::AllGatherV,
+        Operation::GatherV,
+        Operation::ScatterV,
+        Operation::AllToAllV,
     ];
 
     /// Its name on the command line and in results.
@@ -72,15 +88,22 @@ impl Operation {
             Operation::Barrier => "barrier",
             Operation::Window => "window",
             Operation::Scalars => "scalars",
+            Operation::ReduceScatterV => "reduce-scatter-v",
+            Operation::AllGatherV => "all-gather-v",
+            Operation::GatherV => "gather-v",
+            Operation::ScatterV => "scatter-v",
+            Operation::AllToAllV => "all-to-all-v",
         }
     }
 
     /// Its forms, the one that is always measured first.
     pub fn forms(self) -> &'static [Form] {
         match self {
-            Operation::ReduceScatter | Operation::AllGather | Operation::AllReduce => {
-                &[Form::OutOfPlace, Form::InPlace]
-            }
+            Operation::ReduceScatter
+            | Operation::AllGather
+            | Operation::AllReduce
+            | Operation::ReduceScatterV
+            | Operation::AllGatherV => &[Form::OutOfPlace, Form::InPlace],
             Operation::Broadcast => &[Form::InPlace],
             _ => &[Form::OutOfPlace],
         }
@@ -88,7 +111,8 @@ impl Operation {
 
     /// Whether it combines elements.
     pub fn reduces(self) -> bool {
-        matches!(self, Operation::ReduceScatter | Operation::AllReduce | Operation::Reduce | Operation::Scalars)
+        use Operation::*;
+        matches!(self, ReduceScatter | ReduceScatterV | AllReduce | Reduce | Scalars)
     }
 
     /// Whether it moves buffers, of a size and type that can be chosen.
@@ -108,13 +132,20 @@ impl Operation {
 
     /// The root, where there is one; always rank 0.
     pub fn root(self) -> Option<usize> {
-        matches!(self, Operation::Broadcast | Operation::Reduce | Operation::Gather | Operation::Scatter).then_some(0)
+        use Operation::*;
+        matches!(self, Broadcast | Reduce | Gather | Scatter | GatherV | ScatterV).then_some(0)
     }
 
-    /// Whether the size is that of `world` equal parts.
+    /// Whether the size is that of `world` parts, as long as each other on the average.
     fn is_of_parts(self) -> bool {
         use Operation::*;
-        matches!(self, ReduceScatter | AllGather | Gather | Scatter | AllToAll | Window)
+        matches!(self, ReduceScatter | AllGather | Gather | Scatter | AllToAll | Window) || self.is_uneven()
+    }
+
+    /// Whether parts differ in length.
+    pub fn is_uneven(self) -> bool {
+        use Operation::*;
+        matches!(self, ReduceScatterV | AllGatherV | GatherV | ScatterV | AllToAllV)
     }
 
     /// Elements of a part, or of the buffer where there are no parts: as many as fit into `bytes`. nccl-tests' column `count`.
@@ -177,6 +208,9 @@ mod tests {
     #[test]
     fn bus_factors_at_four_ranks() {
         let factors = Operation::ALL.map(|operation| operation.bus_factor(4));
-        assert_eq!(factors, [0.75, 0.75, 1.5, 1.0, 1.0, 0.75, 0.75, 0.75, 1.0, 0.0, 0.75, 0.0]);
+        assert_eq!(
+            factors,
+            [0.75, 0.75, 1.5, 1.0, 1.0, 0.75, 0.75, 0.75, 1.0, 0.0, 0.75, 0.0, 0.75, 0.75, 0.75, 0.75, 0.75]
+        );
     }
 }

@@ -90,8 +90,9 @@ impl Pattern {
         let whole = self.count * self.world;
         match (self.operation, self.form) {
             (Barrier | Scalars, _) | (_, Form::InPlace) => None,
-            (Scatter, _) => self.is_root().then_some(whole),
-            (ReduceScatter | AllToAll, _) => Some(whole),
+            (Scatter | ScatterV, _) => self.is_root().then_some(whole),
+            (ReduceScatter | ReduceScatterV | AllToAll | AllToAllV, _) => Some(whole),
+            (AllGatherV | GatherV, _) => Some(self.part(self.rank)),
             _ => Some(self.count),
         }
     }
@@ -102,12 +103,50 @@ impl Pattern {
         let whole = self.count * self.world;
         match (self.operation, self.form) {
             (Barrier | Scalars, _) => None,
-            (ReduceScatter, Form::InPlace) => Some(whole),
+            (ReduceScatter | ReduceScatterV, Form::InPlace) => Some(whole),
             (Reduce, _) => self.is_root().then_some(self.count),
-            (Gather, _) => self.is_root().then_some(whole),
-            (AllGather | AllToAll | Window, _) => Some(whole),
+            (Gather | GatherV, _) => self.is_root().then_some(whole),
+            (AllGather | AllGatherV | AllToAll | AllToAllV | Window, _) => Some(whole),
+            (ReduceScatterV | ScatterV, _) => Some(self.part(self.rank)),
             _ => Some(self.count),
         }
+    }
+
+    /// Where the part of a rank begins, of as many elements as all parts have; those of uneven
+    /// operations grow by the length of the first one.
+    fn begin(&self, part: usize) -> usize {
+        let (whole, world) = ((self.count * self.world) as u128, self.world as u128);
+        match self.operation.is_uneven() {
+            true => (whole * (part as u128 * (part as u128 + 1)) / (world * (world + 1))) as usize,
+            false => part * self.count,
+        }
+    }
+
+    /// Elements of the part of a rank.
+    fn part(&self, part: usize) -> usize {
+        self.begin(part + 1) - self.begin(part)
+    }
+
+    /// Elements of the parts of what a rank sends or receives, in order of rank.
+    pub fn parts(&self, rank: usize) -> Vec<usize> {
+        let turned = if self.operation == Operation::AllToAllV { rank } else { 0 };
+        (0..self.world).map(|part| self.part((part + turned) % self.world)).collect()
+    }
+
+    /// The part of what a rank sends or receives that an element is in: its number, where in it the
+    /// element is, and its length.
+    fn part_of(&self, rank: usize, index: usize) -> (usize, usize, usize) {
+        if !self.operation.is_uneven() {
+            return (index / self.count, index % self.count, self.count);
+        }
+        let mut start = 0;
+        for (part, len) in self.parts(rank).into_iter().enumerate() {
+            if index < start + len {
+                return (part, index - start, len);
+            }
+            start += len;
+        }
+        unreachable!("element {index} of {start}")
     }
 
     /// An element of a buffer.
@@ -122,30 +161,36 @@ impl Pattern {
     /// What an element is, and for how many elements that goes on.
     fn source(&self, what: What, index: usize) -> (Source, usize) {
         use Operation::*;
-        let (rank, count) = (self.rank, self.count);
+        let rank = self.rank;
         let on = |source| (source, usize::MAX);
         // One of as many parts as ranks, and how much of it is left.
-        let part =
-            |source: &dyn Fn(usize, usize) -> Source| (source(index / count, index % count), count - index % count);
+        let part = |source: &dyn Fn(usize, usize) -> Source| {
+            let (part, at, len) = self.part_of(rank, index);
+            (source(part, at), len - at)
+        };
         let own = Source::Value(rank, index);
         match (what, self.operation, self.form) {
             (_, Barrier | Scalars, _) => unreachable!("they have no buffers"),
             (What::Input, _, _) => on(own),
-            (What::Before, AllReduce | ReduceScatter, Form::InPlace) => on(own),
-            (What::Before, AllGather, Form::InPlace) => {
+            (What::Before, AllReduce | ReduceScatter | ReduceScatterV, Form::InPlace) => on(own),
+            (What::Before, AllGather | AllGatherV, Form::InPlace) => {
                 part(&|at, index| if at == rank { Source::Value(rank, index) } else { Source::Poison })
             }
             (What::Before, Broadcast, _) if self.is_root() => on(own),
             (What::Before, _, _) => on(Source::Poison),
             (What::After, AllReduce | Reduce, _) => on(Source::Combined(index)),
-            (What::After, ReduceScatter, Form::InPlace) => {
+            (What::After, ReduceScatter | ReduceScatterV, Form::InPlace) => {
                 part(&|at, _| if at == rank { Source::Combined(index) } else { own })
             }
-            (What::After, ReduceScatter, _) => on(Source::Combined(rank * count + index)),
-            (What::After, AllGather | Gather | Window, _) => part(&Source::Value),
+            (What::After, ReduceScatter | ReduceScatterV, _) => on(Source::Combined(self.begin(rank) + index)),
+            (What::After, AllGather | AllGatherV | Gather | GatherV | Window, _) => part(&Source::Value),
             (What::After, Broadcast, _) => on(Source::Value(0, index)),
-            (What::After, Scatter, _) => on(Source::Value(0, rank * count + index)),
-            (What::After, AllToAll, _) => part(&|at, index| Source::Value(at, rank * count + index)),
+            (What::After, Scatter | ScatterV, _) => on(Source::Value(0, self.begin(rank) + index)),
+            (What::After, AllToAll, _) => part(&|at, index| Source::Value(at, self.begin(rank) + index)),
+            (What::After, AllToAllV, _) => part(&|at, index| {
+                let before: usize = self.parts(at)[..rank].iter().sum();
+                Source::Value(at, before + index)
+            }),
             (What::After, SendRecv, _) => on(Source::Value((rank + self.world - 1) % self.world, index)),
         }
     }

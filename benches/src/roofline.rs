@@ -55,17 +55,22 @@ impl Work {
         let part = count * dtype.bytes();
         // A buffer's parts that do not come out even differ by an element.
         let even = count.div_ceil(world);
+        let parts = pattern.parts(0);
+        let (shortest, longest) = (*parts.iter().min().unwrap_or(&0), *parts.iter().max().unwrap_or(&0));
         let in_place = pattern.form == Form::InPlace;
         let fold = |outputs, count| Work::Fold { inputs: world, outputs, count, in_place };
         let work = match pattern.operation {
             Barrier | Scalars => return None,
             ReduceScatter => fold(1, count),
+            ReduceScatterV => fold(1, longest),
             Reduce => fold(1, even),
             AllReduce => fold(world, even),
             // In place, a rank's own shard is where it should be.
             AllGather if in_place => Work::Copy { bytes: part * (world - 1) },
-            AllGather | AllToAll => Work::Copy { bytes: part * world },
+            AllGatherV if in_place => Work::Copy { bytes: part * world - shortest * dtype.bytes() },
+            AllGather | AllGatherV | AllToAll | AllToAllV => Work::Copy { bytes: part * world },
             Broadcast | SendRecv | Gather | Scatter => Work::Copy { bytes: part },
+            GatherV | ScatterV => Work::Copy { bytes: longest * dtype.bytes() },
             Window => Work::Consume { written: part, read: part * world },
         };
         Some(work).filter(|work| work.traffic(dtype) != (0, 0))

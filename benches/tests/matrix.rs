@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-const OPERATIONS: [&str; 12] = [
+const OPERATIONS: [&str; 17] = [
     "reduce-scatter",
     "all-gather",
     "all-reduce",
@@ -19,10 +19,15 @@ const OPERATIONS: [&str; 12] = [
     "barrier",
     "window",
     "scalars",
+    "reduce-scatter-v",
+    "all-gather-v",
+    "gather-v",
+    "scatter-v",
+    "all-to-all-v",
 ];
 
 /// Operations that are measured out of place and in place, under `--in-place`.
-const BOTH_FORMS: [&str; 3] = ["reduce-scatter", "all-gather", "all-reduce"];
+const BOTH_FORMS: [&str; 5] = ["reduce-scatter", "all-gather", "all-reduce", "reduce-scatter-v", "all-gather-v"];
 
 /// Types of elements.
 const TYPES: usize = 11;

@@ -149,6 +149,11 @@ fn every_operation_has_its_counterpart_in_mpi() {
             ("scatter", "MPI_Scatter"),
             ("all-to-all", "MPI_Alltoall"),
             ("send-recv", "MPI_Sendrecv"),
+            ("all-gather-v", "MPI_Allgatherv"),
+            ("gather-v", "MPI_Gatherv"),
+            ("scatter-v", "MPI_Scatterv"),
+            ("all-to-all-v", "MPI_Alltoallv"),
+            ("reduce-scatter-v", "MPI_Reduce_scatter"),
         ] {
             assert_eq!(calls(op, dtype), [call; 2], "{op} {dtype}");
         }

@@ -8,6 +8,9 @@
 //! Ranks of one host, processes or threads, read each other's buffers in place, in shared memory.
 //! Ranks of several hosts exchange messages besides: over TCP, or, with the feature `mpi`, over
 //! MPI. Reductions run in a fixed order and round once, so a result has the same bits in every run.
+//!
+//! Some of the ranks can form a [`Communicator::group`], which costs next to nothing. Operations
+//! whose parts differ in length take [`Parts`].
 
 mod algorithms;
 mod call;

@@ -11,6 +11,7 @@
 //! | `controller` | the flags of the batch size |
 //! | `simulate` | `pillion abs simulate`: how far its statistics scatter |
 //! | `experiment` | `pillion experiment`: batch schedules compared |
+//! | `doctor` | `pillion doctor`: what a machine and a job offer |
 //! | `plan` | `pillion plan`: the layout of a run, and a simulated step |
 //! | `config` | shapes of models, their tensors and presets |
 //! | `activations` | what a model keeps on a rank besides its weights |
@@ -25,6 +26,7 @@ mod commands;
 pub mod config;
 mod controller;
 pub mod data;
+mod doctor;
 mod error;
 mod experiment;
 mod generate;
@@ -67,7 +69,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         // Help, or the version.
         Err((message, 0)) => return ended(output::write(&message).map(|_| 0)),
         Err((message, code)) => {
-            let is_job = arguments.get(1).is_some_and(|command| command == "train");
+            let is_job = arguments.get(1).is_some_and(|command| ["train", "doctor"].contains(&command.as_str()));
             say_once(is_job, &message, || output::complain_as_it_is(&message));
             return code;
         }
@@ -80,11 +82,12 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Checkpoint(command) => inspect::inspect(command),
         Command::Data(command) => verify_data::verify(command),
         Command::Plan(settings) => plan::plan(settings),
+        Command::Doctor(settings) => doctor::doctor(settings),
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
     });
     result.unwrap_or_else(|error| {
-        let is_job = matches!(cli.command, Command::Train(_)) && error.code() == 2;
+        let is_job = matches!(cli.command, Command::Train(_) | Command::Doctor(_)) && error.code() == 2;
         say_once(is_job, &error.to_string(), || complain(&error));
         error.code()
     })

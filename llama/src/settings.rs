@@ -41,6 +41,9 @@ pub enum Command {
     Data(DataCommand),
     /// Print how a run would be laid out, and what a step would take on a machine that is described, without running it.
     Plan(Box<PlanArgs>),
+    /// Print what this machine and job offer, what would be chosen, and why. Start it as a run
+    /// would be started.
+    Doctor(DoctorArgs),
     /// Compare batch schedules.
     #[command(subcommand)]
     Experiment(ExperimentCommand),
@@ -120,6 +123,20 @@ pub struct GenerateArgs {
     /// Seed of the choices.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+}
+
+/// Settings of `doctor`.
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// What moves the bytes between ranks.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub backend: BackendKind,
+    /// What connects hosts.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub wire: Wire,
+    /// Seconds to wait for the other ranks.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=LONGEST_TIMEOUT))]
+    pub timeout: u64,
 }
 
 impl Cli {

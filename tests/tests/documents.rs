@@ -68,6 +68,7 @@ const TABLE: &[(&str, How)] = &[
     ("srun -N 2 -n 4 target/release/pillion train", Parsed),
     ("mpirun -n 4 --host one:2,two:2 -x PILLION_ADDRESS=one:29400 target/release/pillion train", Parsed),
     ("pillion train --auto", With(SHORT)),
+    ("pillion doctor", AsItStands),
     ("pillion plan", AsItStands),
     ("pillion plan --operations | head", AsItStands),
     ("cargo run --release -- plan --model llama2-7b --ranks 64", AsItStands),
@@ -228,8 +229,8 @@ fn commands_that_train() {
 }
 
 #[test]
-fn commands_that_plan_and_simulate() {
-    run(|command| ["plan", "abs"].iter().any(|part| command.contains(part)) && !command.contains("train"));
+fn commands_that_look_plan_and_simulate() {
+    run(|command| ["doctor", "plan", "abs"].iter().any(|part| command.contains(part)) && !command.contains("train"));
 }
 
 #[test]
@@ -245,7 +246,7 @@ fn commands_that_measure() {
 #[test]
 fn no_row_is_left_out() {
     let tested = |command: &str| {
-        ["train", "generate", "checkpoint", "data verify", "plan", "abs", "experiment", "collbench"]
+        ["train", "generate", "checkpoint", "data verify", "doctor", "plan", "abs", "experiment", "collbench"]
             .iter()
             .any(|part| command.contains(part))
     };

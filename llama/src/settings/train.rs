@@ -17,7 +17,7 @@ use crate::plan::quantity::size;
 use crate::train::CHANGEABLE;
 
 /// A year, in seconds.
-const LONGEST_TIMEOUT: u64 = 365 * 24 * 60 * 60;
+pub(super) const LONGEST_TIMEOUT: u64 = 365 * 24 * 60 * 60;
 
 /// How ranks of this host are started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
