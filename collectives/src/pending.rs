@@ -67,6 +67,25 @@ struct OnComplete {
     callback: Mutex<Option<Callback>>,
 }
 
+/// Operations that end as one.
+struct Together {
+    states: Vec<State>,
+    outcome: Arc<Outcome>,
+}
+
+impl Wake for Together {
+    fn wake(self: Arc<Self>) {
+        let mut first = Ok(());
+        for state in &self.states {
+            match state.status() {
+                Poll::Pending => return,
+                Poll::Ready(result) => first = first.and(result),
+            }
+        }
+        self.outcome.set(first.map_err(Error::from));
+    }
+}
+
 type Callback = Box<dyn FnOnce(Result<(), Error>) + Send>;
 
 impl Wake for OnComplete {
@@ -178,6 +197,36 @@ impl<T> Pending<T> {
             State::Ended(Err(_)) | State::Flying(_) => Value::Later(Box::new(move || form(value.get()))),
         });
         Pending { state: self.state.clone(), deferred: self.deferred, value }
+    }
+
+    /// Operations in flight as one, which is complete when all are. It fails once all have ended,
+    /// if one has failed: with the error of the first such in the list.
+    pub fn all(operations: Vec<Pending<T>>) -> Pending<Vec<T>>
+    where
+        T: Send + 'static,
+    {
+        let deferred = operations.iter().any(|operation| operation.deferred);
+        let (mut states, mut values) = (Vec::new(), Some(Vec::new()));
+        for mut operation in operations {
+            states.push(operation.state.clone());
+            values = values.zip(operation.value.take()).map(|(mut values, value)| {
+                values.push(value);
+                values
+            });
+        }
+        let value = values.map(|values| match values.iter().all(|value| matches!(value, Value::Ready(_))) {
+            true => Value::Ready(values.into_iter().map(Value::get).collect()),
+            false => Value::Later(Box::new(move || values.into_iter().map(Value::get).collect())),
+        });
+        let together = Arc::new(Together { states, outcome: Arc::default() });
+        let waker = Waker::from(together.clone());
+        for state in &together.states {
+            if let State::Flying(outcome) = state {
+                outcome.call_back(&waker);
+            }
+        }
+        waker.wake();
+        Pending { state: State::Flying(together.outcome.clone()), deferred, value }
     }
 
     fn take(&mut self) -> T {
@@ -378,6 +427,30 @@ mod tests {
         Pending::ended(Err(Error::System { what: "a test", reason: "made up".to_owned() }), ())
             .on_complete(note("ended"));
         assert_eq!(*ends.lock(), [("before", true), ("after", true), ("ended", false)]);
+    }
+
+    #[test]
+    fn several_end_as_one_once_all_have_ended() {
+        let failure = |reason: &str| Error::System { what: "a test", reason: reason.to_owned() };
+        for fails in [false, true] {
+            let flying: Vec<Arc<Outcome>> = (0..3).map(|_| Arc::default()).collect();
+            let ended = Pending::ended(Ok(()), 0);
+            let operations = flying
+                .iter()
+                .enumerate()
+                .map(|(index, outcome)| Pending::new(outcome.clone(), index as i32 + 1, false).map(|value| 10 * value));
+            let mut all = Pending::all(std::iter::once(ended).chain(operations).collect());
+            for index in [2, 0, 1] {
+                all = all.try_wait().unwrap_err();
+                let reason = format!("number {index}");
+                flying[index].set(if fails && index > 0 { Err(failure(&reason)) } else { Ok(()) });
+            }
+            match all.try_wait().map_err(drop).unwrap() {
+                Ok(values) => assert_eq!((fails, values), (false, vec![0, 10, 20, 30])),
+                Err(error) => assert!(fails && error.to_string().contains("number 1"), "{error}"),
+            }
+        }
+        assert_eq!(Pending::<()>::all(Vec::new()).wait().unwrap(), []);
     }
 
     #[test]
