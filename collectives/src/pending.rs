@@ -10,6 +10,7 @@ use pillion_kernels::{Completion, Event, Failure, Status, Stream};
 
 use crate::Error;
 use crate::engine::inbox::AT_A_TIME;
+use crate::memory::fork::Maker;
 
 /// An operation in flight, and the buffers that it needs until it is complete.
 ///
@@ -92,7 +93,9 @@ impl Wake for OnComplete {
     fn wake(self: Arc<Self>) {
         let callback = self.callback.lock().take();
         if let (Some(callback), Poll::Ready(result)) = (callback, self.outcome.status()) {
-            callback(result.map_err(Error::from));
+            let call = || callback(result.map_err(Error::from));
+            // It has been printed. The thread that ends operations has others to end.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
         }
     }
 }
@@ -165,8 +168,9 @@ impl<T> Pending<T> {
 
     /// Calls `callback` with the operation's result once it has ended: on the thread that ends it,
     /// or, where that has happened, at once on this one. It must return soon, because others wait
-    /// for that thread, and it must not wait for operations of this communicator. The buffers come
-    /// back as before.
+    /// for that thread, and it must not wait for operations of any communicator of the job, nor
+    /// make one: that thread drives them all. A panic in it is printed, and ends nothing. The
+    /// buffers come back as before.
     pub fn on_complete(&self, callback: impl FnOnce(Result<(), Error>) + Send + 'static) {
         let state = match &self.state {
             State::Ended(result) => return callback(result.clone().map_err(Error::from)),
@@ -302,6 +306,8 @@ impl<T> Drop for Pending<T> {
 pub(crate) struct Outcome {
     state: Mutex<OutcomeState>,
     changed: Condvar,
+    /// The process in which the operation ends.
+    maker: Maker,
 }
 
 struct OutcomeState {
@@ -318,6 +324,14 @@ impl Default for OutcomeState {
 }
 
 impl Outcome {
+    /// How the operation ended, or that it never ends here, in a forked child.
+    fn in_child(&self) -> Option<Result<(), Failure>> {
+        let error = self.maker.check().err()?;
+        // Another thread of the parent may have held the lock.
+        let known = self.state.try_lock().and_then(|state| state.result.clone());
+        Some(known.unwrap_or_else(|| Err(Failure::from(error))))
+    }
+
     /// Ends the operation; the first end counts.
     pub(crate) fn set(&self, result: Result<(), Error>) {
         let mut state = self.state.lock();
@@ -336,6 +350,9 @@ impl Outcome {
 
     /// Blocks until the operation has ended, or for `limit`; whether it has ended.
     fn wait_timeout(&self, limit: Duration) -> bool {
+        if self.in_child().is_some() {
+            return true;
+        }
         let deadline = Instant::now().checked_add(limit);
         let mut state = self.state.lock();
         while state.result.is_none() {
@@ -375,6 +392,9 @@ impl Outcomes {
 
 impl Completion for Outcome {
     fn status(&self) -> Status {
+        if let Some(result) = self.in_child() {
+            return Poll::Ready(result);
+        }
         self.state.lock().result.clone().map_or(Poll::Pending, Poll::Ready)
     }
 
@@ -390,6 +410,9 @@ impl Completion for Outcome {
     }
 
     fn wait(&self) -> Result<(), Failure> {
+        if let Some(result) = self.in_child() {
+            return result;
+        }
         let mut state = self.state.lock();
         loop {
             match &state.result {

@@ -45,6 +45,24 @@ fn a_child_is_told_does_no_harm_and_does_not_hang() {
         let (kept, lost) = (buffer(1.0), buffer(2.0));
         let window = all.window(&Cpu, DType::F32, 64).unwrap();
         let mut window = all.gather_window(window, Event::PAST).wait().unwrap();
+        let late = Cpu.allocate(DType::F32, 3).unwrap();
+        let late = (all.rank() == 0).then(|| group.all_reduce(late, Reduction::Sum, Event::PAST));
+        if let Some(late) = &late {
+            let status = in_child(|| {
+                // SAFETY: as below.
+                let late = unsafe { std::ptr::read(late) };
+                assert!(late.event().wait().unwrap_err().to_string().contains("forked this one"));
+                let late = late.wait_timeout(Duration::from_secs(9)).map_err(drop).unwrap();
+                assert!(late.unwrap_err().to_string().contains("forked this one"));
+                8
+            });
+            assert_eq!(status, 8);
+        }
+        let late = late.unwrap_or_else(|| {
+            let own = Cpu.allocate(DType::F32, 3).unwrap();
+            group.all_reduce(own, Reduction::Sum, Event::PAST)
+        });
+        late.wait().unwrap();
         if all.rank() == 0 {
             let status = in_child(|| {
                 // SAFETY: the child has copies of its own, which it uses in place of these.

@@ -124,6 +124,24 @@ fn a_member_that_does_not_come_is_named_and_a_failed_group_leaves_others_alone()
     });
 }
 
+#[test]
+fn a_callback_that_panics_or_drops_a_communicator_harms_no_group() {
+    let _alone = alone();
+    run(Launch::threads(2), Options::default(), |_, all| {
+        let [one, other, third] = [(); 3].map(|()| all.group(&[0, 1]).unwrap());
+        let own = || on_host(Cpu.allocate(DType::F32, 10).unwrap(), &[1.0; 10]);
+        let pending = one.all_reduce(own(), Reduction::Sum, Event::PAST);
+        pending.on_complete(|_| panic!("this is printed: a callback that panics on purpose"));
+        pending.wait().unwrap();
+        let pending = one.all_reduce(own(), Reduction::Sum, Event::PAST);
+        pending.on_complete(move |_| drop(third));
+        pending.wait().unwrap();
+        for communicator in [&one, &other, &all] {
+            assert_eq!(sum(communicator, 1.0), 2.0);
+        }
+    });
+}
+
 /// What this process has: threads, descriptors, and bytes of shared memory.
 fn belongings() -> [u64; 3] {
     let count = |path: &str| fs::read_dir(path).unwrap().count() as u64;

@@ -99,6 +99,20 @@ impl Lists {
         Ok(lengths)
     }
 
+    /// The error where a chunk of another rank, for rank `whose`, has another length than it has
+    /// here. The other ranks may have found all as they expect it, and would wait for this one, so
+    /// they are told.
+    fn mismatch(&self, peers: &Peers<'_>, dtype: DType, [ours, theirs]: [u64; 2], rank: usize, whose: usize) -> Error {
+        let call = |count: u64| describe(Call { count, dtype: 1 + dtype as u64, memory: 0, ..peers.call });
+        let error = Error::Mismatch {
+            ours: format!("{} from rank {rank}", call(ours)),
+            theirs: format!("{} for rank {whose}", call(theirs)),
+            peer: rank,
+        };
+        peers.group.say_aborted(&error.to_string());
+        error
+    }
+
     /// As [`Lists::compare`], on one host.
     pub(super) fn compare_on_host(&self, peers: &Peers<'_>, dtype: DType) -> Result<usize, Error> {
         let (lengths, hosts) = (Lists::lengths(peers)?, &peers.group.hosts);
@@ -121,23 +135,22 @@ impl Lists {
                 Form::OneEach => (to, 0),
                 Form::FromRoot(root) => (root, own),
                 Form::OneForEach => (to, own),
+                // Compared below.
                 Form::Sum => break,
             };
             let theirs = of(rank, chunk);
             if theirs != span.len() as u64 {
-                let call = |count: u64| describe(Call { count, dtype: 1 + dtype as u64, memory: 0, ..peers.call });
-                let error = Error::Mismatch {
-                    ours: format!("{} from rank {rank}", call(span.len() as u64)),
-                    theirs: format!("{} for rank {own}", call(theirs)),
-                    peer: rank,
-                };
-                // The others may have found all as they expect it, and would wait for this rank.
-                peers.group.say_aborted(&error.to_string());
-                return Err(error);
+                return Err(self.mismatch(peers, dtype, [span.len() as u64, theirs], rank, own));
             }
         }
-        let all = (0..world).flat_map(|rank| (0..world).map(move |chunk| (rank, chunk)));
-        Ok(all.map(|(rank, chunk)| of(rank, chunk)).max().unwrap_or(0) as usize)
+        let all = || (0..world).flat_map(|rank| (0..world).map(move |chunk| (rank, chunk)));
+        let differs = |&(rank, chunk): &(usize, usize)| of(rank, chunk) != self.input[chunk].len() as u64;
+        if self.form == Form::Sum
+            && let Some((rank, chunk)) = all().find(differs)
+        {
+            return Err(self.mismatch(peers, dtype, [self.input[chunk].len() as u64, of(rank, chunk)], rank, chunk));
+        }
+        Ok(all().map(|(rank, chunk)| of(rank, chunk)).max().unwrap_or(0) as usize)
     }
 }
 

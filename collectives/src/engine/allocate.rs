@@ -133,7 +133,13 @@ impl Place {
     /// When there is no place.
     fn make(engine: &Engine, members: usize, bytes: u64) -> Result<Place, Error> {
         let words = engine.reserve(Place::of_words(members))?;
-        Ok(Place { leader: engine.rank, words, data: Range { bytes, ..engine.take(bytes) } })
+        let place = Place { leader: engine.rank, words, data: Range { bytes, ..engine.take(bytes) } };
+        if !engine.map.contains(place.data.offset, bytes) {
+            place.give_back(engine);
+            let available = engine.map.shape().reserve.saturating_sub(place.data.offset);
+            return Err(Error::OutOfMemory { bytes, available, limit: "the address space" });
+        }
+        Ok(place)
     }
 
     /// Gives back what [`Place::make`] took.

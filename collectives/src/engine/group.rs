@@ -180,7 +180,9 @@ impl Group {
 
     /// Says that this rank takes part, and everybody may see it.
     pub(crate) fn declare_joined(&self) {
-        self.control(self.rank).state.store(state::JOINED, Ordering::Release);
+        // Unless it has failed, or ended, already.
+        let state = &self.control(self.rank).state;
+        let _ = state.compare_exchange(state::ABSENT, state::JOINED, Ordering::AcqRel, Ordering::Acquire);
         self.ring_everybody();
     }
 
@@ -323,7 +325,10 @@ impl Group {
             // A rank leaves its groups before its life ends in order.
             state::ABSENT | state::JOINED => match self.engine.look_at(self.local(rank)) {
                 state::DEAD => state::DEAD,
-                _ => state.load(Ordering::Acquire),
+                has_left => match state.load(Ordering::Acquire) {
+                    state::ABSENT | state::JOINED if has_left == state::LEFT => state::LEFT,
+                    seen => seen,
+                },
             },
             seen => seen,
         }

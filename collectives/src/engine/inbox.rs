@@ -64,10 +64,19 @@ pub(crate) fn left() -> Error {
 #[derive(Default)]
 pub(crate) struct Ended(Mutex<bool>, Condvar);
 
+/// Says so when it is dropped.
+pub(super) struct WhenDropped<'a>(&'a Ended);
+
+impl Drop for WhenDropped<'_> {
+    fn drop(&mut self) {
+        *self.0.0.lock() = true;
+        self.0.1.notify_all();
+    }
+}
+
 impl Ended {
-    pub(crate) fn set(&self) {
-        *self.0.lock() = true;
-        self.1.notify_all();
+    pub(super) fn when_dropped(&self) -> WhenDropped<'_> {
+        WhenDropped(self)
     }
 
     pub(crate) fn wait(&self) {

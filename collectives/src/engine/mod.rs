@@ -22,10 +22,10 @@ mod transport;
 pub(crate) mod watch;
 
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::Wake;
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, Device, Region, Space};
@@ -54,6 +54,8 @@ pub(crate) struct Engine {
     /// Communicators of this rank that have not been dropped.
     pub(crate) open: AtomicUsize,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// The thread that drives operations, once it runs.
+    pub(crate) driver: OnceLock<ThreadId>,
     /// Whether some operation failed. Others may use this rank's memory at any time from then on,
     /// so nothing of it is handed out again.
     failed: AtomicBool,
@@ -100,6 +102,7 @@ impl Engine {
             arrivals: Inbox::default(),
             open: AtomicUsize::new(0),
             thread: Mutex::default(),
+            driver: OnceLock::new(),
             failed: AtomicBool::new(false),
             crowded: AtomicBool::new(false),
             making_room: Mutex::default(),
@@ -135,12 +138,20 @@ impl Engine {
     pub(crate) fn close(&self) {
         if self.open.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.ring_progress();
+            if self.is_driver() {
+                return;
+            }
             if let Some(thread) = self.thread.lock().take() {
                 // A panic of the progress thread has been printed, and other ranks see it as a
                 // death.
                 let _ = thread.join();
             }
         }
+    }
+
+    /// Whether this thread is the one that drives operations, which must not wait for itself.
+    pub(crate) fn is_driver(&self) -> bool {
+        self.driver.get() == Some(&std::thread::current().id())
     }
 
     pub(crate) fn set_failed(&self) {

@@ -65,6 +65,7 @@ impl Engine {
     /// go on.
     pub(crate) fn run(self: &Arc<Self>, begun: impl FnOnce(Result<(), Error>) -> bool) {
         let control = self.control();
+        let _ = self.driver.set(std::thread::current().id());
         // SAFETY: once per rank, on fresh memory, before the state says so; the mapping outlives this thread's use of it, being
         // held by `self`.
         let life = unsafe { control.life.begin() };
@@ -73,8 +74,10 @@ impl Engine {
             self.map.group(self.map.shape().all(), self.rank).abort(&error.to_string());
         }
         self.publish_processors();
-        if begun(life) && is_alive {
+        if is_alive {
             control.state.store(state::JOINED, Ordering::Release);
+        }
+        if begun(life) && is_alive {
             let mut driver = Driver { engine: self, waker: Waker::from(self.clone()), groups: Vec::new() };
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive())).is_err() {
                 // The panic has been printed.
@@ -82,9 +85,9 @@ impl Engine {
             }
             // Nothing may wait for what nobody drives any more.
             driver.groups.drain(..).for_each(Driven::end);
-            self.arrivals.close().into_iter().for_each(|arrival| Driven::new(arrival).end());
-            let _ = control.state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
         }
+        let _ = control.state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
+        self.arrivals.close().into_iter().for_each(|arrival| Driven::new(arrival).end());
         if is_alive {
             // SAFETY: this thread began it.
             unsafe { control.life.end() };
@@ -96,6 +99,8 @@ impl Group {
     /// Ends what is in flight, tells the other members that this rank leaves, and whoever drops the
     /// communicator that it may.
     pub(crate) fn end(&self, mut wire: Option<Box<dyn Wire>>, mail: Vec<MailFlight>) {
+        // Whoever drops the communicator waits for this, whatever a foreign waker does.
+        let _ended = self.ended.when_dropped();
         let result = || Err(self.healthy().err().unwrap_or_else(left));
         for (lane, inbox) in self.lanes.iter().zip(&self.inboxes) {
             let arrived = inbox.close();
@@ -110,7 +115,6 @@ impl Group {
         let state = &self.control(self.rank).state;
         let _ = state.compare_exchange(state::JOINED, state::LEFT, Ordering::AcqRel, Ordering::Acquire);
         self.ring_everybody();
-        self.ended.set();
     }
 }
 
@@ -130,7 +134,9 @@ impl Driven {
     }
 
     fn end(self) {
-        self.group.end(self.wire, self.mail);
+        let end = std::panic::AssertUnwindSafe(|| self.group.end(self.wire, self.mail));
+        // A panic has been printed, and concerns no other group.
+        let _ = std::panic::catch_unwind(end);
     }
 
     /// Polls every channel that nobody else drives, and the mail.
@@ -211,7 +217,14 @@ impl Driver<'_> {
             // Before the inboxes are looked at: what was handed over before the end was asked for
             // is still driven.
             let stopping = group.group.stopping.load(Ordering::Acquire);
-            let of_group = group.turn(&self.waker);
+            // What panics here is a callback, an observer or a mistake of ours: this group's alone.
+            let turn_of_group = std::panic::AssertUnwindSafe(|| group.turn(&self.waker));
+            let Ok(of_group) = std::panic::catch_unwind(turn_of_group) else {
+                group.group.abort("its progress thread panicked");
+                self.groups.swap_remove(index).end();
+                turn.moved = true;
+                continue;
+            };
             turn.moved |= of_group.moved;
             turn.waiting_for |= of_group.waiting_for;
             turn.on_wire |= of_group.on_wire;

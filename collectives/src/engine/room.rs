@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use super::group::Group;
 use crate::join::{Job, open_wire};
-use crate::memory::control::{Notice, WINDOW_BELL, state, subject};
+use crate::memory::control::{NOTICES, Notice, WINDOW_BELL, state, subject};
 use crate::memory::mapping::Words;
 use crate::transport::Transport;
 use crate::{Error, Options};
@@ -23,7 +24,7 @@ impl Group {
         // Those of this host, as this group counts its members here.
         let members: Vec<usize> = hosts.local().iter().map(|&rank| self.hosts.column(ranks[rank])).collect();
         let room = Room { parent: self, members: &members, key: job.key };
-        let (words, notice) = room.find(column).map_err(|error| self.give_up(error))?;
+        let (words, shown) = room.find(column).map_err(|error| self.give_up(error))?;
         let wire = open_wire(job, &hosts, &options).map_err(|error| self.give_up(error))?;
         let locals = members.iter().map(|&member| self.local(member)).collect();
         let group = Arc::new(Group::new(self.engine.clone(), words, locals, column, hosts, options));
@@ -33,10 +34,18 @@ impl Group {
             group.close();
             return Err(error);
         }
-        if let Some(notice) = notice {
-            notice.key.store(0, Ordering::Release);
-        }
+        drop(shown);
         Ok(group)
+    }
+}
+
+/// A notice, until this is dropped. On a failure the room is not used for anything else, since
+/// nothing of this rank's memory is from then on.
+struct Shown<'a>(&'a Notice);
+
+impl Drop for Shown<'_> {
+    fn drop(&mut self) {
+        self.0.key.store(0, Ordering::Release);
     }
 }
 
@@ -50,7 +59,7 @@ struct Room<'a> {
 
 impl<'a> Room<'a> {
     /// Makes room, on the first member; finds it, on the others.
-    fn find(&self, own: usize) -> Result<(Words, Option<&'a Notice>), Error> {
+    fn find(&self, own: usize) -> Result<(Words, Option<Shown<'a>>), Error> {
         let (engine, first) = (&self.parent.engine, self.members[0]);
         if own > 0 {
             let notices = &engine.map.rank(self.parent.local(first)).notices;
@@ -65,25 +74,30 @@ impl<'a> Room<'a> {
         if self.members.len() == 1 {
             return Ok((words, None));
         }
-        let notice = self.show(place)?;
+        let shown = self.show(place)?;
         self.ring();
-        Ok((words, Some(notice)))
+        Ok((words, Some(shown)))
     }
 
     /// Shows where the words are, once one of this rank's notices is free.
-    fn show(&self, place: u64) -> Result<&'a Notice, Error> {
+    fn show(&self, place: u64) -> Result<Shown<'a>, Error> {
         let engine = &self.parent.engine;
+        let deadline = Instant::now().checked_add(self.parent.options.startup_timeout);
         loop {
             let making = engine.making_room.lock();
             let free = engine.control().notices.iter().find(|notice| notice.key.load(Ordering::Relaxed) == 0);
             if let Some(notice) = free {
                 notice.place.store(place, Ordering::Relaxed);
                 notice.key.store(self.key, Ordering::Release);
-                return Ok(notice);
+                return Ok(Shown(notice));
             }
             drop(making);
             // Other threads of this rank make that many groups, each of which ends within a limit.
             self.parent.healthy()?;
+            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                let reason = format!("this rank makes {NOTICES} others, whose members do not come");
+                return Err(Error::System { what: "making a group", reason });
+            }
             std::thread::yield_now();
         }
     }

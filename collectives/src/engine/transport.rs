@@ -146,7 +146,10 @@ impl Transport for Group {
             return;
         }
         self.stop();
-        self.ended.wait();
+        // From a callback: the thread that ends the group is this one.
+        if !self.engine.is_driver() {
+            self.ended.wait();
+        }
         self.engine.close();
     }
 }

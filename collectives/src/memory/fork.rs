@@ -26,6 +26,12 @@ static KEPT: [AtomicI32; 8192] = [const { AtomicI32::new(0) }; 8192];
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Maker(u32);
 
+impl Default for Maker {
+    fn default() -> Maker {
+        Maker::this()
+    }
+}
+
 impl Maker {
     /// This process.
     pub(crate) fn this() -> Maker {
@@ -62,15 +68,19 @@ extern "C" fn in_child() {
     if nothing < 0 {
         return;
     }
-    for fd in KEPT.iter().map(|kept| kept.load(Ordering::Relaxed) - 1).filter(|&fd| fd >= 0) {
-        // SAFETY: both are open. The number stays taken, so whoever closes it in this child closes
-        // nothing else; the parent's own descriptor is not touched.
-        unsafe { libc::dup3(nothing, fd, libc::O_CLOEXEC) };
+    for kept in &KEPT {
+        // A child of this child may have other files under these numbers.
+        let fd = kept.swap(0, Ordering::Relaxed) - 1;
+        if fd >= 0 {
+            // SAFETY: both are open. The number stays taken, so whoever closes it in this child
+            // closes nothing else; the parent's own descriptor is not touched.
+            unsafe { libc::dup3(nothing, fd, libc::O_CLOEXEC) };
+        }
     }
 }
 
 /// A descriptor that is no longer this one's in forked children, while this lives.
-pub(crate) struct Kept(Option<&'static AtomicI32>);
+pub(crate) struct Kept(Option<(&'static AtomicI32, i32)>);
 
 impl Kept {
     /// Where there are more than there is room for, children keep the others.
@@ -83,15 +93,16 @@ impl Kept {
         Maker::this();
         let fd: RawFd = descriptor.as_raw_fd() + 1;
         let free = |kept: &&AtomicI32| kept.compare_exchange(0, fd, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        Kept(nothing.as_ref().and_then(|_| KEPT.iter().find(free)))
+        Kept(nothing.as_ref().and_then(|_| KEPT.iter().find(free)).map(|kept| (kept, fd)))
     }
 }
 
 impl Drop for Kept {
     /// Before the descriptor is closed.
     fn drop(&mut self) {
-        if let Some(kept) = self.0 {
-            kept.store(0, Ordering::Relaxed);
+        if let Some((kept, fd)) = self.0 {
+            // In a child the place is free already, or another's.
+            let _ = kept.compare_exchange(fd, 0, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 }

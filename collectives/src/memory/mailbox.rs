@@ -24,6 +24,6 @@ pub(crate) struct Receiver {
 impl Mailbox {
     /// Whether the receiver has something to take.
     pub(crate) fn is_full(&self) -> bool {
-        self.sent.load(Ordering::Acquire) != self.receiver.taken.load(Ordering::Relaxed)
+        self.sent.load(Ordering::Acquire) != self.receiver.taken.load(Ordering::Acquire)
     }
 }

@@ -31,6 +31,11 @@ impl Control {
         Control { _kept: Kept::new(&socket), socket, peer, received: Vec::new(), has_aborted: false, ended: false }
     }
 
+    /// Whether the other rank has said that it leaves in order.
+    pub(super) fn has_left(&self) -> bool {
+        self.received.first() == Some(&LEAVES)
+    }
+
     /// Why the other rank has failed, if it has.
     pub(super) fn hear(&mut self) -> Option<Error> {
         while !self.ended {

@@ -102,11 +102,14 @@ impl TcpWire {
 
     /// Why a rank whose connection has ended gave up, if it has said so: on another connection,
     /// which may be slower.
-    fn last_words(&mut self) -> Option<Error> {
+    fn last_words(&mut self, member: usize) -> Option<Error> {
         let started = Instant::now();
         loop {
-            match self.listen() {
-                None if started.elapsed() < LAST_WORDS => std::thread::sleep(Duration::from_millis(1)),
+            let said = self.listen();
+            // What has left in order says nothing more.
+            let has_left = self.peers[member].as_ref().is_some_and(|peer| peer.control.has_left());
+            match said {
+                None if !has_left && started.elapsed() < LAST_WORDS => std::thread::sleep(Duration::from_millis(1)),
                 said => return said,
             }
         }
@@ -145,7 +148,7 @@ impl Wire for TcpWire {
             }
         };
         complete.map_err(|error| {
-            let said = matches!(error, Error::PeerLost { .. }).then(|| self.last_words()).flatten();
+            let said = matches!(error, Error::PeerLost { .. }).then(|| self.last_words(member)).flatten();
             self.failed.insert(said.unwrap_or(error)).clone()
         })
     }
