@@ -58,6 +58,8 @@ fn a_child_is_told_does_no_harm_and_does_not_hang() {
             });
             assert_eq!(status, 8);
         }
+        // Before this the other rank takes no part, so the operation is in flight.
+        all.barrier().unwrap();
         let late = late.unwrap_or_else(|| {
             let own = Cpu.allocate(DType::F32, 3).unwrap();
             group.all_reduce(own, Reduction::Sum, Event::PAST)
