@@ -204,10 +204,7 @@ pub(crate) fn describe(call: Call) -> String {
     };
     let sections = match call.memory >> 1 {
         0 => String::new(),
-        mark => {
-            let what = if kind == Some(Kind::ReduceScatterV) { "parts" } else { "sections" };
-            format!(" in {} {what} (cut {:04x})", mark >> 16, mark & 0xffff)
-        }
+        mark => format!(" in {} sections (cut {:04x})", mark >> 16, mark & 0xffff),
     };
     let device = if call.memory & 1 == 1 { " on a deferring device" } else { "" };
     format!("{name} #{} of {elements}{sections}{detail}{device}", call.sequence)

@@ -2,7 +2,7 @@
 
 use pillion_kernels::{Buffer, DType, Span};
 
-use crate::checks::{checked, expect, on_host};
+use crate::checks::{checked, expect, on_host, same_device};
 use crate::operations::Start;
 use crate::pending::Pending;
 use crate::request::{Collective, Parted, PartedForm, Request};
@@ -45,8 +45,9 @@ impl Parts {
         &self.buffers
     }
 
-    fn dtype(&self) -> Option<DType> {
-        self.buffers.first().map(Buffer::dtype)
+    /// Number of parts.
+    fn count(&self) -> usize {
+        self.lengths.as_ref().map_or(self.buffers.len(), |lengths| lengths.len())
     }
 
     fn spans(&self) -> Box<[Span]> {
@@ -62,8 +63,8 @@ impl Parts {
 
 /// Lengths may differ from rank to rank as far as an operation allows. What one rank sends is what
 /// another receives: otherwise the operation ends with [`Error::Mismatch`] on a rank that finds it,
-/// before that has written anything, and with [`Error::Aborted`] on the others, as soon as they wait
-/// for it; and the communicator with it.
+/// before that has written anything, and with [`Error::Aborted`] on the others, as soon as they
+/// wait for it; and the communicator with it.
 impl Communicator {
     /// Part p of the output = the shard of rank p. `shard: [n_r]` on rank r, unchanged; `output`:
     /// parts of n_0, n_1, … elements.
@@ -175,8 +176,7 @@ impl Communicator {
     /// As many parts as ranks, of one type, in memory of one device: that type.
     fn check_own_parts(&self, what: &str, parts: &Parts) -> Result<DType, Error> {
         let world = self.world();
-        let dtype = parts.dtype();
-        let Some(dtype) = dtype else {
+        let Some(dtype) = parts.buffers.first().map(Buffer::dtype) else {
             return Err(Error::Misuse { reason: format!("{what} of no parts: give one for each of {world} ranks") });
         };
         self.check_parts(what, parts, dtype, &parts.buffers[0])?;
@@ -185,13 +185,12 @@ impl Communicator {
 
     /// As many parts as ranks, of this type, in memory of the same device as `beside`.
     fn check_parts(&self, what: &str, parts: &Parts, dtype: DType, beside: &Buffer) -> Result<(), Error> {
-        let (world, count) =
-            (self.world(), parts.lengths.as_ref().map_or(parts.buffers.len(), |lengths| lengths.len()));
+        let (world, count) = (self.world(), parts.count());
         expect(count == world, || format!("{what} of {count} parts: give one for each of {world} ranks"))?;
         on_host(beside)?;
         for buffer in &parts.buffers {
             expect(buffer.dtype() == dtype, || format!("{what} of {buffer:?} beside {dtype}: give one type"))?;
-            crate::checks::same_device(beside, buffer)?;
+            same_device(beside, buffer)?;
         }
         Ok(())
     }

@@ -141,12 +141,18 @@ pub(crate) struct Parted {
     pub(crate) to: DType,
 }
 
+/// Which one, and so who has which parts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum PartedForm {
+    /// Every rank has one part of what all get.
     AllGather,
+    /// Every rank has one part of what the root gets.
     Gather { root: usize },
+    /// The root has a part for every rank.
     Scatter { root: usize },
+    /// Every rank has a part for every rank.
     AllToAll,
+    /// Every rank has a part for every rank, as long as those of the others for that rank.
     ReduceScatter { reduction: Reduction },
 }
 

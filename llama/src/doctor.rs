@@ -38,6 +38,9 @@ const VARIABLES: [&str; 17] = [
     "CUDA_VISIBLE_DEVICES",
 ];
 
+/// Parts of the names of variables whose values are nobody's business, such as `SLURM_JWT`.
+const SECRETS: [&str; 6] = ["SECRET", "TOKEN", "JWT", "KEY", "PASS", "CRED"];
+
 /// Most variables that are printed: Slurm sets many that say nothing of a rank.
 const MOST_VARIABLES: usize = 24;
 
@@ -91,9 +94,9 @@ impl Findings {
         let left_out = names.len().saturating_sub(MOST_VARIABLES);
         let mut text = String::new();
         for name in names.iter().take(MOST_VARIABLES) {
-            let value = match name.as_str() {
-                "PILLION_SECRET" => "(not shown)".to_owned(),
-                _ => env::var_os(name).unwrap_or_default().to_string_lossy().into_owned(),
+            let value = match SECRETS.iter().any(|part| name.contains(part)) {
+                true => "(not shown)".to_owned(),
+                false => env::var_os(name).unwrap_or_default().to_string_lossy().into_owned(),
             };
             let _ = writeln!(text, "{name}={value}");
         }

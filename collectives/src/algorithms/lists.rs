@@ -1,9 +1,9 @@
-//! Operands whose chunks have lengths, and places, of their own: a list of buffers, or a buffer that
-//! is cut unevenly.
+//! Operands whose chunks have lengths, and places, of their own: a list of buffers, or a buffer
+//! that is cut unevenly.
 //!
-//! Each rank shows a *table* of its chunks in its arena: where each lies, and how long it is. A rank
-//! compares what it expects with what the others show before it moves anything. Ranks of other hosts
-//! see the lengths in the greeting.
+//! Each rank shows a *table* of its chunks in its arena: where each lies, and how long it is. A
+//! rank compares what it expects with what the others show before it moves anything. Ranks of other
+//! hosts see the lengths in the greeting.
 
 use pillion_kernels::{DType, Span};
 
@@ -13,25 +13,13 @@ use crate::call::describe;
 use crate::engine::flight::Peers;
 use crate::hosts::Hosts;
 use crate::memory::control::Call;
+use crate::request::PartedForm;
 
 /// The chunks of this rank's operands.
 pub(super) struct Lists {
     pub(super) input: Box<[Span]>,
     pub(super) output: Box<[Span]>,
-    pub(super) form: Form,
-}
-
-/// Whose chunks become whose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
-    /// Every rank has one chunk, which all want, or one of them.
-    OneEach,
-    /// Every rank has a chunk for every rank.
-    OneForEach,
-    /// This one has.
-    FromRoot(usize),
-    /// Every rank has a chunk for every rank, as long as those of the others for that rank.
-    Sum,
+    pub(super) form: PartedForm,
 }
 
 /// Words of a chunk in a table: its byte in the arena, and its elements.
@@ -51,17 +39,6 @@ impl Lists {
 
     pub(super) fn bytes(&self) -> usize {
         self.input.iter().chain(&self.output).map(|span| span.len() * span.dtype().bytes()).sum()
-    }
-
-    /// What must be the same on every rank, in 33 bits; 0 where nothing must.
-    pub(super) fn digest(&self) -> u64 {
-        let lens: &[Span] = match self.form {
-            Form::Sum => &self.input,
-            Form::OneEach | Form::OneForEach | Form::FromRoot(_) => return 0,
-        };
-        let mix =
-            |mixed: u64, span: &Span| (mixed ^ span.len() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
-        (lens.len() as u64) << 16 | lens.iter().fold(0, mix) >> 48
     }
 
     pub(super) fn lie_in_arena(&self, end: End, peers: &Peers<'_>) -> bool {
@@ -103,7 +80,7 @@ impl Lists {
     /// here. The other ranks may have found all as they expect it, and would wait for this one, so
     /// they are told.
     fn mismatch(&self, peers: &Peers<'_>, dtype: DType, [ours, theirs]: [u64; 2], rank: usize, whose: usize) -> Error {
-        let call = |count: u64| describe(Call { count, dtype: 1 + dtype as u64, memory: 0, ..peers.call });
+        let call = |count: u64| describe(Call { count, dtype: 1 + dtype as u64, ..peers.call });
         let error = Error::Mismatch {
             ours: format!("{} from rank {rank}", call(ours)),
             theirs: format!("{} for rank {whose}", call(theirs)),
@@ -132,11 +109,11 @@ impl Lists {
         let (own, world) = (hosts.local()[peers.rank()], hosts.world());
         for (to, span) in self.output.iter().enumerate() {
             let (rank, chunk) = match self.form {
-                Form::OneEach => (to, 0),
-                Form::FromRoot(root) => (root, own),
-                Form::OneForEach => (to, own),
-                // Compared below.
-                Form::Sum => break,
+                PartedForm::AllGather | PartedForm::Gather { .. } => (to, 0),
+                PartedForm::Scatter { root } => (root, own),
+                PartedForm::AllToAll => (to, own),
+                // Every chunk of every rank is compared below.
+                PartedForm::ReduceScatter { .. } => break,
             };
             let theirs = of(rank, chunk);
             if theirs != span.len() as u64 {
@@ -145,7 +122,7 @@ impl Lists {
         }
         let all = || (0..world).flat_map(|rank| (0..world).map(move |chunk| (rank, chunk)));
         let differs = |&(rank, chunk): &(usize, usize)| of(rank, chunk) != self.input[chunk].len() as u64;
-        if self.form == Form::Sum
+        if matches!(self.form, PartedForm::ReduceScatter { .. })
             && let Some((rank, chunk)) = all().find(differs)
         {
             return Err(self.mismatch(peers, dtype, [self.input[chunk].len() as u64, of(rank, chunk)], rank, chunk));
@@ -154,7 +131,7 @@ impl Lists {
     }
 }
 
-/// What a rank of this host shows.
+/// What a rank of this host shows: where it starts, and the number of ranks.
 pub(super) struct Table(*const u64, usize);
 
 impl Table {

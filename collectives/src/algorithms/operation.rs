@@ -284,9 +284,6 @@ impl Operation {
 impl Algorithm for Operation {
     fn call(&self) -> Call {
         let call = call(self.kind, Some(self.dtype), self.deferred(), self.sides.len, self.detail);
-        if let Some(lists) = &self.sides.lists {
-            return Call { memory: call.memory | lists.digest() << 1, ..call };
-        }
         in_sections(call, self.sides.sections.as_ref())
     }
 

@@ -44,7 +44,7 @@ impl Group {
         let bytes = size(dtype, len)?;
         let (engine, hosts) = (self.engine.clone(), &self.hosts);
         let own = match self.rank {
-            0 => Some(Place::make(&engine, self.world(), bytes).map_err(|error| self.give_up(error))?),
+            0 => Some(WindowPlace::make(&engine, self.world(), bytes).map_err(|error| self.give_up(error))?),
             _ => None,
         };
         let places = own.map_or([0; 2], |own| [own.words.offset, own.data.offset]);
@@ -52,9 +52,9 @@ impl Group {
             own.into_iter().for_each(|own| own.give_back(&engine));
         })?;
         let [words, data] = places[hosts.local()[0]];
-        let place = own.unwrap_or(Place {
+        let place = own.unwrap_or(WindowPlace {
             leader: self.local(0),
-            words: Range { offset: words, bytes: Place::of_words(self.world()) },
+            words: Range { offset: words, bytes: WindowPlace::of_words(self.world()) },
             data: Range { offset: data, bytes },
         });
         // This rank's shard, and those that it receives from other hosts.
@@ -111,7 +111,7 @@ fn size(dtype: DType, len: usize) -> Result<u64, Error> {
 
 /// Where a window lies on a host.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct WindowPlace {
     /// Whose arena it is in, as the engine counts ranks: the first member's on this host.
     leader: usize,
     /// Two words for each member.
@@ -120,7 +120,7 @@ struct Place {
     data: Range,
 }
 
-impl Place {
+impl WindowPlace {
     /// Bytes of the words of `members` members.
     fn of_words(members: usize) -> u64 {
         16 * members as u64
@@ -130,10 +130,10 @@ impl Place {
     /// member's to reserve.
     ///
     /// # Errors
-    /// When there is no place.
-    fn make(engine: &Engine, members: usize, bytes: u64) -> Result<Place, Error> {
-        let words = engine.reserve(Place::of_words(members))?;
-        let place = Place { leader: engine.rank, words, data: Range { bytes, ..engine.take(bytes) } };
+    /// When there is no memory.
+    fn make(engine: &Engine, members: usize, bytes: u64) -> Result<WindowPlace, Error> {
+        let words = engine.reserve(WindowPlace::of_words(members))?;
+        let place = WindowPlace { leader: engine.rank, words, data: Range { bytes, ..engine.take(bytes) } };
         if !engine.map.contains(place.data.offset, bytes) {
             place.give_back(engine);
             let available = engine.map.shape().reserve.saturating_sub(place.data.offset);
@@ -142,13 +142,18 @@ impl Place {
         Ok(place)
     }
 
-    /// Gives back what [`Place::make`] took.
+    /// Gives back what [`WindowPlace::make`] took.
     fn give_back(self, engine: &Engine) {
         self.ranges().into_iter().for_each(|range| engine.give_back(range));
     }
 
-    fn members_words(self) -> Words {
-        Words { leader: self.leader, offset: self.words.offset }
+    /// A word of a member.
+    fn word(self, map: &Mapping, member: usize, word: u64) -> &AtomicU64 {
+        let address = map.address(self.leader, self.words.offset + 16 * member as u64 + 8 * word, 8);
+        // SAFETY: inside the mapping; aligned to 8, since ranges start at pages; reserved for these
+        // words alone, which are only ever accessed as atomics, until every member has dropped the
+        // window.
+        unsafe { address.cast::<AtomicU64>().as_ref() }
     }
 
     fn ranges(self) -> [Range; 2] {
@@ -157,37 +162,20 @@ impl Place {
     }
 }
 
-/// The members' words of a window.
-#[derive(Clone, Copy)]
-struct Words {
-    leader: usize,
-    offset: u64,
-}
-
 /// The number of gathers that a member has released.
 const RELEASED: u64 = 0;
 /// Whether a member has dropped the window, and nothing of it is in flight.
 const DROPPED: u64 = 1;
 
-impl Words {
-    fn of(self, map: &Mapping, member: usize, word: u64) -> &AtomicU64 {
-        let address = map.address(self.leader, self.offset + 16 * member as u64 + 8 * word, 8);
-        // SAFETY: inside the mapping; aligned to 8, since ranges start at pages; reserved for these
-        // words alone, which are only ever accessed as atomics, until every member has dropped the
-        // window.
-        unsafe { address.cast::<AtomicU64>().as_ref() }
-    }
-}
-
 /// How far the members are with a window.
 struct Released {
-    place: Place,
+    place: WindowPlace,
     group: Arc<Group>,
 }
 
 /// A window's memory, which every operation on it keeps.
 struct Lease {
-    place: Place,
+    place: WindowPlace,
     group: Arc<Group>,
 }
 
@@ -210,7 +198,7 @@ impl Turns for Released {
 
 impl Released {
     fn of(&self, member: usize) -> &AtomicU64 {
-        self.place.members_words().of(&self.group.engine.map, member, RELEASED)
+        self.place.word(&self.group.engine.map, member, RELEASED)
     }
 }
 
@@ -221,12 +209,11 @@ impl Drop for Lease {
             // Members may still be about to use it.
             return;
         }
-        let words = place.members_words();
-        words.of(&group.engine.map, group.rank, DROPPED).store(1, Ordering::Release);
+        place.word(&group.engine.map, group.rank, DROPPED).store(1, Ordering::Release);
         if group.rank == 0 {
             let members = group.world();
             let is_dropped = move |map: &Mapping| {
-                (0..members).all(|member| words.of(map, member, DROPPED).load(Ordering::Acquire) == 1)
+                (0..members).all(|member| place.word(map, member, DROPPED).load(Ordering::Acquire) == 1)
             };
             group.engine.retire(place.ranges().into(), is_dropped, |_| {});
         }

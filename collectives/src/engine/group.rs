@@ -19,7 +19,7 @@ use crate::engine::{Engine, GONE};
 use crate::hosts::Hosts;
 use crate::memory::control::{CHANNELS, Channel, GroupControl, RankControl, state, subject};
 use crate::memory::mailbox::Mailbox;
-use crate::memory::mapping::{Mapping, Members, Words as Place};
+use crate::memory::mapping::{Mapping, Members, Words};
 use crate::memory::protocol::Word;
 use crate::memory::ranges::Range;
 use crate::pending::Outcomes;
@@ -44,7 +44,7 @@ pub(crate) struct Group {
     pub(crate) work: [Mutex<Vec<u64>>; CHANNELS],
     /// What operations used that have ended, for the next ones.
     pub(crate) outcomes: Outcomes,
-    pub(crate) scalars: Words,
+    pub(crate) scalars: ScalarMemory,
     /// Operations that the progress thread has been given and has not finished.
     given: AtomicUsize,
     failure: Mutex<Option<Error>>,
@@ -77,9 +77,9 @@ impl Default for Lane {
 
 /// Memory for scalars, kept from one operation to the next.
 #[derive(Default)]
-pub(crate) struct Words(Mutex<Vec<u64>>);
+pub(crate) struct ScalarMemory(Mutex<Vec<u64>>);
 
-impl Words {
+impl ScalarMemory {
     pub(crate) fn take(&self) -> Vec<u64> {
         std::mem::take(&mut self.0.lock())
     }
@@ -103,7 +103,7 @@ impl Group {
     /// counts them, this rank being the `rank`-th; their words are at `words`.
     pub(crate) fn new(
         engine: Arc<Engine>,
-        words: Place,
+        words: Words,
         members: Box<[usize]>,
         rank: usize,
         hosts: Hosts,
@@ -126,7 +126,7 @@ impl Group {
             stopping: AtomicBool::new(false),
             ended: Ended::default(),
             outcomes: Outcomes::default(),
-            scalars: Words::default(),
+            scalars: ScalarMemory::default(),
             given: AtomicUsize::new(0),
             traffic: Default::default(),
             record: Record::default(),
@@ -286,7 +286,8 @@ impl Group {
         self.made_once(&self.tables[channel as usize], bytes)
     }
 
-    /// Whoever drives a channel is alone.
+    /// Where a range starts that is made when it is first asked for. Only the thread that drives a
+    /// channel asks for the channel's.
     fn made_once(&self, place: &OnceLock<Range>, bytes: u64) -> Result<u64, Error> {
         if let Some(range) = place.get() {
             return Ok(range.offset);

@@ -3,8 +3,8 @@
 //! An operation is a sequence of synchronised steps ([`flight`]): a rank publishes what it called,
 //! waits until every rank has published the same, then reads its peers' memory in place, and keeps
 //! its own memory still until all have read it. A progress thread drives the operations in flight
-//! ([`progress`]), unless their callers wait for them and do ([`caller`]); whoever waits watches the
-//! other ranks ([`watch`]). [`transport`] is what all of this is for a communicator.
+//! ([`progress`]), unless their callers wait for them and do ([`caller`]); whoever waits watches
+//! the other ranks ([`watch`]). [`transport`] is what all of this is for a communicator.
 //!
 //! An [`Engine`] is what all groups of one rank have in common; a [`group::Group`] is what the
 //! threads of one rank share of one group, made in a [`room`].
@@ -35,7 +35,7 @@ use self::inbox::Inbox;
 use crate::Error;
 use crate::memory::control::{RankControl, state, subject};
 use crate::memory::fork::Maker;
-use crate::memory::mapping::{Mapping, Words};
+use crate::memory::mapping::{Mapping, PAGE, Words};
 use crate::memory::ranges::{Range, Ranges};
 use crate::wire::Wire;
 
@@ -159,7 +159,7 @@ impl Engine {
     }
 
     /// Zeroed memory of this rank's arena. The caller has compared the size with
-    /// [`available_memory`](crate::memory::mapping::available_memory).
+    /// [`available_memory`](crate::memory::available::available_memory).
     ///
     /// # Errors
     /// When there is none.
@@ -170,7 +170,7 @@ impl Engine {
         reserved.map(|()| range).inspect_err(|_| self.give_back(range))
     }
 
-    /// Memory that other ranks only wrote parts of, and reserve themselves.
+    /// A range of this rank's arena of which each rank of the host will reserve a part.
     pub(crate) fn take(&self, bytes: u64) -> Range {
         self.clear_out();
         self.ranges.lock().take(bytes)
@@ -223,14 +223,12 @@ impl Engine {
         })
     }
 
-    /// The words of a group that lie in the memory of the rank that made room for them, which takes
-    /// them back once every member has gone.
+    /// Takes the words of a group back once every member has gone, if this rank made room for them.
     pub(crate) fn retire_words(&self, words: Words, members: usize) {
-        let Some((rank, offset)) = self.map.arena_of(words.start()).filter(|&(rank, _)| rank == self.rank) else {
-            return;
-        };
-        debug_assert_eq!(rank, self.rank);
-        let range = Range { offset, bytes: Words::bytes(members).next_multiple_of(crate::memory::mapping::PAGE) };
+        // Those of all ranks lie in no arena.
+        let place = self.map.arena_of(words.start()).filter(|&(rank, _)| rank == self.rank);
+        let Some((_, offset)) = place else { return };
+        let range = Range { offset, bytes: Words::bytes(members).next_multiple_of(PAGE) };
         let all_gone = move |map: &Mapping| {
             (0..members).all(|member| map.group(words, member).gone.load(Ordering::Acquire) == GONE)
         };

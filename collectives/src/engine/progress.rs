@@ -18,17 +18,20 @@ use crate::engine::{Arrival, Engine};
 use crate::memory::control::{Channel, monotonic_millis, state, subject};
 use crate::wire::Wire;
 
-/// How long this thread looks for news before it sleeps, which may take a core from computation. Waking costs about as much.
+/// How long this thread looks for news before it sleeps, which may take a core from computation.
+/// Waking costs about as much.
 const PROGRESS_SPIN: Duration = Duration::from_micros(10);
 /// First sleep with messages to other hosts in flight, of which nobody tells this thread.
 const WIRE_NAP: Duration = Duration::from_micros(30);
-/// Longest such sleep: each that finds nothing is twice as long as the one before. A message that takes long needs few looks, which take a core from
-/// computation; a link of 10 Gbit/s moves 1.2 MB meanwhile, which the kernel's buffers hold.
+/// Longest such sleep: each that finds nothing is twice as long as the one before. A message that
+/// takes long needs few looks, which take a core from computation; a link of 10 Gbit/s moves 1.2 MB
+/// meanwhile, which the kernel's buffers hold.
 const LONGEST_WIRE_NAP: Duration = Duration::from_micros(960);
 /// Longest sleep without: the heartbeat's period.
 const REST: Duration = Duration::from_millis(200);
 
-/// Tells the other ranks when the thread that drives an operation panics: they would wait for its steps.
+/// Tells the other ranks when the thread that drives an operation panics: they would wait for its
+/// steps.
 pub(crate) struct AbortOnPanic<'a> {
     group: &'a Group,
     /// Whether the thread was panicking before.
@@ -66,8 +69,8 @@ impl Engine {
     pub(crate) fn run(self: &Arc<Self>, begun: impl FnOnce(Result<(), Error>) -> bool) {
         let control = self.control();
         let _ = self.driver.set(std::thread::current().id());
-        // SAFETY: once per rank, on fresh memory, before the state says so; the mapping outlives this thread's use of it, being
-        // held by `self`.
+        // SAFETY: once per rank, on fresh memory, before the state says so; the mapping outlives
+        // this thread's use of it, being held by `self`.
         let life = unsafe { control.life.begin() };
         let is_alive = life.is_ok();
         if let Err(error) = &life {

@@ -24,7 +24,7 @@ impl Group {
         // Those of this host, as this group counts its members here.
         let members: Vec<usize> = hosts.local().iter().map(|&rank| self.hosts.column(ranks[rank])).collect();
         let room = Room { parent: self, members: &members, key: job.key };
-        let (words, shown) = room.find(column).map_err(|error| self.give_up(error))?;
+        let (words, shown) = room.find(column)?;
         let wire = open_wire(job, &hosts, &options).map_err(|error| self.give_up(error))?;
         let locals = members.iter().map(|&member| self.local(member)).collect();
         let group = Arc::new(Group::new(self.engine.clone(), words, locals, column, hosts, options));
@@ -68,13 +68,14 @@ impl<'a> Room<'a> {
             let place = find().expect("shown until this rank has joined").place.load(Ordering::Relaxed);
             return Ok((Words::at(place, self.members.len()), None));
         }
-        let range = engine.reserve(Words::bytes(self.members.len()))?;
+        let give_up = |error| self.parent.give_up(error);
+        let range = engine.reserve(Words::bytes(self.members.len())).map_err(give_up)?;
         let place = engine.map.place_of(engine.rank, range.offset);
         let words = Words::at(place, self.members.len());
         if self.members.len() == 1 {
             return Ok((words, None));
         }
-        let shown = self.show(place)?;
+        let shown = self.show(place).map_err(give_up)?;
         self.ring();
         Ok((words, Some(shown)))
     }

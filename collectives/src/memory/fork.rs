@@ -15,9 +15,6 @@ static FORKS: AtomicU32 = AtomicU32::new(0);
 /// What stands in a child for a descriptor that its parent keeps.
 static NOTHING: OnceLock<Option<OwnedFd>> = OnceLock::new();
 
-/// The descriptor of [`NOTHING`], for a child, which must not take locks; -1 where there is none.
-static NOTHING_FD: AtomicI32 = AtomicI32::new(-1);
-
 /// Descriptors that a child must not keep open, plus one; 0 in places that are free. A child reads
 /// it before anything else runs in it, so it is made of atomics and never grows.
 static KEPT: [AtomicI32; 8192] = [const { AtomicI32::new(0) }; 8192];
@@ -64,32 +61,26 @@ impl Maker {
 
 extern "C" fn in_child() {
     FORKS.fetch_add(1, Ordering::Relaxed);
-    let nothing = NOTHING_FD.load(Ordering::Relaxed);
-    if nothing < 0 {
-        return;
-    }
+    // Takes no lock, which a thread of the parent might hold.
+    let Some(nothing) = NOTHING.get().and_then(Option::as_ref) else { return };
     for kept in &KEPT {
         // A child of this child may have other files under these numbers.
         let fd = kept.swap(0, Ordering::Relaxed) - 1;
         if fd >= 0 {
             // SAFETY: both are open. The number stays taken, so whoever closes it in this child
             // closes nothing else; the parent's own descriptor is not touched.
-            unsafe { libc::dup3(nothing, fd, libc::O_CLOEXEC) };
+            unsafe { libc::dup3(nothing.as_raw_fd(), fd, libc::O_CLOEXEC) };
         }
     }
 }
 
-/// A descriptor that is no longer this one's in forked children, while this lives.
+/// While this lives, forked children have nothing under the number of a descriptor.
 pub(crate) struct Kept(Option<(&'static AtomicI32, i32)>);
 
 impl Kept {
     /// Where there are more than there is room for, children keep the others.
     pub(crate) fn new(descriptor: &impl AsRawFd) -> Kept {
-        let nothing = NOTHING.get_or_init(|| {
-            let nothing = std::fs::File::open("/dev/null").ok().map(OwnedFd::from);
-            NOTHING_FD.store(nothing.as_ref().map_or(-1, AsRawFd::as_raw_fd), Ordering::Relaxed);
-            nothing
-        });
+        let nothing = NOTHING.get_or_init(|| std::fs::File::open("/dev/null").ok().map(OwnedFd::from));
         Maker::this();
         let fd: RawFd = descriptor.as_raw_fd() + 1;
         let free = |kept: &&AtomicI32| kept.compare_exchange(0, fd, Ordering::Relaxed, Ordering::Relaxed).is_ok();

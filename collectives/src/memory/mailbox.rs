@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) struct Mailbox {
     /// Pieces that the sender has put out.
     pub(crate) sent: AtomicU64,
-    /// What the last two are, by the parity of their number: length of the message, type, and the place of the piece.
+    /// What the last two are, by the parity of their number: length of the message, type, and the
+    /// place of the piece.
     pub(crate) pieces: [[AtomicU64; 3]; 2],
     /// What the receiver writes, on a line of its own.
     pub(crate) receiver: Receiver,
@@ -17,7 +18,8 @@ pub(crate) struct Mailbox {
 pub(crate) struct Receiver {
     /// Pieces that it has taken.
     pub(crate) taken: AtomicU64,
-    /// What it expected instead of the message whose piece is next: length, number and type; type 0 while it has no objection.
+    /// What it expected instead of the message whose piece is next: length, number and type; type 0
+    /// while it has no objection.
     pub(crate) refused: [AtomicU64; 3],
 }
 

@@ -1,7 +1,8 @@
 //! One memfd, mapped whole by every process: control pages, and an arena for each rank.
 //!
-//! The file is as large as could ever be needed (the host's memory for each rank) and empty: pages appear as ranks reserve
-//! them, each by the rank that will use them, which also places them near its core.
+//! The file is as large as could ever be needed (the host's memory for each rank) and empty: pages
+//! appear as ranks reserve them, each by the rank that will use them, which also places them near
+//! its core.
 
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -149,7 +150,8 @@ impl Members {
     }
 }
 
-/// What nobody can do to the shared file any more: touching a page beyond its end would be a bus error.
+/// What nobody can do to the shared file any more: touching a page beyond its end would be a bus
+/// error.
 pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 /// Makes the shared file, whose size is final.
@@ -183,8 +185,8 @@ pub(crate) struct Mapping {
     file: OwnedFd,
 }
 
-// SAFETY: the mapping is an address range; every access goes through atomics (control pages) or through unsafe functions that
-// state their protocol.
+// SAFETY: the mapping is an address range; every access goes through atomics (control pages) or
+// through unsafe functions that state their protocol.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -255,8 +257,8 @@ impl Mapping {
     /// A rank's words.
     pub(crate) fn rank(&self, rank: usize) -> &RankControl {
         assert!(rank < self.shape.world);
-        // SAFETY: inside the mapping, aligned to a page, and made of atomics and a pthread mutex, for which zeroed memory is valid
-        // and which other processes may change at any time.
+        // SAFETY: inside the mapping, aligned to a page, and made of atomics and a pthread mutex,
+        // for which zeroed memory is valid and which other processes may change at any time.
         unsafe { &*self.start.cast::<RankControl>().as_ptr().add(rank) }
     }
 
@@ -314,8 +316,9 @@ impl Mapping {
         (address.as_ptr().addr() as u64).checked_sub(arena).filter(|&offset| offset < self.shape.reserve)
     }
 
-    /// Backs a range of an arena with memory, zeroed. Without this the first touch of a page that does not exist would be a bus
-    /// error. The caller has compared the size with [`available_memory`].
+    /// Backs a range of an arena with memory, zeroed. Without this the first touch of a page that
+    /// does not exist would be a bus error. The caller has compared the size with
+    /// [`available_memory`].
     pub(crate) fn reserve(&self, rank: usize, offset: u64, bytes: u64) -> Result<(), Error> {
         if !self.contains(offset, bytes) {
             let available = self.shape.reserve.saturating_sub(offset);
@@ -349,16 +352,18 @@ impl Mapping {
         rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, at, bytes)).is_ok()
     }
 
-    /// Asks for huge pages wherever a range has room for whole ones, and for the pages at once, which only a fault makes huge. Where the
-    /// system does not want to, the range gets small pages later.
+    /// Asks for huge pages wherever a range has room for whole ones, and for the pages at once,
+    /// which only a fault makes huge. Where the system does not want to, the range gets small pages
+    /// later.
     fn populate_huge(&self, rank: usize, offset: u64, bytes: u64) {
         let first = self.shape.arena(rank) + offset;
         let (start, end) = (first.next_multiple_of(HUGE_PAGE), (first + bytes) / HUGE_PAGE * HUGE_PAGE);
         for at in (start..end).step_by(RESERVE_AT_ONCE as usize) {
             let size = RESERVE_AT_ONCE.min(end - at) as usize;
             for advice in [rustix::mm::Advice::LinuxHugepage, rustix::mm::Advice::LinuxPopulateWrite] {
-                // SAFETY: inside the mapping. The one advice changes how pages are made; the other makes them, as a write of what is there
-                // would, and fails where there is no memory, as this function's caller then finds out.
+                // SAFETY: inside the mapping. The one advice changes how pages are made; the other
+                // makes them, as a write of what is there would, and fails where there is no
+                // memory, as this function's caller then finds out.
                 let advised = unsafe { rustix::mm::madvise(self.start.as_ptr().add(at as usize).cast(), size, advice) };
                 if advised.is_err() {
                     return;
