@@ -32,7 +32,6 @@ pub struct Traffic {
 /// returns that first error. Dropping a communicator waits for the operations in flight.
 pub struct Communicator {
     pub(crate) transport: Arc<dyn Transport>,
-    pub(crate) options: Options,
     job: Job,
     splits: AtomicU64,
     /// Windows made so far.
@@ -113,8 +112,7 @@ impl Communicator {
         let (group, network) = joined.map_err(|error| join::decline(&job, error))?;
         let engine = group.engine.clone();
         engine.set_thread(progress);
-        let options = group.options.clone();
-        let communicator = Communicator::of(group.clone(), options, Job { network, ..job });
+        let communicator = Communicator::of(group.clone(), Job { network, ..job });
         group.declare_joined();
         let absent = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
         group.wait_for_ranks("the start", startup, absent)?;
@@ -122,9 +120,9 @@ impl Communicator {
         Ok(communicator)
     }
 
-    fn of(transport: Arc<dyn Transport>, options: Options, job: Job) -> Communicator {
+    fn of(transport: Arc<dyn Transport>, job: Job) -> Communicator {
         let (splits, windows) = (AtomicU64::new(0), AtomicU64::new(0));
-        Communicator { transport, options, job, splits, windows, groups: Mutex::default() }
+        Communicator { transport, job, splits, windows, groups: Mutex::default() }
     }
 
     /// This rank's number, from 0.
@@ -150,7 +148,7 @@ impl Communicator {
 
     /// What connects hosts, where there are several: never [`WireKind::Auto`].
     pub fn wire(&self) -> WireKind {
-        let Options { wire, backend, simulated_hosts, .. } = self.options;
+        let &Options { wire, backend, simulated_hosts, .. } = self.transport.options();
         // What stands for a network between threads counts as MPI.
         if simulated_hosts > 1 { WireKind::Mpi } else { wire.of(&self.job.launch, backend) }
     }
@@ -190,9 +188,9 @@ impl Communicator {
     }
 
     /// A communicator of these ranks of this one, numbered in this order. They alone call this, all
-    /// with the same list, in an order of groups that lets each be completed. It costs some pages
-    /// of memory and no thread, and has operations and failures of its own. Memory that any
-    /// communicator of the job allocated is used in place by all of them.
+    /// with the same list, and ranks that share several groups make them in the same order. A group
+    /// costs some pages of memory and no thread. Its operations and failures are its own. Operations
+    /// of any communicator of the job use memory in place that any other has allocated.
     ///
     /// # Errors
     /// [`Error::Misuse`] for a list without this rank, with a rank twice, or with one that there is
@@ -218,8 +216,7 @@ impl Communicator {
             ..self.job.clone()
         };
         let transport = self.transport.group(ranks, &job)?;
-        let options = Options { reduce_groups: 1, ..self.options.clone() };
-        Ok(Communicator::of(transport, options, job))
+        Ok(Communicator::of(transport, job))
     }
 
     /// What tells the next group of these ranks from others of the job, the same on every member.
@@ -301,7 +298,7 @@ impl Communicator {
 
     /// How long operations wait that say nothing of it.
     pub(crate) fn limit(&self) -> Limit {
-        Limit::within(self.options.timeout)
+        Limit::within(self.transport.options().timeout)
     }
 }
 

@@ -1,5 +1,7 @@
 //! Which ranks are where.
 
+use std::sync::Once;
+
 use crate::Launch;
 
 /// Which ranks of the communicator are on which host: `hosts[h][l]`, as many on each.
@@ -22,17 +24,19 @@ impl Hosts {
             }
         }
         let is_even = ranks.iter().all(|host| host.len() == ranks[0].len());
-        if !is_even && rank == 0 {
-            crate::launcher::say(
+        if !is_even {
+            say_once(
+                rank,
+                &UNEVEN,
                 "hosts have different numbers of ranks, so every rank talks to every other over the network",
             );
-        }
-        if !is_even {
             return Hosts::alone(homes.len(), rank);
         }
         let is_in_order = ranks.iter().flat_map(|host| host.windows(2)).all(|pair| pair[0] + 1 == pair[1]);
-        if !is_in_order && rank == 0 {
-            crate::launcher::say(
+        if !is_in_order {
+            say_once(
+                rank,
+                &NOT_IN_ORDER,
                 "the ranks of a host are not consecutive, so sums run in an order that one host cannot reproduce; \
                  place ranks in blocks (mpirun --map-by slot) where that matters",
             );
@@ -85,6 +89,17 @@ impl Hosts {
     /// Number of ranks on all hosts.
     pub(crate) fn world(&self) -> usize {
         self.ranks.len() * self.local().len()
+    }
+}
+
+static UNEVEN: Once = Once::new();
+static NOT_IN_ORDER: Once = Once::new();
+
+/// Says what costs speed or order: rank 0 of a communicator, and once in a process, which may make
+/// many.
+fn say_once(rank: usize, said: &Once, what: &str) {
+    if rank == 0 {
+        said.call_once(|| crate::launcher::say(what));
     }
 }
 

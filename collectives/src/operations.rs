@@ -258,7 +258,7 @@ impl Communicator {
     /// # Errors
     /// The communicator's first error.
     pub fn patient_barrier(&self) -> Result<(), Error> {
-        let limit = Limit::patiently(self.options.timeout);
+        let limit = Limit::patiently(self.transport.options().timeout);
         self.meet(Purpose::PatientBarrier, limit)
     }
 

@@ -12,7 +12,7 @@ use crate::join::Job;
 use crate::pending::Outcome;
 use crate::record::Record;
 use crate::request::Request;
-use crate::{Error, Sections, Traffic};
+use crate::{Error, Options, Sections, Traffic};
 
 /// What a communicator can do beyond moving and combining elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,9 @@ pub(crate) trait Transport: Send + Sync {
     /// Which ranks are where.
     fn hosts(&self) -> &Hosts;
 
+    /// What it was made with.
+    fn options(&self) -> &Options;
+
     fn capabilities(&self) -> Capabilities;
 
     /// Starts an operation once `after` has happened. It waits no longer than `limit` for the
@@ -70,9 +73,8 @@ pub(crate) trait Transport: Send + Sync {
     /// Runs an operation now; it has ended when this returns.
     fn run(&self, request: Request, limit: Limit) -> Result<(), Error>;
 
-    /// Gives every rank the words of all, at most as many as a [`Scalars`](crate::algorithms)
-    /// exchange carries, one rank's after the other's. They go back with
-    /// [`Transport::put_back`].
+    /// Gives every rank the words of all, one rank's after the other's; each has as many, at most
+    /// 64. The memory goes back with [`Transport::put_back`].
     fn exchange(&self, words: &[u64], purpose: Purpose, limit: Limit) -> Result<Vec<u64>, Error>;
 
     /// Takes memory back for the next exchange.

@@ -17,11 +17,15 @@ use crate::pending::Outcome;
 use crate::record::Record;
 use crate::request::{Collective, Message, Request};
 use crate::transport::{Capabilities, Limit, Transport, Turns};
-use crate::{Error, Sections, Traffic};
+use crate::{Error, Options, Sections, Traffic};
 
 impl Transport for Group {
     fn hosts(&self) -> &Hosts {
         &self.hosts
+    }
+
+    fn options(&self) -> &Options {
+        &self.options
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -57,7 +61,8 @@ impl Transport for Group {
     fn run(&self, request: Request, limit: Limit) -> Result<(), Error> {
         self.engine.maker.check()?;
         match request {
-            // As it is: making it any algorithm would take a tenth of its time.
+            // Of its own type: moving the largest of all algorithms about would take a tenth of its
+            // time.
             Request::Collective(Collective::AllReduce { operands, len, reduction })
                 if BriefAllReduce::fits(&self.hosts, len * operands.dtype.bytes()) =>
             {
@@ -85,8 +90,7 @@ impl Transport for Group {
             None => {
                 let gathered = Arc::new(Mutex::new(Vec::new()));
                 let algorithm = AnyAlgorithm::Scalars(scalars.deliver_to(gathered.clone()));
-                let course = Course::new(algorithm.call(), Channel::Control, limit);
-                self.take_off(algorithm, course, Event::PAST).wait()?;
+                self.run_there(algorithm, Channel::Control, limit)?;
                 Ok(std::mem::take(&mut *gathered.lock()))
             }
         }
