@@ -26,6 +26,7 @@ pub mod limits;
 mod memory;
 mod operations;
 mod options;
+mod outcome;
 mod parts;
 mod patience;
 mod pending;

@@ -9,7 +9,7 @@ use pillion_kernels::{Buffer, DType, Device, Event, Failure};
 use crate::call::Purpose;
 use crate::hosts::Hosts;
 use crate::join::Job;
-use crate::pending::Outcome;
+use crate::outcome::Outcome;
 use crate::record::Record;
 use crate::request::Request;
 use crate::{Error, Options, Sections, Traffic};

@@ -4,11 +4,12 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::run;
 use parking_lot::{Mutex, MutexGuard};
-use pillion_collectives::{Communicator, Error, Launch, Options, Reduce, Reduction, Start};
+use pillion_collectives::{Communicator, Error, Launch, Options, Pending, Reduce, Reduction, Start};
 use pillion_kernels::{Buffer, Cpu, DType, Device, Event};
 
 /// What a process has is counted, so one test runs at a time.
@@ -236,6 +237,35 @@ fn buffers_return_their_memory_and_new_ones_are_zeroed() {
             assert_eq!(values(small), [round as f32; 100]);
         }
         all.barrier().unwrap();
+    });
+}
+
+/// Whoever hears of the end has the buffers alone: the thread that ends an operation keeps nothing.
+#[test]
+fn what_an_operation_gives_back_nobody_else_holds() {
+    let _alone = alone();
+    const LEN: usize = 1 << 20;
+    let (held, told) = (std::sync::Barrier::new(2), std::sync::mpsc::channel());
+    let told = (Mutex::new(told.0), Mutex::new(told.1));
+    run(Launch::threads(2), Options::default(), |_, all| {
+        let buffer = all.allocate(&Cpu, DType::F32, LEN).unwrap();
+        if all.rank() == 1 {
+            held.wait();
+            let buffer = all.all_reduce(buffer, Reduction::Sum, Event::PAST).wait().unwrap();
+            let freed: u64 = told.1.lock().recv_timeout(Duration::from_secs(20)).unwrap();
+            assert_eq!(freed, 4 * LEN as u64);
+            return drop(buffer);
+        }
+        let pending = all.all_reduce(buffer, Reduction::Sum, Event::PAST);
+        let (holder, tell) = (Arc::new(Mutex::new(None)), told.0.lock().clone());
+        let taken = holder.clone();
+        pending.on_complete(move |_| {
+            let before = belongings()[2];
+            drop(taken.lock().take().map(Pending::wait));
+            let _ = tell.send(before - belongings()[2]);
+        });
+        *holder.lock() = Some(pending);
+        held.wait();
     });
 }
 

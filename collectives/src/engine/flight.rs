@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 use std::time::Instant;
 
-use pillion_kernels::{Completion, Event};
+use pillion_kernels::Event;
 
 use super::group::{Count, Group};
 use super::start::StartEvent;
@@ -26,7 +26,7 @@ use crate::algorithms::AnyAlgorithm;
 use crate::call::{describe, name};
 use crate::memory::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
 use crate::memory::place::Place;
-use crate::pending::Outcome;
+use crate::outcome::{Ending, Outcome};
 use crate::record::Span;
 use crate::transport::Limit;
 use crate::wire::Wire;
@@ -288,33 +288,24 @@ pub(crate) struct Flight {
     algorithm: AnyAlgorithm,
     course: Course,
     after: StartEvent,
-    outcome: Arc<Outcome>,
     delay: Option<Instant>,
-}
-
-impl Drop for Flight {
-    /// Nobody waits for ever for an operation that a panic has ended; any other end has been set before.
-    fn drop(&mut self) {
-        if self.outcome.status().is_pending() {
-            let reason = "the thread that drove it panicked".to_owned();
-            self.outcome.set(Err(Error::System { what: "an operation", reason }));
-        }
-    }
+    /// Dropped last.
+    ending: Ending,
 }
 
 impl Flight {
     /// Fails if its event does not happen within `limit` from now.
     pub(crate) fn new(algorithm: AnyAlgorithm, course: Course, after: Event, outcome: Arc<Outcome>) -> Flight {
         let after = StartEvent::new(after, course.limit);
-        Flight { algorithm, course, after, outcome, delay: None }
+        Flight { algorithm, course, after, delay: None, ending: Ending::new(outcome, "an operation") }
     }
 
     pub(crate) fn channel(&self) -> Channel {
         self.course.channel
     }
 
-    pub(crate) fn finish(self, result: Result<(), Error>) {
-        self.outcome.set(result);
+    pub(crate) fn finish(mut self, result: Result<(), Error>) {
+        self.ending.set(result);
     }
 
     /// Goes as far as its event and the other ranks allow; true once complete.

@@ -22,7 +22,7 @@ use crate::memory::mailbox::Mailbox;
 use crate::memory::mapping::{Mapping, Members, Words};
 use crate::memory::protocol::Word;
 use crate::memory::ranges::Range;
-use crate::pending::Outcomes;
+use crate::outcome::Outcomes;
 use crate::record::Record;
 use crate::{Error, Options};
 

@@ -29,7 +29,7 @@ use crate::memory::control::{Call, MAIL_BELL, subject};
 use crate::memory::place::Place;
 use crate::memory::protocol::publish;
 use crate::memory::ranges::Range;
-use crate::pending::Outcome;
+use crate::outcome::{Ending, Outcome};
 use crate::request::{Direction, Message};
 use crate::transport::Limit;
 use crate::wire::{Receipt, Wire};
@@ -82,7 +82,6 @@ pub(crate) struct MailFlight {
     peer: usize,
     buffer: Span,
     after: StartEvent,
-    outcome: Arc<Outcome>,
     number: u64,
     /// Elements that have been put out or taken.
     moved: usize,
@@ -96,17 +95,17 @@ pub(crate) struct MailFlight {
     wire: Vec<Receipt>,
     /// The header on the wire: length and type.
     words: Box<[u64; 2]>,
+    /// Dropped last.
+    ending: Ending,
 }
 
 impl Drop for MailFlight {
-    /// As for other operations; and what a message on the wire may still touch stays.
+    /// What a message on the wire may still touch stays.
     fn drop(&mut self) {
         if self.lent {
             std::mem::forget(self.buffer.clone());
             std::mem::forget(std::mem::take(&mut self.words));
         }
-        let reason = "the thread that drove it panicked".to_owned();
-        self.outcome.set(Err(Error::System { what: "a message", reason }));
     }
 }
 
@@ -128,7 +127,6 @@ impl MailFlight {
             buffer,
             after: StartEvent::new(after, limit),
             limit,
-            outcome,
             number,
             moved: 0,
             begun: false,
@@ -137,11 +135,12 @@ impl MailFlight {
             watch,
             wire: Vec::new(),
             words,
+            ending: Ending::new(outcome, "a message"),
         }
     }
 
-    pub(crate) fn finish(self, result: Result<(), Error>) {
-        self.outcome.set(result);
+    pub(crate) fn finish(mut self, result: Result<(), Error>) {
+        self.ending.set(result);
     }
 
     /// Whether it fits into one piece and takes no time to copy.

@@ -7,7 +7,7 @@ use pillion_kernels::Event;
 use super::group::Group;
 use super::watch::Watch;
 use crate::Error;
-use crate::pending::Outcome;
+use crate::outcome::Outcome;
 use crate::transport::Limit;
 use crate::wire::Wire;
 

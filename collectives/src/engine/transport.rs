@@ -13,7 +13,7 @@ use crate::call::Purpose;
 use crate::hosts::Hosts;
 use crate::join::Job;
 use crate::memory::control::Channel;
-use crate::pending::Outcome;
+use crate::outcome::Outcome;
 use crate::record::Record;
 use crate::request::{Collective, Message, Request};
 use crate::transport::{Capabilities, Limit, Transport, Turns};
