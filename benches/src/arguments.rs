@@ -66,7 +66,8 @@ pub struct Arguments {
     /// Measures the form in one buffer, too
     #[arg(long)]
     in_place: bool,
-    /// Where buffers lie: in the arena, where peers use them in place, or in private memory, from where they are copied [default: arena]
+    /// Where buffers lie: in the arena; in private memory; or in foreign memory, that of another
+    /// allocator, at an address that suits an element and nothing longer [default: arena]
     #[arg(long, value_enum, value_name = "WHERE")]
     buffers: Option<Buffers>,
     /// Verifies every element of every buffer, before and after the timed iterations
@@ -136,6 +137,9 @@ pub enum Buffers {
     Arena,
     /// In memory that no other rank sees.
     Private,
+    /// The same, as another allocator places it: at an address that suits an element, and nothing
+    /// longer.
+    Foreign,
 }
 
 impl Buffers {
@@ -144,6 +148,7 @@ impl Buffers {
         match self {
             Buffers::Arena => "arena",
             Buffers::Private => "private",
+            Buffers::Foreign => "foreign",
         }
     }
 }

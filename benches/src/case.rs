@@ -6,6 +6,7 @@ use pillion_kernels::{Buffer, Cpu, DType, Device, Event, Stream, View, ViewMut, 
 use crate::Error;
 use crate::arguments::Buffers;
 use crate::integral::{Integral, POISON};
+use crate::local::foreign;
 use crate::operation::{Form, Operation};
 use crate::pattern::{Blocks, Pattern, What, wrong};
 
@@ -48,7 +49,7 @@ impl Case {
         match (pattern.operation, buffers) {
             (Operation::Window, _) => (output, input),
             (_, Buffers::Arena) => (input + output, 0),
-            (_, Buffers::Private) => (0, input + output),
+            (_, Buffers::Private | Buffers::Foreign) => (0, input + output),
         }
     }
 
@@ -63,6 +64,7 @@ impl Case {
         let allocate = |len: Option<usize>| -> Result<Option<Buffer>, Error> {
             match (len, buffers) {
                 (Some(len), Buffers::Arena) if !is_window => Ok(Some(alone.allocate(&Cpu, dtype, len)?)),
+                (Some(len), Buffers::Foreign) => Ok(Some(foreign(dtype, len)?)),
                 (Some(len), _) => Ok(Some(Cpu.allocate(dtype, len)?)),
                 (None, _) => Ok(None),
             }

@@ -1,9 +1,29 @@
 //! The loops of the memory roofline, as safe functions over buffers that this rank alone has.
 #![allow(unsafe_code)]
 
+use std::ptr::NonNull;
+
 use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::cpu::reduce::{self, Fold, Operator};
-use pillion_kernels::{Buffer, DType};
+use pillion_kernels::{Buffer, DType, Error, Space};
+
+/// Zeroed memory of another allocator: `len` elements, the first at an address that suits it and
+/// nothing longer.
+///
+/// # Errors
+/// When there is no memory.
+pub(crate) fn foreign(dtype: DType, len: usize) -> Result<Buffer, Error> {
+    const LINE: usize = 64;
+    let bytes = len.saturating_add(1).saturating_mul(dtype.bytes()).saturating_add(LINE);
+    let mut owner: Vec<u8> = Vec::new();
+    owner.try_reserve_exact(bytes).map_err(|_| Error::OutOfMemory { device: "foreign", bytes })?;
+    owner.resize(bytes, 0);
+    let first = owner.as_ptr().align_offset(LINE) + dtype.bytes();
+    let pointer = NonNull::new(owner[first..].as_mut_ptr()).expect("a vector has an address");
+    // SAFETY: the vector has that many bytes from there, is never resized, and lives in the buffer;
+    // nobody else uses it.
+    unsafe { Buffer::foreign(pointer, len, dtype, Space::Host, Box::new(owner)) }
+}
 
 /// to\[..bytes\] = from\[..bytes\].
 ///

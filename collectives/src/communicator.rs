@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, Device};
@@ -25,6 +26,9 @@ pub struct Traffic {
     /// Bytes that other ranks took from this one.
     pub bytes: u64,
 }
+
+/// How long the other ranks wait for the first one's words after their own deadline.
+const FIRST_SPEAKS: Duration = Duration::from_secs(2);
 
 /// Ranks that talk.
 ///
@@ -115,8 +119,17 @@ impl Communicator {
         let communicator = Communicator::of(group.clone(), Job { network, ..job });
         group.declare_joined();
         let absent = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
-        group.wait_for_ranks("the start", startup, absent)?;
+        // The first rank, which serves the others, comes last, and at its deadline says who did
+        // not.
+        let late = |rank: usize| absent(rank) && (rank > 0 || !(1..group.world()).any(absent));
+        let limit = if group.rank == 0 { startup } else { startup.saturating_add(FIRST_SPEAKS) };
+        group.wait_for_ranks("the start", limit, late)?;
         engine.look_at_processors();
+        engine.try_private_memory(group.options.reads_private);
+        group.ring_everybody();
+        let unsaid = |rank: usize| group.rank_control(rank).process.verdict().is_none();
+        group.wait_for_ranks("the start", startup, unsaid)?;
+        engine.agree_on_private_memory();
         Ok(communicator)
     }
 

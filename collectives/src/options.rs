@@ -96,6 +96,9 @@ pub struct Options {
     /// Divides the number of ranks. With as many groups as a cluster has hosts, one host computes the same bits as the cluster.
     /// Default: 1.
     pub reduce_groups: usize,
+    /// Whether ranks of a host read buffers in private memory where they lie, if the system allows
+    /// it to all of them; otherwise buffers pass through shared memory. Default: true.
+    pub reads_private: bool,
     /// For tests, with ranks that are threads of one process: they behave as if they were on this many hosts, consecutive ranks on
     /// each, and pass messages through this process's memory where there would be a network.
     pub simulated_hosts: usize,
@@ -114,6 +117,7 @@ impl Default for Options {
             backend: Backend::Auto,
             wire: WireKind::Auto,
             reduce_groups: 1,
+            reads_private: true,
             simulated_hosts: 1,
             gather_delay: Duration::ZERO,
             reduce_delay: Duration::ZERO,

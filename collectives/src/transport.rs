@@ -29,6 +29,9 @@ pub struct Capabilities {
     pub rank_order: bool,
     /// Whether buffers may be memory of a device that the host cannot read.
     pub device_memory: bool,
+    /// Whether ranks read each other's buffers where they lie also in memory that does not come
+    /// from [`Communicator::allocate`](crate::Communicator::allocate).
+    pub reads_private_memory: bool,
     /// Whether memory from [`Communicator::allocate`](crate::Communicator::allocate) moves with
     /// fewer copies than other memory.
     pub registered_memory: bool,

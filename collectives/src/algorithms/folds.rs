@@ -8,7 +8,7 @@ use pillion_kernels::cpu::reduce;
 use smallvec::{SmallVec, smallvec};
 
 use super::operation::Mode;
-use super::sides::{End, Piece, Sides};
+use super::sides::{End, Piece, Sides, Source};
 use crate::call::Detail;
 use crate::engine::flight::Peers;
 use crate::hosts::Hosts;
@@ -68,6 +68,10 @@ pub(super) struct Fold {
 
 /// Elements that are combined and observed at a time: they stay in the caches in between.
 const OBSERVED: usize = 4096;
+/// Bytes of all blocks of inputs that are copied from private memory before they are combined, and
+/// of the longest: they stay in a core's second-level cache.
+const BLOCKS: usize = 512 << 10;
+const LONGEST: usize = 128 << 10;
 
 impl Observing {
     pub(super) fn clear(&self) {
@@ -142,9 +146,12 @@ impl Fold {
         let rank = peers.rank();
         if mode != Mode::Header {
             // What passes through a stage is read again at once.
-            let streams = streams && (mode == Mode::Arena || self.target == Target::Own);
+            let streams = streams && (mode != Mode::Staged || self.target == Target::Own);
             return sides.parts(sides.range(End::Input, rank, piece)).try_for_each(|part| {
-                let outputs = self.outputs(sides, peers, piece, part.clone())?;
+                let outputs = match mode {
+                    Mode::Pulled => smallvec![sides.own(End::Output, rank, part.start, part.len())],
+                    _ => self.outputs(sides, peers, piece, part.clone())?,
+                };
                 self.combine(sides, peers, piece, rank, part, &outputs, streams)
             });
         }
@@ -173,9 +180,11 @@ impl Fold {
         if range.is_empty() {
             return Ok(());
         }
+        let sources = self.sources(sides, peers, piece, chunk, range.clone())?;
+        let inputs: Addresses<*const u8> = sources.iter().map_while(|source| source.here()).collect();
         let fold = reduce::Fold {
             groups: self.combination.groups,
-            inputs: &self.inputs(sides, peers, piece, chunk, range.clone())?,
+            inputs: &inputs,
             outputs,
             output: self.combination.output,
             accumulate: self.accumulate,
@@ -183,6 +192,10 @@ impl Fold {
             stream: streams,
             ..self.combination.reduction.whole(self.dtype, self.combination.world)
         };
+        let section = sides.section(range.start);
+        if inputs.len() < sources.len() {
+            return self.combine_far(&fold, &sources, peers, section);
+        }
         // SAFETY: `Sides` checked that all ranges lie in this operation's buffers or in a peer's
         // arena, aligned to the types that all ranks agree on. In this exchange chunk c of every
         // input is read by rank c alone, and chunk c of every output is written by rank c alone; so
@@ -190,16 +203,83 @@ impl Fold {
         // element by element. (Operands in headers are copies, which nobody writes; this rank's own
         // are read and written by itself alone.) With an observer the output is a buffer of its
         // own, and neither an input nor in place: `reduce_scatter_observed` takes both by value.
-        unsafe {
-            match &self.observing {
-                None => reduce::fold(&fold),
-                Some(observing) => observing.run(&fold, sides.section(range.start)),
-            }
-        }
+        unsafe { self.run_fold(&fold, section) };
         Ok(())
     }
 
-    /// Where a chunk of every input of this host lies.
+    /// As [`Fold::combine`], block by block: inputs in private memory are copied to where this rank
+    /// sees them, which stays in its caches.
+    fn combine_far(
+        &self,
+        fold: &reduce::Fold<'_>,
+        sources: &[Source],
+        peers: &Peers<'_>,
+        section: usize,
+    ) -> Result<(), Error> {
+        let width = self.dtype.bytes();
+        let far = sources.iter().filter(|source| source.here().is_none()).count();
+        let block = (BLOCKS / far / width).clamp(OBSERVED, LONGEST / width) / OBSERVED * OBSERVED;
+        let mut work = std::mem::take(&mut *peers.group.work[peers.channel as usize].lock());
+        let words = (far * block * width).div_ceil(8);
+        if work.len() < words {
+            work.resize(words, 0);
+        }
+        for start in (0..fold.count).step_by(block) {
+            let count = block.min(fold.count - start);
+            let mut copies = work.chunks_exact_mut((block * width).div_ceil(8));
+            let mut inputs = Addresses::with_capacity(sources.len());
+            for source in sources {
+                let source = source.after(start * width);
+                inputs.push(match source.here() {
+                    Some(here) => here,
+                    None => {
+                        let copy = copies.next().expect("one for each that is far").as_mut_ptr().cast::<u8>();
+                        // SAFETY: the copy is this rank's, and holds a block. Nobody writes to this
+                        // chunk of an input before this rank's next step, but this rank, where
+                        // input and output are one buffer, which it then does not read from afar.
+                        unsafe { source.copy(peers, copy, count * width, false)? };
+                        copy.cast_const()
+                    }
+                });
+            }
+            let outputs: Addresses<*mut u8> =
+                fold.outputs.iter().map(|output| output.wrapping_add(start * fold.output.bytes())).collect();
+            let part = reduce::Fold { inputs: &inputs, outputs: &outputs, count, ..fold.clone() };
+            // SAFETY: a part of what `combine` says, of each operand the same elements, from which
+            // it has copied some inputs.
+            unsafe { self.run_fold(&part, section) };
+        }
+        *peers.group.work[peers.channel as usize].lock() = work;
+        Ok(())
+    }
+
+    /// Runs a reduction of elements of one section.
+    ///
+    /// # Safety
+    /// As for [`reduce::fold`]; with an observer the output is none of the inputs.
+    unsafe fn run_fold(&self, fold: &reduce::Fold<'_>, section: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.observing {
+                None => reduce::fold(fold),
+                Some(observing) => observing.run(fold, section),
+            }
+        }
+    }
+
+    /// Where a chunk of every input of this host is found.
+    fn sources(
+        &self,
+        sides: &Sides,
+        peers: &Peers<'_>,
+        piece: &Piece,
+        chunk: usize,
+        range: Range<usize>,
+    ) -> Result<Addresses<Source>, Error> {
+        (0..peers.world()).map(|rank| sides.source(peers, rank, End::Input, chunk, range.clone(), piece)).collect()
+    }
+
+    /// Where a chunk of every input of this host lies, none of them in private memory of others.
     pub(super) fn inputs(
         &self,
         sides: &Sides,

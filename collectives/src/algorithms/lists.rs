@@ -13,6 +13,7 @@ use crate::call::describe;
 use crate::engine::flight::Peers;
 use crate::hosts::Hosts;
 use crate::memory::control::Call;
+use crate::memory::place::Place;
 use crate::request::PartedForm;
 
 /// The chunks of this rank's operands.
@@ -22,7 +23,7 @@ pub(super) struct Lists {
     pub(super) form: PartedForm,
 }
 
-/// Words of a chunk in a table: its byte in the arena, and its elements.
+/// Words of a chunk in a table: its byte in the arena, or its address, and its elements.
 const WORDS: usize = 2;
 
 impl Lists {
@@ -41,21 +42,27 @@ impl Lists {
         self.input.iter().chain(&self.output).map(|span| span.len() * span.dtype().bytes()).sum()
     }
 
+    /// Whether all chunks lie in this rank's arena.
     pub(super) fn lie_in_arena(&self, end: End, peers: &Peers<'_>) -> bool {
         self.of(end).iter().all(|span| span.is_empty() || peers.group.offset_of(span.address()).is_some())
     }
 
-    /// Shows this rank's table, before its first step.
-    pub(super) fn show(&self, peers: &Peers<'_>) -> Result<(), Error> {
+    /// Shows this rank's table, before its first step. The operands lie at `places`.
+    pub(super) fn show(&self, peers: &Peers<'_>, places: [Place; 2]) -> Result<(), Error> {
         let world = peers.group.hosts.world();
         let offset = peers.group.table(peers.channel, Table::bytes(world))?;
         peers.set_payload(0, offset);
         let table = Table::of(peers, peers.rank())?;
-        for (end, spans) in [(End::Input, &self.input), (End::Output, &self.output)] {
+        let ends = [(End::Input, &self.input), (End::Output, &self.output)];
+        for ((end, spans), place) in ends.into_iter().zip(places) {
             for chunk in 0..world {
                 let words = spans.get(chunk).map_or([0, 0], |span| {
-                    let offset = if span.is_empty() { None } else { peers.group.offset_of(span.address()) };
-                    [offset.unwrap_or(0), span.len() as u64]
+                    let at = match place {
+                        Place::Private(_) => span.address().addr().get() as u64,
+                        _ if span.is_empty() => 0,
+                        _ => peers.group.offset_of(span.address()).unwrap_or(0),
+                    };
+                    [at, span.len() as u64]
                 });
                 // SAFETY: this rank's own table, which nobody reads before its next step: whoever
                 // read what an earlier operation showed there has taken its last step since.
@@ -155,7 +162,7 @@ impl Table {
         unsafe { self.0.add(WORDS * (row + chunk)) }
     }
 
-    /// Where a chunk lies in the rank's arena, and how long it is.
+    /// Where a chunk lies, in the rank's arena or in its process, and how long it is.
     pub(super) fn chunk(&self, end: End, chunk: usize) -> [u64; WORDS] {
         // SAFETY: inside the rank's arena (`of`), aligned to 8. The rank wrote it before its first
         // step of the operation, and leaves it until all have taken their last.

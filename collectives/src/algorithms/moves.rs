@@ -4,11 +4,10 @@
 
 use std::ops::Range;
 
-use pillion_kernels::cpu::non_temporal;
 use smallvec::SmallVec;
 
 use super::between_hosts::Held;
-use super::sides::{End, Piece, Sides};
+use super::sides::{End, Piece, Sides, Source};
 use super::transit::Transit;
 use crate::Error;
 use crate::engine::flight::Peers;
@@ -56,9 +55,8 @@ impl Moves {
     pub(super) fn pull(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
         self.pulls.iter().try_for_each(|pull| {
             sides.parts(sides.range(End::Output, pull.to, piece)).try_for_each(|part| {
-                let source = sides.of_rank(peers, pull.from, End::Input, pull.chunk, part.clone(), piece)?;
-                copy(sides, pull.to, part, source, streams);
-                Ok(())
+                let source = sides.source(peers, pull.from, End::Input, pull.chunk, part.clone(), piece)?;
+                copy(sides, peers, pull.to, part, source, streams)
             })
         })
     }
@@ -97,25 +95,33 @@ impl Moves {
         Ok(())
     }
 
-    /// Copies what ranks of this host have received.
+    /// Copies what ranks of this host have received, or combined.
     pub(super) fn spread(&self, sides: &Sides, peers: &Peers<'_>, piece: &Piece, streams: bool) -> Result<(), Error> {
         self.spread.iter().try_for_each(|pull| {
             sides.parts(sides.range(End::Output, pull.to, piece)).try_for_each(|part| {
-                let source = sides.published(peers, pull.from, End::Output, pull.chunk, part.clone(), piece)?;
-                copy(sides, pull.to, part, source, streams);
-                Ok(())
+                let source = sides.source(peers, pull.from, End::Output, pull.chunk, part.clone(), piece)?;
+                copy(sides, peers, pull.to, part, source, streams)
             })
         })
     }
 }
 
 /// Copies a chunk's elements to this rank's output, unless they are there.
-fn copy(sides: &Sides, to: usize, range: Range<usize>, source: *const u8, streams: bool) {
+fn copy(
+    sides: &Sides,
+    peers: &Peers<'_>,
+    to: usize,
+    range: Range<usize>,
+    source: Source,
+    streams: bool,
+) -> Result<(), Error> {
     let target = sides.own(End::Output, to, range.start, range.len());
-    if !std::ptr::eq(source, target) {
-        // SAFETY: whose memory this is leaves the elements as they are until its next step, which it takes after this rank has taken
-        // its own; the output is this operation's. They do not overlap: they belong to different ranks, to different buffers, or, in
-        // place, are different chunks of one.
-        unsafe { non_temporal::copy(source, target, range.len() * sides.output.width, streams) };
+    if matches!(source, Source::Here(source) if std::ptr::eq(source, target)) {
+        return Ok(());
     }
+    // SAFETY: whose memory this is leaves the elements as they are until its next step, which it
+    // takes after this rank has taken its own; the output is this operation's. They do not overlap:
+    // they belong to different ranks, to different buffers, or, in place, are different chunks of
+    // one.
+    unsafe { source.copy(peers, target, range.len() * sides.output.width, streams) }
 }

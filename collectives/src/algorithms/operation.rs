@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! in the header   small operands travel in the payload: one step, no memory is shared
-//! in arenas       one piece, the whole:   begin | exchange 0: work | exchange 1: done
+//! in place        one piece, the whole:   begin | exchange 0: work | exchange 1: done
+//! pulled          the same:               begin | exchange 0: fold into own output | exchange 1: copy other results | done
 //! staged          several pieces:         begin: copy piece 0 in
 //!                                         exchange k: copy what peers made of piece k-1 out, copy piece k+1 in, work on piece k
 //!                                         last: copy the last out, done
@@ -17,8 +18,8 @@ use pillion_kernels::{DType, Span, exclusive};
 
 use super::between_hosts::OnWire;
 use super::folds::{Fold, Target};
-use super::moves::Moves;
-use super::sides::{End, Piece, STAGE, Side, Sides};
+use super::moves::{Moves, Pull};
+use super::sides::{End, FAR, FAR_RESULT, Piece, STAGE, Side, Sides};
 use crate::call::{Detail, Kind, call, in_sections};
 use crate::engine::flight::{Algorithm, Opening, Peers, Progress};
 use crate::memory::control::{Call, PAYLOAD};
@@ -58,6 +59,9 @@ pub(super) enum Mode {
     Header,
     /// In place.
     Arena,
+    /// In place, but every rank takes the others' results itself: outputs are in private memory,
+    /// to which nobody else writes.
+    Pulled,
     /// In pieces.
     Staged,
 }
@@ -132,6 +136,7 @@ impl Operation {
             return match is_shared {
                 false => Ok(Place::None),
                 true if lists.lie_in_arena(end, peers) => Ok(Place::Arena(0)),
+                true if self.is_read_far(end, peers) => Ok(Place::Private(0)),
                 true => Ok(Place::Stage(peers.group.stage(peers.channel, STAGE)?)),
             };
         }
@@ -145,7 +150,27 @@ impl Operation {
         if let Some(offset) = peers.group.offset_of(span.address()) {
             return Ok(Place::Arena(offset));
         }
+        if self.is_read_far(end, peers) {
+            return Ok(Place::Private(span.address().addr().get() as u64));
+        }
         Ok(Place::Stage(peers.group.stage(peers.channel, STAGE)?))
+    }
+
+    /// Whether peers read an operand in private memory where it lies: the same on every rank for an
+    /// output that all of them want.
+    fn is_read_far(&self, end: End, peers: &Peers<'_>) -> bool {
+        let bytes = match &self.sides.lists {
+            Some(lists) => lists.bytes(),
+            None => self.sides.chunk * self.sides.input.width.max(self.sides.output.width),
+        };
+        let target = match &self.work {
+            Work::Moves(_) => Target::Own,
+            Work::Fold(fold) => fold.target,
+        };
+        // The others write to the root of a reduction.
+        let is_written = end == End::Output && matches!(target, Target::Root(_));
+        let least = if target == Target::All { FAR_RESULT } else { FAR };
+        bytes >= least && !is_written && peers.group.reads_private()
     }
 
     /// Copies this rank's part of a piece into its stage: the chunks that others read.
@@ -255,12 +280,29 @@ impl Operation {
                 self.sides.chunk = lists.compare_on_host(peers, self.dtype)?;
             }
             self.decide(self.somebody_stages(peers));
+            let is_private = |rank| matches!(peers.header(rank).output(), Place::Private(_));
+            if (0..peers.world()).any(is_private) {
+                self.mode = Mode::Pulled;
+            }
+        }
+        if self.mode == Mode::Pulled && step == 1 {
+            self.pull_results(peers)?;
+            return Ok(Progress::Step);
         }
         if !self.pass_stage(peers, step, true)? {
             return Ok(Progress::Done);
         }
         self.run(peers, &self.sides.piece(step))?;
         Ok(Progress::Step)
+    }
+
+    /// Copies the chunks of the result that the other ranks have combined.
+    fn pull_results(&self, peers: &Peers<'_>) -> Result<(), Error> {
+        let (rank, world) = (peers.rank(), peers.world());
+        let others = (1..world).map(|distance| (rank + distance) % world);
+        let spread = others.map(|from| Pull { from, chunk: peers.group.name(from), to: peers.group.name(from) });
+        let moves = Moves { spread: spread.collect(), ..Moves::default() };
+        moves.spread(&self.sides, peers, &self.sides.piece(0), self.streams(peers))
     }
 
     /// Before work on piece `index`: copies the one before it out, where that is still to be done, and the one after it in. False where there is
@@ -312,7 +354,7 @@ impl Algorithm for Operation {
         }
         let (input, output) = (self.place(End::Input, peers)?, self.place(End::Output, peers)?);
         if let Some(lists) = &self.sides.lists {
-            lists.show(peers)?;
+            lists.show(peers, [input, output])?;
         }
         if let Place::Stage(_) = input {
             // The first piece, as long as it will be cut once the others have said that somebody stages: this rank does.

@@ -4,13 +4,16 @@
 //! each a row of chunks. An element of a chunk has the same number on either side of an operation.
 //! Peers find an operand in the header itself, in the rank's arena, or, where it is private memory,
 //! in the rank's stage, which holds one piece (the same range of elements of every chunk) while the
-//! next is being copied in.
+//! next is being copied in. Where the system lets ranks read each other's private memory, they find
+//! it where it lies, unless it is short.
 
 use std::ops::Range;
 
 use pillion_kernels::Span;
+use pillion_kernels::cpu::non_temporal;
 
 use super::lists::{Lists, Table};
+use crate::call::describe;
 use crate::engine::flight::Peers;
 use crate::memory::place::Place;
 use crate::{Error, Sections};
@@ -19,6 +22,57 @@ use crate::{Error, Sections};
 pub(super) const PIECE: usize = 256 << 10;
 /// Bytes of a channel's stage.
 pub(super) const STAGE: u64 = 4 * PIECE as u64;
+/// Bytes of a chunk from which on ranks read private memory where it lies: a shorter one is copied
+/// to a stage in less time than the system takes to find its pages.
+pub(super) const FAR: usize = 16 << 10;
+/// The same for a chunk of a result that every rank then reads from there, too.
+pub(super) const FAR_RESULT: usize = 256 << 10;
+
+/// Where elements are found.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Source {
+    /// In memory that this rank sees.
+    Here(*const u8),
+    /// At an address of the process of a rank of this host.
+    Private { rank: usize, address: u64 },
+}
+
+impl Source {
+    /// Copies the elements, `bytes` long, to where this rank alone uses them.
+    ///
+    /// # Safety
+    /// The elements stay as they are meanwhile; `to` is writable for `bytes`, and does not overlap
+    /// them.
+    pub(super) unsafe fn copy(self, peers: &Peers<'_>, to: *mut u8, bytes: usize, streams: bool) -> Result<(), Error> {
+        match self {
+            // SAFETY: the caller's promise.
+            Source::Here(from) => unsafe { non_temporal::copy(from, to, bytes, streams) },
+            Source::Private { rank, address } => {
+                let op = || describe(peers.call);
+                // SAFETY: the caller's promise.
+                unsafe { peers.group.read_private(rank, address, to, bytes, &op)? };
+            }
+        }
+        Ok(())
+    }
+
+    /// Where they are, if this rank sees them.
+    pub(super) fn here(self) -> Option<*const u8> {
+        match self {
+            Source::Here(from) => Some(from),
+            Source::Private { .. } => None,
+        }
+    }
+
+    /// Elements behind these, so many bytes on.
+    pub(super) fn after(self, bytes: usize) -> Source {
+        match self {
+            Source::Here(from) => Source::Here(from.wrapping_add(bytes)),
+            Source::Private { rank, address } => Source::Private { rank, address: address + bytes as u64 },
+        }
+    }
+}
+
 /// Which operand.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum End {
@@ -180,12 +234,44 @@ impl Sides {
                 // SAFETY: operands in headers fit there, on every rank (`Operation::fits_header`).
                 return Ok(unsafe { peers.payload_address(rank, self.head).add(whole) });
             }
-            Place::None => {
+            Place::None | Place::Private(_) => {
                 let reason = format!("rank {} published no operand", peers.group.name(rank));
                 return Err(Error::System { what: "reading a peer's arena", reason });
             }
         };
         peers.address(rank, offset, (elements.len() * side.width) as u64, side.width).map(|address| address.as_ptr())
+    }
+
+    /// Elements of a chunk, within a section, of a rank of this host, for reading. Where they are
+    /// staged, they must belong to `piece`.
+    pub(super) fn source(
+        &self,
+        peers: &Peers<'_>,
+        rank: usize,
+        end: End,
+        chunk: usize,
+        elements: Range<usize>,
+        piece: &Piece,
+    ) -> Result<Source, Error> {
+        let header = peers.header(rank);
+        let place = match end {
+            End::Input => header.input(),
+            End::Output => header.output(),
+        };
+        let start = match place {
+            Place::Private(start) if rank != peers.rank() => start,
+            // What others have stored for this rank may still be in its stage.
+            Place::Stage(_) if end == End::Output => {
+                return Ok(Source::Here(self.published(peers, rank, end, chunk, elements, piece)?));
+            }
+            _ => return Ok(Source::Here(self.of_rank(peers, rank, end, chunk, elements, piece)?)),
+        };
+        let (start, index) = match &self.lists {
+            Some(_) => (Table::of(peers, rank)?.chunk(end, chunk)[0], elements.start),
+            None if elements.is_empty() => (start, 0),
+            None => (start, self.index(self.side(end).chunks, chunk, elements.start)),
+        };
+        Ok(Source::Private { rank, address: start.wrapping_add((index * self.side(end).width) as u64) })
     }
 
     /// As [`Sides::published`], but this rank's own memory for this rank.

@@ -196,6 +196,12 @@ impl Group {
         self.hosts.ranks.len() > 1
     }
 
+    /// Whether members read each other's private memory. What also goes to other hosts passes
+    /// through the stages.
+    pub(crate) fn reads_private(&self) -> bool {
+        !self.has_wire() && self.engine.reads_private.load(Ordering::Relaxed)
+    }
+
     /// The communicator's first error, if it had one.
     pub(crate) fn healthy(&self) -> Result<(), Error> {
         if self.failed.load(Ordering::Acquire) {

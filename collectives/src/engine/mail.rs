@@ -1,5 +1,7 @@
-//! Messages between two ranks: a mailbox for each ordered pair, through which a message passes in one piece where it is long and lies in the
-//! sender's arena, and otherwise in pieces through a stage of the sender, who then need not wait for the receiver.
+//! Messages between two ranks: a mailbox for each ordered pair. A long message passes in one piece
+//! where the receiver can read it in place, in the sender's arena or, if the system allows it, in
+//! its private memory. Any other passes in pieces through a stage of the sender, who then need not
+//! wait for the receiver.
 //!
 //! ```text
 //! sender      while fewer than two pieces are out: describe the next, sent += 1;   done once all is staged, or taken = sent
@@ -40,6 +42,9 @@ const PIECE: usize = 256 << 10;
 const SMALLEST_PIECE: usize = 4096;
 /// Messages up to this many bytes are staged even where the receiver could read them in place: the sender need not wait for it then.
 const SHORT: usize = 64 << 10;
+/// Messages from this many bytes on are read in place also in private memory. Shorter ones pass
+/// through a stage sooner, since both ranks copy at the same time.
+const FAR: usize = 1 << 20;
 /// The tag of messages on the wire.
 const TAG: u8 = 16;
 
@@ -226,6 +231,10 @@ impl MailFlight {
                         (self.moved, self.in_place) = (len, true);
                         Place::Arena(offset)
                     }
+                    None if len * width >= FAR && group.reads_private() => {
+                        (self.moved, self.in_place) = (len, true);
+                        Place::Private(self.buffer.address().addr().get() as u64)
+                    }
                     _ => {
                         let piece = (len * width).next_power_of_two().clamp(SMALLEST_PIECE, PIECE);
                         let at = self.stage(group, peer, piece)? + (sent % 2) * piece as u64;
@@ -277,23 +286,32 @@ impl MailFlight {
                 group.ring_rank(peer, MAIL_BELL, subject::MAIL);
                 return Err(error);
             }
-            let (offset, count) = match Place::from_word(words[2]) {
+            let place = Place::from_word(words[2]);
+            let (offset, count) = match place {
                 Place::Arena(offset) => (offset, len),
                 Place::Stage(offset) => (offset, (len - self.moved).min(PIECE / width)),
+                Place::Private(address) => (address, len),
                 Place::None | Place::Header => (u64::MAX, 0),
             };
-            if !group.engine.map.contains(offset, (count * width) as u64) {
+            let is_private = matches!(place, Place::Private(_));
+            if !is_private && !group.engine.map.contains(offset, (count * width) as u64) {
                 let reason = format!("rank {} published a message outside its arena", self.peer);
                 return Err(Error::System { what: "receiving a message", reason });
             }
             let large = non_temporal::pays(2 * len * width) && count == len;
             let _access = exclusive(self.buffer.deferred());
-            // SAFETY: the source lies in the peer's arena, and the peer leaves it as it is until this rank has taken the piece; the
-            // destination lies in the buffer, which this flight owns. They belong to different ranks or different buffers.
+            // SAFETY: the source lies in the peer's arena, or is for the system to find, and the
+            // peer leaves it as it is until this rank has taken the piece; the destination lies in
+            // the buffer, which this flight owns. They belong to different ranks or different
+            // buffers.
             unsafe {
-                let from = group.address(peer, offset, (count * width) as u64);
                 let to = self.buffer.address().as_ptr().add(self.moved * width);
-                non_temporal::copy(from.as_ptr(), to, count * width, large);
+                if is_private {
+                    group.read_private(peer, offset, to, count * width, &self.describe())?;
+                } else {
+                    let from = group.address(peer, offset, (count * width) as u64);
+                    non_temporal::copy(from.as_ptr(), to, count * width, large);
+                }
             }
             self.moved += count;
             self.begun = true;

@@ -15,6 +15,7 @@ pub(crate) mod flight;
 pub(crate) mod group;
 pub(crate) mod inbox;
 pub(crate) mod mail;
+mod private;
 pub(crate) mod progress;
 mod room;
 mod start;
@@ -61,6 +62,8 @@ pub(crate) struct Engine {
     failed: AtomicBool,
     /// Whether there are more ranks than processors, so that who waits must let others run.
     pub(crate) crowded: AtomicBool,
+    /// Whether the ranks of this host read each other's private memory.
+    pub(crate) reads_private: AtomicBool,
     /// Held while a rank makes room for a group.
     pub(crate) making_room: Mutex<()>,
 }
@@ -105,6 +108,7 @@ impl Engine {
             driver: OnceLock::new(),
             failed: AtomicBool::new(false),
             crowded: AtomicBool::new(false),
+            reads_private: AtomicBool::new(false),
             making_room: Mutex::default(),
         }
     }
@@ -265,6 +269,20 @@ impl Engine {
         };
         let processors: u32 = (0..self.control().processors.len()).map(|word| union(word).count_ones()).sum();
         self.crowded.store(processors > 0 && ranks > processors as usize, Ordering::Relaxed);
+    }
+
+    /// Once all have joined: says whether this rank reads the private memory of the others, if it
+    /// is `wanted`.
+    pub(crate) fn try_private_memory(&self, wanted: bool) {
+        let mut others = (0..self.map.shape().world).filter(|&rank| rank != self.rank);
+        let reads = wanted && others.all(|rank| self.map.rank(rank).process.can_be_read());
+        self.control().process.judge(reads);
+    }
+
+    /// Once all have said so: whether all do.
+    pub(crate) fn agree_on_private_memory(&self) {
+        let all = (0..self.map.shape().world).all(|rank| self.map.rank(rank).process.verdict() == Some(true));
+        self.reads_private.store(all, Ordering::Relaxed);
     }
 
     /// Says where this rank may run.

@@ -77,6 +77,7 @@ impl Engine {
             self.map.group(self.map.shape().all(), self.rank).abort(&error.to_string());
         }
         self.publish_processors();
+        control.process.show();
         if is_alive {
             control.state.store(state::JOINED, Ordering::Release);
         }

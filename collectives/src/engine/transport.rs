@@ -32,6 +32,7 @@ impl Transport for Group {
         Capabilities {
             windows: true,
             reads_peers_in_place: !self.has_wire(),
+            reads_private_memory: self.reads_private(),
             rank_order: true,
             device_memory: false,
             registered_memory: true,

@@ -113,7 +113,7 @@ impl Watch {
     }
 
     /// Looks whether a rank of this host is known never to come.
-    fn look_around(
+    pub(super) fn look_around(
         &self,
         group: &Group,
         is_late: &dyn Fn(usize) -> bool,

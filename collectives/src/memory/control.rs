@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::life::Life;
 use super::place::Place;
+use super::private::ProcessControl;
 use super::protocol::Bell;
 
 /// Words of an operand that travels beside the steps.
@@ -65,6 +66,8 @@ pub(crate) struct RankControl {
     pub(crate) life: Life,
     /// The processors on which this rank may run, as bits.
     pub(crate) processors: [AtomicU64; 16],
+    /// The process that it is, or is a thread of.
+    pub(crate) process: ProcessControl,
     /// Where the progress thread sleeps.
     pub(crate) progress: Bell<AtomicU32>,
     /// Groups that this rank has made room for, and whose members have not all come.

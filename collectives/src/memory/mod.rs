@@ -5,7 +5,7 @@
 //! and nothing is left behind in the file system however a process ends. [`ranges`] says which
 //! parts of an arena are in use, [`control`] and [`mailbox`] are the words, [`protocol`] is how
 //! ranks wait for each other, and [`life`] how they know that one has died. [`fork`] keeps children
-//! of a rank out of all that.
+//! of a rank out of all that. [`private`] reads what is not shared.
 
 pub(crate) mod available;
 pub(crate) mod control;
@@ -14,5 +14,6 @@ pub(crate) mod life;
 pub(crate) mod mailbox;
 pub(crate) mod mapping;
 pub(crate) mod place;
+pub(crate) mod private;
 pub(crate) mod protocol;
 pub(crate) mod ranges;

@@ -9,8 +9,12 @@ pub(crate) enum Place {
     Header,
     /// In the rank's arena, whole, from this byte on.
     Arena(u64),
-    /// In private memory, which nobody else sees: it passes piece by piece through the rank's stage, which starts at this byte.
+    /// In private memory that passes piece by piece through the rank's stage, which starts at this
+    /// byte.
     Stage(u64),
+    /// In private memory, whole, from this address of the rank's process on. Others can only read
+    /// it, through the system (see [`super::private`]).
+    Private(u64),
 }
 
 impl Place {
@@ -18,17 +22,19 @@ impl Place {
         match self {
             Place::None => 0,
             Place::Header => 1,
-            Place::Arena(offset) => offset << 2 | 2,
-            Place::Stage(offset) => offset << 2 | 3,
+            Place::Arena(offset) => offset << 3 | 2,
+            Place::Stage(offset) => offset << 3 | 3,
+            Place::Private(address) => address << 3 | 4,
         }
     }
 
     pub(crate) fn from_word(word: u64) -> Place {
-        match word & 3 {
-            0 => Place::None,
+        match word & 7 {
             1 => Place::Header,
-            2 => Place::Arena(word >> 2),
-            _ => Place::Stage(word >> 2),
+            2 => Place::Arena(word >> 3),
+            3 => Place::Stage(word >> 3),
+            4 => Place::Private(word >> 3),
+            _ => Place::None,
         }
     }
 }
@@ -39,7 +45,8 @@ mod tests {
 
     #[test]
     fn a_place_survives_being_a_word() {
-        for place in [Place::None, Place::Header, Place::Arena(0), Place::Arena(1 << 60), Place::Stage(4096)] {
+        let ends = [Place::Arena(0), Place::Arena(1 << 60), Place::Stage(4096), Place::Private((1 << 57) - 1)];
+        for place in [Place::None, Place::Header].into_iter().chain(ends) {
             assert_eq!(Place::from_word(place.to_word()), place);
         }
     }

@@ -312,19 +312,28 @@ fn terms_are_compared_with_their_sum_wherever_they_lie() {
     }
 }
 
-/// Runs `program` on the ranks of a world, over both kinds of start.
+/// Runs `program` on the ranks of a world, over both kinds of start, and where private memory is
+/// read in place also with stages.
 fn ranks(world: usize, hosts: usize, groups: usize, program: impl Fn(&Rank<'_>) + Sync) {
+    ranks_with(world, Options { simulated_hosts: hosts, reduce_groups: groups, ..Options::default() }, &program);
+    if hosts == 1 && world > 1 {
+        ranks_with(world, Options { reads_private: false, reduce_groups: groups, ..Options::default() }, &program);
+    }
+}
+
+fn ranks_with(world: usize, options: Options, program: &(impl Fn(&Rank<'_>) + Sync)) {
+    let Options { simulated_hosts: hosts, reduce_groups: groups, reads_private, .. } = options;
     std::thread::scope(|scope| {
         for launch in Launch::threads(world) {
-            let program = &program;
+            let options = options.clone();
             scope.spawn(move || {
-                let options = Options { simulated_hosts: hosts, reduce_groups: groups, ..Options::default() };
                 let communicator = Communicator::connect(&launch, options).unwrap();
                 assert_eq!(communicator.hosts(), hosts);
                 let alone = communicator.group(&[communicator.rank()]).unwrap();
                 // With several ranks on each of several hosts the hosts are the groups.
                 let groups = if hosts > 1 && world > hosts { hosts } else { groups };
-                for memory in [Memory::Arena, Memory::Private, Memory::Mixed] {
+                let memories = [Memory::Private, Memory::Mixed, Memory::Arena];
+                for memory in memories.into_iter().take(if reads_private { 3 } else { 2 }) {
                     for here in [false, true] {
                         program(&Rank { communicator: &communicator, alone: &alone, memory, here, groups });
                     }
