@@ -8,7 +8,7 @@ use crate::call::Purpose;
 use crate::checks::{checked, expect, on_host};
 use crate::memory::control::PAYLOAD;
 use crate::pending::Pending;
-use crate::request::{Collective, Direction, Message, Operands, Request};
+use crate::request::{Collective, Operands, Request};
 use crate::transport::Limit;
 use crate::{Communicator, Error, Reduction, Sections, Window};
 
@@ -149,23 +149,6 @@ impl Communicator {
         let chunk = checked!(self.chunk_of(&input), (input, output));
         let operands = Operands::of(Some(&input), Some(&output));
         self.run(Request::Collective(Collective::AllToAll { operands, chunk }), start.into(), (input, output))
-    }
-
-    /// Sends `buffer` to rank `to`, which receives as many elements of the same type. Messages between two ranks arrive in order;
-    /// complete once `buffer` is no longer needed, which may be before it has been received: that it is refused, or never received, a
-    /// later call says. How much is held for a receiver that does not come is not for programs to rely on. Only these two ranks call.
-    pub fn send(&self, buffer: Buffer, to: usize, start: impl Into<Start>) -> Pending<Buffer> {
-        self.message(Direction::Send, buffer, to, start.into())
-    }
-
-    /// buffer = what rank `from` sends. Only these two ranks call.
-    pub fn receive(&self, buffer: Buffer, from: usize, start: impl Into<Start>) -> Pending<Buffer> {
-        self.message(Direction::Receive, buffer, from, start.into())
-    }
-
-    fn message(&self, direction: Direction, buffer: Buffer, peer: usize, start: Start) -> Pending<Buffer> {
-        checked!(self.check_rank("a message to or from", peer).and_then(|()| on_host(&buffer)), buffer);
-        self.run(Request::Message(Message { direction, buffer: buffer.span(), peer }), start, buffer)
     }
 
     /// Combines each of `values` over all ranks, in order of rank; blocks until it is done. No rank returns before every

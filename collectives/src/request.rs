@@ -1,6 +1,7 @@
 //! What a transport is asked to do.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Buffer, DType, Span};
@@ -43,10 +44,28 @@ pub(crate) struct Observing {
 }
 
 /// Which way a message goes, seen from this rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
-    Send,
-    Receive,
+    Send {
+        to: usize,
+    },
+    /// From a rank, or from any; `sender` is told which it was.
+    Receive {
+        from: Option<usize>,
+        sender: Option<Arc<AtomicUsize>>,
+    },
+}
+
+/// What is known of a message before it is received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    /// The rank that sent it.
+    pub from: usize,
+    /// What tells it from other messages of that rank.
+    pub tag: u32,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Number of its elements.
+    pub len: usize,
 }
 
 /// A call whose arguments have been checked.
@@ -61,8 +80,7 @@ pub(crate) enum Request {
 pub(crate) struct Message {
     pub(crate) direction: Direction,
     pub(crate) buffer: Span,
-    /// The other rank.
-    pub(crate) peer: usize,
+    pub(crate) tag: u32,
 }
 
 /// What all ranks do together. The operands stay the caller's, who leaves them alone

@@ -11,7 +11,7 @@ use crate::hosts::Hosts;
 use crate::join::Job;
 use crate::outcome::Outcome;
 use crate::record::Record;
-use crate::request::Request;
+use crate::request::{Envelope, Request};
 use crate::{Error, Options, Sections, Traffic};
 
 /// What a communicator can do beyond moving and combining elements.
@@ -75,6 +75,9 @@ pub(crate) trait Transport: Send + Sync {
 
     /// Runs an operation now; it has ended when this returns.
     fn run(&self, request: Request, limit: Limit) -> Result<(), Error>;
+
+    /// The first message that a receive would take which is called now: from a rank, or from any.
+    fn probe(&self, from: Option<usize>, tag: u32) -> Result<Option<Envelope>, Error>;
 
     /// Gives every rank the words of all, one rank's after the other's; each has as many, at most
     /// 64. The memory goes back with [`Transport::put_back`].

@@ -2,30 +2,9 @@
 
 mod common;
 
-use common::run;
-use pillion_collectives::{Backend, Communicator, Launch, Meeting, Options, Reduction, Start, WireKind};
+use common::{launches, run};
+use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction, Start, WireKind};
 use pillion_kernels::{Buffer, Cpu, DType, Device};
-
-/// Launches of as many ranks on each host as each of `hosts` says, as two launchers would describe
-/// them: the job has another name on each host.
-fn launches(hosts: &[usize], named: bool) -> Vec<Launch> {
-    let address = Meeting::free_address().unwrap();
-    let meeting = Meeting { address: address.to_string(), secret: format!("tests {address}") };
-    let world = hosts.iter().sum();
-    let places = hosts.iter().enumerate().flat_map(|(host, &ranks)| (0..ranks).map(move |local| (host, local)));
-    let names: Vec<String> = hosts.iter().map(|_| Launch::threads(1).remove(0).job).collect();
-    let launch = |(rank, (host, local)): (usize, (usize, usize))| Launch {
-        rank,
-        world,
-        local_rank: local,
-        local_world: hosts[host],
-        job: names[host].clone(),
-        host: named.then(|| format!("host{host}")),
-        meeting: Some(meeting.clone()),
-        ..Launch::single()
-    };
-    places.enumerate().map(launch).collect()
-}
 
 fn numbers(values: &[i64]) -> Buffer {
     let mut buffer = Cpu.allocate(DType::I64, values.len()).unwrap();

@@ -15,7 +15,7 @@ use crate::join::Job;
 use crate::memory::control::Channel;
 use crate::outcome::Outcome;
 use crate::record::Record;
-use crate::request::{Collective, Message, Request};
+use crate::request::{Collective, Envelope, Message, Request};
 use crate::transport::{Capabilities, Limit, Transport, Turns};
 use crate::{Error, Options, Sections, Traffic};
 
@@ -78,6 +78,10 @@ impl Transport for Group {
             Request::Collective(collective) => self.run_collective(collective, limit),
             Request::Message(message) => self.run_message(message, limit),
         }
+    }
+
+    fn probe(&self, from: Option<usize>, tag: u32) -> Result<Option<Envelope>, Error> {
+        self.find_message(from, tag)
     }
 
     fn exchange(&self, words: &[u64], purpose: Purpose, limit: Limit) -> Result<Vec<u64>, Error> {

@@ -30,6 +30,11 @@ pub(crate) trait Wire: Send {
     /// [`Wire::test`] returns true for the request; if it never does, for ever.
     unsafe fn receive(&mut self, from: usize, tag: u8, data: *mut u8, len: usize) -> Result<Receipt, Error>;
 
+    /// Whether a message has come from rank `from` that nobody has asked for; asked only where
+    /// nothing is being received from there with this tag. [`Error::PeerLost`] where none will
+    /// come any more, which does the wire no harm.
+    fn has_come(&mut self, from: usize, tag: u8) -> Result<bool, Error>;
+
     /// Lets messages move, and says whether this one is complete. Not called again for a request once it has returned true.
     fn test(&mut self, request: &Receipt) -> Result<bool, Error>;
 

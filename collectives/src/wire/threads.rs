@@ -67,6 +67,11 @@ impl Wire for ThreadWire {
         Ok(Receipt(self.next))
     }
 
+    fn has_come(&mut self, from: usize, tag: u8) -> Result<bool, Error> {
+        let board = self.board.lock();
+        Ok(board.messages.get(&(from, self.rank, tag)).is_some_and(|messages| !messages.is_empty()))
+    }
+
     fn test(&mut self, request: &Receipt) -> Result<bool, Error> {
         let mut board = self.board.lock();
         for (&(from, tag), posted) in &mut self.posted {

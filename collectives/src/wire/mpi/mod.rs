@@ -201,6 +201,21 @@ impl Wire for MpiWire {
         unsafe { self.start(Way::Receive, from, tag, data, len) }
     }
 
+    fn has_come(&mut self, from: usize, tag: u8) -> Result<bool, Error> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let (mut there, mut status) = (0, MaybeUninit::<ffi::MPI_Status>::uninit());
+        let (source, tag) = (from as c_int, c_int::from(tag));
+        // SAFETY: the session keeps MPI initialised, the communicator is ours, both pointers are
+        // valid for the write.
+        let code = unsafe { ffi::MPI_Iprobe(source, tag, self.communicator, &mut there, status.as_mut_ptr()) };
+        match calls::check(code, "looking for messages over MPI", || format!("from rank {}", self.members[from])) {
+            Ok(()) => Ok(there != 0),
+            Err(error) => Err(self.failed.insert(error).clone()),
+        }
+    }
+
     fn test(&mut self, request: &Receipt) -> Result<bool, Error> {
         if let Some(error) = &self.failed {
             return Err(error.clone());

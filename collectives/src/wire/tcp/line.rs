@@ -5,7 +5,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::net::TcpStream;
 
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendFlags};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
 use crate::Error;
 use crate::memory::fork::Kept;
@@ -93,6 +93,20 @@ impl Line {
     /// Will receive as many bytes; returns the message's number.
     pub(super) fn receive(&mut self, data: *mut u8, len: usize) -> u64 {
         self.incoming.push(data, len)
+    }
+
+    /// Whether the first byte of a message has come that nobody has asked for.
+    pub(super) fn has_come(&mut self) -> Result<bool, Error> {
+        debug_assert!(self.incoming.messages.is_empty(), "a message is being received");
+        loop {
+            match rustix::net::recv(&self.socket, &mut [0u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return Err(self.lost(None)),
+                Ok(_) => return Ok(true),
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.lost(Some(errno))),
+            }
+        }
     }
 
     /// Hands over to the kernel what it takes; whether it has all of a message.

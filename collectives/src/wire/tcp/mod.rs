@@ -134,6 +134,14 @@ impl Wire for TcpWire {
         self.enqueue(Way::Receive, from, tag, data, len)
     }
 
+    fn has_come(&mut self, from: usize, tag: u8) -> Result<bool, Error> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let (_, line) = self.line(from, tag);
+        line.has_come()
+    }
+
     fn test(&mut self, request: &Receipt) -> Result<bool, Error> {
         if let Some(error) = &self.failed {
             return Err(error.clone());

@@ -1,0 +1,300 @@
+//! A message that this rank receives.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Waker;
+
+use pillion_kernels::cpu::non_temporal;
+use pillion_kernels::{Span, exclusive};
+
+use super::matching::{Early, Found, Start, Wanted};
+use super::{Address, Common, Head, Lent, ON_WIRE, PIECE};
+use crate::Error;
+use crate::engine::group::Group;
+use crate::memory::control::{MAIL_BELL, state, subject};
+use crate::memory::place::Place;
+use crate::memory::protocol::publish;
+use crate::wire::{Receipt, Wire};
+
+pub(crate) struct ReceiveFlight {
+    wanted: Wanted,
+    /// Where the sender's rank is told.
+    sender: Option<Arc<AtomicUsize>>,
+    number: u64,
+    stage: Stage,
+    /// Dropped last.
+    pub(super) common: Common,
+}
+
+/// How far it has come.
+enum Stage {
+    /// Its message came before it.
+    There(Early),
+    /// It waits for its message, with this ticket.
+    Waiting(u64),
+    /// Its message is at the front, and `moved` bytes of it are here.
+    Taking {
+        from: usize,
+        moved: usize,
+    },
+    /// The same, over the wire.
+    OnWire {
+        from: usize,
+        receipt: Receipt,
+        lent: Lent<Span>,
+    },
+    Done,
+}
+
+impl ReceiveFlight {
+    pub(super) fn new(
+        group: &Group,
+        common: Common,
+        from: Option<usize>,
+        sender: Option<Arc<AtomicUsize>>,
+    ) -> ReceiveFlight {
+        let wanted = Wanted { from, tag: common.tag };
+        let (number, start) = group.mail.matching.lock().post(wanted);
+        let stage = match start {
+            Start::Early(early) => Stage::There(early),
+            Start::Posted(ticket) => Stage::Waiting(ticket),
+        };
+        ReceiveFlight { wanted, sender, number, stage, common }
+    }
+
+    /// From the rank from which it comes, where that is known.
+    fn address(&self) -> Address {
+        let peer = match &self.stage {
+            Stage::There(early) => Some(early.from),
+            Stage::Taking { from, .. } | Stage::OnWire { from, .. } => Some(*from),
+            Stage::Waiting(_) | Stage::Done => self.wanted.from,
+        };
+        Address { way: "from", peer, number: self.number }
+    }
+
+    pub(super) fn poll(
+        &mut self,
+        group: &Group,
+        mut wire: Option<&mut (dyn Wire + 'static)>,
+        waker: Option<&Waker>,
+    ) -> Result<bool, Error> {
+        let op = self.common.describe(self.address());
+        let is_in_vain = is_in_vain(group, self.wanted.from);
+        if !self.common.after.has_happened(group, waker, wire.as_deref_mut(), &is_in_vain, &op)? {
+            return Ok(false);
+        }
+        if let Stage::Waiting(ticket) = self.stage {
+            let mut matching = group.mail.matching.lock();
+            let found = matching.find(group, ticket, self.wanted, wire.as_deref_mut())?;
+            match found {
+                None => return self.wait(group, wire, &is_in_vain),
+                Some(Found::Early(early)) => self.stage = Stage::There(early),
+                Some(Found::Front(from, head)) => {
+                    self.stage = Stage::Taking { from, moved: 0 };
+                    if head != self.common.head() {
+                        return Err(self.refuse(group, from, head));
+                    }
+                    if self.common.is_short() && group.hosts.host(from) == group.hosts.own {
+                        // All of it is in the piece that has come.
+                        let done = self.take(group, from, &mut |from| matching.clear_front(from), &is_in_vain)?;
+                        assert!(done, "a short message is one piece");
+                        return Ok(true);
+                    }
+                }
+            }
+        }
+        if let Stage::There(early) = &self.stage {
+            if early.head != self.common.head() {
+                return Err(self.common.disagreement(group, self.address(), early.head));
+            }
+            let _access = exclusive(self.common.buffer.deferred());
+            // SAFETY: the buffer, which this flight owns, has as many bytes, since the heads agree.
+            unsafe {
+                let to = self.common.buffer.address().as_ptr();
+                std::ptr::copy_nonoverlapping(early.bytes.as_ptr(), to, early.bytes.len());
+            }
+            let from = early.from;
+            return Ok(self.complete(group, from));
+        }
+        let Stage::Taking { from, .. } = self.stage else { return self.pass_wire(group, wire) };
+        if group.hosts.host(from) == group.hosts.own {
+            let clear = &mut |from| group.mail.matching.lock().clear_front(from);
+            return self.take(group, from, clear, &is_in_vain);
+        }
+        let wire = wire.expect("a rank of another host has a wire");
+        let lent = Lent::new(self.common.buffer.clone());
+        // SAFETY: the buffer is this flight's until it is complete, and `lent` keeps it for ever if
+        // it never is. (Access to a deferring device's memory is not serialised here: such devices
+        // are for tests on one host.)
+        let receipt = unsafe { wire.receive(from, ON_WIRE, lent.0.address().as_ptr(), self.common.bytes())? };
+        self.stage = Stage::OnWire { from, receipt, lent };
+        self.pass_wire(group, Some(wire))
+    }
+
+    /// The message at the front is not the one that this receive expects: its sender is told.
+    fn refuse(&self, group: &Group, from: usize, head: Head) -> Error {
+        if group.hosts.host(from) == group.hosts.own {
+            let local = group.hosts.column(from);
+            let refused = &group.mailbox(local, group.rank).receiver.refused;
+            let ours = self.common.head();
+            refused[0].store(ours.len, Ordering::Relaxed);
+            refused[1].store(self.number, Ordering::Relaxed);
+            publish(&refused[2], ours.dtype);
+            group.ring_rank(local, MAIL_BELL, subject::MAIL);
+        }
+        self.common.disagreement(group, self.address(), head)
+    }
+
+    /// Takes pieces from a rank of this host, and calls `clear` once it has all.
+    fn take(
+        &mut self,
+        group: &Group,
+        from: usize,
+        clear: &mut dyn FnMut(usize),
+        is_in_vain: &dyn Fn(usize) -> bool,
+    ) -> Result<bool, Error> {
+        let (local, bytes) = (group.hosts.column(from), self.common.bytes());
+        let width = self.common.buffer.dtype().bytes();
+        let op = self.common.describe(self.address());
+        loop {
+            let Stage::Taking { moved, .. } = &mut self.stage else { unreachable!("it is being taken") };
+            let at = *moved;
+            let access = exclusive(self.common.buffer.deferred());
+            // SAFETY: the buffer, which this flight owns, has `bytes` bytes.
+            let taken = unsafe {
+                let to = self.common.buffer.address().as_ptr().add(at);
+                take_piece(group, local, to, bytes - at, width, at == 0, &op)?
+            };
+            drop(access);
+            let Some(count) = taken else {
+                return self.wait(group, None, is_in_vain);
+            };
+            *moved += count;
+            if *moved == bytes {
+                clear(from);
+                return Ok(self.complete(group, from));
+            }
+            self.common.moved();
+        }
+    }
+
+    fn pass_wire(&mut self, group: &Group, wire: Option<&mut (dyn Wire + 'static)>) -> Result<bool, Error> {
+        let wire = wire.expect("a rank of another host has a wire");
+        let Stage::OnWire { from, receipt, .. } = &self.stage else { unreachable!("it is on the wire") };
+        let from = *from;
+        if !wire.test(receipt)? {
+            let op = self.common.describe(self.address());
+            self.common.watch.check_wire(group, from, wire, &op)?;
+            return Ok(false);
+        }
+        if let Stage::OnWire { lent, .. } = std::mem::replace(&mut self.stage, Stage::Done) {
+            drop(lent.back());
+        }
+        group.mail.matching.lock().clear_front(from);
+        Ok(self.complete(group, from))
+    }
+
+    /// All of it is here.
+    fn complete(&mut self, group: &Group, from: usize) -> bool {
+        self.stage = Stage::Done;
+        if let Some(sender) = &self.sender {
+            sender.store(from, Ordering::Release);
+        }
+        // The next message from there may be another thread's.
+        group.ring_rank(group.rank, MAIL_BELL, subject::MAIL);
+        group.count_message(0);
+        true
+    }
+
+    /// Waits for the sender, unless it is in vain.
+    fn wait(
+        &mut self,
+        group: &Group,
+        wire: Option<&mut (dyn Wire + 'static)>,
+        is_in_vain: &dyn Fn(usize) -> bool,
+    ) -> Result<bool, Error> {
+        let op = self.common.describe(self.address());
+        let peer = self.address().peer;
+        let watch = &mut self.common.watch;
+        match (peer, wire) {
+            (Some(peer), Some(wire)) if group.hosts.host(peer) != group.hosts.own => {
+                watch.check_wire(group, peer, wire, &op)?;
+            }
+            (Some(peer), _) => watch.check(group, group.hosts.column(peer), is_in_vain, &op)?,
+            // Any of several ranks may still send, on other hosts too.
+            (None, Some(wire)) => {
+                let remote = group.hosts.remote().next().expect("a wire leads to somebody");
+                watch.check_wire(group, remote, wire, &op)?;
+            }
+            (None, None) => {
+                let other = (0..group.world()).find(|&rank| rank != group.rank).unwrap_or(group.rank);
+                watch.check(group, other, is_in_vain, &op)?;
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Tells for a rank of this host that has left whether this is why a message from `from` never
+/// comes: it may have sent all of it before.
+fn is_in_vain(group: &Group, from: Option<usize>) -> impl Fn(usize) -> bool {
+    let wanted = from.map(|from| group.hosts.local().iter().position(|&rank| rank == from));
+    move |rank: usize| {
+        let is_empty = |rank: usize| !group.mailbox(rank, group.rank).is_full();
+        match wanted {
+            Some(wanted) => Some(rank) == wanted && is_empty(rank),
+            // From any: only once nobody else is left to send.
+            None => {
+                let has_left = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::LEFT;
+                let mut others = (0..group.world()).filter(|&other| other != group.rank);
+                !group.has_wire() && others.all(|other| has_left(other) && is_empty(other))
+            }
+        }
+    }
+}
+
+/// Takes the next piece of the message at the front of the mailbox from a rank of this host, of
+/// which `rest` bytes are missing: the number of bytes, or none where no piece waits. `is_first`:
+/// none of it has been taken.
+///
+/// # Safety
+/// `to` is writable for `rest` bytes, which nobody else uses.
+pub(super) unsafe fn take_piece(
+    group: &Group,
+    from: usize,
+    to: *mut u8,
+    rest: usize,
+    width: usize,
+    is_first: bool,
+    op: &dyn Fn() -> String,
+) -> Result<Option<usize>, Error> {
+    let mailbox = group.mailbox(from, group.rank);
+    let taken = mailbox.receiver.taken.load(Ordering::Relaxed);
+    if mailbox.sent.load(Ordering::Acquire) == taken {
+        return Ok(None);
+    }
+    let place = mailbox.place(taken);
+    let count = match place {
+        Place::Stage(_) => rest.min(PIECE / width * width),
+        _ => rest,
+    };
+    match place {
+        Place::Arena(offset) | Place::Stage(offset) if group.engine.map.contains(offset, count as u64) => {
+            let large = non_temporal::pays(2 * rest) && is_first && count == rest;
+            let source = group.address(from, offset, count as u64);
+            // SAFETY: the source lies in the sender's arena, and the sender leaves it as it is
+            // until this rank has taken the piece; the destination is the caller's promise. They
+            // belong to different ranks or different buffers.
+            unsafe { non_temporal::copy(source.as_ptr(), to, count, large) };
+        }
+        // SAFETY: the destination is the caller's promise.
+        Place::Private(address) => unsafe { group.read_private(from, address, to, count, op)? },
+        _ => {
+            let reason = format!("rank {} published a message outside its arena", group.name(from));
+            return Err(Error::System { what: "receiving a message", reason });
+        }
+    }
+    publish(&mailbox.receiver.taken, taken + 1);
+    group.ring_rank(from, MAIL_BELL, subject::MAIL);
+    Ok(Some(count))
+}
