@@ -166,7 +166,7 @@ impl Communicator {
         if simulated_hosts > 1 { WireKind::Mpi } else { wire.of(&self.job.launch, backend) }
     }
 
-    /// Number of hosts over which the ranks are spread, as many on each; every rank counts as one
+    /// Number of hosts over which the ranks are spread; every rank counts as one
     /// under [`Backend::Mpi`] and [`Backend::Tcp`].
     pub fn hosts(&self) -> usize {
         self.transport.hosts().ranks.len()

@@ -1,10 +1,15 @@
-//! Which ranks are where.
+//! Which ranks are where, and who talks to whom between hosts.
+//!
+//! Each rank has a *partner* on every other host: the rank there with its place, or, where there
+//! are fewer, with its place modulo their number. A rank sends its partners what their hosts want
+//! from it, and receives for its host from the ranks whose partner it is. With as many ranks on
+//! every host, partners are each other's, and share the work of the wire evenly.
 
 use std::sync::Once;
 
 use crate::Launch;
 
-/// Which ranks of the communicator are on which host: `hosts[h][l]`, as many on each.
+/// Which ranks of the communicator are on which host: `ranks[h][l]`.
 #[derive(Clone, Debug)]
 pub(crate) struct Hosts {
     pub(crate) ranks: Vec<Vec<usize>>,
@@ -13,8 +18,7 @@ pub(crate) struct Hosts {
 }
 
 impl Hosts {
-    /// Ranks whose hosts have these numbers, if there are as many on every host; else every rank on
-    /// its own.
+    /// Ranks whose hosts have these numbers.
     pub(crate) fn of(homes: &[usize], rank: usize) -> Hosts {
         let mut ranks: Vec<Vec<usize>> = Vec::new();
         for (rank, home) in homes.iter().enumerate() {
@@ -22,15 +26,6 @@ impl Hosts {
                 Some(host) => host.push(rank),
                 None => ranks.push(vec![rank]),
             }
-        }
-        let is_even = ranks.iter().all(|host| host.len() == ranks[0].len());
-        if !is_even {
-            say_once(
-                rank,
-                &UNEVEN,
-                "hosts have different numbers of ranks, so every rank talks to every other over the network",
-            );
-            return Hosts::alone(homes.len(), rank);
         }
         let is_in_order = ranks.iter().flat_map(|host| host.windows(2)).all(|pair| pair[0] + 1 == pair[1]);
         if !is_in_order {
@@ -63,7 +58,7 @@ impl Hosts {
     }
 
     /// The place of a rank among those of its host.
-    pub(crate) fn column(&self, rank: usize) -> usize {
+    pub(crate) fn place(&self, rank: usize) -> usize {
         let place = |host: &Vec<usize>| host.iter().position(|&other| other == rank);
         self.ranks.iter().find_map(place).expect("every rank is on a host")
     }
@@ -79,20 +74,47 @@ impl Hosts {
         self.ranks.iter().position(|host| host.contains(&rank)).expect("every rank is on a host")
     }
 
-    /// The ranks with this rank's place on the other hosts.
-    pub(crate) fn column_of(&self, rank: usize) -> impl Iterator<Item = usize> {
-        let place = self.column(rank);
-        let own = self.own;
-        self.ranks.iter().enumerate().filter(move |&(host, _)| host != own).map(move |(_, ranks)| ranks[place])
+    /// A rank's partner on a host; the rank itself on its own.
+    pub(crate) fn partner(&self, rank: usize, host: usize) -> usize {
+        let ranks = &self.ranks[host];
+        ranks[self.place(rank) % ranks.len()]
+    }
+
+    /// The place, among those of this host, of a rank's partner here.
+    pub(crate) fn partner_here(&self, rank: usize) -> usize {
+        self.place(rank) % self.local().len()
+    }
+
+    /// The partners of this host's rank `rank` on the other hosts.
+    pub(crate) fn partners(&self, rank: usize) -> impl Iterator<Item = usize> {
+        let others = (0..self.ranks.len()).filter(move |&host| host != self.own);
+        others.map(move |host| self.partner(rank, host))
+    }
+
+    /// The ranks of other hosts whose partner is this host's rank `rank`.
+    pub(crate) fn partnered(&self, rank: usize) -> impl Iterator<Item = usize> {
+        self.remote().filter(move |&other| self.partner(other, self.own) == rank)
+    }
+
+    /// Everybody with whom this host's rank `rank` talks as a partner, either way.
+    pub(crate) fn correspondents(&self, rank: usize) -> Vec<usize> {
+        let mut all: Vec<usize> = self.partners(rank).chain(self.partnered(rank)).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Whether every rank is on a host of its own.
+    pub(crate) fn are_single(&self) -> bool {
+        self.ranks.iter().all(|host| host.len() == 1)
     }
 
     /// Number of ranks on all hosts.
     pub(crate) fn world(&self) -> usize {
-        self.ranks.len() * self.local().len()
+        self.ranks.iter().map(Vec::len).sum()
     }
 }
 
-static UNEVEN: Once = Once::new();
 static NOT_IN_ORDER: Once = Once::new();
 
 /// Says what costs speed or order: rank 0 of a communicator, and once in a process, which may make

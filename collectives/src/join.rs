@@ -65,8 +65,8 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     let Launch { rank, world, local_world, .. } = job.launch;
     let mut network = None;
     let (homes, wire): (Vec<usize>, Option<Box<dyn Wire>>) = if options.simulated_hosts > 1 {
-        let on_each = local_world / options.simulated_hosts;
-        ((0..world).map(|rank| rank / on_each).collect(), Some(Box::new(ThreadWire::open(&job.name, rank))))
+        let homes = (0..world).map(|rank| rank * options.simulated_hosts / world).collect();
+        (homes, Some(Box::new(ThreadWire::open(&job.name, rank))))
     } else if local_world != job.world || options.backend.uses_wire() {
         match options.wire.of(&job.launch, options.backend) {
             WireKind::Mpi => {
@@ -87,7 +87,7 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     };
     let is_single = hosts.ranks.len() == 1;
     let groups = options.reduce_groups;
-    if hosts.local().len() > 1 && !is_single && ![1, hosts.ranks.len()].contains(&groups) {
+    if !hosts.are_single() && !is_single && ![1, hosts.ranks.len()].contains(&groups) {
         let reason = format!(
             "{groups} groups of reduction were asked for, but {0} hosts are groups already: ask for 1 or {0}",
             hosts.ranks.len()
@@ -103,7 +103,7 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     let name = network.as_ref().map_or_else(|| job.name.clone(), |network| network.name());
     // Every host has a place of its own, named after its lowest rank.
     let name = if is_single { name } else { format!("{name}@{}", hosts.local()[0]) };
-    let local = hosts.column(rank);
+    let local = hosts.place(rank);
     let place = Place {
         name: &name,
         rank: local,

@@ -18,8 +18,7 @@ pub enum Backend {
     Tcp,
     /// MPI between all ranks, wherever they are. Needs the feature `mpi`.
     Mpi,
-    /// Group memory between the ranks of a host, and a wire ([`WireKind`]) between hosts, which
-    /// have as many ranks each.
+    /// Group memory between the ranks of a host, and a wire ([`WireKind`]) between hosts.
     Hierarchical,
 }
 
@@ -99,8 +98,9 @@ pub struct Options {
     /// Whether ranks of a host read buffers in private memory where they lie, if the system allows
     /// it to all of them; otherwise buffers pass through shared memory. Default: true.
     pub reads_private: bool,
-    /// For tests, with ranks that are threads of one process: they behave as if they were on this many hosts, consecutive ranks on
-    /// each, and pass messages through this process's memory where there would be a network.
+    /// For tests, with ranks that are threads of one process: they behave as if they were on this
+    /// many hosts, consecutive ranks on each, as evenly as can be, and pass messages through this
+    /// process's memory where there would be a network.
     pub simulated_hosts: usize,
     /// For tests: every operation on the gather channel starts this much late.
     pub gather_delay: Duration,
@@ -160,8 +160,8 @@ impl Options {
             )
         } else if local_world != world && backend == Backend::Shm {
             format!("only {local_world} of {world} ranks are on this host: choose another backend than shm")
-        } else if hosts == 0 || !local_world.is_multiple_of(hosts) {
-            format!("{hosts} simulated hosts do not divide {world} ranks")
+        } else if hosts == 0 || hosts > local_world {
+            format!("{world} ranks cannot be on {hosts} simulated hosts")
         } else {
             return Ok(());
         };

@@ -1,8 +1,8 @@
 //! All-gather: after one step each rank copies every rank's shard from where it lies. A rank reads S and writes S, of which (P−1)/P·S
 //! are read from others: the lower bound for a gather that copies. (A window's gather moves nothing.)
 //!
-//! Between hosts rank l of each exchanges shards with rank l of the others, and after one more step copies what its neighbours received:
-//! (H−1)/H·S/L a rank on the wire, the lower bound, and 2·S of copies.
+//! Between hosts a rank sends its shard to its partners, and after one more step copies what its
+//! neighbours received: (H−1)/H·S/L a rank on the wire, the lower bound, and 2·S of copies.
 
 use super::moves::{Moves, Pull};
 use super::operation::{Operation, Work};
@@ -28,10 +28,11 @@ pub(crate) fn all_gather(
     let pulls = own.map(|(from, &rank)| Pull { from, chunk: of(rank), to: rank }).collect();
     let moves = Moves {
         pulls,
-        sends: hosts.column_of(rank).map(|peer| (peer, of(rank))).collect(),
+        sends: hosts.partners(rank).map(|peer| (peer, of(rank))).collect(),
         source: End::Input,
-        receives: hosts.column_of(rank).map(|peer| (peer, peer)).collect(),
+        receives: hosts.partnered(rank).map(|peer| (peer, peer)).collect(),
         spread: spread(hosts),
+        ..Moves::default()
     };
     let sent = (world - 1) * chunk * operands.dtype.bytes();
     Operation::new(Kind::AllGather, Detail::None, operands, Work::Moves(moves))
@@ -40,7 +41,7 @@ pub(crate) fn all_gather(
         .sending(sent)
 }
 
-/// Chunks of other hosts' ranks, from the rank of this host that has their place.
+/// Chunks of other hosts' ranks, from their partners here.
 pub(super) fn spread(hosts: &Hosts) -> Vec<Pull> {
-    hosts.remote().map(|rank| Pull { from: hosts.column(rank), chunk: rank, to: rank }).collect()
+    hosts.remote().map(|rank| Pull { from: hosts.partner_here(rank), chunk: rank, to: rank }).collect()
 }

@@ -31,11 +31,11 @@ pub(crate) fn all_reduce(
     let mut operation = Operation::new(Kind::AllReduce, combination.detail(None, 0), operands, Work::Fold(fold))
         .cut_into(chunk, len, world, world)
         .sending(sent);
-    operation.then = hosts.column_of(rank).next().map(|_| {
+    operation.then = (hosts.ranks.len() > 1).then(|| {
         Box::new(Moves {
-            sends: hosts.column_of(rank).map(|peer| (peer, rank)).collect(),
+            sends: hosts.partners(rank).map(|peer| (peer, rank)).collect(),
             source: End::Output,
-            receives: hosts.column_of(rank).map(|peer| (peer, peer)).collect(),
+            receives: hosts.partnered(rank).map(|peer| (peer, peer)).collect(),
             spread: spread(hosts),
             ..Moves::default()
         })

@@ -17,7 +17,7 @@ pub(crate) fn all_to_all(hosts: &Hosts, rank: usize, operands: Operands, chunk: 
         sends: hosts.remote().map(|peer| (peer, peer)).collect(),
         source: End::Input,
         receives: hosts.remote().map(|peer| (peer, peer)).collect(),
-        spread: Vec::new(),
+        ..Moves::default()
     };
     let sent = (world - 1) * chunk * operands.dtype.bytes();
     Operation::new(Kind::AllToAll, Detail::None, operands, Work::Moves(moves))

@@ -1,7 +1,7 @@
 //! What operations on buffers do between hosts.
 //!
 //! ```text
-//! greet           the ranks of a column tell each other what they called
+//! greet           partners tell each other what they called
 //! for each piece: messages, and the folds that wait for them | spread: ranks of a host copy from each other what came
 //! ```
 
@@ -22,7 +22,7 @@ use crate::request::Sidebands;
 
 /// What an operation has under way between hosts.
 pub(super) enum OnWire {
-    /// Its column learns what it is.
+    /// Its partners learn what it is.
     Greeting(Greeting),
     /// Nothing at the moment: all agree.
     Agreed,
@@ -36,6 +36,8 @@ pub(super) struct Passing {
     fold: Option<WireFold>,
     /// Whether the messages of the moves, which may follow a fold, have been started.
     started: bool,
+    /// And those that pass on what these have brought.
+    forwarded: bool,
 }
 
 /// Memory that messages use: the operands, the mapping that holds the stage, and what partial results are made in.
@@ -114,22 +116,17 @@ impl Operation {
             let own = (0..peers.world()).flat_map(|rank| (0..self.sideband_words()).map(move |index| (rank, index)));
             own.map(|(rank, index)| peers.payload(rank, index)).collect()
         };
-        Ok(Greeting::new(peers.call, self.somebody_stages(peers), body))
+        Ok(Greeting::new(peers, self.somebody_stages(peers), body))
     }
 
-    /// Takes from the column's greetings what rode along, and whether somebody stages.
+    /// Takes from the greetings what rode along, and whether somebody stages.
     fn agree(&mut self, greeting: &Greeting, peers: &Peers<'_>) -> Result<(), Error> {
         let hosts = &peers.group.hosts;
-        let word = |rank: usize, words: usize, index: usize| {
-            greeting.body(hosts.host(rank))[hosts.column(rank) * words + index]
-        };
+        let word = |rank: usize, index: usize| greeting.words(hosts, rank)[index];
         if let Some(lists) = &self.sides.lists {
-            let world = hosts.world();
-            let longest = lists.compare(hosts, peers, self.dtype, |rank, chunk| word(rank, world, chunk))?;
-            self.sides.chunk = longest;
+            self.sides.chunk = lists.compare(hosts, peers, self.dtype, word)?;
         } else {
-            let words = self.sideband_words();
-            self.add_sidebands(hosts.world(), |rank, index| word(rank, words, index));
+            self.add_sidebands(hosts.world(), word);
         }
         self.decide(greeting.staged());
         Ok(())
@@ -141,7 +138,7 @@ impl Operation {
             Work::Moves(_) => None,
             Work::Fold(fold) => {
                 let fold = WireFold::new(fold, peers);
-                let words = fold.work_bytes(peers.group.hosts.ranks.len()).div_ceil(8);
+                let words = fold.work_bytes().div_ceil(8);
                 if work.len() < words {
                     work.resize(words, 0);
                 }
@@ -152,7 +149,7 @@ impl Operation {
         let whole = [&self.sides.input.span, &self.sides.output.span].into_iter().flatten();
         let operands = whole.chain(lists).cloned().collect();
         let transit = Transit::new(Held { work, _operands: operands, _map: peers.group.engine.map.clone() });
-        Passing { transit, fold, started: false }
+        Passing { transit, fold, started: false, forwarded: false }
     }
 
     /// Moves a piece between hosts; a rank that is waited for, or none once it is done.
@@ -171,6 +168,13 @@ impl Operation {
             transit.poll(peers, moves::GROUP)?;
             moves.pull(&self.sides, peers, piece, streams)?;
         }
-        transit.poll(peers, moves::GROUP)
+        if let Some(rank) = transit.poll(peers, moves::GROUP)? {
+            return Ok(Some(rank));
+        }
+        if !passing.forwarded {
+            passing.forwarded = true;
+            moves.forward(&self.sides, peers, piece, transit)?;
+        }
+        transit.poll(peers, moves::FORWARDS)
     }
 }

@@ -11,7 +11,6 @@ use super::operation::Mode;
 use super::sides::{End, Piece, Sides, Source};
 use crate::call::Detail;
 use crate::engine::flight::Peers;
-use crate::hosts::Hosts;
 use crate::request::{Observing, Operands};
 use crate::{Error, Reduction};
 
@@ -25,8 +24,11 @@ pub(super) enum Target {
     Own,
     /// Every rank, as the chunk that it was.
     All,
-    /// One rank, as the chunk that it was; the ranks of its host combine one chunk each.
+    /// One rank, as the chunk that it was; on one host.
     Root(usize),
+    /// The same on several hosts: those of other hosts keep the chunk as their only one, and it
+    /// then goes to their partners on the root's host.
+    Collected(usize),
 }
 
 /// How elements are combined: equal on all ranks.
@@ -114,24 +116,17 @@ impl Fold {
         self.combination.reduction.wide(self.dtype)
     }
 
-    /// The chunk that the `rank`-th rank of a host combines to the end, if it does.
-    pub(super) fn chunk_for(&self, hosts: &Hosts, host: usize, rank: usize) -> Option<usize> {
-        match self.target {
-            Target::Own | Target::All => Some(hosts.ranks[host][rank]),
-            Target::Root(root) => (hosts.host(root) == host).then_some(rank),
-        }
-    }
-
     /// Chunks of this rank's output that its peers store.
     pub(super) fn pushed_by_others(&self, peers: &Peers<'_>) -> Vec<usize> {
-        let hosts = &peers.group.hosts;
-        let wanted = match self.target {
-            Target::Own => false,
-            Target::All => true,
-            Target::Root(root) => hosts.local()[peers.rank()] == root,
-        };
-        let others = (0..peers.world()).filter(|&rank| wanted && rank != peers.rank());
-        others.filter_map(|rank| self.chunk_for(hosts, hosts.own, rank)).collect()
+        let (hosts, own) = (&peers.group.hosts, peers.group.name(peers.rank()));
+        let others = || hosts.local().iter().copied().filter(|&rank| rank != own);
+        match self.target {
+            Target::All => others().collect(),
+            Target::Root(root) | Target::Collected(root) if root == own => {
+                others().flat_map(|rank| hosts.partnered(rank).chain([rank])).collect()
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// Combines what this rank must, on one host.
@@ -160,7 +155,7 @@ impl Fold {
         let (chunk, range) = match self.target {
             Target::Own => (rank, sides.range(End::Input, rank, piece)),
             Target::Root(root) if root != rank => return Ok(()),
-            Target::All | Target::Root(_) => (0, 0..sides.len),
+            Target::All | Target::Root(_) | Target::Collected(_) => (0, 0..sides.len),
         };
         let output = sides.own(End::Output, 0, range.start, range.len());
         self.combine(sides, peers, piece, chunk, range, &[output], false)
@@ -308,7 +303,11 @@ impl Fold {
         match self.target {
             Target::Own => Ok(smallvec![output(rank, 0)?]),
             Target::All => (0..peers.world()).map(|of| output(of, hosts.local()[rank])).collect(),
-            Target::Root(root) => Ok(smallvec![output(hosts.column(root), rank)?]),
+            Target::Root(root) => Ok(smallvec![output(root, rank)?]),
+            Target::Collected(root) if hosts.host(root) == hosts.own => {
+                Ok(smallvec![output(hosts.place(root), hosts.local()[rank])?])
+            }
+            Target::Collected(_) => Ok(smallvec![output(rank, hosts.local()[rank])?]),
         }
     }
 }

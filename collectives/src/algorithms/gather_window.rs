@@ -1,14 +1,14 @@
 //! A gather that moves nothing on a host: every rank has written its part of the window when it takes its step, so after one step all of
 //! it may be read. What keeps it unchanged while it is read is `Window::shard_mut`, which waits for every rank's release.
 //!
-//! Between hosts each rank exchanges shards with its column, straight from one host's window into the other's: (H−1)/H·S/L a rank on
-//! the wire, the lower bound, and no copy on the host.
+//! Between hosts each rank sends its shard to its partners, straight from one host's window into
+//! the other's: (H−1)/H·S/L a rank on the wire, the lower bound, and no copy on the host.
 
 use std::sync::Arc;
 
 use pillion_kernels::Span;
 
-use super::transit::{Greeting, Transit, column};
+use super::transit::{Greeting, Transit};
 use crate::call::{Detail, Kind, call, in_sections};
 use crate::engine::flight::{Algorithm, Opening, Peers, Progress};
 use crate::memory::control::Call;
@@ -42,24 +42,32 @@ impl GatherWindow {
 
     /// Exchanges shards with other hosts; a rank that is waited for, or none once all are there.
     fn pass_wire(&mut self, peers: &mut Peers<'_>) -> Result<Option<usize>, Error> {
-        let greeting = self.greeting.get_or_insert_with(|| Greeting::new(peers.call, false, Vec::new()));
+        let greeting = self.greeting.get_or_insert_with(|| Greeting::new(peers, false, Vec::new()));
         if self.transit.is_none() {
             if let Some(rank) = greeting.poll(peers)? {
                 return Ok(Some(rank));
             }
             let mut transit = Transit::new((self.window.clone(), peers.group.engine.map.clone()));
-            let count = self.sections.as_ref().map_or(1, Sections::count);
-            let chunks = (0..count).flat_map(|section| column(peers).into_iter().map(move |(_, peer)| (section, peer)));
-            for (section, peer) in chunks {
-                let chunk = |rank| chunk(self.sections.as_ref(), self.window.len(), section, self.world, rank);
-                let [theirs, own] = [peer, self.rank].map(|rank| self.window.range(chunk(rank)));
-                let bytes = own.len() * own.dtype().bytes();
-                // SAFETY: the transit keeps the window. Nobody on this host reads it now: each has released it and called for this gather,
-                // and reads only once it is complete. Each of the other hosts' shards is received by one rank, and nobody writes this
-                // rank's own before it has been released again.
+            let hosts = &peers.group.hosts;
+            for section in 0..self.sections.as_ref().map_or(1, Sections::count) {
+                let chunk = |rank| {
+                    let chunk = chunk(self.sections.as_ref(), self.window.len(), section, self.world, rank);
+                    let span = self.window.range(chunk);
+                    (span.address().as_ptr(), span.len() * span.dtype().bytes())
+                };
+                // SAFETY: the transit keeps the window. Nobody on this host reads it now: each has
+                // released it and called for this gather, and reads only once it is complete. Each
+                // of the other hosts' shards is received by one rank, and nobody writes this rank's
+                // own before it has been released again.
                 unsafe {
-                    transit.receive(peer, theirs.address().as_ptr(), bytes, 0);
-                    transit.send(peer, own.address().as_ptr(), bytes, 0);
+                    for peer in hosts.partnered(self.rank) {
+                        let (theirs, bytes) = chunk(peer);
+                        transit.receive(peer, theirs, bytes, 0);
+                    }
+                    for peer in hosts.partners(self.rank) {
+                        let (own, bytes) = chunk(self.rank);
+                        transit.send(peer, own, bytes, 0);
+                    }
                 }
             }
             self.transit = Some(transit);

@@ -101,7 +101,7 @@ impl Lists {
     pub(super) fn compare_on_host(&self, peers: &Peers<'_>, dtype: DType) -> Result<usize, Error> {
         let (lengths, hosts) = (Lists::lengths(peers)?, &peers.group.hosts);
         let world = hosts.world();
-        self.compare(hosts, peers, dtype, |rank, chunk| lengths[hosts.column(rank) * world + chunk])
+        self.compare(hosts, peers, dtype, |rank, chunk| lengths[hosts.place(rank) * world + chunk])
     }
 
     /// Compares what this rank expects with what the others have, `of(rank, chunk)` elements; the

@@ -87,7 +87,7 @@ impl AnyAlgorithm {
             }
             Collective::Reduce { operands, len, reduction, root } => {
                 let combination = combination(&operands, reduction);
-                reduces(reduce::reduce(hosts, operands, len, combination, root))
+                reduces(reduce::reduce(hosts, rank, operands, len, combination, root))
             }
         }
     }

@@ -13,8 +13,9 @@ use crate::Error;
 use crate::engine::flight::Peers;
 use crate::memory::place::Place;
 
-/// The group of these messages in a transit.
+/// The groups of these messages in a transit: those that start at once, and those that follow.
 pub(super) const GROUP: usize = 100;
+pub(super) const FORWARDS: usize = 101;
 
 /// One chunk that a rank copies from a rank of its host to its own output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +41,10 @@ pub(super) struct Moves {
     pub(super) source: End,
     /// (rank of another host, chunk of the output).
     pub(super) receives: Vec<(usize, usize)>,
+    /// Whose output receives, by the place of a rank of this host, if it is not this rank's.
+    pub(super) into: Option<usize>,
+    /// What is received and goes on: (rank of another host, chunk of the output).
+    pub(super) forwards: Vec<(usize, usize)>,
     /// From outputs of ranks of this host, once they have received.
     pub(super) spread: Vec<Pull>,
 }
@@ -78,21 +83,55 @@ impl Moves {
             }
         }
         for &(rank, chunk) in &self.receives {
-            let staged = matches!(peers.header(peers.rank()).output(), Place::Stage(_));
             for part in sides.parts(sides.range(End::Output, chunk, piece)) {
                 let bytes = part.len() * sides.output.width;
-                let into = if staged {
-                    sides.published(peers, peers.rank(), End::Output, chunk, part, piece)?
-                } else {
-                    sides.own(End::Output, chunk, part.start, part.len())
-                };
-                // SAFETY: the output is this operation's, and `Held` keeps it and the stage. No
-                // rank of this host reads this chunk before this rank's next step; those that read
-                // an earlier piece from the same half of the stage have taken a step since.
+                let into = self.landing(sides, peers, chunk, part, piece)?;
+                // SAFETY: the output is this operation's, or that of the same operation of a rank
+                // of this host; `Held` keeps the one, and the mapping with the other and all
+                // stages. No rank of this host reads this chunk before this rank's next step; those
+                // that read an earlier piece from the same half of the stage have taken a step
+                // since.
                 unsafe { transit.receive(rank, into, bytes, GROUP) };
             }
         }
         Ok(())
+    }
+
+    /// Passes on what has been received.
+    pub(super) fn forward(
+        &self,
+        sides: &Sides,
+        peers: &mut Peers<'_>,
+        piece: &Piece,
+        transit: &mut Transit<Held>,
+    ) -> Result<(), Error> {
+        for &(rank, chunk) in &self.forwards {
+            for part in sides.parts(sides.range(End::Output, chunk, piece)) {
+                let bytes = part.len() * sides.output.width;
+                let from = self.landing(sides, peers, chunk, part, piece)?;
+                // SAFETY: as in `start`; it has been received, and only reads follow.
+                unsafe { transit.send(rank, from, bytes, FORWARDS) };
+            }
+        }
+        Ok(())
+    }
+
+    /// Where elements that are received lie: where the ranks of this host copy them from, if they
+    /// do.
+    fn landing(
+        &self,
+        sides: &Sides,
+        peers: &Peers<'_>,
+        chunk: usize,
+        part: Range<usize>,
+        piece: &Piece,
+    ) -> Result<*mut u8, Error> {
+        let rank = self.into.unwrap_or(peers.rank());
+        let is_staged = matches!(peers.header(rank).output(), Place::Stage(_));
+        match is_staged && !self.spread.is_empty() {
+            true => sides.published(peers, rank, End::Output, chunk, part, piece),
+            false => sides.of_rank(peers, rank, End::Output, chunk, part, piece),
+        }
     }
 
     /// Copies what ranks of this host have received, or combined.

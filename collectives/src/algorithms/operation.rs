@@ -14,7 +14,7 @@
 //! With other hosts an exchange has a second half, in which ranks copy from each other what came over the wire.
 
 use pillion_kernels::cpu::non_temporal;
-use pillion_kernels::{DType, Span, exclusive};
+use pillion_kernels::{Cpu, DType, Device, Span, exclusive};
 
 use super::between_hosts::OnWire;
 use super::folds::{Fold, Target};
@@ -73,8 +73,8 @@ impl Operation {
             Work::Moves(moves) => !moves.spread.is_empty(),
             Work::Fold(fold) => fold.target != Target::Own,
         };
-        let input = Side { span: input, chunks: 1, width: dtype.bytes(), shared: true };
-        let output = Side { span: output, chunks: 1, width: to.bytes(), shared: pushed };
+        let input = Side { span: input, chunks: 1, first: 0, width: dtype.bytes(), shared: true };
+        let output = Side { span: output, chunks: 1, first: 0, width: to.bytes(), shared: pushed };
         let sides = Sides { input, output, chunk: 0, len: 0, piece: 0, sections: None, head: 0, lists: None };
         Operation {
             kind,
@@ -173,6 +173,20 @@ impl Operation {
         bytes >= least && !is_written && peers.group.reads_private()
     }
 
+    /// Memory for the chunk that a rank of another host than the root's combines.
+    fn make_room(&mut self, peers: &Peers<'_>) -> Result<(), Error> {
+        let Work::Fold(Fold { target: Target::Collected(root), combination, .. }) = &self.work else { return Ok(()) };
+        let hosts = &peers.group.hosts;
+        if hosts.host(*root) != hosts.own {
+            let room = Cpu.allocate(combination.output, self.sides.chunk);
+            let room = room.map_err(|error| Error::System { what: "a reduction", reason: error.to_string() })?;
+            let output = &mut self.sides.output;
+            (output.span, output.chunks, output.shared) = (Some(room.span()), 1, false);
+            output.first = peers.group.name(peers.rank());
+        }
+        Ok(())
+    }
+
     /// Copies this rank's part of a piece into its stage: the chunks that others read.
     fn copy_in(&self, peers: &Peers<'_>, piece: &Piece) -> Result<(), Error> {
         if !matches!(peers.header(peers.rank()).input(), Place::Stage(_)) {
@@ -223,12 +237,12 @@ impl Operation {
                 Some(peers.rank())
             }
             Kind::AllGather | Kind::AllGatherV | Kind::Broadcast | Kind::Gather | Kind::GatherV => None,
-            Kind::Reduce => Some(chunk),
+            Kind::Reduce if hosts.ranks.len() == 1 => Some(chunk),
             // What goes to another host is sent from where it lies.
             Kind::Scatter | Kind::ScatterV | Kind::AllToAll | Kind::AllToAllV if hosts.host(chunk) != hosts.own => {
                 Some(peers.rank())
             }
-            _ => Some(hosts.column(chunk)),
+            _ => Some(hosts.partner_here(chunk)),
         }
     }
 
@@ -331,6 +345,7 @@ impl Algorithm for Operation {
 
     fn begin(&mut self, peers: &mut Peers<'_>) -> Result<Opening, Error> {
         let _access = exclusive(self.deferred());
+        self.make_room(peers)?;
         if let Work::Moves(moves) = &mut self.work {
             moves.take_turns(peers);
         }

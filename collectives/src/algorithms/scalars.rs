@@ -72,15 +72,14 @@ impl Algorithm for Scalars {
             self.gathered.extend(values);
         } else {
             if self.greeting.is_none() {
-                self.greeting = Some(Greeting::new(peers.call, false, self.on_host(peers).collect()));
+                self.greeting = Some(Greeting::new(peers, false, self.on_host(peers).collect()));
             }
             let greeting = self.greeting.as_mut().expect("made above");
             if let Some(rank) = greeting.poll(peers)? {
                 return Ok(Progress::Waiting(rank));
             }
-            let (hosts, count) = (&peers.group.hosts, self.values.len());
-            let of = |rank| &greeting.body(hosts.host(rank))[hosts.column(rank) * count..][..count];
-            self.gathered = (0..hosts.world()).flat_map(of).copied().collect();
+            let hosts = &peers.group.hosts;
+            self.gathered = (0..hosts.world()).flat_map(|rank| greeting.words(hosts, rank)).copied().collect();
         }
         if let Some(place) = &self.deliver_to {
             *place.lock() = std::mem::take(&mut self.gathered);

@@ -14,7 +14,7 @@ pub(crate) fn scatter(hosts: &Hosts, rank: usize, operands: Operands, chunk: usi
     let world = hosts.world();
     let mut moves = Moves::default();
     if hosts.host(root) == hosts.own {
-        moves.pulls = smallvec![Pull { from: hosts.column(root), chunk: rank, to: 0 }];
+        moves.pulls = smallvec![Pull { from: hosts.place(root), chunk: rank, to: 0 }];
     } else {
         moves.receives = vec![(root, 0)];
     }

@@ -87,6 +87,8 @@ pub(super) struct Side {
     pub(super) span: Option<Span>,
     /// Number of chunks.
     pub(super) chunks: usize,
+    /// The number of the first of them that it has.
+    pub(super) first: usize,
     /// Bytes of an element.
     pub(super) width: usize,
     /// Whether peers use it.
@@ -147,13 +149,13 @@ impl Sides {
         self.sections.as_ref().map_or(0, |sections| sections.of(element))
     }
 
-    /// Where an element of a chunk lies in an operand of `chunks` chunks.
-    fn index(&self, chunks: usize, chunk: usize, element: usize) -> usize {
+    /// Where an element of a chunk lies in an operand.
+    fn index(&self, side: &Side, chunk: usize, element: usize) -> usize {
         match &self.sections {
-            None => chunk * self.chunk + element,
+            None => (chunk - side.first) * self.chunk + element,
             Some(sections) => {
                 let Range { start, end } = sections.in_shard(sections.of(element));
-                chunks * start + chunk * (end - start) + element - start
+                side.chunks * start + chunk * (end - start) + element - start
             }
         }
     }
@@ -192,7 +194,7 @@ impl Sides {
             return unsafe { span.address().as_ptr().add(at * self.side(end).width) };
         }
         let span = self.side(end).span.as_ref().expect("an operand that this rank has");
-        let first = if count == 0 { 0 } else { self.index(self.side(end).chunks, chunk, at) };
+        let first = if count == 0 { 0 } else { self.index(self.side(end), chunk, at) };
         assert!(first + count <= span.len(), "elements {first}..+{count} of an operand of {}", span.len());
         // SAFETY: inside the span, by the assertion.
         unsafe { span.address().as_ptr().add(first * self.side(end).width) }
@@ -214,11 +216,8 @@ impl Sides {
             End::Input => (header.input(), 0),
             End::Output => (header.output(), 2 * PIECE as u64),
         };
-        let index = if elements.is_empty() || self.lists.is_some() {
-            0
-        } else {
-            self.index(side.chunks, chunk, elements.start)
-        };
+        let index =
+            if elements.is_empty() || self.lists.is_some() { 0 } else { self.index(side, chunk, elements.start) };
         let whole = index * side.width;
         let offset = match place {
             Place::Arena(_) if self.lists.is_some() => {
@@ -269,7 +268,7 @@ impl Sides {
         let (start, index) = match &self.lists {
             Some(_) => (Table::of(peers, rank)?.chunk(end, chunk)[0], elements.start),
             None if elements.is_empty() => (start, 0),
-            None => (start, self.index(self.side(end).chunks, chunk, elements.start)),
+            None => (start, self.index(self.side(end), chunk, elements.start)),
         };
         Ok(Source::Private { rank, address: start.wrapping_add((index * self.side(end).width) as u64) })
     }

@@ -1,8 +1,7 @@
 //! Messages of an operation to and from other hosts, and the greeting with which it starts there.
 //!
-//! Rank l of a host talks to rank l of every other host, its *column*; so the ranks of a host share the work of the wire evenly.
-//! Before any data, the ranks of a column tell each other what they called, like headers do on a host: the hosts' own headers agree, so
-//! if columns agree, all ranks do.
+//! Before any data, partners tell each other what they called, like headers do on a host: the
+//! hosts' own headers agree, and partners connect all hosts, so if partners agree, all ranks do.
 
 use std::collections::{HashMap, VecDeque};
 use std::mem::ManuallyDrop;
@@ -10,6 +9,7 @@ use std::mem::ManuallyDrop;
 use crate::Error;
 use crate::call::describe;
 use crate::engine::flight::Peers;
+use crate::hosts::Hosts;
 use crate::memory::control::Call;
 use crate::wire::{Receipt, Wire};
 
@@ -174,15 +174,18 @@ const NO_WIRE: &str = "an operation between hosts runs on the thread that owns t
 /// The groups of a greeting's messages.
 const HEADS: usize = 0;
 const BODIES: usize = 1;
-/// Words of a greeting's head: the call, whether this host stages, and the number of words that follow.
+/// Words of a greeting's head: the call, whether this host stages, and the number of words that
+/// follow for each rank of the host.
 const HEAD: usize = 8;
 
-/// What the ranks of a column tell each other first.
+/// What partners tell each other first.
 pub(super) struct Greeting {
     transit: Transit<Words>,
     phase: Phase,
-    /// What every host said, by host: whether it stages.
+    /// Whether some host stages, of those that have been heard.
     staged: bool,
+    /// Whom this rank greets.
+    correspondents: Vec<usize>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -195,34 +198,38 @@ enum Phase {
 struct Words {
     head: Box<[u64]>,
     body: Box<[u64]>,
-    /// By host.
+    /// By correspondent.
     heads: Box<[[u64; HEAD]]>,
     bodies: Box<[Box<[u64]>]>,
 }
 
 impl Greeting {
-    /// `body` has as many words on every rank; `staged` says whether anybody on this host stages.
-    pub(super) fn new(call: Call, staged: bool, body: Vec<u64>) -> Greeting {
+    /// `body` has `words` words for each rank of this host, as many on every host; `staged` says
+    /// whether anybody on this host stages.
+    pub(super) fn new(peers: &Peers<'_>, staged: bool, body: Vec<u64>) -> Greeting {
         let mut head = [0; HEAD];
-        head[..6].copy_from_slice(&call.words());
-        (head[6], head[7]) = (u64::from(staged), body.len() as u64);
+        head[..6].copy_from_slice(&peers.call.words());
+        (head[6], head[7]) = (u64::from(staged), (body.len() / peers.world()) as u64);
+        let correspondents = peers.group.hosts.correspondents(peers.group.name(peers.rank()));
         let words = Words { head: head.into(), body: body.into(), heads: Box::default(), bodies: Box::default() };
-        Greeting { transit: Transit::new(words), phase: Phase::Unsent, staged }
+        Greeting { transit: Transit::new(words), phase: Phase::Unsent, staged, correspondents }
     }
 
     /// A rank that is still waited for; none once all have been heard.
     pub(super) fn poll(&mut self, peers: &mut Peers<'_>) -> Result<Option<usize>, Error> {
-        let column = column(peers);
+        let hosts = &peers.group.hosts;
+        let words_of_rank = self.transit.memory.head[7];
         if self.phase == Phase::Unsent {
             self.phase = Phase::Heads;
-            let hosts = peers.group.hosts.ranks.len();
             let words = &mut *self.transit.memory;
-            words.heads = vec![[0; HEAD]; hosts].into();
-            words.bodies = vec![words.body.clone(); hosts].into();
+            words.heads = vec![[0; HEAD]; self.correspondents.len()].into();
+            let ranks = |&rank: &usize| hosts.ranks[hosts.host(rank)].len();
+            let empty = |rank| vec![0; ranks(rank) * words_of_rank as usize].into();
+            words.bodies = self.correspondents.iter().map(empty).collect();
             let (head, body) = (words.head.as_ptr().cast::<u8>(), words.body.as_ptr().cast::<u8>());
             let bytes = 8 * words.body.len();
-            for &(host, rank) in &column {
-                let into = self.transit.memory.heads[host].as_mut_ptr().cast();
+            for (index, &rank) in self.correspondents.iter().enumerate() {
+                let into = self.transit.memory.heads[index].as_mut_ptr().cast();
                 // SAFETY: the words are the transit's, and are not touched before it is complete.
                 unsafe {
                     self.transit.receive(rank, into, 8 * HEAD, HEADS);
@@ -241,15 +248,15 @@ impl Greeting {
                 return Ok(None);
             }
             self.phase = Phase::Bodies;
-            for &(host, rank) in &column {
+            for (index, &rank) in self.correspondents.iter().enumerate() {
                 let words = &mut *self.transit.memory;
-                let theirs: [u64; HEAD] = words.heads[host];
+                let theirs: [u64; HEAD] = words.heads[index];
                 let call = Call::from_words(theirs[..6].try_into().expect("six words"));
-                if !call.agrees_with(&peers.call) || theirs[7] != words.body.len() as u64 {
+                if !call.agrees_with(&peers.call) || theirs[7] != words_of_rank {
                     return Err(Error::Mismatch { ours: describe(peers.call), theirs: describe(call), peer: rank });
                 }
                 self.staged |= theirs[6] != 0;
-                let (into, bytes) = (words.bodies[host].as_mut_ptr().cast(), 8 * words.body.len());
+                let (into, bytes) = (words.bodies[index].as_mut_ptr().cast(), 8 * words.bodies[index].len());
                 // SAFETY: as above.
                 unsafe { self.transit.receive(rank, into, bytes, BODIES) };
             }
@@ -261,15 +268,15 @@ impl Greeting {
         self.staged
     }
 
-    /// What a host said; this rank's own words for its own.
-    pub(super) fn body(&self, host: usize) -> &[u64] {
-        &self.transit.memory.bodies[host]
+    /// The words of any rank.
+    pub(super) fn words(&self, hosts: &Hosts, rank: usize) -> &[u64] {
+        let (host, words) = (hosts.host(rank), &*self.transit.memory);
+        let of_host = |&other: &usize| hosts.host(other) == host;
+        let body = match self.correspondents.iter().position(of_host) {
+            Some(index) => &words.bodies[index],
+            None => &words.body,
+        };
+        let count = words.head[7] as usize;
+        &body[hosts.place(rank) * count..][..count]
     }
-}
-
-/// The other ranks of this rank's column, each with its host.
-pub(super) fn column(peers: &Peers<'_>) -> Vec<(usize, usize)> {
-    let hosts = &peers.group.hosts;
-    let others = (0..hosts.ranks.len()).filter(|&host| host != hosts.own);
-    others.map(|host| (host, hosts.ranks[host][peers.rank()])).collect()
 }

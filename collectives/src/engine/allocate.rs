@@ -59,7 +59,7 @@ impl Group {
         });
         // This rank's shard, and those that it receives from other hosts.
         let rank = self.name(self.rank);
-        let ranks = || hosts.column_of(rank).chain([rank]);
+        let ranks = || hosts.partnered(rank).chain([rank]);
         let count = sections.map_or(1, Sections::count);
         let mut chunks = (0..count).flat_map(|section| ranks().map(move |rank| (section, rank)));
         let reserved = chunks.try_for_each(|(section, rank)| {

@@ -20,14 +20,14 @@ impl Group {
         let own = job.launch.rank;
         let options = Options { reduce_groups: 1, ..self.options.clone() };
         let hosts = self.hosts.among(ranks, own);
-        let column = hosts.column(own);
+        let place = hosts.place(own);
         // Those of this host, as this group counts its members here.
-        let members: Vec<usize> = hosts.local().iter().map(|&rank| self.hosts.column(ranks[rank])).collect();
+        let members: Vec<usize> = hosts.local().iter().map(|&rank| self.hosts.place(ranks[rank])).collect();
         let room = Room { parent: self, members: &members, key: job.key };
-        let (words, shown) = room.find(column)?;
+        let (words, shown) = room.find(place)?;
         let wire = open_wire(job, &hosts, &options).map_err(|error| self.give_up(error))?;
         let locals = members.iter().map(|&member| self.local(member)).collect();
-        let group = Arc::new(Group::new(self.engine.clone(), words, locals, column, hosts, options));
+        let group = Arc::new(Group::new(self.engine.clone(), words, locals, place, hosts, options));
         self.engine.open(group.clone(), wire);
         group.declare_joined();
         if let Err(error) = room.wait_for_all(&group) {

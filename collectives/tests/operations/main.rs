@@ -16,7 +16,7 @@ use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Bool, Buffer, Cpu, DType, Device, Event, Space};
 
 /// Ranks, simulated hosts, groups of reduction.
-const WORLDS: [(usize, usize, usize); 11] = [
+const WORLDS: [(usize, usize, usize); 15] = [
     (1, 1, 1),
     (2, 1, 1),
     (3, 1, 1),
@@ -28,6 +28,11 @@ const WORLDS: [(usize, usize, usize); 11] = [
     (4, 4, 2),
     (6, 3, 3),
     (8, 2, 2),
+    // Hosts with different numbers of ranks: 2 and 1, 3 and 2, 3 and 2 and 2, 2 and 1 and 2 and 1.
+    (3, 2, 1),
+    (5, 2, 1),
+    (7, 3, 1),
+    (6, 4, 1),
 ];
 /// Elements of a chunk: nothing, less than a header, a cache line and a bit, and, with two ranks, several staged pieces.
 const LENGTHS: [usize; 5] = [0, 1, 5, 77, 4_099];
@@ -66,7 +71,8 @@ struct Rank<'a> {
     memory: Memory,
     /// Whether operations run on this thread.
     here: bool,
-    groups: usize,
+    /// Ranks of each group of reduction.
+    groups: Vec<usize>,
 }
 
 impl Rank<'_> {
@@ -105,7 +111,7 @@ impl Rank<'_> {
     fn combined<T: Number>(&self, first: usize, len: usize, reduction: Reduction) -> Vec<T> {
         let ranks = 0..self.communicator.world();
         let all = |index| ranks.clone().map(|rank| T::new(rank, index)).collect::<Vec<T>>();
-        (first..first + len).map(|index| T::combine(&all(index), reduction, self.groups)).collect()
+        (first..first + len).map(|index| T::combine(&all(index), reduction, &self.groups)).collect()
     }
 
     fn check<T: Number>(&self, what: &str, buffer: &Buffer, expected: &[T]) {
@@ -205,7 +211,7 @@ impl Rank<'_> {
                 Reduction::Avg | Reduction::PremulSum(_) => Reduction::Sum,
                 other => other,
             };
-            let onto = before.iter().zip(&mine).map(|(&before, &total)| T::combine(&[before, total], two, 1));
+            let onto = before.iter().zip(&mine).map(|(&before, &total)| T::combine(&[before, total], two, &[2]));
             self.check("accumulated reduce-scatter", &reduce.output, &onto.collect::<Vec<T>>());
         }
 
@@ -247,7 +253,7 @@ impl Rank<'_> {
         let expected: Vec<f32> = (0..len)
             .map(|index| {
                 let values = (0..world).map(|from| bf16::new(from, rank * len + index).to_f32());
-                f32::new(50, index) + tree(&values.collect::<Vec<f32>>(), self.groups, |a, b| a + b)
+                f32::new(50, index) + tree(&values.collect::<Vec<f32>>(), &self.groups, |a, b| a + b)
             })
             .collect();
         self.check("bf16 to f32", &reduce.output, &expected);
@@ -275,7 +281,7 @@ impl Rank<'_> {
         let (mut sums, mut expected, mut sizes) = (Vec::new(), vec![0.0; 2 + world], vec![0.0; world]);
         for index in rank * len..(rank + 1) * len {
             let terms: Vec<f32> = (0..world).map(|from| widen(T::new(from, index))).collect();
-            let sum = tree(&terms, self.groups, |a, b| a + b);
+            let sum = tree(&terms, &self.groups, |a, b| a + b);
             sums.push(sum);
             let sum = f64::from(sum);
             let squares = terms.iter().fold(0.0, |squares, &x| squares + f64::from(x) * f64::from(x));
@@ -330,11 +336,17 @@ fn ranks_with(world: usize, options: Options, program: &(impl Fn(&Rank<'_>) + Sy
                 let communicator = Communicator::connect(&launch, options).unwrap();
                 assert_eq!(communicator.hosts(), hosts);
                 let alone = communicator.group(&[communicator.rank()]).unwrap();
-                // With several ranks on each of several hosts the hosts are the groups.
-                let groups = if hosts > 1 && world > hosts { hosts } else { groups };
+                // With several ranks on some of several hosts the hosts are the groups.
+                let groups = match hosts > 1 && world > hosts {
+                    true => {
+                        (0..hosts).map(|host| (0..world).filter(|rank| rank * hosts / world == host).count()).collect()
+                    }
+                    false => vec![world / groups; groups],
+                };
                 let memories = [Memory::Private, Memory::Mixed, Memory::Arena];
                 for memory in memories.into_iter().take(if reads_private { 3 } else { 2 }) {
                     for here in [false, true] {
+                        let groups = groups.clone();
                         program(&Rank { communicator: &communicator, alone: &alone, memory, here, groups });
                     }
                 }

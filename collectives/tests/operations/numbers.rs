@@ -9,13 +9,17 @@ pub(crate) trait Number: Element + PartialEq + std::fmt::Debug {
     /// Every reduction that there is of the type.
     const REDUCTIONS: &'static [Reduction];
     fn new(rank: usize, index: usize) -> Self;
-    fn combine(values: &[Self], reduction: Reduction, groups: usize) -> Self;
+    fn combine(values: &[Self], reduction: Reduction, groups: &[usize]) -> Self;
 }
 
-/// The tree of the documentation: consecutive groups in order, and their partial results in order.
-pub(crate) fn tree<T: Copy>(values: &[T], groups: usize, combine: impl Fn(T, T) -> T) -> T {
-    let partials = values.chunks(values.len() / groups).map(|group| group.iter().copied().reduce(&combine).unwrap());
-    partials.reduce(&combine).unwrap()
+/// The tree of the documentation: consecutive groups of these lengths in order, and their partial
+/// results in order.
+pub(crate) fn tree<T: Copy>(values: &[T], groups: &[usize], combine: impl Fn(T, T) -> T) -> T {
+    let mut rest = values.iter().copied();
+    let mut partial = |&len: &usize| rest.by_ref().take(len).reduce(&combine).unwrap();
+    let partials: Vec<T> = groups.iter().map(&mut partial).collect();
+    assert!(rest.next().is_none(), "groups have all ranks");
+    partials.into_iter().reduce(&combine).unwrap()
 }
 
 /// 64 digits that look random; cheap, since there are millions.
@@ -41,7 +45,7 @@ macro_rules! float {
                 // Fractions of 53 bits from −1 to 1, so that sums round.
                 $new((digits(rank, index) >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
             }
-            fn combine(values: &[Self], reduction: Reduction, groups: usize) -> Self {
+            fn combine(values: &[Self], reduction: Reduction, groups: &[usize]) -> Self {
                 let factor = if let Reduction::PremulSum(factor) = reduction { factor as $wide } else { 1.0 };
                 let wide: Vec<$wide> = values.iter().map(|&x| $widen(x) * factor).collect();
                 $narrow(match reduction {
@@ -78,7 +82,7 @@ macro_rules! integer {
             fn new(rank: usize, index: usize) -> Self {
                 $new(digits(rank, index))
             }
-            fn combine(values: &[Self], reduction: Reduction, groups: usize) -> Self {
+            fn combine(values: &[Self], reduction: Reduction, groups: &[usize]) -> Self {
                 let values: Vec<i128> = values.iter().map(|&x| x.into()).collect();
                 (match reduction {
                     Reduction::Sum => values.iter().sum(),
@@ -117,7 +121,7 @@ impl Number for Bool {
         bytemuck::cast((digits(rank, index) as u8).saturating_sub(128))
     }
 
-    fn combine(values: &[Self], reduction: Reduction, _groups: usize) -> Self {
+    fn combine(values: &[Self], reduction: Reduction, _groups: &[usize]) -> Self {
         let truths: Vec<bool> = values.iter().map(|&x| x.into()).collect();
         Bool::from(match reduction {
             Reduction::Sum | Reduction::Max | Reduction::BitOr => truths.contains(&true),

@@ -83,7 +83,7 @@ impl Rank<'_> {
             let chunk = sections.in_full(section, world, rank);
             for sum in self.combined::<T>(chunk.start, chunk.len(), reduction) {
                 let before = T::new(50, 0);
-                expected.push(if accumulate { T::combine(&[before, sum], reduction, 1) } else { sum });
+                expected.push(if accumulate { T::combine(&[before, sum], reduction, &[2]) } else { sum });
             }
         }
         self.check("sums of sections", &reduce.output, &expected);

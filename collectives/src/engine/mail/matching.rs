@@ -212,7 +212,7 @@ impl Matching {
         asker: Asker,
         mut wire: Option<&mut (dyn Wire + 'static)>,
     ) -> Result<(), Error> {
-        let local = (group.hosts.host(from) == group.hosts.own).then(|| group.hosts.column(from));
+        let local = (group.hosts.host(from) == group.hosts.own).then(|| group.hosts.place(from));
         loop {
             let front = std::mem::take(&mut self.fronts[from]);
             let (front, go_on) = match (front, local) {

@@ -134,7 +134,7 @@ impl ReceiveFlight {
     /// The message at the front is not the one that this receive expects: its sender is told.
     fn refuse(&self, group: &Group, from: usize, head: Head) -> Error {
         if group.hosts.host(from) == group.hosts.own {
-            let local = group.hosts.column(from);
+            let local = group.hosts.place(from);
             let refused = &group.mailbox(local, group.rank).receiver.refused;
             let ours = self.common.head();
             refused[0].store(ours.len, Ordering::Relaxed);
@@ -153,7 +153,7 @@ impl ReceiveFlight {
         clear: &mut dyn FnMut(usize),
         is_in_vain: &dyn Fn(usize) -> bool,
     ) -> Result<bool, Error> {
-        let (local, bytes) = (group.hosts.column(from), self.common.bytes());
+        let (local, bytes) = (group.hosts.place(from), self.common.bytes());
         let width = self.common.buffer.dtype().bytes();
         let op = self.common.describe(self.address());
         loop {
@@ -220,7 +220,7 @@ impl ReceiveFlight {
             (Some(peer), Some(wire)) if group.hosts.host(peer) != group.hosts.own => {
                 watch.check_wire(group, peer, wire, &op)?;
             }
-            (Some(peer), _) => watch.check(group, group.hosts.column(peer), is_in_vain, &op)?,
+            (Some(peer), _) => watch.check(group, group.hosts.place(peer), is_in_vain, &op)?,
             // Any of several ranks may still send, on other hosts too.
             (None, Some(wire)) => {
                 let remote = group.hosts.remote().next().expect("a wire leads to somebody");

@@ -28,8 +28,8 @@ pub(crate) use network::Network;
 /// The tags: that of messages between two ranks, and those of the channels for gathers, reductions
 /// and agreements.
 const TAGS: [u8; 4] = [16, 0, 1, 2];
-/// How many of them ranks use that are in different columns: reductions and agreements go through
-/// columns alone.
+/// How many of them ranks use that are no partners: reductions and agreements pass between partners
+/// alone.
 const ACROSS: usize = 2;
 
 /// How long a rank whose connection has ended may take to say why.
@@ -48,7 +48,7 @@ pub(crate) struct TcpWire {
 
 /// The connections to another rank.
 struct Peer {
-    /// By [`TAGS`]; [`ACROSS`] outside of the column.
+    /// By [`TAGS`]; [`ACROSS`] unless they are partners.
     lines: Vec<Line>,
     control: Control,
 }
@@ -67,8 +67,8 @@ impl TcpWire {
         name: &str,
         limit: Duration,
     ) -> Result<TcpWire, Error> {
-        let column: Vec<usize> = hosts.column_of(own).collect();
-        let count = |member: usize| if column.contains(&member) { 1 + TAGS.len() } else { 1 + ACROSS };
+        let partners = hosts.correspondents(own);
+        let count = |member: usize| if partners.contains(&member) { 1 + TAGS.len() } else { 1 + ACROSS };
         let wanted: Vec<(usize, usize)> = hosts.remote().map(|member| (members[member], count(member))).collect();
         let mut connections = network.connect(name, &wanted, limit)?;
         let mut peers: Vec<Option<Peer>> = members.iter().map(|_| None).collect();
