@@ -3,15 +3,17 @@
 
 use std::fmt;
 use std::io::{ErrorKind, Read};
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 /// First bytes of a greeting; the digit is the version of the protocol.
-const MAGIC: [u8; 8] = *b"pilltcp1";
+const MAGIC: [u8; 8] = *b"pilltcp2";
 /// Bytes of a host's name, padded with zeros.
 pub(super) const HOST: usize = 256;
-/// Magic, five words, and a host's name.
-pub(super) const LEN: usize = 8 + 8 * 5 + HOST;
+/// Magic, five words, an address, and a host's name.
+pub(super) const LEN: usize = 8 + 8 * 5 + ADDRESS + HOST;
+/// Bytes of an address, as one of IPv6.
+pub(super) const ADDRESS: usize = 16;
 /// A connection that has not greeted by then is closed. Its rank, if it is one, comes again.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -28,6 +30,8 @@ pub(super) struct Greeting {
     pub(super) number: u64,
     /// Where the rank listens; 0 for a communicator.
     pub(super) port: u64,
+    /// The address that the rank offers; unspecified for that from which it connects.
+    pub(super) address: IpAddr,
     /// What the rank calls its host.
     pub(super) host: String,
 }
@@ -43,6 +47,7 @@ impl Greeting {
         for (place, word) in bytes[8..].chunks_exact_mut(8).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }
+        bytes[LEN - HOST - ADDRESS..][..ADDRESS].copy_from_slice(&octets(self.address));
         let host = self.host.as_bytes();
         bytes[LEN - HOST..][..host.len()].copy_from_slice(host);
         bytes
@@ -56,9 +61,23 @@ impl Greeting {
             rank: word(2),
             number: word(3),
             port: word(4),
+            address: address(bytes[LEN - HOST - ADDRESS..][..ADDRESS].try_into().expect("as many")),
             host: name(&bytes[LEN - HOST..]),
         }
     }
+}
+
+/// An address as bytes.
+pub(super) fn octets(address: IpAddr) -> [u8; ADDRESS] {
+    match address {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
+
+/// The address that [`octets`] has made these of.
+pub(super) fn address(octets: [u8; ADDRESS]) -> IpAddr {
+    IpAddr::from(octets).to_canonical()
 }
 
 /// A host's name without its padding.

@@ -4,13 +4,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
-use super::greeting::{Arriving, Greeting, HOST, MEETING, Refusal, name};
+use super::greeting::{self, ADDRESS, Arriving, Greeting, HOST, MEETING, Refusal, name, octets};
+use super::interface;
 use crate::error::ranks;
 use crate::limits::explain;
 use crate::patience::Patience;
@@ -18,10 +20,12 @@ use crate::patience::Patience;
 const RETRY_EVERY: Duration = Duration::from_millis(20);
 /// Connections that may be waiting for their greeting to arrive; one more pushes out the oldest.
 const MOST_WAITING: usize = 256;
+/// Connections that the kernel keeps until they are accepted, if the system allows as many.
+const BACKLOG: i32 = 4096;
 /// First word of an answer, before the table; others are a [`Refusal`].
 const WELCOME: u64 = 0;
 /// Bytes of a rank in the table: its address, its port, and the name of its host.
-const ENTRY: usize = 16 + 8 + HOST;
+const ENTRY: usize = ADDRESS + 8 + HOST;
 
 /// Where a rank listens, and on which host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,8 +37,23 @@ pub(super) struct Member {
 
 /// A listener on every address of this host, at this port or, for 0, any.
 pub(super) fn listen(port: u16) -> std::io::Result<TcpListener> {
-    // Takes IPv4 as well, unless the system says otherwise.
-    TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))
+    // A system without IPv6 refuses the first.
+    Ok(bind((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|_| bind((Ipv4Addr::UNSPECIFIED, port).into()))?)
+}
+
+/// A listener that ranks can reach over IPv4, too, where the address is one of IPv6.
+fn bind(address: SocketAddr) -> rustix::io::Result<TcpListener> {
+    let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    if address.is_ipv6() {
+        // The default is a setting of the system (net.ipv6.bindv6only).
+        sockopt::set_ipv6_v6only(&socket, false)?;
+    }
+    // The next job may have the port of one that has just ended.
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// Rank 0's side: waits for all others, and gives each the table.
@@ -100,7 +119,7 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
             }
         }
     }
-    let here = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), own.port as u16);
+    let here = SocketAddr::new(own.address, own.port as u16);
     let members: Vec<Member> = std::iter::once(Member { address: here, host: own.host.clone() })
         .chain(come.values().map(|(member, _)| member.clone()))
         .collect();
@@ -143,7 +162,7 @@ fn admit(
     come: &BTreeMap<u64, (Member, TcpStream)>,
     socket: &TcpStream,
 ) -> Result<(u64, Member), Refusal> {
-    let Greeting { purpose, rank, number, port, host, .. } = greeting;
+    let Greeting { purpose, rank, number, port, address, host, .. } = greeting;
     if purpose != MEETING || number != world {
         return Err(Refusal::World);
     }
@@ -154,19 +173,29 @@ fn admit(
         return Err(Refusal::Taken);
     }
     let ip = socket.peer_addr().map_err(|_| Refusal::HungUp)?.ip().to_canonical();
-    let ip = if ip.is_loopback() { Ipv6Addr::UNSPECIFIED.into() } else { ip };
+    let ip = match (address.is_unspecified(), ip.is_loopback()) {
+        (false, _) => address,
+        (true, true) => Ipv6Addr::UNSPECIFIED.into(),
+        (true, false) => ip,
+    };
     Ok((rank, Member { address: SocketAddr::new(ip, port as u16), host }))
 }
 
-/// The side of the other ranks. Returns the table, and the address by which rank 0 was reached.
+/// The side of the other ranks, for one that offers one of these addresses, where there are any.
+/// Returns the table, and the address by which rank 0 was reached.
 ///
 /// # Errors
 /// Says why rank 0 could not be reached, or turned this rank away.
-pub(super) fn visit(own: &Greeting, address: &str, patience: &mut Patience) -> Result<(Vec<Member>, IpAddr), String> {
+pub(super) fn visit(
+    own: &Greeting,
+    offered: &[IpAddr],
+    address: &str,
+    patience: &mut Patience,
+) -> Result<(Vec<Member>, IpAddr), String> {
     // An answer tells more than a connection that is refused later, when rank 0 has given up.
     let mut answer = None;
     loop {
-        let obstacle = match attempt(own, address, patience.left()) {
+        let obstacle = match attempt(own, offered, address, patience.left()) {
             Ok(table) => return Ok(table),
             Err(Obstacle::Stays(reason)) => return Err(reason),
             Err(Obstacle::Answered(reason)) => answer.insert(reason).clone(),
@@ -190,7 +219,12 @@ enum Obstacle {
     Stays(String),
 }
 
-fn attempt(own: &Greeting, address: &str, limit: Duration) -> Result<(Vec<Member>, IpAddr), Obstacle> {
+fn attempt(
+    own: &Greeting,
+    offered: &[IpAddr],
+    address: &str,
+    limit: Duration,
+) -> Result<(Vec<Member>, IpAddr), Obstacle> {
     let mut socket = dial(address, limit).map_err(|error| {
         let reason = format!("rank 0 cannot be reached at {address}: {}", explain(&error));
         if is_out_of_files(&error) { Obstacle::Stays(reason) } else { Obstacle::MayGo(reason) }
@@ -204,7 +238,11 @@ fn attempt(own: &Greeting, address: &str, limit: Duration) -> Result<(Vec<Member
         )),
         _ => Obstacle::MayGo(format!("rank 0 at {address}: {error}")),
     };
-    let zero = socket.peer_addr().map_err(|error| failed("at once", error))?.ip();
+    let zero = socket.peer_addr().map_err(|error| failed("at once", error))?.ip().to_canonical();
+    let own = match offered {
+        [] => own.clone(),
+        _ => Greeting { address: interface::choose(offered, zero).map_err(Obstacle::Stays)?, ..own.clone() },
+    };
     socket.write_all(&own.bytes()).map_err(|error| failed("at the greeting", error))?;
     socket.set_read_timeout(Some(limit)).map_err(|error| failed("at once", error))?;
     let mut first = [0; 8];
@@ -243,20 +281,15 @@ pub(super) fn is_out_of_files(error: &std::io::Error) -> bool {
 }
 
 fn entry(member: &Member) -> Vec<u8> {
-    let ip = match member.address.ip() {
-        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-        IpAddr::V6(ip) => ip,
-    };
     let mut host = member.host.as_bytes().to_vec();
     host.resize(HOST, 0);
-    [&ip.octets()[..], &u64::from(member.address.port()).to_le_bytes(), &host].concat()
+    [&octets(member.address.ip())[..], &u64::from(member.address.port()).to_le_bytes(), &host].concat()
 }
 
 fn member(entry: &[u8]) -> Member {
-    let octets: [u8; 16] = entry[..16].try_into().expect("16 bytes");
-    let port = u64::from_le_bytes(entry[16..24].try_into().expect("8 bytes")) as u16;
-    let ip = IpAddr::from(octets).to_canonical();
-    Member { address: SocketAddr::new(ip, port), host: name(&entry[24..]) }
+    let (ip, rest) = entry.split_first_chunk().expect("as many bytes");
+    let (port, host) = rest.split_first_chunk().expect("as many bytes");
+    Member { address: SocketAddr::new(greeting::address(*ip), u64::from_le_bytes(*port) as u16), host: name(host) }
 }
 
 fn count(refused: &BTreeMap<Refusal, usize>) -> String {

@@ -9,6 +9,7 @@
 
 mod control;
 mod greeting;
+mod interface;
 mod line;
 mod meeting;
 mod network;
@@ -23,7 +24,7 @@ use crate::Error;
 use crate::hosts::Hosts;
 use control::Control;
 use line::Line;
-pub(crate) use network::Network;
+pub(crate) use network::{Network, offered_address};
 
 /// The tags: that of messages between two ranks, and those of the channels for gathers, reductions
 /// and agreements.

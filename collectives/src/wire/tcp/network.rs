@@ -3,13 +3,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::greeting::{Arriving, Greeting, HOST, MEETING};
+use super::interface;
 use super::meeting::{Member, accept_some, dial, is_out_of_files, listen, serve, visit};
 use crate::limits::explain;
 use crate::memory::fork::Kept;
@@ -66,11 +67,17 @@ impl Network {
             return Err(fail(reason));
         }
         let (rank_number, number, port) = (rank as u64, world as u64, u64::from(port));
-        let own = Greeting { token, purpose: MEETING, rank: rank_number, number, port, host };
+        let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find).map_err(fail)?;
+        let address = IpAddr::from(Ipv6Addr::UNSPECIFIED);
+        let own = Greeting { token, purpose: MEETING, rank: rank_number, number, port, address, host };
         let mut patience = Patience::new(rank, options.startup_timeout, options.warn_after);
         let met = match rank {
-            0 => serve(&own, &meeting.address, &mut patience).map(|members| (members, [127, 0, 0, 1].into())),
-            _ => visit(&own, &meeting.address, &mut patience),
+            0 => {
+                let address = offered_by_zero(&offered, &meeting.address).map_err(fail)?.unwrap_or(address);
+                let own = Greeting { address, ..own };
+                serve(&own, &meeting.address, &mut patience).map(|members| (members, [127, 0, 0, 1].into()))
+            }
+            _ => visit(&own, &offered, &meeting.address, &mut patience),
         };
         let (members, zero) = met.map_err(fail)?;
         let (job, arrivals) = (launch.job.clone(), Mutex::default());
@@ -167,7 +174,8 @@ impl Network {
         let ip = if address.ip().is_unspecified() { self.zero } else { address.ip() };
         let address = SocketAddr::new(ip, address.port()).to_string();
         let (token, rank) = (self.token, self.rank as u64);
-        let greeting = Greeting { token, purpose, rank, number, port: 0, host: String::new() };
+        let (address_of_none, host) = (Ipv6Addr::UNSPECIFIED.into(), String::new());
+        let greeting = Greeting { token, purpose, rank, number, port: 0, address: address_of_none, host };
         loop {
             let socket = dial(&address, patience.left());
             let greeted = socket.and_then(|mut socket| {
@@ -197,6 +205,11 @@ impl Network {
 
 #[cfg(test)]
 impl Network {
+    /// As it stands in the table.
+    pub(super) fn address(&self, rank: usize) -> IpAddr {
+        self.members[rank].address.ip()
+    }
+
     /// Whether every connection that has greeted has been taken.
     pub(super) fn nobody_has_arrived(&self) -> bool {
         self.arrivals.lock().greeted.is_empty()
@@ -223,6 +236,26 @@ impl Arrivals {
         }
         Ok(())
     }
+}
+
+/// The address that a rank of `launch` offers to other hosts, where its interface is chosen.
+///
+/// # Errors
+/// [`Error::Rendezvous`], with the interfaces that there are.
+pub(crate) fn offered_address(launch: &Launch) -> Result<Option<IpAddr>, Error> {
+    let Launch { rank, world, .. } = *launch;
+    let address = launch.meeting.as_ref().map_or("", |meeting| &meeting.address);
+    let found = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find);
+    let offered = found.and_then(|found| offered_by_zero(&found, address));
+    offered.map_err(|reason| Error::Rendezvous { rank, world, job: launch.job.clone(), reason })
+}
+
+/// Which of these addresses a rank offers, judged by the name by which ranks reach rank 0.
+fn offered_by_zero(offered: &[IpAddr], address: &str) -> Result<Option<IpAddr>, String> {
+    let Some(first) = offered.first() else { return Ok(None) };
+    // A name that this host does not know may be known elsewhere.
+    let zero = address.to_socket_addrs().ok().and_then(|mut known| known.next());
+    interface::choose(offered, zero.map_or(*first, |zero| zero.ip())).map(Some)
 }
 
 /// Lets this process open as many files as it may: a rank has some for each rank of other hosts.

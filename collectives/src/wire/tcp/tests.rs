@@ -1,10 +1,13 @@
 //! Ranks that are threads, each a host of its own, over the loopback interface.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Ipv6Addr, TcpStream};
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::thread::UnshareFlags;
 
 use super::greeting::{Greeting, MEETING};
 use super::{Network, TcpWire};
@@ -30,6 +33,12 @@ fn launches(world: usize, port: u16, secret: &str) -> Vec<Launch> {
         ..Launch::threads(world)[rank].clone()
     };
     (0..world).map(launch).collect()
+}
+
+/// What rank 1 of 2 says to rank 0.
+fn visitor(token: u64) -> Greeting {
+    let address = Ipv6Addr::UNSPECIFIED.into();
+    Greeting { token, purpose: MEETING, rank: 1, number: 2, port: 9, address, host: "x".into() }
 }
 
 fn patient(seconds: f64) -> Options {
@@ -249,8 +258,7 @@ fn strangers_are_turned_away_and_counted_and_ranks_meet_all_the_same() {
             Err(_) => thread::yield_now(),
         }
     };
-    let greeting =
-        |token, rank, number| Greeting { token, purpose: MEETING, rank, number, port: 1, host: "x".into() }.bytes();
+    let greeting = |token, rank, number| Greeting { rank, number, ..visitor(token) }.bytes();
     let right = super::network::digest(&format!("right {port}"));
     let silent = dial();
     for (bytes, answer) in [
@@ -301,6 +309,66 @@ fn ranks_of_other_jobs_and_ranks_that_do_not_come_are_named() {
 }
 
 #[test]
+fn ranks_offer_the_address_of_the_interface_that_they_are_told() {
+    let port = free_port();
+    let mut jobs = launches(3, port, "interfaces");
+    // Every address of 127.0.0.0/8 reaches this host, but only a rank that offers it is there.
+    jobs[0].interface = Some("127.0.0.1".to_owned());
+    jobs[2].interface = Some("lo".to_owned());
+    let networks: Vec<Arc<Network>> = thread::scope(|scope| {
+        let start = |launch| scope.spawn(move || Network::meet(launch, &patient(20.0)).unwrap());
+        let ranks: Vec<_> = jobs.iter().map(start).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    for network in networks {
+        let offered = [0, 1, 2].map(|rank| network.address(rank).to_string());
+        assert_eq!(offered, ["127.0.0.1", "::", "127.0.0.1"]);
+    }
+    let nowhere = Launch { interface: Some("docker9".to_owned()), ..jobs[1].clone() };
+    for launch in [&nowhere, &Launch { rank: 0, ..nowhere.clone() }] {
+        let error = Network::meet(launch, &patient(20.0)).err().unwrap().to_string();
+        assert!(error.contains("PILLION_INTERFACE is \"docker9\"") && error.contains("lo (127.0.0.1"), "{error}");
+    }
+}
+
+/// Runs `action` on a thread with networks of its own, where only root may: their loopback
+/// interface is up, and listeners of IPv6 take no IPv4 unless they ask for it.
+fn with_ipv6_apart<R: Send>(action: impl FnOnce() -> R + Send) -> Option<R> {
+    let prepare = || -> Option<()> {
+        // SAFETY: networks belong to the thread, which opens all its sockets afterwards.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.ok()?;
+        std::fs::write("/proc/sys/net/ipv6/bindv6only", "1").ok()?;
+        Command::new("ip").args(["link", "set", "lo", "up"]).status().ok()?.success().then_some(())
+    };
+    let result = thread::scope(|scope| scope.spawn(|| prepare().map(|()| action())).join().unwrap());
+    if result.is_none() {
+        // Not by `eprintln`, which the test harness hides.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: net.ipv6.bindv6only: only root can set it, with iproute2");
+    }
+    result
+}
+
+#[test]
+fn a_listener_takes_both_families_where_the_system_keeps_them_apart() {
+    with_ipv6_apart(|| {
+        let port = free_port();
+        for address in ["127.0.0.1", "[::1]", "localhost"] {
+            let mut jobs = launches(2, port, address);
+            for launch in &mut jobs {
+                launch.meeting.as_mut().unwrap().address = format!("{address}:{port}");
+            }
+            let [zero, one] = [0, 1].map(|rank| {
+                let (launch, options) = (jobs[rank].clone(), patient(20.0));
+                // A thread has the networks of the one that started it.
+                thread::spawn(move || open(Network::meet(&launch, &options)?, &launch, "").map(drop))
+            });
+            zero.join().unwrap().unwrap();
+            one.join().unwrap().unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_rank_that_dies_at_the_meeting_may_come_again() {
     let port = free_port();
     let jobs = launches(3, port, "again");
@@ -308,7 +376,7 @@ fn a_rank_that_dies_at_the_meeting_may_come_again() {
     let serving = thread::spawn(move || Network::meet(&zero, &patient(30.0)));
     // The first self of rank 1 greets, and is gone.
     let token = super::network::digest(&format!("again {port}"));
-    let greeting = Greeting { token, purpose: MEETING, rank: 1, number: 3, port: 9, host: "x".into() };
+    let greeting = Greeting { number: 3, ..visitor(token) };
     let mut first = loop {
         match TcpStream::connect(("127.0.0.1", port)) {
             Ok(socket) => break socket,
