@@ -38,6 +38,7 @@ mod rendezvous;
 mod request;
 mod sections;
 pub mod stop;
+mod terms;
 mod transport;
 mod window;
 mod wire;

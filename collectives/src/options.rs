@@ -1,5 +1,7 @@
 //! What a communicator can be told at its start.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use crate::launch::Source;
@@ -96,6 +98,10 @@ pub struct Options {
     /// Divides the number of ranks. With as many groups as a cluster has hosts, one host computes the same bits as the cluster.
     /// Default: 1.
     pub reduce_groups: usize,
+    /// Ends the wait for other ranks at the start once it is raised, such as the flag of
+    /// [`stop::flag`](crate::stop::flag): with [`Error::Interrupted`], within a tenth of a second.
+    /// Operations do not look at it. Default: none.
+    pub stop: Option<Arc<AtomicBool>>,
     /// For tests, with ranks that are threads of one process: they behave as if they were on this many hosts, consecutive ranks on
     /// each, and pass messages through this process's memory where there would be a network.
     pub simulated_hosts: usize,
@@ -114,6 +120,7 @@ impl Default for Options {
             backend: Backend::Auto,
             wire: WireKind::Auto,
             reduce_groups: 1,
+            stop: None,
             simulated_hosts: 1,
             gather_delay: Duration::ZERO,
             reduce_delay: Duration::ZERO,

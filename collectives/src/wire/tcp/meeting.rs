@@ -15,7 +15,9 @@ use super::greeting::{self, ADDRESS, Arriving, Greeting, HOST, MEETING, Refusal,
 use super::interface;
 use crate::error::ranks;
 use crate::limits::explain;
+use crate::memory::fork::Guarded;
 use crate::patience::Patience;
+use crate::terms::Terms;
 
 const RETRY_EVERY: Duration = Duration::from_millis(20);
 /// Connections that may be waiting for their greeting to arrive; one more pushes out the oldest.
@@ -36,13 +38,13 @@ pub(super) struct Member {
 }
 
 /// A listener on every address of this host, at this port or, for 0, any.
-pub(super) fn listen(port: u16) -> std::io::Result<TcpListener> {
+pub(super) fn listen(port: u16) -> std::io::Result<Guarded<TcpListener>> {
     // A system without IPv6 refuses the first.
     Ok(bind((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|_| bind((Ipv4Addr::UNSPECIFIED, port).into()))?)
 }
 
 /// A listener that ranks can reach over IPv4, too, where the address is one of IPv6.
-fn bind(address: SocketAddr) -> rustix::io::Result<TcpListener> {
+fn bind(address: SocketAddr) -> rustix::io::Result<Guarded<TcpListener>> {
     let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     if address.is_ipv6() {
@@ -53,7 +55,7 @@ fn bind(address: SocketAddr) -> rustix::io::Result<TcpListener> {
     sockopt::set_socket_reuseaddr(&socket, true)?;
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket.into())
+    Ok(Guarded::new(socket.into()))
 }
 
 /// Rank 0's side: waits for all others, and gives each the table.
@@ -61,13 +63,13 @@ fn bind(address: SocketAddr) -> rustix::io::Result<TcpListener> {
 /// # Errors
 /// Says who did not come, and who was turned away.
 pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> Result<Vec<Member>, String> {
-    let (world, token) = (own.number, own.token);
+    let (world, token, terms) = (own.number, own.token, own.terms);
     let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
     let port: u16 = port.ok_or_else(|| format!("the address {address:?} has no port: give host:port"))?;
     let listener = loop {
         match listen(port) {
             Ok(listener) => break listener,
-            Err(error) if Instant::now() >= patience.deadline => {
+            Err(error) if patience.is_over() => {
                 return Err(format!(
                     "rank 0 cannot listen at port {port}: {error}; meet at another one (--address, PILLION_ADDRESS, or \
                      torchrun's master port + 1)"
@@ -81,7 +83,7 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
         }
     };
     listener.set_nonblocking(true).map_err(|error| format!("listening at port {port}: {error}"))?;
-    let mut come: BTreeMap<u64, (Member, TcpStream)> = BTreeMap::new();
+    let mut come: BTreeMap<u64, (Member, Guarded<TcpStream>)> = BTreeMap::new();
     let mut waiting: VecDeque<Arriving> = VecDeque::new();
     let mut refused: BTreeMap<Refusal, usize> = BTreeMap::new();
     loop {
@@ -94,7 +96,7 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
         }
         let is_missing = |rank: &usize| !come.contains_key(&(*rank as u64));
         let missing = || ranks(&(1..world as usize).filter(is_missing).collect::<Vec<usize>>());
-        if Instant::now() >= patience.deadline {
+        if patience.is_over() {
             return Err(format!("{} did not come to port {port} of this host{}", missing(), count(&refused)));
         }
         patience.warn(|| format!("{} at port {port}{}", missing(), count(&refused)));
@@ -104,6 +106,10 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
             let Some(mut arriving) = waiting.pop_front() else { break };
             let admitted = arriving.read(token).and_then(|greeting| match greeting {
                 None => Ok(None),
+                Some(greeting) if greeting.purpose == MEETING && greeting.terms != terms => {
+                    patience.complain(greeting.rank, &greeting.terms, &terms);
+                    Err(Refusal::Terms)
+                }
                 Some(greeting) => admit(greeting, world, &come, &arriving.socket).map(Some),
             });
             match admitted {
@@ -113,7 +119,8 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
                 }
                 Err(refusal) => {
                     // Whoever does not want to hear it is turned away all the same.
-                    let _ = arriving.socket.write(&(refusal as u64).to_le_bytes());
+                    let reason = [&(refusal as u64).to_le_bytes()[..], &terms.bytes()].concat();
+                    let _ = arriving.socket.write(&reason[..if refusal == Refusal::Terms { reason.len() } else { 8 }]);
                     *refused.entry(refusal).or_default() += 1;
                 }
             }
@@ -138,7 +145,9 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
 pub(super) fn accept_some(listener: &TcpListener, waiting: &mut VecDeque<Arriving>) -> std::io::Result<()> {
     for _ in 0..MOST_WAITING {
         match listener.accept() {
-            Ok((socket, _)) if socket.set_nonblocking(true).is_ok() => waiting.push_back(Arriving::new(socket)),
+            Ok((socket, _)) if socket.set_nonblocking(true).is_ok() => {
+                waiting.push_back(Arriving::new(Guarded::new(socket)));
+            }
             Ok(_) => {}
             // Without the older ones there is room for this one.
             Err(error) if is_out_of_files(&error) => match waiting.pop_front() {
@@ -159,14 +168,11 @@ pub(super) fn accept_some(listener: &TcpListener, waiting: &mut VecDeque<Arrivin
 fn admit(
     greeting: Greeting,
     world: u64,
-    come: &BTreeMap<u64, (Member, TcpStream)>,
+    come: &BTreeMap<u64, (Member, Guarded<TcpStream>)>,
     socket: &TcpStream,
 ) -> Result<(u64, Member), Refusal> {
-    let Greeting { purpose, rank, number, port, address, host, .. } = greeting;
-    if purpose != MEETING || number != world {
-        return Err(Refusal::World);
-    }
-    if !(1..world).contains(&rank) {
+    let Greeting { purpose, rank, port, address, host, .. } = greeting;
+    if purpose != MEETING || !(1..world).contains(&rank) {
         return Err(Refusal::NoSuchRank);
     }
     if come.contains_key(&rank) {
@@ -195,13 +201,13 @@ pub(super) fn visit(
     // An answer tells more than a connection that is refused later, when rank 0 has given up.
     let mut answer = None;
     loop {
-        let obstacle = match attempt(own, offered, address, patience.left()) {
+        let obstacle = match attempt(own, offered, address, patience) {
             Ok(table) => return Ok(table),
             Err(Obstacle::Stays(reason)) => return Err(reason),
             Err(Obstacle::Answered(reason)) => answer.insert(reason).clone(),
             Err(Obstacle::MayGo(reason)) => reason,
         };
-        if Instant::now() >= patience.deadline {
+        if patience.is_over() {
             return Err(answer.unwrap_or(obstacle));
         }
         patience.warn(|| format!("rank 0: {obstacle}"));
@@ -223,9 +229,9 @@ fn attempt(
     own: &Greeting,
     offered: &[IpAddr],
     address: &str,
-    limit: Duration,
+    patience: &Patience,
 ) -> Result<(Vec<Member>, IpAddr), Obstacle> {
-    let mut socket = dial(address, limit).map_err(|error| {
+    let mut socket = dial(address, patience.left()).map_err(|error| {
         let reason = format!("rank 0 cannot be reached at {address}: {}", explain(&error));
         if is_out_of_files(&error) { Obstacle::Stays(reason) } else { Obstacle::MayGo(reason) }
     })?;
@@ -244,13 +250,23 @@ fn attempt(
         _ => Greeting { address: interface::choose(offered, zero).map_err(Obstacle::Stays)?, ..own.clone() },
     };
     socket.write_all(&own.bytes()).map_err(|error| failed("at the greeting", error))?;
-    socket.set_read_timeout(Some(limit)).map_err(|error| failed("at once", error))?;
+    // Rank 0 answers once all ranks have come.
+    while !patience.is_over() && !sleep(&mut [PollFd::new(&socket, PollFlags::IN)], patience.next()) {}
+    socket.set_read_timeout(Some(patience.left())).map_err(|error| failed("at once", error))?;
     let mut first = [0; 8];
     socket.read_exact(&mut first).map_err(|error| failed("without an answer", error))?;
     match u64::from_le_bytes(first) {
         WELCOME => {}
         other => {
             let refusal = Refusal::of(other);
+            if refusal == Some(Refusal::Terms) {
+                let mut theirs = [0; Terms::BYTES];
+                socket.read_exact(&mut theirs).map_err(|error| failed("in the middle of an answer", error))?;
+                let differences = own.terms.differences("this rank", &Terms::read(&theirs));
+                return Err(Obstacle::Stays(differences.unwrap_or_else(|| {
+                    format!("rank 0 at {address} refused this rank, but has the same settings: is it another program?")
+                })));
+            }
             let why = refusal.map_or("without a reason".to_owned(), |refusal| refusal.to_string());
             let reason = format!("rank 0 at {address} refused this rank: it was taken for one {why}");
             // The job before, or this rank's own earlier self, may just be ending.
@@ -264,11 +280,11 @@ fn attempt(
 }
 
 /// Connects to the first address of a name that answers.
-pub(super) fn dial(address: &str, limit: Duration) -> std::io::Result<TcpStream> {
+pub(super) fn dial(address: &str, limit: Duration) -> std::io::Result<Guarded<TcpStream>> {
     let mut last = std::io::Error::other("the name has no address");
     for address in address.to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, limit.clamp(Duration::from_millis(1), Duration::from_secs(5))) {
-            Ok(socket) => return Ok(socket),
+            Ok(socket) => return Ok(Guarded::new(socket)),
             Err(error) => last = error,
         }
     }
@@ -301,14 +317,19 @@ fn count(refused: &BTreeMap<Refusal, usize>) -> String {
 fn wait(
     listener: &TcpListener,
     waiting: &VecDeque<Arriving>,
-    come: &BTreeMap<u64, (Member, TcpStream)>,
+    come: &BTreeMap<u64, (Member, Guarded<TcpStream>)>,
     until: Instant,
 ) {
     let until = waiting.iter().map(|arriving| arriving.until).fold(until, Instant::min);
     let sockets = waiting.iter().map(|arriving| &arriving.socket).chain(come.values().map(|(_, socket)| socket));
     let sockets = sockets.map(|socket| PollFd::new(socket, PollFlags::IN));
     let mut events: Vec<PollFd<'_>> = std::iter::once(PollFd::new(listener, PollFlags::IN)).chain(sockets).collect();
-    let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
     // Whatever comes of it, everything is looked at.
-    let _ = rustix::event::poll(&mut events, left.as_ref());
+    sleep(&mut events, until);
+}
+
+/// Sleeps until one of these has happened, which it returns, or the time has come.
+fn sleep(events: &mut [PollFd<'_>], until: Instant) -> bool {
+    let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
+    rustix::event::poll(events, left.as_ref()).is_ok_and(|count| count > 0)
 }

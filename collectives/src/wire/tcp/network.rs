@@ -11,10 +11,12 @@ use parking_lot::Mutex;
 
 use super::greeting::{Arriving, Greeting, HOST, MEETING};
 use super::interface;
+use super::lookout::{Lookout, lost};
 use super::meeting::{Member, accept_some, dial, is_out_of_files, listen, serve, visit};
 use crate::limits::explain;
-use crate::memory::fork::Kept;
+use crate::memory::fork::Guarded;
 use crate::patience::Patience;
+use crate::terms::Terms;
 use crate::{Error, Launch, Options, hosts};
 
 /// How long the listener is left alone while connections are waited for.
@@ -29,8 +31,7 @@ pub(crate) struct Network {
     members: Vec<Member>,
     /// What unspecified addresses stand for: that of rank 0, as this rank reached it.
     zero: IpAddr,
-    _kept: Kept,
-    listener: TcpListener,
+    listener: Guarded<TcpListener>,
     /// When to say for whom this rank waits.
     warn_after: Duration,
     arrivals: Mutex<Arrivals>,
@@ -41,7 +42,7 @@ pub(crate) struct Network {
 struct Arrivals {
     arriving: VecDeque<Arriving>,
     /// By the purpose, the rank, and the number of the connection.
-    greeted: HashMap<(u64, u64, u64), TcpStream>,
+    greeted: HashMap<(u64, u64, u64), Guarded<TcpStream>>,
 }
 
 impl Network {
@@ -68,9 +69,10 @@ impl Network {
         }
         let (rank_number, number, port) = (rank as u64, world as u64, u64::from(port));
         let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find).map_err(fail)?;
-        let address = IpAddr::from(Ipv6Addr::UNSPECIFIED);
-        let own = Greeting { token, purpose: MEETING, rank: rank_number, number, port, address, host };
-        let mut patience = Patience::new(rank, options.startup_timeout, options.warn_after);
+        let (terms, address) = (Terms::of(launch, options), IpAddr::from(Ipv6Addr::UNSPECIFIED));
+        let own = Greeting { token, purpose: MEETING, rank: rank_number, number, terms, port, address, host };
+        let patience = Patience::new(rank, options.startup_timeout, options.warn_after);
+        let mut patience = patience.stopped_by(options.stop.clone());
         let met = match rank {
             0 => {
                 let address = offered_by_zero(&offered, &meeting.address).map_err(fail)?.unwrap_or(address);
@@ -82,18 +84,7 @@ impl Network {
         let (members, zero) = met.map_err(fail)?;
         let (job, arrivals) = (launch.job.clone(), Mutex::default());
         let warn_after = options.warn_after;
-        Ok(Arc::new(Network {
-            rank,
-            world,
-            job,
-            token,
-            members,
-            zero,
-            _kept: Kept::new(&listener),
-            listener,
-            warn_after,
-            arrivals,
-        }))
+        Ok(Arc::new(Network { rank, world, job, token, members, zero, listener, warn_after, arrivals }))
     }
 
     /// What the job is called on every host, where launchers may have given it different names.
@@ -110,13 +101,14 @@ impl Network {
     /// name. The lower rank dials.
     ///
     /// # Errors
-    /// [`Error::Rendezvous`] that names who does not come within `limit`.
+    /// [`Error::PeerLost`] for a rank, as the job counts, that has ended; [`Error::Rendezvous`] that
+    /// names who does not come within `limit`.
     pub(super) fn connect(
         &self,
         name: &str,
         wanted: &[(usize, usize)],
         limit: Duration,
-    ) -> Result<HashMap<usize, Vec<TcpStream>>, Error> {
+    ) -> Result<HashMap<usize, Vec<Guarded<TcpStream>>>, Error> {
         let purpose = digest(name) | 1;
         let mut patience = Patience::new(self.rank, limit, self.warn_after);
         let connections = self.connect_all(purpose, wanted, &mut patience);
@@ -130,8 +122,8 @@ impl Network {
         purpose: u64,
         wanted: &[(usize, usize)],
         patience: &mut Patience,
-    ) -> Result<HashMap<usize, Vec<TcpStream>>, Error> {
-        let mut connections: HashMap<usize, Vec<TcpStream>> = HashMap::new();
+    ) -> Result<HashMap<usize, Vec<Guarded<TcpStream>>>, Error> {
+        let mut connections: HashMap<usize, Vec<Guarded<TcpStream>>> = HashMap::new();
         for &(peer, count) in wanted.iter().filter(|(peer, _)| *peer > self.rank) {
             for number in 0..count as u64 {
                 let socket = self.dial(peer, purpose, number, patience)?;
@@ -139,13 +131,17 @@ impl Network {
             }
         }
         let lower: Vec<(usize, usize)> = wanted.iter().copied().filter(|(peer, _)| *peer < self.rank).collect();
+        let mut lookout = Lookout::new(self);
+        // Those that refused to be connected to, unless they came before they ended.
+        let mut gone = Vec::new();
         loop {
             let mut arrivals = self.arrivals.lock();
             arrivals.accept(&self.listener, self.token).map_err(|error| self.fail(explain(&error)))?;
             let keys =
                 |(peer, count): (usize, usize)| (0..count as u64).map(move |number| (purpose, peer as u64, number));
             let is_missing = |&&peer: &&(usize, usize)| keys(peer).any(|key| !arrivals.greeted.contains_key(&key));
-            let Some((missing, _)) = lower.iter().find(is_missing) else {
+            let missing: Vec<usize> = lower.iter().filter(is_missing).map(|&(peer, _)| peer).collect();
+            let Some(first) = missing.first() else {
                 for &(peer, count) in &lower {
                     let sockets =
                         keys((peer, count)).map(|key| arrivals.greeted.remove(&key).expect("none is missing"));
@@ -153,11 +149,16 @@ impl Network {
                 }
                 break;
             };
-            if Instant::now() >= patience.deadline {
-                return Err(self.fail(format!("rank {missing} did not connect to this one")));
+            gone.retain(|rank| missing.contains(rank));
+            if !gone.is_empty() {
+                return Err(lost(self, &gone));
             }
-            patience.warn(|| format!("rank {missing} to connect"));
+            if Instant::now() >= patience.deadline {
+                return Err(self.fail(format!("rank {first} did not connect to this one")));
+            }
+            patience.warn(|| format!("rank {first} to connect"));
             drop(arrivals);
+            gone = lookout.gone(&missing);
             std::thread::sleep(NAP);
         }
         for socket in connections.values().flatten() {
@@ -169,26 +170,44 @@ impl Network {
         Ok(connections)
     }
 
-    fn dial(&self, peer: usize, purpose: u64, number: u64, patience: &mut Patience) -> Result<TcpStream, Error> {
-        let address = self.members[peer].address;
+    /// Every other rank of the job.
+    pub(super) fn others(&self) -> impl Iterator<Item = usize> {
+        (0..self.world).filter(|&rank| rank != self.rank)
+    }
+
+    /// Where a rank of the job listens.
+    pub(super) fn address_of(&self, rank: usize) -> SocketAddr {
+        let address = self.members[rank].address;
         let ip = if address.ip().is_unspecified() { self.zero } else { address.ip() };
-        let address = SocketAddr::new(ip, address.port()).to_string();
+        SocketAddr::new(ip, address.port())
+    }
+
+    fn dial(
+        &self,
+        peer: usize,
+        purpose: u64,
+        number: u64,
+        patience: &mut Patience,
+    ) -> Result<Guarded<TcpStream>, Error> {
+        let address = self.address_of(peer).to_string();
         let (token, rank) = (self.token, self.rank as u64);
-        let (address_of_none, host) = (Ipv6Addr::UNSPECIFIED.into(), String::new());
-        let greeting = Greeting { token, purpose, rank, number, port: 0, address: address_of_none, host };
+        let (terms, address_of_none, host) = (Terms::default(), Ipv6Addr::UNSPECIFIED.into(), String::new());
+        let greeting = Greeting { token, purpose, rank, number, terms, port: 0, address: address_of_none, host };
         loop {
             let socket = dial(&address, patience.left());
             let greeted = socket.and_then(|mut socket| {
-                std::io::Write::write_all(&mut socket, &greeting.bytes())?;
+                std::io::Write::write_all(&mut *socket, &greeting.bytes())?;
                 Ok(socket)
             });
             match greeted {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
-                    // It listened before it was met, so whoever refuses is not there any more.
-                    let is_gone = error.kind() == ErrorKind::ConnectionRefused;
+                    // It listened when it was met.
+                    if error.kind() == ErrorKind::ConnectionRefused {
+                        return Err(lost(self, &[peer]));
+                    }
                     let reason = format!("rank {peer} cannot be reached at {address}: {}", explain(&error));
-                    if Instant::now() >= patience.deadline || is_gone || is_out_of_files(&error) {
+                    if Instant::now() >= patience.deadline || is_out_of_files(&error) {
                         return Err(self.fail(reason));
                     }
                     patience.warn(|| reason);
