@@ -11,9 +11,9 @@ use crate::limits::explain_thread;
 use crate::memory::mapping::MAPPING;
 use crate::rendezvous::{self, Place};
 use crate::terms::Terms;
-use crate::wire::Wire;
 use crate::wire::tcp::{Lookout, Network, TcpWire, lost};
 use crate::wire::threads::ThreadWire;
+use crate::wire::{self, Wire};
 use crate::{Backend, Error, Launch, Options, WireKind};
 
 /// Who talks: the ranks of a job, or those of a communicator split from another.
@@ -186,6 +186,9 @@ pub(crate) fn decline_for(job: &Job, reason: &str) -> bool {
     reason.hash(&mut hasher);
     let Launch { rank, world, local_rank, local_world, .. } = job.launch;
     let (global_rank, global_world) = (job.ranks[rank], job.world);
+    if local_world != job.world && job.launch.meeting.is_some() {
+        return wire::tcp::decline(&job.launch, hasher.finish());
+    }
     // On several hosts those of this host would meet under a name that depends on the others.
     let name = format!("{}!", job.name);
     // Ranks that decline compare reasons alone.

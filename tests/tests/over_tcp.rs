@@ -200,6 +200,27 @@ fn a_setting_that_differs_is_named_with_both_values() {
 }
 
 #[test]
+fn a_rank_that_cannot_join_ends_the_wait_of_other_hosts() {
+    let place = Workplace::new(PROGRAM);
+    for quitter in [0, 1] {
+        let port = free_port();
+        let ranks = [0, 1].map(|number| {
+            let groups = if number == quitter { 3 } else { 1 };
+            place.spawn(rank(&place, number, [1, 2], port, &format!("--out out --reduce-groups {groups}")))
+        });
+        for (number, ended) in ranks.map(Running::finish).iter().enumerate() {
+            // Far below --timeout, whose 300 s nothing here waits for.
+            let says = ended.stderr.contains("3 groups of reduction do not divide 2 ranks");
+            assert_eq!(
+                (ended.code(), says),
+                (Some(if number == quitter { 2 } else { 69 }), number == quitter),
+                "{ended}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_signal_ends_the_wait_for_other_ranks() {
     let place = Workplace::new(PROGRAM);
     for (shape, number, signal) in

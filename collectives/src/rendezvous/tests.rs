@@ -200,7 +200,8 @@ fn children_that_are_forked_while_ranks_meet_keep_no_connection_and_no_name() {
     let child = Child::fork();
     start(&job, 1, 2, PATIENCE).join().unwrap().unwrap();
     zero.join().unwrap().unwrap();
-    silent.set_read_timeout(Some(PATIENCE)).unwrap();
+    // Less than the child lives.
+    silent.set_read_timeout(Some(PATIENCE / 4)).unwrap();
     let ended = (&silent).read(&mut [0]);
     assert!(matches!(&ended, Ok(0)) || ended.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "kept");
     UnixListener::bind_addr(&address(&job)).expect("the name is free");

@@ -45,6 +45,9 @@ pub(super) struct Greeting {
 
 /// The purpose of a connection to rank 0 at the start.
 pub(super) const MEETING: u64 = 0;
+/// That of a rank that cannot join, whose greeting has the digest of the reason for a number. Those
+/// of communicators are odd.
+pub(super) const GIVES_UP: u64 = 2;
 
 impl Greeting {
     pub(super) fn bytes(&self) -> [u8; LEN] {
@@ -107,6 +110,8 @@ pub(super) enum Refusal {
     Terms,
     NoSuchRank,
     Taken,
+    /// Rank 0 gives up; the digest of the reason follows.
+    GaveUp,
 }
 
 impl fmt::Display for Refusal {
@@ -121,6 +126,7 @@ impl fmt::Display for Refusal {
             Refusal::Terms => "with other settings, of which it was told",
             Refusal::NoSuchRank => "with a rank that cannot be",
             Refusal::Taken => "with the number of one that had come already (--node-rank)",
+            Refusal::GaveUp => "that came too late",
         })
     }
 }
@@ -129,7 +135,7 @@ impl Refusal {
     /// The one of this number.
     pub(super) fn of(number: u64) -> Option<Refusal> {
         use Refusal::*;
-        [Silent, Unfinished, HungUp, Garbage, Version, Token, Terms, NoSuchRank, Taken]
+        [Silent, Unfinished, HungUp, Garbage, Version, Token, Terms, NoSuchRank, Taken, GaveUp]
             .into_iter()
             .find(|&refusal| refusal as u64 == number)
     }

@@ -11,8 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
-use super::greeting::{self, ADDRESS, Arriving, Greeting, HOST, MEETING, Refusal, name, octets};
-use super::interface;
+use super::greeting::{self, ADDRESS, Arriving, GIVES_UP, Greeting, HOST, MEETING, Refusal, name, octets};
+use super::{decline, interface};
 use crate::error::ranks;
 use crate::limits::explain;
 use crate::memory::fork::Guarded;
@@ -35,6 +35,26 @@ pub(super) struct Member {
     /// Unspecified for a rank that is on rank 0's host, as far as rank 0 sees.
     pub(super) address: SocketAddr,
     pub(super) host: String,
+}
+
+/// Why ranks did not meet.
+pub(super) enum Failure {
+    /// As this rank sees it.
+    Reason(String),
+    /// This rank gave up, and has said why.
+    GaveUp(usize),
+}
+
+impl From<String> for Failure {
+    fn from(reason: String) -> Failure {
+        Failure::Reason(reason)
+    }
+}
+
+/// The port of `host:port`.
+pub(super) fn port_of(address: &str) -> Result<u16, String> {
+    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+    port.ok_or_else(|| format!("the address {address:?} has no port: give host:port"))
 }
 
 /// A listener on every address of this host, at this port or, for 0, any.
@@ -62,10 +82,9 @@ fn bind(address: SocketAddr) -> rustix::io::Result<Guarded<TcpListener>> {
 ///
 /// # Errors
 /// Says who did not come, and who was turned away.
-pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> Result<Vec<Member>, String> {
+pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> Result<Vec<Member>, Failure> {
     let (world, token, terms) = (own.number, own.token, own.terms);
-    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
-    let port: u16 = port.ok_or_else(|| format!("the address {address:?} has no port: give host:port"))?;
+    let port = port_of(address)?;
     let listener = loop {
         match listen(port) {
             Ok(listener) => break listener,
@@ -73,7 +92,8 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
                 return Err(format!(
                     "rank 0 cannot listen at port {port}: {error}; meet at another one (--address, PILLION_ADDRESS, or \
                      torchrun's master port + 1)"
-                ));
+                )
+                .into());
             }
             // Perhaps the job before is just ending.
             Err(error) => {
@@ -97,14 +117,27 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
         let is_missing = |rank: &usize| !come.contains_key(&(*rank as u64));
         let missing = || ranks(&(1..world as usize).filter(is_missing).collect::<Vec<usize>>());
         if patience.is_over() {
-            return Err(format!("{} did not come to port {port} of this host{}", missing(), count(&refused)));
+            return Err(format!("{} did not come to port {port} of this host{}", missing(), count(&refused)).into());
         }
         patience.warn(|| format!("{} at port {port}{}", missing(), count(&refused)));
-        wait(&listener, &waiting, &come, patience.next());
+        wait(&listener, &waiting, come.values().map(|(_, socket)| socket), patience.next());
         accept_some(&listener, &mut waiting).map_err(|error| explain(&error))?;
         for _ in 0..waiting.len() {
             let Some(mut arriving) = waiting.pop_front() else { break };
-            let admitted = arriving.read(token).and_then(|greeting| match greeting {
+            let greeting = arriving.read(token);
+            if let Ok(Some(Greeting { purpose: GIVES_UP, rank, number: reason, .. })) = greeting
+                && (1..world).contains(&rank)
+            {
+                // It learns that it was heard, all others what it has said.
+                let _ = arriving.socket.write(&[0; 16]);
+                for (_, socket) in come.values_mut() {
+                    let _ = socket.write(&decline::answer(reason));
+                }
+                let untold = (1..world).filter(|other| *other != rank && !come.contains_key(other)).collect();
+                decline::tell(&listener, waiting, token, untold, reason);
+                return Err(Failure::GaveUp(rank as usize));
+            }
+            let admitted = greeting.and_then(|greeting| match greeting {
                 None => Ok(None),
                 Some(greeting) if greeting.purpose == MEETING && greeting.terms != terms => {
                     patience.complain(greeting.rank, &greeting.terms, &terms);
@@ -197,18 +230,19 @@ pub(super) fn visit(
     offered: &[IpAddr],
     address: &str,
     patience: &mut Patience,
-) -> Result<(Vec<Member>, IpAddr), String> {
+) -> Result<(Vec<Member>, IpAddr), Failure> {
     // An answer tells more than a connection that is refused later, when rank 0 has given up.
     let mut answer = None;
     loop {
         let obstacle = match attempt(own, offered, address, patience) {
             Ok(table) => return Ok(table),
-            Err(Obstacle::Stays(reason)) => return Err(reason),
+            Err(Obstacle::Stays(reason)) => return Err(reason.into()),
+            Err(Obstacle::GaveUp) => return Err(Failure::GaveUp(0)),
             Err(Obstacle::Answered(reason)) => answer.insert(reason).clone(),
             Err(Obstacle::MayGo(reason)) => reason,
         };
         if patience.is_over() {
-            return Err(answer.unwrap_or(obstacle));
+            return Err(answer.unwrap_or(obstacle).into());
         }
         patience.warn(|| format!("rank 0: {obstacle}"));
         std::thread::sleep(RETRY_EVERY);
@@ -223,6 +257,8 @@ enum Obstacle {
     /// The same, where rank 0 has said why.
     Answered(String),
     Stays(String),
+    /// Rank 0 gives up.
+    GaveUp,
 }
 
 fn attempt(
@@ -259,6 +295,9 @@ fn attempt(
         WELCOME => {}
         other => {
             let refusal = Refusal::of(other);
+            if refusal == Some(Refusal::GaveUp) {
+                return Err(Obstacle::GaveUp);
+            }
             if refusal == Some(Refusal::Terms) {
                 let mut theirs = [0; Terms::BYTES];
                 socket.read_exact(&mut theirs).map_err(|error| failed("in the middle of an answer", error))?;
@@ -314,14 +353,14 @@ fn count(refused: &BTreeMap<Refusal, usize>) -> String {
 }
 
 /// Sleeps until somebody connects or says something, or the time has come.
-fn wait(
-    listener: &TcpListener,
-    waiting: &VecDeque<Arriving>,
-    come: &BTreeMap<u64, (Member, Guarded<TcpStream>)>,
+pub(super) fn wait<'a>(
+    listener: &'a TcpListener,
+    waiting: &'a VecDeque<Arriving>,
+    come: impl IntoIterator<Item = &'a Guarded<TcpStream>>,
     until: Instant,
 ) {
     let until = waiting.iter().map(|arriving| arriving.until).fold(until, Instant::min);
-    let sockets = waiting.iter().map(|arriving| &arriving.socket).chain(come.values().map(|(_, socket)| socket));
+    let sockets = waiting.iter().map(|arriving| &arriving.socket).chain(come);
     let sockets = sockets.map(|socket| PollFd::new(socket, PollFlags::IN));
     let mut events: Vec<PollFd<'_>> = std::iter::once(PollFd::new(listener, PollFlags::IN)).chain(sockets).collect();
     // Whatever comes of it, everything is looked at.

@@ -8,6 +8,7 @@
 //! sender once they are full. So no tag waits for another.
 
 mod control;
+mod decline;
 mod greeting;
 mod interface;
 mod line;
@@ -24,6 +25,7 @@ use super::{Receipt, Wire};
 use crate::Error;
 use crate::hosts::Hosts;
 use control::Control;
+pub(crate) use decline::decline;
 use line::Line;
 pub(crate) use lookout::{Lookout, lost};
 pub(crate) use network::{Network, offered_address};

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use super::greeting::{Arriving, Greeting, HOST, MEETING};
 use super::interface;
 use super::lookout::{Lookout, lost};
-use super::meeting::{Member, accept_some, dial, is_out_of_files, listen, serve, visit};
+use super::meeting::{Failure, Member, accept_some, dial, is_out_of_files, listen, serve, visit};
 use crate::limits::explain;
 use crate::memory::fork::Guarded;
 use crate::patience::Patience;
@@ -81,7 +81,10 @@ impl Network {
             }
             _ => visit(&own, &offered, &meeting.address, &mut patience),
         };
-        let (members, zero) = met.map_err(fail)?;
+        let (members, zero) = met.map_err(|failure| match failure {
+            Failure::Reason(reason) => fail(reason),
+            Failure::GaveUp(rank) => Error::Aborted { rank, reason: "it cannot start, and has said why".to_owned() },
+        })?;
         let (job, arrivals) = (launch.job.clone(), Mutex::default());
         let warn_after = options.warn_after;
         Ok(Arc::new(Network { rank, world, job, token, members, zero, listener, warn_after, arrivals }))

@@ -12,9 +12,9 @@ use rustix::thread::UnshareFlags;
 use super::{free_port, launches, open, patient};
 use crate::memory::fork::Child;
 use crate::terms::Terms;
-use crate::wire::tcp::Network;
 use crate::wire::tcp::greeting::{Greeting, MEETING};
 use crate::wire::tcp::network::digest;
+use crate::wire::tcp::{Network, decline};
 use crate::{Communicator, Error, Launch, Options};
 
 /// What rank 1 says to rank 0.
@@ -245,6 +245,31 @@ fn children_that_are_forked_while_ranks_meet_keep_no_connection_and_no_listener(
     let refused = TcpStream::connect(("127.0.0.1", port)).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
     drop(child);
+}
+
+#[test]
+fn a_rank_that_cannot_join_ends_the_wait_of_all() {
+    // Each of three ranks in turn cannot; it is told what rank 0 has been told first.
+    for quitter in [0, 1, 2] {
+        let jobs = launches(3, free_port(), "decline");
+        let started = Instant::now();
+        thread::scope(|scope| {
+            let meet = |launch| scope.spawn(move || Network::meet(launch, &patient(120.0)).err().unwrap());
+            let others: Vec<_> = jobs.iter().filter(|launch| launch.rank != quitter).map(meet).collect();
+            assert!(!decline(&jobs[quitter], 7), "rank 0 gives up for another reason");
+            for other in others {
+                assert!(matches!(other.join().unwrap(), Error::Aborted { .. }));
+            }
+        });
+        assert!(started.elapsed() < Duration::from_secs(60), "they waited for the deadline");
+    }
+    let jobs = launches(3, free_port(), "all decline");
+    let said = thread::scope(|scope| {
+        let ranks: Vec<_> =
+            jobs.iter().map(|launch| scope.spawn(|| decline(launch, 7 + launch.rank as u64 / 2))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<bool>>()
+    });
+    assert_eq!(said, [false, true, false], "the same reason as rank 0's need not be said again");
 }
 
 #[test]
