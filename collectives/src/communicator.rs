@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, Device};
@@ -17,6 +17,9 @@ use crate::limits::explain_thread;
 use crate::memory::control::state;
 use crate::transport::{Capabilities, Limit, Transport};
 use crate::{Backend, Error, Launch, Options, Sections, Span, Window, WireKind};
+
+/// How often a rank that waits for others at the start looks whether it shall end.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// What a communicator has moved so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,8 +52,10 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Options`] for what cannot be, [`Error::Rendezvous`] or [`Error::Timeout`] when the
-    /// ranks do not all come in time, [`Error::System`] when the host refuses memory or a thread.
-    /// The other ranks are told of the first and the last, and return [`Error::Aborted`].
+    /// ranks do not all come in time, [`Error::PeerLost`] for a rank that ends meanwhile,
+    /// [`Error::Interrupted`] once [`Options::stop`] is raised, [`Error::System`] when the host
+    /// refuses memory or a thread. The other ranks are told of the first and the last, and return
+    /// [`Error::Aborted`].
     pub fn connect(launch: &Launch, options: Options) -> Result<Communicator, Error> {
         let job = Job::of(launch);
         options.check(launch).map_err(|error| join::decline(&job, error))?;
@@ -87,7 +92,8 @@ impl Communicator {
     /// Starts the progress thread, which finds the other ranks.
     fn start(job: Job, options: Options) -> Result<Communicator, Error> {
         let (sender, receiver) = std::sync::mpsc::channel();
-        let (for_thread, startup) = (job.clone(), options.startup_timeout);
+        let (for_thread, startup, stop) = (job.clone(), options.startup_timeout, options.stop.clone());
+        let is_stopped = || stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
         let progress = std::thread::Builder::new()
             .name(format!("pillion-progress-{}", job.launch.rank))
             .spawn(move || match join::join(&for_thread, options) {
@@ -104,15 +110,23 @@ impl Communicator {
             .map_err(|error| Error::System { what: "starting a thread", reason: explain_thread(&error) })
             .map_err(|error| join::decline(&job, error))?;
         // Every phase of joining has the limit of its own, but for what MPI does, which has none; then the thread is left behind.
-        let joined = receiver.recv_timeout(startup.saturating_mul(3)).map_err(|error| {
-            let reason = match error {
-                RecvTimeoutError::Timeout => {
-                    "the other ranks did not answer: were they all started by the same launcher?"
+        let (started, limit) = (Instant::now(), startup.saturating_mul(3));
+        let joined = loop {
+            match receiver.recv_timeout(LOOK_EVERY) {
+                // Whatever the progress thread says of it.
+                Ok(Err(_)) if is_stopped() => return Err(Error::Interrupted),
+                Ok(joined) => break joined,
+                Err(RecvTimeoutError::Timeout) if is_stopped() => return Err(Error::Interrupted),
+                Err(RecvTimeoutError::Timeout) if started.elapsed() < limit => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let reason = "the other ranks did not answer: were they all started by the same launcher?";
+                    return Err(job.fail(reason.to_owned()));
                 }
-                RecvTimeoutError::Disconnected => "the progress thread panicked",
-            };
-            job.fail(reason.to_owned())
-        })?;
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(job.fail("the progress thread panicked".to_owned()));
+                }
+            }
+        };
         let (group, network) = joined.map_err(|error| join::decline(&job, error))?;
         let engine = group.engine.clone();
         engine.set_thread(progress);
@@ -123,12 +137,18 @@ impl Communicator {
         // not.
         let late = |rank: usize| absent(rank) && (rank > 0 || !(1..group.world()).any(absent));
         let limit = if group.rank == 0 { startup } else { startup.saturating_add(FIRST_SPEAKS) };
-        group.wait_for_ranks("the start", limit, late)?;
+        group.wait_for_ranks("the start", limit, |rank| late(rank) && !is_stopped())?;
+        if (0..group.world()).any(absent) {
+            return Err(Error::Interrupted);
+        }
         engine.look_at_processors();
         engine.try_private_memory(group.options.reads_private);
         group.ring_everybody();
         let unsaid = |rank: usize| group.rank_control(rank).process.verdict().is_none();
-        group.wait_for_ranks("the start", startup, unsaid)?;
+        group.wait_for_ranks("the start", startup, |rank| unsaid(rank) && !is_stopped())?;
+        if (0..group.world()).any(unsaid) {
+            return Err(Error::Interrupted);
+        }
         engine.agree_on_private_memory();
         Ok(communicator)
     }

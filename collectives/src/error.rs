@@ -111,6 +111,9 @@ pub enum Error {
         /// Whose limit it is.
         limit: &'static str,
     },
+    /// [`Options::stop`](crate::Options::stop) was raised before all ranks had come.
+    #[error("this rank was told to end while it waited for the other ranks at the start: start the job again")]
+    Interrupted,
     /// The operating system refused something.
     #[error("{what}: {reason}")]
     System {
@@ -167,6 +170,7 @@ impl Error {
             Error::Rendezvous { .. } => 9,
             Error::OutOfMemory { .. } => 10,
             Error::System { .. } => 11,
+            Error::Interrupted => 12,
         }
     }
 

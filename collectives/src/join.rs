@@ -1,6 +1,7 @@
 //! How the ranks of a communicator come together: who is on which host, and what connects them.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 
 use crate::engine::Engine;
@@ -9,9 +10,10 @@ use crate::hosts::Hosts;
 use crate::limits::explain_thread;
 use crate::memory::mapping::MAPPING;
 use crate::rendezvous::{self, Place};
-use crate::wire::Wire;
-use crate::wire::tcp::{Network, TcpWire};
+use crate::terms::Terms;
+use crate::wire::tcp::{Lookout, Network, TcpWire, lost};
 use crate::wire::threads::ThreadWire;
+use crate::wire::{self, Wire};
 use crate::{Backend, Error, Launch, Options, WireKind};
 
 /// Who talks: the ranks of a job, or those of a communicator split from another.
@@ -110,8 +112,21 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         world: hosts.local().len(),
         global_rank: job.ranks[rank],
         global_world: job.world,
+        terms: Terms::of(&job.launch, &options),
     };
-    let map = rendezvous::join(&place, options.startup_timeout, options.warn_after).inspect_err(|error| {
+    let mut lookout = network.as_deref().map(Lookout::new);
+    let mut go_on = |missing: &[usize]| {
+        if options.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            return Err(Error::Interrupted);
+        }
+        // A rank of this host that has ended since the hosts met will not come.
+        let missing: Vec<usize> = missing.iter().map(|&place| hosts.local()[place]).collect();
+        let (Some(lookout), Some(network)) = (&mut lookout, &network) else { return Ok(()) };
+        let gone = lookout.gone(&missing);
+        if gone.is_empty() { Ok(()) } else { Err(lost(network, &gone)) }
+    };
+    let joined = rendezvous::join(&place, options.startup_timeout, options.warn_after, &mut go_on);
+    let map = joined.inspect_err(|error| {
         // Or the other hosts would take this rank's end for an orderly one.
         wire.iter_mut().for_each(|wire| wire.abort(&error.to_string()));
     })?;
@@ -171,11 +186,16 @@ pub(crate) fn decline_for(job: &Job, reason: &str) -> bool {
     reason.hash(&mut hasher);
     let Launch { rank, world, local_rank, local_world, .. } = job.launch;
     let (global_rank, global_world) = (job.ranks[rank], job.world);
+    if local_world != job.world && job.launch.meeting.is_some() {
+        return wire::tcp::decline(&job.launch, hasher.finish());
+    }
     // On several hosts those of this host would meet under a name that depends on the others.
     let name = format!("{}!", job.name);
+    // Ranks that decline compare reasons alone.
+    let terms = Terms::default();
     let place = match local_world == job.world {
-        true => Place { name: &job.name, rank, world, global_rank, global_world },
-        false => Place { name: &name, rank: local_rank, world: local_world, global_rank, global_world },
+        true => Place { name: &job.name, rank, world, global_rank, global_world, terms },
+        false => Place { name: &name, rank: local_rank, world: local_world, global_rank, global_world, terms },
     };
     rendezvous::decline(&place, hasher.finish())
 }

@@ -20,6 +20,7 @@
 use std::collections::hash_map::RandomState;
 use std::fmt;
 use std::hash::BuildHasher;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 use std::{env, io, process};
@@ -56,6 +57,10 @@ pub struct Launch {
     /// The host that this rank counts itself to, from `PILLION_HOST`, where that is set: ranks with different values share no memory.
     /// Otherwise the host is what the system says.
     pub host: Option<String>,
+    /// The network interface, by its name or an address of it, whose address this rank offers to
+    /// ranks of other hosts over TCP, from `PILLION_INTERFACE`, where that is set. Otherwise it
+    /// offers the address from which it reaches rank 0.
+    pub interface: Option<String>,
     /// Where ranks of several hosts meet without MPI, if that is known.
     pub meeting: Option<Meeting>,
 }
@@ -266,6 +271,9 @@ pub(crate) const OWN_LAUNCHER: &str = "PILLION_LAUNCHER_PID";
 /// Overrides which host a rank counts itself to.
 const HOST: &str = "PILLION_HOST";
 
+/// Says whose address a rank offers to other hosts.
+pub(crate) const INTERFACE: &str = "PILLION_INTERFACE";
+
 impl Launch {
     /// One process that is the whole job.
     pub fn single() -> Launch {
@@ -277,6 +285,7 @@ impl Launch {
             job: fresh_job(),
             source: Source::Single,
             host: None,
+            interface: None,
             meeting: None,
         }
     }
@@ -296,7 +305,16 @@ impl Launch {
     pub fn from_variables(lookup: impl Fn(&str) -> Option<String>) -> Result<Launch, LaunchError> {
         let launch = Variables { lookup: &lookup }.read()?;
         let meeting = meeting(launch.source, &lookup)?;
-        Ok(Launch { host: lookup(HOST), meeting, ..launch })
+        Ok(Launch { host: lookup(HOST), interface: lookup(INTERFACE), meeting, ..launch })
+    }
+
+    /// The address that [`Launch::interface`] stands for, as this rank offers it to ranks of other
+    /// hosts; none where it offers the address from which it reaches rank 0.
+    ///
+    /// # Errors
+    /// [`Error::Rendezvous`](crate::Error), with the interfaces that there are.
+    pub fn offered_address(&self) -> Result<Option<IpAddr>, crate::Error> {
+        crate::wire::tcp::offered_address(self)
     }
 
     /// One launch per rank for `world` ranks that are threads of this process; all carry the same
@@ -310,8 +328,7 @@ impl Launch {
             local_world: world,
             job: job.clone(),
             source: Source::Local,
-            host: None,
-            meeting: None,
+            ..Launch::single()
         };
         (0..world).map(launch).collect()
     }

@@ -39,6 +39,7 @@ mod rendezvous;
 mod request;
 mod sections;
 pub mod stop;
+mod terms;
 mod transport;
 mod window;
 mod wire;

@@ -1,5 +1,7 @@
 //! What a communicator can be told at its start.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use crate::launch::Source;
@@ -98,6 +100,10 @@ pub struct Options {
     /// Whether ranks of a host read buffers in private memory where they lie, if the system allows
     /// it to all of them; otherwise buffers pass through shared memory. Default: true.
     pub reads_private: bool,
+    /// Ends the wait for other ranks at the start once it is raised, such as the flag of
+    /// [`stop::flag`](crate::stop::flag): with [`Error::Interrupted`], within a tenth of a second.
+    /// Operations do not look at it. Default: none.
+    pub stop: Option<Arc<AtomicBool>>,
     /// For tests, with ranks that are threads of one process: they behave as if they were on this
     /// many hosts, consecutive ranks on each, as evenly as can be, and pass messages through this
     /// process's memory where there would be a network.
@@ -118,6 +124,7 @@ impl Default for Options {
             wire: WireKind::Auto,
             reduce_groups: 1,
             reads_private: true,
+            stop: None,
             simulated_hosts: 1,
             gather_delay: Duration::ZERO,
             reduce_delay: Duration::ZERO,

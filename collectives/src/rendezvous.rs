@@ -18,12 +18,13 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketAddrUnix};
 
 pub(crate) use self::decline::decline;
-use self::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number};
+use self::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number, terms};
 use self::serve::serve;
 use self::socket::{dial, peer, wait};
 use crate::Error;
 use crate::memory::mapping::{self, Mapping, Shape};
 use crate::patience::Patience;
+use crate::terms::Terms;
 
 mod decline;
 mod message;
@@ -48,18 +49,37 @@ pub(crate) struct Place<'a> {
     pub(crate) global_rank: usize,
     /// Number of ranks of the job, for messages.
     pub(crate) global_world: usize,
+    /// Settings that rank 0 must share.
+    pub(crate) terms: Terms,
 }
+
+/// Asked now and then whether to go on waiting for ranks, as those who meet count.
+pub(crate) type GoOn<'a> = dyn FnMut(&[usize]) -> Result<(), Error> + 'a;
+
+/// How long a rank sleeps at most before it asks [`GoOn`].
+const ASK_EVERY: Duration = Duration::from_millis(200);
 
 /// Meets the others within `limit`: each of them returns a mapping of the same memory. A rank that
 /// waits longer than `warn_after` says for whom.
-pub(crate) fn join(place: &Place<'_>, limit: Duration, warn_after: Duration) -> Result<Arc<Mapping>, Error> {
+///
+/// # Errors
+/// Those of `go_on`, too.
+pub(crate) fn join(
+    place: &Place<'_>,
+    limit: Duration,
+    warn_after: Duration,
+    go_on: &mut GoOn<'_>,
+) -> Result<Arc<Mapping>, Error> {
     if place.world == 1 {
         let shape = Shape::of_host(1);
         return Mapping::new(mapping::create(shape)?, shape, 0);
     }
     let address = place.address()?;
     let mut patience = Patience::new(place.global_rank, limit, warn_after);
-    if place.rank == 0 { serve(place, &address, &mut patience) } else { connect(place, &address, &mut patience) }
+    match place.rank {
+        0 => serve(place, &address, &mut patience, go_on),
+        _ => connect(place, &address, &mut patience, go_on),
+    }
 }
 
 impl Place<'_> {
@@ -81,7 +101,7 @@ impl Place<'_> {
     }
 
     fn greeting(&self) -> [u8; GREETING] {
-        bytes(&[self.rank as u64, self.world as u64])
+        bytes([self.rank as u64, self.world as u64], &self.terms)
     }
 }
 
@@ -92,9 +112,15 @@ enum Attempt {
     Again(String),
 }
 
-fn connect(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience) -> Result<Arc<Mapping>, Error> {
+fn connect(
+    place: &Place<'_>,
+    address: &SocketAddrUnix,
+    patience: &mut Patience,
+    go_on: &mut GoOn<'_>,
+) -> Result<Arc<Mapping>, Error> {
     loop {
-        match attempt(place, address, patience)? {
+        go_on(&[0])?;
+        match attempt(place, address, patience, go_on)? {
             Attempt::Joined(mapping) => return Ok(mapping),
             Attempt::Again(obstacle) if Instant::now() >= patience.deadline => {
                 return Err(place.fail(format!("rank 0{} did not come: {obstacle}", place.counting())));
@@ -107,7 +133,12 @@ fn connect(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience)
     }
 }
 
-fn attempt(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience) -> Result<Attempt, Error> {
+fn attempt(
+    place: &Place<'_>,
+    address: &SocketAddrUnix,
+    patience: &mut Patience,
+    go_on: &mut GoOn<'_>,
+) -> Result<Attempt, Error> {
     let deadline = patience.deadline;
     let again = |obstacle: String| Ok(Attempt::Again(obstacle));
     let socket = match dial(address) {
@@ -144,7 +175,8 @@ fn attempt(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience)
             }
             Err(Errno::AGAIN) => {
                 patience.warn(|| format!("{peer}, which listens as rank 0 does, to answer"));
-                wait(&mut [PollFd::new(&socket, PollFlags::IN)], patience.next())?;
+                wait(&mut [PollFd::new(&socket, PollFlags::IN)], patience.next().min(Instant::now() + ASK_EVERY))?;
+                go_on(&[0])?;
                 continue;
             }
             Ok(_) | Err(_) if received == 0 => return again(hung_up),
@@ -183,6 +215,10 @@ fn attempt(place: &Place<'_>, address: &SocketAddrUnix, patience: &mut Patience)
             number(&answer, 2),
             place.world
         ),
+        _ if is(Refusal::Terms) => match place.terms.differences("this rank", &terms(&answer)) {
+            Some(differences) => differences,
+            None => return Err(foreign()),
+        },
         _ if is(Refusal::NoSuchRank) => format!("rank {} is none of the {} expected", place.rank, place.world),
         _ => return Err(foreign()),
     };

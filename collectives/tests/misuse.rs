@@ -137,7 +137,8 @@ fn errors_keep_their_codes() {
         Error::Rendezvous { rank: 0, world: 1, job: text(), reason: text() },
         Error::OutOfMemory { bytes: 1, available: 0, limit: "x" },
         Error::System { what: "x", reason: text() },
+        Error::Interrupted,
     ];
     let codes: Vec<i32> = errors.iter().map(Error::code).collect();
-    assert_eq!(codes, (1..=11).collect::<Vec<i32>>());
+    assert_eq!(codes, (1..=12).collect::<Vec<i32>>());
 }

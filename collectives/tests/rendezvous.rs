@@ -3,10 +3,12 @@
 use std::io::Write;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use pillion_collectives::{Communicator, Error, Launch, Options, Reduction};
+use pillion_collectives::{Backend, Communicator, Error, Launch, Meeting, Options, Reduction, WireKind};
 
 /// Only turns a hang into a failure.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -52,7 +54,7 @@ fn strangers_at_the_door_do_not_disturb_the_job() {
     let job = Launch::threads(3);
     let zero = start(&job[0], 1.0);
     let mut strangers = Vec::new();
-    for said in [&b""[..], b"pillion3\x01", b"GET / HTTP/1.1\r\n\r\n"].repeat(20) {
+    for said in [&b""[..], b"pillion4\x01", b"GET / HTTP/1.1\r\n\r\n"].repeat(20) {
         let mut stream = dial(&job[0].job);
         stream.write_all(said).unwrap();
         strangers.push(stream);
@@ -95,6 +97,55 @@ fn a_rank_that_expects_another_world_is_told_both_numbers() {
     let ranks = [zero, start(&job[1], 2.0), start(&job[2], 4.0)];
     for rank in ranks {
         assert_eq!(rank.join().unwrap(), Ok(7.0));
+    }
+}
+
+#[test]
+fn a_rank_with_another_setting_is_told_which_and_both_values_while_rank_0_waits() {
+    let job = Launch::threads(2);
+    let zero = start(&job[0], 1.0);
+    let with = |options: Options| {
+        let options = Options { startup_timeout: PATIENCE, ..options };
+        Communicator::connect(&job[1], options).err().expect("it is refused").to_string()
+    };
+    let error = with(Options { reduce_groups: 2, ..Options::default() });
+    assert!(error.contains("`reduce_groups` (--reduce-groups) is 2 on this rank and 1 on rank 0"), "{error}");
+    let error = with(Options { backend: Backend::Shm, ..Options::default() });
+    assert!(
+        error.ends_with(
+            "`backend` (--backend) is shm on this rank and auto on rank 0: give every rank the same settings"
+        ),
+        "{error}"
+    );
+    assert!(!zero.is_finished(), "rank 0 has not been waiting for these");
+    let one = start(&job[1], 2.0);
+    assert_eq!([zero, one].map(|rank| rank.join().unwrap()), [Ok(3.0), Ok(3.0)]);
+}
+
+#[test]
+fn a_rank_that_is_told_to_end_waits_for_nobody() {
+    let address = Meeting::free_address().unwrap().to_string();
+    let meeting = Some(Meeting { secret: address.clone(), address });
+    for launch in Launch::threads(2) {
+        // Alone on its host, it would wait at an address.
+        let on_hosts = Launch { local_rank: 0, local_world: 1, meeting: meeting.clone(), ..launch.clone() };
+        for launch in [launch, on_hosts] {
+            let stop = Arc::new(AtomicBool::new(false));
+            let options = Options {
+                startup_timeout: PATIENCE,
+                stop: Some(stop.clone()),
+                wire: WireKind::Tcp,
+                ..Options::default()
+            };
+            let started = Instant::now();
+            let rank = thread::spawn(move || Communicator::connect(&launch, options).err());
+            // Most often it waits by now; it ends whether it does or not.
+            thread::sleep(Duration::from_millis(20));
+            assert!(!rank.is_finished(), "it waits for nobody");
+            stop.store(true, Ordering::Relaxed);
+            assert!(matches!(rank.join().unwrap(), Some(Error::Interrupted)));
+            assert!(started.elapsed() < PATIENCE / 2, "it waited for the deadline");
+        }
     }
 }
 

@@ -149,6 +149,14 @@ impl Findings {
                     .map_or_else(|| "no route to it is known".to_owned(), |address| format!("reached from {address}"));
                 let used = if needed { "" } else { "not needed here; " };
                 self.add("ranks meet at", meeting.address.clone(), format!("{used}{reach}; {keeps}"));
+                if let Some(interface) = &launch.interface {
+                    let follows = match launch.offered_address() {
+                        Ok(Some(address)) => format!("{used}offers {address} to ranks of other hosts"),
+                        Ok(None) => String::new(),
+                        Err(error) => error.to_string(),
+                    };
+                    self.add("PILLION_INTERFACE", interface.clone(), follows);
+                }
             }
             None if needed => {
                 self.add("ranks meet at", "nothing says where", "set PILLION_ADDRESS=host:port on every rank")
@@ -245,7 +253,11 @@ impl Findings {
             .collect();
         found.sort_unstable();
         let found = if found.is_empty() { "none".to_owned() } else { found.join("\n") };
-        self.add("networks", found, "between hosts the route to a rank's address decides");
+        self.add(
+            "networks",
+            found,
+            "between hosts the route to a rank's address decides; PILLION_INTERFACE names another to be reached at",
+        );
     }
 
     fn mpi(&mut self) {

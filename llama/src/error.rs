@@ -94,6 +94,7 @@ impl Error {
             )
             | Error::Runtime(pillion_runtime::Error::Collective(Collective::Options { .. })) => 2,
             Error::ByRankZero { code } => *code,
+            Error::Runtime(pillion_runtime::Error::Collective(Collective::Interrupted)) => launcher::EXIT_INTERRUPTED,
             Error::Runtime(pillion_runtime::Error::Collective(
                 Collective::PeerLost { .. } | Collective::Aborted { .. },
             )) => launcher::EXIT_CONSEQUENCE,

@@ -56,6 +56,31 @@ fn a_job_says_what_connects_its_ranks_and_why() {
 }
 
 #[test]
+fn the_interface_that_a_rank_offers_is_said_and_one_that_there_is_not_is_refused() {
+    let place = Workplace::new(PROGRAM);
+    let say = |interface: &str| {
+        let mut command = place.command("doctor --timeout 20");
+        let port = Meeting::free_address().unwrap().port();
+        for (name, value) in [("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")] {
+            command.env(name, value);
+        }
+        command.env("PILLION_ADDRESS", format!("127.0.0.1:{port}")).env("MASTER_ADDR", "127.0.0.1");
+        command.env("MASTER_PORT", "1").env("PILLION_INTERFACE", interface);
+        place.spawn(command)
+    };
+    let refused = say("eth99").finish();
+    assert_eq!(refused.code(), Some(1), "{refused}");
+    for text in [&refused.stdout, &refused.stderr] {
+        assert!(text.contains("eth99") && text.contains("lo (127.0.0.1"), "{refused}");
+    }
+    let place = Workplace::new(PROGRAM);
+    let mut command = place.command("doctor");
+    command.env("PILLION_ADDRESS", "127.0.0.1:29400").env("PILLION_INTERFACE", "lo");
+    let ended = place.spawn(command).finish().succeeded();
+    assert!(ended.stdout.contains("offers 127.0.0.1 to ranks of other hosts"), "{ended}");
+}
+
+#[test]
 fn what_a_job_lacks_is_said_with_the_remedy() {
     let place = Workplace::new(PROGRAM);
     let [zero] = job(&place, ["a", "a"], [0], "--timeout 1");

@@ -174,6 +174,73 @@ fn what_is_missing_between_hosts_is_said_with_the_remedy() {
     assert!(zero.stderr.contains("rank 1 did not come") && zero.stderr.contains("another PILLION_SECRET"), "{zero}");
 }
 
+#[test]
+fn a_setting_that_differs_is_named_with_both_values() {
+    let place = Workplace::new(PROGRAM);
+    for shape in [[2, 1], [1, 2]] {
+        let port = free_port();
+        let start = |number: usize, flags: &str| {
+            place.spawn(rank(&place, number, shape, port, &format!("--out out --timeout 100 {flags}")))
+        };
+        // What decides how bytes move is compared where ranks meet, and rank 0 waits on.
+        let zero = start(0, "--reduce-groups 1");
+        let refused = start(1, "--reduce-groups 2").finish();
+        assert_eq!(refused.code(), Some(1), "{refused}");
+        let differs = "`reduce_groups` (--reduce-groups) is 2 on this rank and 1 on rank 0";
+        assert!(refused.stderr.contains(differs), "{refused}");
+        // All else when they have met.
+        let one = start(1, "--reduce-groups 1 --steps 5").finish();
+        let zero = zero.finish();
+        for ended in [&zero, &one] {
+            assert_eq!(ended.code(), Some(2), "{ended}");
+            assert!(ended.stderr.contains("--steps is 5 on rank 1 and not given on rank 0"), "{ended}");
+        }
+        assert!(zero.stderr.contains("turned a rank away: `reduce_groups` (--reduce-groups) is 2 on rank 1"), "{zero}");
+    }
+}
+
+#[test]
+fn a_rank_that_cannot_join_ends_the_wait_of_other_hosts() {
+    let place = Workplace::new(PROGRAM);
+    for quitter in [0, 1] {
+        let port = free_port();
+        let ranks = [0, 1].map(|number| {
+            let groups = if number == quitter { 3 } else { 1 };
+            place.spawn(rank(&place, number, [1, 2], port, &format!("--out out --reduce-groups {groups}")))
+        });
+        for (number, ended) in ranks.map(Running::finish).iter().enumerate() {
+            // Far below --timeout, whose 300 s nothing here waits for.
+            let says = ended.stderr.contains("3 groups of reduction do not divide 2 ranks");
+            assert_eq!(
+                (ended.code(), says),
+                (Some(if number == quitter { 2 } else { 69 }), number == quitter),
+                "{ended}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_other_ranks() {
+    let place = Workplace::new(PROGRAM);
+    for (shape, number, signal) in
+        [([2, 1], 0, Signal::INT), ([2, 1], 1, Signal::TERM), ([1, 2], 0, Signal::TERM), ([1, 2], 1, Signal::INT)]
+    {
+        let running = place.spawn(rank(&place, number, shape, free_port(), "--out out"));
+        let status = format!("/proc/{}/status", running.pid().as_raw_nonzero());
+        running.wait_for("the handler of signals", || {
+            let status = std::fs::read_to_string(&status).unwrap_or_default();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+            let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+            caught.is_some_and(|mask| mask >> (signal.as_raw() - 1) & 1 == 1)
+        });
+        running.signal(signal);
+        let ended = running.finish();
+        assert_eq!(ended.code(), Some(75), "{ended}");
+        assert!(ended.stderr.contains("told to end while it waited for the other ranks at the start"), "{ended}");
+    }
+}
+
 /// One rank on each of two hosts, as torchrun starts them.
 fn on_hosts(hosts: &Hosts, place: &Workplace, arguments: &str) -> [Running; 2] {
     let program = place.program().display();

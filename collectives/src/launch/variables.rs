@@ -147,7 +147,7 @@ impl Variables<'_> {
             let (value, relation, bound) = (local_world, "at most", world);
             return Err(LaunchError::OutOfRange { variable, value, relation, bound_variable, bound });
         }
-        Ok(Launch { rank, world, local_rank, local_world, job, source: Source::Local, host: None, meeting: None })
+        Ok(Launch { rank, world, local_rank, local_world, job, source: Source::Local, ..Launch::single() })
     }
 
     fn torchrun_agent(&self) -> Result<Launch, LaunchError> {
@@ -271,7 +271,7 @@ impl Variables<'_> {
         };
         // A rank that is alone meets nobody, and any name will do.
         let job = if world == 1 { fresh_job() } else { job_name(source, &identity()?, restart) };
-        Ok(Launch { rank, world, local_rank, local_world, job, source, host: None, meeting: None })
+        Ok(Launch { rank, world, local_rank, local_world, job, source, ..Launch::single() })
     }
 
     /// Tasks of the step on this node, from a list like `2(x3),1`.

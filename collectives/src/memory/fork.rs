@@ -3,7 +3,8 @@
 //! threads. What it must not do: wait for the progress thread, give back memory that its parent
 //! uses, or keep connections open, whose end tells other hosts that a rank has died.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
@@ -59,6 +60,36 @@ impl Maker {
     }
 }
 
+/// For tests: a forked child of this process, which only sleeps, until this is dropped.
+#[cfg(test)]
+pub(crate) struct Child(libc::pid_t);
+
+#[cfg(test)]
+impl Child {
+    pub(crate) fn fork() -> Child {
+        // SAFETY: the child only sleeps and ends.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            std::thread::sleep(std::time::Duration::from_secs(120));
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(0) };
+        }
+        assert!(child > 0, "fork failed");
+        Child(child)
+    }
+}
+
+#[cfg(test)]
+impl Drop for Child {
+    fn drop(&mut self) {
+        // SAFETY: it has not been waited for, so the number is still its; nothing is written.
+        unsafe {
+            libc::kill(self.0, libc::SIGKILL);
+            libc::waitpid(self.0, std::ptr::null_mut(), 0);
+        }
+    }
+}
+
 extern "C" fn in_child() {
     FORKS.fetch_add(1, Ordering::Relaxed);
     // Takes no lock, which a thread of the parent might hold.
@@ -74,12 +105,46 @@ extern "C" fn in_child() {
     }
 }
 
+/// A descriptor that forked children do not keep open. A child that is forked in the moment between
+/// the making of the descriptor and the making of this keeps it all the same.
+pub(crate) struct Guarded<T> {
+    // Goes first.
+    _kept: Kept,
+    inner: T,
+}
+
+impl<T: AsRawFd> Guarded<T> {
+    pub(crate) fn new(inner: T) -> Guarded<T> {
+        Guarded { _kept: Kept::new(&inner), inner }
+    }
+}
+
+impl<T> Deref for Guarded<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T> DerefMut for Guarded<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+impl<T: AsFd> AsFd for Guarded<T> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.as_fd()
+    }
+}
+
 /// While this lives, forked children have nothing under the number of a descriptor.
-pub(crate) struct Kept(Option<(&'static AtomicI32, i32)>);
+struct Kept(Option<(&'static AtomicI32, i32)>);
 
 impl Kept {
     /// Where there are more than there is room for, children keep the others.
-    pub(crate) fn new(descriptor: &impl AsRawFd) -> Kept {
+    fn new(descriptor: &impl AsRawFd) -> Kept {
         let nothing = NOTHING.get_or_init(|| std::fs::File::open("/dev/null").ok().map(OwnedFd::from));
         Maker::this();
         let fd: RawFd = descriptor.as_raw_fd() + 1;

@@ -3,7 +3,6 @@
 //! rank 0. It needs no shared memory.
 
 use std::collections::BTreeSet;
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
@@ -12,9 +11,10 @@ use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
 
 use super::message::{ANSWER, GIVES_UP, GREETING, Refusal, bytes, check_magic, number};
 use super::serve::{Connection, listen};
-use super::socket::{dial, peer, wait};
+use super::socket::{Socket, dial, peer, wait};
 use super::{Place, RETRY_EVERY};
 use crate::Error;
+use crate::memory::fork::Guarded;
 
 /// How long rank 0 waits for the others to come and be told.
 const LISTEN_FOR: Duration = Duration::from_secs(10);
@@ -31,7 +31,7 @@ pub(crate) fn decline(place: &Place<'_>, digest: u64) -> bool {
         (_, 0) => {
             // This rank ends because of its own error, not because of one in telling it.
             let _ = listen(place, &address, Instant::now() + LISTEN_FOR)
-                .and_then(|listener| tell(&listener, (1..place.world as u64).collect(), digest));
+                .and_then(|listener| tell(place, &listener, (1..place.world as u64).collect(), digest));
             false
         }
         _ => tell_rank_zero(place, &address, digest),
@@ -39,7 +39,7 @@ pub(crate) fn decline(place: &Place<'_>, digest: u64) -> bool {
 }
 
 /// Answers whoever greets, until each of the `missing` ranks has.
-pub(super) fn tell(listener: &OwnedFd, mut missing: BTreeSet<u64>, digest: u64) -> Result<(), Error> {
+pub(super) fn tell(place: &Place<'_>, listener: &Socket, mut missing: BTreeSet<u64>, digest: u64) -> Result<(), Error> {
     let deadline = Instant::now() + LISTEN_FOR;
     let mut waiting: Vec<Connection> = Vec::new();
     while !missing.is_empty() && Instant::now() < deadline {
@@ -50,13 +50,15 @@ pub(super) fn tell(listener: &OwnedFd, mut missing: BTreeSet<u64>, digest: u64) 
             Ok(false) => true,
             Ok(true) => {
                 missing.remove(&(connection.word(1) & !GIVES_UP));
-                let _ = connection.answer([Refusal::GaveUp as u64, digest], None);
+                let _ = connection.answer([Refusal::GaveUp as u64, digest], place, None);
                 false
             }
             Err(_) => false,
         });
         match rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-            Ok(socket) if peer(&socket).is_ok_and(|peer| peer.is_ours()) => waiting.push(Connection::new(socket)),
+            Ok(socket) if peer(&socket).is_ok_and(|peer| peer.is_ours()) => {
+                waiting.push(Connection::new(Guarded::new(socket)))
+            }
             Ok(_) | Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
             Err(errno) => return Err(Error::system("accepting a connection")(errno)),
         }
@@ -81,7 +83,7 @@ fn tell_once(place: &Place<'_>, address: &SocketAddrUnix, digest: u64, deadline:
     if !peer(&socket).ok()?.is_ours() {
         return None;
     }
-    let greeting: [u8; GREETING] = bytes(&[place.rank as u64 | GIVES_UP, digest]);
+    let greeting = bytes([place.rank as u64 | GIVES_UP, digest], &place.terms);
     rustix::net::send(&socket, &greeting, SendFlags::NOSIGNAL).ok().filter(|&sent| sent == GREETING)?;
     let (mut answer, mut received) = ([0; ANSWER], 0);
     while received < ANSWER && Instant::now() < deadline {

@@ -3,13 +3,17 @@
 
 use std::fmt;
 
+use crate::terms::Terms;
+
 /// First bytes of a greeting and of its answer; the digit is the version of the protocol and of the shared words' layout.
-pub(super) const MAGIC: [u8; 8] = *b"pillion3";
-/// Magic, rank, world; or magic, rank with [`GIVES_UP`], a digest of the reason.
-pub(super) const GREETING: usize = 24;
+pub(super) const MAGIC: [u8; 8] = *b"pillion4";
+/// Magic, rank, world, [`Terms`]; or magic, rank with [`GIVES_UP`], a digest of the reason.
+pub(super) const GREETING: usize = TERMS + Terms::BYTES;
 /// Magic, 0 or a [`Refusal`], and a number: the bytes of an arena, or the world that was expected,
-/// or the digest of the reason for which rank 0 gives up.
-pub(super) const ANSWER: usize = 24;
+/// or the digest of the reason for which rank 0 gives up. Then rank 0's [`Terms`].
+pub(super) const ANSWER: usize = TERMS + Terms::BYTES;
+/// Where the terms begin in both.
+const TERMS: usize = 24;
 pub(super) const WELCOME: u64 = 0;
 /// In a greeting's rank: this rank cannot join, and says so instead.
 pub(super) const GIVES_UP: u64 = 1 << 63;
@@ -25,6 +29,7 @@ pub(super) enum Refusal {
     Garbage,
     Version,
     World,
+    Terms,
     NoSuchRank,
     Taken,
     GaveUp,
@@ -41,6 +46,7 @@ impl fmt::Display for Refusal {
             Refusal::Garbage => "that did not greet as a rank does",
             Refusal::Version => "by another version of this program",
             Refusal::World => "that expected another number of ranks",
+            Refusal::Terms => "with other settings, of which it was told",
             Refusal::NoSuchRank => "with a rank that cannot be",
             Refusal::Taken => "as a rank that had come already",
             Refusal::GaveUp => "because rank 0 gave up",
@@ -61,12 +67,18 @@ pub(super) fn check_magic(received: &[u8]) -> Result<(), Refusal> {
     }
 }
 
-/// A message: the magic, then these.
-pub(super) fn bytes<const N: usize>(numbers: &[u64]) -> [u8; N] {
-    let mut bytes = [0; N];
-    let words = std::iter::once(MAGIC).chain(numbers.iter().map(|number| number.to_le_bytes()));
+/// A message: the magic, two numbers, and terms.
+pub(super) fn bytes([first, second]: [u64; 2], terms: &Terms) -> [u8; GREETING] {
+    let mut bytes = [0; GREETING];
+    let words = [MAGIC, first.to_le_bytes(), second.to_le_bytes()];
     bytes.chunks_exact_mut(8).zip(words).for_each(|(place, word)| place.copy_from_slice(&word));
+    bytes[TERMS..].copy_from_slice(&terms.bytes());
     bytes
+}
+
+/// The terms in a message.
+pub(super) fn terms(message: &[u8; GREETING]) -> Terms {
+    Terms::read(message[TERMS..].first_chunk().expect("as many bytes"))
 }
 
 /// A word of a message; the magic is word 0.

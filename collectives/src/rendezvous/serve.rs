@@ -13,10 +13,11 @@ use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags};
 
 use super::decline::tell;
-use super::message::{ANSWER, GIVES_UP, GREETING, Refusal, WELCOME, bytes, check_magic, number};
-use super::socket::{dial, is_ready, peer, socket, wait};
-use super::{Place, RETRY_EVERY};
+use super::message::{GIVES_UP, GREETING, Refusal, WELCOME, bytes, check_magic, number, terms};
+use super::socket::{Socket, dial, is_ready, peer, socket, wait};
+use super::{ASK_EVERY, GoOn, Place, RETRY_EVERY};
 use crate::Error;
+use crate::memory::fork::Guarded;
 use crate::memory::mapping::{self, Mapping, Shape};
 use crate::patience::Patience;
 
@@ -71,14 +72,14 @@ impl From<Error> for Failure {
 
 /// A connection of a process of this user that has not greeted yet.
 pub(super) struct Connection {
-    socket: OwnedFd,
+    socket: Socket,
     until: Instant,
     greeting: [u8; GREETING],
     received: usize,
 }
 
 impl Connection {
-    pub(super) fn new(socket: OwnedFd) -> Connection {
+    pub(super) fn new(socket: Socket) -> Connection {
         let until = Instant::now() + GREETING_LIMIT;
         Connection { socket, until, greeting: [0; GREETING], received: 0 }
     }
@@ -88,7 +89,7 @@ impl Connection {
         number(&self.greeting, word)
     }
 
-    pub(super) fn socket(&self) -> &OwnedFd {
+    pub(super) fn socket(&self) -> &Socket {
         &self.socket
     }
 
@@ -132,18 +133,26 @@ impl Connection {
         if !missing.contains(&rank) {
             return Err(Refusal::Taken);
         }
-        self.answer([WELCOME, shape.reserve], Some(file)).map_err(|_| Refusal::HungUp)?;
+        if terms(&self.greeting) != place.terms {
+            return Err(Refusal::Terms);
+        }
+        self.answer([WELCOME, shape.reserve], place, Some(file)).map_err(|_| Refusal::HungUp)?;
         Ok(Some(Arrival::Joined(rank)))
     }
 
-    pub(super) fn answer(&self, numbers: [u64; 2], file: Option<&OwnedFd>) -> rustix::io::Result<usize> {
+    pub(super) fn answer(
+        &self,
+        numbers: [u64; 2],
+        place: &Place<'_>,
+        file: Option<&OwnedFd>,
+    ) -> rustix::io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut message = SendAncillaryBuffer::new(&mut space);
         let files = file.map(|file| [file.as_fd()]);
         if let Some(files) = &files {
             message.push(SendAncillaryMessage::ScmRights(files));
         }
-        let bytes: [u8; ANSWER] = bytes(&numbers);
+        let bytes = bytes(numbers, &place.terms);
         rustix::net::sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut message, SendFlags::NOSIGNAL)
     }
 
@@ -156,28 +165,30 @@ pub(super) fn serve(
     place: &Place<'_>,
     address: &SocketAddrUnix,
     patience: &mut Patience,
+    go_on: &mut GoOn<'_>,
 ) -> Result<Arc<Mapping>, Error> {
     let shape = Shape::of_host(place.world);
     // Before anybody is admitted: whoever comes later can then be told that this rank gives up.
     let mapping = Mapping::new(mapping::create(shape)?, shape, place.rank)?;
     let listener = listen(place, address, patience.deadline)?;
-    let admitted = admit_all(place, &listener, mapping.file(), shape, patience);
+    let admitted = admit_all(place, &listener, mapping.file(), shape, patience, go_on);
     let Err(Failure { error, gave_up }) = admitted else { return Ok(mapping) };
     // Ranks that were admitted wait for this one now, and would name it at their deadline.
     mapping.group(shape.all(), 0).abort(&error.to_string());
     if let Some((digest, untold)) = gave_up {
         // This rank ends because of that error, not because of one in passing it on.
-        let _ = tell(&listener, untold, digest);
+        let _ = tell(place, &listener, untold, digest);
     }
     Err(error)
 }
 
 fn admit_all(
     place: &Place<'_>,
-    listener: &OwnedFd,
+    listener: &Socket,
     file: &OwnedFd,
     shape: Shape,
     patience: &mut Patience,
+    go_on: &mut GoOn<'_>,
 ) -> Result<(), Failure> {
     let deadline = patience.deadline;
     let mut missing: Vec<usize> = (1..place.world).collect();
@@ -196,10 +207,11 @@ fn admit_all(
             );
             return Err(place.fail(reason).into());
         }
-        patience.warn(|| format!("ranks {missing:?}{} to come", place.counting()));
+        patience.warn(|| format!("ranks {missing:?}{} to come{refused}", place.counting()));
         let sockets = std::iter::once(listener).chain(waiting.iter().map(|connection| &connection.socket));
         let mut events: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
-        let until = patience.next();
+        go_on(&missing)?;
+        let until = patience.next().min(now + ASK_EVERY);
         wait(&mut events, waiting.front().map_or(until, |first| first.until.min(until)))?;
         // The first to give up, and all.
         let (mut gave_up, mut quitters) = (None, BTreeSet::new());
@@ -212,15 +224,18 @@ fn admit_all(
             Ok(Some(Arrival::GivesUp(rank, digest))) => {
                 // The first learns that it was heard, the others what the first has said.
                 let answer = gave_up.map_or([WELCOME, 0], |(_, first)| [Refusal::GaveUp as u64, first]);
-                let _ = connection.answer(answer, None);
+                let _ = connection.answer(answer, place, None);
                 gave_up.get_or_insert((rank, digest));
                 quitters.insert(rank);
                 false
             }
             Err(refusal) => {
                 // Whoever does not want to hear it is turned away all the same.
-                let _ = connection.answer([refusal as u64, place.world as u64], None);
+                let _ = connection.answer([refusal as u64, place.world as u64], place, None);
                 refused.count(refusal);
+                if refusal == Refusal::Terms {
+                    patience.complain(connection.word(1), &terms(&connection.greeting), &place.terms);
+                }
                 false
             }
         });
@@ -236,7 +251,7 @@ fn admit_all(
                 break;
             }
             let socket = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(socket) => socket,
+                Ok(socket) => Guarded::new(socket),
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => break,
                 // Those that came just now may have greeted, and need no file afterwards.
                 Err(Errno::MFILE | Errno::NFILE) if accepted > 0 => break,
@@ -262,7 +277,7 @@ fn admit_all(
 }
 
 /// Takes the name. Waits for a stranger to give it up, but not for another job of this user.
-pub(super) fn listen(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<OwnedFd, Error> {
+pub(super) fn listen(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Socket, Error> {
     let failed = Error::system("listening for the other ranks");
     let listener = socket().map_err(&failed)?;
     loop {

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::Error;
+use crate::memory::fork::Guarded;
 
 /// Who is at the other end of a socket, as the kernel recorded it when that process connected or listened.
 pub(super) struct Peer {
@@ -46,13 +47,16 @@ pub(super) fn peer(socket: &OwnedFd) -> Result<Peer, Error> {
     Ok(Peer { pid: peer.pid, user: peer.uid })
 }
 
-pub(super) fn socket() -> rustix::io::Result<OwnedFd> {
+/// A socket that forked children do not keep.
+pub(super) type Socket = Guarded<OwnedFd>;
+
+pub(super) fn socket() -> rustix::io::Result<Socket> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map(Guarded::new)
 }
 
 /// Connects; [`Errno::AGAIN`] where a listener's queue is full.
-pub(super) fn dial(address: &SocketAddrUnix) -> rustix::io::Result<OwnedFd> {
+pub(super) fn dial(address: &SocketAddrUnix) -> rustix::io::Result<Socket> {
     let socket = socket()?;
     rustix::net::connect(&socket, address)?;
     Ok(socket)

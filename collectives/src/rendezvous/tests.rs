@@ -1,7 +1,7 @@
 //! Peers made by hand, who do what no rank does, on both sides of the rendezvous. The bytes are written out here, not taken from the
 //! code under test.
 
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -18,13 +18,20 @@ use rustix::net::{
 use rustix::thread::set_thread_res_uid;
 
 use super::{Place, decline, join};
-use crate::Launch;
+use crate::memory::fork::Child;
 use crate::memory::mapping::Mapping;
+use crate::terms::Terms;
+use crate::{Error, Launch};
 
 /// Only turns a hang into a failure.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// For tests that see the deadline pass.
 const SHORT: Duration = Duration::from_millis(300);
+
+/// Settings that ranks share.
+const TERMS: Terms = Terms([3, 0, 0, 1]);
+/// Bytes of a greeting.
+const LEN: usize = 56;
 
 type Joined = JoinHandle<Result<Arc<Mapping>, String>>;
 
@@ -35,8 +42,8 @@ fn fresh() -> String {
 fn start(name: &str, rank: usize, world: usize, limit: Duration) -> Joined {
     let name = name.to_owned();
     thread::spawn(move || {
-        let place = Place { name: &name, rank, world, global_rank: rank, global_world: world };
-        join(&place, limit, PATIENCE).map_err(|error| error.to_string())
+        let place = Place { name: &name, rank, world, global_rank: rank, global_world: world, terms: TERMS };
+        join(&place, limit, PATIENCE, &mut |_| Ok(())).map_err(|error| error.to_string())
     })
 }
 
@@ -62,7 +69,12 @@ fn dial(name: &str) -> UnixStream {
 
 fn message(words: &[u64]) -> Vec<u8> {
     let words = words.iter().flat_map(|word| word.to_le_bytes());
-    b"pillion3".iter().copied().chain(words).collect()
+    b"pillion4".iter().copied().chain(words).collect()
+}
+
+/// A whole greeting, or an answer, of a rank with the settings of these tests.
+fn greeting(words: &[u64; 2]) -> Vec<u8> {
+    message(&[words, &TERMS.0[..]].concat())
 }
 
 /// Says this and returns the answer up to the hang-up, with the file that came along.
@@ -75,7 +87,7 @@ fn ask(stream: &UnixStream, pieces: &[&[u8]]) -> (Vec<u8>, Option<OwnedFd>) {
         // So that they may be read one at a time.
         thread::sleep(Duration::from_millis(1));
     }
-    let mut answer = [0; 64];
+    let mut answer = [0; 128];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut into = [IoSliceMut::new(&mut answer)];
@@ -110,12 +122,12 @@ fn as_stranger<R: Send>(action: impl FnOnce() -> R + Send) -> Option<R> {
 fn a_greeting_in_small_pieces_is_answered_with_memory_that_nobody_can_resize() {
     let job = fresh();
     let zero = start(&job, 0, 2, PATIENCE);
-    let greeting = message(&[1, 2]);
-    let (answer, file) = ask(&dial(&job), &greeting.chunks(1).collect::<Vec<_>>());
-    assert_eq!((answer.len(), &answer[..16]), (24, &message(&[0])[..]));
+    let whole = greeting(&[1, 2]);
+    let (answer, file) = ask(&dial(&job), &whole.chunks(1).collect::<Vec<_>>());
+    assert_eq!((answer.len(), &answer[..16]), (LEN, &message(&[0])[..]));
     let (file, mapping) = (file.unwrap(), zero.join().unwrap().unwrap());
     let shape = mapping.shape();
-    assert_eq!(answer[16..], message(&[shape.reserve])[8..]);
+    assert_eq!(answer[16..], [&shape.reserve.to_le_bytes()[..], &TERMS.bytes()].concat());
     let size = rustix::fs::fstat(&file).unwrap().st_size as u64;
     for size in [0, size - 1, size + 1] {
         assert_eq!(rustix::fs::ftruncate(&file, size), Err(Errno::PERM));
@@ -127,21 +139,23 @@ fn whoever_is_turned_away_is_counted_in_the_error_at_the_deadline() {
     let job = fresh();
     let zero = start(&job, 0, 3, Duration::from_secs(5));
     let first = dial(&job);
-    assert_eq!(ask(&first, &[&message(&[1, 3])]).0[..16], message(&[0]));
+    assert_eq!(ask(&first, &[&greeting(&[1, 3])]).0[..16], message(&[0]));
     let refused = |pieces: &[&[u8]]| {
         let (answer, file) = ask(&dial(&job), pieces);
         assert!(file.is_none(), "no memory for {pieces:?}");
-        assert_eq!(answer[..8], *b"pillion3");
+        assert_eq!(answer[..8], *b"pillion4");
         answer[8..].to_vec()
     };
-    let newer = refused(&[b"pillion4", &[0; 16]]);
+    let newer = refused(&[b"pillion5", &[0; 16]]);
     let garbage = refused(&[b"GET / HTTP/1.1\r\n\r\n"]);
-    let world = refused(&[&message(&[2, 4])]);
+    let world = refused(&[&greeting(&[2, 4])]);
     assert_eq!(world[8..16], 3u64.to_le_bytes(), "the answer says how many were expected");
-    let taken = refused(&[&message(&[1, 3])]);
-    let beyond = [0, 3, u64::MAX].map(|rank| refused(&[&message(&[rank, 3])]));
+    let terms = refused(&[&message(&[2, 3, 3, 0, 0, 2])]);
+    assert_eq!(terms[16..], TERMS.bytes(), "the answer says what rank 0 was given");
+    let taken = refused(&[&greeting(&[1, 3])]);
+    let beyond = [0, 3, u64::MAX].map(|rank| refused(&[&greeting(&[rank, 3])]));
     assert!(beyond.iter().all(|answer| *answer == beyond[0]), "{beyond:?}");
-    let mut reasons = [newer, garbage, world, taken, beyond[0].clone()].map(|answer| answer[..8].to_vec());
+    let mut reasons = [newer, garbage, world, terms, taken, beyond[0].clone()].map(|answer| answer[..8].to_vec());
     reasons.sort();
     assert!(reasons.windows(2).all(|pair| pair[0] != pair[1]), "each refusal has its own number");
     drop(dial(&job));
@@ -149,16 +163,16 @@ fn whoever_is_turned_away_is_counted_in_the_error_at_the_deadline() {
     let silent = [dial(&job), dial(&job)];
     let unfinished = dial(&job);
     (&unfinished).write_all(&message(&[2])).unwrap();
-    let answered = as_stranger(|| ask(&dial(&job), &[&message(&[2, 3])]));
+    let answered = as_stranger(|| ask(&dial(&job), &[&greeting(&[2, 3])]));
     let strangers = answered.is_some();
     assert!(answered.is_none_or(|(answer, file)| answer.is_empty() && file.is_none()), "memory for a stranger");
     let error = failure(zero);
     let expected = format!(
         "ranks [2] did not come: were they started on this host, with the same job id?; {} connections were refused: {}2 \
          that said nothing, 1 that stopped in the middle of its greeting, 2 that hung up early, 1 that did not greet as a \
-         rank does, 1 by another version of this program, 1 that expected another number of ranks, 3 with a rank that cannot \
-         be, 1 as a rank that had come already",
-        12 + usize::from(strangers),
+         rank does, 1 by another version of this program, 1 that expected another number of ranks, 1 with other settings, of \
+         which it was told, 3 with a rank that cannot be, 1 as a rank that had come already",
+        13 + usize::from(strangers),
         if strangers { "1 by another user, " } else { "" }
     );
     assert!(error.ends_with(&expected), "{error}\nexpected …{expected}");
@@ -176,6 +190,24 @@ fn connections_that_say_nothing_do_not_keep_a_rank_out() {
     drop(silent);
 }
 
+#[test]
+fn children_that_are_forked_while_ranks_meet_keep_no_connection_and_no_name() {
+    let job = fresh();
+    let zero = start(&job, 0, 2, PATIENCE);
+    let silent = dial(&job);
+    // One that came later has its answer, so rank 0 has taken both in.
+    assert_eq!(ask(&dial(&job), &[b"pillion5", &[0; 16]]).0[..8], *b"pillion4");
+    let child = Child::fork();
+    start(&job, 1, 2, PATIENCE).join().unwrap().unwrap();
+    zero.join().unwrap().unwrap();
+    // Less than the child lives.
+    silent.set_read_timeout(Some(PATIENCE / 4)).unwrap();
+    let ended = (&silent).read(&mut [0]);
+    assert!(matches!(&ended, Ok(0)) || ended.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset), "kept");
+    UnixListener::bind_addr(&address(&job)).expect("the name is free");
+    drop(child);
+}
+
 fn memory(bytes: u64, seals: SealFlags) -> OwnedFd {
     let file = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     rustix::fs::ftruncate(&file, bytes).unwrap();
@@ -189,9 +221,9 @@ fn failure_of(answer: &[u8], file: Option<&OwnedFd>) -> String {
     let listener = UnixListener::bind_addr(&address(&job)).unwrap();
     let one = start(&job, 1, 2, PATIENCE);
     let (mut stream, _) = listener.accept().unwrap();
-    let mut greeting = [0; 24];
-    stream.read_exact(&mut greeting).unwrap();
-    assert_eq!(greeting[..], message(&[1, 2]));
+    let mut said = [0; LEN];
+    stream.read_exact(&mut said).unwrap();
+    assert_eq!(said[..], greeting(&[1, 2]));
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     let files = file.map(|file| [file.as_fd()]);
@@ -206,13 +238,15 @@ fn failure_of(answer: &[u8], file: Option<&OwnedFd>) -> String {
 #[test]
 fn an_answer_that_no_rank_0_gives_is_an_error_that_says_what_is_wrong() {
     let sealed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-    let welcome = message(&[0, 4096]);
+    let welcome = greeting(&[0, 4096]);
     let foreign = format!(
         "process {} of user {} listens under this job's name, but does not answer as rank 0 does: give the job another id",
         std::process::id(),
         rustix::process::geteuid().as_raw()
     );
-    for answer in [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b"x", &welcome[..23], b"p", &message(&[99, 0])] {
+    for answer in
+        [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b"x", &welcome[..23], b"p", &greeting(&[99, 0]), &greeting(&[9, 0])]
+    {
         let error = failure_of(answer, None);
         assert!(error.ends_with(&foreign), "{answer:?}: {error}");
     }
@@ -229,7 +263,7 @@ fn an_answer_that_no_rank_0_gives_is_an_error_that_says_what_is_wrong() {
     let error = failure_of(&welcome, Some(&memory(1, sealed)));
     assert!(error.contains("it has 1 bytes where"), "{error}");
     for size in [u64::MAX, 1 << 63, 1 << 47, 4095] {
-        let error = failure_of(&message(&[0, size]), Some(&memory(1, sealed)));
+        let error = failure_of(&greeting(&[0, size]), Some(&memory(1, sealed)));
         assert!(error.contains(&format!("arenas of {size} bytes")), "{error}");
     }
 }
@@ -283,7 +317,7 @@ fn a_rank_that_meets_the_end_of_an_older_attempt_comes_again() {
     for greeted in [true, false] {
         let (mut stream, _) = listener.accept().unwrap();
         if greeted {
-            stream.read_exact(&mut [0; 24]).unwrap();
+            stream.read_exact(&mut [0; LEN]).unwrap();
         }
     }
     let error = failure(start(&job, 1, 2, Duration::ZERO));
@@ -312,14 +346,30 @@ fn a_second_job_of_the_same_name_is_told_to_take_another_and_the_first_goes_on()
 #[test]
 fn a_part_of_a_job_is_named_with_its_own_count() {
     let name = format!("{}/{}", fresh(), "x".repeat(20));
-    let place = Place { name: &name, rank: 0, world: 2, global_rank: 5, global_world: 8 };
-    let error = join(&place, Duration::ZERO, PATIENCE).err().unwrap().to_string();
+    let place = Place { name: &name, rank: 0, world: 2, global_rank: 5, global_world: 8, terms: TERMS };
+    let error = join(&place, Duration::ZERO, PATIENCE, &mut |_| Ok(())).err().unwrap().to_string();
     let expected =
         format!("rank 5 of 8 could not join job `{name}`: ranks [1] (counted among the 2 that meet here) did not come");
     assert!(error.starts_with(&expected), "{error}");
     let place = Place { name: &"x".repeat(100), ..place };
-    let error = join(&place, Duration::ZERO, PATIENCE).err().unwrap().to_string();
+    let error = join(&place, Duration::ZERO, PATIENCE, &mut |_| Ok(())).err().unwrap().to_string();
     assert!(error.contains("108 bytes"), "{error}");
+}
+
+#[test]
+fn a_rank_that_has_reason_to_does_not_wait_for_others() {
+    for rank in [0, 1] {
+        let job = fresh();
+        let place = Place { name: &job, rank, world: 3, global_rank: rank, global_world: 3, terms: TERMS };
+        let mut asked = 0;
+        let joined = join(&place, PATIENCE, PATIENCE, &mut |missing| {
+            assert_eq!(missing, if rank == 0 { &[1, 2][..] } else { &[0] });
+            asked += 1;
+            let lost = Error::PeerLost { rank: 2, op: "the test".to_owned(), how: "gone" };
+            if asked == 3 { Err(lost) } else { Ok(()) }
+        });
+        assert!(matches!(joined, Err(Error::PeerLost { rank: 2, .. })), "rank {rank}");
+    }
 }
 
 #[test]
@@ -327,7 +377,7 @@ fn a_rank_that_cannot_join_is_named_to_those_who_can() {
     let place = |job: &str, rank| (job.to_owned(), rank);
     let give_up = |(job, rank): (String, usize), digest: u64| {
         thread::spawn(move || {
-            decline(&Place { name: &job, rank, world: 3, global_rank: rank, global_world: 3 }, digest)
+            decline(&Place { name: &job, rank, world: 3, global_rank: rank, global_world: 3, terms: TERMS }, digest)
         })
     };
     let job = fresh();
@@ -348,7 +398,7 @@ fn a_rank_that_cannot_join_is_named_to_those_who_can() {
     let [zero, one, two] = [(0, 7), (1, 7), (2, 8)].map(|(rank, digest)| give_up(place(&job, rank), digest));
     assert!(one.join().unwrap() && !two.join().unwrap(), "rank 2 has a reason of its own");
     assert!(!zero.join().unwrap());
-    assert!(!decline(&Place { name: &fresh(), rank: 0, world: 1, global_rank: 0, global_world: 1 }, 7));
+    assert!(!decline(&Place { name: &fresh(), rank: 0, world: 1, global_rank: 0, global_world: 1, terms: TERMS }, 7));
 }
 
 #[test]

@@ -117,8 +117,7 @@ impl Rank {
             local_world: self.world,
             job: job.to_owned(),
             source: Source::Local,
-            host: None,
-            meeting: None,
+            ..Launch::single()
         }
     }
 

@@ -13,6 +13,7 @@ mod progress;
 pub(crate) mod recipe;
 mod resume;
 mod run;
+mod same_settings;
 mod saving;
 mod schedule;
 mod screen;

@@ -19,9 +19,10 @@ use super::metrics::{Line, Metrics};
 use super::non_finite::NonFinite;
 use super::progress::Counters;
 use super::recipe::{self, Recipe};
+use super::same_settings::same_settings;
 use super::screen::Screen;
 use super::source::is_synthetic;
-use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone, same_settings};
+use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
 use super::{Ended, cores, measure, plan_table, statistics, stopping};
 use crate::data::{Dataset, Split, TokenFile, trigram};
@@ -45,8 +46,9 @@ pub(super) fn options(settings: &TrainArgs) -> Options {
 }
 
 /// Joins the other ranks and trains.
-pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &AtomicBool) -> Result<Ended, Error> {
-    let communicator = Arc::new(Communicator::connect(launch, options(settings))?);
+pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &Arc<AtomicBool>) -> Result<Ended, Error> {
+    let options = Options { stop: Some(stop.clone()), ..options(settings) };
+    let communicator = Arc::new(Communicator::connect(launch, options)?);
     // Other ranks are told before this one's operations in flight are waited for, which would be in vain.
     let give_up = |error: Error| {
         if !error.is_everywhere() {

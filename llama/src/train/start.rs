@@ -190,20 +190,6 @@ impl<'s> Search<'s> {
     }
 }
 
-/// Checks that every rank was given the same settings: a launcher can start each with others.
-pub(super) fn same_settings(settings: &TrainArgs, communicator: &Communicator) -> Result<(), Error> {
-    // Which host a rank is on is its own.
-    let settings = TrainArgs { node_rank: None, ..settings.clone() };
-    let digest = xxhash_rust::xxh3::xxh3_64(format!("{settings:?}").as_bytes());
-    let digests = communicator.all_gather_scalars(&[digest])?;
-    match digests.iter().position(|other| other != &digests[0]) {
-        None => Ok(()),
-        Some(rank) => {
-            Err(Error::Setting(format!("rank {rank} was given other settings than rank 0: give every rank the same")))
-        }
-    }
-}
-
 /// Whether this host has the memory that its ranks will come to use; found out late, it would be the kernel that ends them.
 fn check_memory(setup: &Setup<'_>) -> Result<(), Error> {
     let local = setup.local;

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 
 use super::line::lost;
 use crate::Error;
-use crate::memory::fork::Kept;
+use crate::memory::fork::Guarded;
 
 /// First byte of what is said.
 const LEAVES: u8 = 1;
@@ -15,8 +15,7 @@ const ABORTS: u8 = 2;
 const REASON: usize = 512;
 
 pub(super) struct Control {
-    _kept: Kept,
-    socket: TcpStream,
+    socket: Guarded<TcpStream>,
     peer: usize,
     /// What has come: one of the bytes above; for [`ABORTS`], two bytes of a length, and the
     /// reason.
@@ -27,8 +26,8 @@ pub(super) struct Control {
 
 impl Control {
     /// For a socket that does not block.
-    pub(super) fn new(socket: TcpStream, peer: usize) -> Control {
-        Control { _kept: Kept::new(&socket), socket, peer, received: Vec::new(), has_aborted: false, ended: false }
+    pub(super) fn new(socket: Guarded<TcpStream>, peer: usize) -> Control {
+        Control { socket, peer, received: Vec::new(), has_aborted: false, ended: false }
     }
 
     /// Whether the other rank has said that it leaves in order.
@@ -40,7 +39,7 @@ impl Control {
     pub(super) fn hear(&mut self) -> Option<Error> {
         while !self.ended {
             let mut bytes = [0; 64];
-            match (&self.socket).read(&mut bytes) {
+            match (&*self.socket).read(&mut bytes) {
                 Ok(count) => {
                     self.received.extend(&bytes[..count]);
                     self.ended = count == 0 || self.received.len() > 3 + REASON;
@@ -70,7 +69,7 @@ impl Control {
         }
         let reason = &reason[..reason.floor_char_boundary(REASON)];
         let [low, high] = (reason.len() as u16).to_le_bytes();
-        let _ = (&self.socket).write(&[&[ABORTS, low, high], reason.as_bytes()].concat());
+        let _ = (&*self.socket).write(&[&[ABORTS, low, high], reason.as_bytes()].concat());
     }
 }
 
@@ -86,7 +85,7 @@ impl Drop for Control {
     /// A rank that panics does not leave in order.
     fn drop(&mut self) {
         if !self.has_aborted && !std::thread::panicking() {
-            let _ = (&self.socket).write(&[LEAVES]);
+            let _ = (&*self.socket).write(&[LEAVES]);
         }
     }
 }

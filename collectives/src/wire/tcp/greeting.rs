@@ -3,15 +3,22 @@
 
 use std::fmt;
 use std::io::{ErrorKind, Read};
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use crate::memory::fork::Guarded;
+use crate::terms::Terms;
+
 /// First bytes of a greeting; the digit is the version of the protocol.
-const MAGIC: [u8; 8] = *b"pilltcp1";
+const MAGIC: [u8; 8] = *b"pilltcp2";
 /// Bytes of a host's name, padded with zeros.
 pub(super) const HOST: usize = 256;
-/// Magic, five words, and a host's name.
-pub(super) const LEN: usize = 8 + 8 * 5 + HOST;
+/// Magic, five words, terms, an address, and a host's name.
+pub(super) const LEN: usize = 8 + 8 * 5 + Terms::BYTES + ADDRESS + HOST;
+/// Where the terms begin.
+const TERMS: usize = 8 + 8 * 5;
+/// Bytes of an address, as one of IPv6.
+pub(super) const ADDRESS: usize = 16;
 /// A connection that has not greeted by then is closed. Its rank, if it is one, comes again.
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -28,12 +35,19 @@ pub(super) struct Greeting {
     pub(super) number: u64,
     /// Where the rank listens; 0 for a communicator.
     pub(super) port: u64,
+    /// What rank 0 must have been given as well; nothing for a communicator.
+    pub(super) terms: Terms,
+    /// The address that the rank offers; unspecified for that from which it connects.
+    pub(super) address: IpAddr,
     /// What the rank calls its host.
     pub(super) host: String,
 }
 
 /// The purpose of a connection to rank 0 at the start.
 pub(super) const MEETING: u64 = 0;
+/// That of a rank that cannot join, whose greeting has the digest of the reason for a number. Those
+/// of communicators are odd.
+pub(super) const GIVES_UP: u64 = 2;
 
 impl Greeting {
     pub(super) fn bytes(&self) -> [u8; LEN] {
@@ -43,6 +57,8 @@ impl Greeting {
         for (place, word) in bytes[8..].chunks_exact_mut(8).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }
+        bytes[TERMS..][..Terms::BYTES].copy_from_slice(&self.terms.bytes());
+        bytes[LEN - HOST - ADDRESS..][..ADDRESS].copy_from_slice(&octets(self.address));
         let host = self.host.as_bytes();
         bytes[LEN - HOST..][..host.len()].copy_from_slice(host);
         bytes
@@ -56,9 +72,24 @@ impl Greeting {
             rank: word(2),
             number: word(3),
             port: word(4),
+            terms: Terms::read(bytes[TERMS..].first_chunk().expect("as many")),
+            address: address(bytes[LEN - HOST - ADDRESS..][..ADDRESS].try_into().expect("as many")),
             host: name(&bytes[LEN - HOST..]),
         }
     }
+}
+
+/// An address as bytes.
+pub(super) fn octets(address: IpAddr) -> [u8; ADDRESS] {
+    match address {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    }
+}
+
+/// The address that [`octets`] has made these of.
+pub(super) fn address(octets: [u8; ADDRESS]) -> IpAddr {
+    IpAddr::from(octets).to_canonical()
 }
 
 /// A host's name without its padding.
@@ -75,9 +106,12 @@ pub(super) enum Refusal {
     Garbage,
     Version,
     Token,
-    World,
+    /// Rank 0's terms follow.
+    Terms,
     NoSuchRank,
     Taken,
+    /// Rank 0 gives up; the digest of the reason follows.
+    GaveUp,
 }
 
 impl fmt::Display for Refusal {
@@ -89,9 +123,10 @@ impl fmt::Display for Refusal {
             Refusal::Garbage => "that did not greet as a rank does",
             Refusal::Version => "by another version of this program",
             Refusal::Token => "of another job, or with another PILLION_SECRET or another spelling of the address",
-            Refusal::World => "that expected another number of ranks (--nodes, --ranks)",
+            Refusal::Terms => "with other settings, of which it was told",
             Refusal::NoSuchRank => "with a rank that cannot be",
             Refusal::Taken => "with the number of one that had come already (--node-rank)",
+            Refusal::GaveUp => "that came too late",
         })
     }
 }
@@ -100,7 +135,7 @@ impl Refusal {
     /// The one of this number.
     pub(super) fn of(number: u64) -> Option<Refusal> {
         use Refusal::*;
-        [Silent, Unfinished, HungUp, Garbage, Version, Token, World, NoSuchRank, Taken]
+        [Silent, Unfinished, HungUp, Garbage, Version, Token, Terms, NoSuchRank, Taken, GaveUp]
             .into_iter()
             .find(|&refusal| refusal as u64 == number)
     }
@@ -108,7 +143,7 @@ impl Refusal {
 
 /// A connection that has not greeted yet.
 pub(super) struct Arriving {
-    pub(super) socket: TcpStream,
+    pub(super) socket: Guarded<TcpStream>,
     pub(super) until: Instant,
     bytes: [u8; LEN],
     received: usize,
@@ -116,7 +151,7 @@ pub(super) struct Arriving {
 
 impl Arriving {
     /// For a socket that does not block.
-    pub(super) fn new(socket: TcpStream) -> Arriving {
+    pub(super) fn new(socket: Guarded<TcpStream>) -> Arriving {
         Arriving { socket, until: Instant::now() + LIMIT, bytes: [0; LEN], received: 0 }
     }
 

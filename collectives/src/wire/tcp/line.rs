@@ -8,15 +8,14 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
 use crate::Error;
-use crate::memory::fork::Kept;
+use crate::memory::fork::Guarded;
 
 /// Bytes of the length in front of each message.
 const HEAD: usize = 8;
 
 /// A connection that never blocks.
 pub(super) struct Line {
-    _kept: Kept,
-    socket: TcpStream,
+    socket: Guarded<TcpStream>,
     /// The rank at the other end, as the communicator counts.
     peer: usize,
     out: Queue,
@@ -74,15 +73,8 @@ impl Queue {
 
 impl Line {
     /// For a socket that does not block.
-    pub(super) fn new(socket: TcpStream, peer: usize) -> Line {
-        Line {
-            _kept: Kept::new(&socket),
-            socket,
-            peer,
-            out: Queue::default(),
-            incoming: Queue::default(),
-            head: [0; HEAD],
-        }
+    pub(super) fn new(socket: Guarded<TcpStream>, peer: usize) -> Line {
+        Line { socket, peer, out: Queue::default(), incoming: Queue::default(), head: [0; HEAD] }
     }
 
     /// Will send these bytes; returns the message's number.

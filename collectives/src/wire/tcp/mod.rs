@@ -8,8 +8,11 @@
 //! sender once they are full. So no tag waits for another.
 
 mod control;
+mod decline;
 mod greeting;
+mod interface;
 mod line;
+mod lookout;
 mod meeting;
 mod network;
 #[cfg(test)]
@@ -22,8 +25,10 @@ use super::{Receipt, Wire};
 use crate::Error;
 use crate::hosts::Hosts;
 use control::Control;
+pub(crate) use decline::decline;
 use line::Line;
-pub(crate) use network::Network;
+pub(crate) use lookout::{Lookout, lost};
+pub(crate) use network::{Network, offered_address};
 
 /// The tags: that of messages between two ranks, and those of the channels for gathers, reductions
 /// and agreements.
@@ -58,7 +63,8 @@ impl TcpWire {
     /// on other hosts. `name` tells the job's communicators apart. All of them call.
     ///
     /// # Errors
-    /// [`Error::Rendezvous`] for those that do not come within `limit`.
+    /// [`Error::PeerLost`] for a member that has ended; [`Error::Rendezvous`] for those that do not
+    /// come within `limit`.
     pub(crate) fn open(
         network: Arc<Network>,
         members: &[usize],
@@ -70,7 +76,13 @@ impl TcpWire {
         let partners = hosts.correspondents(own);
         let count = |member: usize| if partners.contains(&member) { 1 + TAGS.len() } else { 1 + ACROSS };
         let wanted: Vec<(usize, usize)> = hosts.remote().map(|member| (members[member], count(member))).collect();
-        let mut connections = network.connect(name, &wanted, limit)?;
+        let mut connections = network.connect(name, &wanted, limit).map_err(|error| match error {
+            Error::PeerLost { rank, op, how } => {
+                let rank = members.iter().position(|&member| member == rank).unwrap_or(rank);
+                Error::PeerLost { rank, op, how }
+            }
+            error => error,
+        })?;
         let mut peers: Vec<Option<Peer>> = members.iter().map(|_| None).collect();
         for member in hosts.remote() {
             let of_peer = connections.remove(&members[member]).expect("`connect` returns one entry for each");

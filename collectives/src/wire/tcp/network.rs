@@ -3,17 +3,20 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::greeting::{Arriving, Greeting, HOST, MEETING};
-use super::meeting::{Member, accept_some, dial, is_out_of_files, listen, serve, visit};
+use super::interface;
+use super::lookout::{Lookout, lost};
+use super::meeting::{Failure, Member, accept_some, dial, is_out_of_files, listen, serve, visit};
 use crate::limits::explain;
-use crate::memory::fork::Kept;
+use crate::memory::fork::Guarded;
 use crate::patience::Patience;
+use crate::terms::Terms;
 use crate::{Error, Launch, Options, hosts};
 
 /// How long the listener is left alone while connections are waited for.
@@ -28,8 +31,7 @@ pub(crate) struct Network {
     members: Vec<Member>,
     /// What unspecified addresses stand for: that of rank 0, as this rank reached it.
     zero: IpAddr,
-    _kept: Kept,
-    listener: TcpListener,
+    listener: Guarded<TcpListener>,
     /// When to say for whom this rank waits.
     warn_after: Duration,
     arrivals: Mutex<Arrivals>,
@@ -40,7 +42,7 @@ pub(crate) struct Network {
 struct Arrivals {
     arriving: VecDeque<Arriving>,
     /// By the purpose, the rank, and the number of the connection.
-    greeted: HashMap<(u64, u64, u64), TcpStream>,
+    greeted: HashMap<(u64, u64, u64), Guarded<TcpStream>>,
 }
 
 impl Network {
@@ -66,27 +68,26 @@ impl Network {
             return Err(fail(reason));
         }
         let (rank_number, number, port) = (rank as u64, world as u64, u64::from(port));
-        let own = Greeting { token, purpose: MEETING, rank: rank_number, number, port, host };
-        let mut patience = Patience::new(rank, options.startup_timeout, options.warn_after);
+        let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find).map_err(fail)?;
+        let (terms, address) = (Terms::of(launch, options), IpAddr::from(Ipv6Addr::UNSPECIFIED));
+        let own = Greeting { token, purpose: MEETING, rank: rank_number, number, terms, port, address, host };
+        let patience = Patience::new(rank, options.startup_timeout, options.warn_after);
+        let mut patience = patience.stopped_by(options.stop.clone());
         let met = match rank {
-            0 => serve(&own, &meeting.address, &mut patience).map(|members| (members, [127, 0, 0, 1].into())),
-            _ => visit(&own, &meeting.address, &mut patience),
+            0 => {
+                let address = offered_by_zero(&offered, &meeting.address).map_err(fail)?.unwrap_or(address);
+                let own = Greeting { address, ..own };
+                serve(&own, &meeting.address, &mut patience).map(|members| (members, [127, 0, 0, 1].into()))
+            }
+            _ => visit(&own, &offered, &meeting.address, &mut patience),
         };
-        let (members, zero) = met.map_err(fail)?;
+        let (members, zero) = met.map_err(|failure| match failure {
+            Failure::Reason(reason) => fail(reason),
+            Failure::GaveUp(rank) => Error::Aborted { rank, reason: "it cannot start, and has said why".to_owned() },
+        })?;
         let (job, arrivals) = (launch.job.clone(), Mutex::default());
         let warn_after = options.warn_after;
-        Ok(Arc::new(Network {
-            rank,
-            world,
-            job,
-            token,
-            members,
-            zero,
-            _kept: Kept::new(&listener),
-            listener,
-            warn_after,
-            arrivals,
-        }))
+        Ok(Arc::new(Network { rank, world, job, token, members, zero, listener, warn_after, arrivals }))
     }
 
     /// What the job is called on every host, where launchers may have given it different names.
@@ -103,13 +104,14 @@ impl Network {
     /// name. The lower rank dials.
     ///
     /// # Errors
-    /// [`Error::Rendezvous`] that names who does not come within `limit`.
+    /// [`Error::PeerLost`] for a rank, as the job counts, that has ended; [`Error::Rendezvous`] that
+    /// names who does not come within `limit`.
     pub(super) fn connect(
         &self,
         name: &str,
         wanted: &[(usize, usize)],
         limit: Duration,
-    ) -> Result<HashMap<usize, Vec<TcpStream>>, Error> {
+    ) -> Result<HashMap<usize, Vec<Guarded<TcpStream>>>, Error> {
         let purpose = digest(name) | 1;
         let mut patience = Patience::new(self.rank, limit, self.warn_after);
         let connections = self.connect_all(purpose, wanted, &mut patience);
@@ -123,8 +125,8 @@ impl Network {
         purpose: u64,
         wanted: &[(usize, usize)],
         patience: &mut Patience,
-    ) -> Result<HashMap<usize, Vec<TcpStream>>, Error> {
-        let mut connections: HashMap<usize, Vec<TcpStream>> = HashMap::new();
+    ) -> Result<HashMap<usize, Vec<Guarded<TcpStream>>>, Error> {
+        let mut connections: HashMap<usize, Vec<Guarded<TcpStream>>> = HashMap::new();
         for &(peer, count) in wanted.iter().filter(|(peer, _)| *peer > self.rank) {
             for number in 0..count as u64 {
                 let socket = self.dial(peer, purpose, number, patience)?;
@@ -132,13 +134,17 @@ impl Network {
             }
         }
         let lower: Vec<(usize, usize)> = wanted.iter().copied().filter(|(peer, _)| *peer < self.rank).collect();
+        let mut lookout = Lookout::new(self);
+        // Those that refused to be connected to, unless they came before they ended.
+        let mut gone = Vec::new();
         loop {
             let mut arrivals = self.arrivals.lock();
             arrivals.accept(&self.listener, self.token).map_err(|error| self.fail(explain(&error)))?;
             let keys =
                 |(peer, count): (usize, usize)| (0..count as u64).map(move |number| (purpose, peer as u64, number));
             let is_missing = |&&peer: &&(usize, usize)| keys(peer).any(|key| !arrivals.greeted.contains_key(&key));
-            let Some((missing, _)) = lower.iter().find(is_missing) else {
+            let missing: Vec<usize> = lower.iter().filter(is_missing).map(|&(peer, _)| peer).collect();
+            let Some(first) = missing.first() else {
                 for &(peer, count) in &lower {
                     let sockets =
                         keys((peer, count)).map(|key| arrivals.greeted.remove(&key).expect("none is missing"));
@@ -146,11 +152,16 @@ impl Network {
                 }
                 break;
             };
-            if Instant::now() >= patience.deadline {
-                return Err(self.fail(format!("rank {missing} did not connect to this one")));
+            gone.retain(|rank| missing.contains(rank));
+            if !gone.is_empty() {
+                return Err(lost(self, &gone));
             }
-            patience.warn(|| format!("rank {missing} to connect"));
+            if Instant::now() >= patience.deadline {
+                return Err(self.fail(format!("rank {first} did not connect to this one")));
+            }
+            patience.warn(|| format!("rank {first} to connect"));
             drop(arrivals);
+            gone = lookout.gone(&missing);
             std::thread::sleep(NAP);
         }
         for socket in connections.values().flatten() {
@@ -162,25 +173,44 @@ impl Network {
         Ok(connections)
     }
 
-    fn dial(&self, peer: usize, purpose: u64, number: u64, patience: &mut Patience) -> Result<TcpStream, Error> {
-        let address = self.members[peer].address;
+    /// Every other rank of the job.
+    pub(super) fn others(&self) -> impl Iterator<Item = usize> {
+        (0..self.world).filter(|&rank| rank != self.rank)
+    }
+
+    /// Where a rank of the job listens.
+    pub(super) fn address_of(&self, rank: usize) -> SocketAddr {
+        let address = self.members[rank].address;
         let ip = if address.ip().is_unspecified() { self.zero } else { address.ip() };
-        let address = SocketAddr::new(ip, address.port()).to_string();
+        SocketAddr::new(ip, address.port())
+    }
+
+    fn dial(
+        &self,
+        peer: usize,
+        purpose: u64,
+        number: u64,
+        patience: &mut Patience,
+    ) -> Result<Guarded<TcpStream>, Error> {
+        let address = self.address_of(peer).to_string();
         let (token, rank) = (self.token, self.rank as u64);
-        let greeting = Greeting { token, purpose, rank, number, port: 0, host: String::new() };
+        let (terms, address_of_none, host) = (Terms::default(), Ipv6Addr::UNSPECIFIED.into(), String::new());
+        let greeting = Greeting { token, purpose, rank, number, terms, port: 0, address: address_of_none, host };
         loop {
             let socket = dial(&address, patience.left());
             let greeted = socket.and_then(|mut socket| {
-                std::io::Write::write_all(&mut socket, &greeting.bytes())?;
+                std::io::Write::write_all(&mut *socket, &greeting.bytes())?;
                 Ok(socket)
             });
             match greeted {
                 Ok(socket) => return Ok(socket),
                 Err(error) => {
-                    // It listened before it was met, so whoever refuses is not there any more.
-                    let is_gone = error.kind() == ErrorKind::ConnectionRefused;
+                    // It listened when it was met.
+                    if error.kind() == ErrorKind::ConnectionRefused {
+                        return Err(lost(self, &[peer]));
+                    }
                     let reason = format!("rank {peer} cannot be reached at {address}: {}", explain(&error));
-                    if Instant::now() >= patience.deadline || is_gone || is_out_of_files(&error) {
+                    if Instant::now() >= patience.deadline || is_out_of_files(&error) {
                         return Err(self.fail(reason));
                     }
                     patience.warn(|| reason);
@@ -197,6 +227,11 @@ impl Network {
 
 #[cfg(test)]
 impl Network {
+    /// As it stands in the table.
+    pub(super) fn address(&self, rank: usize) -> IpAddr {
+        self.members[rank].address.ip()
+    }
+
     /// Whether every connection that has greeted has been taken.
     pub(super) fn nobody_has_arrived(&self) -> bool {
         self.arrivals.lock().greeted.is_empty()
@@ -223,6 +258,26 @@ impl Arrivals {
         }
         Ok(())
     }
+}
+
+/// The address that a rank of `launch` offers to other hosts, where its interface is chosen.
+///
+/// # Errors
+/// [`Error::Rendezvous`], with the interfaces that there are.
+pub(crate) fn offered_address(launch: &Launch) -> Result<Option<IpAddr>, Error> {
+    let Launch { rank, world, .. } = *launch;
+    let address = launch.meeting.as_ref().map_or("", |meeting| &meeting.address);
+    let found = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find);
+    let offered = found.and_then(|found| offered_by_zero(&found, address));
+    offered.map_err(|reason| Error::Rendezvous { rank, world, job: launch.job.clone(), reason })
+}
+
+/// Which of these addresses a rank offers, judged by the name by which ranks reach rank 0.
+fn offered_by_zero(offered: &[IpAddr], address: &str) -> Result<Option<IpAddr>, String> {
+    let Some(first) = offered.first() else { return Ok(None) };
+    // A name that this host does not know may be known elsewhere.
+    let zero = address.to_socket_addrs().ok().and_then(|mut known| known.next());
+    interface::choose(offered, zero.map_or(*first, |zero| zero.ip())).map(Some)
 }
 
 /// Lets this process open as many files as it may: a rank has some for each rank of other hosts.

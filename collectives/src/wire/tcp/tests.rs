@@ -1,14 +1,14 @@
 //! Ranks that are threads, each a host of its own, over the loopback interface.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+mod meeting;
+
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::greeting::{Greeting, MEETING};
 use super::{Network, TcpWire};
 use crate::hosts::Hosts;
+use crate::memory::fork::Child;
 use crate::wire::{Receipt, Wire};
 use crate::{Error, Launch, Meeting, Options};
 
@@ -212,18 +212,11 @@ fn a_rank_that_gives_up_leaves_or_is_lost_is_told_apart() {
 fn a_rank_is_lost_though_a_child_that_it_forked_lives_on() {
     ranks(2, |launch, mut wire| {
         if launch.rank == 0 {
-            // SAFETY: the child only sleeps and ends.
-            let child = unsafe { libc::fork() };
-            if child == 0 {
-                std::thread::sleep(Duration::from_secs(60));
-                // SAFETY: ends the child at once.
-                unsafe { libc::_exit(0) };
-            }
-            assert!(child > 0, "fork failed");
+            let child = Child::fork();
             // As at the end of a process: nothing is said.
             wire.peers[1].as_mut().unwrap().control.vanish();
             drop(wire);
-            return;
+            return Some(child);
         }
         let started = Instant::now();
         let error = loop {
@@ -234,111 +227,8 @@ fn a_rank_is_lost_though_a_child_that_it_forked_lives_on() {
             thread::yield_now();
         };
         assert!(matches!(error, Error::PeerLost { rank: 0, .. }), "{error}");
+        None
     });
-}
-
-#[test]
-fn strangers_are_turned_away_and_counted_and_ranks_meet_all_the_same() {
-    let port = free_port();
-    let jobs = launches(2, port, "right");
-    let zero = jobs[0].clone();
-    let serving = thread::spawn(move || Network::meet(&zero, &patient(20.0)));
-    let dial = || loop {
-        match TcpStream::connect(("127.0.0.1", port)) {
-            Ok(socket) => return socket,
-            Err(_) => thread::yield_now(),
-        }
-    };
-    let greeting =
-        |token, rank, number| Greeting { token, purpose: MEETING, rank, number, port: 1, host: "x".into() }.bytes();
-    let right = super::network::digest(&format!("right {port}"));
-    let silent = dial();
-    for (bytes, answer) in [
-        (b"GET / HTTP/1.1\r\n\r\n".to_vec(), 4),
-        (b"pilltcp9........".to_vec(), 5),
-        (greeting(1, 1, 2).to_vec(), 6),
-        (greeting(right, 1, 3).to_vec(), 7),
-        (greeting(right, 2, 2).to_vec(), 8),
-        (greeting(right, 0, 2).to_vec(), 8),
-    ] {
-        let mut socket = dial();
-        socket.write_all(&bytes).unwrap();
-        let mut word = [0; 8];
-        // What follows the refused part may reset the connection before the answer is read.
-        if socket.read_exact(&mut word).is_ok() {
-            assert_eq!(u64::from_le_bytes(word), answer, "{}", String::from_utf8_lossy(&bytes));
-        }
-    }
-    let one = Network::meet(&jobs[1], &patient(20.0)).unwrap();
-    let zero = serving.join().unwrap().unwrap();
-    assert_eq!((zero.host(1), one.host(0)), ("named host1", "named host0"));
-    drop(silent);
-}
-
-#[test]
-fn ranks_of_other_jobs_and_ranks_that_do_not_come_are_named() {
-    let port = free_port();
-    let zero = launches(3, port, "missing").remove(0);
-    let serving = thread::spawn(move || Network::meet(&zero, &patient(3.0)).err().unwrap().to_string());
-    // From the job's other ranks one has come, and waits; a rank of another job is refused
-    // meanwhile.
-    let mut other = launches(3, port, "other").remove(2);
-    other.meeting.as_mut().unwrap().address = format!("localhost:{port}");
-    let refused = Network::meet(&other, &patient(1.0)).err().unwrap().to_string();
-    let error = serving.join().unwrap();
-    assert!(error.contains("ranks 1 and 2 did not come"), "{error}");
-    // Where this machine had no time for rank 0 within a second, nobody was refused.
-    if !refused.contains("cannot be reached") {
-        assert!(refused.contains("refused this rank") && refused.contains("PILLION_SECRET"), "{refused}");
-        assert!(error.contains("of another job"), "{error}");
-    }
-    let nobody = launches(2, free_port(), "nobody").remove(1);
-    let error = Network::meet(&nobody, &patient(0.3)).err().unwrap().to_string();
-    assert!(error.contains("rank 0 cannot be reached at 127.0.0.1:"), "{error}");
-    let nowhere = Launch { meeting: None, ..nobody };
-    let error = Network::meet(&nowhere, &patient(0.3)).err().unwrap().to_string();
-    assert!(error.contains("PILLION_ADDRESS=host:port"), "{error}");
-}
-
-#[test]
-fn a_rank_that_dies_at_the_meeting_may_come_again() {
-    let port = free_port();
-    let jobs = launches(3, port, "again");
-    let (zero, one) = (jobs[0].clone(), jobs[1].clone());
-    let serving = thread::spawn(move || Network::meet(&zero, &patient(30.0)));
-    // The first self of rank 1 greets, and is gone.
-    let token = super::network::digest(&format!("again {port}"));
-    let greeting = Greeting { token, purpose: MEETING, rank: 1, number: 3, port: 9, host: "x".into() };
-    let mut first = loop {
-        match TcpStream::connect(("127.0.0.1", port)) {
-            Ok(socket) => break socket,
-            Err(_) => thread::yield_now(),
-        }
-    };
-    first.write_all(&greeting.bytes()).unwrap();
-    drop(first);
-    let visiting = thread::spawn(move || Network::meet(&one, &patient(30.0)).unwrap());
-    let two = Network::meet(&jobs[2], &patient(30.0)).unwrap();
-    visiting.join().unwrap();
-    serving.join().unwrap().unwrap();
-    assert_eq!(two.host(1), "named host1");
-}
-
-#[test]
-fn connections_that_say_nothing_are_pushed_out() {
-    let port = free_port();
-    let jobs = launches(2, port, "flood");
-    let zero = jobs[0].clone();
-    let serving = thread::spawn(move || Network::meet(&zero, &patient(60.0)));
-    let mut silent = Vec::new();
-    while silent.len() < 400 {
-        if let Ok(socket) = TcpStream::connect(("127.0.0.1", port)) {
-            silent.push(socket);
-        }
-    }
-    let one = Network::meet(&jobs[1], &patient(60.0)).unwrap();
-    serving.join().unwrap().unwrap();
-    assert_eq!(one.host(0), "named host0");
 }
 
 #[test]
