@@ -171,10 +171,10 @@ impl Communicator {
     /// What moves the bytes: never [`Backend::Auto`].
     pub fn backend(&self) -> Backend {
         let hosts = self.transport.hosts();
-        match (hosts.ranks.len(), hosts.local().len(), self.wire()) {
+        match (hosts.ranks.len(), hosts.are_single(), self.wire()) {
             (1, ..) => Backend::Shm,
-            (_, 1, WireKind::Tcp) => Backend::Tcp,
-            (_, 1, _) => Backend::Mpi,
+            (_, true, WireKind::Tcp) => Backend::Tcp,
+            (_, true, _) => Backend::Mpi,
             _ => Backend::Hierarchical,
         }
     }

@@ -79,3 +79,46 @@ fn every_rank_talks_to_every_other_over_tcp_alone() {
         assert_eq!((all.backend(), all.hosts(), sum(&all, launch)), (Backend::Tcp, 3, 3));
     });
 }
+
+/// Every form that ranks of several hosts have, with as many ranks on each as can be.
+#[test]
+fn hosts_with_different_numbers_of_ranks_share_memory_on_each() {
+    for hosts in [&[2, 1][..], &[1, 3], &[3, 1, 2]] {
+        run(launches(hosts, true), Options::default(), |launch, all| {
+            let (rank, world) = (all.rank(), all.world());
+            assert_eq!((all.backend(), all.hosts(), rank), (Backend::Hierarchical, hosts.len(), launch.rank));
+            let own = |len: usize| numbers(&(0..len).map(|index| (rank * 1000 + index) as i64).collect::<Vec<_>>());
+            let read = |buffer: &Buffer| Cpu.stream().download::<i64>(buffer.view()).unwrap();
+            let sums = |len: usize| -> Vec<i64> {
+                (0..len).map(|index| (0..world).map(|rank| (rank * 1000 + index) as i64).sum()).collect()
+            };
+            // A length that no number of ranks divides, and one that leaves some ranks without a chunk.
+            for len in [3, 10_007] {
+                let sum = all.all_reduce(own(len), Reduction::Sum, Start::Here).wait().unwrap();
+                assert_eq!(read(&sum), sums(len));
+                for root in 0..world {
+                    let output = (rank == root).then(|| numbers(&vec![-1; len]));
+                    let (_, output) = all.reduce(own(len), output, Reduction::Sum, root, Start::Here).wait().unwrap();
+                    assert_eq!(output.as_ref().map(read), (rank == root).then(|| sums(len)));
+                    let sent = all.broadcast(own(len), root, Start::Here).wait().unwrap();
+                    assert_eq!(read(&sent), (0..len).map(|index| (root * 1000 + index) as i64).collect::<Vec<_>>());
+                }
+            }
+            let gathered = all.all_gather_scalars(&[rank as u64, 7]).unwrap();
+            assert_eq!(gathered, (0..world).map(|rank| vec![rank as u64, 7]).collect::<Vec<_>>());
+            let mut window = all.window(&Cpu, DType::I64, 10 * world + 1).unwrap();
+            let chunk = window.shard_mut(0).unwrap();
+            let values = vec![rank as i64; chunk.len()];
+            Cpu.stream().upload(chunk, &values);
+            let window = all.gather_window(window, Start::Here).wait().unwrap();
+            let values = Cpu.stream().download::<i64>(window.view().unwrap()).unwrap();
+            assert!(values.iter().enumerate().all(|(index, &value)| value == (index / 11) as i64), "{values:?}");
+            all.barrier().unwrap();
+            // Ranks of which each host has another number, in another order.
+            let part = all.group(&[world - 1, 0]).ok().filter(|_| [0, world - 1].contains(&rank));
+            if let Some(part) = part {
+                assert_eq!(sum(&part, launch), world as i64 - 1);
+            }
+        });
+    }
+}
