@@ -100,7 +100,7 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
             }
         }
     }
-    let here = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), own.port as u16);
+    let here = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), own.port);
     let members: Vec<Member> = std::iter::once(Member { address: here, host: own.host.clone() })
         .chain(come.values().map(|(member, _)| member.clone()))
         .collect();
@@ -155,7 +155,7 @@ fn admit(
     }
     let ip = socket.peer_addr().map_err(|_| Refusal::HungUp)?.ip().to_canonical();
     let ip = if ip.is_loopback() { Ipv6Addr::UNSPECIFIED.into() } else { ip };
-    Ok((rank, Member { address: SocketAddr::new(ip, port as u16), host }))
+    Ok((rank, Member { address: SocketAddr::new(ip, port), host }))
 }
 
 /// The side of the other ranks. Returns the table, and the address by which rank 0 was reached.
@@ -222,7 +222,13 @@ fn attempt(own: &Greeting, address: &str, limit: Duration) -> Result<(Vec<Member
     }
     let mut table = vec![0; ENTRY * own.number as usize];
     socket.read_exact(&mut table).map_err(|error| failed("in the middle of the table", error))?;
-    Ok((table.chunks_exact(ENTRY).map(member).collect(), zero))
+    let members = members(&table).ok_or_else(|| {
+        Obstacle::MayGo(format!(
+            "rank 0 at {address} sent a table that no rank 0 sends: perhaps another program listens there; meet at another \
+             address (--address, PILLION_ADDRESS, or torchrun's master port + 1)"
+        ))
+    })?;
+    Ok((members, zero))
 }
 
 /// Connects to the first address of a name that answers.
@@ -242,7 +248,7 @@ pub(super) fn is_out_of_files(error: &std::io::Error) -> bool {
     [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error).map(Some).contains(&error.raw_os_error())
 }
 
-fn entry(member: &Member) -> Vec<u8> {
+pub(super) fn entry(member: &Member) -> Vec<u8> {
     let ip = match member.address.ip() {
         IpAddr::V4(ip) => ip.to_ipv6_mapped(),
         IpAddr::V6(ip) => ip,
@@ -252,11 +258,15 @@ fn entry(member: &Member) -> Vec<u8> {
     [&ip.octets()[..], &u64::from(member.address.port()).to_le_bytes(), &host].concat()
 }
 
-fn member(entry: &[u8]) -> Member {
-    let octets: [u8; 16] = entry[..16].try_into().expect("16 bytes");
-    let port = u64::from_le_bytes(entry[16..24].try_into().expect("8 bytes")) as u16;
-    let ip = IpAddr::from(octets).to_canonical();
-    Member { address: SocketAddr::new(ip, port), host: name(&entry[24..]) }
+/// Reads the table. None if it holds what [`entry`] does not write.
+pub(super) fn members(table: &[u8]) -> Option<Vec<Member>> {
+    let member = |entry: &[u8]| {
+        let octets: [u8; 16] = entry[..16].try_into().expect("16 bytes");
+        let port = u64::from_le_bytes(entry[16..24].try_into().expect("8 bytes"));
+        let address = SocketAddr::new(IpAddr::from(octets).to_canonical(), port.try_into().ok()?);
+        Some(Member { address, host: name(&entry[24..])? })
+    };
+    table.chunks_exact(ENTRY).map(member).collect()
 }
 
 fn count(refused: &BTreeMap<Refusal, usize>) -> String {

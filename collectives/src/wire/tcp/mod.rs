@@ -8,6 +8,8 @@
 //! sender once they are full. So no tag waits for another.
 
 mod control;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod greeting;
 mod line;
 mod meeting;

@@ -65,8 +65,7 @@ impl Network {
                 format!("the name of this host (PILLION_HOST) has {} bytes, and at most {HOST} fit", host.len());
             return Err(fail(reason));
         }
-        let (rank_number, number, port) = (rank as u64, world as u64, u64::from(port));
-        let own = Greeting { token, purpose: MEETING, rank: rank_number, number, port, host };
+        let own = Greeting { token, purpose: MEETING, rank: rank as u64, number: world as u64, port, host };
         let mut patience = Patience::new(rank, options.startup_timeout, options.warn_after);
         let met = match rank {
             0 => serve(&own, &meeting.address, &mut patience).map(|members| (members, [127, 0, 0, 1].into())),

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::greeting::{Greeting, MEETING};
+use super::greeting::{Greeting, MEETING, Refusal};
+use super::meeting::{Member, entry, members};
 use super::{Network, TcpWire};
 use crate::hosts::Hosts;
 use crate::wire::{Receipt, Wire};
@@ -273,6 +274,23 @@ fn strangers_are_turned_away_and_counted_and_ranks_meet_all_the_same() {
     let zero = serving.join().unwrap().unwrap();
     assert_eq!((zero.host(1), one.host(0)), ("named host1", "named host0"));
     drop(silent);
+}
+
+/// Rank 0 passes names on to ranks that must read the same.
+#[test]
+fn names_that_are_no_text_and_ports_that_cannot_be_are_refused() {
+    let greeting = Greeting { token: 1, purpose: MEETING, rank: 1, number: 2, port: 9, host: "x".into() };
+    let table = entry(&Member { address: "10.0.0.1:9".parse().unwrap(), host: "x".into() });
+    assert_eq!(Greeting::parse(&greeting.bytes()), Ok(Some(greeting.clone())));
+    assert_eq!(members(&table).map(|members| members.iter().flat_map(entry).collect()), Some(table.clone()));
+    // The third byte of the port, and a byte of the name.
+    for (in_greeting, in_table, byte) in [(42, 18, 1), (49, 25, 0xff)] {
+        let (mut greeting, mut table) = (greeting.bytes(), table.clone());
+        greeting[in_greeting] = byte;
+        table[in_table] = byte;
+        assert_eq!(Greeting::parse(&greeting), Err(Refusal::Garbage));
+        assert_eq!(members(&table), None);
+    }
 }
 
 #[test]
