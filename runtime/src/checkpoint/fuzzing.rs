@@ -79,7 +79,7 @@ pub mod shard_file {
         let layout = example().layout();
         let elements = ADAMW_STATES.len() + 1;
         let values = (0..elements * layout.shard_len()).flat_map(|index| (index as f32).to_le_bytes());
-        vec![header(&layout, &ADAMW_STATES).into_iter().chain(values).collect()]
+        vec![header(&layout, ADAMW_STATES).into_iter().chain(values).collect()]
     }
 
     /// A file that is opened has every tensor, each where the header says.
