@@ -8,17 +8,19 @@ pub mod metrics {
 
     const SAMPLES: u64 = 1000;
 
-    /// Lines of steps, the last of which is cut off.
+    /// Lines of steps: whole, cut off, and with more samples than can be counted.
     pub fn seeds() -> Vec<Vec<u8>> {
-        let line = |step: u64, samples_seen: u64| {
+        let line = |step: u64, batch_samples: u64, samples_seen: u64| {
             serde_json::json!({
-                "step": step, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "batch_samples": 8, "batch_tokens": 1024,
+                "step": step, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "batch_samples": batch_samples, "batch_tokens": 1024,
                 "samples_seen": samples_seen, "tokens_per_s": 100.0, "step_ms": 5.0, "exposed_ms": 0.5, "bytes_sent": 9,
                 "collectives": 13, "noise_scale": null, "wanted_batch": null, "validation_loss": 2.0, "flops": 1e9
             })
         };
-        let (first, second) = (line(1, 8), line(2, 16));
-        vec![format!("{first}\n{second}\n").into_bytes(), format!("{first}\n{{\"step\":2,").into_bytes()]
+        let [first, second, absurd] = [line(1, 8, 8), line(2, 8, 16), line(2, u64::MAX, 7)];
+        [format!("{first}\n{second}\n"), format!("{first}\n{{\"step\":2,"), format!("{first}\n{absurd}\n")]
+            .map(String::into_bytes)
+            .into()
     }
 
     /// Steps that are read follow each other.
