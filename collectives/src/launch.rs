@@ -30,6 +30,8 @@ pub use meeting::Meeting;
 use variables::Variables;
 pub(crate) use variables::ancestor_without;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod meeting;
 mod names;
 mod variables;

@@ -18,6 +18,8 @@ mod checks;
 mod communicator;
 mod engine;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod hosts;
 mod join;
 pub mod launch;

@@ -20,13 +20,15 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlag
 pub(crate) use self::decline::decline;
 use self::message::{ANSWER, GREETING, Refusal, WELCOME, bytes, check_magic, number, terms};
 use self::serve::serve;
-use self::socket::{dial, peer, wait};
+use self::socket::{Peer, Socket, dial, peer, wait};
 use crate::Error;
 use crate::memory::mapping::{self, Mapping, Shape};
 use crate::patience::Patience;
 use crate::terms::Terms;
 
 mod decline;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod message;
 mod serve;
 mod socket;
@@ -139,7 +141,6 @@ fn attempt(
     patience: &mut Patience,
     go_on: &mut GoOn<'_>,
 ) -> Result<Attempt, Error> {
-    let deadline = patience.deadline;
     let again = |obstacle: String| Ok(Attempt::Again(obstacle));
     let socket = match dial(address) {
         Ok(socket) => socket,
@@ -153,13 +154,25 @@ fn attempt(
     if !peer.is_ours() {
         return again(format!("{peer}, another user, listens under this job's name: give the job another id"));
     }
+    ask(place, &socket, &peer, patience, go_on)
+}
+
+/// Greets on a connection to `peer`, which may be rank 0, and reads its answer.
+fn ask(
+    place: &Place<'_>,
+    socket: &Socket,
+    peer: &Peer,
+    patience: &mut Patience,
+    go_on: &mut GoOn<'_>,
+) -> Result<Attempt, Error> {
+    let again = |obstacle: String| Ok(Attempt::Again(obstacle));
     let hung_up = format!("{peer} hung up without an answer: is it just ending, or another version of this program?");
     let foreign = || {
         place.fail(format!(
             "{peer} listens under this job's name, but does not answer as rank 0 does: give the job another id"
         ))
     };
-    if rustix::net::send(&socket, &place.greeting(), SendFlags::NOSIGNAL) != Ok(GREETING) {
+    if rustix::net::send(socket, &place.greeting(), SendFlags::NOSIGNAL) != Ok(GREETING) {
         return again(hung_up);
     }
     let (mut answer, mut received, mut file) = ([0; ANSWER], 0, None);
@@ -167,15 +180,15 @@ fn attempt(
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut message = RecvAncillaryBuffer::new(&mut space);
         let mut into = [IoSliceMut::new(&mut answer[received..])];
-        match rustix::net::recvmsg(&socket, &mut into, &mut message, RecvFlags::CMSG_CLOEXEC).map(|got| got.bytes) {
+        match rustix::net::recvmsg(socket, &mut into, &mut message, RecvFlags::CMSG_CLOEXEC).map(|got| got.bytes) {
             Ok(count) if count > 0 => received += count,
             Err(Errno::INTR) => continue,
-            Err(Errno::AGAIN) if Instant::now() >= deadline => {
+            Err(Errno::AGAIN) if Instant::now() >= patience.deadline => {
                 return again(format!("{peer} listens for it, but does not answer: is it stopped?"));
             }
             Err(Errno::AGAIN) => {
                 patience.warn(|| format!("{peer}, which listens as rank 0 does, to answer"));
-                wait(&mut [PollFd::new(&socket, PollFlags::IN)], patience.next().min(Instant::now() + ASK_EVERY))?;
+                wait(&mut [PollFd::new(socket, PollFlags::IN)], patience.next().min(Instant::now() + ASK_EVERY))?;
                 go_on(&[0])?;
                 continue;
             }

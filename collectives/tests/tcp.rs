@@ -106,7 +106,7 @@ fn hosts_with_different_numbers_of_ranks_share_memory_on_each() {
             }
             let gathered = all.all_gather_scalars(&[rank as u64, 7]).unwrap();
             assert_eq!(gathered, (0..world).map(|rank| vec![rank as u64, 7]).collect::<Vec<_>>());
-            let mut window = all.window(&Cpu, DType::I64, 10 * world + 1).unwrap();
+            let mut window = all.window(&Cpu, DType::I64, 11 * world).unwrap();
             let chunk = window.shard_mut(0).unwrap();
             let values = vec![rank as i64; chunk.len()];
             Cpu.stream().upload(chunk, &values);

@@ -128,6 +128,12 @@ impl Config {
         if self.num_hidden_layers > MOST_LAYERS {
             return fail(format!("num_hidden_layers is {}: it must be at most {MOST_LAYERS}", self.num_hidden_layers));
         }
+        // What a float of 32 bits cannot hold becomes infinite, and JSON cannot say that.
+        for (name, value) in [("rms_norm_eps", f64::from(self.rms_norm_eps)), ("rope_theta", self.rope_theta)] {
+            if !(value > 0.0 && value.is_finite()) {
+                return fail(format!("{name} is {value}: it must be above 0 and finite"));
+            }
+        }
         if !width.is_multiple_of(heads) {
             return fail(format!(
                 "num_attention_heads = {heads} does not divide hidden_size = {width}: choose a width that is a multiple"
@@ -291,7 +297,9 @@ mod tests {
             ),
             (Config { num_key_value_heads: 3, ..small.clone() }, "num_key_value_heads = 3 does not divide"),
             (Config { hidden_size: 12, ..small.clone() }, "heads are 3 wide"),
-            (Config { vocab_size: 0, ..small }, "vocab_size is 0"),
+            (Config { vocab_size: 0, ..small.clone() }, "vocab_size is 0"),
+            (Config { rms_norm_eps: 1e39_f64 as f32, ..small.clone() }, "rms_norm_eps is inf"),
+            (Config { rope_theta: -1.0, ..small }, "rope_theta is -1"),
         ];
         for (config, message) in cases {
             let error = config.validate().unwrap_err().to_string();

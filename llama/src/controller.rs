@@ -205,7 +205,7 @@ impl From<CouplingKind> for Coupling {
     }
 }
 
-fn stage(text: &str) -> Result<Stage, String> {
+pub(crate) fn stage(text: &str) -> Result<Stage, String> {
     let (batch, share) = text.split_once(':').ok_or("write batch:share, such as 2048:0.025")?;
     let batch = batch.trim().parse().map_err(|error| format!("the batch `{batch}`: {error}"))?;
     let share = share.trim().parse().map_err(|error| format!("the share `{share}`: {error}"))?;

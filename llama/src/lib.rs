@@ -29,6 +29,8 @@ pub mod data;
 mod doctor;
 mod error;
 mod experiment;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod generate;
 mod inspect;
 pub mod model;

@@ -152,7 +152,9 @@ impl Cli {
             _ => None,
         };
         let Some(file) = file else { return Ok(cli) };
-        let mut flags = flags_of_file(&file).map_err(|message| (format!("error: {message}\n"), 2))?;
+        let read = std::fs::read_to_string(&file).map_err(|error| format!("--config {}: {error}", file.display()));
+        let flags = read.and_then(|text| flags_of_file(&file, &text));
+        let mut flags = flags.map_err(|message| (format!("error: {message}\n"), 2))?;
         let program = &arguments[..2];
         // Alone first, so that what the file gets wrong is said of the file.
         let alone = [program, &flags].concat();
@@ -164,7 +166,7 @@ impl Cli {
     }
 }
 
-fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
+pub(crate) fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
     // A flag that comes twice is no error: the file's comes first, and the command line's wins.
     // Numbers below zero are refused for what they are, not as flags.
     let command =
@@ -197,9 +199,8 @@ fn leave_to(given: &BTreeSet<String>, flags: &mut Vec<String>) {
     });
 }
 
-/// A configuration file as flags.
-fn flags_of_file(file: &Path) -> Result<Vec<String>, String> {
-    let text = std::fs::read_to_string(file).map_err(|error| format!("--config {}: {error}", file.display()))?;
+/// The text of a configuration file as flags.
+pub(crate) fn flags_of_file(file: &Path, text: &str) -> Result<Vec<String>, String> {
     let table: toml::Table = text.parse().map_err(|error| format!("{}: {error}", file.display()))?;
     let command = Cli::command();
     let train = command.find_subcommand("train").expect("defined above");

@@ -93,6 +93,8 @@ mod builder;
 pub mod checkpoint;
 mod engine;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod gradients;
 mod layout;
 mod memory;

@@ -5,6 +5,7 @@
 use std::fs;
 
 use pillion_tests::program::{Step, TINY, Workplace};
+use xxhash_rust::xxh3::xxh3_64;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 
@@ -123,6 +124,15 @@ fn verify_reads_all_tokens_and_a_run_those_that_it_needs() {
         "{ended}"
     );
     ended.has_no_panic();
+
+    // Tokens that the model does not know.
+    let mut unknown = bytes.clone();
+    unknown[12..16].copy_from_slice(&300u32.to_le_bytes());
+    let checksum = xxh3_64(&unknown[..64]);
+    unknown[64..72].copy_from_slice(&checksum.to_le_bytes());
+    fs::write(&file, &unknown).unwrap();
+    let resumed = place.run("train --resume auto --out out --ranks 2 --steps 3");
+    resumed.refused(1, &["a vocabulary of 300 tokens instead of 257", "remove it"]);
     fs::write(&file, &bytes[..500]).unwrap();
     place.run("data verify out").refused(1, &[&name, "expected", "found 500"]);
 

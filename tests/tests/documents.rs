@@ -104,6 +104,7 @@ const TABLE: &[(&str, How)] = &[
     ("cargo test --workspace", In("ci/run", "cargo test --workspace")),
     ("cargo build --release", In("ci/long", "cargo build --release")),
     ("cargo doc --open -p pillion-runtime", In("ci/run", "cargo doc --quiet --workspace --no-deps")),
+    ("ci/long fuzz", In("ci/long", "fuzz) fuzz \"${@:2}\" ;;")),
     (LONG[0], In("ci/long", LONG[0])),
     (LONG[1], In("ci/long", LONG[1])),
     (LONG[2], In("ci/long", LONG[2])),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::num::NonZero;
 
 use super::{LaunchError, Source};
 
@@ -62,12 +63,12 @@ pub(super) fn read(source: Source, get: &dyn Fn(&str) -> Option<String>) -> Resu
             let (job, step) = (number("SLURM_JOB_ID"), number("SLURM_STEP_ID"));
             let number = job.zip(step).map(|(job, step)| job.wrapping_mul(31).wrapping_add(step));
             let port = number.map(|number| LEAST_PORT + (number % PORTS) as u16);
-            nodes.and_then(|nodes| joined(&first_node(&nodes), port?))
+            nodes.and_then(|nodes| joined(&first_node(&nodes)?, port?))
         }
         _ => None,
     };
     let Some(address) = address else { return Ok(None) };
-    if address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+    if address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<NonZero<u16>>().is_err()) {
         let (variable, expected) = (ADDRESS.into(), "host:port, as in node1:29400");
         return Err(LaunchError::Malformed { variable, value: address, expected });
     }
@@ -95,15 +96,19 @@ fn joined(host: &str, port: u16) -> Option<String> {
     (!host.is_empty()).then_some(address)
 }
 
-/// The first of Slurm's list, such as `node[003-010,020]-ib,other`.
-fn first_node(list: &str) -> String {
-    let first = |text: &str| text.split(',').next().unwrap_or_default().to_owned();
-    let Some((before, rest)) = list.split_once('[').filter(|(before, _)| !before.contains(',')) else {
-        return first(list);
-    };
-    let (numbers, after) = rest.split_once(']').unwrap_or((rest, ""));
-    let number = numbers.split([',', '-']).next().unwrap_or_default();
-    format!("{before}{number}{}", first(after))
+/// The first of Slurm's list, such as `node[003-010,020]-ib,other`. None if it is no name of a host.
+pub(super) fn first_node(list: &str) -> Option<String> {
+    let (mut name, mut rest) = (String::new(), list.trim());
+    loop {
+        let (part, tail) = rest.split_at(rest.find(['[', ',']).unwrap_or(rest.len()));
+        name.push_str(part);
+        let Some(ranges) = tail.strip_prefix('[') else { break };
+        let (numbers, after) = ranges.split_once(']')?;
+        name.push_str(numbers.split([',', '-']).next().unwrap_or_default());
+        rest = after;
+    }
+    let is_name = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    is_name.then_some(name)
 }
 
 #[cfg(test)]
@@ -125,8 +130,12 @@ mod tests {
             ("n[7]", "n7"),
             ("rack[2,5]-ib,x", "rack2-ib"),
             ("a,b[1-2]", "a"),
+            ("rack[0-1]node[04-11],x", "rack0node04"),
         ] {
-            assert_eq!(first_node(list), first, "{list}");
+            assert_eq!(first_node(list).as_deref(), Some(first), "{list}");
+        }
+        for list in ["", ",a", "n[1-2", "n]1[", "a b", "[,]", "n[[1]]"] {
+            assert_eq!(first_node(list), None, "{list}");
         }
     }
 

@@ -16,7 +16,7 @@ use super::{
 };
 
 /// More than any machine has, and few enough that a list of them fits into memory.
-const MOST_RANKS: usize = 1 << 20;
+pub(super) const MOST_RANKS: usize = 1 << 20;
 
 /// Step ids above this are Slurm's own: batch script, interactive shell, external and pending
 /// (`SLURM_MAX_NORMAL_STEP_ID` in slurm.h).
@@ -382,7 +382,7 @@ fn job_name(source: Source, identity: &[String], restart: usize) -> String {
 }
 
 /// Parses Slurm's `2(x3),1` into (tasks, nodes) pairs.
-fn tasks_per_node(list: &str) -> Option<Vec<(usize, usize)>> {
+pub(super) fn tasks_per_node(list: &str) -> Option<Vec<(usize, usize)>> {
     let entry = |entry: &str| match entry.split_once("(x") {
         None => Some((entry.parse().ok()?, 1)),
         Some((tasks, count)) => Some((tasks.parse().ok()?, count.strip_suffix(')')?.parse().ok()?)),

@@ -50,8 +50,8 @@ impl fmt::Display for Refused {
 
 /// What a greeting says.
 #[derive(Clone, Copy)]
-enum Arrival {
-    /// This rank was missing, and has been given the memory.
+pub(super) enum Arrival {
+    /// This rank was missing, and joins.
     Joined(usize),
     /// This rank cannot join, for a reason with this digest.
     GivesUp(usize, u64),
@@ -119,25 +119,11 @@ impl Connection {
         if !self.read()? {
             return Ok(None);
         }
-        let (rank, world) = (self.word(1), self.word(2));
-        if rank & GIVES_UP != 0 && (1..place.world as u64).contains(&(rank & !GIVES_UP)) {
-            return Ok(Some(Arrival::GivesUp((rank & !GIVES_UP) as usize, self.word(2))));
+        let arrival = arrival(&self.greeting, place, missing)?;
+        if let Arrival::Joined(_) = arrival {
+            self.answer([WELCOME, shape.reserve], place, Some(file)).map_err(|_| Refusal::HungUp)?;
         }
-        if world != place.world as u64 {
-            return Err(Refusal::World);
-        }
-        if !(1..world).contains(&rank) {
-            return Err(Refusal::NoSuchRank);
-        }
-        let rank = rank as usize;
-        if !missing.contains(&rank) {
-            return Err(Refusal::Taken);
-        }
-        if terms(&self.greeting) != place.terms {
-            return Err(Refusal::Terms);
-        }
-        self.answer([WELCOME, shape.reserve], place, Some(file)).map_err(|_| Refusal::HungUp)?;
-        Ok(Some(Arrival::Joined(rank)))
+        Ok(Some(arrival))
     }
 
     pub(super) fn answer(
@@ -158,6 +144,26 @@ impl Connection {
 
     fn overdue(&self) -> Refusal {
         if self.received == 0 { Refusal::Silent } else { Refusal::Unfinished }
+    }
+}
+
+/// Who greets rank 0 at `place`, where these ranks are `missing`.
+pub(super) fn arrival(greeting: &[u8; GREETING], place: &Place<'_>, missing: &[usize]) -> Result<Arrival, Refusal> {
+    let (world, rank, number) = (place.world, number(greeting, 1), number(greeting, 2));
+    let rank_of = |word: u64| usize::try_from(word).ok().filter(|rank| (1..world).contains(rank));
+    if rank & GIVES_UP != 0
+        && let Some(rank) = rank_of(rank & !GIVES_UP)
+    {
+        return Ok(Arrival::GivesUp(rank, number));
+    }
+    if number != world as u64 {
+        return Err(Refusal::World);
+    }
+    match rank_of(rank) {
+        None => Err(Refusal::NoSuchRank),
+        Some(rank) if !missing.contains(&rank) => Err(Refusal::Taken),
+        Some(_) if terms(greeting) != place.terms => Err(Refusal::Terms),
+        Some(rank) => Ok(Arrival::Joined(rank)),
     }
 }
 

@@ -19,6 +19,8 @@
 mod corpus;
 mod dataset;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod order;
 mod sources;
 pub mod synthetic;

@@ -355,8 +355,12 @@ impl Header {
                 xxh3_64(&bytes[..64])
             ));
         }
+        let vocab = u32_at(12);
+        if !(1..=1 << 16).contains(&vocab) {
+            return Err(format!("damaged header: a vocabulary of {vocab}, but tokens have 16 bits"));
+        }
         Ok(Self {
-            vocab: u32_at(12),
+            vocab,
             train: u64_at(16),
             validation: u64_at(24),
             origin: Origin { files: u64_at(32), bytes: u64_at(40), not_text: u64_at(48) },
@@ -489,6 +493,16 @@ pub(super) mod tests {
         // Whoever reads the part that is damaged is told, too: kernels would panic.
         let error = TokenFile::open(&path).unwrap().read(Split::Train, 0, &mut [0]).unwrap_err().to_string();
         assert!(error.contains("token 257 is outside the vocabulary of 257"), "{error}");
+    }
+
+    #[test]
+    fn a_vocabulary_that_no_token_file_has_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens.bin");
+        for vocab in [0, (1 << 16) + 1] {
+            TokenWriter::create(&path, vocab).unwrap().finish(ORIGIN).unwrap();
+            assert!(problem(&path).contains(&format!("a vocabulary of {vocab}, but tokens have 16 bits")));
+        }
     }
 
     #[test]

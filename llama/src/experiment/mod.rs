@@ -7,6 +7,8 @@ mod compare;
 #[cfg(test)]
 mod documented;
 mod figure;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod grid;
 mod report;
 mod results;

@@ -28,16 +28,21 @@ impl Results {
             }
             text => text.map_err(|error| Error::file(&path, format!("{error}: {REMEDY}")))?,
         };
+        Results::parse(&path, &text, samples)
+    }
+
+    /// Reads the text of a run's metrics.
+    pub(super) fn parse(path: &Path, text: &str, samples: u64) -> Result<Results, Error> {
         let mut steps: Vec<Line> = Vec::new();
         // The last line may be under way.
         for (number, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
-            let fail = |why: String| Error::file(&path, format!("line {} {why}: {REMEDY}", number + 1));
+            let fail = |why: String| Error::file(path, format!("line {} {why}: {REMEDY}", number + 1));
             let line: Line =
                 serde_json::from_str(line).map_err(|error| fail(format!("is no step of a run ({error})")))?;
             let before = steps.last().map_or(0, |last| last.samples_seen);
             if line.step != number as u64 + 1
                 || line.batch_samples == 0
-                || line.samples_seen != before + line.batch_samples
+                || before.checked_add(line.batch_samples) != Some(line.samples_seen)
             {
                 return Err(fail("does not follow from the line before".to_owned()));
             }
@@ -152,5 +157,25 @@ impl Part {
             batch: self.batch + weight * other.batch,
             loss: self.loss + weight * other.loss,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_beyond_what_can_be_counted_are_refused() {
+        let line = |step: u64, batch: u64, seen: u64| {
+            format!(
+                "{{\"step\":{step},\"loss\":1,\"lr\":1,\"grad_norm\":1,\"batch_samples\":{batch},\"batch_tokens\":1,\
+                 \"samples_seen\":{seen},\"tokens_per_s\":1,\"step_ms\":1,\"exposed_ms\":1,\"bytes_sent\":1,\"collectives\":1,\
+                 \"noise_scale\":null,\"wanted_batch\":null,\"validation_loss\":null,\"flops\":1}}\n"
+            )
+        };
+        let read = |lines: [String; 2]| Results::parse(Path::new("metrics.jsonl"), &lines.concat(), 10);
+        assert_eq!(read([line(1, 8, 8), line(2, 8, 16)]).unwrap().samples_seen(), 16);
+        let error = read([line(1, 8, 8), line(2, u64::MAX, 7)]).err().unwrap().to_string();
+        assert!(error.contains("line 2 does not follow"), "{error}");
     }
 }

@@ -371,7 +371,7 @@ pub struct TrainArgs {
 }
 
 /// Reads `replicate=R,shard=S`, in either order.
-fn mesh(text: &str) -> Result<Mesh, String> {
+pub(crate) fn mesh(text: &str) -> Result<Mesh, String> {
     let mut sizes = [("replicate", None), ("shard", None)];
     for part in text.split(',') {
         let (axis, size) = part.split_once('=').unwrap_or((part, ""));
@@ -405,7 +405,7 @@ pub(crate) fn save_memory(text: &str) -> Result<Staging, String> {
 }
 
 /// Reads an address with a port.
-fn address(text: &str) -> Result<String, String> {
+pub(crate) fn address(text: &str) -> Result<String, String> {
     let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains('/'));
     match port.and_then(|(_, port)| port.parse::<u16>().ok()).filter(|&port| port > 0) {
         Some(_) => Ok(text.to_owned()),

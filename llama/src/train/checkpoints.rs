@@ -8,6 +8,7 @@ use pillion_abs::State as ControllerState;
 use pillion_collectives::Communicator;
 use pillion_runtime::checkpoint::{self, Checkpoint, Staging, Whole};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::recipe::Recipe;
 use crate::settings::{OnNonFinite, TrainArgs};
@@ -38,6 +39,34 @@ pub(crate) struct Progress {
     /// The controller's.
     pub(crate) controller: ControllerState,
 }
+
+impl Progress {
+    /// Reads what a checkpoint says.
+    ///
+    /// # Errors
+    /// Says what no run can have written.
+    pub(super) fn parse(extra: &Value) -> Result<Progress, String> {
+        let progress: Progress = serde_json::from_value(extra.clone()).map_err(|error| error.to_string())?;
+        let Progress { recipe, step, samples, left_out, .. } = &progress;
+        recipe.check_shape().map_err(|error| error.to_string())?;
+        if step > samples || *samples > MOST_SAMPLES {
+            return Err(format!("{step} steps with {samples} samples are impossible"));
+        }
+        let mut end = 0;
+        for range in left_out {
+            if range.start < end || range.is_empty() || range.end > *samples {
+                return Err(format!(
+                    "samples {range:?} of {samples} cannot have been left out after those before {end}"
+                ));
+            }
+            end = range.end;
+        }
+        Ok(progress)
+    }
+}
+
+/// Samples of a run at most, far more than any has.
+const MOST_SAMPLES: u64 = 1 << 53;
 
 /// Number of samples in some ranges.
 pub(crate) fn count(ranges: &[Range<u64>]) -> u64 {
@@ -189,12 +218,10 @@ pub(crate) fn check_name(path: &Path) -> Result<(), Error> {
 
 /// A checkpoint's trainer's part.
 pub(crate) fn progress(checkpoint: &Checkpoint) -> Result<Progress, Error> {
-    serde_json::from_value(checkpoint.extra().clone()).map_err(|error| {
-        Error::file(
-            &checkpoint.path,
-            format!("its manifest was not written by `pillion train`, or by a later version: {error}"),
-        )
-    })
+    let fail = |why| {
+        format!("its manifest was not written by `pillion train`, or by a later version: {why}; name another one")
+    };
+    Progress::parse(checkpoint.extra()).map_err(|why| Error::file(&checkpoint.path, fail(why)))
 }
 
 /// Makes order among the checkpoints of the run in `out`, once it has begun or every rank has
@@ -212,4 +239,36 @@ pub(crate) fn tidy(out: &Path, resume: Option<&Path>) -> Result<(), Error> {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::fuzzing::progress::seeds;
+    use super::*;
+
+    #[test]
+    fn what_no_run_can_have_written_is_refused() {
+        let whole: Value = serde_json::from_slice(&seeds()[0]).unwrap();
+        Progress::parse(&whole).unwrap();
+        for (place, value, words) in [
+            ("/left_out", json!([{ "start": 16, "end": 8 }]), "cannot have been left out"),
+            ("/left_out", json!([{ "start": 8, "end": 16 }, { "start": 12, "end": 20 }]), "cannot have been left out"),
+            ("/left_out", json!([{ "start": 8, "end": 99 }]), "cannot have been left out"),
+            ("/step", json!(41), "41 steps with 40 samples"),
+            ("/samples", json!(u64::MAX), "are impossible"),
+            ("/recipe/seq", json!(0), "--seq is 0"),
+            ("/recipe/micro_batch", json!(0), "--micro-batch is 0"),
+            ("/recipe/seq", json!(1u64 << 40), "out of range"),
+            ("/recipe/model/num_attention_heads", json!(0), "num_attention_heads is 0"),
+            ("/recipe/model/rms_norm_eps", json!(1e99), "rms_norm_eps is inf"),
+            ("/recipe/model/num_hidden_layers", json!(1u64 << 60), "num_hidden_layers is"),
+        ] {
+            let mut changed = whole.clone();
+            *changed.pointer_mut(place).unwrap() = value;
+            let error = Progress::parse(&changed).unwrap_err();
+            assert!(error.contains(words), "{place}: {error}");
+        }
+    }
 }

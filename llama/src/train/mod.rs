@@ -5,6 +5,8 @@ pub(crate) mod checkpoints;
 mod closing;
 mod cores;
 mod evaluation;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod measure;
 mod metrics;
 mod non_finite;

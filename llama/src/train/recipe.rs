@@ -123,6 +123,17 @@ impl Recipe {
         })
     }
 
+    /// Checks the model and the samples of a recipe that was read.
+    ///
+    /// # Errors
+    /// Says what cannot be.
+    pub(crate) fn check_shape(&self) -> Result<(), Error> {
+        self.model.validate().map_err(|error| Error::Setting(error.to_string()))?;
+        positive("--seq", self.seq as u64)?;
+        positive("--micro-batch", self.micro_batch)?;
+        check_tokens(self.seq as u64, self.micro_batch)
+    }
+
     /// Floating-point operations of a training step for each of its tokens.
     pub(crate) fn flops_per_token(&self) -> f64 {
         self.model.flops_per_token(self.seq)

@@ -28,6 +28,20 @@ pub(super) fn is_synthetic(tokens: &TokenFile) -> bool {
     tokens.origin().files == 0
 }
 
+/// Checks that the model and the trigram model of text know every token.
+///
+/// # Errors
+/// Names the file.
+pub(super) fn check_vocabulary(tokens: &TokenFile, recipe: &Recipe) -> Result<(), Error> {
+    let most = if is_synthetic(tokens) { recipe.model.vocab_size } else { tokenizer::VOCAB };
+    if tokens.vocab() <= most {
+        return Ok(());
+    }
+    let found = tokens.vocab();
+    let reason = format!("has a vocabulary of {found} tokens instead of {most}: remove it, and it is made again");
+    Err(Error::file(tokens.path(), reason))
+}
+
 /// Of a run that begins in the folder `out`.
 ///
 /// # Errors

@@ -148,6 +148,7 @@ impl<'s> Search<'s> {
             Some((path, saved)) => source::of_resumed(&settings, &recipe, &out, path, saved)?,
             None => source::of_new(settings.data.as_deref(), &recipe, &out)?,
         };
+        source::check_vocabulary(&source.tokens, &recipe)?;
         let dataset = Dataset::open(source.tokens, recipe.seq, recipe.seed)?;
         let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
         match (&saved, &settings.resume) {

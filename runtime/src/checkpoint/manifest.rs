@@ -46,7 +46,7 @@ pub struct Manifest {
     pub extra: Value,
 }
 
-fn adamw_states() -> Vec<String> {
+pub(super) fn adamw_states() -> Vec<String> {
     crate::ADAMW_STATES.iter().map(|&name| name.to_owned()).collect()
 }
 
@@ -82,7 +82,7 @@ impl Manifest {
         Manifest::parse(&text).map_err(|reason| Error::file(path, reason))
     }
 
-    fn parse(text: &str) -> Result<Manifest, String> {
+    pub(super) fn parse(text: &str) -> Result<Manifest, String> {
         let value: Value = serde_json::from_str(text)
             .map_err(|error| format!("is damaged: it is no JSON ({error}); {USE_ANOTHER}"))?;
         if value["format"] != FORMAT {

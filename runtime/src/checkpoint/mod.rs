@@ -14,6 +14,8 @@
 //! Nothing is believed: the manifest carries a checksum of itself and of every file. To resume, rank 0 calls [`newest`]
 //! and tells the others the path, every rank calls [`open`], and all together call [`Checkpoint::load`].
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod load;
 mod manifest;
 mod save;

@@ -21,7 +21,7 @@ const _: () =
     assert!(cfg!(target_endian = "little"), "safetensors is little-endian, and elements are written as they are");
 
 /// A unit's tensors, in the order of the file: the master weights, and what the optimizer keeps.
-fn parts(states: &[impl AsRef<str>]) -> impl Iterator<Item = &str> {
+pub(super) fn parts(states: &[impl AsRef<str>]) -> impl Iterator<Item = &str> {
     [MASTER].into_iter().chain(states.iter().map(AsRef::as_ref))
 }
 
@@ -150,6 +150,12 @@ impl ShardFile {
         let header: Metadata = serde_json::from_slice(&header).map_err(|error| {
             Error::file(&path, format!("is damaged: no safetensors header ({error}); {USE_ANOTHER}"))
         })?;
+        let tensors = bytes - 8 - len;
+        if header.data_len() as u64 != tensors {
+            let expected = header.data_len();
+            let reason = format!("is damaged: {tensors} bytes follow its header instead of {expected}; {USE_ANOTHER}");
+            return Err(Error::file(path, reason));
+        }
         for unit in &layout.units {
             for part in parts(states) {
                 let tensor = format!("{}.{part}", unit.name);
@@ -196,7 +202,7 @@ pub(super) fn check_names(layout: &Layout, dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn header(layout: &Layout, states: &[&str]) -> Vec<u8> {
+pub(super) fn header(layout: &Layout, states: &[&str]) -> Vec<u8> {
     let mut tensors: Vec<(String, TensorInfo)> = Vec::new();
     let mut end = 0;
     for unit in &layout.units {
@@ -222,6 +228,25 @@ fn unreadable(path: &Path, error: std::io::Error) -> Error {
 mod tests {
     use super::super::staging::ring;
     use super::*;
+    use crate::{TensorSpec, UnitSpec};
+
+    #[test]
+    fn a_file_whose_header_says_another_size_is_not_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensor = TensorSpec { name: "x".to_owned(), shape: vec![3], decay: false, frozen: false };
+        let layout = Layout::new(&[UnitSpec { name: "unit".to_owned(), tensors: vec![tensor] }], 1);
+        let header = header(&layout, &[]);
+        let tensors = size_of::<f32>() * layout.shard_len();
+        for (bytes, opens) in [(tensors, true), (tensors - 1, false), (tensors + 4, false), (0, false)] {
+            let path = dir.path().join("file");
+            std::fs::write(&path, [header.clone(), vec![0; bytes]].concat()).unwrap();
+            let opened = ShardFile::open(path, (header.len() + bytes) as u64, &layout, &[]);
+            assert_eq!(opened.is_ok(), opens, "{bytes} bytes");
+            if let Err(error) = opened {
+                assert!(error.to_string().contains("bytes follow its header"), "{error}");
+            }
+        }
+    }
 
     #[test]
     fn what_cannot_be_written_is_taken_from_the_ring_and_the_error_is_told() {

@@ -49,16 +49,7 @@ impl Control {
                 Err(_) => self.ended = true,
             }
         }
-        match self.received[..] {
-            [LEAVES, ..] => None,
-            [ABORTS, low, high, ref reason @ ..] => {
-                let len = usize::from(u16::from_le_bytes([low, high])).min(REASON);
-                let reason = reason.get(..len).or(self.ended.then_some(reason))?;
-                let reason = String::from_utf8_lossy(reason).into_owned();
-                Some(Error::Aborted { rank: self.peer, reason })
-            }
-            _ => self.ended.then(|| lost(self.peer, None)),
-        }
+        said(&self.received, self.ended, self.peer)
     }
 
     /// Says that this rank gives up. What the kernel does not take at once is left out: this rank
@@ -67,10 +58,29 @@ impl Control {
         if std::mem::replace(&mut self.has_aborted, true) {
             return;
         }
-        let reason = &reason[..reason.floor_char_boundary(REASON)];
-        let [low, high] = (reason.len() as u16).to_le_bytes();
-        let _ = (&*self.socket).write(&[&[ABORTS, low, high], reason.as_bytes()].concat());
+        let _ = (&*self.socket).write(&abort_message(reason));
     }
+}
+
+/// Why `peer` has failed, if what has come from it says so.
+pub(super) fn said(received: &[u8], ended: bool, peer: usize) -> Option<Error> {
+    match received {
+        [LEAVES, ..] => None,
+        [ABORTS, low, high, reason @ ..] => {
+            let len = usize::from(u16::from_le_bytes([*low, *high])).min(REASON);
+            let reason = reason.get(..len).or(ended.then_some(reason))?;
+            let reason = String::from_utf8_lossy(reason).into_owned();
+            Some(Error::Aborted { rank: peer, reason })
+        }
+        _ => ended.then(|| lost(peer, None)),
+    }
+}
+
+/// What a rank sends that gives up.
+pub(super) fn abort_message(reason: &str) -> Vec<u8> {
+    let reason = &reason[..reason.floor_char_boundary(REASON)];
+    let [low, high] = (reason.len() as u16).to_le_bytes();
+    [&[ABORTS, low, high], reason.as_bytes()].concat()
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ pub(super) struct Greeting {
     /// Number of ranks of the job; for a communicator, the connection's number.
     pub(super) number: u64,
     /// Where the rank listens; 0 for a communicator.
-    pub(super) port: u64,
+    pub(super) port: u16,
     /// What rank 0 must have been given as well; nothing for a communicator.
     pub(super) terms: Terms,
     /// The address that the rank offers; unspecified for that from which it connects.
@@ -53,7 +53,7 @@ impl Greeting {
     pub(super) fn bytes(&self) -> [u8; LEN] {
         let mut bytes = [0; LEN];
         bytes[..8].copy_from_slice(&MAGIC);
-        let words = [self.token, self.purpose, self.rank, self.number, self.port];
+        let words = [self.token, self.purpose, self.rank, self.number, self.port.into()];
         for (place, word) in bytes[8..].chunks_exact_mut(8).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }
@@ -64,18 +64,26 @@ impl Greeting {
         bytes
     }
 
-    fn read(bytes: &[u8; LEN]) -> Greeting {
-        let word = |index: usize| u64::from_le_bytes(bytes[8 * (1 + index)..][..8].try_into().expect("8 bytes"));
-        Greeting {
-            token: word(0),
-            purpose: word(1),
-            rank: word(2),
-            number: word(3),
-            port: word(4),
-            terms: Terms::read(bytes[TERMS..].first_chunk().expect("as many")),
-            address: address(bytes[LEN - HOST - ADDRESS..][..ADDRESS].try_into().expect("as many")),
-            host: name(&bytes[LEN - HOST..]),
+    /// Reads the part of a greeting that has come. Returns the greeting once it is whole.
+    ///
+    /// # Errors
+    /// As soon as the bytes cannot become a greeting.
+    pub(super) fn parse(received: &[u8]) -> Result<Option<Greeting>, Refusal> {
+        let common = received.len().min(MAGIC.len() - 1);
+        if received[..common] != MAGIC[..common] {
+            return Err(Refusal::Garbage);
         }
+        if received.get(common).is_some_and(|version| *version != MAGIC[common]) {
+            return Err(Refusal::Version);
+        }
+        let Some(bytes) = received.first_chunk::<LEN>() else { return Ok(None) };
+        let word = |index: usize| u64::from_le_bytes(bytes[8 * (1 + index)..][..8].try_into().expect("8 bytes"));
+        let port = u16::try_from(word(4)).map_err(|_| Refusal::Garbage)?;
+        let host = name(&bytes[LEN - HOST..]).ok_or(Refusal::Garbage)?;
+        let terms = Terms::read(bytes[TERMS..].first_chunk().expect("as many"));
+        let address = address(*bytes[LEN - HOST - ADDRESS..].first_chunk().expect("as many"));
+        let (token, purpose, rank, number) = (word(0), word(1), word(2), word(3));
+        Ok(Some(Greeting { token, purpose, rank, number, port, terms, address, host }))
     }
 }
 
@@ -92,9 +100,10 @@ pub(super) fn address(octets: [u8; ADDRESS]) -> IpAddr {
     IpAddr::from(octets).to_canonical()
 }
 
-/// A host's name without its padding.
-pub(super) fn name(padded: &[u8]) -> String {
-    String::from_utf8_lossy(padded).trim_end_matches('\0').to_owned()
+/// A host's name without its padding. None for bytes that are no text, because every rank must know
+/// a host by the same name.
+pub(super) fn name(padded: &[u8]) -> Option<String> {
+    str::from_utf8(padded).ok().map(|name| name.trim_end_matches('\0').to_owned())
 }
 
 /// Why a connection was turned away; the numbers are sent.
@@ -157,7 +166,10 @@ impl Arriving {
 
     /// Reads what has come: the greeting, once it is whole and of this job.
     pub(super) fn read(&mut self, token: u64) -> Result<Option<Greeting>, Refusal> {
-        while self.received < LEN {
+        loop {
+            if let Some(greeting) = Greeting::parse(&self.bytes[..self.received])? {
+                return if greeting.token == token { Ok(Some(greeting)) } else { Err(Refusal::Token) };
+            }
             match self.socket.read(&mut self.bytes[self.received..]) {
                 Ok(0) => return Err(Refusal::HungUp),
                 Ok(count) => self.received += count,
@@ -171,15 +183,6 @@ impl Arriving {
                 }
                 Err(_) => return Err(Refusal::HungUp),
             }
-            let common = self.received.min(MAGIC.len() - 1);
-            if self.bytes[..common] != MAGIC[..common] {
-                return Err(Refusal::Garbage);
-            }
-            if self.received >= MAGIC.len() && self.bytes[MAGIC.len() - 1] != MAGIC[MAGIC.len() - 1] {
-                return Err(Refusal::Version);
-            }
         }
-        let greeting = Greeting::read(&self.bytes);
-        if greeting.token == token { Ok(Some(greeting)) } else { Err(Refusal::Token) }
     }
 }

@@ -159,7 +159,7 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
             }
         }
     }
-    let here = SocketAddr::new(own.address, own.port as u16);
+    let here = SocketAddr::new(own.address, own.port);
     let members: Vec<Member> = std::iter::once(Member { address: here, host: own.host.clone() })
         .chain(come.values().map(|(member, _)| member.clone()))
         .collect();
@@ -217,7 +217,7 @@ fn admit(
         (true, true) => Ipv6Addr::UNSPECIFIED.into(),
         (true, false) => ip,
     };
-    Ok((rank, Member { address: SocketAddr::new(ip, port as u16), host }))
+    Ok((rank, Member { address: SocketAddr::new(ip, port), host }))
 }
 
 /// The side of the other ranks, for one that offers one of these addresses, where there are any.
@@ -315,7 +315,13 @@ fn attempt(
     }
     let mut table = vec![0; ENTRY * own.number as usize];
     socket.read_exact(&mut table).map_err(|error| failed("in the middle of the table", error))?;
-    Ok((table.chunks_exact(ENTRY).map(member).collect(), zero))
+    let members = members(&table).ok_or_else(|| {
+        Obstacle::MayGo(format!(
+            "rank 0 at {address} sent a table that no rank 0 sends: perhaps another program listens there; meet at another \
+             address (--address, PILLION_ADDRESS, or torchrun's master port + 1)"
+        ))
+    })?;
+    Ok((members, zero))
 }
 
 /// Connects to the first address of a name that answers.
@@ -335,16 +341,21 @@ pub(super) fn is_out_of_files(error: &std::io::Error) -> bool {
     [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error).map(Some).contains(&error.raw_os_error())
 }
 
-fn entry(member: &Member) -> Vec<u8> {
+pub(super) fn entry(member: &Member) -> Vec<u8> {
     let mut host = member.host.as_bytes().to_vec();
     host.resize(HOST, 0);
     [&octets(member.address.ip())[..], &u64::from(member.address.port()).to_le_bytes(), &host].concat()
 }
 
-fn member(entry: &[u8]) -> Member {
-    let (ip, rest) = entry.split_first_chunk().expect("as many bytes");
-    let (port, host) = rest.split_first_chunk().expect("as many bytes");
-    Member { address: SocketAddr::new(greeting::address(*ip), u64::from_le_bytes(*port) as u16), host: name(host) }
+/// Reads the table. None if it holds what [`entry`] does not write.
+pub(super) fn members(table: &[u8]) -> Option<Vec<Member>> {
+    let member = |entry: &[u8]| {
+        let (ip, rest) = entry.split_first_chunk().expect("as many bytes");
+        let (port, host) = rest.split_first_chunk().expect("as many bytes");
+        let port = u64::from_le_bytes(*port).try_into().ok()?;
+        Some(Member { address: SocketAddr::new(greeting::address(*ip), port), host: name(host)? })
+    };
+    table.chunks_exact(ENTRY).map(member).collect()
 }
 
 fn count(refused: &BTreeMap<Refusal, usize>) -> String {

@@ -9,6 +9,8 @@
 
 mod control;
 mod decline;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod greeting;
 mod interface;
 mod line;

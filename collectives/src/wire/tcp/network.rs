@@ -67,7 +67,7 @@ impl Network {
                 format!("the name of this host (PILLION_HOST) has {} bytes, and at most {HOST} fit", host.len());
             return Err(fail(reason));
         }
-        let (rank_number, number, port) = (rank as u64, world as u64, u64::from(port));
+        let (rank_number, number) = (rank as u64, world as u64);
         let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find).map_err(fail)?;
         let (terms, address) = (Terms::of(launch, options), IpAddr::from(Ipv6Addr::UNSPECIFIED));
         let own = Greeting { token, purpose: MEETING, rank: rank_number, number, terms, port, address, host };

@@ -12,7 +12,8 @@ use rustix::thread::UnshareFlags;
 use super::{free_port, launches, open, patient};
 use crate::memory::fork::Child;
 use crate::terms::Terms;
-use crate::wire::tcp::greeting::{Greeting, MEETING};
+use crate::wire::tcp::greeting::{Greeting, MEETING, Refusal};
+use crate::wire::tcp::meeting::{Member, entry, members};
 use crate::wire::tcp::network::digest;
 use crate::wire::tcp::{Network, decline};
 use crate::{Communicator, Error, Launch, Options};
@@ -287,4 +288,21 @@ fn connections_that_say_nothing_are_pushed_out() {
     let one = Network::meet(&jobs[1], &patient(60.0)).unwrap();
     serving.join().unwrap().unwrap();
     assert_eq!(one.host(0), "named host0");
+}
+
+/// Rank 0 passes names on to ranks that must read the same.
+#[test]
+fn names_that_are_no_text_and_ports_that_cannot_be_are_refused() {
+    let greeting = visitor(1, 2);
+    let table = entry(&Member { address: "10.0.0.1:9".parse().unwrap(), host: "x".into() });
+    assert_eq!(Greeting::parse(&greeting.bytes()), Ok(Some(greeting.clone())));
+    assert_eq!(members(&table).map(|members| members.iter().flat_map(entry).collect()), Some(table.clone()));
+    // The third byte of the port, and a byte of the name.
+    for (in_greeting, in_table, byte) in [(42, 18, 1), (97, 25, 0xff)] {
+        let (mut greeting, mut table) = (greeting.bytes(), table.clone());
+        greeting[in_greeting] = byte;
+        table[in_table] = byte;
+        assert_eq!(Greeting::parse(&greeting), Err(Refusal::Garbage));
+        assert_eq!(members(&table), None);
+    }
 }
