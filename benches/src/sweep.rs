@@ -293,11 +293,11 @@ impl<'a> Sweep<'a> {
 /// Refuses what would not fit, on every rank alike: exceeding the host's memory would not fail, but wake the kernel's killer.
 fn check_memory(link: &Link, operation: Operation, size: usize, of_rank: u64) -> Result<(), Error> {
     let (available, limit) = available_memory();
-    let all = link.communicator().all_gather_scalars(&[available])?;
-    let least = all.iter().map(|rank| rank[0]).min().unwrap_or(available);
     let needed = of_rank.saturating_mul(link.launch().local_world as u64);
-    if needed > least {
-        return Err(Error::Memory { operation: operation.name(), size, needed, available: least, limit });
+    let all = link.communicator().all_gather_scalars(&[needed, available])?;
+    if let Some(short) = all.iter().find(|rank| rank[0] > rank[1]) {
+        let (needed, available) = (short[0], short[1]);
+        return Err(Error::Memory { operation: operation.name(), size, needed, available, limit });
     }
     Ok(())
 }

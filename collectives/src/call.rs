@@ -106,12 +106,13 @@ impl Purpose {
     }
 }
 
-/// What tells operations of one kind apart, packed into a word: a root, a window's number, or how
-/// elements are combined.
+/// What tells operations of one kind apart, packed into a word: a root, a window's number, whether
+/// it is in place, or how elements are combined.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Detail {
     None,
     Root(usize),
+    InPlace,
     Window(u64),
     Purpose(Purpose),
     Reduction {
@@ -128,6 +129,7 @@ impl Detail {
     pub(crate) fn to_word(self) -> u64 {
         match self {
             Detail::None => 0,
+            Detail::InPlace => 1,
             Detail::Root(root) => 1 + root as u64,
             Detail::Window(number) => number,
             Detail::Purpose(purpose) => purpose.to_word(),
@@ -184,6 +186,7 @@ pub(crate) fn describe(call: Call) -> String {
     let root = |word: u64| if word == 0 { String::new() } else { format!(" (root {})", word - 1) };
     let detail = match kind {
         Some(Kind::Broadcast | Kind::Gather | Kind::GatherV | Kind::Scatter | Kind::ScatterV) => root(call.detail),
+        Some(Kind::AllGather) if call.detail == 1 => " in place".to_owned(),
         Some(Kind::Scalars) => format!(" ({})", Purpose::describe(call.detail, call.factor)),
         Some(Kind::GatherWindow) => format!(" (window {})", call.detail),
         Some(Kind::ReduceScatter | Kind::ReduceScatterV | Kind::AllReduce | Kind::Reduce) => {

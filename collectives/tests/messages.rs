@@ -258,3 +258,104 @@ fn a_message_of_another_length_is_named_with_its_tag_even_if_it_came_early() {
         assert_ne!(kind(&errors[1]), "timeout", "{}", errors[1]);
     }
 }
+
+/// What a rank has shown of its private memory stays as it is after its operation has failed: others
+/// may still read it, and must not take what comes after for the message.
+#[test]
+fn a_message_that_its_sender_has_given_up_is_received_whole_or_not_at_all() {
+    const LEN: usize = 1 << 20;
+    let gave_up = std::sync::Barrier::new(2);
+    let received = run(Launch::threads(2), options(1), |_, all| {
+        if all.rank() == 0 {
+            let start = Start::Within { event: Event::PAST, limit: Duration::from_millis(50) };
+            let error = all.send_tagged(buffer(&vec![1.0; LEN]), 1, 0, start).wait().unwrap_err();
+            assert_eq!(kind(&error), "timeout");
+            // The same memory, if it has been given back.
+            let again: Vec<Buffer> = (0..4).map(|_| buffer(&vec![2.0; LEN])).collect();
+            gave_up.wait();
+            gave_up.wait();
+            drop(again);
+            return None;
+        }
+        gave_up.wait();
+        let received = all.receive(empty(LEN), 0, Event::PAST).wait();
+        gave_up.wait();
+        received.ok()
+    });
+    for received in received.into_iter().flatten() {
+        assert!(values(&received).iter().all(|&value| value == 1.0), "memory that was another's by then");
+    }
+}
+
+/// A limit counts silence: receives that are called long before their turn do not run out of time
+/// while others bring theirs nearer.
+#[test]
+fn a_receive_whose_turn_comes_late_is_not_late() {
+    for hosts in [1, 2] {
+        run(Launch::threads(2), options(hosts), |_, all| {
+            let within = || Start::Within { event: Event::PAST, limit: Duration::from_millis(2000) };
+            if all.rank() == 0 {
+                let receives: Vec<_> = (0..12).map(|_| all.receive(empty(5), 1, within())).collect();
+                receives.into_iter().for_each(|received| drop(received.wait().unwrap()));
+            } else {
+                for number in 0..12 {
+                    std::thread::sleep(Duration::from_millis(400));
+                    all.send(buffer(&[number as f32; 5]), 0, Event::PAST).wait().unwrap();
+                }
+            }
+            all.barrier().unwrap();
+        });
+    }
+}
+
+/// What came early, and waits for its receive's start, is not lost with its sender.
+#[test]
+fn a_message_that_came_early_outlives_its_sender() {
+    let (left, told) = std::sync::mpsc::channel();
+    let (left, told) = (parking_lot::Mutex::new(left), parking_lot::Mutex::new(told));
+    run(Launch::threads(3), options(1), |_, all| match all.rank() {
+        0 => {
+            all.receive_tagged(empty(1), 1, 2, Start::Here).wait().unwrap();
+            told.lock().recv_timeout(Duration::from_secs(60)).unwrap();
+            // An event of the other rank's making, long enough for many looks at the one that left.
+            let event = all.receive_tagged(empty(1), 2, 3, Event::PAST);
+            let early = all.receive_tagged(empty(3), 1, 1, event.event());
+            let any = all.receive_any(empty(4), 4, event.event());
+            assert_eq!(values(&early.wait().unwrap()), [1.0, 2.0, 3.0]);
+            assert_eq!(any.wait().unwrap().1, 1);
+            event.wait().unwrap();
+        }
+        1 => {
+            all.send_tagged(buffer(&[1.0, 2.0, 3.0]), 0, 1, Event::PAST).wait().unwrap();
+            all.send_tagged(buffer(&[0.0; 4]), 0, 4, Event::PAST).wait().unwrap();
+            all.send_tagged(buffer(&[5.0]), 0, 2, Event::PAST).wait().unwrap();
+            drop(all);
+            left.lock().send(()).unwrap();
+        }
+        _ => {
+            std::thread::sleep(Duration::from_millis(100));
+            all.send_tagged(buffer(&[6.0]), 0, 3, Event::PAST).wait().unwrap();
+        }
+    });
+}
+
+#[test]
+fn whoever_probes_again_and_again_learns_that_another_rank_has_given_up() {
+    for (launches, hosts) in [(Launch::threads(2), 1), (Launch::threads(2), 2), (launches(&[1, 1], true), 1)] {
+        run(launches, options(hosts), |_, all| {
+            all.barrier().unwrap();
+            if all.rank() == 1 {
+                return all.abort("it has had enough");
+            }
+            let started = Instant::now();
+            let error = loop {
+                match all.probe(Some(1), 0) {
+                    Ok(found) => assert_eq!(found, None),
+                    Err(error) => break error,
+                }
+                assert!(started.elapsed() < Duration::from_secs(60), "it never learns of it over {}", all.backend());
+            };
+            assert!(error.to_string().contains("it has had enough"), "{error}");
+        });
+    }
+}

@@ -35,7 +35,8 @@ pub(crate) fn all_gather(
         ..Moves::default()
     };
     let sent = (world - 1) * chunk * operands.dtype.bytes();
-    Operation::new(Kind::AllGather, Detail::None, operands, Work::Moves(moves))
+    let detail = if in_place { Detail::InPlace } else { Detail::None };
+    Operation::new(Kind::AllGather, detail, operands, Work::Moves(moves))
         .cut_into(chunk, world * chunk, if in_place { world } else { 1 }, world)
         .in_sections(sections)
         .sending(sent)

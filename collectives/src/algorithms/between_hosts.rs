@@ -145,9 +145,7 @@ impl Operation {
                 Some(fold)
             }
         };
-        let lists = self.sides.lists.iter().flat_map(|lists| lists.input.iter().chain(&lists.output));
-        let whole = [&self.sides.input.span, &self.sides.output.span].into_iter().flatten();
-        let operands = whole.chain(lists).cloned().collect();
+        let operands = self.buffers().cloned().collect();
         let transit = Transit::new(Held { work, _operands: operands, _map: peers.group.engine.map.clone() });
         Passing { transit, fold, started: false, forwarded: false }
     }

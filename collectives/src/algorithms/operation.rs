@@ -15,6 +15,7 @@
 
 use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::{Cpu, DType, Device, Span, exclusive};
+use smallvec::SmallVec;
 
 use super::between_hosts::OnWire;
 use super::folds::{Fold, Target};
@@ -23,6 +24,7 @@ use super::sides::{End, FAR, FAR_RESULT, Piece, STAGE, Side, Sides};
 use crate::call::{Detail, Kind, call, in_sections};
 use crate::engine::flight::{Algorithm, Opening, Peers, Progress};
 use crate::memory::control::{Call, PAYLOAD};
+use crate::memory::lent::Lent;
 use crate::memory::place::Place;
 use crate::request::{Operands, Sidebands};
 use crate::{Error, Sections};
@@ -46,6 +48,9 @@ pub(crate) struct Operation {
     /// Bytes that other ranks take from this one.
     pub(super) sent: u64,
     pub(super) mode: Mode,
+    /// Buffers in private memory, while other ranks may read them. After a failure they may at any
+    /// time.
+    pub(super) shown: Option<Lent<SmallVec<[Span; 2]>>>,
     /// What follows a fold between hosts.
     pub(super) then: Option<Box<Moves>>,
     /// What is under way between hosts; on one host there is nothing, and operations are moved about.
@@ -85,6 +90,7 @@ impl Operation {
             sidebands: None,
             sent: 0,
             mode: Mode::Arena,
+            shown: None,
             then: None,
             wire: None,
         }
@@ -154,6 +160,12 @@ impl Operation {
             return Ok(Place::Private(span.address().addr().get() as u64));
         }
         Ok(Place::Stage(peers.group.stage(peers.channel, STAGE)?))
+    }
+
+    /// This rank's operands.
+    pub(super) fn buffers(&self) -> impl Iterator<Item = &Span> {
+        let lists = self.sides.lists.iter().flat_map(|lists| lists.input.iter().chain(&lists.output));
+        [&self.sides.input.span, &self.sides.output.span].into_iter().flatten().chain(lists)
     }
 
     /// Whether peers read an operand in private memory where it lies: the same on every rank for an
@@ -368,6 +380,9 @@ impl Algorithm for Operation {
             return Ok(Opening::new(Place::Header, Place::None));
         }
         let (input, output) = (self.place(End::Input, peers)?, self.place(End::Output, peers)?);
+        if [input, output].iter().any(|place| matches!(place, Place::Private(_))) {
+            self.shown = Some(Lent::new(self.buffers().cloned().collect()));
+        }
         if let Some(lists) = &self.sides.lists {
             lists.show(peers, [input, output])?;
         }
@@ -383,10 +398,13 @@ impl Algorithm for Operation {
     fn exchange(&mut self, step: u32, peers: &mut Peers<'_>) -> Result<Progress, Error> {
         let _access = exclusive(self.deferred());
         if peers.group.has_wire() {
-            self.exchange_between_hosts(step as usize, peers)
-        } else {
-            self.exchange_on_host(step as usize, peers)
+            return self.exchange_between_hosts(step as usize, peers);
         }
+        let progress = self.exchange_on_host(step as usize, peers)?;
+        if progress == Progress::Done {
+            drop(self.shown.take().map(Lent::back));
+        }
+        Ok(progress)
     }
 
     fn bytes_sent(&self, _world: usize) -> u64 {

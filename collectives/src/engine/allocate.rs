@@ -85,20 +85,20 @@ impl Group {
     /// part, so that the answers do not race. Returns every rank's `places`.
     fn agree(&self, kind: Kind, bytes: u64, on_this_host: u64, places: [u64; 2]) -> Result<Vec<[u64; 2]>, Error> {
         let (available, limit) = available_memory();
-        let words = [kind as u64, bytes, available, places[0], places[1]];
+        let words = [kind as u64, bytes, available, places[0], places[1], on_this_host];
         let gathered = self.exchange(&words, Purpose::Allocate, Limit::within(self.options.timeout))?;
-        let values = || gathered.as_chunks::<5>().0.iter();
+        let values = || gathered.as_chunks::<6>().0.iter();
         if let Some(peer) = values().position(|other| other[..2] != words[..2]) {
             let call = |words: &[u64]| {
                 let name = ["an allocation", "a window"][usize::from(words[0] == Kind::Window as u64)];
                 format!("{name} of {} bytes", words[1])
             };
-            let theirs = call(&gathered[5 * peer..]);
+            let theirs = call(&gathered[6 * peer..]);
             return Err(self.fail(Error::Mismatch { ours: call(&words), theirs, peer }));
         }
-        let available = values().map(|other| other[2]).min().unwrap_or(available);
-        if on_this_host > available {
-            return Err(Error::OutOfMemory { bytes: on_this_host, available, limit });
+        // Hosts with more ranks need more: all refuse where one has too little.
+        if let Some(short) = values().find(|other| other[5] > other[2]) {
+            return Err(Error::OutOfMemory { bytes: short[5], available: short[2], limit });
         }
         Ok(values().map(|other| [other[3], other[4]]).collect())
     }

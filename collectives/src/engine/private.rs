@@ -37,7 +37,10 @@ impl Group {
             watch.look_around(self, &|late| late == rank, op)?;
             std::thread::sleep(Duration::from_millis(1));
         }
-        let reason = format!("rank {}: {refusal}", self.name(rank));
+        let reason = format!(
+            "rank {}: {refusal}; where the system cannot read that memory, set the option `reads_private` to false",
+            self.name(rank)
+        );
         Err(Error::System { what: "reading a peer's private memory", reason })
     }
 }

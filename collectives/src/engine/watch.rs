@@ -51,6 +51,23 @@ impl Watch {
         Ok(())
     }
 
+    /// As [`Watch::check`], for a message from any other rank; `is_in_vain` tells for one that has
+    /// left whether none can come.
+    pub(crate) fn check_any(
+        &mut self,
+        group: &Group,
+        is_in_vain: &dyn Fn(usize) -> bool,
+        op: &dyn Fn() -> String,
+    ) -> Result<(), Error> {
+        if self.passed(|| false) {
+            self.look_around(group, is_in_vain, op)?;
+            let others = || (0..group.world()).filter(|&rank| rank != group.rank).map(|rank| group.name(rank));
+            let first = others().next().unwrap_or(group.name(group.rank));
+            self.judge(group, first, &|| others().collect(), op, &|| "none has sent it".to_owned())?;
+        }
+        Ok(())
+    }
+
     /// As [`Watch::check`], for a message from or to a rank of another host, as the communicator counts ranks.
     pub(crate) fn check_wire(
         &mut self,

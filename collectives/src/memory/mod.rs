@@ -10,6 +10,7 @@
 pub(crate) mod available;
 pub(crate) mod control;
 pub(crate) mod fork;
+pub(crate) mod lent;
 pub(crate) mod life;
 pub(crate) mod mailbox;
 pub(crate) mod mapping;

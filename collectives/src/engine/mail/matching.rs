@@ -7,11 +7,14 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{Address, Head, Lent, ON_WIRE};
+use pillion_kernels::exclusive;
+
+use super::{Address, Head, ON_WIRE};
 use crate::Error;
 use crate::engine::group::Group;
 use crate::engine::mail::receive::take_piece;
-use crate::memory::control::{MAIL_BELL, subject};
+use crate::memory::control::{MAIL_BELL, state, subject};
+use crate::memory::lent::Lent;
 use crate::wire::{Receipt, Wire};
 
 /// What a rank's receives, and the messages for them, are up to.
@@ -133,6 +136,13 @@ impl Matching {
                 Err(error @ Error::PeerLost { .. }) => lost.push(error),
                 result => result?,
             }
+            if wanted.from.is_none() && has_left(group, from) {
+                lost.push(Error::PeerLost {
+                    rank: from,
+                    op: "a message from any rank".to_owned(),
+                    how: "it left early",
+                });
+            }
             match self.fronts[from] {
                 Front::Matched { ticket: of, head } if of == ticket => return Ok(Some(Found::Front(from, head))),
                 _ => {}
@@ -145,6 +155,12 @@ impl Matching {
         let others = wanted.from.map_or(self.fronts.len() - 1, |_| 1);
         lost.truncate(if lost.len() < others { 0 } else { 1 });
         lost.pop().map_or(Ok(None), Err)
+    }
+
+    /// Whether the receive with this ticket has its message, or can take it.
+    pub(super) fn is_ready(&self, ticket: u64) -> bool {
+        let is_front = |front: &Front| matches!(front, Front::Matched { ticket: of, .. } if *of == ticket);
+        self.ready.iter().any(|&(of, _)| of == ticket) || self.fronts.iter().any(is_front)
     }
 
     /// The receive of the message at the front from a rank has all of it.
@@ -268,8 +284,19 @@ impl Matching {
             if !go_on {
                 return Ok(());
             }
+            group.mail.note(from);
         }
     }
+}
+
+/// Whether another rank of this host has left, and everything that it sent has been taken.
+fn has_left(group: &Group, from: usize) -> bool {
+    if group.hosts.host(from) != group.hosts.own {
+        return false;
+    }
+    let local = group.hosts.place(from);
+    let is_empty = !group.mailbox(local, group.rank).is_full();
+    local != group.rank && is_empty && group.control(local).state.load(Ordering::Acquire) == state::LEFT
 }
 
 const NO_WIRE: &str = "messages to other hosts are looked at by the thread that owns the wire";
@@ -324,6 +351,8 @@ fn take_more(
     let address = Address { way: "from", peer: Some(from), number: 0 };
     let op = || address.describe(head, false);
     let rest = &mut bytes[moved..];
+    // It may be memory of a deferring device, on the sender's side.
+    let _access = exclusive(true);
     // SAFETY: `rest` is what the message still needs.
     let taken = unsafe { take_piece(group, local, rest.as_mut_ptr(), rest.len(), width, moved == 0, &op)? };
     Ok(taken.map(|count| moved + count))

@@ -20,9 +20,8 @@ mod receive;
 mod send;
 
 use std::collections::HashMap;
-use std::mem::ManuallyDrop;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 
 use parking_lot::Mutex;
@@ -57,8 +56,11 @@ const FAR: usize = 1 << 20;
 /// The tag of messages on the wire.
 const ON_WIRE: u8 = 16;
 
+/// Bytes of private memory that are read at a time: limits are for silence, not for long messages.
+const FAR_PIECE: usize = 64 << 20;
+
 /// Where elements of a type may lie in a piece: pieces hold whole elements.
-const _: () = assert!(PIECE.is_multiple_of(DType::F64.bytes()));
+const _: () = assert!(PIECE.is_multiple_of(DType::F64.bytes()) && FAR_PIECE.is_multiple_of(DType::F64.bytes()));
 
 /// This rank's messages.
 pub(crate) struct Mailroom {
@@ -67,6 +69,8 @@ pub(crate) struct Mailroom {
     /// turn comes once those before it are complete.
     lines: Vec<(AtomicU64, AtomicU64)>,
     matching: Mutex<Matching>,
+    /// For each rank: how often something of a message from it has come.
+    news: Vec<AtomicU64>,
     /// Where pieces for each rank of this host are staged, by the rank and the bytes of a piece:
     /// messages of a few bytes take little memory.
     stages: Mutex<HashMap<(usize, usize), Range>>,
@@ -79,8 +83,20 @@ impl Mailroom {
             inbox: Inbox::default(),
             lines: (0..world).map(|_| Default::default()).collect(),
             matching: Mutex::new(Matching::new(world)),
+            news: (0..world).map(|_| AtomicU64::new(0)).collect(),
             stages: Mutex::default(),
         }
+    }
+
+    /// Something of a message from a rank has come.
+    fn note(&self, from: usize) {
+        self.news[from].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often something has come that may bring a message nearer.
+    fn news(&self, wanted: Wanted) -> u64 {
+        let all = wanted.from.map_or(&self.news[..], |from| &self.news[from..=from]);
+        all.iter().map(|count| count.load(Ordering::Relaxed)).fold(0, u64::wrapping_add)
     }
 
     fn probe(
@@ -128,20 +144,6 @@ impl Head {
     /// The type of the elements.
     fn dtype(self) -> Option<DType> {
         DType::ALL.into_iter().find(|&dtype| 1 + dtype as u64 == self.dtype)
-    }
-}
-
-/// Memory that a message on the wire may use at any time: dropped, it stays for ever.
-struct Lent<T>(ManuallyDrop<T>);
-
-impl<T> Lent<T> {
-    fn new(value: T) -> Lent<T> {
-        Lent(ManuallyDrop::new(value))
-    }
-
-    /// Takes it back, once the message is complete.
-    fn back(self) -> T {
-        ManuallyDrop::into_inner(self.0)
     }
 }
 
@@ -196,7 +198,14 @@ impl Group {
         self.healthy()?;
         let wanted = Wanted { from, tag };
         if !self.has_wire() {
-            return self.mail.probe(self, wanted, None).map_err(|error| self.fail(error));
+            let found = self.mail.probe(self, wanted, None).map_err(|error| self.fail(error))?;
+            if found.is_none() {
+                // Who asks again and again learns that nobody is there to send.
+                let op = || format!("a probe for a message with tag {tag}");
+                let looked = Watch::new(Limit::NONE).look_around(self, &|_| false, &op);
+                looked.map_err(|error| self.fail(error))?;
+            }
+            return Ok(found);
         }
         let (outcome, found) = (Arc::new(Outcome::default()), Arc::default());
         let ending = Ending::new(outcome.clone(), "a probe");
@@ -253,7 +262,12 @@ impl MailFlight {
             MailFlight::Send(flight) => flight.poll(group, wire, waker),
             MailFlight::Receive(flight) => flight.poll(group, wire, waker),
             MailFlight::Probe(flight) => {
-                *flight.found.lock() = group.mail.probe(group, flight.wanted, wire)?;
+                let wire = wire.expect("a probe that need not ask a wire is no flight");
+                let found = group.mail.probe(group, flight.wanted, Some(&mut *wire))?;
+                if let (None, Some(error)) = (&found, wire.failure()) {
+                    return Err(error);
+                }
+                *flight.found.lock() = found;
                 Ok(true)
             }
         }

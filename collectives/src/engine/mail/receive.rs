@@ -8,10 +8,11 @@ use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::{Span, exclusive};
 
 use super::matching::{Early, Found, Start, Wanted};
-use super::{Address, Common, Head, Lent, ON_WIRE, PIECE};
+use super::{Address, Common, FAR_PIECE, Head, ON_WIRE, PIECE};
 use crate::Error;
 use crate::engine::group::Group;
 use crate::memory::control::{MAIL_BELL, state, subject};
+use crate::memory::lent::Lent;
 use crate::memory::place::Place;
 use crate::memory::protocol::publish;
 use crate::wire::{Receipt, Wire};
@@ -21,6 +22,8 @@ pub(crate) struct ReceiveFlight {
     /// Where the sender's rank is told.
     sender: Option<Arc<AtomicUsize>>,
     number: u64,
+    /// What had come when this last looked (see [`super::Mailroom::news`]).
+    news: u64,
     stage: Stage,
     /// Dropped last.
     pub(super) common: Common,
@@ -46,6 +49,16 @@ enum Stage {
     Done,
 }
 
+impl Stage {
+    /// The ticket of one whose message has not come.
+    fn ticket(&self) -> Option<u64> {
+        match self {
+            Stage::Waiting(ticket) => Some(*ticket),
+            _ => None,
+        }
+    }
+}
+
 impl ReceiveFlight {
     pub(super) fn new(
         group: &Group,
@@ -59,7 +72,7 @@ impl ReceiveFlight {
             Start::Early(early) => Stage::There(early),
             Start::Posted(ticket) => Stage::Waiting(ticket),
         };
-        ReceiveFlight { wanted, sender, number, stage, common }
+        ReceiveFlight { wanted, sender, number, news: group.mail.news(wanted), stage, common }
     }
 
     /// From the rank from which it comes, where that is known.
@@ -79,7 +92,7 @@ impl ReceiveFlight {
         waker: Option<&Waker>,
     ) -> Result<bool, Error> {
         let op = self.common.describe(self.address());
-        let is_in_vain = is_in_vain(group, self.wanted.from);
+        let is_in_vain = is_in_vain(group, self.wanted.from, self.stage.ticket());
         if !self.common.after.has_happened(group, waker, wire.as_deref_mut(), &is_in_vain, &op)? {
             return Ok(false);
         }
@@ -87,7 +100,10 @@ impl ReceiveFlight {
             let mut matching = group.mail.matching.lock();
             let found = matching.find(group, ticket, self.wanted, wire.as_deref_mut())?;
             match found {
-                None => return self.wait(group, wire, &is_in_vain),
+                None => {
+                    drop(matching);
+                    return self.wait(group, wire, &is_in_vain);
+                }
                 Some(Found::Early(early)) => self.stage = Stage::There(early),
                 Some(Found::Front(from, head)) => {
                     self.stage = Stage::Taking { from, moved: 0 };
@@ -128,6 +144,7 @@ impl ReceiveFlight {
         // are for tests on one host.)
         let receipt = unsafe { wire.receive(from, ON_WIRE, lent.0.address().as_ptr(), self.common.bytes())? };
         self.stage = Stage::OnWire { from, receipt, lent };
+        self.common.moved();
         self.pass_wire(group, Some(wire))
     }
 
@@ -175,6 +192,7 @@ impl ReceiveFlight {
                 return Ok(self.complete(group, from));
             }
             self.common.moved();
+            group.mail.note(from);
         }
     }
 
@@ -215,6 +233,11 @@ impl ReceiveFlight {
     ) -> Result<bool, Error> {
         let op = self.common.describe(self.address());
         let peer = self.address().peer;
+        // What brings other messages from there brings this one nearer.
+        let news = group.mail.news(self.wanted);
+        if std::mem::replace(&mut self.news, news) != news {
+            self.common.moved();
+        }
         let watch = &mut self.common.watch;
         match (peer, wire) {
             (Some(peer), Some(wire)) if group.hosts.host(peer) != group.hosts.own => {
@@ -227,8 +250,7 @@ impl ReceiveFlight {
                 watch.check_wire(group, remote, wire, &op)?;
             }
             (None, None) => {
-                let other = (0..group.world()).find(|&rank| rank != group.rank).unwrap_or(group.rank);
-                watch.check(group, other, is_in_vain, &op)?;
+                watch.check_any(group, is_in_vain, &op)?;
             }
         }
         Ok(false)
@@ -236,10 +258,14 @@ impl ReceiveFlight {
 }
 
 /// Tells for a rank of this host that has left whether this is why a message from `from` never
-/// comes: it may have sent all of it before.
-fn is_in_vain(group: &Group, from: Option<usize>) -> impl Fn(usize) -> bool {
+/// comes, for which the receive with this ticket waits: it may have sent all of it before.
+fn is_in_vain(group: &Group, from: Option<usize>, ticket: Option<u64>) -> impl Fn(usize) -> bool {
     let wanted = from.map(|from| group.hosts.local().iter().position(|&rank| rank == from));
     move |rank: usize| {
+        let Some(ticket) = ticket else { return false };
+        if group.mail.matching.lock().is_ready(ticket) {
+            return false;
+        }
         let is_empty = |rank: usize| !group.mailbox(rank, group.rank).is_full();
         match wanted {
             Some(wanted) => Some(rank) == wanted && is_empty(rank),
@@ -276,6 +302,7 @@ pub(super) unsafe fn take_piece(
     let place = mailbox.place(taken);
     let count = match place {
         Place::Stage(_) => rest.min(PIECE / width * width),
+        Place::Private(_) => rest.min(FAR_PIECE / width * width),
         _ => rest,
     };
     match place {

@@ -6,11 +6,12 @@ use std::task::Waker;
 use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::{Span, exclusive};
 
-use super::{Address, Common, FAR, Head, Lent, ON_WIRE, PIECE, SMALLEST_PIECE};
+use super::{Address, Common, FAR, FAR_PIECE, Head, ON_WIRE, PIECE, SMALLEST_PIECE};
 use crate::Error;
 use crate::engine::group::Group;
 use crate::engine::watch::Watch;
 use crate::memory::control::{MAIL_BELL, subject};
+use crate::memory::lent::Lent;
 use crate::memory::place::Place;
 use crate::memory::protocol::publish;
 use crate::wire::{Receipt, Wire};
@@ -24,6 +25,8 @@ pub(crate) struct SendFlight {
     begun: bool,
     /// Whether the receiver reads the buffer itself.
     in_place: bool,
+    /// The buffer, while the receiver may read it in private memory.
+    shown: Option<Lent<Span>>,
     /// What is on the wire to another host.
     on_wire: Option<OnWire>,
     /// Dropped last.
@@ -39,7 +42,7 @@ struct OnWire {
 impl SendFlight {
     pub(super) fn new(group: &Group, common: Common, to: usize) -> SendFlight {
         let number = group.mail.lines[to].0.fetch_add(1, Ordering::Relaxed);
-        SendFlight { to, number, moved: 0, begun: false, in_place: false, on_wire: None, common }
+        SendFlight { to, number, moved: 0, begun: false, in_place: false, shown: None, on_wire: None, common }
     }
 
     fn address(&self) -> Address {
@@ -67,6 +70,7 @@ impl SendFlight {
             None => self.pass_wire(group, wire.expect("a rank of another host has a wire"))?,
         };
         if done {
+            drop(self.shown.take().map(Lent::back));
             publish(completed, self.number + 1);
             // The next message of this line may be another thread's.
             group.ring_rank(group.rank, MAIL_BELL, subject::MAIL);
@@ -105,8 +109,11 @@ impl SendFlight {
                         Place::Arena(offset)
                     }
                     None if len * width >= FAR && group.reads_private() => {
-                        (self.moved, self.in_place) = (len, true);
-                        Place::Private(buffer.address().addr().get() as u64)
+                        let first = buffer.address().addr().get() + self.moved * width;
+                        self.moved += (len - self.moved).min(FAR_PIECE / width);
+                        self.in_place = true;
+                        self.shown.get_or_insert_with(|| Lent::new(buffer.clone()));
+                        Place::Private(first as u64)
                     }
                     _ => {
                         let piece = (len * width).next_power_of_two().clamp(SMALLEST_PIECE, PIECE);

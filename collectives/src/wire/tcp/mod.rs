@@ -153,7 +153,10 @@ impl Wire for TcpWire {
             return Err(error.clone());
         }
         let (_, line) = self.line(from, tag);
-        line.has_come()
+        match line.has_come() {
+            Err(lost) => Err(self.last_words(from).unwrap_or(lost)),
+            come => come,
+        }
     }
 
     fn test(&mut self, request: &Receipt) -> Result<bool, Error> {
