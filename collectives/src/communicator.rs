@@ -135,9 +135,9 @@ impl Communicator {
         let absent = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
         // The first rank, which serves the others, comes last, and at its deadline says who did
         // not.
-        let late = |rank: usize| absent(rank) && (rank > 0 || !(1..group.world()).any(absent));
         let limit = if group.rank == 0 { startup } else { startup.saturating_add(FIRST_SPEAKS) };
-        group.wait_for_ranks("the start", limit, |rank| late(rank) && !is_stopped())?;
+        group.wait_for_ranks("the start", limit, |rank| rank > 0 && absent(rank) && !is_stopped())?;
+        group.wait_for_ranks("the start", limit, |rank| absent(rank) && !is_stopped())?;
         if (0..group.world()).any(absent) {
             return Err(Error::Interrupted);
         }

@@ -61,9 +61,7 @@ fn strangers_at_the_door_do_not_disturb_the_job() {
         drop(dial(&job[0].job));
     }
     let ranks = [zero, start(&job[1], 2.0), start(&job[2], 4.0)];
-    for rank in ranks {
-        assert_eq!(rank.join().unwrap(), Ok(7.0));
-    }
+    assert_eq!(ranks.map(|rank| rank.join().unwrap()), [Ok(7.0), Ok(7.0), Ok(7.0)]);
     drop(strangers);
 }
 
