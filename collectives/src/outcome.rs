@@ -39,25 +39,30 @@ impl Default for OutcomeState {
 /// is the only one who has them.
 pub(crate) struct Ending {
     outcome: Arc<Outcome>,
-    result: Result<(), Error>,
+    what: &'static str,
+    /// None where a panic has ended the operation.
+    result: Option<Result<(), Error>>,
 }
 
 impl Ending {
     /// Of `what`: nobody waits for ever for an operation that a panic has ended.
     pub(crate) fn new(outcome: Arc<Outcome>, what: &'static str) -> Ending {
-        let reason = "the thread that drove it panicked".to_owned();
-        Ending { outcome, result: Err(Error::System { what, reason }) }
+        Ending { outcome, what, result: None }
     }
 
     /// The operation ends with `result`.
     pub(crate) fn set(&mut self, result: Result<(), Error>) {
-        self.result = result;
+        self.result = Some(result);
     }
 }
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        self.outcome.set(std::mem::replace(&mut self.result, Ok(())));
+        let panicked = || {
+            let reason = "the thread that drove it panicked".to_owned();
+            Err(Error::System { what: self.what, reason })
+        };
+        self.outcome.set(self.result.take().unwrap_or_else(panicked));
     }
 }
 
