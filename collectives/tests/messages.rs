@@ -293,12 +293,12 @@ fn a_message_that_its_sender_has_given_up_is_received_whole_or_not_at_all() {
 fn a_receive_whose_turn_comes_late_is_not_late() {
     for hosts in [1, 2] {
         run(Launch::threads(2), options(hosts), |_, all| {
-            let within = || Start::Within { event: Event::PAST, limit: Duration::from_millis(2000) };
+            let within = || Start::Within { event: Event::PAST, limit: Duration::from_millis(4000) };
             if all.rank() == 0 {
-                let receives: Vec<_> = (0..12).map(|_| all.receive(empty(5), 1, within())).collect();
+                let receives: Vec<_> = (0..15).map(|_| all.receive(empty(5), 1, within())).collect();
                 receives.into_iter().for_each(|received| drop(received.wait().unwrap()));
             } else {
-                for number in 0..12 {
+                for number in 0..15 {
                     std::thread::sleep(Duration::from_millis(400));
                     all.send(buffer(&[number as f32; 5]), 0, Event::PAST).wait().unwrap();
                 }
