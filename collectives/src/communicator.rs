@@ -30,7 +30,7 @@ pub struct Traffic {
     pub bytes: u64,
 }
 
-/// How long the other ranks wait for the first one's words after their own deadline.
+/// How long the other ranks wait after their deadline for rank 0 to say who did not come.
 const FIRST_SPEAKS: Duration = Duration::from_secs(2);
 
 /// Ranks that talk.
@@ -133,22 +133,20 @@ impl Communicator {
         let communicator = Communicator::of(group.clone(), Job { network, ..job });
         group.declare_joined();
         let absent = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
-        // The first rank, which serves the others, comes last, and at its deadline says who did
-        // not.
-        let limit = if group.rank == 0 { startup } else { startup.saturating_add(FIRST_SPEAKS) };
-        group.wait_for_ranks("the start", limit, |rank| rank > 0 && absent(rank) && !is_stopped())?;
-        group.wait_for_ranks("the start", limit, |rank| absent(rank) && !is_stopped())?;
-        if (0..group.world()).any(absent) {
-            return Err(Error::Interrupted);
-        }
+        let wait_until_none_is = |late: &dyn Fn(usize) -> bool| {
+            // Rank 0 serves the others. At its deadline it says who did not come.
+            let limit = if group.rank == 0 { startup } else { startup.saturating_add(FIRST_SPEAKS) };
+            group.wait_for_ranks("the start", limit, |rank| late(rank) && !is_stopped())?;
+            if (0..group.world()).any(late) { Err(Error::Interrupted) } else { Ok(()) }
+        };
+        // Rank 0 joins last, so it is late only because of others.
+        wait_until_none_is(&|rank| rank > 0 && absent(rank))?;
+        wait_until_none_is(&absent)?;
         engine.look_at_processors();
         engine.try_private_memory(group.options.reads_private);
         group.ring_everybody();
         let unsaid = |rank: usize| group.rank_control(rank).process.verdict().is_none();
-        group.wait_for_ranks("the start", startup, |rank| unsaid(rank) && !is_stopped())?;
-        if (0..group.world()).any(unsaid) {
-            return Err(Error::Interrupted);
-        }
+        wait_until_none_is(&unsaid)?;
         engine.agree_on_private_memory();
         Ok(communicator)
     }

@@ -182,10 +182,12 @@ impl Findings {
             _ => (format!("{wire} between all ranks"), wire_reason(wire)),
         };
         self.add("transport", found, why);
-        let Capabilities { windows, reads_peers_in_place, rank_order, .. } = communicator.capabilities();
+        let Capabilities { windows, reads_peers_in_place, reads_private_memory, rank_order, .. } =
+            communicator.capabilities();
         let can = [
             (windows, "windows"),
             (reads_peers_in_place, "sums observed term by term (--alignment)"),
+            (reads_private_memory, "private memory read where it lies"),
             (rank_order, "the same bits in every run"),
         ];
         let can: Vec<&str> = can.into_iter().filter_map(|(can, what)| can.then_some(what)).collect();

@@ -179,10 +179,16 @@ proptest! {
     }
 
     #[test]
-    fn in_place_and_out_of_place_agree_where_both_say_the_same(world in 1usize..5, count in 1usize..20, round in 0u64..4) {
+    fn in_place_and_out_of_place_agree_where_both_say_the_same(
+        world in 1usize..5,
+        count in 1usize..20,
+        round in 0u64..4,
+    ) {
         let after = |pattern: Pattern, index| pattern.element::<i64>(What::After, index);
         for rank in 0..world {
-            let forms = |operation| [Form::OutOfPlace, Form::InPlace].map(|form| pattern(operation, form, rank, world, count, round));
+            let forms = |operation| {
+                [Form::OutOfPlace, Form::InPlace].map(|form| pattern(operation, form, rank, world, count, round))
+            };
             let [out, within] = forms(Operation::ReduceScatter);
             for index in 0..count {
                 prop_assert_eq!(after(out, index), after(within, rank * count + index));

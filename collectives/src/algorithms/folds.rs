@@ -283,8 +283,8 @@ impl Fold {
         chunk: usize,
         range: Range<usize>,
     ) -> Result<Addresses<*const u8>, Error> {
-        let input = |rank| sides.of_rank(peers, rank, End::Input, chunk, range.clone(), piece);
-        (0..peers.world()).map(|rank| input(rank).map(<*mut u8>::cast_const)).collect()
+        let here = |source: &Source| source.here().expect("between hosts nobody shows private memory");
+        Ok(self.sources(sides, peers, piece, chunk, range)?.iter().map(here).collect())
     }
 
     /// Where elements of the chunk that this rank combines to the end are wanted on this host.

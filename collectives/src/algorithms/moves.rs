@@ -70,18 +70,14 @@ impl Moves {
     pub(super) fn start(
         &self,
         sides: &Sides,
-        peers: &mut Peers<'_>,
+        peers: &Peers<'_>,
         piece: &Piece,
         transit: &mut Transit<Held>,
     ) -> Result<(), Error> {
-        for &(rank, chunk) in &self.sends {
-            for part in sides.parts(sides.range(self.source, chunk, piece)) {
-                let from = sides.own(self.source, chunk, part.start, part.len());
-                // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes this
-                // chunk before the operation is complete.
-                unsafe { transit.send(rank, from, part.len() * sides.side(self.source).width, GROUP) };
-            }
-        }
+        let own = |chunk, part: Range<usize>| Ok(sides.own(self.source, chunk, part.start, part.len()).cast_const());
+        // SAFETY: the operand is this operation's, `Held` keeps it, and nobody writes these chunks
+        // before the operation is complete.
+        unsafe { send(&self.sends, sides, self.source, piece, own, transit, GROUP)? };
         for &(rank, chunk) in &self.receives {
             for part in sides.parts(sides.range(End::Output, chunk, piece)) {
                 let bytes = part.len() * sides.output.width;
@@ -101,19 +97,13 @@ impl Moves {
     pub(super) fn forward(
         &self,
         sides: &Sides,
-        peers: &mut Peers<'_>,
+        peers: &Peers<'_>,
         piece: &Piece,
         transit: &mut Transit<Held>,
     ) -> Result<(), Error> {
-        for &(rank, chunk) in &self.forwards {
-            for part in sides.parts(sides.range(End::Output, chunk, piece)) {
-                let bytes = part.len() * sides.output.width;
-                let from = self.landing(sides, peers, chunk, part, piece)?;
-                // SAFETY: as in `start`; it has been received, and only reads follow.
-                unsafe { transit.send(rank, from, bytes, FORWARDS) };
-            }
-        }
-        Ok(())
+        let landed = |chunk, part| self.landing(sides, peers, chunk, part, piece).map(<*mut u8>::cast_const);
+        // SAFETY: as in `start`; it has been received, and only reads follow.
+        unsafe { send(&self.forwards, sides, End::Output, piece, landed, transit, FORWARDS) }
     }
 
     /// Where elements that are received lie: where the ranks of this host copy them from, if they
@@ -143,6 +133,31 @@ impl Moves {
             })
         })
     }
+}
+
+/// Sends chunks of an operand, (rank of another host, chunk), from where `find` finds their parts.
+///
+/// # Safety
+/// What `find` finds stays readable and unchanged until the transit says that the group is complete,
+/// or for ever, and `Held` keeps it.
+unsafe fn send(
+    chunks: &[(usize, usize)],
+    sides: &Sides,
+    end: End,
+    piece: &Piece,
+    find: impl Fn(usize, Range<usize>) -> Result<*const u8, Error>,
+    transit: &mut Transit<Held>,
+    group: usize,
+) -> Result<(), Error> {
+    for &(rank, chunk) in chunks {
+        for part in sides.parts(sides.range(end, chunk, piece)) {
+            let bytes = part.len() * sides.side(end).width;
+            let from = find(chunk, part)?;
+            // SAFETY: the caller's promise.
+            unsafe { transit.send(rank, from, bytes, group) };
+        }
+    }
+    Ok(())
 }
 
 /// Copies a chunk's elements to this rank's output, unless they are there.

@@ -3,7 +3,8 @@
 //! ```text
 //! in the header   small operands travel in the payload: one step, no memory is shared
 //! in place        one piece, the whole:   begin | exchange 0: work | exchange 1: done
-//! pulled          the same:               begin | exchange 0: fold into own output | exchange 1: copy other results | done
+//! pulled          the same, in three:     begin | exchange 0: fold into the own output
+//!                                         exchange 1: copy the other ranks' results | exchange 2: done
 //! staged          several pieces:         begin: copy piece 0 in
 //!                                         exchange k: copy what peers made of piece k-1 out, copy piece k+1 in, work on piece k
 //!                                         last: copy the last out, done
@@ -62,8 +63,8 @@ pub(crate) struct Operation {
 pub(super) enum Mode {
     /// In the payload of the header.
     Header,
-    /// In place.
-    Arena,
+    /// Where they lie.
+    InPlace,
     /// In place, but every rank takes the others' results itself: outputs are in private memory,
     /// to which nobody else writes.
     Pulled,
@@ -89,7 +90,7 @@ impl Operation {
             work,
             sidebands: None,
             sent: 0,
-            mode: Mode::Arena,
+            mode: Mode::InPlace,
             shown: None,
             then: None,
             wire: None,
@@ -344,7 +345,7 @@ impl Operation {
     }
 
     pub(super) fn decide(&mut self, staged: bool) {
-        self.mode = if staged { Mode::Staged } else { Mode::Arena };
+        self.mode = if staged { Mode::Staged } else { Mode::InPlace };
         self.sides.cut(staged);
     }
 }

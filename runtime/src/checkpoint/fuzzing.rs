@@ -5,7 +5,7 @@ use super::{FileEntry, shard};
 use crate::{TensorSpec, UnitSpec};
 
 /// A manifest of two ranks.
-fn example() -> Manifest {
+pub(super) fn example() -> Manifest {
     let tensor = |name: &str, shape: &[usize]| TensorSpec {
         name: name.to_owned(),
         shape: shape.to_vec(),
@@ -13,7 +13,7 @@ fn example() -> Manifest {
         frozen: false,
     };
     let unit = |name: &str, tensors| UnitSpec { name: name.to_owned(), tensors };
-    let file = |rank| FileEntry { name: shard::name(rank, 2), bytes: 100, xxh3: hex(7) };
+    let file = |rank| FileEntry { name: shard::name(rank, 2), bytes: 100 + rank as u64, xxh3: hex(7 + rank as u128) };
     let unsealed = Manifest {
         checksum: String::new(),
         format: String::new(),
@@ -21,12 +21,12 @@ fn example() -> Manifest {
         step: 10,
         updates: 9,
         world: 2,
-        weights: "f32".to_owned(),
+        weights: "bf16".to_owned(),
         clip: Some(0.1),
         states: adamw_states(),
         units: vec![unit("a", vec![tensor("x", &[3, 4])]), unit("b", vec![tensor("y", &[65]), tensor("z", &[1])])],
         files: vec![file(0), file(1)],
-        extra: serde_json::json!({ "samples": u64::MAX, "noise": 0.1 + 0.2 }),
+        extra: serde_json::json!({ "samples": u64::MAX, "noise": 0.1 + 0.2, "name": "ünï" }),
     };
     unsealed.sealed()
 }

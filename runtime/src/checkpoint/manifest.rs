@@ -195,33 +195,7 @@ fn describe(tensor: Option<&(&str, &TensorSpec)>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn manifest() -> Manifest {
-        let tensor = |name: &str, shape: &[usize]| TensorSpec {
-            name: name.to_owned(),
-            shape: shape.to_vec(),
-            decay: true,
-            frozen: false,
-        };
-        let unit = |name: &str, tensors| UnitSpec { name: name.to_owned(), tensors };
-        let file =
-            |rank| FileEntry { name: shard::name(rank, 2), bytes: 100 + rank as u64, xxh3: hex(7 + rank as u128) };
-        Manifest {
-            checksum: String::new(),
-            format: String::new(),
-            version: 0,
-            step: 10,
-            updates: 9,
-            world: 2,
-            weights: "bf16".to_owned(),
-            clip: Some(0.1),
-            states: adamw_states(),
-            units: vec![unit("a", vec![tensor("x", &[3, 4])]), unit("b", vec![tensor("y", &[5]), tensor("z", &[1])])],
-            files: vec![file(0), file(1)],
-            extra: serde_json::json!({ "samples": u64::MAX, "noise": 0.1 + 0.2, "name": "ünï" }),
-        }
-        .sealed()
-    }
+    use crate::checkpoint::fuzzing::example as manifest;
 
     #[test]
     fn a_manifest_reads_as_it_was_written() {

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use pillion_kernels::exclusive;
 
-use super::{Address, Head, ON_WIRE};
+use super::{Address, Head, ON_WIRE, Way};
 use crate::Error;
 use crate::engine::group::Group;
 use crate::engine::mail::receive::take_piece;
@@ -83,12 +83,12 @@ enum Asker {
     Probe(u32),
 }
 
-/// How a receive starts.
-pub(super) enum Start {
+/// What becomes of a receive when it is called.
+pub(super) enum Posting {
     /// Its message is there.
     Early(Early),
-    /// It has this ticket.
-    Posted(u64),
+    /// It waits for its message, with this ticket.
+    Waits(u64),
 }
 
 /// The message of a receive.
@@ -106,20 +106,20 @@ impl Matching {
         Matching { posted: Vec::with_capacity(4), early: Vec::new(), ready: Vec::new(), fronts, counts, tickets: 0 }
     }
 
-    /// A receive is called: its number among those from the same rank, and how it starts.
-    pub(super) fn post(&mut self, wanted: Wanted) -> (u64, Start) {
+    /// A receive is called: its number among those from the same rank, and what becomes of it.
+    pub(super) fn post(&mut self, wanted: Wanted) -> (u64, Posting) {
         let count = &mut self.counts[wanted.from.unwrap_or(self.fronts.len())];
         *count += 1;
         let number = *count - 1;
-        let start = match self.early.iter().position(|early| wanted.accepts(early.from, early.head.tag)) {
-            Some(index) => Start::Early(self.early.remove(index)),
+        let posting = match self.early.iter().position(|early| wanted.accepts(early.from, early.head.tag)) {
+            Some(index) => Posting::Early(self.early.remove(index)),
             None => {
                 self.tickets += 1;
                 self.posted.push(Posted { ticket: self.tickets, wanted });
-                Start::Posted(self.tickets)
+                Posting::Waits(self.tickets)
             }
         };
-        (number, start)
+        (number, posting)
     }
 
     /// The message of the receive with this ticket, if it has come.
@@ -153,8 +153,10 @@ impl Matching {
         }
         // Of several others one may still send; this rank itself does not count.
         let others = wanted.from.map_or(self.fronts.len() - 1, |_| 1);
-        lost.truncate(if lost.len() < others { 0 } else { 1 });
-        lost.pop().map_or(Ok(None), Err)
+        match lost.pop() {
+            Some(error) if lost.len() + 1 >= others => Err(error),
+            _ => Ok(None),
+        }
     }
 
     /// Whether the receive with this ticket has its message, or can take it.
@@ -348,12 +350,12 @@ fn take_more(
     moved: usize,
 ) -> Result<Option<usize>, Error> {
     let width = head.dtype().map_or(1, |dtype| dtype.bytes());
-    let address = Address { way: "from", peer: Some(from), number: 0 };
+    let address = Address { way: Way::From, peer: Some(from), number: 0 };
     let op = || address.describe(head, false);
     let rest = &mut bytes[moved..];
     // It may be memory of a deferring device, on the sender's side.
     let _access = exclusive(true);
     // SAFETY: `rest` is what the message still needs.
-    let taken = unsafe { take_piece(group, local, rest.as_mut_ptr(), rest.len(), width, moved == 0, &op)? };
+    let taken = unsafe { take_piece(group, local, rest.as_mut_ptr(), rest.len(), width, &op)? };
     Ok(taken.map(|count| moved + count))
 }

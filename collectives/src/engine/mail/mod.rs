@@ -4,10 +4,12 @@
 //! wait for the receiver.
 //!
 //! ```text
-//! sender      while fewer than two pieces are out: describe the next, sent += 1;   done once all is staged, or taken = sent
-//! receiver    a receive takes the message at the front of the mailbox (`matching`);
-//!             while taken < sent: copy, taken += 1;                                done once all elements are there
-//!             where the description is of another message: say what was expected, so that both fail
+//! sender      while fewer than two pieces are out: describe the next, sent += 1
+//!             done once all is staged, or taken = sent
+//! receiver    a receive takes the message at the front of the mailbox (`matching`)
+//!             while taken < sent: copy, taken += 1
+//!             done once all elements are there
+//!             where it expects another message: say so, and both ranks fail
 //! ```
 //!
 //! Bytes: the receiver reads S and writes S, the lower bound for a copy; through a stage the sender
@@ -147,11 +149,17 @@ impl Head {
     }
 }
 
+/// Which way a message passes, seen from the rank that says so.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    To,
+    From,
+}
+
 /// Between which ranks a message passes, and which of theirs it is.
 #[derive(Clone, Copy, Debug)]
 struct Address {
-    /// "to" for a message that this rank sends, "from" for one that it receives.
-    way: &'static str,
+    way: Way,
     /// The other rank, if it is one in particular.
     peer: Option<usize>,
     /// Its number, from 0, among those of this way and peer.
@@ -166,12 +174,19 @@ impl Address {
         call = Call { count: len, dtype, sequence: self.number + 1, ..call };
         let peer = self.peer.map_or_else(|| "any rank".to_owned(), |peer| format!("rank {peer}"));
         let tag = if tag == 0 { String::new() } else { format!(" with tag {tag}") };
-        format!("{}{tag} {} {peer}", describe(call), self.way)
+        let way = match self.way {
+            Way::To => "to",
+            Way::From => "from",
+        };
+        format!("{}{tag} {way} {peer}", describe(call))
     }
 
     /// The error when the other rank means another message. `theirs` is what it says of it.
     fn disagreement(self, group: &Group, ours: Head, theirs: Head, deferred: bool) -> Error {
-        let way = if self.way == "to" { "from" } else { "to" };
+        let way = match self.way {
+            Way::To => Way::From,
+            Way::From => Way::To,
+        };
         let back = Address { way, peer: Some(group.name(group.rank)), ..self };
         let (ours, theirs) = (self.describe(ours, deferred), back.describe(theirs, deferred));
         Error::Mismatch { ours, theirs, peer: self.peer.expect("a message that has come is from somebody") }

@@ -7,8 +7,8 @@ use std::task::Waker;
 use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::{Span, exclusive};
 
-use super::matching::{Early, Found, Start, Wanted};
-use super::{Address, Common, FAR_PIECE, Head, ON_WIRE, PIECE};
+use super::matching::{Early, Found, Posting, Wanted};
+use super::{Address, Common, FAR_PIECE, Head, ON_WIRE, PIECE, Way};
 use crate::Error;
 use crate::engine::group::Group;
 use crate::memory::control::{MAIL_BELL, state, subject};
@@ -24,13 +24,13 @@ pub(crate) struct ReceiveFlight {
     number: u64,
     /// What had come when this last looked (see [`super::Mailroom::news`]).
     news: u64,
-    stage: Stage,
+    phase: Phase,
     /// Dropped last.
     pub(super) common: Common,
 }
 
 /// How far it has come.
-enum Stage {
+enum Phase {
     /// Its message came before it.
     There(Early),
     /// It waits for its message, with this ticket.
@@ -49,11 +49,11 @@ enum Stage {
     Done,
 }
 
-impl Stage {
+impl Phase {
     /// The ticket of one whose message has not come.
     fn ticket(&self) -> Option<u64> {
         match self {
-            Stage::Waiting(ticket) => Some(*ticket),
+            Phase::Waiting(ticket) => Some(*ticket),
             _ => None,
         }
     }
@@ -67,22 +67,22 @@ impl ReceiveFlight {
         sender: Option<Arc<AtomicUsize>>,
     ) -> ReceiveFlight {
         let wanted = Wanted { from, tag: common.tag };
-        let (number, start) = group.mail.matching.lock().post(wanted);
-        let stage = match start {
-            Start::Early(early) => Stage::There(early),
-            Start::Posted(ticket) => Stage::Waiting(ticket),
+        let (number, posted) = group.mail.matching.lock().post(wanted);
+        let phase = match posted {
+            Posting::Early(early) => Phase::There(early),
+            Posting::Waits(ticket) => Phase::Waiting(ticket),
         };
-        ReceiveFlight { wanted, sender, number, news: group.mail.news(wanted), stage, common }
+        ReceiveFlight { wanted, sender, number, news: group.mail.news(wanted), phase, common }
     }
 
     /// From the rank from which it comes, where that is known.
     fn address(&self) -> Address {
-        let peer = match &self.stage {
-            Stage::There(early) => Some(early.from),
-            Stage::Taking { from, .. } | Stage::OnWire { from, .. } => Some(*from),
-            Stage::Waiting(_) | Stage::Done => self.wanted.from,
+        let peer = match &self.phase {
+            Phase::There(early) => Some(early.from),
+            Phase::Taking { from, .. } | Phase::OnWire { from, .. } => Some(*from),
+            Phase::Waiting(_) | Phase::Done => self.wanted.from,
         };
-        Address { way: "from", peer, number: self.number }
+        Address { way: Way::From, peer, number: self.number }
     }
 
     pub(super) fn poll(
@@ -92,11 +92,11 @@ impl ReceiveFlight {
         waker: Option<&Waker>,
     ) -> Result<bool, Error> {
         let op = self.common.describe(self.address());
-        let is_in_vain = is_in_vain(group, self.wanted.from, self.stage.ticket());
+        let is_in_vain = is_in_vain(group, self.wanted.from, self.phase.ticket());
         if !self.common.after.has_happened(group, waker, wire.as_deref_mut(), &is_in_vain, &op)? {
             return Ok(false);
         }
-        if let Stage::Waiting(ticket) = self.stage {
+        if let Phase::Waiting(ticket) = self.phase {
             let mut matching = group.mail.matching.lock();
             let found = matching.find(group, ticket, self.wanted, wire.as_deref_mut())?;
             match found {
@@ -104,9 +104,9 @@ impl ReceiveFlight {
                     drop(matching);
                     return self.wait(group, wire, &is_in_vain);
                 }
-                Some(Found::Early(early)) => self.stage = Stage::There(early),
+                Some(Found::Early(early)) => self.phase = Phase::There(early),
                 Some(Found::Front(from, head)) => {
-                    self.stage = Stage::Taking { from, moved: 0 };
+                    self.phase = Phase::Taking { from, moved: 0 };
                     if head != self.common.head() {
                         return Err(self.refuse(group, from, head));
                     }
@@ -119,7 +119,7 @@ impl ReceiveFlight {
                 }
             }
         }
-        if let Stage::There(early) = &self.stage {
+        if let Phase::There(early) = &self.phase {
             if early.head != self.common.head() {
                 return Err(self.common.disagreement(group, self.address(), early.head));
             }
@@ -132,7 +132,7 @@ impl ReceiveFlight {
             let from = early.from;
             return Ok(self.complete(group, from));
         }
-        let Stage::Taking { from, .. } = self.stage else { return self.pass_wire(group, wire) };
+        let Phase::Taking { from, .. } = self.phase else { return self.pass_wire(group, wire) };
         if group.hosts.host(from) == group.hosts.own {
             let clear = &mut |from| group.mail.matching.lock().clear_front(from);
             return self.take(group, from, clear, &is_in_vain);
@@ -143,7 +143,7 @@ impl ReceiveFlight {
         // it never is. (Access to a deferring device's memory is not serialised here: such devices
         // are for tests on one host.)
         let receipt = unsafe { wire.receive(from, ON_WIRE, lent.0.address().as_ptr(), self.common.bytes())? };
-        self.stage = Stage::OnWire { from, receipt, lent };
+        self.phase = Phase::OnWire { from, receipt, lent };
         self.common.moved();
         self.pass_wire(group, Some(wire))
     }
@@ -174,13 +174,13 @@ impl ReceiveFlight {
         let width = self.common.buffer.dtype().bytes();
         let op = self.common.describe(self.address());
         loop {
-            let Stage::Taking { moved, .. } = &mut self.stage else { unreachable!("it is being taken") };
+            let Phase::Taking { moved, .. } = &mut self.phase else { unreachable!("it is being taken") };
             let at = *moved;
             let access = exclusive(self.common.buffer.deferred());
             // SAFETY: the buffer, which this flight owns, has `bytes` bytes.
             let taken = unsafe {
                 let to = self.common.buffer.address().as_ptr().add(at);
-                take_piece(group, local, to, bytes - at, width, at == 0, &op)?
+                take_piece(group, local, to, bytes - at, width, &op)?
             };
             drop(access);
             let Some(count) = taken else {
@@ -198,14 +198,14 @@ impl ReceiveFlight {
 
     fn pass_wire(&mut self, group: &Group, wire: Option<&mut (dyn Wire + 'static)>) -> Result<bool, Error> {
         let wire = wire.expect("a rank of another host has a wire");
-        let Stage::OnWire { from, receipt, .. } = &self.stage else { unreachable!("it is on the wire") };
+        let Phase::OnWire { from, receipt, .. } = &self.phase else { unreachable!("it is on the wire") };
         let from = *from;
         if !wire.test(receipt)? {
             let op = self.common.describe(self.address());
             self.common.watch.check_wire(group, from, wire, &op)?;
             return Ok(false);
         }
-        if let Stage::OnWire { lent, .. } = std::mem::replace(&mut self.stage, Stage::Done) {
+        if let Phase::OnWire { lent, .. } = std::mem::replace(&mut self.phase, Phase::Done) {
             drop(lent.back());
         }
         group.mail.matching.lock().clear_front(from);
@@ -214,7 +214,7 @@ impl ReceiveFlight {
 
     /// All of it is here.
     fn complete(&mut self, group: &Group, from: usize) -> bool {
-        self.stage = Stage::Done;
+        self.phase = Phase::Done;
         if let Some(sender) = &self.sender {
             sender.store(from, Ordering::Release);
         }
@@ -280,8 +280,7 @@ fn is_in_vain(group: &Group, from: Option<usize>, ticket: Option<u64>) -> impl F
 }
 
 /// Takes the next piece of the message at the front of the mailbox from a rank of this host, of
-/// which `rest` bytes are missing: the number of bytes, or none where no piece waits. `is_first`:
-/// none of it has been taken.
+/// which `rest` bytes are missing: the number of bytes, or none where no piece waits.
 ///
 /// # Safety
 /// `to` is writable for `rest` bytes, which nobody else uses.
@@ -291,7 +290,6 @@ pub(super) unsafe fn take_piece(
     to: *mut u8,
     rest: usize,
     width: usize,
-    is_first: bool,
     op: &dyn Fn() -> String,
 ) -> Result<Option<usize>, Error> {
     let mailbox = group.mailbox(from, group.rank);
@@ -307,7 +305,7 @@ pub(super) unsafe fn take_piece(
     };
     match place {
         Place::Arena(offset) | Place::Stage(offset) if group.engine.map.contains(offset, count as u64) => {
-            let large = non_temporal::pays(2 * rest) && is_first && count == rest;
+            let large = matches!(place, Place::Arena(_)) && non_temporal::pays(2 * count);
             let source = group.address(from, offset, count as u64);
             // SAFETY: the source lies in the sender's arena, and the sender leaves it as it is
             // until this rank has taken the piece; the destination is the caller's promise. They

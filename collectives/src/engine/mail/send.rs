@@ -6,7 +6,7 @@ use std::task::Waker;
 use pillion_kernels::cpu::non_temporal;
 use pillion_kernels::{Span, exclusive};
 
-use super::{Address, Common, FAR, FAR_PIECE, Head, ON_WIRE, PIECE, SMALLEST_PIECE};
+use super::{Address, Common, FAR, FAR_PIECE, Head, ON_WIRE, PIECE, SMALLEST_PIECE, Way};
 use crate::Error;
 use crate::engine::group::Group;
 use crate::engine::watch::Watch;
@@ -46,7 +46,7 @@ impl SendFlight {
     }
 
     fn address(&self) -> Address {
-        Address { way: "to", peer: Some(self.to), number: self.number }
+        Address { way: Way::To, peer: Some(self.to), number: self.number }
     }
 
     pub(super) fn poll(

@@ -75,8 +75,8 @@ impl TcpWire {
         name: &str,
         limit: Duration,
     ) -> Result<TcpWire, Error> {
-        let partners = hosts.correspondents(own);
-        let count = |member: usize| if partners.contains(&member) { 1 + TAGS.len() } else { 1 + ACROSS };
+        let correspondents = hosts.correspondents(own);
+        let count = |member: usize| if correspondents.contains(&member) { 1 + TAGS.len() } else { 1 + ACROSS };
         let wanted: Vec<(usize, usize)> = hosts.remote().map(|member| (members[member], count(member))).collect();
         let mut connections = network.connect(name, &wanted, limit).map_err(|error| match error {
             Error::PeerLost { rank, op, how } => {
