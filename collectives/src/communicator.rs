@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,13 @@ use pillion_kernels::{Buffer, DType, Device};
 
 use crate::call::Purpose;
 use crate::checks::expect;
-use crate::join::{self, Job, Joined};
+use crate::join::{self, Job, Joined, Through};
+use crate::launch::{self, Source};
 use crate::limits::explain_thread;
 use crate::memory::control::state;
 use crate::transport::{Capabilities, Limit, Transport};
-use crate::{Backend, Error, Launch, Options, Sections, Span, Window, WireKind};
+use crate::wire::tcp::GIVE_UP_WITHIN;
+use crate::{Backend, Error, Launch, Options, Sections, Span, Store, Window, WireKind};
 
 /// How often a rank that waits for others at the start looks whether it shall end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -59,6 +61,47 @@ impl Communicator {
     pub fn connect(launch: &Launch, options: Options) -> Result<Communicator, Error> {
         let job = Job::of(launch);
         options.check(launch).map_err(|error| join::decline(&job, error))?;
+        Communicator::start(job, options)
+    }
+
+    /// Joins `world` ranks, of which this is rank `rank`, through a store. No launcher need have
+    /// started them. The ranks that count themselves to one host ([`Options::host`]) share memory,
+    /// and hosts are connected over TCP.
+    ///
+    /// All ranks call this as often as each other. Communicators that are made one after the other
+    /// may use the same store. Different sets of ranks that use one store at the same time need
+    /// keys of their own there. Whoever can read the store can join, so the store keeps strangers
+    /// out.
+    ///
+    /// No rank looks at the store once this has returned on every rank, and rank 0 may drop a
+    /// [`TcpStore`](crate::TcpStore) once it has returned there.
+    ///
+    /// # Errors
+    /// As for [`Communicator::connect`], and those of the store. [`Error::Rendezvous`] names the
+    /// ranks that did not come within [`Options::startup_timeout`]. Where ranks have different
+    /// settings, all ranks return an error that names the setting and both values.
+    pub fn connect_through(
+        store: Arc<dyn Store>,
+        rank: usize,
+        world: usize,
+        options: Options,
+    ) -> Result<Communicator, Error> {
+        expect(rank < world, || {
+            format!("rank {rank} of {world} ranks: ranks are counted from 0, so give a lower one")
+        })?;
+        let variable = |name: &str| std::env::var(name).ok();
+        let job = "through the store".to_owned();
+        let host = options.host.clone().or_else(|| variable(launch::HOST));
+        let interface = options.interface.clone().or_else(|| variable(launch::INTERFACE));
+        let (local_rank, local_world, source) = (rank, world, Source::Local);
+        let launch = Launch { rank, world, local_rank, local_world, job, source, host, interface, meeting: None };
+        let through = Through { store, have_met: AtomicBool::new(false) };
+        let job = Job { store: Some(Arc::new(through)), ..Job::of(&launch) };
+        options.check_through(world).map_err(|error| join::decline(&job, error))?;
+        if world == 1 {
+            let launch = Launch { host: launch.host, interface: launch.interface, ..Launch::single() };
+            return Communicator::start(Job::of(&launch), Options { backend: Backend::Auto, ..options });
+        }
         Communicator::start(job, options)
     }
 
@@ -110,7 +153,8 @@ impl Communicator {
             .map_err(|error| Error::System { what: "starting a thread", reason: explain_thread(&error) })
             .map_err(|error| join::decline(&job, error))?;
         // Every phase of joining has the limit of its own, but for what MPI does, which has none; then the thread is left behind.
-        let (started, limit) = (Instant::now(), startup.saturating_mul(3));
+        let give_up = if job.store.is_some() { GIVE_UP_WITHIN } else { Duration::ZERO };
+        let (started, limit) = (Instant::now(), startup.saturating_mul(3).saturating_add(give_up));
         let joined = loop {
             match receiver.recv_timeout(LOOK_EVERY) {
                 // Whatever the progress thread says of it.
@@ -119,7 +163,12 @@ impl Communicator {
                 Err(RecvTimeoutError::Timeout) if is_stopped() => return Err(Error::Interrupted),
                 Err(RecvTimeoutError::Timeout) if started.elapsed() < limit => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    let reason = "the other ranks did not answer: were they all started by the same launcher?";
+                    let reason = match &job.store {
+                        Some(through) if !through.have_met.load(Ordering::Relaxed) => {
+                            "the store does not answer: is it there, and is rank 0, where rank 0 serves it?"
+                        }
+                        _ => "the other ranks did not answer: were they all started by the same launcher?",
+                    };
                     return Err(job.fail(reason.to_owned()));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
@@ -130,7 +179,7 @@ impl Communicator {
         let (group, network) = joined.map_err(|error| join::decline(&job, error))?;
         let engine = group.engine.clone();
         engine.set_thread(progress);
-        let communicator = Communicator::of(group.clone(), Job { network, ..job });
+        let communicator = Communicator::of(group.clone(), Job { network, store: None, ..job });
         group.declare_joined();
         let absent = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
         let wait_until_none_is = |late: &dyn Fn(usize) -> bool| {

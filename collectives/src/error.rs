@@ -114,6 +114,12 @@ pub enum Error {
     /// [`Options::stop`](crate::Options::stop) was raised before all ranks had come.
     #[error("this rank was told to end while it waited for the other ranks at the start: start the job again")]
     Interrupted,
+    /// A [`Store`](crate::Store) failed, or had no value in time.
+    #[error("the store through which ranks meet: {reason}")]
+    Store {
+        /// What went wrong, and the remedy.
+        reason: String,
+    },
     /// The operating system refused something.
     #[error("{what}: {reason}")]
     System {
@@ -171,6 +177,7 @@ impl Error {
             Error::OutOfMemory { .. } => 10,
             Error::System { .. } => 11,
             Error::Interrupted => 12,
+            Error::Store { .. } => 13,
         }
     }
 

@@ -1,7 +1,7 @@
 //! How the ranks of a communicator come together: who is on which host, and what connects them.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
 use crate::engine::Engine;
@@ -14,7 +14,7 @@ use crate::terms::Terms;
 use crate::wire::tcp::{Lookout, Network, TcpWire, lost};
 use crate::wire::threads::ThreadWire;
 use crate::wire::{self, Wire};
-use crate::{Backend, Error, Launch, Options, WireKind};
+use crate::{Backend, Error, Launch, Options, Store, WireKind};
 
 /// Who talks: the ranks of a job, or those of a communicator split from another.
 #[derive(Clone)]
@@ -29,15 +29,24 @@ pub(crate) struct Job {
     pub(crate) world: usize,
     /// Where hosts are connected over TCP: from the first communicator of the job on.
     pub(crate) network: Option<Arc<Network>>,
+    /// Through which the ranks meet, where it is a store. None once they have.
+    pub(crate) store: Option<Arc<Through>>,
     /// Tells the communicator from others of the job: 0 for that of all ranks.
     pub(crate) key: u64,
+}
+
+/// The store through which ranks meet.
+pub(crate) struct Through {
+    pub(crate) store: Arc<dyn Store>,
+    /// Whether they have: then nobody looks there any more.
+    pub(crate) have_met: AtomicBool,
 }
 
 impl Job {
     /// All ranks of a job, before they have met.
     pub(crate) fn of(launch: &Launch) -> Job {
         let (name, world) = (launch.job.clone(), launch.world);
-        Job { launch: launch.clone(), name, ranks: (0..world).collect(), world, network: None, key: 0 }
+        Job { launch: launch.clone(), name, ranks: (0..world).collect(), world, network: None, store: None, key: 0 }
     }
 
     pub(crate) fn fail(&self, reason: String) -> Error {
@@ -69,6 +78,10 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     let (homes, wire): (Vec<usize>, Option<Box<dyn Wire>>) = if options.simulated_hosts > 1 {
         let homes = (0..world).map(|rank| rank * options.simulated_hosts / world).collect();
         (homes, Some(Box::new(ThreadWire::open(&job.name, rank))))
+    } else if let Some(through) = &job.store {
+        let network = network.insert(Network::meet_through(&*through.store, &job.launch, &options)?);
+        through.have_met.store(true, Ordering::Relaxed);
+        (numbered(&(0..world).map(|rank| network.host(rank).to_owned()).collect::<Vec<_>>()), None)
     } else if local_world != job.world || options.backend.uses_wire() {
         match options.wire.of(&job.launch, options.backend) {
             WireKind::Mpi => {
@@ -88,6 +101,10 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         _ => Hosts::of(&homes, rank),
     };
     let is_single = hosts.ranks.len() == 1;
+    if !is_single && options.backend == Backend::Shm {
+        let reason = format!("the ranks are on {} hosts: choose another backend than shm", hosts.ranks.len());
+        return Err(Error::Options { reason, said_by_rank_zero: rank > 0 });
+    }
     let groups = options.reduce_groups;
     if !hosts.are_single() && !is_single && ![1, hosts.ranks.len()].contains(&groups) {
         let reason = format!(
@@ -102,9 +119,13 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         (network, None) => open_wire(&Job { network: network.clone(), ..job.clone() }, &hosts, &options)?,
     };
     // Launchers of one host may have given the job different names.
-    let name = network.as_ref().map_or_else(|| job.name.clone(), |network| network.name());
     // Every host has a place of its own, named after its lowest rank.
-    let name = if is_single { name } else { format!("{name}@{}", hosts.local()[0]) };
+    let first = hosts.local()[0];
+    let name = match &network {
+        Some(network) => network.name(first, is_single),
+        None if is_single => job.name.clone(),
+        None => format!("{}@{first}", job.name),
+    };
     let local = hosts.place(rank);
     let place = Place {
         name: &name,
@@ -186,6 +207,10 @@ pub(crate) fn decline_for(job: &Job, reason: &str) -> bool {
     reason.hash(&mut hasher);
     let Launch { rank, world, local_rank, local_world, .. } = job.launch;
     let (global_rank, global_world) = (job.ranks[rank], job.world);
+    if let Some(through) = &job.store {
+        let have_met = through.have_met.load(Ordering::Relaxed);
+        return !have_met && wire::tcp::decline_through(&*through.store, &job.launch, reason);
+    }
     if local_world != job.world && job.launch.meeting.is_some() {
         return wire::tcp::decline(&job.launch, hasher.finish());
     }

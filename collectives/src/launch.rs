@@ -271,7 +271,7 @@ pub(crate) const OWN_JOB: &str = "PILLION_JOB";
 pub(crate) const OWN_LAUNCHER: &str = "PILLION_LAUNCHER_PID";
 
 /// Overrides which host a rank counts itself to.
-const HOST: &str = "PILLION_HOST";
+pub(crate) const HOST: &str = "PILLION_HOST";
 
 /// Says whose address a rank offers to other hosts.
 pub(crate) const INTERFACE: &str = "PILLION_INTERFACE";

@@ -5,6 +5,8 @@
 //! and returns a [`Pending`], which gives them back once a stream is ordered after it or the host
 //! has waited: memory in flight cannot be touched by accident.
 //!
+//! Ranks that no launcher started meet through a [`Store`], with [`Communicator::connect_through`].
+//!
 //! Ranks of one host, processes or threads, read each other's buffers in place, in shared memory.
 //! Ranks of several hosts exchange messages besides: over TCP, or, with the feature `mpi`, over
 //! MPI. Reductions run in a fixed order and round once, so a result has the same bits in every run.
@@ -41,6 +43,7 @@ mod rendezvous;
 mod request;
 mod sections;
 pub mod stop;
+mod store;
 mod terms;
 mod transport;
 mod window;
@@ -59,7 +62,13 @@ pub use reduce::{Observation, Reduce, Sideband, Summand, Sums};
 pub use reduction::Reduction;
 pub use request::Envelope;
 pub use sections::Sections;
+pub use store::{FolderStore, Store, TcpStore};
 pub use transport::Capabilities;
 pub use window::Window;
 #[cfg(feature = "mpi")]
 pub use wire::mpi::library as mpi_library;
+
+/// The example in the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

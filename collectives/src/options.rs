@@ -104,6 +104,16 @@ pub struct Options {
     /// [`stop::flag`](crate::stop::flag): with [`Error::Interrupted`], within a tenth of a second.
     /// Operations do not look at it. Default: none.
     pub stop: Option<Arc<AtomicBool>>,
+    /// What this rank calls its host when it joins through a store
+    /// ([`Communicator::connect_through`](crate::Communicator::connect_through)): ranks with
+    /// different names share no memory. Default: what `PILLION_HOST` says, or else the system.
+    /// Ranks that a launcher started have [`Launch::host`].
+    pub host: Option<String>,
+    /// The network interface whose address this rank offers to other hosts when it joins through a
+    /// store, by its name or an address of it. Default: what `PILLION_INTERFACE` says, or else the
+    /// address from which this rank reaches rank 0. Ranks that a launcher started have
+    /// [`Launch::interface`].
+    pub interface: Option<String>,
     /// For tests, with ranks that are threads of one process: they behave as if they were on this
     /// many hosts, consecutive ranks on each, as evenly as can be, and pass messages through this
     /// process's memory where there would be a network.
@@ -125,6 +135,8 @@ impl Default for Options {
             reduce_groups: 1,
             reads_private: true,
             stop: None,
+            host: None,
+            interface: None,
             simulated_hosts: 1,
             gather_delay: Duration::ZERO,
             reduce_delay: Duration::ZERO,
@@ -152,9 +164,9 @@ impl Options {
     /// [`Error::Options`].
     pub fn check(&self, launch: &Launch) -> Result<(), Error> {
         let &Launch { world, local_world, .. } = launch;
-        let (backend, groups, hosts) = (self.backend, self.reduce_groups, self.simulated_hosts);
-        let reason = if groups == 0 || !world.is_multiple_of(groups) {
-            format!("{groups} groups of reduction do not divide {world} ranks: choose a divisor")
+        let (backend, hosts) = (self.backend, self.simulated_hosts);
+        let reason = if let Some(reason) = self.groups_do_not_divide(world) {
+            reason
         } else if matches!((backend, self.wire), (Backend::Mpi, WireKind::Tcp) | (Backend::Tcp, WireKind::Mpi)) {
             format!("the backend {backend} sends over another wire than {}: leave one of them out", self.wire)
         } else if self.wire_for(launch) == Some(WireKind::Mpi) && !cfg!(feature = "mpi") {
@@ -173,6 +185,27 @@ impl Options {
             return Ok(());
         };
         Err(Error::Options { reason, said_by_rank_zero: false })
+    }
+
+    /// Whether `world` ranks can join through a store with these options.
+    pub(crate) fn check_through(&self, world: usize) -> Result<(), Error> {
+        let reason = if let Some(reason) = self.groups_do_not_divide(world) {
+            reason
+        } else if self.backend == Backend::Mpi || self.wire == WireKind::Mpi {
+            "ranks that meet through a store are connected over TCP: choose another backend and wire than MPI"
+                .to_owned()
+        } else if self.simulated_hosts != 1 {
+            "ranks that meet through a store simulate no hosts: give them names of hosts (`Options::host`)".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(Error::Options { reason, said_by_rank_zero: false })
+    }
+
+    fn groups_do_not_divide(&self, world: usize) -> Option<String> {
+        let groups = self.reduce_groups;
+        let divides = groups != 0 && world.is_multiple_of(groups);
+        (!divides).then(|| format!("{groups} groups of reduction do not divide {world} ranks: choose a divisor"))
     }
 
     pub(crate) fn delay_of(&self, channel: Channel) -> Duration {

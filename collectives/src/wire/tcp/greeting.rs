@@ -12,45 +12,49 @@ use crate::terms::Terms;
 /// First bytes of a greeting; the digit is the version of the protocol.
 const MAGIC: [u8; 8] = *b"pilltcp2";
 /// Bytes of a host's name, padded with zeros.
-pub(super) const HOST: usize = 256;
+pub(crate) const HOST: usize = 256;
 /// Magic, five words, terms, an address, and a host's name.
-pub(super) const LEN: usize = 8 + 8 * 5 + Terms::BYTES + ADDRESS + HOST;
+pub(crate) const LEN: usize = 8 + 8 * 5 + Terms::BYTES + ADDRESS + HOST;
 /// Where the terms begin.
 const TERMS: usize = 8 + 8 * 5;
 /// Bytes of an address, as one of IPv6.
-pub(super) const ADDRESS: usize = 16;
+pub(crate) const ADDRESS: usize = 16;
 /// A connection that has not greeted by then is closed. Its rank, if it is one, comes again.
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Who connects, and for what.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Greeting {
+pub(crate) struct Greeting {
     /// A digest of the job's secret.
-    pub(super) token: u64,
+    pub(crate) token: u64,
     /// [`MEETING`], or a digest of the communicator's name.
-    pub(super) purpose: u64,
+    pub(crate) purpose: u64,
     /// In the job.
-    pub(super) rank: u64,
+    pub(crate) rank: u64,
     /// Number of ranks of the job; for a communicator, the connection's number.
-    pub(super) number: u64,
+    pub(crate) number: u64,
     /// Where the rank listens; 0 for a communicator.
-    pub(super) port: u16,
+    pub(crate) port: u16,
     /// What rank 0 must have been given as well; nothing for a communicator.
-    pub(super) terms: Terms,
+    pub(crate) terms: Terms,
     /// The address that the rank offers; unspecified for that from which it connects.
-    pub(super) address: IpAddr,
+    pub(crate) address: IpAddr,
     /// What the rank calls its host.
-    pub(super) host: String,
+    pub(crate) host: String,
 }
 
 /// The purpose of a connection to rank 0 at the start.
-pub(super) const MEETING: u64 = 0;
+pub(crate) const MEETING: u64 = 0;
 /// That of a rank that cannot join, whose greeting has the digest of the reason for a number. Those
 /// of communicators are odd.
-pub(super) const GIVES_UP: u64 = 2;
+pub(crate) const GIVES_UP: u64 = 2;
+/// That of a connection to a store.
+pub(crate) const STORE: u64 = 4;
+/// Of a rank that meets the others through a store: it has read the table.
+pub(super) const HAS_READ: u64 = 6;
 
 impl Greeting {
-    pub(super) fn bytes(&self) -> [u8; LEN] {
+    pub(crate) fn bytes(&self) -> [u8; LEN] {
         let mut bytes = [0; LEN];
         bytes[..8].copy_from_slice(&MAGIC);
         let words = [self.token, self.purpose, self.rank, self.number, self.port.into()];
@@ -68,7 +72,7 @@ impl Greeting {
     ///
     /// # Errors
     /// As soon as the bytes cannot become a greeting.
-    pub(super) fn parse(received: &[u8]) -> Result<Option<Greeting>, Refusal> {
+    pub(crate) fn parse(received: &[u8]) -> Result<Option<Greeting>, Refusal> {
         let common = received.len().min(MAGIC.len() - 1);
         if received[..common] != MAGIC[..common] {
             return Err(Refusal::Garbage);
@@ -108,7 +112,7 @@ pub(super) fn name(padded: &[u8]) -> Option<String> {
 
 /// Why a connection was turned away; the numbers are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Refusal {
+pub(crate) enum Refusal {
     Silent = 1,
     Unfinished,
     HungUp,
@@ -142,7 +146,7 @@ impl fmt::Display for Refusal {
 
 impl Refusal {
     /// The one of this number.
-    pub(super) fn of(number: u64) -> Option<Refusal> {
+    pub(crate) fn of(number: u64) -> Option<Refusal> {
         use Refusal::*;
         [Silent, Unfinished, HungUp, Garbage, Version, Token, Terms, NoSuchRank, Taken, GaveUp]
             .into_iter()
@@ -151,21 +155,21 @@ impl Refusal {
 }
 
 /// A connection that has not greeted yet.
-pub(super) struct Arriving {
-    pub(super) socket: Guarded<TcpStream>,
-    pub(super) until: Instant,
+pub(crate) struct Arriving {
+    pub(crate) socket: Guarded<TcpStream>,
+    pub(crate) until: Instant,
     bytes: [u8; LEN],
     received: usize,
 }
 
 impl Arriving {
     /// For a socket that does not block.
-    pub(super) fn new(socket: Guarded<TcpStream>) -> Arriving {
+    pub(crate) fn new(socket: Guarded<TcpStream>) -> Arriving {
         Arriving { socket, until: Instant::now() + LIMIT, bytes: [0; LEN], received: 0 }
     }
 
     /// Reads what has come: the greeting, once it is whole and of this job.
-    pub(super) fn read(&mut self, token: u64) -> Result<Option<Greeting>, Refusal> {
+    pub(crate) fn read(&mut self, token: u64) -> Result<Option<Greeting>, Refusal> {
         loop {
             if let Some(greeting) = Greeting::parse(&self.bytes[..self.received])? {
                 return if greeting.token == token { Ok(Some(greeting)) } else { Err(Refusal::Token) };

@@ -1,6 +1,6 @@
 //! Which of its addresses a rank offers to ranks of other hosts, where `PILLION_INTERFACE` says so.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netdevice};
@@ -54,6 +54,23 @@ pub(super) fn choose(found: &[IpAddr], zero: IpAddr) -> Result<IpAddr, String> {
         Some(ip) => Ok(*ip),
         None => Err(format!("{INTERFACE} stands for no address")),
     }
+}
+
+/// The address from which this host reaches `zero`, or, where that is not known, the hosts beyond
+/// its router. Nothing is sent.
+pub(super) fn source(zero: Option<IpAddr>) -> IpAddr {
+    // Addresses for documentation, which no host has.
+    let beyond = [IpAddr::from([192, 0, 2, 1]), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()];
+    let from = |to: IpAddr| {
+        let any = if to.is_ipv4() { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+        let socket = UdpSocket::bind((any, 0)).ok()?;
+        // The kernel chooses the route, and with it the address.
+        socket.connect((to, 9)).ok()?;
+        socket.local_addr().ok().map(|address| address.ip())
+    };
+    let routed = zero.into_iter().chain(beyond).find_map(from);
+    let any = || addresses().ok()?.into_iter().map(|address| address.ip).find(|ip| !ip.is_loopback());
+    routed.or_else(any).unwrap_or(Ipv4Addr::LOCALHOST.into())
 }
 
 /// `eth0 (10.0.0.1, fd00::1) or lo (127.0.0.1)`.

@@ -25,9 +25,9 @@ const MOST_WAITING: usize = 256;
 /// Connections that the kernel keeps until they are accepted, if the system allows as many.
 const BACKLOG: i32 = 4096;
 /// First word of an answer, before the table; others are a [`Refusal`].
-const WELCOME: u64 = 0;
+pub(crate) const WELCOME: u64 = 0;
 /// Bytes of a rank in the table: its address, its port, and the name of its host.
-const ENTRY: usize = ADDRESS + 8 + HOST;
+pub(super) const ENTRY: usize = ADDRESS + 8 + HOST;
 
 /// Where a rank listens, and on which host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,13 +52,13 @@ impl From<String> for Failure {
 }
 
 /// The port of `host:port`.
-pub(super) fn port_of(address: &str) -> Result<u16, String> {
+pub(crate) fn port_of(address: &str) -> Result<u16, String> {
     let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
     port.ok_or_else(|| format!("the address {address:?} has no port: give host:port"))
 }
 
 /// A listener on every address of this host, at this port or, for 0, any.
-pub(super) fn listen(port: u16) -> std::io::Result<Guarded<TcpListener>> {
+pub(crate) fn listen(port: u16) -> std::io::Result<Guarded<TcpListener>> {
     // A system without IPv6 refuses the first.
     Ok(bind((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|_| bind((Ipv4Addr::UNSPECIFIED, port).into()))?)
 }
@@ -175,7 +175,7 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
 ///
 /// # Errors
 /// When no file more can be opened.
-pub(super) fn accept_some(listener: &TcpListener, waiting: &mut VecDeque<Arriving>) -> std::io::Result<()> {
+pub(crate) fn accept_some(listener: &TcpListener, waiting: &mut VecDeque<Arriving>) -> std::io::Result<()> {
     for _ in 0..MOST_WAITING {
         match listener.accept() {
             Ok((socket, _)) if socket.set_nonblocking(true).is_ok() => {
@@ -325,7 +325,7 @@ fn attempt(
 }
 
 /// Connects to the first address of a name that answers.
-pub(super) fn dial(address: &str, limit: Duration) -> std::io::Result<Guarded<TcpStream>> {
+pub(crate) fn dial(address: &str, limit: Duration) -> std::io::Result<Guarded<TcpStream>> {
     let mut last = std::io::Error::other("the name has no address");
     for address in address.to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, limit.clamp(Duration::from_millis(1), Duration::from_secs(5))) {
@@ -337,7 +337,7 @@ pub(super) fn dial(address: &str, limit: Duration) -> std::io::Result<Guarded<Tc
 }
 
 /// Whether this process, or the system, can open no file more.
-pub(super) fn is_out_of_files(error: &std::io::Error) -> bool {
+pub(crate) fn is_out_of_files(error: &std::io::Error) -> bool {
     [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error).map(Some).contains(&error.raw_os_error())
 }
 
@@ -358,7 +358,8 @@ pub(super) fn members(table: &[u8]) -> Option<Vec<Member>> {
     table.chunks_exact(ENTRY).map(member).collect()
 }
 
-fn count(refused: &BTreeMap<Refusal, usize>) -> String {
+/// Whom this rank turned away, to be added to a message.
+pub(crate) fn count(refused: &BTreeMap<Refusal, usize>) -> String {
     let each: Vec<String> = refused.iter().map(|(refusal, count)| format!("{count} {refusal}")).collect();
     if each.is_empty() { String::new() } else { format!("; connections were refused: {}", each.join(", ")) }
 }

@@ -1,24 +1,26 @@
 //! A wire over TCP, for clusters without MPI and for builds without it.
 //!
-//! The ranks of a job meet once, at rank 0 ([`meeting`]); from then on each knows the address and
-//! the host of every other ([`Network`]). A communicator's wire has a connection ([`Line`]) to each
-//! rank of another host for each tag that the two use, and one for what must not wait behind data
-//! ([`Control`]). A message is its length and its bytes. It is read when its receiver has asked for
-//! it, into the memory where it belongs; until then it stays in the kernel's buffers, and stops the
-//! sender once they are full. So no tag waits for another.
+//! The ranks of a job meet once, at rank 0 ([`meeting`]) or through a store ([`through_store`]).
+//! From then on each rank knows the address and the host of every other ([`Network`]). A
+//! communicator's wire has a connection ([`Line`]) to each rank of another host for each tag that
+//! the two use, and one for what must not wait behind data ([`Control`]). A message is its length
+//! and its bytes. It is read when its receiver has asked for it, into the memory where it belongs;
+//! until then it stays in the kernel's buffers, and stops the sender once they are full. So no tag
+//! waits for another.
 
 mod control;
 mod decline;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod greeting;
+pub(crate) mod greeting;
 mod interface;
 mod line;
 mod lookout;
-mod meeting;
-mod network;
+pub(crate) mod meeting;
+pub(crate) mod network;
 #[cfg(test)]
 mod tests;
+pub(crate) mod through_store;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,6 +33,7 @@ pub(crate) use decline::decline;
 use line::Line;
 pub(crate) use lookout::{Lookout, lost};
 pub(crate) use network::{Network, offered_address};
+pub(crate) use through_store::{GIVE_UP_WITHIN, decline as decline_through};
 
 /// The tags: that of messages between two ranks, and those of the channels for gathers, reductions
 /// and agreements.

@@ -35,6 +35,8 @@ pub(crate) struct Network {
     /// When to say for whom this rank waits.
     warn_after: Duration,
     arrivals: Mutex<Arrivals>,
+    /// Of ranks that met through a store, by rank: the word that each chose.
+    words: Vec<u128>,
 }
 
 /// Who has connected here.
@@ -57,16 +59,8 @@ impl Network {
             return Err(fail("nothing says where rank 0 is: set PILLION_ADDRESS=host:port on every rank".to_owned()));
         };
         let token = digest(&meeting.secret);
-        allow_files();
-        let listener = listen(0).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
-        let listener = listener.map_err(|error| fail(format!("cannot listen for other ranks: {error}")))?;
-        let port = listener.local_addr().map_err(|error| fail(error.to_string()))?.port();
-        let host = hosts::identity(launch);
-        if host.len() > HOST {
-            let reason =
-                format!("the name of this host (PILLION_HOST) has {} bytes, and at most {HOST} fit", host.len());
-            return Err(fail(reason));
-        }
+        let (listener, port) = listen_for_ranks().map_err(fail)?;
+        let host = host_name(launch).map_err(fail)?;
         let (rank_number, number) = (rank as u64, world as u64);
         let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find).map_err(fail)?;
         let (terms, address) = (Terms::of(launch, options), IpAddr::from(Ipv6Addr::UNSPECIFIED));
@@ -85,14 +79,46 @@ impl Network {
             Failure::Reason(reason) => fail(reason),
             Failure::GaveUp(rank) => Error::Aborted { rank, reason: "it cannot start, and has said why".to_owned() },
         })?;
-        let (job, arrivals) = (launch.job.clone(), Mutex::default());
-        let warn_after = options.warn_after;
-        Ok(Arc::new(Network { rank, world, job, token, members, zero, listener, warn_after, arrivals }))
+        let network = Network::new(launch, options, token, members, listener);
+        Ok(Arc::new(Network { zero, ..network }))
     }
 
-    /// What the job is called on every host, where launchers may have given it different names.
-    pub(crate) fn name(&self) -> String {
-        format!("{}-tcp-{:016x}", rustix::process::getuid().as_raw(), self.token)
+    pub(super) fn new(
+        launch: &Launch,
+        options: &Options,
+        token: u64,
+        members: Vec<Member>,
+        listener: Guarded<TcpListener>,
+    ) -> Network {
+        Network {
+            rank: launch.rank,
+            world: launch.world,
+            job: launch.job.clone(),
+            token,
+            members,
+            zero: [127, 0, 0, 1].into(),
+            listener,
+            warn_after: options.warn_after,
+            arrivals: Mutex::default(),
+            words: Vec::new(),
+        }
+    }
+
+    /// Where the ranks of one host meet, of which `first` is the first: the same on all of them.
+    /// Launchers may have given the job different names. `is_single` says that there is one host.
+    pub(crate) fn name(&self, first: usize, is_single: bool) -> String {
+        let user = rustix::process::getuid().as_raw();
+        match (self.words.get(first), is_single) {
+            // No stranger can take this name before, because the first rank chose it at random.
+            (Some(word), _) => format!("{user}-store-{word:032x}"),
+            (None, true) => format!("{user}-tcp-{:016x}", self.token),
+            (None, false) => format!("{user}-tcp-{:016x}@{first}", self.token),
+        }
+    }
+
+    /// The same network, of ranks that chose these words.
+    pub(super) fn with(self, words: Vec<u128>) -> Network {
+        Network { words, ..self }
     }
 
     /// The host of a rank of the job.
@@ -280,6 +306,24 @@ fn offered_by_zero(offered: &[IpAddr], address: &str) -> Result<Option<IpAddr>, 
     interface::choose(offered, zero.map_or(*first, |zero| zero.ip())).map(Some)
 }
 
+/// A listener for connections of other ranks, and its port.
+pub(super) fn listen_for_ranks() -> Result<(Guarded<TcpListener>, u16), String> {
+    allow_files();
+    let listener = listen(0).and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
+    let listener = listener.map_err(|error| format!("cannot listen for other ranks: {error}"))?;
+    let port = listener.local_addr().map_err(|error| error.to_string())?.port();
+    Ok((listener, port))
+}
+
+/// What this rank calls its host.
+pub(super) fn host_name(launch: &Launch) -> Result<String, String> {
+    let host = hosts::identity(launch);
+    if host.len() > HOST {
+        return Err(format!("the name of this host (PILLION_HOST) has {} bytes, and at most {HOST} fit", host.len()));
+    }
+    Ok(host)
+}
+
 /// Lets this process open as many files as it may: a rank has some for each rank of other hosts.
 fn allow_files() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -289,7 +333,7 @@ fn allow_files() {
 }
 
 /// Equal on all ranks, which run the same program.
-pub(super) fn digest(text: &str) -> u64 {
+pub(crate) fn digest(text: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     hasher.finish()
