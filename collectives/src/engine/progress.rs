@@ -3,6 +3,8 @@
 //! It polls the channels of the rank's groups in turn, and when nothing moves spins for a moment,
 //! then sleeps at its bell, which peers ring when they take a step that it waits for.
 
+use std::cell::OnceCell;
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::Waker;
@@ -17,11 +19,17 @@ use crate::Error;
 use crate::engine::{Arrival, Engine};
 use crate::memory::control::{Channel, monotonic_millis, state, subject};
 use crate::wire::Wire;
+use crate::wire::poller::Poller;
 
 /// How long this thread looks for news before it sleeps, which may take a core from computation.
 /// Waking costs about as much.
 const PROGRESS_SPIN: Duration = Duration::from_micros(10);
-/// First sleep with messages to other hosts in flight, of which nobody tells this thread.
+/// The same with messages to other hosts in flight, if the operations before were [`BRIEF`]: the
+/// poller takes longer to wake this thread than a brief message takes to come.
+const WIRE_SPIN: Duration = Duration::from_micros(50);
+/// Longest wait, from the first look that finds nothing to the end of an operation, that is brief.
+const BRIEF: Duration = Duration::from_micros(500);
+/// First sleep with messages to other hosts in flight, where nobody tells this thread of them.
 const WIRE_NAP: Duration = Duration::from_micros(30);
 /// Longest such sleep: each that finds nothing is twice as long as the one before. A message that
 /// takes long needs few looks, which take a core from computation; a link of 10 Gbit/s moves 1.2 MB
@@ -82,7 +90,8 @@ impl Engine {
             control.state.store(state::JOINED, Ordering::Release);
         }
         if begun(life) && is_alive {
-            let mut driver = Driver { engine: self, waker: Waker::from(self.clone()), groups: Vec::new() };
+            let mut driver =
+                Driver { engine: self, waker: Waker::from(self.clone()), groups: Vec::new(), poller: OnceCell::new() };
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.drive())).is_err() {
                 // The panic has been printed.
                 driver.groups.iter().for_each(|group| group.group.abort("its progress thread panicked"));
@@ -130,11 +139,13 @@ struct Driven {
     told: bool,
     /// Messages in flight.
     mail: Vec<MailFlight>,
+    /// Whether something waited for another host when this group was last looked at.
+    on_wire: bool,
 }
 
 impl Driven {
     fn new(Arrival { group, wire }: Arrival) -> Driven {
-        Driven { group, wire, told: false, mail: Vec::new() }
+        Driven { group, wire, told: false, mail: Vec::new(), on_wire: false }
     }
 
     fn end(self) {
@@ -146,6 +157,7 @@ impl Driven {
     /// Polls every channel that nobody else drives, and the mail.
     fn turn(&mut self, waker: &Waker) -> Turn {
         let (group, mut turn) = (&self.group, Turn::default());
+        self.on_wire = false;
         if let (Some(wire), Err(error), false) = (self.wire.as_mut(), group.healthy(), self.told) {
             wire.abort(&error.to_string());
             self.told = true;
@@ -198,7 +210,8 @@ impl Driven {
             self.mail.remove(index).finish(result);
             turn.moved = true;
         }
-        turn.on_wire = turn.waiting_for != 0 && self.wire.is_some();
+        self.on_wire = turn.waiting_for != 0 && self.wire.is_some();
+        turn.on_wire = self.on_wire;
         turn
     }
 }
@@ -209,6 +222,8 @@ struct Driver<'a> {
     /// Rings the bell at which this thread sleeps.
     waker: Waker,
     groups: Vec<Driven>,
+    /// Rings that bell too. Started by the first wait for a socket; `None` where it cannot be.
+    poller: OnceCell<Option<Poller>>,
 }
 
 impl Driver<'_> {
@@ -242,6 +257,16 @@ impl Driver<'_> {
         turn
     }
 
+    /// Lets a poller ring for the wires that something waits for. Returns whether it will ring for
+    /// each of them.
+    fn arm(&mut self) -> bool {
+        let mut wires = self.groups.iter_mut().filter(|group| group.on_wire).filter_map(|group| group.wire.as_mut());
+        wires.all(|wire| {
+            let poller = || self.poller.get_or_init(|| start_poller(&self.waker, self.engine.rank)).as_ref();
+            wire.has_sockets() && poller().is_some_and(|poller| wire.arm(poller))
+        })
+    }
+
     /// Whether the last communicator has been dropped.
     fn is_last(&self) -> bool {
         self.groups.is_empty() && self.engine.open.load(Ordering::Acquire) == 0
@@ -250,11 +275,13 @@ impl Driver<'_> {
     fn drive(&mut self) {
         let (engine, control) = (self.engine, self.engine.control());
         let mut spinning: Option<Instant> = None;
+        let (mut waiting, mut was_brief): (Option<Instant>, bool) = (None, true);
         let mut wire_nap = WIRE_NAP / 2;
         loop {
             control.heartbeat.store(monotonic_millis(), Ordering::Relaxed);
             let turn = self.turn();
             if turn.moved {
+                was_brief = waiting.take().is_none_or(|since| since.elapsed() < BRIEF);
                 (spinning, wire_nap) = (None, WIRE_NAP / 2);
                 continue;
             }
@@ -262,7 +289,9 @@ impl Driver<'_> {
                 break;
             }
             let in_flight = turn.waiting_for != 0;
-            if in_flight && spinning.get_or_insert_with(Instant::now).elapsed() < PROGRESS_SPIN {
+            waiting = waiting.or_else(|| in_flight.then(Instant::now));
+            let spin = if turn.on_wire && was_brief { WIRE_SPIN } else { PROGRESS_SPIN };
+            if in_flight && spinning.get_or_insert_with(Instant::now).elapsed() < spin {
                 engine.relax();
                 continue;
             }
@@ -276,7 +305,7 @@ impl Driver<'_> {
                 }
                 Some(if !in_flight {
                     REST
-                } else if turn.on_wire {
+                } else if turn.on_wire && !self.arm() {
                     wire_nap = (2 * wire_nap).min(LONGEST_WIRE_NAP);
                     wire_nap
                 } else {
@@ -287,4 +316,14 @@ impl Driver<'_> {
             });
         }
     }
+}
+
+/// Where no poller can be started, this thread looks at the sockets after naps instead.
+fn start_poller(waker: &Waker, rank: usize) -> Option<Poller> {
+    let poller = Poller::start(waker.clone());
+    if let Err(error) = &poller {
+        // A closed stderr must not end the thread that says this.
+        let _ = writeln!(std::io::stderr(), "pillion: rank {rank} looks at its sockets after naps: {error}");
+    }
+    poller.ok()
 }

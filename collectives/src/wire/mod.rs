@@ -5,9 +5,11 @@
 
 #[cfg(feature = "mpi")]
 pub(crate) mod mpi;
+pub(crate) mod poller;
 pub(crate) mod tcp;
 pub(crate) mod threads;
 
+use self::poller::Poller;
 use crate::Error;
 
 /// A message on its way. Its memory stays as it is until [`Wire::test`] has said that it is complete.
@@ -43,4 +45,15 @@ pub(crate) trait Wire: Send {
 
     /// That another rank has given up, or is gone, if this one has learnt of it.
     fn failure(&mut self) -> Option<Error>;
+
+    /// Whether this wire has sockets for which a [`Poller`] can wait.
+    fn has_sockets(&self) -> bool {
+        false
+    }
+
+    /// Lets the poller ring once when a message can move that could not when it was last looked at.
+    /// Returns whether the poller will; where not, look again after a nap.
+    fn arm(&mut self, _poller: &Poller) -> bool {
+        false
+    }
 }

@@ -3,15 +3,20 @@
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
 use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
 use crate::Error;
 use crate::memory::fork::Guarded;
+use crate::wire::poller::Poller;
 
 /// Bytes of the length in front of each message.
 const HEAD: usize = 8;
+/// Most bytes for which the poller waits before it rings, so that long messages wake the progress
+/// thread seldom. The kernel takes less where its buffer holds less.
+const LOW_WATER: usize = 1 << 20;
 
 /// A connection that never blocks.
 pub(super) struct Line {
@@ -22,6 +27,23 @@ pub(super) struct Line {
     incoming: Queue,
     /// The length of the message that is just arriving.
     head: [u8; HEAD],
+    /// Whether this rank has looked for a message that it has not asked for, since the last
+    /// [`Line::arm`].
+    was_probed: bool,
+    /// Bytes that must have come before the kernel says that some have.
+    low_water: usize,
+    armed: Armed,
+}
+
+/// For what a poller has last been asked to ring, and how far the messages were then. While all of
+/// this is the same, asking again would ring at once for bytes that no message takes yet.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Armed {
+    reads: bool,
+    writes: bool,
+    low_water: usize,
+    received: (u64, usize),
+    sent: (u64, usize),
 }
 
 /// Messages of one direction that are not complete, the first of them partly under way.
@@ -61,6 +83,11 @@ impl Queue {
         }
     }
 
+    /// How many messages are complete, and the bytes of the next.
+    fn position(&self) -> (u64, usize) {
+        (self.complete, self.passed)
+    }
+
     /// Whether a message is complete, or else whether it is the first that is not: only then does
     /// a look at the connection help.
     fn state(&self, number: u64) -> Option<bool> {
@@ -74,7 +101,8 @@ impl Queue {
 impl Line {
     /// For a socket that does not block.
     pub(super) fn new(socket: Guarded<TcpStream>, peer: usize) -> Line {
-        Line { socket, peer, out: Queue::default(), incoming: Queue::default(), head: [0; HEAD] }
+        let (out, incoming, armed) = (Queue::default(), Queue::default(), Armed::default());
+        Line { socket, peer, out, incoming, head: [0; HEAD], was_probed: false, low_water: 1, armed }
     }
 
     /// Will send these bytes; returns the message's number.
@@ -94,7 +122,10 @@ impl Line {
             match rustix::net::recv(&self.socket, &mut [0u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
                 Ok((_, 0)) => return Err(self.lost(None)),
                 Ok(_) => return Ok(true),
-                Err(Errno::AGAIN) => return Ok(false),
+                Err(Errno::AGAIN) => {
+                    self.was_probed = true;
+                    return Ok(false);
+                }
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(self.lost(Some(errno))),
             }
@@ -155,6 +186,29 @@ impl Line {
         Ok(number < self.incoming.complete)
     }
 
+    /// Lets the poller ring once when a message can move, or one comes that was looked for.
+    pub(super) fn arm(&mut self, poller: &Poller) -> rustix::io::Result<()> {
+        let was_probed = std::mem::take(&mut self.was_probed);
+        let missing = self.incoming.messages.front().map(|message| HEAD + message.len - self.incoming.passed);
+        let armed = Armed {
+            reads: missing.is_some() || was_probed,
+            writes: !self.out.messages.is_empty(),
+            low_water: missing.map_or(1, |missing| missing.min(LOW_WATER)),
+            received: self.incoming.position(),
+            sent: self.out.position(),
+        };
+        if armed == self.armed || !(armed.reads || armed.writes) {
+            return Ok(());
+        }
+        if armed.reads && armed.low_water != self.low_water {
+            set_low_water(&self.socket, armed.low_water)?;
+            self.low_water = armed.low_water;
+        }
+        poller.watch(&*self.socket, armed.reads, armed.writes)?;
+        self.armed = armed;
+        Ok(())
+    }
+
     fn unexpected(&self, len: usize) -> Error {
         let (peer, theirs) = (self.peer, u64::from_le_bytes(self.head));
         let reason = format!(
@@ -167,6 +221,22 @@ impl Line {
     fn lost(&self, errno: Option<Errno>) -> Error {
         lost(self.peer, errno)
     }
+}
+
+/// Sets how many bytes must have come before the kernel says that some have. It says so before
+/// where its buffer is full or the connection has ended.
+fn set_low_water(socket: &TcpStream, bytes: usize) -> rustix::io::Result<()> {
+    let bytes = bytes as libc::c_int;
+    // SAFETY: the descriptor is open while it is borrowed, and the option reads one `c_int`, which
+    // lives until the call returns.
+    let failed = unsafe {
+        let len = size_of::<libc::c_int>() as libc::socklen_t;
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, (&raw const bytes).cast(), len)
+    };
+    if failed == 0 {
+        return Ok(());
+    }
+    Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL))
 }
 
 /// A rank whose connection has ended.

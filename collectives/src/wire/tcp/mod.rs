@@ -25,6 +25,7 @@ pub(crate) mod through_store;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::poller::Poller;
 use super::{Receipt, Wire};
 use crate::Error;
 use crate::hosts::Hosts;
@@ -187,6 +188,15 @@ impl Wire for TcpWire {
 
     fn failure(&mut self) -> Option<Error> {
         self.listen()
+    }
+
+    fn has_sockets(&self) -> bool {
+        true
+    }
+
+    fn arm(&mut self, poller: &Poller) -> bool {
+        let mut lines = self.peers.iter_mut().flatten().flat_map(|peer| &mut peer.lines);
+        lines.all(|line| line.arm(poller).is_ok())
     }
 }
 

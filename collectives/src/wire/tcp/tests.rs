@@ -1,6 +1,7 @@
 //! Ranks that are threads, each a host of its own, over the loopback interface.
 
 mod meeting;
+mod poller;
 
 use std::sync::Arc;
 use std::thread;
