@@ -41,7 +41,7 @@ pub(crate) enum AnyAlgorithm {
     Operation(Operation),
     Brief(BriefAllReduce),
     Window(GatherWindow),
-    Scalars(Scalars),
+    Scalars(Scalars<'static>),
 }
 
 impl AnyAlgorithm {

@@ -1,22 +1,23 @@
 //! Scalars: each rank's values travel in its header, so one step shows all of them to everybody on a host; the greeting carries them to the
 //! other hosts. Barriers and agreements are this with few values or none.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
-use smallvec::SmallVec;
 
 use super::transit::Greeting;
 use crate::Error;
 use crate::call::{Detail, Kind, Purpose, call};
 use crate::engine::flight::{Algorithm, Opening, Peers, Progress};
-use crate::memory::control::{BRIEF, Call, PAYLOAD};
+use crate::memory::control::{BRIEF, Call};
 use crate::memory::place::Place;
 
-pub(crate) struct Scalars {
-    /// At most as many values of this rank as a header holds.
-    values: SmallVec<[u64; PAYLOAD]>,
+pub(crate) struct Scalars<'a> {
+    /// At most as many values of this rank as a header holds. Borrowed where the caller waits,
+    /// because copying them about would take a tenth of a barrier's time.
+    values: Cow<'a, [u64]>,
     purpose: Purpose,
     /// All ranks' values, in order of rank, once complete.
     gathered: Vec<u64>,
@@ -25,17 +26,17 @@ pub(crate) struct Scalars {
     greeting: Option<Greeting>,
 }
 
-impl Scalars {
+impl<'a> Scalars<'a> {
     /// `memory` is for all ranks' values.
-    #[inline]
-    pub(crate) fn new(own: &[u64], purpose: Purpose, mut memory: Vec<u64>) -> Scalars {
+    pub(crate) fn new(own: &'a [u64], purpose: Purpose, mut memory: Vec<u64>) -> Scalars<'a> {
         memory.clear();
-        Scalars { values: SmallVec::from_slice(own), purpose, gathered: memory, deliver_to: None, greeting: None }
+        Scalars { values: Cow::Borrowed(own), purpose, gathered: memory, deliver_to: None, greeting: None }
     }
 
     /// The same, for another thread to complete.
-    pub(crate) fn deliver_to(self, place: Arc<Mutex<Vec<u64>>>) -> Scalars {
-        Scalars { deliver_to: Some(place), ..self }
+    pub(crate) fn deliver_to(self, place: Arc<Mutex<Vec<u64>>>) -> Scalars<'static> {
+        let Scalars { values, purpose, gathered, greeting, .. } = self;
+        Scalars { values: Cow::Owned(values.into_owned()), purpose, gathered, deliver_to: Some(place), greeting }
     }
 
     /// All ranks' values, in order of rank.
@@ -44,14 +45,14 @@ impl Scalars {
     }
 
     /// Values of this host's ranks.
-    fn on_host<'a>(&self, peers: &'a Peers<'_>) -> impl Iterator<Item = u64> + use<'a> {
+    fn on_host<'p>(&self, peers: &'p Peers<'_>) -> impl Iterator<Item = u64> + use<'p> {
         let count = self.values.len();
         let words = move |rank| if count <= BRIEF { peers.brief(rank) } else { &peers.header(rank).payload[..] };
         (0..peers.world()).flat_map(move |rank| words(rank)[..count].iter().map(|word| word.load(Ordering::Relaxed)))
     }
 }
 
-impl Algorithm for Scalars {
+impl Algorithm for Scalars<'_> {
     fn call(&self) -> Call {
         call(Kind::Scalars, None, false, self.values.len(), Detail::Purpose(self.purpose))
     }

@@ -1,6 +1,6 @@
 //! Threads that wait for their own operation drive it themselves: handing it over to the progress thread would cost two switches.
 
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::flight::{Algorithm, Course};
@@ -15,10 +15,13 @@ use crate::transport::Limit;
 
 /// How long a caller, which has nothing else to do, looks for news before it sleeps.
 const CALLER_SPIN: Duration = Duration::from_micros(200);
+/// Looks without a pause between them, because a pause takes as long as half a barrier does.
+const BRISK: u32 = 64;
 /// After this long it lets others run between looks.
 const CALLER_POLITE: Duration = Duration::from_micros(10);
 /// Longest sleep with operations in flight: the time to notice that a peer has died.
 pub(crate) const NAP: Duration = Duration::from_millis(5);
+
 impl Group {
     /// Runs an operation on the calling thread until it is complete, when its channel is idle; none when it is not, and when messages to
     /// other hosts belong to it, which only the progress thread can send.
@@ -81,8 +84,10 @@ impl Group {
     ) -> Result<T, Error> {
         let (mut spins, mut spinning) = (0u32, None);
         let spin = || {
-            self.engine.relax();
             spins += 1;
+            if spins > BRISK || self.engine.crowded.load(Ordering::Relaxed) {
+                self.engine.relax();
+            }
             // Asking for the time takes as long as some looks.
             if !spins.is_multiple_of(32) {
                 return true;

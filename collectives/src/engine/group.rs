@@ -80,12 +80,15 @@ impl Default for Lane {
 pub(crate) struct ScalarMemory(Mutex<Vec<u64>>);
 
 impl ScalarMemory {
-    pub(crate) fn take(&self) -> Vec<u64> {
-        std::mem::take(&mut self.0.lock())
+    /// Memory for `count` scalars of each rank. Barriers, which have none, take no lock.
+    pub(crate) fn take(&self, count: usize) -> Vec<u64> {
+        if count == 0 { Vec::new() } else { std::mem::take(&mut self.0.lock()) }
     }
 
     pub(crate) fn put_back(&self, words: Vec<u64>) {
-        *self.0.lock() = words;
+        if words.capacity() > 0 {
+            *self.0.lock() = words;
+        }
     }
 }
 

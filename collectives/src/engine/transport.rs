@@ -86,7 +86,7 @@ impl Transport for Group {
 
     fn exchange(&self, words: &[u64], purpose: Purpose, limit: Limit) -> Result<Vec<u64>, Error> {
         self.engine.maker.check()?;
-        let mut scalars = Scalars::new(words, purpose, self.scalars.take());
+        let mut scalars = Scalars::new(words, purpose, self.scalars.take(words.len()));
         match self.run_here(Channel::Control, &mut scalars, limit) {
             Some(result) => {
                 result?;
