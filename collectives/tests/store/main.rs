@@ -1,9 +1,10 @@
 //! Ranks that meet through stores: a folder, TCP, and one that a program brings.
 
+mod again;
 mod meeting;
 mod stores;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -21,6 +22,10 @@ struct Foreign {
     counts: Mutex<BTreeMap<String, i64>>,
     /// How often each key has been set.
     set: Mutex<BTreeMap<String, usize>>,
+    /// How often ranks have looked at each key.
+    looks: Mutex<BTreeMap<String, usize>>,
+    /// The ranks whose first attempt to meet has failed, where a test says so.
+    failed: Mutex<BTreeSet<usize>>,
 }
 
 impl Store for Foreign {
@@ -31,6 +36,7 @@ impl Store for Foreign {
     }
 
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>, Error> {
+        *self.looks.lock().unwrap().entry(key.to_owned()).or_default() += 1;
         Ok(self.values.lock().unwrap().get(key).cloned())
     }
 

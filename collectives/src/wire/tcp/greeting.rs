@@ -50,8 +50,6 @@ pub(crate) const MEETING: u64 = 0;
 pub(crate) const GIVES_UP: u64 = 2;
 /// That of a connection to a store.
 pub(crate) const STORE: u64 = 4;
-/// Of a rank that meets the others through a store: it has read the table.
-pub(super) const HAS_READ: u64 = 6;
 
 impl Greeting {
     pub(crate) fn bytes(&self) -> [u8; LEN] {
