@@ -1,12 +1,11 @@
 //! Ranks that failed to meet, or met in vain, and come again at once.
 
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pillion_collectives::{Backend, Communicator, Error, Options, Store};
 
-use super::{Foreign, PATIENCE, patient, ranks, sum};
+use super::{Foreign, PATIENCE, patient, ranks, sum, until};
 
 /// Rank 0's store, in which the other ranks' next attempts overtake rank 0. Rank 0 finds all other
 /// ranks at its first look. When it has set the first table, it goes on once the others have read
@@ -44,14 +43,6 @@ impl Store for Slow {
 
     fn add(&self, key: &str, amount: i64) -> Result<i64, Error> {
         self.foreign.add(key, amount)
-    }
-}
-
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let started = Instant::now();
-    while !is_so() {
-        assert!(started.elapsed() < PATIENCE, "until {what}");
-        thread::sleep(Duration::from_millis(1));
     }
 }
 

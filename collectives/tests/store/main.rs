@@ -2,13 +2,14 @@
 
 mod again;
 mod meeting;
+mod own_time;
 mod stores;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pillion_collectives::{Communicator, Error, FolderStore, Meeting, Options, Reduction, Store, TcpStore};
 
@@ -71,6 +72,15 @@ fn kinds() -> Vec<(&'static str, Stores, Option<tempfile::TempDir>)> {
 fn tcp(rank: usize, address: &str, secret: &str) -> TcpStore {
     let open = if rank == 0 { TcpStore::serve } else { TcpStore::visit };
     open(address, secret, PATIENCE).unwrap()
+}
+
+/// Waits for what other threads do.
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !is_so() {
+        assert!(started.elapsed() < PATIENCE, "until {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Runs ranks as threads.

@@ -6,21 +6,24 @@
 //! in it. Every key is used again by the next session, so that a store does not grow.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::attempt::Attempt;
 use self::record::{Outcome, Record};
 use super::greeting::{GIVES_UP, Greeting, MEETING};
 use super::interface;
 use super::meeting::Member;
 use super::network::{Network, host_name, listen_for_ranks};
 use crate::error::ranks;
+use crate::memory::fork::Guarded;
 use crate::patience::Patience;
 use crate::store::random;
 use crate::terms::Terms;
-use crate::{Error, Launch, Options, Store};
+use crate::{Error, Launch, Options};
 
+pub(crate) mod attempt;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod others;
@@ -32,7 +35,11 @@ const TELL_ALL_WITHIN: Duration = Duration::from_secs(10);
 /// How long rank 0 waits, at its deadline, until the ranks that have come have read who has not.
 /// The other ranks wait as long for rank 0's words after their own deadline.
 const TELL_WITHIN: Duration = Duration::from_secs(2);
-/// How long a rank takes at most when it gives up, beyond its deadline.
+/// How long the ranks have at least, from rank 0's table on, to read it. A folder of another host
+/// may show it late.
+const READ_WITHIN: Duration = Duration::from_secs(10);
+/// How long a rank takes at most beyond its deadline, when it gives up or when rank 0 waits for
+/// readers.
 pub(crate) const GIVE_UP_WITHIN: Duration = Duration::from_secs(15);
 /// How long another rank that cannot join waits until rank 0 has heard of it.
 const TELL_ZERO_WITHIN: Duration = Duration::from_secs(4);
@@ -52,7 +59,7 @@ fn read_key(rank: usize) -> String {
 
 /// One rank's side of the meeting.
 struct Side<'a> {
-    store: &'a dyn Store,
+    attempt: &'a Arc<Attempt>,
     launch: &'a Launch,
     /// Its `token` is the session, once there is one.
     own: Greeting,
@@ -65,21 +72,17 @@ impl Network {
     /// # Errors
     /// [`Error::Rendezvous`] that names the ranks that did not come, or the settings that differ;
     /// [`Error::Aborted`] for a rank that cannot join; those of the store.
-    pub(crate) fn meet_through(store: &dyn Store, launch: &Launch, options: &Options) -> Result<Arc<Network>, Error> {
-        let fail = |reason: String| fail(launch, reason);
-        let (listener, port) = listen_for_ranks().map_err(fail)?;
-        let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find).map_err(fail)?;
-        let address = match offered.first() {
-            Some(&first) => interface::choose(&offered, first).map_err(fail)?,
-            None => interface::source(None),
-        };
-        let own = Greeting {
-            port,
-            address,
-            host: host_name(launch).map_err(fail)?,
-            ..greeting(launch, MEETING, Terms::of(launch, options))
-        };
-        let mut side = Side { store, launch, own, word: word()? };
+    pub(crate) fn meet_through(
+        attempt: &Arc<Attempt>,
+        launch: &Launch,
+        options: &Options,
+    ) -> Result<Arc<Network>, Error> {
+        let (listener, offered, own) = prepare(launch, options).map_err(|reason| {
+            // No other rank would know it.
+            decline(attempt, launch, &reason);
+            fail(launch, reason)
+        })?;
+        let mut side = Side { attempt, launch, own, word: word()? };
         let limit = options.startup_timeout.saturating_add(if launch.rank == 0 { Duration::ZERO } else { TELL_WITHIN });
         let patience = Patience::new(launch.rank, limit, options.warn_after);
         let mut patience = patience.stopped_by(options.stop.clone());
@@ -90,18 +93,47 @@ impl Network {
         let network = Network::new(launch, options, token, members, listener).with(words);
         match launch.rank {
             // The store may go when rank 0 goes on.
-            0 => side.wait_for_readers(&network, &mut patience)?,
+            0 => {
+                // The last rank may have come just before rank 0's deadline.
+                patience.last_at_least(READ_WITHIN);
+                side.wait_for_readers(&network, &mut patience)?;
+            }
             _ => side.set_read()?,
         }
+        attempt.set_met();
         Ok(Arc::new(network))
     }
 }
 
+/// Opens this rank's listener. Returns it, the addresses of the interface that was chosen, if one
+/// was, and what this rank says of itself.
+fn prepare(launch: &Launch, options: &Options) -> Result<(Guarded<TcpListener>, Vec<IpAddr>, Greeting), String> {
+    let (listener, port) = listen_for_ranks()?;
+    let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find)?;
+    let address = match offered.first() {
+        Some(&first) => interface::choose(&offered, first)?,
+        None => interface::source(None),
+    };
+    let own = greeting(launch, MEETING, Terms::of(launch, options));
+    Ok((listener, offered, Greeting { port, address, host: host_name(launch)?, ..own }))
+}
+
 /// Tells the other ranks that this one cannot join. Returns whether rank 0 gives up for the same
-/// reason, so that this rank need not say it again.
-pub(crate) fn decline(store: &dyn Store, launch: &Launch, reason: &str) -> bool {
+/// reason, so that this rank need not say it again. Takes some seconds at most, whatever the store
+/// does.
+pub(crate) fn decline(attempt: &Arc<Attempt>, launch: &Launch, reason: &str) -> bool {
+    let limit = if launch.rank == 0 { TELL_ALL_WITHIN } else { TELL_ZERO_WITHIN };
+    let (launch, reason) = (launch.clone(), reason.to_owned());
+    let is_said = Attempt::within(limit, attempt, move |attempt| tell_reason(attempt, &launch, &reason));
+    if is_said.is_none() {
+        attempt.give_up();
+    }
+    is_said.unwrap_or(false)
+}
+
+fn tell_reason(attempt: &Arc<Attempt>, launch: &Launch, reason: &str) -> bool {
     let Ok(word) = word() else { return false };
-    let mut side = Side { store, launch, own: greeting(launch, GIVES_UP, Terms::default()), word };
+    let mut side = Side { attempt, launch, own: greeting(launch, GIVES_UP, Terms::default()), word };
     // This rank ends because of its own error, not because of one in telling it.
     let told = match launch.rank {
         0 => side
@@ -120,12 +152,12 @@ impl Side<'_> {
     fn set(&self, purpose: u64, reason: &str) -> Result<(), Error> {
         let greeting = Greeting { purpose, ..self.own.clone() };
         let record = Record { word: self.word, greeting, reason: reason.to_owned() };
-        self.store.set(&key(self.launch.rank), &record.bytes())
+        self.attempt.set(&key(self.launch.rank), &record.bytes())
     }
 
     /// A rank's record, of whatever session.
     fn record(&self, rank: usize) -> Result<Option<Record>, Error> {
-        let record = self.store.get(&key(rank))?.and_then(|bytes| Record::read(&bytes));
+        let record = self.attempt.store.get(&key(rank))?.and_then(|bytes| Record::read(&bytes));
         Ok(record.filter(|record| record.greeting.rank == rank as u64))
     }
 
@@ -135,7 +167,7 @@ impl Side<'_> {
     }
 
     fn absent(&self, missing: &[usize]) -> String {
-        let remark = self.store.remark().map_or_else(String::new, |remark| format!("; {remark}"));
+        let remark = self.attempt.store.remark().map_or_else(String::new, |remark| format!("; {remark}"));
         format!("{} did not come: was it started, with the same store?{remark}", ranks(missing))
     }
 }

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use super::super::greeting::{GIVES_UP, Greeting, MEETING};
 use super::super::interface;
+use super::attempt::Attempt;
 use super::record::{Outcome, Record, Table};
-use super::{Met, Side, TABLE, TELL_ZERO_WITHIN, fail, read_key};
+use super::{Met, Side, TABLE, TELL_WITHIN, TELL_ZERO_WITHIN, fail, read_key};
 use crate::Error;
 use crate::patience::Patience;
 use crate::store::Nap;
@@ -24,7 +25,7 @@ impl Side<'_> {
             // In this order: where rank 0 has opened another session, the table of the one before
             // is there.
             let zero = self.record(0)?;
-            let table = self.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
+            let table = self.attempt.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
             let session = table.as_ref().map(|table| table.session);
             let have_met = matches!(&table, Some(Table { outcome: Outcome::Met { .. }, .. }));
             match table {
@@ -39,8 +40,16 @@ impl Side<'_> {
             {
                 (joined, was_over) = (Some(zero.token), session == Some(zero.token));
                 let address = match offered {
-                    [] => interface::source(Some(zero.address)),
-                    _ => interface::choose(offered, zero.address).map_err(|reason| fail(self.launch, reason))?,
+                    [] => Ok(interface::source(Some(zero.address))),
+                    _ => interface::choose(offered, zero.address),
+                };
+                let address = match address {
+                    Ok(address) => address,
+                    Err(reason) => {
+                        // This rank ends because of its own error, not because of one in telling it.
+                        let _ = self.tell_zero(&reason);
+                        return Err(fail(self.launch, reason));
+                    }
                 };
                 self.own = Greeting { token: zero.token, address, ..self.own.clone() };
                 if !(was_over && have_met) {
@@ -63,8 +72,9 @@ impl Side<'_> {
         match outcome {
             Outcome::Met { token, members } => Ok((token, words, members)),
             outcome => {
-                // Rank 0 waits for this. Where the store is gone already, it does not.
-                let _ = self.set_read();
+                // Rank 0 waits for this. Where the store is gone already, it does not. This rank
+                // knows what to report, whatever the store says.
+                self.try_to_set_read();
                 Err(outcome.error(self.launch))
             }
         }
@@ -84,7 +94,7 @@ impl Side<'_> {
     fn give_up(&self, zero: Option<&Record>, was_over: bool) -> Result<Met, Error> {
         let is_gone = zero.is_none_or(|zero| has_ended(&zero.greeting));
         // Rank 0 sets a table before it goes.
-        let table = self.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
+        let table = self.attempt.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
         let reason = match table {
             Some(table) if table.words.contains(&self.word) => return self.met(table),
             Some(Table { outcome: Outcome::Met { members, .. }, .. }) if was_over && !is_gone => {
@@ -108,9 +118,9 @@ impl Side<'_> {
     pub(super) fn tell_zero(&mut self, reason: &str) -> Result<Option<Outcome>, Error> {
         let (started, mut joined, mut nap) = (Instant::now(), None, Nap::default());
         while started.elapsed() < TELL_ZERO_WITHIN {
-            let table = self.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
+            let table = self.attempt.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
             if let Some(table) = table.filter(|table| table.words.contains(&self.word)) {
-                self.set_read()?;
+                self.try_to_set_read();
                 return Ok(Some(table.outcome));
             }
             if let Some(zero) = self.record(0)?
@@ -127,7 +137,13 @@ impl Side<'_> {
 
     /// Tells rank 0 that this rank has read the table.
     pub(super) fn set_read(&self) -> Result<(), Error> {
-        self.store.set(&read_key(self.launch.rank), &self.own.token.to_le_bytes())
+        self.attempt.set(&read_key(self.launch.rank), &self.own.token.to_le_bytes())
+    }
+
+    /// The same, if the store takes it soon.
+    fn try_to_set_read(&self) {
+        let (key, session) = (read_key(self.launch.rank), self.own.token.to_le_bytes());
+        Attempt::within(TELL_WITHIN, self.attempt, move |attempt| attempt.set(&key, &session));
     }
 }
 

@@ -59,7 +59,11 @@ impl Side<'_> {
             }
             let missing: Vec<usize> = missing.into_iter().filter(|rank| !come.contains_key(rank)).collect();
             if patience.is_over() {
-                let outcome = Outcome::Failed { reason: self.absent(&missing) };
+                let outcome = match patience.is_stopped() {
+                    // No other rank is to blame.
+                    true => aborted(0, "it was told to end"),
+                    false => Outcome::Failed { reason: self.absent(&missing) },
+                };
                 self.tell(&come.keys().copied().collect::<Vec<_>>(), come, &outcome, TELL_WITHIN)?;
                 return Err(outcome.error(self.launch));
             }
@@ -71,10 +75,22 @@ impl Side<'_> {
         let all = || std::iter::once(&zero).chain(come.values());
         let words: Vec<u128> = all().map(|record| record.word).collect();
         let members: Vec<Member> = all().map(Record::member).collect();
-        let outcome = Outcome::Met { token, members: members.clone() };
-        let table = Table { session: self.own.token, words: words.clone(), outcome };
-        self.store.set(TABLE, &table.bytes())?;
+        self.set_table(words.clone(), Outcome::Met { token, members: members.clone() })?;
         Ok((token, words, members))
+    }
+
+    /// Sets the table of this session for the ranks with these words. Where rank 0 was told to end,
+    /// it still says so, unless its next attempt has opened another session.
+    fn set_table(&self, words: Vec<u128>, outcome: Outcome) -> Result<(), Error> {
+        // A rank that declines has no such words: it was given up because the store is silent.
+        let is_end = self.own.purpose == MEETING && matches!(outcome, Outcome::Aborted { rank: 0, .. });
+        let table = Table { session: self.own.token, words, outcome }.bytes();
+        match self.attempt.set(TABLE, &table) {
+            Err(Error::Interrupted) if is_end && self.record_here(0)?.is_some() => {
+                self.attempt.store.set(TABLE, &table)
+            }
+            set => set,
+        }
     }
 
     /// Why the ranks that have come cannot go on together.
@@ -105,8 +121,7 @@ impl Side<'_> {
         loop {
             let words: Vec<u128> = come.values().map(|record| record.word).collect();
             if said.as_ref() != Some(&words) {
-                let table = Table { session: self.own.token, words: words.clone(), outcome: outcome.clone() };
-                self.store.set(TABLE, &table.bytes())?;
+                self.set_table(words.clone(), outcome.clone())?;
                 said = Some(words);
             }
             if told.len() == whom.len() || started.elapsed() >= limit {
@@ -130,7 +145,7 @@ impl Side<'_> {
 
     /// Whether a rank has read a table of this session.
     fn has_read(&self, rank: usize) -> Result<bool, Error> {
-        Ok(self.store.get(&read_key(rank))?.is_some_and(|session| session == self.own.token.to_le_bytes()))
+        Ok(self.attempt.store.get(&read_key(rank))?.is_some_and(|session| session == self.own.token.to_le_bytes()))
     }
 
     /// Waits, as rank 0, until every other rank has read the table.
@@ -152,6 +167,9 @@ impl Side<'_> {
             gone.retain(|rank| missing.contains(rank));
             if !gone.is_empty() {
                 return Err(lost(network, &gone));
+            }
+            if patience.is_stopped() {
+                return Err(Error::Interrupted);
             }
             if patience.is_over() {
                 let reason = format!("{} came, and then did not read where the others are", ranks(&missing));
