@@ -123,6 +123,8 @@ pub(crate) enum Refusal {
     Taken,
     /// Rank 0 gives up; the digest of the reason follows.
     GaveUp,
+    /// As [`Refusal::Token`], at a store.
+    Secret,
 }
 
 impl fmt::Display for Refusal {
@@ -138,6 +140,7 @@ impl fmt::Display for Refusal {
             Refusal::NoSuchRank => "with a rank that cannot be",
             Refusal::Taken => "with the number of one that had come already (--node-rank)",
             Refusal::GaveUp => "that came too late",
+            Refusal::Secret => "with another secret",
         })
     }
 }
@@ -146,7 +149,7 @@ impl Refusal {
     /// The one of this number.
     pub(crate) fn of(number: u64) -> Option<Refusal> {
         use Refusal::*;
-        [Silent, Unfinished, HungUp, Garbage, Version, Token, Terms, NoSuchRank, Taken, GaveUp]
+        [Silent, Unfinished, HungUp, Garbage, Version, Token, Terms, NoSuchRank, Taken, GaveUp, Secret]
             .into_iter()
             .find(|&refusal| refusal as u64 == number)
     }
