@@ -1,6 +1,7 @@
 //! Ranks that meet through stores: a folder, TCP, and one that a program brings.
 
 mod again;
+mod earlier;
 mod meeting;
 mod own_time;
 mod stores;
@@ -105,6 +106,15 @@ fn process(role: &str, rank: usize, store: &str) -> Child {
     command.env("STORE_ROLE", role).env("STORE_RANK", rank.to_string()).env("STORE", store);
     command.env("PILLION_HOST", format!("host{}", rank / 2)).env_remove("RUST_TEST_THREADS");
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Four processes have met twice.
+fn have_met(processes: Vec<Child>) {
+    for process in processes {
+        let output = process.wait_with_output().unwrap();
+        let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(said.matches("met 2 10").count(), 2, "{said} {error}");
+    }
 }
 
 /// What a process does that [`process`] has started; nothing in the tests' own process.

@@ -1,13 +1,13 @@
 //! How ranks meet, and what they say where they do not.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use pillion_collectives::{Backend, Communicator, Error, FolderStore, Meeting, Options, Store, WireKind};
 
-use super::{Foreign, PATIENCE, kinds, patient, process, ranks, sum, tcp, until};
+use super::{Foreign, PATIENCE, have_met, kinds, patient, process, ranks, sum, tcp};
 
 fn host(rank: usize) -> Option<String> {
     Some(format!("host{}", rank / 2))
@@ -41,11 +41,7 @@ fn ranks_that_are_processes_meet_through_a_folder_and_through_tcp() {
     let address = Meeting::free_address().unwrap();
     for place in [folder.path().display().to_string(), format!("tcp {address}")] {
         let processes: Vec<_> = (0..4).map(|rank| process("meet", rank, &place)).collect();
-        for process in processes {
-            let output = process.wait_with_output().unwrap();
-            let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-            assert_eq!(said.matches("met 2 10").count(), 2, "{place}: {said} {error}");
-        }
+        have_met(processes);
     }
 }
 
@@ -75,82 +71,6 @@ fn a_rank_alone_needs_no_store() {
     ] {
         let error = Communicator::connect_through(Arc::new(None), rank, world, patient()).err().unwrap();
         assert!(matches!(&error, Error::Misuse { reason } if reason.contains(expected)), "{error}");
-    }
-}
-
-#[test]
-fn twenty_jobs_one_after_the_other_meet_in_one_folder_and_at_one_port() {
-    let folder = tempfile::tempdir().unwrap();
-    let address = Meeting::free_address().unwrap().to_string();
-    for over_tcp in [false, true] {
-        // No rank waits for others between two jobs, so one may come to the job before.
-        ranks(3, |rank| {
-            for job in 0..20 {
-                let store: Arc<dyn Store> = match over_tcp {
-                    true => Arc::new(tcp(rank, &address, "always the same")),
-                    false => Arc::new(FolderStore::new(folder.path()).unwrap()),
-                };
-                let communicator = Communicator::connect_through(store, rank, 3, patient());
-                let communicator = communicator.unwrap_or_else(|error| panic!("job {job}, rank {rank}: {error}"));
-                assert_eq!(sum(&communicator), 6.0);
-            }
-        });
-    }
-    // One record for each rank, one table, and what each rank but rank 0 has read.
-    assert_eq!(folder.path().read_dir().unwrap().count(), 6);
-}
-
-/// A folder that counts the looks at the table, which a rank takes after all others.
-struct Watched {
-    folder: FolderStore,
-    looks: AtomicUsize,
-}
-
-impl Store for Watched {
-    fn set(&self, key: &str, value: &[u8]) -> Result<(), Error> {
-        self.folder.set(key, value)
-    }
-
-    fn get(&self, key: &str) -> Result<Option<Vec<u8>>, Error> {
-        let value = self.folder.get(key);
-        self.looks.fetch_add(usize::from(key == "pillion/table"), Ordering::Relaxed);
-        value
-    }
-
-    fn add(&self, key: &str, amount: i64) -> Result<i64, Error> {
-        self.folder.add(key, amount)
-    }
-}
-
-#[test]
-fn what_earlier_jobs_and_others_have_left_harms_nobody() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = || Arc::new(FolderStore::new(folder.path()).unwrap());
-    let short = || Options { startup_timeout: Duration::from_secs(1), reduce_groups: 2, ..Options::default() };
-    // Of a larger job with another setting, one rank never came.
-    ranks(3, |rank| Communicator::connect_through(store(), rank, 4, short()).err().unwrap());
-    std::fs::write(folder.path().join("0.part"), "half").unwrap();
-    std::fs::write(folder.path().join("notes"), "of a user").unwrap();
-    let met = |garbage: &[u8]| {
-        let watched =
-            Arc::new(Watched { folder: FolderStore::new(folder.path()).unwrap(), looks: AtomicUsize::new(0) });
-        ranks(2, |rank| {
-            let store: Arc<dyn Store> = if rank == 0 { store() } else { watched.clone() };
-            if rank == 0 {
-                // At all that is there.
-                until("rank 1 has looked twice", || watched.looks.load(Ordering::Relaxed) > 1);
-            }
-            sum(&Communicator::connect_through(store, rank, 2, patient()).unwrap_or_else(|error| panic!("{error}")))
-        })
-        .into_iter()
-        .for_each(|sum| assert_eq!(sum, 3.0, "{garbage:?}"));
-    };
-    met(b"");
-    for garbage in [&b""[..], b"x", b"pilltab1", &[0xff; 700]] {
-        for key in ["pillion/rank/0", "pillion/rank/1", "pillion/table"] {
-            store().set(key, garbage).unwrap();
-        }
-        met(garbage);
     }
 }
 
