@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pillion_collectives::{Backend, Communicator, Error, FolderStore, Meeting, Options, Store, WireKind};
+use pillion_collectives::{Backend, Communicator, Error, Meeting, Options, Store, WireKind};
 
 use super::{Foreign, PATIENCE, have_met, kinds, patient, process, ranks, sum, tcp};
 
