@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
@@ -12,12 +12,12 @@ use pillion_kernels::{Buffer, DType, Device};
 
 use crate::call::Purpose;
 use crate::checks::expect;
-use crate::join::{self, Job, Joined, Through};
+use crate::join::{self, Job, Joined};
 use crate::launch::{self, Source};
 use crate::limits::explain_thread;
 use crate::memory::control::state;
 use crate::transport::{Capabilities, Limit, Transport};
-use crate::wire::tcp::GIVE_UP_WITHIN;
+use crate::wire::tcp::{Attempt, GIVE_UP_WITHIN};
 use crate::{Backend, Error, Launch, Options, Sections, Span, Store, Window, WireKind};
 
 /// How often a rank that waits for others at the start looks whether it shall end.
@@ -76,16 +76,27 @@ impl Communicator {
     /// No rank looks at the store once this has returned on every rank, and rank 0 may drop a
     /// [`TcpStore`](crate::TcpStore) once it has returned there.
     ///
+    /// This call returns within three times [`Options::startup_timeout`] and 15 s, and within 10 s
+    /// more where this rank has to tell the others why it cannot join. A store may be silent for
+    /// longer, such as a [`TcpStore`](crate::TcpStore) with a longer limit of its own, whose rank 0
+    /// is absent. Then a thread stays behind until the store answers, and it sets nothing.
+    ///
     /// # Errors
     /// As for [`Communicator::connect`], and those of the store. [`Error::Rendezvous`] names the
     /// ranks that did not come within [`Options::startup_timeout`]. Where ranks have different
-    /// settings, all ranks return an error that names the setting and both values.
+    /// settings, all ranks return an error that names the setting and both values. Where rank 0 is
+    /// told to end, the ranks that have come return [`Error::Aborted`], and a thread of rank 0 keeps
+    /// the store for up to 2 s, so that they can read it.
     pub fn connect_through(
         store: Arc<dyn Store>,
         rank: usize,
         world: usize,
         options: Options,
     ) -> Result<Communicator, Error> {
+        expect(world > 0, || "a job of 0 ranks: give the number of all ranks, with this one".to_owned())?;
+        expect(world <= launch::MOST_RANKS, || {
+            format!("a job of {world} ranks, and at most {} can meet: give the number of all ranks", launch::MOST_RANKS)
+        })?;
         expect(rank < world, || {
             format!("rank {rank} of {world} ranks: ranks are counted from 0, so give a lower one")
         })?;
@@ -95,8 +106,8 @@ impl Communicator {
         let interface = options.interface.clone().or_else(|| variable(launch::INTERFACE));
         let (local_rank, local_world, source) = (rank, world, Source::Local);
         let launch = Launch { rank, world, local_rank, local_world, job, source, host, interface, meeting: None };
-        let through = Through { store, have_met: AtomicBool::new(false) };
-        let job = Job { store: Some(Arc::new(through)), ..Job::of(&launch) };
+        let attempt = Attempt::new(store, options.stop.clone());
+        let job = Job { attempt: Some(Arc::new(attempt)), ..Job::of(&launch) };
         options.check_through(world).map_err(|error| join::decline(&job, error))?;
         if world == 1 {
             let launch = Launch { host: launch.host, interface: launch.interface, ..Launch::single() };
@@ -139,32 +150,42 @@ impl Communicator {
         let is_stopped = || stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
         let progress = std::thread::Builder::new()
             .name(format!("pillion-progress-{}", job.launch.rank))
-            .spawn(move || match join::join(&for_thread, options) {
-                Ok(Joined { group, wire, network }) => {
-                    let engine = group.engine.clone();
-                    engine.open(group.clone(), wire);
-                    // Where nobody listens any more, this thread has been given up, and the rank has failed.
-                    engine.run(|begun| sender.send(begun.map(|()| (group, network))).is_ok());
-                }
-                Err(error) => {
-                    let _ = sender.send(Err(error));
+            .spawn(move || {
+                let joined = join::join(&for_thread, options);
+                // Nobody looks at a store any more, which its owner may want to end.
+                drop(for_thread);
+                match joined {
+                    Ok(Joined { group, wire, network }) => {
+                        let engine = group.engine.clone();
+                        engine.open(group.clone(), wire);
+                        // Where nobody listens any more, this thread has been given up, and the rank has failed.
+                        engine.run(|begun| sender.send(begun.map(|()| (group, network))).is_ok());
+                    }
+                    Err(error) => {
+                        let _ = sender.send(Err(error));
+                    }
                 }
             })
             .map_err(|error| Error::System { what: "starting a thread", reason: explain_thread(&error) })
             .map_err(|error| join::decline(&job, error))?;
         // Every phase of joining has the limit of its own, but for what MPI does, which has none; then the thread is left behind.
-        let give_up = if job.store.is_some() { GIVE_UP_WITHIN } else { Duration::ZERO };
+        let give_up = if job.attempt.is_some() { GIVE_UP_WITHIN } else { Duration::ZERO };
         let (started, limit) = (Instant::now(), startup.saturating_mul(3).saturating_add(give_up));
+        let give_up = || job.attempt.iter().for_each(|attempt| attempt.give_up());
         let joined = loop {
             match receiver.recv_timeout(LOOK_EVERY) {
                 // Whatever the progress thread says of it.
                 Ok(Err(_)) if is_stopped() => return Err(Error::Interrupted),
                 Ok(joined) => break joined,
-                Err(RecvTimeoutError::Timeout) if is_stopped() => return Err(Error::Interrupted),
+                Err(RecvTimeoutError::Timeout) if is_stopped() => {
+                    give_up();
+                    return Err(Error::Interrupted);
+                }
                 Err(RecvTimeoutError::Timeout) if started.elapsed() < limit => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    let reason = match &job.store {
-                        Some(through) if !through.have_met.load(Ordering::Relaxed) => {
+                    give_up();
+                    let reason = match &job.attempt {
+                        Some(attempt) if !attempt.has_met() => {
                             "the store does not answer: is it there, and is rank 0, where rank 0 serves it?"
                         }
                         _ => "the other ranks did not answer: were they all started by the same launcher?",
@@ -179,7 +200,7 @@ impl Communicator {
         let (group, network) = joined.map_err(|error| join::decline(&job, error))?;
         let engine = group.engine.clone();
         engine.set_thread(progress);
-        let communicator = Communicator::of(group.clone(), Job { network, store: None, ..job });
+        let communicator = Communicator::of(group.clone(), Job { network, attempt: None, ..job });
         group.declare_joined();
         let absent = |rank: usize| group.control(rank).state.load(Ordering::Acquire) == state::ABSENT;
         let wait_until_none_is = |late: &dyn Fn(usize) -> bool| {

@@ -1,7 +1,7 @@
 //! How the ranks of a communicator come together: who is on which host, and what connects them.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 
 use crate::engine::Engine;
@@ -11,10 +11,10 @@ use crate::limits::explain_thread;
 use crate::memory::mapping::MAPPING;
 use crate::rendezvous::{self, Place};
 use crate::terms::Terms;
-use crate::wire::tcp::{Lookout, Network, TcpWire, lost};
+use crate::wire::tcp::{Attempt, Lookout, Network, TcpWire, lost};
 use crate::wire::threads::ThreadWire;
 use crate::wire::{self, Wire};
-use crate::{Backend, Error, Launch, Options, Store, WireKind};
+use crate::{Backend, Error, Launch, Options, WireKind};
 
 /// Who talks: the ranks of a job, or those of a communicator split from another.
 #[derive(Clone)]
@@ -29,24 +29,17 @@ pub(crate) struct Job {
     pub(crate) world: usize,
     /// Where hosts are connected over TCP: from the first communicator of the job on.
     pub(crate) network: Option<Arc<Network>>,
-    /// Through which the ranks meet, where it is a store. None once they have.
-    pub(crate) store: Option<Arc<Through>>,
+    /// With which the ranks meet, where they do through a store. None once they have.
+    pub(crate) attempt: Option<Arc<Attempt>>,
     /// Tells the communicator from others of the job: 0 for that of all ranks.
     pub(crate) key: u64,
-}
-
-/// The store through which ranks meet.
-pub(crate) struct Through {
-    pub(crate) store: Arc<dyn Store>,
-    /// Whether they have: then nobody looks there any more.
-    pub(crate) have_met: AtomicBool,
 }
 
 impl Job {
     /// All ranks of a job, before they have met.
     pub(crate) fn of(launch: &Launch) -> Job {
         let (name, world) = (launch.job.clone(), launch.world);
-        Job { launch: launch.clone(), name, ranks: (0..world).collect(), world, network: None, store: None, key: 0 }
+        Job { launch: launch.clone(), name, ranks: (0..world).collect(), world, network: None, attempt: None, key: 0 }
     }
 
     pub(crate) fn fail(&self, reason: String) -> Error {
@@ -78,9 +71,8 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
     let (homes, wire): (Vec<usize>, Option<Box<dyn Wire>>) = if options.simulated_hosts > 1 {
         let homes = (0..world).map(|rank| rank * options.simulated_hosts / world).collect();
         (homes, Some(Box::new(ThreadWire::open(&job.name, rank))))
-    } else if let Some(through) = &job.store {
-        let network = network.insert(Network::meet_through(&*through.store, &job.launch, &options)?);
-        through.have_met.store(true, Ordering::Relaxed);
+    } else if let Some(attempt) = &job.attempt {
+        let network = network.insert(Network::meet_through(attempt, &job.launch, &options)?);
         (numbered(&(0..world).map(|rank| network.host(rank).to_owned()).collect::<Vec<_>>()), None)
     } else if local_world != job.world || options.backend.uses_wire() {
         match options.wire.of(&job.launch, options.backend) {
@@ -207,9 +199,8 @@ pub(crate) fn decline_for(job: &Job, reason: &str) -> bool {
     reason.hash(&mut hasher);
     let Launch { rank, world, local_rank, local_world, .. } = job.launch;
     let (global_rank, global_world) = (job.ranks[rank], job.world);
-    if let Some(through) = &job.store {
-        let have_met = through.have_met.load(Ordering::Relaxed);
-        return !have_met && wire::tcp::decline_through(&*through.store, &job.launch, reason);
+    if let Some(attempt) = &job.attempt {
+        return !attempt.has_met() && wire::tcp::decline_through(attempt, &job.launch, reason);
     }
     if local_world != job.world && job.launch.meeting.is_some() {
         return wire::tcp::decline(&job.launch, hasher.finish());

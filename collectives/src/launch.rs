@@ -28,7 +28,7 @@ use std::{env, io, process};
 pub(crate) use meeting::ADDRESS;
 pub use meeting::Meeting;
 use variables::Variables;
-pub(crate) use variables::ancestor_without;
+pub(crate) use variables::{MOST_RANKS, ancestor_without};
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;

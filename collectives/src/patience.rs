@@ -47,8 +47,17 @@ impl Patience {
 
     /// Whether this rank waits no longer.
     pub(crate) fn is_over(&self) -> bool {
-        let is_stopped = self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
-        is_stopped || Instant::now() >= self.deadline
+        self.is_stopped() || Instant::now() >= self.deadline
+    }
+
+    /// Whether this rank was told to end.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed))
+    }
+
+    /// Moves the deadline, so that this rank waits at least this long from now on.
+    pub(crate) fn last_at_least(&mut self, limit: Duration) {
+        self.deadline = self.deadline.max(Instant::now() + limit.min(FOREVER));
     }
 
     /// How long this rank waits at most, not less than a millisecond.

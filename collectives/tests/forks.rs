@@ -5,7 +5,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::run;
-use pillion_collectives::{Error, Launch, Options, Reduction, Start};
+use pillion_collectives::{Error, Launch, Meeting, Options, Reduction, Start, Store, TcpStore};
 use pillion_kernels::{Cpu, DType, Device, Event};
 
 /// Runs `program` in a forked child, which ends with what it returns; its exit status, within 20 s.
@@ -114,4 +114,23 @@ fn a_child_joins_a_job_of_its_own() {
         }
         all.barrier().unwrap();
     });
+}
+
+#[test]
+fn a_child_is_told_that_it_serves_no_store() {
+    let address = Meeting::free_address().unwrap().to_string();
+    let store = TcpStore::serve(&address, "secret", Duration::from_secs(20)).unwrap();
+    store.set("key", b"value").unwrap();
+    let status = in_child(|| {
+        for error in
+            [store.set("key", b"another").unwrap_err(), store.get("key").unwrap_err(), store.add("key", 1).unwrap_err()]
+        {
+            assert!(error.to_string().contains("forked this one"), "{error}");
+        }
+        // As any other process may.
+        let visited = TcpStore::visit(&address, "secret", Duration::from_secs(20)).unwrap();
+        assert_eq!(visited.get("key").unwrap().unwrap(), b"value");
+        8
+    });
+    assert_eq!(status, 8);
 }

@@ -16,7 +16,7 @@ use super::{
 };
 
 /// More than any machine has, and few enough that a list of them fits into memory.
-pub(super) const MOST_RANKS: usize = 1 << 20;
+pub(crate) const MOST_RANKS: usize = 1 << 20;
 
 /// Step ids above this are Slurm's own: batch script, interactive shell, external and pending
 /// (`SLURM_MAX_NORMAL_STEP_ID` in slurm.h).

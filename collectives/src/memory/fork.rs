@@ -77,6 +77,11 @@ impl Child {
         assert!(child > 0, "fork failed");
         Child(child)
     }
+
+    /// Its number.
+    pub(crate) fn id(&self) -> libc::pid_t {
+        self.0
+    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use super::{Nap, Store, check_key, failed};
 use crate::Error;
 use crate::limits::explain;
+use crate::memory::fork::Guarded;
 
 /// How long [`Store::add`] waits for another process that is adding to the same count.
 const ADD_WITHIN: Duration = Duration::from_secs(60);
@@ -34,10 +35,11 @@ const COUNT: usize = 8;
 ///
 /// A count is eight bytes in a file of its own. [`Store::add`] locks this file with flock(2). The
 /// kernel gives up the lock of a process that ends in any way, so no killed rank leaves a lock that
-/// others must judge. Linux passes the lock to an NFS server, which ends the locks of a host that
-/// is lost. The client reads the file anew from the server after it has locked it, and writes it
-/// back before it unlocks it. Locks must not be switched off there (`nolock`, `local_lock=flock`),
-/// and Lustre needs the mount option `flock`.
+/// others must judge. Linux passes the lock to an NFS server. A server of NFSv4 ends the locks of a
+/// host that is lost; one of NFSv3 keeps them until that host boots again. The client reads the
+/// file anew from the server after it has locked it, and writes it back before it unlocks it. Locks
+/// must not be switched off there (`nolock`, `local_lock=flock`), and Lustre needs the mount option
+/// `flock`.
 ///
 /// An NFS client remembers for some seconds what a folder has in it. [`Store::get`] opens the
 /// folder first, upon which the client asks the server. A value may still come to another host
@@ -79,12 +81,20 @@ impl FolderStore {
         }
         file.join(format!("{kind}-{name}"))
     }
+}
 
-    fn lock(file: &File, path: &Path) -> Result<(), Error> {
+/// A file that this call has locked. A forked child keeps neither the file nor, because it is
+/// unlocked and not only closed, the lock.
+struct Locked(Guarded<File>);
+
+impl Locked {
+    fn open(path: &Path) -> Result<Locked, Error> {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+        let file = Guarded::new(file.map_err(|error| cannot("open", path, &error))?);
         let (started, mut nap) = (Instant::now(), Nap::default());
         loop {
-            match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return Ok(()),
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Locked(file)),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if started.elapsed() < ADD_WITHIN => nap.take(ADD_WITHIN),
                 Err(Errno::AGAIN) => {
@@ -100,6 +110,13 @@ impl FolderStore {
     }
 }
 
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Where that fails, the lock ends with the file.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
 impl Store for FolderStore {
     fn set(&self, key: &str, value: &[u8]) -> Result<(), Error> {
         check_key(key)?;
@@ -112,6 +129,8 @@ impl Store for FolderStore {
         let write = || -> io::Result<()> {
             let mut file = OpenOptions::new().write(true).create_new(true).open(&part)?;
             file.write_all(value)?;
+            // A network's file system may say only now that there is no room.
+            file.sync_all()?;
             drop(file);
             fs::rename(&part, &path)
         };
@@ -145,9 +164,8 @@ impl Store for FolderStore {
         };
         let parent = path.parent().unwrap_or(&self.folder);
         fs::create_dir_all(parent).map_err(|error| cannot("make the folder", parent, &error))?;
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-        let file = file.map_err(failed_to("open"))?;
-        FolderStore::lock(&file, &path)?;
+        let locked = Locked::open(&path)?;
+        let file = &*locked.0;
         let mut bytes = [0; COUNT];
         match file.metadata().map_err(failed_to("read"))?.len() {
             0 => {}
@@ -165,7 +183,8 @@ impl Store for FolderStore {
         if written < COUNT {
             return Err(cannot("write", &path, &io::Error::from(ErrorKind::WriteZero)));
         }
-        // The lock ends with the file.
+        // As for a value. The count on a server must be this one before others may lock it.
+        file.sync_data().map_err(failed_to("write"))?;
         Ok(sum)
     }
 }
@@ -194,4 +213,37 @@ pub(crate) fn random<const N: usize>() -> Result<[u64; N], Error> {
 
 fn cannot(what: &str, path: &Path, error: &io::Error) -> Error {
     failed(format!("cannot {what} {}: {}", path.display(), explain(error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::fork::Child;
+
+    #[test]
+    fn a_forked_child_keeps_no_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = FolderStore::new(folder.path()).unwrap();
+        let path = store.file('c', "count");
+        let locked = Locked::open(&path).unwrap();
+        let child = Child::fork();
+        let is_kept = || {
+            let open = fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap();
+            open.filter_map(|file| fs::read_link(file.unwrap().path()).ok()).any(|file| file == path)
+        };
+        // The child closes it when it first runs.
+        let started = Instant::now();
+        while is_kept() {
+            assert!(started.elapsed() < ADD_WITHIN, "the child keeps the file");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Nor does one that was forked before the file was guarded.
+        let copy = locked.0.try_clone().unwrap();
+        drop(locked);
+        assert_eq!(store.add("count", 1).unwrap(), 1);
+        // An error ends the lock, too.
+        store.add("count", i64::MAX).unwrap_err();
+        assert_eq!(store.add("count", 1).unwrap(), 2);
+        drop((child, copy));
+    }
 }

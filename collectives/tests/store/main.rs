@@ -1,13 +1,16 @@
 //! Ranks that meet through stores: a folder, TCP, and one that a program brings.
 
+mod again;
+mod earlier;
 mod meeting;
+mod own_time;
 mod stores;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pillion_collectives::{Communicator, Error, FolderStore, Meeting, Options, Reduction, Store, TcpStore};
 
@@ -21,6 +24,10 @@ struct Foreign {
     counts: Mutex<BTreeMap<String, i64>>,
     /// How often each key has been set.
     set: Mutex<BTreeMap<String, usize>>,
+    /// How often ranks have looked at each key.
+    looks: Mutex<BTreeMap<String, usize>>,
+    /// The ranks whose first attempt to meet has failed, where a test says so.
+    failed: Mutex<BTreeSet<usize>>,
 }
 
 impl Store for Foreign {
@@ -31,6 +38,7 @@ impl Store for Foreign {
     }
 
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>, Error> {
+        *self.looks.lock().unwrap().entry(key.to_owned()).or_default() += 1;
         Ok(self.values.lock().unwrap().get(key).cloned())
     }
 
@@ -67,6 +75,15 @@ fn tcp(rank: usize, address: &str, secret: &str) -> TcpStore {
     open(address, secret, PATIENCE).unwrap()
 }
 
+/// Waits for what other threads do.
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !is_so() {
+        assert!(started.elapsed() < PATIENCE, "until {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Runs ranks as threads.
 fn ranks<R: Send>(world: usize, program: impl Fn(usize) -> R + Sync) -> Vec<R> {
     thread::scope(|scope| {
@@ -89,6 +106,15 @@ fn process(role: &str, rank: usize, store: &str) -> Child {
     command.env("STORE_ROLE", role).env("STORE_RANK", rank.to_string()).env("STORE", store);
     command.env("PILLION_HOST", format!("host{}", rank / 2)).env_remove("RUST_TEST_THREADS");
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Four processes have met twice.
+fn have_met(processes: Vec<Child>) {
+    for process in processes {
+        let output = process.wait_with_output().unwrap();
+        let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(said.matches("met 2 10").count(), 2, "{said} {error}");
+    }
 }
 
 /// What a process does that [`process`] has started; nothing in the tests' own process.

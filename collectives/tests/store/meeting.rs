@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pillion_collectives::{Backend, Communicator, Error, FolderStore, Meeting, Options, Store, WireKind};
+use pillion_collectives::{Backend, Communicator, Error, Meeting, Options, Store, WireKind};
 
-use super::{Foreign, PATIENCE, kinds, patient, process, ranks, sum, tcp};
+use super::{Foreign, PATIENCE, have_met, kinds, patient, process, ranks, sum, tcp};
 
 fn host(rank: usize) -> Option<String> {
     Some(format!("host{}", rank / 2))
@@ -41,11 +41,7 @@ fn ranks_that_are_processes_meet_through_a_folder_and_through_tcp() {
     let address = Meeting::free_address().unwrap();
     for place in [folder.path().display().to_string(), format!("tcp {address}")] {
         let processes: Vec<_> = (0..4).map(|rank| process("meet", rank, &place)).collect();
-        for process in processes {
-            let output = process.wait_with_output().unwrap();
-            let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-            assert_eq!(said.matches("met 2 10").count(), 2, "{place}: {said} {error}");
-        }
+        have_met(processes);
     }
 }
 
@@ -65,60 +61,16 @@ fn a_rank_alone_needs_no_store() {
     }
     let alone = Communicator::connect_through(Arc::new(None), 0, 1, patient()).unwrap();
     assert_eq!(sum(&alone), 1.0);
-    for (rank, world) in [(1, 1), (0, 0), (7, 3)] {
+    for (rank, world, expected) in [
+        (1, 1, "counted from 0"),
+        (7, 3, "counted from 0"),
+        (0, 0, "a job of 0 ranks"),
+        (0, (1 << 20) + 1, "a job of 1048577 ranks, and at most 1048576"),
+        (0, 1 << 46, "at most 1048576"),
+        (1, usize::MAX, "at most 1048576"),
+    ] {
         let error = Communicator::connect_through(Arc::new(None), rank, world, patient()).err().unwrap();
-        assert!(matches!(&error, Error::Misuse { reason } if reason.contains("counted from 0")), "{error}");
-    }
-}
-
-#[test]
-fn twenty_jobs_one_after_the_other_meet_in_one_folder_and_at_one_port() {
-    let folder = tempfile::tempdir().unwrap();
-    let address = Meeting::free_address().unwrap().to_string();
-    for over_tcp in [false, true] {
-        // No rank waits for others between two jobs, so one may come to the job before.
-        ranks(3, |rank| {
-            for job in 0..20 {
-                let store: Arc<dyn Store> = match over_tcp {
-                    true => Arc::new(tcp(rank, &address, "always the same")),
-                    false => Arc::new(FolderStore::new(folder.path()).unwrap()),
-                };
-                let communicator = Communicator::connect_through(store, rank, 3, patient());
-                let communicator = communicator.unwrap_or_else(|error| panic!("job {job}, rank {rank}: {error}"));
-                assert_eq!(sum(&communicator), 6.0);
-            }
-        });
-    }
-    // One record for each rank, and one table.
-    assert_eq!(folder.path().read_dir().unwrap().count(), 4);
-}
-
-#[test]
-fn what_earlier_jobs_and_others_have_left_harms_nobody() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = || Arc::new(FolderStore::new(folder.path()).unwrap());
-    let short = || Options { startup_timeout: Duration::from_secs(1), reduce_groups: 2, ..Options::default() };
-    // Of a larger job with another setting, one rank never came.
-    ranks(3, |rank| Communicator::connect_through(store(), rank, 4, short()).err().unwrap());
-    std::fs::write(folder.path().join("0.part"), "half").unwrap();
-    std::fs::write(folder.path().join("notes"), "of a user").unwrap();
-    let met = |garbage: &[u8]| {
-        ranks(2, |rank| {
-            if rank == 0 {
-                // So that rank 1 has looked at what is there.
-                thread::sleep(Duration::from_millis(300));
-            }
-            sum(&Communicator::connect_through(store(), rank, 2, patient()).unwrap_or_else(|error| panic!("{error}")))
-        })
-        .into_iter()
-        .for_each(|sum| assert_eq!(sum, 3.0, "{garbage:?}"));
-    };
-    met(b"");
-    for garbage in [&b""[..], b"x", b"pilltab1", &[0xff; 700]] {
-        for key in ["pillion/rank/0", "pillion/rank/1", "pillion/table"] {
-            store().set(key, garbage).unwrap();
-        }
-        met(garbage);
+        assert!(matches!(&error, Error::Misuse { reason } if reason.contains(expected)), "{error}");
     }
 }
 
@@ -273,7 +225,8 @@ fn a_flag_ends_the_wait_for_others_and_for_a_store_that_is_not_there() {
             Communicator::connect_through(store, rank, 2, options).err().unwrap()
         });
         assert!(matches!(error, Error::Interrupted), "{error}");
-        assert!(started.elapsed() < PATIENCE / 2, "it waited for the deadline");
+        // A tenth of a second, and what a loaded machine takes.
+        assert!(started.elapsed() < PATIENCE / 12, "the flag did not end the wait");
     }
 }
 
@@ -297,15 +250,14 @@ fn a_store_that_fails_ends_the_start_at_once() {
     }
 }
 
-/// Refuses a rank's second record, as if the rank ended when it had read where the others are.
+/// Ends a rank when it has read where the others are.
 struct Fatal(Arc<Foreign>);
 
 impl Store for Fatal {
     fn set(&self, key: &str, value: &[u8]) -> Result<(), Error> {
-        let times = self.0.set.lock().unwrap().get(key).copied();
-        match times {
-            Some(_) => Err(Error::Store { reason: "this rank ends now".to_owned() }),
-            None => self.0.set(key, value),
+        match key.starts_with("pillion/read/") {
+            true => Err(Error::Store { reason: "this rank ends now".to_owned() }),
+            false => self.0.set(key, value),
         }
     }
 
@@ -348,8 +300,18 @@ fn a_rank_offers_the_address_of_the_interface_that_it_is_told() {
     let table = store.get("pillion/table").unwrap().unwrap();
     let mapped = [&[0; 10][..], &[0xff, 0xff, 127, 0, 0, 1]].concat();
     assert_eq!(table.windows(16).filter(|window| *window == mapped).count(), 2);
-    for rank in [0, 1] {
-        let error = Communicator::connect_through(store.clone(), rank, 2, options(rank, "docker9")).err().unwrap();
-        assert!(error.to_string().contains("PILLION_INTERFACE is \"docker9\""), "{error}");
+    // A rank that has no such interface tells the others.
+    for wrong in [0, 1] {
+        let started = Instant::now();
+        let errors = ranks(2, |rank| {
+            let interface = if rank == wrong { "docker9" } else { "127.0.0.1" };
+            Communicator::connect_through(store.clone(), rank, 2, options(rank, interface)).err().unwrap()
+        });
+        assert!(
+            errors.iter().all(|error| error.to_string().contains("PILLION_INTERFACE is \"docker9\"")),
+            "{errors:?}"
+        );
+        assert!(matches!(errors[1 - wrong], Error::Aborted { rank, .. } if rank == wrong), "{errors:?}");
+        assert!(started.elapsed() < PATIENCE / 2, "they waited for the deadline");
     }
 }

@@ -18,6 +18,8 @@ use crate::wire::tcp::network::digest;
 const RETRY_EVERY: Duration = Duration::from_millis(20);
 /// How long a listener may take to welcome a connection. Another one may be welcomed sooner.
 const WELCOME_WITHIN: Duration = Duration::from_secs(5);
+/// Longer limits are no limits, because a clock cannot count them.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 #[derive(Debug)]
 pub(super) struct Client {
@@ -40,6 +42,35 @@ enum Obstacle {
     /// The next attempt may go better.
     MayGo(String),
     Stays(String),
+}
+
+/// A connection until a deadline, which holds for all bytes together. A listener that sends one byte
+/// after the other moves no deadline.
+struct Until<'a>(&'a TcpStream, Instant);
+
+impl Until<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.1.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.set_read_timeout(self.left()?)?;
+        self.0.read(into)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.0.set_write_timeout(self.left()?)?;
+        self.0.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Client {
@@ -72,7 +103,7 @@ impl Client {
         let mut refusal = None;
         loop {
             let obstacle = match connection.take() {
-                Some(mut open) => match self.exchange(&mut open.0, kind, &request, left()) {
+                Some(open) => match self.exchange(&open.0, kind, &request, left()) {
                     Ok((FAILED, reason)) => {
                         *connection = Some(open);
                         return Err(failed(String::from_utf8_lossy(&reason).into_owned()));
@@ -110,16 +141,15 @@ impl Client {
             let reason = format!("rank 0 does not serve it at {address}: {}", explain(&error));
             if is_out_of_files(&error) { Obstacle::Stays(reason) } else { Obstacle::MayGo(reason) }
         };
-        let mut socket = dial(address, left).map_err(failed)?;
+        let socket = dial(address, left).map_err(failed)?;
         let (terms, own, host) = (Terms::default(), Ipv6Addr::UNSPECIFIED.into(), String::new());
         let greeting =
             Greeting { token: self.token, purpose: STORE, rank: 0, number: 0, terms, port: 0, address: own, host };
         let mut first = [0; 8];
+        let mut until = Until(&socket, Instant::now() + left.min(WELCOME_WITHIN));
         let welcomed = socket.set_nodelay(true).and_then(|()| {
-            socket.set_read_timeout(Some(left.min(WELCOME_WITHIN)))?;
-            socket.set_write_timeout(Some(left.min(WELCOME_WITHIN)))?;
-            socket.write_all(&greeting.bytes())?;
-            socket.read_exact(&mut first)
+            until.write_all(&greeting.bytes())?;
+            until.read_exact(&mut first)
         });
         welcomed.map_err(|error| {
             Obstacle::MayGo(match error.kind() {
@@ -146,7 +176,7 @@ impl Client {
     /// Sends a request of the kind `asked`, and reads the answer.
     fn exchange(
         &self,
-        socket: &mut TcpStream,
+        socket: &TcpStream,
         asked: u64,
         request: &[u8],
         left: Duration,
@@ -160,13 +190,9 @@ impl Client {
                 _ => format!("rank 0, which served it at {address}, is gone ({error})"),
             })
         };
+        let mut socket = Until(socket, Instant::now() + left.min(FOREVER));
         let mut head = [0; HEAD];
-        let answered = socket.set_read_timeout(Some(left)).and_then(|()| {
-            socket.set_write_timeout(Some(left))?;
-            socket.write_all(request)?;
-            socket.read_exact(&mut head)
-        });
-        answered.map_err(ended)?;
+        socket.write_all(request).and_then(|()| socket.read_exact(&mut head)).map_err(ended)?;
         let [kind, len, zero] = words(&head);
         let is_answer = match asked {
             GET => matches!(kind, NOTHING | VALUE | FAILED),

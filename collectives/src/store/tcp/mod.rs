@@ -70,7 +70,7 @@ impl Store for TcpStore {
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>, Error> {
         check_key(key)?;
         match &self.0 {
-            Side::Server(server) => Ok(server.get(key)),
+            Side::Server(server) => server.get(key),
             Side::Client(client) => client.get(key),
         }
     }

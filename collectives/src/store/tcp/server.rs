@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -25,7 +25,7 @@ const RETRY_EVERY: Duration = Duration::from_millis(20);
 const MOST_BYTES: usize = 256 << 20;
 /// What an entry costs beyond its key and its value, about.
 const ENTRY: usize = 128;
-/// Most bytes that are read from one connection before others have their turn.
+/// Most bytes that pass one connection before others have their turn.
 const TURN: usize = 1 << 20;
 
 /// What the serving thread shares with the rank's own calls.
@@ -40,7 +40,7 @@ pub(super) struct Values {
 pub(super) struct Server {
     values: Arc<Mutex<Values>>,
     /// The thread ends when this closes.
-    bell: Option<Guarded<UnixStream>>,
+    bell: Guarded<UnixStream>,
     thread: Option<JoinHandle<()>>,
     maker: Maker,
 }
@@ -77,22 +77,37 @@ impl Server {
         let thread = thread.spawn(move || serve(&listener, &rung, token, &shared));
         let thread =
             thread.map_err(|error| Error::System { what: "starting a thread", reason: explain_thread(&error) })?;
-        Ok(Server { values, bell: Some(bell), thread: Some(thread), maker: Maker::this() })
+        Ok(Server { values, bell, thread: Some(thread), maker: Maker::this() })
+    }
+
+    /// # Errors
+    /// In a forked child, which has no thread that serves, and in which a lock may stay taken.
+    fn check(&self) -> Result<(), Error> {
+        if self.maker.is_another() {
+            let reason = "the process that serves it forked this one, in which it is not served: visit it from here, \
+                          or start other programs with exec";
+            return Err(failed(reason.to_owned()));
+        }
+        Ok(())
     }
 
     pub(super) fn set(&self, key: &str, value: &[u8]) -> Result<(), Error> {
+        self.check()?;
         self.values.lock().set(key, value.to_vec()).map_err(failed)
     }
 
-    pub(super) fn get(&self, key: &str) -> Option<Vec<u8>> {
-        self.values.lock().values.get(key).cloned()
+    pub(super) fn get(&self, key: &str) -> Result<Option<Vec<u8>>, Error> {
+        self.check()?;
+        Ok(self.values.lock().values.get(key).cloned())
     }
 
     pub(super) fn add(&self, key: &str, amount: i64) -> Result<i64, Error> {
+        self.check()?;
         self.values.lock().add(key, amount).map_err(failed)
     }
 
     pub(super) fn refusals(&self) -> Option<String> {
+        self.check().ok()?;
         let text = count(&self.values.lock().refused);
         (!text.is_empty()).then(|| text.trim_start_matches("; ").to_owned())
     }
@@ -103,13 +118,21 @@ impl Server {
     pub(super) fn values(&self) -> &Arc<Mutex<Values>> {
         &self.values
     }
+
+    pub(super) fn bell(&self) -> &UnixStream {
+        &self.bell
+    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.bell = None;
-        // A forked child has no thread to wait for.
-        if let Some(thread) = self.thread.take().filter(|_| self.maker == Maker::this()) {
+        // A forked child has no thread to wait for, and its parent's goes on.
+        if self.maker.is_another() {
+            return;
+        }
+        // A child that was forked before this was guarded has a copy, which closing would not end.
+        let _ = self.bell.shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }
@@ -187,9 +210,16 @@ impl Visitor {
         let mut budget = TURN;
         loop {
             while self.sent < self.outgoing.len() {
-                match self.socket.write(&self.outgoing[self.sent..]) {
+                if budget == 0 {
+                    return Ok(true);
+                }
+                let rest = &self.outgoing[self.sent..];
+                match self.socket.write(&rest[..rest.len().min(budget)]) {
                     Ok(0) => return Ok(false),
-                    Ok(count) => self.sent += count,
+                    Ok(count) => {
+                        self.sent += count;
+                        budget -= count;
+                    }
                     Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(true),
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     Err(_) => return Ok(false),
@@ -234,11 +264,10 @@ fn serve(listener: &TcpListener, rung: &UnixStream, token: u64, values: &Mutex<V
     let mut waiting: VecDeque<Arriving> = VecDeque::new();
     let mut visitors: Vec<Visitor> = Vec::new();
     loop {
-        if sleep(listener, rung, &waiting, &visitors) {
-            return;
-        }
-        // Where no file more can be opened, the visitor tries again.
-        if accept_some(listener, &mut waiting).is_err() {
+        let Some(is_called) = sleep(listener, rung, &waiting, &visitors) else { return };
+        // Where a visitor is there and cannot be accepted, as where no file more can be opened, it
+        // stays there.
+        if matches!((is_called, accept_some(listener, &mut waiting)), (true, Ok(0)) | (_, Err(_))) {
             std::thread::sleep(RETRY_EVERY);
         }
         for _ in 0..waiting.len() {
@@ -246,6 +275,11 @@ fn serve(listener: &TcpListener, rung: &UnixStream, token: u64, values: &Mutex<V
             let greeting = arriving.read(token).and_then(|greeting| match greeting {
                 Some(greeting) if greeting.purpose != STORE => Err(Refusal::NoSuchRank),
                 greeting => Ok(greeting),
+            });
+            // A program gives a store its secret itself.
+            let greeting = greeting.map_err(|refusal| match refusal {
+                Refusal::Token => Refusal::Secret,
+                refusal => refusal,
             });
             match greeting {
                 Ok(None) => waiting.push_back(arriving),
@@ -270,8 +304,14 @@ fn serve(listener: &TcpListener, rung: &UnixStream, token: u64, values: &Mutex<V
     }
 }
 
-/// Sleeps until there is something to do. Returns whether the thread is to end.
-fn sleep(listener: &TcpListener, rung: &UnixStream, waiting: &VecDeque<Arriving>, visitors: &[Visitor]) -> bool {
+/// Sleeps until there is something to do. Returns whether somebody connects, or `None` when the
+/// thread is to end.
+fn sleep(
+    listener: &TcpListener,
+    rung: &UnixStream,
+    waiting: &VecDeque<Arriving>,
+    visitors: &[Visitor],
+) -> Option<bool> {
     let until = waiting.iter().map(|arriving| arriving.until).min();
     let left = until.and_then(|until| Timespec::try_from(until.saturating_duration_since(Instant::now())).ok());
     let mut events = vec![PollFd::new(rung, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
@@ -282,12 +322,41 @@ fn sleep(listener: &TcpListener, rung: &UnixStream, waiting: &VecDeque<Arriving>
     }));
     // An interrupted wait is one that finds nothing, and then everything is looked at.
     let _ = rustix::event::poll(&mut events, left.as_ref());
-    !events[0].revents().is_empty()
+    events[0].revents().is_empty().then(|| !events[1].revents().is_empty())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_visitor_takes_no_longer_turn_by_reading_than_by_writing() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut reader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, _) = listener.accept().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let mut visitor = Visitor::new(Guarded::new(socket));
+        let values = Mutex::new(Values::default());
+        values.lock().set("key", vec![1; 16 << 20]).unwrap();
+        visitor.outgoing = values.lock().answer_to(&super::super::message::bytes(GET, b"key", b"")).unwrap();
+        let all = visitor.outgoing.len();
+        let reading = std::thread::spawn(move || {
+            let mut piece = vec![0; 1 << 20];
+            let mut read = 0;
+            while read < all {
+                read += reader.read(&mut piece).unwrap();
+            }
+            reader
+        });
+        while !visitor.outgoing.is_empty() {
+            let before = visitor.sent;
+            assert!(visitor.turn(&values).unwrap());
+            // When all is sent, nothing of it is kept.
+            let sent = if visitor.outgoing.is_empty() { all } else { visitor.sent };
+            assert!(sent - before <= TURN, "{sent} bytes from {before} on in one turn");
+        }
+        drop(reading.join().unwrap());
+    }
 
     #[test]
     fn a_store_that_is_full_says_so_and_takes_shorter_values() {

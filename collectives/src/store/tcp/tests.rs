@@ -2,9 +2,9 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv6Addr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::message::{self, GET, SET};
 use super::{Side, Store, TcpStore};
@@ -60,7 +60,7 @@ fn strangers_garbage_and_silence_are_refused_and_counted_and_harm_nobody() {
     for (bytes, answer) in [
         (b"GET / HTTP/1.1\r\n\r\n".to_vec(), 4),
         (b"pilltcp9........".to_vec(), 5),
-        (greeting("wrong", STORE), 6),
+        (greeting("wrong", STORE), 11),
         (greeting("right", MEETING), 8),
     ] {
         let mut socket = dial(&address);
@@ -96,7 +96,7 @@ fn strangers_garbage_and_silence_are_refused_and_counted_and_harm_nobody() {
     let two = TcpStore::visit(&address, "right", PATIENCE).unwrap();
     assert_eq!(two.add("count", 1).unwrap(), 1);
     let remark = zero.remark().unwrap();
-    for count in ["did not greet as a rank does", "1 by another version", "1 of another job", "1 with a rank"] {
+    for count in ["did not greet as a rank does", "1 by another version", "1 with another secret", "1 with a rank"] {
         assert!(remark.contains(count), "{remark}");
     }
     let error = zero.wait("never", Duration::ZERO).unwrap_err().to_string();
@@ -125,6 +125,43 @@ fn nothing_is_left_of_a_store_that_is_dropped() {
         zero.set("key", value).unwrap();
         assert_eq!(one.get("key").unwrap().unwrap(), value);
     }
+}
+
+#[test]
+fn a_copy_of_its_bell_keeps_no_store() {
+    let zero = TcpStore::serve(&free_address(), "right", PATIENCE).unwrap();
+    let Side::Server(server) = &zero.0 else { unreachable!() };
+    // As a child has one that was forked before the bell was guarded.
+    let copy = server.bell().try_clone().unwrap();
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        drop(zero);
+        sender.send(())
+    });
+    receiver.recv_timeout(PATIENCE).expect("the store waits for its thread");
+    drop(copy);
+}
+
+#[test]
+fn a_listener_that_sends_one_byte_after_the_other_moves_no_deadline() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    thread::spawn(move || {
+        for socket in listener.incoming() {
+            let mut socket = socket.unwrap();
+            let _ = socket.read_exact(&mut vec![0; greeting("", STORE).len()]);
+            let value = [12_u64, 1 << 20, 0].map(u64::to_le_bytes).concat();
+            let _ = socket.write_all(&[&[0; 8][..], &value].concat());
+            // Within the limit each, and for longer than this test.
+            while socket.write_all(b"x").is_ok() {
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+    });
+    let (store, started) = (TcpStore::visit(&address, "right", Duration::from_millis(300)).unwrap(), Instant::now());
+    let error = store.get("key").unwrap_err().to_string();
+    assert!(error.contains("does not answer"), "{error}");
+    assert!(started.elapsed() < PATIENCE, "it waited for the whole value");
 }
 
 #[test]
@@ -161,7 +198,7 @@ fn what_keeps_a_visitor_from_the_store_is_named_with_the_remedy() {
     let taken = error(TcpStore::serve(&address, "right", short));
     assert!(taken.contains("cannot listen at port") && taken.contains("choose another port"), "{taken}");
     let stranger = error(TcpStore::visit(&address, "wrong", PATIENCE / 12));
-    assert!(stranger.contains("PILLION_SECRET"), "{stranger}");
+    assert!(stranger.contains("one with another secret") && !stranger.contains("PILLION_SECRET"), "{stranger}");
     let one = TcpStore::visit(&address, "right", PATIENCE / 12).unwrap();
     let long = one.set(&"x".repeat(5000), b"").unwrap_err().to_string();
     assert!(long.contains("5000 bytes, and at most 1024 fit"), "{long}");

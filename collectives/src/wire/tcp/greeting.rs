@@ -50,8 +50,6 @@ pub(crate) const MEETING: u64 = 0;
 pub(crate) const GIVES_UP: u64 = 2;
 /// That of a connection to a store.
 pub(crate) const STORE: u64 = 4;
-/// Of a rank that meets the others through a store: it has read the table.
-pub(super) const HAS_READ: u64 = 6;
 
 impl Greeting {
     pub(crate) fn bytes(&self) -> [u8; LEN] {
@@ -125,6 +123,8 @@ pub(crate) enum Refusal {
     Taken,
     /// Rank 0 gives up; the digest of the reason follows.
     GaveUp,
+    /// As [`Refusal::Token`], at a store.
+    Secret,
 }
 
 impl fmt::Display for Refusal {
@@ -140,6 +140,7 @@ impl fmt::Display for Refusal {
             Refusal::NoSuchRank => "with a rank that cannot be",
             Refusal::Taken => "with the number of one that had come already (--node-rank)",
             Refusal::GaveUp => "that came too late",
+            Refusal::Secret => "with another secret",
         })
     }
 }
@@ -148,7 +149,7 @@ impl Refusal {
     /// The one of this number.
     pub(crate) fn of(number: u64) -> Option<Refusal> {
         use Refusal::*;
-        [Silent, Unfinished, HungUp, Garbage, Version, Token, Terms, NoSuchRank, Taken, GaveUp]
+        [Silent, Unfinished, HungUp, Garbage, Version, Token, Terms, NoSuchRank, Taken, GaveUp, Secret]
             .into_iter()
             .find(|&refusal| refusal as u64 == number)
     }

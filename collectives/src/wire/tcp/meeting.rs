@@ -171,17 +171,20 @@ pub(super) fn serve(own: &Greeting, address: &str, patience: &mut Patience) -> R
     Ok(members)
 }
 
-/// Takes in some of those who connect. The newest push out the oldest that have not greeted.
+/// Takes in some of those who connect, and returns how many. The newest push out the oldest that
+/// have not greeted.
 ///
 /// # Errors
 /// When no file more can be opened.
-pub(crate) fn accept_some(listener: &TcpListener, waiting: &mut VecDeque<Arriving>) -> std::io::Result<()> {
+pub(crate) fn accept_some(listener: &TcpListener, waiting: &mut VecDeque<Arriving>) -> std::io::Result<usize> {
+    let mut accepted = 0;
     for _ in 0..MOST_WAITING {
         match listener.accept() {
             Ok((socket, _)) if socket.set_nonblocking(true).is_ok() => {
                 waiting.push_back(Arriving::new(Guarded::new(socket)));
+                accepted += 1;
             }
-            Ok(_) => {}
+            Ok(_) => accepted += 1,
             // Without the older ones there is room for this one.
             Err(error) if is_out_of_files(&error) => match waiting.pop_front() {
                 Some(_) => {}
@@ -194,7 +197,7 @@ pub(crate) fn accept_some(listener: &TcpListener, waiting: &mut VecDeque<Arrivin
             waiting.pop_front();
         }
     }
-    Ok(())
+    Ok(accepted)
 }
 
 /// Who greeted.

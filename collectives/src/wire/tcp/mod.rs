@@ -34,6 +34,7 @@ pub(crate) use decline::decline;
 use line::Line;
 pub(crate) use lookout::{Lookout, lost};
 pub(crate) use network::{Network, offered_address};
+pub(crate) use through_store::attempt::Attempt;
 pub(crate) use through_store::{GIVE_UP_WITHIN, decline as decline_through};
 
 /// The tags: that of messages between two ranks, and those of the channels for gathers, reductions

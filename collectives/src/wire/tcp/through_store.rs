@@ -6,48 +6,60 @@
 //! in it. Every key is used again by the next session, so that a store does not grow.
 
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use self::record::{Outcome, Record, Table};
-use super::greeting::{GIVES_UP, Greeting, HAS_READ, MEETING};
+use self::attempt::Attempt;
+use self::record::{Outcome, Record};
+use super::greeting::{GIVES_UP, Greeting, MEETING};
 use super::interface;
-use super::lookout::{Lookout, lost};
 use super::meeting::Member;
 use super::network::{Network, host_name, listen_for_ranks};
 use crate::error::ranks;
+use crate::memory::fork::Guarded;
 use crate::patience::Patience;
-use crate::store::{Nap, random};
+use crate::store::random;
 use crate::terms::Terms;
-use crate::{Error, Launch, Options, Store};
+use crate::{Error, Launch, Options};
 
+pub(crate) mod attempt;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod others;
 mod record;
+mod zero;
 
 /// How long rank 0 waits, when it gives up, for ranks that have yet to come and be told.
 const TELL_ALL_WITHIN: Duration = Duration::from_secs(10);
 /// How long rank 0 waits, at its deadline, until the ranks that have come have read who has not.
 /// The other ranks wait as long for rank 0's words after their own deadline.
 const TELL_WITHIN: Duration = Duration::from_secs(2);
-/// How long a rank takes at most when it gives up, beyond its deadline.
+/// How long the ranks have at least, from rank 0's table on, to read it. A folder of another host
+/// may show it late.
+const READ_WITHIN: Duration = Duration::from_secs(10);
+/// How long a rank takes at most beyond its deadline, when it gives up or when rank 0 waits for
+/// readers.
 pub(crate) const GIVE_UP_WITHIN: Duration = Duration::from_secs(15);
 /// How long another rank that cannot join waits until rank 0 has heard of it.
 const TELL_ZERO_WITHIN: Duration = Duration::from_secs(4);
-/// How long an answer of rank 0's listener may take.
-const ANSWER: Duration = Duration::from_millis(200);
 
 const TABLE: &str = "pillion/table";
 
+/// Where a rank sets its record.
 fn key(rank: usize) -> String {
     format!("pillion/rank/{rank}")
 }
 
+/// Where a rank sets the session whose table it has read. Its next attempt overwrites its record,
+/// and leaves this.
+fn read_key(rank: usize) -> String {
+    format!("pillion/read/{rank}")
+}
+
 /// One rank's side of the meeting.
 struct Side<'a> {
-    store: &'a dyn Store,
+    attempt: &'a Arc<Attempt>,
     launch: &'a Launch,
     /// Its `token` is the session, once there is one.
     own: Greeting,
@@ -60,21 +72,17 @@ impl Network {
     /// # Errors
     /// [`Error::Rendezvous`] that names the ranks that did not come, or the settings that differ;
     /// [`Error::Aborted`] for a rank that cannot join; those of the store.
-    pub(crate) fn meet_through(store: &dyn Store, launch: &Launch, options: &Options) -> Result<Arc<Network>, Error> {
-        let fail = |reason: String| fail(launch, reason);
-        let (listener, port) = listen_for_ranks().map_err(fail)?;
-        let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find).map_err(fail)?;
-        let address = match offered.first() {
-            Some(&first) => interface::choose(&offered, first).map_err(fail)?,
-            None => interface::source(None),
-        };
-        let own = Greeting {
-            port,
-            address,
-            host: host_name(launch).map_err(fail)?,
-            ..greeting(launch, MEETING, Terms::of(launch, options))
-        };
-        let mut side = Side { store, launch, own, word: word()? };
+    pub(crate) fn meet_through(
+        attempt: &Arc<Attempt>,
+        launch: &Launch,
+        options: &Options,
+    ) -> Result<Arc<Network>, Error> {
+        let (listener, offered, own) = prepare(launch, options).map_err(|reason| {
+            // No other rank would know it.
+            decline(attempt, launch, &reason);
+            fail(launch, reason)
+        })?;
+        let mut side = Side { attempt, launch, own, word: word()? };
         let limit = options.startup_timeout.saturating_add(if launch.rank == 0 { Duration::ZERO } else { TELL_WITHIN });
         let patience = Patience::new(launch.rank, limit, options.warn_after);
         let mut patience = patience.stopped_by(options.stop.clone());
@@ -85,18 +93,47 @@ impl Network {
         let network = Network::new(launch, options, token, members, listener).with(words);
         match launch.rank {
             // The store may go when rank 0 goes on.
-            0 => side.wait_for_readers(&network, &mut patience)?,
-            _ => side.set(HAS_READ, "")?,
+            0 => {
+                // The last rank may have come just before rank 0's deadline.
+                patience.last_at_least(READ_WITHIN);
+                side.wait_for_readers(&network, &mut patience)?;
+            }
+            _ => side.set_read()?,
         }
+        attempt.set_met();
         Ok(Arc::new(network))
     }
 }
 
+/// Opens this rank's listener. Returns it, the addresses of the interface that was chosen, if one
+/// was, and what this rank says of itself.
+fn prepare(launch: &Launch, options: &Options) -> Result<(Guarded<TcpListener>, Vec<IpAddr>, Greeting), String> {
+    let (listener, port) = listen_for_ranks()?;
+    let offered = launch.interface.as_deref().map_or(Ok(Vec::new()), interface::find)?;
+    let address = match offered.first() {
+        Some(&first) => interface::choose(&offered, first)?,
+        None => interface::source(None),
+    };
+    let own = greeting(launch, MEETING, Terms::of(launch, options));
+    Ok((listener, offered, Greeting { port, address, host: host_name(launch)?, ..own }))
+}
+
 /// Tells the other ranks that this one cannot join. Returns whether rank 0 gives up for the same
-/// reason, so that this rank need not say it again.
-pub(crate) fn decline(store: &dyn Store, launch: &Launch, reason: &str) -> bool {
+/// reason, so that this rank need not say it again. Takes some seconds at most, whatever the store
+/// does.
+pub(crate) fn decline(attempt: &Arc<Attempt>, launch: &Launch, reason: &str) -> bool {
+    let limit = if launch.rank == 0 { TELL_ALL_WITHIN } else { TELL_ZERO_WITHIN };
+    let (launch, reason) = (launch.clone(), reason.to_owned());
+    let is_said = Attempt::within(limit, attempt, move |attempt| tell_reason(attempt, &launch, &reason));
+    if is_said.is_none() {
+        attempt.give_up();
+    }
+    is_said.unwrap_or(false)
+}
+
+fn tell_reason(attempt: &Arc<Attempt>, launch: &Launch, reason: &str) -> bool {
     let Ok(word) = word() else { return false };
-    let mut side = Side { store, launch, own: greeting(launch, GIVES_UP, Terms::default()), word };
+    let mut side = Side { attempt, launch, own: greeting(launch, GIVES_UP, Terms::default()), word };
     // This rank ends because of its own error, not because of one in telling it.
     let told = match launch.rank {
         0 => side
@@ -111,22 +148,16 @@ pub(crate) fn decline(store: &dyn Store, launch: &Launch, reason: &str) -> bool 
 type Met = (u64, Vec<u128>, Vec<Member>);
 
 impl Side<'_> {
-    /// Opens a session, as rank 0.
-    fn open(&mut self) -> Result<(), Error> {
-        [self.own.token] = random()?;
-        self.set(MEETING, "")
-    }
-
     /// Sets this rank's record.
     fn set(&self, purpose: u64, reason: &str) -> Result<(), Error> {
         let greeting = Greeting { purpose, ..self.own.clone() };
         let record = Record { word: self.word, greeting, reason: reason.to_owned() };
-        self.store.set(&key(self.launch.rank), &record.bytes())
+        self.attempt.set(&key(self.launch.rank), &record.bytes())
     }
 
     /// A rank's record, of whatever session.
     fn record(&self, rank: usize) -> Result<Option<Record>, Error> {
-        let record = self.store.get(&key(rank))?.and_then(|bytes| Record::read(&bytes));
+        let record = self.attempt.store.get(&key(rank))?.and_then(|bytes| Record::read(&bytes));
         Ok(record.filter(|record| record.greeting.rank == rank as u64))
     }
 
@@ -135,243 +166,10 @@ impl Side<'_> {
         Ok(self.record(rank)?.filter(|record| record.greeting.token == self.own.token))
     }
 
-    /// Every rank but rank 0.
-    fn others(&self) -> Vec<usize> {
-        (1..self.launch.world).collect()
-    }
-
-    /// Adds the records of those of `all` that have come.
-    fn gather(&self, all: &[usize], come: &mut BTreeMap<usize, Record>) -> Result<(), Error> {
-        for &rank in all {
-            if let Some(record) = self.record_here(rank)? {
-                come.insert(rank, record);
-            }
-        }
-        Ok(())
-    }
-
-    /// Rank 0's side until the table is set.
-    fn serve(&mut self, patience: &mut Patience) -> Result<Met, Error> {
-        self.open()?;
-        let world = self.launch.world;
-        let (mut come, mut nap) = (BTreeMap::new(), Nap::default());
-        loop {
-            let missing: Vec<usize> = (1..world).filter(|rank| !come.contains_key(rank)).collect();
-            self.gather(&missing, &mut come)?;
-            let is_whole = come.len() == world - 1;
-            if is_whole {
-                // A rank that was started again meanwhile has another word.
-                self.gather(&self.others(), &mut come)?;
-            }
-            if let Some(outcome) = self.obstacle(&come) {
-                // What every rank reports need not be reported twice.
-                self.tell(&self.others(), come, &outcome, TELL_ALL_WITHIN)?;
-                return Err(outcome.error(self.launch));
-            }
-            if is_whole {
-                break;
-            }
-            let missing: Vec<usize> = missing.into_iter().filter(|rank| !come.contains_key(rank)).collect();
-            if patience.is_over() {
-                let outcome = Outcome::Failed { reason: self.absent(&missing) };
-                self.tell(&come.keys().copied().collect::<Vec<_>>(), come, &outcome, TELL_WITHIN)?;
-                return Err(outcome.error(self.launch));
-            }
-            patience.warn(|| format!("{} at the store", ranks(&missing)));
-            nap.take(patience.left());
-        }
-        let [token] = random()?;
-        let zero = Record { word: self.word, greeting: self.own.clone(), reason: String::new() };
-        let all = || std::iter::once(&zero).chain(come.values());
-        let words: Vec<u128> = all().map(|record| record.word).collect();
-        let members: Vec<Member> = all().map(Record::member).collect();
-        let outcome = Outcome::Met { token, members: members.clone() };
-        let table = Table { session: self.own.token, words: words.clone(), outcome };
-        self.store.set(TABLE, &table.bytes())?;
-        Ok((token, words, members))
-    }
-
-    /// Why the ranks that have come cannot go on together.
-    fn obstacle(&self, come: &BTreeMap<usize, Record>) -> Option<Outcome> {
-        let quitter = come.iter().find(|(_, record)| record.greeting.purpose == GIVES_UP);
-        if let Some((&rank, record)) = quitter {
-            return Some(aborted(rank, &record.reason));
-        }
-        come.iter().find_map(|(rank, record)| {
-            let differences = record.greeting.terms.differences(&format!("rank {rank}"), &self.own.terms)?;
-            Some(Outcome::Failed { reason: differences })
-        })
-    }
-
-    /// Tells `whom` of the other ranks, who have come or come within `limit`, why this attempt
-    /// ends. Returns when they have read it, because the store may go then.
-    fn tell(
-        &self,
-        whom: &[usize],
-        mut come: BTreeMap<usize, Record>,
-        outcome: &Outcome,
-        limit: Duration,
-    ) -> Result<(), Error> {
-        let (started, mut nap, mut told) = (Instant::now(), Nap::default(), None);
-        loop {
-            let words: Vec<u128> = come.values().map(|record| record.word).collect();
-            if told.as_ref() != Some(&words) {
-                let table = Table { session: self.own.token, words: words.clone(), outcome: outcome.clone() };
-                self.store.set(TABLE, &table.bytes())?;
-                told = Some(words);
-            }
-            let have_read = come.values().all(|record| record.greeting.purpose == HAS_READ);
-            if (have_read && come.len() == whom.len()) || started.elapsed() >= limit {
-                return Ok(());
-            }
-            nap.take(limit);
-            self.gather(whom, &mut come)?;
-        }
-    }
-
-    /// Waits, as rank 0, until every other rank has read the table.
-    fn wait_for_readers(&self, network: &Network, patience: &mut Patience) -> Result<(), Error> {
-        let mut missing = self.others();
-        let (mut lookout, mut nap) = (Lookout::new(network), Nap::default());
-        loop {
-            let mut still = Vec::new();
-            for rank in missing {
-                if self.record_here(rank)?.is_none_or(|record| record.greeting.purpose != HAS_READ) {
-                    still.push(rank);
-                }
-            }
-            missing = still;
-            if missing.is_empty() {
-                return Ok(());
-            }
-            let gone = lookout.gone(&missing);
-            if !gone.is_empty() {
-                return Err(lost(network, &gone));
-            }
-            if patience.is_over() {
-                let reason = format!("{} came, and then did not read where the others are", ranks(&missing));
-                return Err(fail(self.launch, reason));
-            }
-            patience.warn(|| format!("{} to read the table", ranks(&missing)));
-            nap.take(patience.left());
-        }
-    }
-
-    /// The side of the other ranks.
-    fn visit(&mut self, offered: &[IpAddr], patience: &mut Patience) -> Result<Met, Error> {
-        // The session for which this rank's record is set, and whether its table was there before.
-        let (mut joined, mut was_over, mut nap) = (None, false, Nap::default());
-        loop {
-            // In this order: where rank 0 has opened another session, the table of the one before
-            // is there.
-            let zero = self.record(0)?;
-            let table = self.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
-            let session = table.as_ref().map(|table| table.session);
-            match table {
-                Some(table) if table.words.contains(&self.word) => return self.met(table),
-                Some(Table { outcome: Outcome::Met { members, .. }, .. }) if session == joined && !was_over => {
-                    return Err(fail(self.launch, self.met_without(members.len())));
-                }
-                _ => {}
-            }
-            if let Some(Record { greeting: zero, .. }) = &zero
-                && joined != Some(zero.token)
-            {
-                (joined, was_over) = (Some(zero.token), session == Some(zero.token));
-                let address = match offered {
-                    [] => interface::source(Some(zero.address)),
-                    _ => interface::choose(offered, zero.address).map_err(|reason| fail(self.launch, reason))?,
-                };
-                self.own = Greeting { token: zero.token, address, ..self.own.clone() };
-                self.set(MEETING, "")?;
-                nap = Nap::default();
-            }
-            if patience.is_over() {
-                return self.give_up(zero.as_ref(), was_over);
-            }
-            patience.warn(|| "the other ranks at the store".to_owned());
-            nap.take(patience.left());
-        }
-    }
-
-    /// What a table says that is meant for this rank.
-    fn met(&self, Table { words, outcome, .. }: Table) -> Result<Met, Error> {
-        match outcome {
-            Outcome::Met { token, members } => Ok((token, words, members)),
-            outcome => {
-                // Rank 0 waits for this. Where the store is gone already, it does not.
-                let _ = self.set(HAS_READ, "");
-                Err(outcome.error(self.launch))
-            }
-        }
-    }
-
-    /// Why this rank is not among those `theirs` ranks that met.
-    fn met_without(&self, theirs: usize) -> String {
-        let (rank, world) = (self.launch.rank, self.launch.world);
-        if theirs == world {
-            return format!("rank {rank} has come already: start each rank once, and give each job a store of its own");
-        }
-        format!("the number of ranks is {world} on this rank and {theirs} on rank 0: give every rank the same settings")
-    }
-
-    /// At the deadline of a rank other than 0: says who has not come. `zero` is rank 0's record,
-    /// whose meeting was over when this rank came if `was_over`.
-    fn give_up(&self, zero: Option<&Record>, was_over: bool) -> Result<Met, Error> {
-        let is_gone = zero.is_none_or(|zero| has_ended(&zero.greeting));
-        // Rank 0 sets a table before it goes.
-        let table = self.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
-        let reason = match table {
-            Some(table) if table.words.contains(&self.word) => return self.met(table),
-            Some(Table { outcome: Outcome::Met { members, .. }, .. }) if was_over && !is_gone => {
-                self.met_without(members.len())
-            }
-            _ if was_over || is_gone => self.absent(&[0]),
-            _ => {
-                let mut missing = Vec::new();
-                for rank in (1..self.launch.world).filter(|&rank| rank != self.launch.rank) {
-                    if self.record_here(rank)?.is_none() {
-                        missing.push(rank);
-                    }
-                }
-                self.absent(if missing.is_empty() { &[0] } else { &missing })
-            }
-        };
-        Err(fail(self.launch, reason))
-    }
-
     fn absent(&self, missing: &[usize]) -> String {
-        let remark = self.store.remark().map_or_else(String::new, |remark| format!("; {remark}"));
+        let remark = self.attempt.store.remark().map_or_else(String::new, |remark| format!("; {remark}"));
         format!("{} did not come: was it started, with the same store?{remark}", ranks(missing))
     }
-
-    /// Tells rank 0 that this rank cannot join; what rank 0 answers, if it does in time.
-    fn tell_zero(&mut self, reason: &str) -> Result<Option<Outcome>, Error> {
-        let (started, mut joined, mut nap) = (Instant::now(), None, Nap::default());
-        while started.elapsed() < TELL_ZERO_WITHIN {
-            let table = self.store.get(TABLE)?.and_then(|bytes| Table::read(&bytes));
-            if let Some(table) = table.filter(|table| table.words.contains(&self.word)) {
-                self.set(HAS_READ, "")?;
-                return Ok(Some(table.outcome));
-            }
-            if let Some(zero) = self.record(0)?
-                && joined != Some(zero.greeting.token)
-            {
-                joined = Some(zero.greeting.token);
-                self.own.token = zero.greeting.token;
-                self.set(GIVES_UP, reason)?;
-            }
-            nap.take(TELL_ZERO_WITHIN);
-        }
-        Ok(None)
-    }
-}
-
-/// Whether nobody listens any more where a rank said that it does.
-fn has_ended(greeting: &Greeting) -> bool {
-    let address = SocketAddr::new(greeting.address, greeting.port);
-    let refused = TcpStream::connect_timeout(&address, ANSWER).err();
-    refused.is_some_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
 fn aborted(rank: usize, reason: &str) -> Outcome {
