@@ -18,7 +18,7 @@ use crate::limits::explain_thread;
 use crate::memory::control::state;
 use crate::transport::{Capabilities, Limit, Transport};
 use crate::wire::tcp::{Attempt, GIVE_UP_WITHIN};
-use crate::{Backend, Error, Launch, Options, Sections, Span, Store, Window, WireKind};
+use crate::{Backend, Error, Launch, Options, Recorded, Sections, Store, Window, WireKind};
 
 /// How often a rank that waits for others at the start looks whether it shall end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -284,7 +284,7 @@ impl Communicator {
     }
 
     /// The operations that were recorded and have ended since this was last asked: those of one kind in the order of their calls.
-    pub fn recorded(&self) -> Vec<Span> {
+    pub fn recorded(&self) -> Vec<Recorded> {
         self.transport.record().take()
     }
 

@@ -9,7 +9,7 @@ use crate::engine::group::Group;
 use crate::hosts::Hosts;
 use crate::limits::explain_thread;
 use crate::memory::mapping::MAPPING;
-use crate::rendezvous::{self, Place};
+use crate::rendezvous::{self, Participant};
 use crate::terms::Terms;
 use crate::wire::tcp::{Attempt, Lookout, Network, TcpWire, lost};
 use crate::wire::threads::ThreadWire;
@@ -119,7 +119,7 @@ pub(crate) fn join(job: &Job, options: Options) -> Result<Joined, Error> {
         None => format!("{}@{first}", job.name),
     };
     let local = hosts.place(rank);
-    let place = Place {
+    let place = Participant {
         name: &name,
         rank: local,
         world: hosts.local().len(),
@@ -210,8 +210,8 @@ pub(crate) fn decline_for(job: &Job, reason: &str) -> bool {
     // Ranks that decline compare reasons alone.
     let terms = Terms::default();
     let place = match local_world == job.world {
-        true => Place { name: &job.name, rank, world, global_rank, global_world, terms },
-        false => Place { name: &name, rank: local_rank, world: local_world, global_rank, global_world, terms },
+        true => Participant { name: &job.name, rank, world, global_rank, global_world, terms },
+        false => Participant { name: &name, rank: local_rank, world: local_world, global_rank, global_world, terms },
     };
     rendezvous::decline(&place, hasher.finish())
 }

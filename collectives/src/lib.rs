@@ -57,7 +57,7 @@ pub use operations::Start;
 pub use options::{Backend, Options, WireKind};
 pub use parts::Parts;
 pub use pending::Pending;
-pub use record::Span;
+pub use record::Recorded;
 pub use reduce::{Observation, Reduce, Sideband, Summand, Sums};
 pub use reduction::Reduction;
 pub use request::Envelope;

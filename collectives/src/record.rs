@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 /// An operation that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
+pub struct Recorded {
     /// Which one: "all-gather", "window gather", "reduce-scatter" and so on.
     pub operation: &'static str,
     /// When this rank took part, its operands being there. Other ranks may have come later.
@@ -22,7 +22,7 @@ pub struct Span {
 #[derive(Default)]
 pub(crate) struct Record {
     wanted: AtomicBool,
-    spans: Mutex<Vec<Span>>,
+    spans: Mutex<Vec<Recorded>>,
 }
 
 impl Record {
@@ -35,11 +35,11 @@ impl Record {
         self.wanted.load(Ordering::Relaxed).then(Instant::now)
     }
 
-    pub(crate) fn end(&self, span: Span) {
+    pub(crate) fn end(&self, span: Recorded) {
         self.spans.lock().push(span);
     }
 
-    pub(crate) fn take(&self) -> Vec<Span> {
+    pub(crate) fn take(&self) -> Vec<Recorded> {
         std::mem::take(&mut *self.spans.lock())
     }
 }

@@ -40,7 +40,7 @@ const RETRY_EVERY: Duration = Duration::from_millis(5);
 const MOST_BYTES: u64 = 1 << 47;
 
 /// One of the ranks that meet.
-pub(crate) struct Place<'a> {
+pub(crate) struct Participant<'a> {
     /// Of the meeting: the job's name, with a suffix where not the whole job meets. At most 99 bytes.
     pub(crate) name: &'a str,
     /// This rank, counted among those who meet.
@@ -67,7 +67,7 @@ const ASK_EVERY: Duration = Duration::from_millis(200);
 /// # Errors
 /// Those of `go_on`, too.
 pub(crate) fn join(
-    place: &Place<'_>,
+    place: &Participant<'_>,
     limit: Duration,
     warn_after: Duration,
     go_on: &mut GoOn<'_>,
@@ -84,7 +84,7 @@ pub(crate) fn join(
     }
 }
 
-impl Place<'_> {
+impl Participant<'_> {
     fn address(&self) -> Result<SocketAddrUnix, Error> {
         let name = format!("pillion/{}", self.name);
         SocketAddrUnix::new_abstract_name(name.as_bytes())
@@ -115,7 +115,7 @@ enum Attempt {
 }
 
 fn connect(
-    place: &Place<'_>,
+    place: &Participant<'_>,
     address: &SocketAddrUnix,
     patience: &mut Patience,
     go_on: &mut GoOn<'_>,
@@ -136,7 +136,7 @@ fn connect(
 }
 
 fn attempt(
-    place: &Place<'_>,
+    place: &Participant<'_>,
     address: &SocketAddrUnix,
     patience: &mut Patience,
     go_on: &mut GoOn<'_>,
@@ -159,7 +159,7 @@ fn attempt(
 
 /// Greets on a connection to `peer`, which may be rank 0, and reads its answer.
 fn ask(
-    place: &Place<'_>,
+    place: &Participant<'_>,
     socket: &Socket,
     peer: &Peer,
     patience: &mut Patience,
@@ -239,7 +239,7 @@ fn ask(
 }
 
 /// Maps what rank 0 sent, if nobody can shrink it under the mapping: touching what is gone would end the process.
-fn map(place: &Place<'_>, file: OwnedFd, reserve: u64) -> Result<Arc<Mapping>, Error> {
+fn map(place: &Participant<'_>, file: OwnedFd, reserve: u64) -> Result<Arc<Mapping>, Error> {
     let bytes = reserve.checked_mul(place.world as u64);
     if !reserve.is_multiple_of(mapping::PAGE) || bytes.is_none_or(|bytes| bytes > MOST_BYTES) {
         return Err(place.fail(format!(

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Span, Traffic};
+use pillion_collectives::{Communicator, Recorded, Traffic};
 use pillion_kernels::{Buffer, DType, Device};
 
 use crate::{Error, Mesh, Policy, Sharded};
@@ -67,7 +67,7 @@ impl Axes {
     }
 
     /// What was recorded of collectives, along the two axes, since this was last asked.
-    pub(crate) fn recorded(&self) -> [Vec<Span>; 2] {
+    pub(crate) fn recorded(&self) -> [Vec<Recorded>; 2] {
         [&self.shard, &self.replicate].map(|axis| axis.as_ref().map_or_else(Vec::new, |axis| axis.recorded()))
     }
 

@@ -48,7 +48,7 @@ pub(crate) fn runs(layout: &Layout, limit: usize) -> Vec<Range<usize>> {
 pub(crate) struct Buckets {
     pub(crate) buckets: Vec<Bucket>,
     /// Of each unit.
-    pub(crate) places: Vec<Place>,
+    pub(crate) places: Vec<InBucket>,
 }
 
 /// A run of units.
@@ -65,7 +65,7 @@ pub(crate) struct Bucket {
 
 /// A unit's place in its bucket.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct InBucket {
     pub(crate) bucket: usize,
     /// Its number in the bucket.
     pub(crate) section: usize,
@@ -83,7 +83,7 @@ impl Buckets {
             for (section, unit) in layout.units[units.clone()].iter().enumerate() {
                 let [full, of_shard] = [padded..padded + unit.padded, shard..shard + unit.shard];
                 (padded, shard) = (full.end, of_shard.end);
-                places.push(Place { bucket, section, full, shard: of_shard });
+                places.push(InBucket { bucket, section, full, shard: of_shard });
             }
             let chunks: Vec<usize> = layout.units[units.clone()].iter().map(|unit| unit.shard).collect();
             let sections =

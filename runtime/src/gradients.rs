@@ -7,7 +7,7 @@ use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Buffer, DType, Device, Event, Stream, View, ViewMut};
 
 use crate::axes::Axes;
-use crate::buckets::{Bucket, Buckets, Place};
+use crate::buckets::{Bucket, Buckets, InBucket};
 use crate::engine::bytes;
 use crate::weights::LOST;
 use crate::{Error, Layout, Outline, Policy};
@@ -127,7 +127,7 @@ impl GradientStore {
     /// A unit's part of an open slot, and of its sideband.
     pub(crate) fn opened(&mut self, slot: usize, unit: usize) -> (ViewMut<'_>, ViewMut<'_>) {
         let Slot { gradient, sideband, .. } = &mut self.slots[slot];
-        let Place { section, full, .. } = &self.buckets.places[unit];
+        let InBucket { section, full, .. } = &self.buckets.places[unit];
         let gradient = gradient.as_mut().expect(LOST).slice_mut(full.clone());
         (gradient, sideband.as_mut().expect(LOST).slice_mut(sideband::of(*section)))
     }
@@ -136,7 +136,7 @@ impl GradientStore {
     /// that times the square norm of what will travel, of `len` elements, into the unit's sideband.
     pub(crate) fn complete(&mut self, slot: usize, unit: usize, len: usize, weight: Option<f64>, stream: &dyn Stream) {
         let Slot { gradient, narrow, sideband, .. } = &mut self.slots[slot];
-        let Place { section, full, .. } = &self.buckets.places[unit];
+        let InBucket { section, full, .. } = &self.buckets.places[unit];
         let gradient = gradient.as_ref().expect(LOST);
         if let Some(narrow) = narrow {
             stream.cast(narrow.slice_mut(full.clone()), gradient.slice(full.clone()));
@@ -161,7 +161,7 @@ impl GradientStore {
 
     /// What a unit's comparison has found.
     pub(crate) fn compared(&self, unit: usize) -> View<'_> {
-        let Place { bucket, section, .. } = &self.buckets.places[unit];
+        let InBucket { bucket, section, .. } = &self.buckets.places[unit];
         let compared = self.sums[*bucket].compared.as_ref().expect(LOST);
         let len = compared.len() / self.buckets.buckets[*bucket].units.len();
         compared.slice(section * len..(section + 1) * len)
@@ -244,7 +244,7 @@ impl GradientStore {
 
     /// A unit's summed gradient, `[shard]`, and the totals of its sidebands over the ranks of the group.
     pub(crate) fn sums(&self, unit: usize) -> (View<'_>, View<'_>) {
-        let Place { bucket, section, full, shard } = &self.buckets.places[unit];
+        let InBucket { bucket, section, full, shard } = &self.buckets.places[unit];
         let (gradient, range, totals) = match self.sums.get(*bucket) {
             Some(sum) => (&sum.gradient, shard, &sum.totals),
             None => (&self.slots[*bucket].gradient, full, &self.slots[*bucket].sideband),

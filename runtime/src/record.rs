@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use pillion_collectives::Span;
+use pillion_collectives::Recorded;
 
 use crate::axes::Axes;
 use crate::trace::{self, TraceEvent, Track, label};
@@ -30,7 +30,7 @@ impl Recording {
 
     /// The host did this from `start` until now.
     pub(crate) fn host(&mut self, name: &'static str, units: Range<usize>, start: Instant) {
-        let span = Span { operation: name, start, end: Instant::now(), bytes: 0 };
+        let span = Recorded { operation: name, start, end: Instant::now(), bytes: 0 };
         self.push(Track::Compute, name, units, span);
     }
 
@@ -43,7 +43,8 @@ impl Recording {
             (Track::Reduce, &shard, ["reduce-scatter"; 2]),
             (Track::Replicate, &replicate, ["all-reduce"; 2]),
         ] {
-            let spans: Vec<Span> = spans.iter().filter(|span| operations.contains(&span.operation)).copied().collect();
+            let spans: Vec<Recorded> =
+                spans.iter().filter(|span| operations.contains(&span.operation)).copied().collect();
             let planned: Vec<Action> = plan
                 .operations
                 .iter()
@@ -59,7 +60,7 @@ impl Recording {
         }
     }
 
-    fn push(&mut self, track: Track, name: &'static str, units: Range<usize>, span: Span) {
+    fn push(&mut self, track: Track, name: &'static str, units: Range<usize>, span: Recorded) {
         self.events.push(TraceEvent {
             rank: self.rank,
             track,

@@ -8,7 +8,7 @@ use pillion_collectives::{Communicator, Pending, Window};
 use pillion_kernels::{Buffer, DType, Device, Event, Stream, View, ViewMut};
 
 use crate::axes::Axes;
-use crate::buckets::{Bucket, Buckets, Place};
+use crate::buckets::{Bucket, Buckets, InBucket};
 use crate::engine::bytes;
 use crate::{Error, Gather, Layout, Outline, Policy};
 
@@ -139,7 +139,7 @@ impl WeightStore {
             }
         };
         let number = axes.shard_number();
-        let shard = |place: &Place| {
+        let shard = |place: &InBucket| {
             let (start, len) = (place.full.start, place.shard.len());
             start + number * len..start + (number + 1) * len
         };
@@ -208,7 +208,7 @@ impl WeightStore {
 
     /// A gathered unit, with padding.
     pub(crate) fn gathered(&self, unit: usize, slot: usize) -> View<'_> {
-        let Place { bucket, full, .. } = &self.buckets.places[unit];
+        let InBucket { bucket, full, .. } = &self.buckets.places[unit];
         let all = match &self.memory {
             Memory::Slots { slots, .. } => slots[slot].held.get().buffer.view(),
             Memory::Windows(windows) => windows[*bucket].get().view().expect("a plan gathers what it reads"),
@@ -227,7 +227,7 @@ impl WeightStore {
 
     /// This rank's shard of a unit.
     pub(crate) fn shard(&self, unit: usize) -> View<'_> {
-        let Place { bucket, section, shard, .. } = &self.buckets.places[unit];
+        let InBucket { bucket, section, shard, .. } = &self.buckets.places[unit];
         match &self.memory {
             Memory::Slots { shards, .. } => shards[*bucket].as_ref().expect(LOST).slice(shard.clone()),
             Memory::Windows(windows) => {
@@ -239,7 +239,7 @@ impl WeightStore {
 
     /// This rank's shard of a unit, for writing.
     pub(crate) fn shard_mut(&mut self, unit: usize) -> Result<ViewMut<'_>, Error> {
-        let Place { bucket, section, shard, .. } = &self.buckets.places[unit];
+        let InBucket { bucket, section, shard, .. } = &self.buckets.places[unit];
         match &mut self.memory {
             Memory::Slots { shards, .. } => Ok(shards[*bucket].as_mut().expect(LOST).slice_mut(shard.clone())),
             Memory::Windows(windows) => Ok(windows[*bucket].get_mut().shard_mut(*section)?),

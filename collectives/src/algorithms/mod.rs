@@ -37,6 +37,8 @@ use operation::Operation;
 pub(crate) use scalars::Scalars;
 
 /// Any algorithm, for a flight to carry: one size, so that a new flight needs no memory.
+// A box would be an allocation for each operation.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum AnyAlgorithm {
     Operation(Operation),
     Brief(BriefAllReduce),

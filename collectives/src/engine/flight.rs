@@ -27,7 +27,7 @@ use crate::call::{describe, name};
 use crate::memory::control::{BRIEF, Call, Channel, ChannelControl, Header, PAYLOAD};
 use crate::memory::place::Place;
 use crate::outcome::{Ending, Outcome};
-use crate::record::Span;
+use crate::record::Recorded;
 use crate::transport::Limit;
 use crate::wire::Wire;
 
@@ -228,7 +228,7 @@ impl Course {
                     let bytes = algorithm.bytes_sent(group.hosts.world());
                     group.count(self.channel, bytes);
                     if let Some(start) = self.started {
-                        group.record.end(Span { operation: name(self.call), start, end: Instant::now(), bytes });
+                        group.record.end(Recorded { operation: name(self.call), start, end: Instant::now(), bytes });
                     }
                     return Ok(true);
                 }

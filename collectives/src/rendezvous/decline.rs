@@ -12,7 +12,7 @@ use rustix::net::{RecvFlags, SendFlags, SocketAddrUnix, SocketFlags};
 use super::message::{ANSWER, GIVES_UP, GREETING, Refusal, bytes, check_magic, number};
 use super::serve::{Connection, listen};
 use super::socket::{Socket, dial, peer, wait};
-use super::{Place, RETRY_EVERY};
+use super::{Participant, RETRY_EVERY};
 use crate::Error;
 use crate::memory::fork::Guarded;
 
@@ -24,7 +24,7 @@ const TELL_FOR: Duration = Duration::from_secs(4);
 
 /// Tells the other ranks that this one cannot join, for a reason with this digest. Returns whether
 /// rank 0 gives up for the same reason, so that this rank need not say it again.
-pub(crate) fn decline(place: &Place<'_>, digest: u64) -> bool {
+pub(crate) fn decline(place: &Participant<'_>, digest: u64) -> bool {
     let Ok(address) = place.address() else { return false };
     match (place.world, place.rank) {
         (1, _) => false,
@@ -39,7 +39,12 @@ pub(crate) fn decline(place: &Place<'_>, digest: u64) -> bool {
 }
 
 /// Answers whoever greets, until each of the `missing` ranks has.
-pub(super) fn tell(place: &Place<'_>, listener: &Socket, mut missing: BTreeSet<u64>, digest: u64) -> Result<(), Error> {
+pub(super) fn tell(
+    place: &Participant<'_>,
+    listener: &Socket,
+    mut missing: BTreeSet<u64>,
+    digest: u64,
+) -> Result<(), Error> {
     let deadline = Instant::now() + LISTEN_FOR;
     let mut waiting: Vec<Connection> = Vec::new();
     while !missing.is_empty() && Instant::now() < deadline {
@@ -66,7 +71,7 @@ pub(super) fn tell(place: &Place<'_>, listener: &Socket, mut missing: BTreeSet<u
     Ok(())
 }
 
-fn tell_rank_zero(place: &Place<'_>, address: &SocketAddrUnix, digest: u64) -> bool {
+fn tell_rank_zero(place: &Participant<'_>, address: &SocketAddrUnix, digest: u64) -> bool {
     let deadline = Instant::now() + TELL_FOR;
     while Instant::now() < deadline {
         if let Some(answer) = tell_once(place, address, digest, deadline) {
@@ -78,7 +83,12 @@ fn tell_rank_zero(place: &Place<'_>, address: &SocketAddrUnix, digest: u64) -> b
 }
 
 /// Rank 0's answer, if it listens and gives one.
-fn tell_once(place: &Place<'_>, address: &SocketAddrUnix, digest: u64, deadline: Instant) -> Option<[u8; ANSWER]> {
+fn tell_once(
+    place: &Participant<'_>,
+    address: &SocketAddrUnix,
+    digest: u64,
+    deadline: Instant,
+) -> Option<[u8; ANSWER]> {
     let socket = dial(address).ok()?;
     if !peer(&socket).ok()?.is_ours() {
         return None;

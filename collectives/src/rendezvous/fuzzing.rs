@@ -2,7 +2,7 @@
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-use super::Place;
+use super::Participant;
 use super::socket::Socket;
 use crate::memory::fork::Guarded;
 use crate::terms::Terms;
@@ -15,9 +15,9 @@ fn pair() -> (Socket, Socket) {
         .expect("a socket")
 }
 
-fn place(rank: usize, world: usize) -> Place<'static> {
+fn place(rank: usize, world: usize) -> Participant<'static> {
     let terms = Terms::default();
-    Place { name: "fuzzing", rank, world, global_rank: rank, global_world: world, terms }
+    Participant { name: "fuzzing", rank, world, global_rank: rank, global_world: world, terms }
 }
 
 /// What a rank says to rank 0.

@@ -15,7 +15,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAd
 use super::decline::tell;
 use super::message::{GIVES_UP, GREETING, Refusal, WELCOME, bytes, check_magic, number, terms};
 use super::socket::{Socket, dial, is_ready, peer, socket, wait};
-use super::{ASK_EVERY, GoOn, Place, RETRY_EVERY};
+use super::{ASK_EVERY, GoOn, Participant, RETRY_EVERY};
 use crate::Error;
 use crate::memory::fork::Guarded;
 use crate::memory::mapping::{self, Mapping, Shape};
@@ -111,7 +111,7 @@ impl Connection {
     /// Who greeted here; `None` while the greeting is not whole.
     fn admit(
         &mut self,
-        place: &Place<'_>,
+        place: &Participant<'_>,
         missing: &[usize],
         file: &OwnedFd,
         shape: Shape,
@@ -129,7 +129,7 @@ impl Connection {
     pub(super) fn answer(
         &self,
         numbers: [u64; 2],
-        place: &Place<'_>,
+        place: &Participant<'_>,
         file: Option<&OwnedFd>,
     ) -> rustix::io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -148,7 +148,11 @@ impl Connection {
 }
 
 /// Who greets rank 0 at `place`, where these ranks are `missing`.
-pub(super) fn arrival(greeting: &[u8; GREETING], place: &Place<'_>, missing: &[usize]) -> Result<Arrival, Refusal> {
+pub(super) fn arrival(
+    greeting: &[u8; GREETING],
+    place: &Participant<'_>,
+    missing: &[usize],
+) -> Result<Arrival, Refusal> {
     let (world, rank, number) = (place.world, number(greeting, 1), number(greeting, 2));
     let rank_of = |word: u64| usize::try_from(word).ok().filter(|rank| (1..world).contains(rank));
     if rank & GIVES_UP != 0
@@ -168,7 +172,7 @@ pub(super) fn arrival(greeting: &[u8; GREETING], place: &Place<'_>, missing: &[u
 }
 
 pub(super) fn serve(
-    place: &Place<'_>,
+    place: &Participant<'_>,
     address: &SocketAddrUnix,
     patience: &mut Patience,
     go_on: &mut GoOn<'_>,
@@ -189,7 +193,7 @@ pub(super) fn serve(
 }
 
 fn admit_all(
-    place: &Place<'_>,
+    place: &Participant<'_>,
     listener: &Socket,
     file: &OwnedFd,
     shape: Shape,
@@ -283,7 +287,7 @@ fn admit_all(
 }
 
 /// Takes the name. Waits for a stranger to give it up, but not for another job of this user.
-pub(super) fn listen(place: &Place<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Socket, Error> {
+pub(super) fn listen(place: &Participant<'_>, address: &SocketAddrUnix, deadline: Instant) -> Result<Socket, Error> {
     let failed = Error::system("listening for the other ranks");
     let listener = socket().map_err(&failed)?;
     loop {

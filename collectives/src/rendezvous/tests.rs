@@ -17,7 +17,7 @@ use rustix::net::{
 };
 use rustix::thread::set_thread_res_uid;
 
-use super::{Place, decline, join};
+use super::{Participant, decline, join};
 use crate::memory::fork::Child;
 use crate::memory::mapping::Mapping;
 use crate::terms::Terms;
@@ -42,7 +42,7 @@ fn fresh() -> String {
 fn start(name: &str, rank: usize, world: usize, limit: Duration) -> Joined {
     let name = name.to_owned();
     thread::spawn(move || {
-        let place = Place { name: &name, rank, world, global_rank: rank, global_world: world, terms: TERMS };
+        let place = Participant { name: &name, rank, world, global_rank: rank, global_world: world, terms: TERMS };
         join(&place, limit, PATIENCE, &mut |_| Ok(())).map_err(|error| error.to_string())
     })
 }
@@ -346,12 +346,12 @@ fn a_second_job_of_the_same_name_is_told_to_take_another_and_the_first_goes_on()
 #[test]
 fn a_part_of_a_job_is_named_with_its_own_count() {
     let name = format!("{}/{}", fresh(), "x".repeat(20));
-    let place = Place { name: &name, rank: 0, world: 2, global_rank: 5, global_world: 8, terms: TERMS };
+    let place = Participant { name: &name, rank: 0, world: 2, global_rank: 5, global_world: 8, terms: TERMS };
     let error = join(&place, Duration::ZERO, PATIENCE, &mut |_| Ok(())).err().unwrap().to_string();
     let expected =
         format!("rank 5 of 8 could not join job `{name}`: ranks [1] (counted among the 2 that meet here) did not come");
     assert!(error.starts_with(&expected), "{error}");
-    let place = Place { name: &"x".repeat(100), ..place };
+    let place = Participant { name: &"x".repeat(100), ..place };
     let error = join(&place, Duration::ZERO, PATIENCE, &mut |_| Ok(())).err().unwrap().to_string();
     assert!(error.contains("108 bytes"), "{error}");
 }
@@ -360,7 +360,7 @@ fn a_part_of_a_job_is_named_with_its_own_count() {
 fn a_rank_that_has_reason_to_does_not_wait_for_others() {
     for rank in [0, 1] {
         let job = fresh();
-        let place = Place { name: &job, rank, world: 3, global_rank: rank, global_world: 3, terms: TERMS };
+        let place = Participant { name: &job, rank, world: 3, global_rank: rank, global_world: 3, terms: TERMS };
         let mut asked = 0;
         let joined = join(&place, PATIENCE, PATIENCE, &mut |missing| {
             assert_eq!(missing, if rank == 0 { &[1, 2][..] } else { &[0] });
@@ -377,7 +377,10 @@ fn a_rank_that_cannot_join_is_named_to_those_who_can() {
     let place = |job: &str, rank| (job.to_owned(), rank);
     let give_up = |(job, rank): (String, usize), digest: u64| {
         thread::spawn(move || {
-            decline(&Place { name: &job, rank, world: 3, global_rank: rank, global_world: 3, terms: TERMS }, digest)
+            decline(
+                &Participant { name: &job, rank, world: 3, global_rank: rank, global_world: 3, terms: TERMS },
+                digest,
+            )
         })
     };
     let job = fresh();
@@ -398,7 +401,10 @@ fn a_rank_that_cannot_join_is_named_to_those_who_can() {
     let [zero, one, two] = [(0, 7), (1, 7), (2, 8)].map(|(rank, digest)| give_up(place(&job, rank), digest));
     assert!(one.join().unwrap() && !two.join().unwrap(), "rank 2 has a reason of its own");
     assert!(!zero.join().unwrap());
-    assert!(!decline(&Place { name: &fresh(), rank: 0, world: 1, global_rank: 0, global_world: 1, terms: TERMS }, 7));
+    assert!(!decline(
+        &Participant { name: &fresh(), rank: 0, world: 1, global_rank: 0, global_world: 1, terms: TERMS },
+        7
+    ));
 }
 
 #[test]

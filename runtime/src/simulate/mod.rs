@@ -18,7 +18,7 @@ use pillion_kernels::DType;
 
 use machine::{Groups, Transfer};
 pub use machine::{Link, Machine, Sent};
-pub use schedule::Span;
+pub use schedule::Times;
 use schedule::{Task, schedule};
 
 use crate::buckets::Buckets;
@@ -39,7 +39,7 @@ pub struct Work {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Simulation {
     /// When each operation of the plan ran.
-    pub spans: Vec<Span>,
+    pub spans: Vec<Times>,
     /// Bytes that a rank sent for each operation.
     pub sent: Vec<Sent>,
     /// Seconds of the step.
@@ -137,7 +137,7 @@ impl Simulation {
 
     /// Its timeline, as one of rank 0.
     pub fn trace(&self, plan: &Verified, layout: &Layout) -> Vec<TraceEvent> {
-        let event = |(index, &Span { start, end }): (usize, &Span)| {
+        let event = |(index, &Times { start, end }): (usize, &Times)| {
             let action = plan.operations[index].action;
             let (track, name, units) = label(action, &plan.outline);
             TraceEvent {

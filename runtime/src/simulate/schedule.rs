@@ -30,7 +30,7 @@ pub(super) struct Task<'a> {
 
 /// When something ran, in seconds from the beginning of the step.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Span {
+pub struct Times {
     /// Its start.
     pub start: f64,
     /// Its end.
@@ -53,8 +53,8 @@ struct Running {
 ///
 /// # Panics
 /// When a task waits for one that does not come earlier in the list.
-pub(super) fn schedule(tasks: &[Task<'_>], contention: f64) -> Vec<Span> {
-    let mut spans: Vec<Option<Span>> = vec![None; tasks.len()];
+pub(super) fn schedule(tasks: &[Task<'_>], contention: f64) -> Vec<Times> {
+    let mut spans: Vec<Option<Times>> = vec![None; tasks.len()];
     let mut lanes: [VecDeque<usize>; LANES] = Default::default();
     let mut running: [Option<Running>; LANES] = Default::default();
     let (mut issued, mut now) = (0, 0.0);
@@ -105,7 +105,7 @@ pub(super) fn schedule(tasks: &[Task<'_>], contention: f64) -> Vec<Span> {
                 task.left = if over { 0.0 } else { task.left - (then - now) * speeds[lane] / task.alone };
             }
             if task.left <= 0.0 && task.flows_from <= then {
-                spans[task.task] = Some(Span { start: task.start, end: then });
+                spans[task.task] = Some(Times { start: task.start, end: then });
                 running[lane] = None;
             }
         }
@@ -195,7 +195,7 @@ mod tests {
         // 1 s before anything flows; then 2 s at 3/4 of the speed, in which 1.5 s of work are done; 0.5 s are left.
         let tasks = [Task { fixed: 1.0, links: [2.0, 1.0], ..FIRST }, Task { fixed: 3.0, ..COMPUTE }];
         let spans = schedule(&tasks, 0.25);
-        assert_eq!(spans, [Span { start: 0.0, end: 3.0 }, Span { start: 0.0, end: 3.5 }]);
+        assert_eq!(spans, [Times { start: 0.0, end: 3.0 }, Times { start: 0.0, end: 3.5 }]);
     }
 
     #[test]
