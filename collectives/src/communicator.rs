@@ -76,10 +76,12 @@ impl Communicator {
     /// No rank looks at the store once this has returned on every rank, and rank 0 may drop a
     /// [`TcpStore`](crate::TcpStore) once it has returned there.
     ///
-    /// This call returns within three times [`Options::startup_timeout`] and 15 s, and within 10 s
-    /// more where this rank has to tell the others why it cannot join. A store may be silent for
-    /// longer, such as a [`TcpStore`](crate::TcpStore) with a longer limit of its own, whose rank 0
-    /// is absent. Then a thread stays behind until the store answers, and it sets nothing.
+    /// The ranks meet within three times [`Options::startup_timeout`] and 15 s, or this call returns,
+    /// within 10 s more where this rank has to tell the others why it cannot join. A store may be
+    /// silent for longer, such as a [`TcpStore`](crate::TcpStore) with a longer limit of its own,
+    /// whose rank 0 is absent. Then a thread stays behind until the store answers. It begins no
+    /// further call that sets a value; a call that hangs may still set its value later, and if the
+    /// ranks meet again just then, they may fail and must try once more.
     ///
     /// # Errors
     /// As for [`Communicator::connect`], and those of the store. [`Error::Rendezvous`] names the

@@ -117,13 +117,17 @@ fn a_child_joins_a_job_of_its_own() {
 }
 
 #[test]
-fn a_child_is_told_that_it_serves_no_store() {
+fn a_child_is_told_that_it_serves_no_store_and_visits_none() {
     let address = Meeting::free_address().unwrap().to_string();
     let store = TcpStore::serve(&address, "secret", Duration::from_secs(20)).unwrap();
     store.set("key", b"value").unwrap();
+    let visitor = TcpStore::visit(&address, "secret", Duration::from_secs(20)).unwrap();
+    assert_eq!(visitor.get("key").unwrap().unwrap(), b"value");
     let status = in_child(|| {
         for error in
             [store.set("key", b"another").unwrap_err(), store.get("key").unwrap_err(), store.add("key", 1).unwrap_err()]
+                .into_iter()
+                .chain([visitor.get("key").unwrap_err(), visitor.add("key", 1).unwrap_err()])
         {
             assert!(error.to_string().contains("forked this one"), "{error}");
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::flight::{Algorithm, Course};
 use super::group::{Group, Lane};
 use super::mail::MailFlight;
-use super::progress::AbortOnPanic;
+use super::progress::{AbortOnPanic, NAP};
 use super::watch::Watch;
 use crate::Error;
 use crate::memory::control::{Channel, MAIL_BELL, WINDOW_BELL, subject};
@@ -15,12 +15,10 @@ use crate::transport::Limit;
 
 /// How long a caller, which has nothing else to do, looks for news before it sleeps.
 const CALLER_SPIN: Duration = Duration::from_micros(200);
-/// Looks without a pause between them, because a pause takes as long as half a barrier does.
+/// Looks without a pause between them: a pause takes up to 140 cycles, a barrier about 1,000.
 const BRISK: u32 = 64;
 /// After this long it lets others run between looks.
 const CALLER_POLITE: Duration = Duration::from_micros(10);
-/// Longest sleep with operations in flight: the time to notice that a peer has died.
-pub(crate) const NAP: Duration = Duration::from_millis(5);
 
 impl Group {
     /// Runs an operation on the calling thread until it is complete, when its channel is idle; none when it is not, and when messages to

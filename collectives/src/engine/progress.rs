@@ -10,7 +10,6 @@ use std::sync::atomic::Ordering;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use super::caller::NAP;
 use super::flight::Flight;
 use super::group::{Group, Lane};
 use super::inbox::left;
@@ -21,6 +20,8 @@ use crate::memory::control::{Channel, monotonic_millis, state, subject};
 use crate::wire::Wire;
 use crate::wire::poller::Poller;
 
+/// Longest sleep with operations in flight: the time to notice that a peer has died.
+pub(crate) const NAP: Duration = Duration::from_millis(5);
 /// How long this thread looks for news before it sleeps, which may take a core from computation.
 /// Waking costs about as much.
 const PROGRESS_SPIN: Duration = Duration::from_micros(10);

@@ -19,6 +19,8 @@ use crate::memory::fork::Guarded;
 const ADD_WITHIN: Duration = Duration::from_secs(60);
 /// Most bytes of a file's name that come from a key. A longer key is a path of several names.
 const NAME: usize = 200;
+/// How often a value is read again that is renamed while it is read.
+const MOST_STALE: usize = 10;
 /// Bytes of a count in its file.
 const COUNT: usize = 8;
 
@@ -146,12 +148,17 @@ impl Store for FolderStore {
         let path = self.file('v', key);
         // A missing folder is an error, and a missing file in it is not.
         File::open(&self.folder).map_err(|error| cannot("open the folder", &self.folder, &error))?;
-        match fs::read(&path) {
-            Ok(value) => Ok(Some(value)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            // Another host has renamed a new value over the one that was being read.
-            Err(error) if error.raw_os_error() == Some(Errno::STALE.raw_os_error()) => Ok(None),
-            Err(error) => Err(cannot("read", &path, &error)),
+        let mut stale = 0;
+        loop {
+            match fs::read(&path) {
+                Ok(value) => return Ok(Some(value)),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                // Another host has renamed a new value over the one that was being read.
+                Err(error) if error.raw_os_error() == Some(Errno::STALE.raw_os_error()) && stale < MOST_STALE => {
+                    stale += 1;
+                }
+                Err(error) => return Err(cannot("read", &path, &error)),
+            }
         }
     }
 

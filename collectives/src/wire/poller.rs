@@ -49,7 +49,13 @@ impl Poller {
 
     /// Rings once when the socket can be read from or written to, whichever is asked for, or when
     /// its connection ends. Replaces what was asked for the socket before.
+    ///
+    /// # Errors
+    /// The system's, and [`Errno::SRCH`] where the thread has ended.
     pub(crate) fn watch(&self, socket: &impl AsFd, reads: bool, writes: bool) -> rustix::io::Result<()> {
+        if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+            return Err(Errno::SRCH);
+        }
         let mut flags = EventFlags::ONESHOT;
         flags.set(EventFlags::IN, reads);
         flags.set(EventFlags::OUT, writes);
@@ -77,7 +83,7 @@ fn ring(epoll: &OwnedFd, waker: &Waker) {
         events.clear();
         match epoll::wait(epoll, rustix::buffer::spare_capacity(&mut events), None) {
             Ok(_) | Err(Errno::INTR) => {}
-            // The progress thread looks at sockets without being rung, too.
+            // `watch` says so.
             Err(_) => return,
         }
         if events.iter().any(|event| event.data.u64() == END) {

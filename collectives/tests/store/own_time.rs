@@ -15,12 +15,15 @@ struct Held {
     /// Before this key is looked at, or set.
     get: &'static str,
     set: &'static str,
+    /// Raised when a call waits.
+    waits: AtomicBool,
     /// What is waited for.
     is_free: Box<dyn Fn(&Foreign) -> bool + Send + Sync>,
 }
 
 impl Held {
     fn wait(&self) {
+        self.waits.store(true, Ordering::Relaxed);
         until("a call goes on", || (self.is_free)(&self.foreign));
     }
 }
@@ -72,14 +75,21 @@ fn a_rank_that_cannot_join_does_not_wait_for_a_store_that_is_silent() {
             let is_free = free.clone();
             let foreign = Arc::new(Foreign::default());
             let is_free = Box::new(move |_: &Foreign| is_free.load(Ordering::Relaxed));
-            let store = Arc::new(Held { foreign: foreign.clone(), get: "pillion/", set: "pillion/", is_free });
+            let store = Arc::new(Held {
+                foreign: foreign.clone(),
+                get: "pillion/",
+                set: "pillion/",
+                waits: AtomicBool::new(false),
+                is_free,
+            });
             let weak = Arc::downgrade(&store);
             let options = Options { wire: WireKind::Mpi, stop: Some(stop.clone()), ..patient() };
             let started = Instant::now();
             let error = thread::scope(|scope| {
-                let joining = scope.spawn(|| Communicator::connect_through(store, rank, 2, options));
+                let through = store.clone();
+                let joining = scope.spawn(|| Communicator::connect_through(through, rank, 2, options));
                 if stops {
-                    thread::sleep(Duration::from_millis(100));
+                    until("the store is called", || store.waits.load(Ordering::Relaxed));
                     stop.store(true, Ordering::Relaxed);
                 }
                 joining.join().unwrap().err().unwrap()
@@ -88,6 +98,7 @@ fn a_rank_that_cannot_join_does_not_wait_for_a_store_that_is_silent() {
             assert!(started.elapsed() < PATIENCE / 2, "it waited for the store");
             stop.store(false, Ordering::Relaxed);
             free.store(true, Ordering::Relaxed);
+            drop(store);
             until("the thread ends", || weak.upgrade().is_none());
             // The thread was setting rank 0's record. It has set nothing after that.
             assert_eq!(foreign.set.lock().unwrap().len(), 1 - rank);
@@ -110,7 +121,7 @@ fn the_ranks_have_time_to_read_the_table_when_the_last_comes_at_rank_0s_deadline
             }
         };
         let (get, set) = if rank == 0 { ("pillion/rank/1", "") } else { ("", "pillion/read/1") };
-        let store = Arc::new(Held { foreign: foreign.clone(), get, set, is_free });
+        let store = Arc::new(Held { foreign: foreign.clone(), get, set, waits: AtomicBool::new(false), is_free });
         let options = Options { startup_timeout: if rank == 0 { limit } else { PATIENCE }, ..Options::default() };
         let all = Communicator::connect_through(store, rank, 2, options).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(sum(&all), 3.0);
@@ -143,7 +154,13 @@ fn an_attempt_that_was_given_up_sets_nothing() {
     let is_free = free.clone();
     let is_free = Box::new(move |_: &Foreign| is_free.load(Ordering::Relaxed) > 0);
     // Rank 1 looks for rank 0, and the store takes its time.
-    let store = Arc::new(Held { foreign: foreign.clone(), get: "pillion/table", set: "", is_free });
+    let store = Arc::new(Held {
+        foreign: foreign.clone(),
+        get: "pillion/table",
+        set: "",
+        waits: AtomicBool::new(false),
+        is_free,
+    });
     let weak = Arc::downgrade(&store);
     // A session is open.
     let short = || Options { startup_timeout: Duration::from_millis(1), ..Options::default() };
@@ -170,7 +187,7 @@ fn a_rank_reports_what_it_has_read_though_the_store_is_silent_then() {
         let is_free = free.clone();
         let is_free = Box::new(move |_: &Foreign| is_free.load(Ordering::Relaxed));
         let set = if rank == 1 { "pillion/read/" } else { "" };
-        let store = Arc::new(Held { foreign: foreign.clone(), get: "", set, is_free });
+        let store = Arc::new(Held { foreign: foreign.clone(), get: "", set, waits: AtomicBool::new(false), is_free });
         let startup_timeout = if rank == 1 { PATIENCE } else { Duration::from_secs(5) };
         let wire = if rank == 0 { WireKind::Mpi } else { WireKind::Auto };
         let options = Options { wire, startup_timeout, ..Options::default() };

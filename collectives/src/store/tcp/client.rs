@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::message::{ADD, DONE, FAILED, GET, HEAD, MOST_VALUE, NOTHING, SET, VALUE, bytes, words};
 use super::{Error, failed};
 use crate::limits::explain;
-use crate::memory::fork::Guarded;
+use crate::memory::fork::{Guarded, Maker};
 use crate::terms::Terms;
 use crate::wire::tcp::greeting::{Greeting, Refusal, STORE};
 use crate::wire::tcp::meeting::{WELCOME, dial, is_out_of_files, port_of};
@@ -27,6 +27,7 @@ pub(super) struct Client {
     token: u64,
     limit: Duration,
     connection: Mutex<Option<Connection>>,
+    maker: Maker,
 }
 
 struct Connection(Guarded<TcpStream>);
@@ -76,7 +77,8 @@ impl Write for Until<'_> {
 impl Client {
     pub(super) fn new(address: &str, secret: &str, limit: Duration) -> Result<Client, Error> {
         port_of(address).map_err(failed)?;
-        Ok(Client { address: address.to_owned(), token: digest(secret), limit, connection: Mutex::default() })
+        let (address, token, connection) = (address.to_owned(), digest(secret), Mutex::default());
+        Ok(Client { address, token, limit, connection, maker: Maker::this() })
     }
 
     pub(super) fn set(&self, key: &str, value: &[u8]) -> Result<(), Error> {
@@ -95,6 +97,11 @@ impl Client {
     }
 
     fn ask(&self, kind: u64, key: &str, value: &[u8]) -> Result<(u64, Vec<u8>), Error> {
+        if self.maker.is_another() {
+            // Its parent has the connection, and perhaps the lock.
+            let reason = "the process that visits it forked this one: visit it anew here, at the same address";
+            return Err(failed(reason.to_owned()));
+        }
         let request = bytes(kind, key.as_bytes(), value);
         let started = Instant::now();
         let left = || self.limit.saturating_sub(started.elapsed()).max(Duration::from_millis(1));

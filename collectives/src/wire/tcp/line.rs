@@ -16,7 +16,7 @@ use crate::wire::poller::Poller;
 const HEAD: usize = 8;
 /// Most bytes for which the poller waits before it rings, so that long messages wake the progress
 /// thread seldom. The kernel takes less where its buffer holds less.
-const LOW_WATER: usize = 1 << 20;
+const LOW_WATER: usize = HEAD + (1 << 20);
 
 /// A connection that never blocks.
 pub(super) struct Line {
@@ -27,16 +27,16 @@ pub(super) struct Line {
     incoming: Queue,
     /// The length of the message that is just arriving.
     head: [u8; HEAD],
-    /// Whether this rank has looked for a message that it has not asked for, since the last
-    /// [`Line::arm`].
-    was_probed: bool,
+    /// Whether a look since the last [`Line::arm`] found nothing to read, or no room to write, or
+    /// has yet to come.
+    wants_read: bool,
+    wants_write: bool,
     /// Bytes that must have come before the kernel says that some have.
     low_water: usize,
     armed: Armed,
 }
 
-/// For what a poller has last been asked to ring, and how far the messages were then. While all of
-/// this is the same, asking again would ring at once for bytes that no message takes yet.
+/// For what a poller has last been asked to ring, and how far the messages were then.
 #[derive(Clone, Copy, Default, PartialEq)]
 struct Armed {
     reads: bool,
@@ -102,16 +102,19 @@ impl Line {
     /// For a socket that does not block.
     pub(super) fn new(socket: Guarded<TcpStream>, peer: usize) -> Line {
         let (out, incoming, armed) = (Queue::default(), Queue::default(), Armed::default());
-        Line { socket, peer, out, incoming, head: [0; HEAD], was_probed: false, low_water: 1, armed }
+        let (wants_read, wants_write) = (false, false);
+        Line { socket, peer, out, incoming, head: [0; HEAD], wants_read, wants_write, low_water: 1, armed }
     }
 
     /// Will send these bytes; returns the message's number.
     pub(super) fn send(&mut self, data: *mut u8, len: usize) -> u64 {
+        self.wants_write |= self.out.messages.is_empty();
         self.out.push(data, len)
     }
 
     /// Will receive as many bytes; returns the message's number.
     pub(super) fn receive(&mut self, data: *mut u8, len: usize) -> u64 {
+        self.wants_read |= self.incoming.messages.is_empty();
         self.incoming.push(data, len)
     }
 
@@ -123,7 +126,7 @@ impl Line {
                 Ok((_, 0)) => return Err(self.lost(None)),
                 Ok(_) => return Ok(true),
                 Err(Errno::AGAIN) => {
-                    self.was_probed = true;
+                    self.wants_read = true;
                     return Ok(false);
                 }
                 Err(Errno::INTR) => {}
@@ -148,7 +151,10 @@ impl Line {
             let mut nothing = SendAncillaryBuffer::default();
             match rustix::net::sendmsg(&self.socket, &parts, &mut nothing, SendFlags::NOSIGNAL) {
                 Ok(bytes) => self.out.pass(bytes),
-                Err(Errno::AGAIN) => break,
+                Err(Errno::AGAIN) => {
+                    self.wants_write = true;
+                    break;
+                }
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(self.lost(Some(errno))),
             }
@@ -178,7 +184,10 @@ impl Line {
                     }
                     self.incoming.pass(bytes);
                 }
-                Err(Errno::AGAIN) => break,
+                Err(Errno::AGAIN) => {
+                    self.wants_read = true;
+                    break;
+                }
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(self.lost(Some(errno))),
             }
@@ -187,16 +196,20 @@ impl Line {
     }
 
     /// Lets the poller ring once when a message can move, or one comes that was looked for.
+    ///
+    /// A direction at which nobody has looked since the last call is left out. Bytes may wait there
+    /// that no operation takes yet: they would ring at once, again and again, and hide room to
+    /// write, because one ring ends the watch over both directions.
     pub(super) fn arm(&mut self, poller: &Poller) -> rustix::io::Result<()> {
-        let was_probed = std::mem::take(&mut self.was_probed);
         let missing = self.incoming.messages.front().map(|message| HEAD + message.len - self.incoming.passed);
         let armed = Armed {
-            reads: missing.is_some() || was_probed,
-            writes: !self.out.messages.is_empty(),
+            reads: std::mem::take(&mut self.wants_read),
+            writes: std::mem::take(&mut self.wants_write) && !self.out.messages.is_empty(),
             low_water: missing.map_or(1, |missing| missing.min(LOW_WATER)),
             received: self.incoming.position(),
             sent: self.out.position(),
         };
+        // Where all is as it was, the poller has yet to ring.
         if armed == self.armed || !(armed.reads || armed.writes) {
             return Ok(());
         }

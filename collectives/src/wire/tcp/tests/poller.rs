@@ -104,6 +104,46 @@ fn a_poller_rings_where_a_message_can_be_sent_again_and_once_it_has_come_whole()
 }
 
 #[test]
+fn bytes_that_nobody_takes_do_not_hide_room_to_write() {
+    const LEN: usize = 64 << 20;
+    two(
+        |mut wire, meet| {
+            let (poller, rings) = poller();
+            let (early, _) = receive(&mut wire, 1, TAG, 3);
+            assert!(!wire.test(&early).unwrap());
+            let sent = send(&mut wire, 1, TAG, vec![7; LEN]);
+            while wire.test(&sent).is_ok_and(|is_sent| !is_sent) {
+                assert!(wire.arm(&poller));
+                // Until the buffers are full, and the early message has rung.
+                if rings.recv_timeout(SHORT).is_err() {
+                    break;
+                }
+            }
+            meet();
+            // The early message is here from now on, and nobody takes it.
+            meet();
+            let mut is_sent = false;
+            while !is_sent {
+                is_sent = wire.test(&sent).unwrap();
+                assert!(wire.arm(&poller));
+                if !is_sent {
+                    rings.recv_timeout(PATIENCE).expect("a ring when there is room again");
+                }
+            }
+            wait(&mut wire, &early).unwrap();
+        },
+        |mut wire, meet| {
+            meet();
+            let early = send(&mut wire, 0, TAG, vec![7; 3]);
+            wait(&mut wire, &early).unwrap();
+            meet();
+            let (request, _) = receive(&mut wire, 0, TAG, LEN);
+            wait(&mut wire, &request).unwrap();
+        },
+    );
+}
+
+#[test]
 fn a_poller_rings_for_a_message_that_nobody_asked_for_and_for_the_end_of_a_connection() {
     two(
         |mut wire, meet| {

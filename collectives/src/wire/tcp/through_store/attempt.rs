@@ -1,6 +1,6 @@
 //! One attempt to meet through a store. Calls of a store may block for as long as they like, so a
-//! rank that gives up leaves the thread behind that calls. That thread sets nothing any more,
-//! because the rank's next attempt uses the same keys.
+//! rank that gives up leaves the thread behind that calls. That thread begins no other call that sets
+//! a value, because the rank's next attempt uses the same keys.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -98,7 +98,14 @@ impl Side<'_> {
         let reason = match table {
             Some(table) if table.words.contains(&self.word) => return self.met(table),
             Some(Table { outcome: Outcome::Met { members, .. }, .. }) if was_over && !is_gone => {
-                self.met_without(members.len())
+                match members.len() == self.launch.world {
+                    true => format!(
+                        "rank {} has come already, and rank 0 has not come again: was this rank started twice, with \
+                         one store, or is rank 0 late?",
+                        self.launch.rank
+                    ),
+                    false => self.met_without(members.len()),
+                }
             }
             _ if was_over || is_gone => self.absent(&[0]),
             _ => {

@@ -42,6 +42,8 @@ impl Side<'_> {
         let world = self.launch.world;
         let (mut come, mut nap) = (BTreeMap::new(), Nap::default());
         loop {
+            // Before the look, so that the ranks that had come by then are told.
+            let is_last = patience.is_over();
             let missing: Vec<usize> = (1..world).filter(|rank| !come.contains_key(rank)).collect();
             self.gather(&missing, &mut come)?;
             let is_whole = come.len() == world - 1;
@@ -58,7 +60,7 @@ impl Side<'_> {
                 break;
             }
             let missing: Vec<usize> = missing.into_iter().filter(|rank| !come.contains_key(rank)).collect();
-            if patience.is_over() {
+            if is_last {
                 let outcome = match patience.is_stopped() {
                     // No other rank is to blame.
                     true => aborted(0, "it was told to end"),
