@@ -212,13 +212,17 @@ impl Findings {
             };
             self.add(name, found, purpose);
         }
-        let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-        let setting = chosen(&fs::read_to_string(path).unwrap_or_default());
-        let follows = match setting.as_str() {
-            "always" | "advise" | "within_size" | "force" => "large buffers get huge pages".to_owned(),
-            _ => format!("buffers have small pages; `advise` in {path} gives large ones"),
-        };
-        self.add("huge pages", if setting.is_empty() { "unknown".to_owned() } else { setting }, follows);
+        for (name, file, buffers, gives) in
+            [("huge pages, shared", "shmem_enabled", "shared buffers", "advise"), ("huge pages, private", "enabled", "private buffers", "madvise")]
+        {
+            let path = format!("/sys/kernel/mm/transparent_hugepage/{file}");
+            let setting = chosen(&fs::read_to_string(&path).unwrap_or_default());
+            let follows = match setting.as_str() {
+                "always" | "advise" | "madvise" | "within_size" | "force" => format!("large {buffers} get huge pages"),
+                _ => format!("{buffers} have small pages; `{gives}` in {path} gives large ones"),
+            };
+            self.add(name, if setting.is_empty() { "unknown".to_owned() } else { setting }, follows);
+        }
     }
 
     fn processors(&mut self) {
