@@ -180,6 +180,10 @@ pub(crate) fn name(call: Call) -> &'static str {
 /// A call in words.
 pub(crate) fn describe(call: Call) -> String {
     let (kind, name) = (kind(call), name(call));
+    if kind == Some(Kind::Scalars) && call.count == 0 {
+        // Barriers, and what else has no values.
+        return format!("{} #{}", Purpose::describe(call.detail, call.factor), call.sequence);
+    }
     let dtype_of = |word| DType::ALL.into_iter().find(|&dtype| dtype as u64 == word);
     let dtype = call.dtype.checked_sub(1).and_then(dtype_of);
     let elements = dtype.map_or_else(|| call.count.to_string(), |dtype| format!("{} × {dtype}", call.count));
@@ -242,7 +246,7 @@ mod tests {
                 call(Kind::Scalars, None, false, 3, Detail::Purpose(Purpose::Reduce(Reduction::Max))),
                 "scalar exchange #0 of 3 (max of scalars)",
             ),
-            (call(Kind::Scalars, None, false, 0, Detail::Purpose(Purpose::Split)), "scalar exchange #0 of 0 (split)"),
+            (call(Kind::Scalars, None, false, 0, Detail::Purpose(Purpose::Split)), "split #0"),
         ];
         for (call, expected) in cases {
             assert_eq!(describe(call), expected);

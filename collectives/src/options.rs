@@ -83,6 +83,8 @@ impl std::fmt::Display for Backend {
 #[derive(Clone, Debug)]
 pub struct Options {
     /// An operation that waits longer fails with [`crate::Error::Timeout`]. Default: 300 s.
+    /// A rank waits half a second longer for ranks of other hosts, because ranks there know better
+    /// who is late.
     pub timeout: Duration,
     /// Ranks that have not joined by then fail the start. A rank that waits longer than
     /// `warn_after` says for whom. Default: 60 s.

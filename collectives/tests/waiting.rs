@@ -60,6 +60,62 @@ fn a_barrier_names_every_late_rank() {
 }
 
 #[test]
+fn on_several_hosts_the_late_rank_is_named_and_nobody_who_has_called() {
+    for (world, hosts) in [(4, 2), (3, 2), (3, 3)] {
+        for late in 0..world {
+            let options = Options { timeout: Duration::from_millis(600), simulated_hosts: hosts, ..Options::default() };
+            let (ready, come) = (Barrier::new(world), Barrier::new(world));
+            let errors = ranks(world, options, |communicator| {
+                // Limits count from each rank's call.
+                ready.wait();
+                let error = (communicator.rank() != late).then(|| communicator.barrier().unwrap_err());
+                // The late rank stays until the others have given up.
+                come.wait();
+                error
+            });
+            for error in errors.into_iter().flatten() {
+                match &error {
+                    Error::Timeout { waiting_on, .. } => assert_eq!(*waiting_on, [late], "{world}, {hosts}: {error}"),
+                    Error::PeerLost { rank, .. } => assert_eq!(*rank, late, "{world}, {hosts}: {error}"),
+                    // What a rank of another host says that has given up.
+                    error => {
+                        let named = format!("for rank {late} ");
+                        assert!(error.to_string().contains(&named), "{world}, {hosts}, {late}: {error}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_has_called_something_else_is_named_with_it() {
+    let options = Options { timeout: Duration::from_millis(500), ..Options::default() };
+    let come = Barrier::new(2);
+    let errors = ranks(2, options, |communicator| {
+        let error = match communicator.rank() {
+            0 => communicator.barrier().unwrap_err(),
+            _ => {
+                let buffer = Cpu.allocate(DType::F32, 1 << 16).unwrap();
+                communicator.all_reduce(buffer, Reduction::Sum, Start::Here).wait().map(drop).unwrap_err()
+            }
+        };
+        come.wait();
+        error
+    });
+    let timeouts: Vec<String> =
+        errors.iter().filter(|error| matches!(error, Error::Timeout { .. })).map(|error| error.to_string()).collect();
+    assert!(!timeouts.is_empty(), "{errors:?}");
+    for error in timeouts {
+        let calls = [
+            "it is running, and has called barrier #1, which this rank has not",
+            "it is running, and has called all-reduce #1 of 65536 × f32 (sum), which this rank has not",
+        ];
+        assert!(calls.iter().any(|call| error.contains(call)), "{error}");
+    }
+}
+
+#[test]
 fn an_operation_has_a_limit_of_its_own() {
     let come = Barrier::new(2);
     for kind in 0..3 {

@@ -149,19 +149,20 @@ impl Findings {
                     .map_or_else(|| "no route to it is known".to_owned(), |address| format!("reached from {address}"));
                 let used = if needed { "" } else { "not needed here; " };
                 self.add("ranks meet at", meeting.address.clone(), format!("{used}{reach}; {keeps}"));
-                if let Some(interface) = &launch.interface {
-                    let follows = match launch.offered_address() {
-                        Ok(Some(address)) => format!("{used}offers {address} to ranks of other hosts"),
-                        Ok(None) => String::new(),
-                        Err(error) => error.to_string(),
-                    };
-                    self.add("PILLION_INTERFACE", interface.clone(), follows);
-                }
             }
             None if needed => {
                 self.add("ranks meet at", "nothing says where", "set PILLION_ADDRESS=host:port on every rank")
             }
             None => {}
+        }
+        if let Some(interface) = &launch.interface {
+            let used = if needed { "" } else { "not needed here; " };
+            let follows = match launch.offered_address() {
+                Ok(Some(address)) => format!("{used}offers {address} to ranks of other hosts"),
+                Ok(None) => String::new(),
+                Err(error) => error.to_string(),
+            };
+            self.add("PILLION_INTERFACE", interface.clone(), follows);
         }
     }
 
@@ -212,9 +213,10 @@ impl Findings {
             };
             self.add(name, found, purpose);
         }
-        for (name, file, buffers, gives) in
-            [("huge pages, shared", "shmem_enabled", "shared buffers", "advise"), ("huge pages, private", "enabled", "private buffers", "madvise")]
-        {
+        for (name, file, buffers, gives) in [
+            ("huge pages, shared", "shmem_enabled", "shared buffers", "advise"),
+            ("huge pages, private", "enabled", "private buffers", "madvise"),
+        ] {
             let path = format!("/sys/kernel/mm/transparent_hugepage/{file}");
             let setting = chosen(&fs::read_to_string(&path).unwrap_or_default());
             let follows = match setting.as_str() {

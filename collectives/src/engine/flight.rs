@@ -195,7 +195,7 @@ impl Course {
         loop {
             let channel = self.channel as usize;
             let steps = |rank: usize| group.control(rank).channels[channel].steps.load(Ordering::Acquire);
-            let late = (0..group.world()).find(|&rank| steps(rank) < self.target);
+            let is_late = (0..group.world()).any(|rank| steps(rank) < self.target);
             if self.untold {
                 // After the first look: the fence in it would otherwise wait for the step to reach memory before the look.
                 self.untold = false;
@@ -204,9 +204,9 @@ impl Course {
             if self.taken == 1 {
                 self.compare(group, steps)?;
             }
-            if let Some(late) = late {
+            if is_late {
                 let (target, call) = (self.target, self.call);
-                self.watch.check(group, late, &|rank| steps(rank) < target, &|| describe(call))?;
+                self.watch.check_step(group, self.channel, target, &|| describe(call))?;
                 return Ok(false);
             }
             let mut peers =
@@ -222,6 +222,7 @@ impl Course {
                     let call = self.call;
                     let wire = wire.as_deref_mut().expect("only a wire is waited for");
                     self.watch.check_wire(group, rank, wire, &|| describe(call))?;
+                    group.control(group.rank).channels[channel].show_wait(rank);
                     return Ok(false);
                 }
                 Progress::Done => {

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::group::Group;
 use crate::Error;
-use crate::memory::control::{monotonic_millis, state};
+use crate::call::describe;
+use crate::memory::control::{CHANNELS, Channel, Header, monotonic_millis, state};
 use crate::transport::Limit;
 use crate::wire::Wire;
 
@@ -25,6 +26,11 @@ pub(crate) struct Watch {
 const GLANCES: u32 = 16;
 /// Time between two looks at the other ranks' health.
 const CHECK_EVERY: Duration = Duration::from_millis(1);
+/// How much longer a rank waits for another host. A rank there may wait for one that is late, and
+/// says so first.
+const GRACE: Duration = Duration::from_millis(500);
+/// What is known of a rank there.
+const ELSEWHERE: &str = "it is on another host, and may wait for a rank there";
 /// A longer gap between two looks means that this rank itself did not run; only this much of it counts as waiting. Far more than a nap,
 /// and less than any deadline, or a job that was stopped as a whole would go on into a false alarm.
 const LONGEST_GAP: Duration = Duration::from_millis(200);
@@ -46,7 +52,37 @@ impl Watch {
         if self.passed(|| patient && is_running(group, late)) {
             self.look_around(group, is_late, op)?;
             let all = || (0..group.world()).filter(|&rank| is_late(rank)).map(|rank| group.name(rank)).collect();
-            self.judge(group, group.name(late), &all, op, &|| pulse(group, late))?;
+            self.judge(group, group.name(late), &all, op, &|| pulse(group, late), Duration::ZERO)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Watch::check`], for the `target`-th step on a channel, which some rank of this host has
+    /// yet to take. A rank that waits there for another host is not late: the rank for which it
+    /// waits is.
+    pub(crate) fn check_step(
+        &mut self,
+        group: &Group,
+        channel: Channel,
+        target: u64,
+        op: &dyn Fn() -> String,
+    ) -> Result<(), Error> {
+        let place = |rank: usize| &group.control(rank).channels[channel as usize];
+        let is_late = |rank: usize| place(rank).steps.load(Ordering::Acquire) < target;
+        let late = || (0..group.world()).filter(|&rank| is_late(rank));
+        let patient = self.limit.patient;
+        if !self.passed(|| patient && late().all(|rank| is_running(group, rank))) {
+            return Ok(());
+        }
+        self.look_around(group, &is_late, op)?;
+        let here = || late().filter(|&rank| place(rank).waits_for().is_none());
+        let elsewhere = || late().filter_map(|rank| place(rank).waits_for());
+        if let Some(first) = here().next() {
+            let all = || here().map(|rank| group.name(rank)).collect();
+            let how = || format!("{}{}", pulse(group, first), another_call(group, channel, first));
+            self.judge(group, group.name(first), &all, op, &how, Duration::ZERO)?;
+        } else if let Some(first) = elsewhere().next() {
+            self.judge(group, first, &|| elsewhere().collect(), op, &|| ELSEWHERE.to_owned(), GRACE)?;
         }
         Ok(())
     }
@@ -63,7 +99,7 @@ impl Watch {
             self.look_around(group, is_in_vain, op)?;
             let others = || (0..group.world()).filter(|&rank| rank != group.rank).map(|rank| group.name(rank));
             let first = others().next().unwrap_or(group.name(group.rank));
-            self.judge(group, first, &|| others().collect(), op, &|| "none has sent it".to_owned())?;
+            self.judge(group, first, &|| others().collect(), op, &|| "none has sent it".to_owned(), Duration::ZERO)?;
         }
         Ok(())
     }
@@ -82,7 +118,7 @@ impl Watch {
             }
             // A rank of this host may have finished its part and left.
             self.look_around(group, &|_| false, op)?;
-            self.judge(group, late, &|| vec![late], op, &|| "it is on another host".to_owned())?;
+            self.judge(group, late, &|| vec![late], op, &|| ELSEWHERE.to_owned(), GRACE)?;
         }
         Ok(())
     }
@@ -155,7 +191,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Warns, then gives up on `all` that are late.
+    /// Warns, then gives up on `all` that are late, `grace` after the limit.
     fn judge(
         &mut self,
         group: &Group,
@@ -163,12 +199,14 @@ impl Watch {
         all: &dyn Fn() -> Vec<usize>,
         op: &dyn Fn() -> String,
         how: &dyn Fn() -> String,
+        grace: Duration,
     ) -> Result<(), Error> {
         self.warn(group, &|| format!("for rank {late} in {} ({})", op(), how()));
-        if self.waited >= self.limit.within {
+        if self.waited >= self.limit.within.saturating_add(grace) {
             let seconds = self.waited.as_secs();
             let others = all().into_iter().filter(|&rank| rank != late);
-            let waiting_on = std::iter::once(late).chain(others).collect();
+            let mut waiting_on: Vec<usize> = std::iter::once(late).chain(others).collect();
+            waiting_on.dedup();
             return Err(Error::Timeout { op: op(), waiting_on, seconds, how: how() });
         }
         Ok(())
@@ -207,6 +245,16 @@ fn pulse_age(group: &Group, rank: usize) -> u64 {
 
 fn is_running(group: &Group, rank: usize) -> bool {
     group.control(rank).state.load(Ordering::Acquire) == state::JOINED && pulse_age(group, rank) <= STOPPED_AFTER
+}
+
+/// Which operation a rank of this host has called that this rank has not, on another channel.
+fn another_call(group: &Group, channel: Channel, late: usize) -> String {
+    let steps = |rank: usize, channel: usize| group.control(rank).channels[channel].steps.load(Ordering::Acquire);
+    let is_ahead = |&other: &usize| other != channel as usize && steps(late, other) > steps(group.rank, other);
+    let Some(other) = (0..CHANNELS).find(is_ahead) else { return String::new() };
+    let headers = &group.control(late).channels[other].headers;
+    let call = headers.iter().map(Header::call).max_by_key(|call| call.sequence).expect("two headers");
+    format!(", and has called {}, which this rank has not", describe(call))
 }
 
 /// What a rank's heartbeat says about it.

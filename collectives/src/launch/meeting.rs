@@ -48,13 +48,20 @@ impl std::fmt::Debug for Meeting {
 /// Reads it for a job of this launcher: from `PILLION_ADDRESS`, or where torchrun and srun say it.
 ///
 /// # Errors
-/// For an address without a port.
+/// For an address without a port, and a port that is none.
 pub(super) fn read(source: Source, get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Meeting>, LaunchError> {
     let address = match (get(ADDRESS), source) {
         (Some(address), _) => Some(address),
         (None, Source::Torchrun) => {
+            let port = get("MASTER_PORT").map(|value| match value.trim().parse::<NonZero<u16>>() {
+                Ok(port) => Ok(port.get()),
+                Err(_) => {
+                    let (variable, expected) = ("MASTER_PORT".into(), "a port from 1 to 65535");
+                    Err(LaunchError::Malformed { variable, value, expected })
+                }
+            });
             // The agent's own store is at the port itself.
-            let port = get("MASTER_PORT").and_then(|port| port.trim().parse::<u16>().ok()?.checked_add(1));
+            let port = port.transpose()?.and_then(|port| port.checked_add(1));
             get("MASTER_ADDR").and_then(|host| joined(&host, port?))
         }
         (None, Source::Slurm) => {

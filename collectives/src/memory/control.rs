@@ -128,6 +128,8 @@ pub(crate) struct ChannelControl {
     pub(crate) brief: [[AtomicU64; BRIEF]; 2],
     /// Headers of the operation under way and of the one before, by the parity of the operation's number.
     pub(crate) headers: [Header; 2],
+    /// See [`ChannelControl::show_wait`].
+    waits_for: AtomicU64,
 }
 
 /// What a rank called.
@@ -202,6 +204,27 @@ impl Header {
 
     pub(crate) fn output(&self) -> Place {
         Place::from_word(self.output.load(Ordering::Relaxed))
+    }
+}
+
+/// Low bits of [`ChannelControl::show_wait`]'s word, which hold the time.
+const TIME: u32 = 40;
+/// Milliseconds for which that word holds.
+const FRESH: u64 = 500;
+
+impl ChannelControl {
+    /// Shows, as long as this is called again, that the rank waits for a rank of another host,
+    /// counted as the communicator does.
+    pub(crate) fn show_wait(&self, rank: usize) {
+        let now = monotonic_millis() & ((1 << TIME) - 1);
+        self.waits_for.store((rank as u64 + 1) << TIME | now, Ordering::Relaxed);
+    }
+
+    /// The rank of another host for which the rank waits, if it does.
+    pub(crate) fn waits_for(&self) -> Option<usize> {
+        let (word, mask) = (self.waits_for.load(Ordering::Relaxed), (1 << TIME) - 1);
+        let age = monotonic_millis().wrapping_sub(word & mask) & mask;
+        (word >> TIME).checked_sub(1).filter(|_| age <= FRESH).map(|rank| rank as usize)
     }
 }
 

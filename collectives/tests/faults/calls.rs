@@ -41,7 +41,7 @@ pub(crate) const CASES: [(Named, Named); 20] = [
     ),
     (("reduce #1 of 3072 × f32 (sum) (root 0)", reduce_to_0), ("reduce #1 of 3072 × f32 (sum) (root 1)", reduce_to_1)),
     // The barrier and the agreements about memory come after those that made the memory.
-    (("of 0", barrier), ("of 1", scalars)),
+    (("barrier #", barrier), ("scalar exchange #", scalars)),
     (("window gather #1 of 3072", gather_first_window), ("window gather #1 of 3072", gather_second_window)),
     (
         ("all-gather #1 of 3072 × f32 in 2 sections", gather_short_first),

@@ -53,8 +53,13 @@ impl From<String> for Failure {
 
 /// The port of `host:port`.
 pub(crate) fn port_of(address: &str) -> Result<u16, String> {
-    let port = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
-    port.ok_or_else(|| format!("the address {address:?} has no port: give host:port"))
+    let Some((host, port)) = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()) else {
+        return Err(format!("the address {address:?} has no host or no port: give host:port"));
+    };
+    match port.parse() {
+        Ok(port) if port > 0 => Ok(port),
+        _ => Err(format!("the port {port:?} of {address:?} is no number from 1 to 65535: {host} needs one of these")),
+    }
 }
 
 /// A listener on every address of this host, at this port or, for 0, any.
