@@ -113,8 +113,8 @@ impl Case {
                 stream.cast(scratch, block);
             }),
             Operation::AllReduce => {
-                // As a program calls it. What `start` wraps around it takes a tenth of the time of a
-                // few bytes.
+                // As a program calls it. What `start` wraps around it takes a tenth of the time of
+                // a few bytes.
                 let Operands { input, output } = std::mem::take(&mut self.operands);
                 let (output, reduction) = (output.expect(HAS), self.pattern.reduction);
                 self.operands = match input {

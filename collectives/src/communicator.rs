@@ -76,19 +76,21 @@ impl Communicator {
     /// No rank looks at the store once this has returned on every rank, and rank 0 may drop a
     /// [`TcpStore`](crate::TcpStore) once it has returned there.
     ///
-    /// The ranks meet within three times [`Options::startup_timeout`] and 15 s, or this call returns,
-    /// within 10 s more where this rank has to tell the others why it cannot join. A store may be
-    /// silent for longer, such as a [`TcpStore`](crate::TcpStore) with a longer limit of its own,
-    /// whose rank 0 is absent. Then a thread stays behind until the store answers. It begins no
-    /// further call that sets a value; a call that hangs may still set its value later, and if the
-    /// ranks meet again just then, they may fail and must try once more.
+    /// This call gives up three times [`Options::startup_timeout`] and 15 s after its start if the
+    /// ranks have not met by then. It may take 10 s more to tell the other ranks why this one
+    /// cannot join.
+    ///
+    /// A store may be silent for longer, such as a [`TcpStore`](crate::TcpStore) with a longer
+    /// limit of its own, whose rank 0 is absent. Then a thread stays behind until the store
+    /// answers. It begins no further call that sets a value. A call that hangs may still set its
+    /// value later: a meeting at that moment may fail, and the next one does not.
     ///
     /// # Errors
     /// As for [`Communicator::connect`], and those of the store. [`Error::Rendezvous`] names the
     /// ranks that did not come within [`Options::startup_timeout`]. Where ranks have different
     /// settings, all ranks return an error that names the setting and both values. Where rank 0 is
-    /// told to end, the ranks that have come return [`Error::Aborted`], and a thread of rank 0 keeps
-    /// the store for up to 2 s, so that they can read it.
+    /// told to end, the ranks that have come return [`Error::Aborted`], and a thread of rank 0
+    /// keeps the store for up to 2 s, so that they can read it.
     pub fn connect_through(
         store: Arc<dyn Store>,
         rank: usize,
@@ -160,7 +162,8 @@ impl Communicator {
                     Ok(Joined { group, wire, network }) => {
                         let engine = group.engine.clone();
                         engine.open(group.clone(), wire);
-                        // Where nobody listens any more, this thread has been given up, and the rank has failed.
+                        // Where nobody listens any more, this thread has been given up, and the
+                        // rank has failed.
                         engine.run(|begun| sender.send(begun.map(|()| (group, network))).is_ok());
                     }
                     Err(error) => {

@@ -37,6 +37,6 @@ pub use dtype::{Bool, DType, Element};
 pub use error::Error;
 pub use event::{Completion, Event, Failure, Status};
 pub use kernels::{AttentionShape, Kernels};
-pub use memory::{Raw, Region, Space, Span, exclusive};
+pub use memory::{HUGE_PAGE, Raw, Region, Space, Span, exclusive};
 pub use parts::Part;
 pub use stream::{AdamW, Stream};

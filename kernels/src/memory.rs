@@ -14,10 +14,10 @@ use crate::{DType, Element, Error, Part};
 /// Allocations start at multiples of this many bytes: a page, so that no two of them share a cache
 /// line or a TLB entry.
 const ALIGNMENT: usize = 4096;
-/// Bytes of a huge page.
-const HUGE_PAGE: usize = 2 << 20;
-/// Bytes from which on a buffer asks for huge pages: the processor finds their addresses faster, and
-/// the system pins fewer pages when another rank reads the buffer.
+/// Bytes of a huge page, which the processor maps with one entry.
+pub const HUGE_PAGE: usize = 2 << 20;
+/// Bytes from which on a buffer asks for huge pages: the processor finds their addresses faster,
+/// and the system pins fewer pages when another rank reads the buffer.
 const LONG: usize = 2 * HUGE_PAGE;
 
 /// Serialises every access to memory of a deferring device (see [`exclusive`]).

@@ -73,6 +73,11 @@ fn the_interface_that_a_rank_offers_is_said_and_one_that_there_is_not_is_refused
     for text in [&refused.stdout, &refused.stderr] {
         assert!(text.contains("eth99") && text.contains("lo (127.0.0.1"), "{refused}");
     }
+    // No launcher's variables are there to join a job with.
+    let mut command = place.command("doctor");
+    command.env("PILLION_INTERFACE", "eth99");
+    let alone = place.spawn(command).finish().succeeded();
+    assert!(alone.stdout.contains("eth99") && alone.stdout.contains("choose one of"), "{alone}");
     let place = Workplace::new(PROGRAM);
     let mut command = place.command("doctor");
     command.env("PILLION_ADDRESS", "127.0.0.1:29400").env("PILLION_INTERFACE", "lo");

@@ -138,8 +138,8 @@ impl Moves {
 /// Sends chunks of an operand, (rank of another host, chunk), from where `find` finds their parts.
 ///
 /// # Safety
-/// What `find` finds stays readable and unchanged until the transit says that the group is complete,
-/// or for ever, and `Held` keeps it.
+/// What `find` finds stays readable and unchanged until the transit says that the group is
+/// complete, or for ever, and `Held` keeps it.
 unsafe fn send(
     chunks: &[(usize, usize)],
     sides: &Sides,

@@ -67,8 +67,6 @@ struct Turn {
     moved: bool,
     /// Subjects of which news may move something.
     waiting_for: u64,
-    /// Whether something waits for another host.
-    on_wire: bool,
 }
 
 impl Engine {
@@ -212,7 +210,6 @@ impl Driven {
             turn.moved = true;
         }
         self.on_wire = turn.waiting_for != 0 && self.wire.is_some();
-        turn.on_wire = self.on_wire;
         turn
     }
 }
@@ -247,7 +244,6 @@ impl Driver<'_> {
             };
             turn.moved |= of_group.moved;
             turn.waiting_for |= of_group.waiting_for;
-            turn.on_wire |= of_group.on_wire;
             if stopping && !of_group.moved && of_group.waiting_for == 0 {
                 self.groups.swap_remove(index).end();
                 turn.moved = true;
@@ -266,6 +262,11 @@ impl Driver<'_> {
             let poller = || self.poller.get_or_init(|| start_poller(&self.waker, self.engine.rank)).as_ref();
             wire.has_sockets() && poller().is_some_and(|poller| wire.arm(poller))
         })
+    }
+
+    /// Whether something waits for another host.
+    fn is_on_wire(&self) -> bool {
+        self.groups.iter().any(|group| group.on_wire)
     }
 
     /// Whether the last communicator has been dropped.
@@ -291,7 +292,7 @@ impl Driver<'_> {
             }
             let in_flight = turn.waiting_for != 0;
             waiting = waiting.or_else(|| in_flight.then(Instant::now));
-            let spin = if turn.on_wire && was_brief { WIRE_SPIN } else { PROGRESS_SPIN };
+            let spin = if was_brief && self.is_on_wire() { WIRE_SPIN } else { PROGRESS_SPIN };
             if in_flight && spinning.get_or_insert_with(Instant::now).elapsed() < spin {
                 engine.relax();
                 continue;
@@ -306,7 +307,7 @@ impl Driver<'_> {
                 }
                 Some(if !in_flight {
                     REST
-                } else if turn.on_wire && !self.arm() {
+                } else if self.is_on_wire() && !self.arm() {
                     wire_nap = (2 * wire_nap).min(LONGEST_WIRE_NAP);
                     wire_nap
                 } else {

@@ -1,5 +1,6 @@
 //! How long to wait for whom, and what is said and done when they do not come.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::group::Group;
 use crate::Error;
 use crate::call::describe;
-use crate::memory::control::{CHANNELS, Channel, Header, monotonic_millis, state};
+use crate::memory::control::{CHANNELS, Channel, monotonic_millis, state};
 use crate::transport::Limit;
 use crate::wire::Wire;
 
@@ -82,7 +83,9 @@ impl Watch {
             let how = || format!("{}{}", pulse(group, first), another_call(group, channel, first));
             self.judge(group, group.name(first), &all, op, &how, Duration::ZERO)?;
         } else if let Some(first) = elsewhere().next() {
-            self.judge(group, first, &|| elsewhere().collect(), op, &|| ELSEWHERE.to_owned(), GRACE)?;
+            // Several ranks may wait for the same one.
+            let all = || elsewhere().collect::<BTreeSet<usize>>().into_iter().collect();
+            self.judge(group, first, &all, op, &|| ELSEWHERE.to_owned(), GRACE)?;
         }
         Ok(())
     }
@@ -205,8 +208,7 @@ impl Watch {
         if self.waited >= self.limit.within.saturating_add(grace) {
             let seconds = self.waited.as_secs();
             let others = all().into_iter().filter(|&rank| rank != late);
-            let mut waiting_on: Vec<usize> = std::iter::once(late).chain(others).collect();
-            waiting_on.dedup();
+            let waiting_on = std::iter::once(late).chain(others).collect();
             return Err(Error::Timeout { op: op(), waiting_on, seconds, how: how() });
         }
         Ok(())
@@ -249,12 +251,12 @@ fn is_running(group: &Group, rank: usize) -> bool {
 
 /// Which operation a rank of this host has called that this rank has not, on another channel.
 fn another_call(group: &Group, channel: Channel, late: usize) -> String {
-    let steps = |rank: usize, channel: usize| group.control(rank).channels[channel].steps.load(Ordering::Acquire);
-    let is_ahead = |&other: &usize| other != channel as usize && steps(late, other) > steps(group.rank, other);
-    let Some(other) = (0..CHANNELS).find(is_ahead) else { return String::new() };
-    let headers = &group.control(late).channels[other].headers;
-    let call = headers.iter().map(Header::call).max_by_key(|call| call.sequence).expect("two headers");
-    format!(", and has called {}, which this rank has not", describe(call))
+    let newest = |rank: usize, channel: usize| group.control(rank).channels[channel].newest();
+    let is_ahead = |&other: &usize| newest(late, other).sequence > newest(group.rank, other).sequence;
+    match (0..CHANNELS).filter(|&other| other != channel as usize).find(is_ahead) {
+        Some(other) => format!(", and has called {}, which this rank has not", describe(newest(late, other))),
+        None => String::new(),
+    }
 }
 
 /// What a rank's heartbeat says about it.

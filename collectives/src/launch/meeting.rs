@@ -161,6 +161,10 @@ mod tests {
             empty.iter_mut().filter(|(known, _)| *known == name).for_each(|(_, value)| *value = "");
             assert_eq!(meeting(source, &empty), Ok(None));
         }
+        for bad in ["0", "99999", "x", ""] {
+            let error = meeting(Source::Torchrun, &[("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", bad)]).unwrap_err();
+            assert!(error.contains("MASTER_PORT") && error.contains("from 1 to 65535"), "{error}");
+        }
         assert_eq!(meeting(Source::OpenMpi, &torch), Ok(None));
         let given = [("PILLION_ADDRESS", "head:4000"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")];
         assert_eq!(meeting(Source::Torchrun, &given), Ok(Some("head:4000".into())));

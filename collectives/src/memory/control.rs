@@ -213,6 +213,12 @@ const TIME: u32 = 40;
 const FRESH: u64 = 500;
 
 impl ChannelControl {
+    /// What the rank has called last, for messages: words of two calls may mix in it.
+    pub(crate) fn newest(&self) -> Call {
+        let [one, other] = self.headers.each_ref().map(Header::call);
+        if one.sequence > other.sequence { one } else { other }
+    }
+
     /// Shows, as long as this is called again, that the rank waits for a rank of another host,
     /// counted as the communicator does.
     pub(crate) fn show_wait(&self, rank: usize) {

@@ -18,8 +18,8 @@ use super::mailbox::Mailbox;
 use crate::{Error, limits};
 
 pub(crate) const PAGE: u64 = 4096;
-/// What the processor can map with one entry; larger allocations start at multiples of it.
-pub(crate) const HUGE_PAGE: u64 = 2 << 20;
+/// Larger allocations start at multiples of it.
+pub(crate) const HUGE_PAGE: u64 = pillion_kernels::HUGE_PAGE as u64;
 const RESERVE_AT_ONCE: u64 = 256 << 20;
 /// Half of the addresses that x86-64 gives a process.
 const ADDRESSES: u64 = 1 << 46;

@@ -45,8 +45,8 @@ enum Obstacle {
     Stays(String),
 }
 
-/// A connection until a deadline, which holds for all bytes together. A listener that sends one byte
-/// after the other moves no deadline.
+/// A connection until a deadline, which holds for all bytes together. A listener that sends one
+/// byte after the other moves no deadline.
 struct Until<'a>(&'a TcpStream, Instant);
 
 impl Until<'_> {

@@ -144,18 +144,12 @@ fn a_copy_of_its_bell_keeps_no_store() {
 
 #[test]
 fn a_listener_that_sends_one_byte_after_the_other_moves_no_deadline() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    thread::spawn(move || {
-        for socket in listener.incoming() {
-            let mut socket = socket.unwrap();
-            let _ = socket.read_exact(&mut vec![0; greeting("", STORE).len()]);
-            let value = [12_u64, 1 << 20, 0].map(u64::to_le_bytes).concat();
-            let _ = socket.write_all(&[&[0; 8][..], &value].concat());
-            // Within the limit each, and for longer than this test.
-            while socket.write_all(b"x").is_ok() {
-                thread::sleep(Duration::from_millis(10));
-            }
+    let address = impostor(|socket| {
+        let value = [12_u64, 1 << 20, 0].map(u64::to_le_bytes).concat();
+        let _ = socket.write_all(&[&[0; 8][..], &value].concat());
+        // Within the limit each, and for longer than this test.
+        while socket.write_all(b"x").is_ok() {
+            thread::sleep(Duration::from_millis(10));
         }
     });
     let (store, started) = (TcpStore::visit(&address, "right", Duration::from_millis(300)).unwrap(), Instant::now());
@@ -191,8 +185,15 @@ fn what_keeps_a_visitor_from_the_store_is_named_with_the_remedy() {
     let nobody = error(TcpStore::visit(&address, "right", short));
     assert!(nobody.contains(&format!("rank 0 does not serve it at {address}")), "{nobody}");
     for open in [TcpStore::visit, TcpStore::serve] {
-        let nowhere = error(open("head", "right", short));
-        assert!(nowhere.contains("give host:port"), "{nowhere}");
+        for (address, expected) in [
+            ("head", "give host:port"),
+            (":29400", "give host:port"),
+            ("head:0", "is no number from 1 to 65535"),
+            ("head:99999", "is no number from 1 to 65535"),
+        ] {
+            let nowhere = error(open(address, "right", short));
+            assert!(nowhere.contains(expected), "{nowhere}");
+        }
     }
     let zero = TcpStore::serve(&address, "right", short).unwrap();
     let taken = error(TcpStore::serve(&address, "right", short));
@@ -210,21 +211,28 @@ fn what_keeps_a_visitor_from_the_store_is_named_with_the_remedy() {
     assert!(gone.contains(&address), "{gone}");
 }
 
-/// Listens, reads a greeting from each visitor, and says this.
-fn impostor(said: &'static [u8]) -> String {
+/// Listens, reads a greeting from each visitor, and answers it.
+fn impostor(answer: impl Fn(&mut TcpStream) + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     thread::spawn(move || {
         for socket in listener.incoming() {
             let mut socket = socket.unwrap();
             let _ = socket.read_exact(&mut vec![0; greeting("", STORE).len()]);
-            let _ = socket.write_all(said);
-            // Until the visitor has seen it.
-            let _ = socket.set_read_timeout(Some(Duration::from_millis(100)));
-            let _ = socket.read_to_end(&mut Vec::new());
+            answer(&mut socket);
         }
     });
     address
+}
+
+/// As [`impostor`], with these bytes for an answer.
+fn impostor_that_says(said: &'static [u8]) -> String {
+    impostor(move |socket| {
+        let _ = socket.write_all(said);
+        // Until the visitor has seen it.
+        let _ = socket.set_read_timeout(Some(Duration::from_millis(100)));
+        let _ = socket.read_to_end(&mut Vec::new());
+    })
 }
 
 #[test]
@@ -243,13 +251,13 @@ fn servers_that_are_no_store_are_named() {
             "does not answer as rank 0 does",
         ),
     ] {
-        let store = TcpStore::visit(&impostor(said), "right", Duration::from_secs(2)).unwrap();
+        let store = TcpStore::visit(&impostor_that_says(said), "right", Duration::from_secs(2)).unwrap();
         let error = store.get("key").unwrap_err().to_string();
         // Where this machine had no time within the limit, nobody answered.
         assert!(error.contains(expected) || error.contains("does not answer: is it"), "{error}");
     }
     // Whether this one was counted, nobody knows.
-    let store = TcpStore::visit(&impostor(&[0; 8]), "right", PATIENCE).unwrap();
+    let store = TcpStore::visit(&impostor_that_says(&[0; 8]), "right", PATIENCE).unwrap();
     let error = store.add("key", 1).unwrap_err().to_string();
     assert!(error.contains("nobody knows whether `add` was counted"), "{error}");
 }

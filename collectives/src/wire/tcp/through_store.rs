@@ -124,7 +124,7 @@ fn prepare(launch: &Launch, options: &Options) -> Result<(Guarded<TcpListener>, 
 pub(crate) fn decline(attempt: &Arc<Attempt>, launch: &Launch, reason: &str) -> bool {
     let limit = if launch.rank == 0 { TELL_ALL_WITHIN } else { TELL_ZERO_WITHIN };
     let (launch, reason) = (launch.clone(), reason.to_owned());
-    let is_said = Attempt::within(limit, attempt, move |attempt| tell_reason(attempt, &launch, &reason));
+    let is_said = attempt.within(limit, move |attempt| tell_reason(attempt, &launch, &reason));
     if is_said.is_none() {
         attempt.give_up();
     }

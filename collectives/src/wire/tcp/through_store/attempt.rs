@@ -1,6 +1,6 @@
 //! One attempt to meet through a store. Calls of a store may block for as long as they like, so a
-//! rank that gives up leaves the thread behind that calls. That thread begins no other call that sets
-//! a value, because the rank's next attempt uses the same keys.
+//! rank that gives up leaves the thread behind that calls. That thread begins no other call that
+//! sets a value, because the rank's next attempt uses the same keys.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,24 +59,24 @@ impl Attempt {
     /// Does some work with the store on a thread of its own. Returns what comes of it, or `None`
     /// where that takes longer than `limit` or the rank is told to end meanwhile.
     pub(super) fn within<R: Send + 'static>(
+        self: &Arc<Self>,
         limit: Duration,
-        attempt: &Arc<Attempt>,
         work: impl Fn(&Arc<Attempt>) -> R + Send + Sync + 'static,
     ) -> Option<R> {
         let started = Instant::now();
         let (sender, receiver) = mpsc::channel();
         let work = Arc::new(work);
-        let (for_thread, its_work) = (attempt.clone(), work.clone());
+        let (for_thread, its_work) = (self.clone(), work.clone());
         let thread = std::thread::Builder::new().name("pillion-store-call".into());
         let thread = thread.spawn(move || sender.send(its_work(&for_thread)));
         if thread.is_err() {
             // Where there is no thread more, few stores block, and the other ranks wait.
-            return Some(work(attempt));
+            return Some(work(self));
         }
         loop {
             match receiver.recv_timeout(LOOK_EVERY.min(limit.saturating_sub(started.elapsed()))) {
                 Ok(result) => return Some(result),
-                Err(RecvTimeoutError::Timeout) if !attempt.is_stopped() && started.elapsed() < limit => {}
+                Err(RecvTimeoutError::Timeout) if !self.is_stopped() && started.elapsed() < limit => {}
                 Err(_) => return None,
             }
         }

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use super::super::greeting::{GIVES_UP, Greeting, MEETING};
 use super::super::interface;
-use super::attempt::Attempt;
 use super::record::{Outcome, Record, Table};
 use super::{Met, Side, TABLE, TELL_WITHIN, TELL_ZERO_WITHIN, fail, read_key};
 use crate::Error;
@@ -46,7 +45,8 @@ impl Side<'_> {
                 let address = match address {
                     Ok(address) => address,
                     Err(reason) => {
-                        // This rank ends because of its own error, not because of one in telling it.
+                        // This rank ends because of its own error, not because of one in telling
+                        // it.
                         let _ = self.tell_zero(&reason);
                         return Err(fail(self.launch, reason));
                     }
@@ -150,7 +150,7 @@ impl Side<'_> {
     /// The same, if the store takes it soon.
     fn try_to_set_read(&self) {
         let (key, session) = (read_key(self.launch.rank), self.own.token.to_le_bytes());
-        Attempt::within(TELL_WITHIN, self.attempt, move |attempt| attempt.set(&key, &session));
+        self.attempt.within(TELL_WITHIN, move |attempt| attempt.set(&key, &session));
     }
 }
 
