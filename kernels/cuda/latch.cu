@@ -1,0 +1,13 @@
+// Carries a failure from one stream to the next.
+
+namespace latch_words {
+constexpr u32 HAS_FAILED = 2;   // 1: the event has happened
+}
+
+// Sets the latch if the event behind `word` has failed. The host launches this kernel behind a wait
+// for `word` to change, so the kernel itself never waits. It does not ask whether the latch is set,
+// because the first code stays. Grid: 1 block of 1 thread or more.
+KERNEL(follow_event)(Latch* latch, const volatile u32* word) {
+    if (threadIdx.x == 0 && *word == latch_words::HAS_FAILED) set_latch(latch, EVENT_FAILED);
+}
+EXPORT_KERNEL(follow_event)
