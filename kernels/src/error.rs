@@ -45,6 +45,10 @@ pub enum Error {
         /// The type of the elements.
         dtype: crate::DType,
     },
+    /// A GPU cannot be used, or work on it has failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
     /// Work on the device could not run, because work that it follows failed.
     #[error(transparent)]
     Failed(#[from] crate::Failure),

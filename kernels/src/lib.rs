@@ -20,6 +20,8 @@
 
 mod buffer;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod dtype;
 mod error;
@@ -28,10 +30,14 @@ mod kernels;
 mod memory;
 mod parts;
 pub mod random;
+mod ranges;
+mod shapes;
 mod stream;
 
 pub use buffer::{Buffer, View, ViewMut};
 pub use cpu::{Cores, Cpu, LazyCpu};
+#[cfg(feature = "cuda")]
+pub use cuda::{Cuda, CudaError, CudaInfo, CudaStream};
 pub use device::Device;
 pub use dtype::{Bool, DType, Element};
 pub use error::Error;
@@ -39,4 +45,5 @@ pub use event::{Completion, Event, Failure, Status};
 pub use kernels::{AttentionShape, Kernels};
 pub use memory::{HUGE_PAGE, Raw, Region, Space, Span, exclusive};
 pub use parts::Part;
+pub use ranges::{Range, Ranges};
 pub use stream::{AdamW, Stream};

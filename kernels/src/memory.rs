@@ -94,6 +94,12 @@ impl Region {
         self.space
     }
 
+    /// Where it starts.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
     /// Zeroed heap memory, in huge pages where it is long and the system gives some to those who
     /// ask.
     pub(crate) fn heap(device: &'static str, bytes: usize) -> Result<Region, Error> {

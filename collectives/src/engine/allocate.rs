@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pillion_kernels::{Buffer, DType, Device};
+use pillion_kernels::{Buffer, DType, Device, Range};
 
 use super::group::Group;
 use super::{Engine, Owned};
@@ -12,7 +12,6 @@ use crate::memory::available::available_memory;
 use crate::memory::control::{WINDOW_BELL, subject};
 use crate::memory::mapping::{Mapping, PAGE};
 use crate::memory::protocol::publish;
-use crate::memory::ranges::Range;
 use crate::transport::{Limit, Transport, Turns};
 use crate::window::chunk;
 use crate::{Error, Sections};

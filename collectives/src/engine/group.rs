@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use pillion_kernels::Failure;
+use pillion_kernels::{Failure, Range};
 
 use super::flight::Flight;
 use super::inbox::{AT_A_TIME, Ended, Inbox, left};
@@ -21,7 +21,6 @@ use crate::memory::control::{CHANNELS, Channel, GroupControl, RankControl, state
 use crate::memory::mailbox::Mailbox;
 use crate::memory::mapping::{Mapping, Members, Words};
 use crate::memory::protocol::Word;
-use crate::memory::ranges::Range;
 use crate::outcome::Outcomes;
 use crate::record::Record;
 use crate::{Error, Options};

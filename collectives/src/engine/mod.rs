@@ -29,15 +29,14 @@ use std::task::Wake;
 use std::thread::{JoinHandle, ThreadId};
 
 use parking_lot::Mutex;
-use pillion_kernels::{Buffer, DType, Device, Region, Space};
+use pillion_kernels::{Buffer, DType, Device, Range, Ranges, Region, Space};
 
 use self::group::Group;
 use self::inbox::Inbox;
 use crate::Error;
 use crate::memory::control::{RankControl, state, subject};
 use crate::memory::fork::Maker;
-use crate::memory::mapping::{Mapping, PAGE, Words};
-use crate::memory::ranges::{Range, Ranges};
+use crate::memory::mapping::{HUGE_PAGE, Mapping, PAGE, Words};
 use crate::wire::Wire;
 
 /// One rank of a job, on its host.
@@ -100,7 +99,7 @@ impl Engine {
             map,
             maker: Maker::this(),
             rank,
-            ranges: Mutex::default(),
+            ranges: Mutex::new(Ranges::new(PAGE, HUGE_PAGE)),
             retired: Mutex::default(),
             arrivals: Inbox::default(),
             open: AtomicUsize::new(0),

@@ -7,21 +7,28 @@ use crate::AdamW;
 
 /// Constants of one update.
 #[derive(Clone, Copy)]
-pub(super) struct Update {
+pub(crate) struct Update {
     settings: AdamW,
     scale: f32,
-    keep: f32,
-    rate: f32,
-    root: f32,
+    /// What decay leaves of a weight.
+    pub(crate) keep: f32,
+    /// lr/(1−β₁ᵗ).
+    pub(crate) rate: f32,
+    /// √(1−β₂ᵗ).
+    pub(crate) root: f32,
 }
 
 impl Update {
-    /// Number `step`, from 1, of gradients times `scale`.
-    pub(super) fn new(settings: AdamW, step: u64, scale: f32) -> Update {
+    /// Number `step`, from 1.
+    pub(crate) fn new(settings: AdamW, step: u64) -> Update {
         let AdamW { lr, beta1, beta2, weight_decay, .. } = settings;
         let correction = |beta: f32| 1.0 - f64::from(beta).powf(step as f64);
         let rate = (f64::from(lr) / correction(beta1)) as f32;
-        Update { settings, scale, keep: 1.0 - lr * weight_decay, rate, root: correction(beta2).sqrt() as f32 }
+        Update { settings, scale: 1.0, keep: 1.0 - lr * weight_decay, rate, root: correction(beta2).sqrt() as f32 }
+    }
+
+    pub(super) fn of_gradients_times(self, scale: f32) -> Update {
+        Update { scale, ..self }
     }
 
     /// Updates one element; returns the new master weight.

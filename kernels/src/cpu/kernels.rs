@@ -3,9 +3,9 @@
 use std::cell::Cell;
 
 use super::matmul::{Matrix, Right, Start, product};
-use super::shapes::{SHARE, columns, rows, same, same_type, with_type};
 use super::team::{Read, Write};
-use super::{HostStream, Work, attention, embedding, loss, mlp, norm, rope, scratch, vectorized};
+use super::{HostStream, SHARE, Work, attention, embedding, loss, mlp, norm, rope, scratch, vectorized};
+use crate::shapes::{check_attention, columns, rows, same, same_type, with_type};
 use crate::{AttentionShape, DType, Kernels, View, ViewMut};
 
 thread_local! {
@@ -298,15 +298,4 @@ impl Kernels for HostStream {
 /// Pairs of a query and a key that it sees.
 fn pairs(shape: AttentionShape) -> usize {
     shape.batch * shape.heads * (shape.seq * (shape.seq + 1) / 2)
-}
-
-fn check_attention(shape: AttentionShape, queries: &[usize], keys: &[usize], log_sums: usize) {
-    let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
-    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{kv_heads} key/value heads do not divide {heads} heads");
-    assert!(
-        queries.iter().all(|&len| len == batch * seq * heads * head_dim),
-        "attention queries {queries:?}: {shape:?}"
-    );
-    assert!(keys.iter().all(|&len| len == batch * seq * kv_heads * head_dim), "attention keys {keys:?}: {shape:?}");
-    assert_eq!(log_sums, batch * heads * seq, "attention log_sum: {shape:?}");
 }

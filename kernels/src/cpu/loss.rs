@@ -1,4 +1,4 @@
-//! Softmax cross-entropy and the sums of squares behind norms and statistics.
+//! Softmax cross-entropy.
 
 use super::maths::{exp, max_of, sum_of};
 use super::value::Value;
@@ -34,43 +34,4 @@ pub(super) fn cross_entropy_rounded<T: Value>(losses: &mut [f64], grad: &mut [T]
         cross_entropy(loss, logits, target);
         T::round(grad, logits);
     }
-}
-
-/// Elements whose squares are summed before they meet the others': the sum does not depend on who computes which.
-pub(super) const PART: usize = 1 << 16;
-
-/// (Σ xᵢ² over the finite xᵢ, number of the others) of each [`PART`] elements. Squares of f32 are exact in f64, and eight lanes of f64 keep
-/// the sum's error below n/8·2⁻⁵³ of it: the gradient statistic subtracts nearly equal sums, where f32 would not do.
-#[inline(always)]
-pub(super) fn square_norms<T: Value>(sums: &mut [(f64, u64)], x: &[T]) {
-    for (sum, x) in sums.iter_mut().zip(x.chunks(PART)) {
-        *sum = square_norm(x);
-    }
-}
-
-#[inline(always)]
-fn square_norm<T: Value>(x: &[T]) -> (f64, u64) {
-    const LANES: usize = 8;
-    let mut lanes = [0.0f64; LANES];
-    // 32 bits wide for the vectors' sake; a part is shorter.
-    let mut bad = [0u32; LANES];
-    let (blocks, tail) = x.as_chunks::<LANES>();
-    for block in blocks {
-        for lane in 0..LANES {
-            let value = block[lane].widen();
-            let finite = value.is_finite();
-            let value = if finite { f64::from(value) } else { 0.0 };
-            lanes[lane] += value * value;
-            bad[lane] += u32::from(!finite);
-        }
-    }
-    let (mut sum, mut count) = (lanes.iter().sum::<f64>(), bad.iter().map(|&n| u64::from(n)).sum());
-    for x in tail.iter().map(|x| x.widen()) {
-        if x.is_finite() {
-            sum += f64::from(x) * f64::from(x);
-        } else {
-            count += 1;
-        }
-    }
-    (sum, count)
 }

@@ -4,7 +4,7 @@
 //! Each subject is a file of plain functions on slices; `stream.rs` and `kernels.rs`
 //! here bind them to the traits [`Stream`] and [`Kernels`](crate::Kernels).
 
-mod adamw;
+pub(crate) mod adamw;
 mod attention;
 pub mod compare;
 mod embedding;
@@ -23,7 +23,7 @@ mod profile;
 pub mod reduce;
 mod rope;
 mod scratch;
-mod shapes;
+pub(crate) mod square_norm;
 mod stream;
 mod team;
 mod value;
@@ -39,6 +39,9 @@ use lazy::LazyStream;
 use std::cell::{Cell, OnceCell};
 use std::sync::Arc;
 use team::Team;
+
+/// Elements below which a thread more does not pay for a kernel that does little with each.
+const SHARE: usize = 1 << 16;
 
 /// The processor; a kernel has run when its call returns, on the thread that calls.
 #[derive(Clone, Copy, Debug, Default)]

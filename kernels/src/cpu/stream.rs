@@ -2,9 +2,9 @@
 
 use std::cell::Cell;
 
-use super::shapes::{SHARE, same, with_type};
 use super::team::{Read, Write};
-use super::{HostStream, Input, Work, adamw, loss, maths, scratch, vectorized};
+use super::{HostStream, Input, SHARE, Work, adamw, maths, scratch, square_norm, vectorized};
+use crate::shapes::{same, with_type};
 use crate::{AdamW, DType, Event, Failure, Kernels, Stream, View, ViewMut};
 
 thread_local! {
@@ -96,18 +96,18 @@ unsafe impl Stream for HostStream {
 
     fn square_norm(&self, out: ViewMut<'_>, x: View<'_>, weight: f64) {
         assert_eq!(out.len(), 2, "square_norm writes a sum and a count");
-        let (dtype, parts) = (x.dtype(), x.len().div_ceil(loss::PART));
+        let (dtype, parts) = (x.dtype(), x.len().div_ceil(square_norm::PART));
         self.run(Work::moves("square_norm"), [out], [x], move |team, [out], [x]| {
             scratch::with(&NORMS, parts, |norms| {
                 with_type!(dtype, T => {
-                    team.split((Write(&mut *norms, 1), Read(x.of::<T>(), loss::PART)), 1, |(norms, x)| {
+                    team.split((Write(&mut *norms, 1), Read(x.of::<T>(), square_norm::PART)), 1, |(norms, x)| {
                         vectorized(
                             #[inline(always)]
-                            || loss::square_norms(norms.0, x.0),
+                            || square_norm::square_norms(norms.0, x.0),
                         );
                     });
                 });
-                let (sum, non_finite) = norms.iter().fold((0.0, 0), |sums, norm| (sums.0 + norm.0, sums.1 + norm.1));
+                let (sum, non_finite) = square_norm::total_square_norm(norms);
                 out.of().copy_from_slice(&[weight * sum, non_finite as f64]);
             });
         });
@@ -145,7 +145,8 @@ unsafe impl Stream for HostStream {
         same("adamw", &[master.len(), m.len(), v.len(), grad.len()]);
         assert!(scale.len() == 1, "adamw: a scale of {} numbers", scale.len());
         let (work, gradient) = (Work::moves("adamw"), grad.dtype());
-        let update = move |scale: Input<'_>| adamw::Update::new(settings, step, scale.of::<f32>()[0]);
+        let update =
+            move |scale: Input<'_>| adamw::Update::new(settings, step).of_gradients_times(scale.of::<f32>()[0]);
         let Some(weights) = weights else {
             return self.run(work, [master, m, v], [grad, scale], move |team, [master, m, v], [grad, scale]| {
                 let update = update(scale);

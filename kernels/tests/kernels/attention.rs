@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use crate::bounded::{Bounded, dot, exact, max, sum, to};
 use crate::common::{TYPES, Values, assert_certain, assert_gradient, assert_within, normals_as, rounded_as, run};
+use crate::devices;
 
 const fn shape(batch: usize, seq: usize, heads: usize, kv_heads: usize, head_dim: usize) -> AttentionShape {
     AttentionShape { batch, seq, heads, kv_heads, head_dim }
@@ -28,8 +29,9 @@ const SHAPES: [AttentionShape; 13] = [
     shape(1, 600, 2, 2, 2),
 ];
 
-/// Keys in a block of the kernel. A block's exponentials are relative to the largest score so far, and are rounded as such.
-const BLOCK: usize = 512;
+/// Keys in a block of the kernel. A block's exponentials are relative to the largest score so far,
+/// and are rounded as such.
+const BLOCK: usize = devices::ATTENTION_KEYS;
 
 fn queries(shape: AttentionShape) -> usize {
     shape.batch * shape.seq * shape.heads * shape.head_dim

@@ -1,12 +1,10 @@
-//! Running a kernel on every device, and comparing what it computed.
-
-use std::sync::OnceLock;
+//! Running a kernel on the devices of the test program (`devices.rs`), and comparing what it computed.
 
 use half::bf16;
-use pillion_kernels::{Buffer, Cores, Cpu, DType, Device, Element, Kernels, LazyCpu, Stream, random};
+use pillion_kernels::{Buffer, DType, Device, Element, Kernels, Stream, random};
 
 use crate::bounded::{Bounded, sum};
-use crate::foreign::Foreign;
+use crate::devices;
 
 /// The types in which activations and weights come.
 pub(crate) const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
@@ -86,31 +84,22 @@ impl Values {
     }
 }
 
-/// Devices with two and with three threads.
-fn cores() -> [Cores; 2] {
-    static CORES: OnceLock<[Cores; 2]> = OnceLock::new();
-    CORES.get_or_init(|| [2, 3].map(|threads| Cores::new(threads).unwrap())).clone()
+/// Runs a kernel on the reference device and on the others, asserts that all bits agree, and returns
+/// what it wrote.
+pub(crate) fn run<const N: usize>(kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Values; N] {
+    let expected = values(&devices::reference(), &kernel);
+    for (name, stage) in devices::others() {
+        for (index, (other, expected)) in values(&stage, &kernel).iter().zip(&expected).enumerate() {
+            assert!(other.bytes == expected.bytes, "output {index} differs on {name}");
+        }
+    }
+    expected
 }
 
-/// Runs a kernel on `Cpu`, on `Cores`, in memory of another program, and on `LazyCpu` in several
-/// orders, asserts that all bits agree, and returns what it wrote.
-pub(crate) fn run<const N: usize>(kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Values; N] {
-    let on = |stage: Stage| {
-        kernel(&stage)
-            .map(|buffer| Values { bytes: stage.stream.download_bytes(buffer.view()).unwrap(), dtype: buffer.dtype() })
-    };
-    let expected = on(Stage::new(Cpu));
-    let compare = |name: String, stage: Stage| {
-        for (index, (other, cpu)) in on(stage).iter().zip(&expected).enumerate() {
-            assert!(other.bytes == cpu.bytes, "output {index} differs on {name}");
-        }
-    };
-    for cores in cores() {
-        compare(format!("Cores::new({})", cores.threads()), Stage::new(cores));
-    }
-    compare("memory of another program".to_owned(), Stage::new(Foreign::default()));
-    (0..3).for_each(|seed| compare(format!("LazyCpu::new({seed})"), Stage::new(LazyCpu::new(seed))));
-    expected
+/// What a kernel wrote on one device.
+pub(crate) fn values<const N: usize>(stage: &Stage, kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Values; N] {
+    kernel(stage)
+        .map(|buffer| Values { bytes: stage.stream.download_bytes(buffer.view()).unwrap(), dtype: buffer.dtype() })
 }
 
 /// Standard normal numbers, other ones for each stream.

@@ -1,9 +1,10 @@
 //! Transfers, zero, add and cast: exact, so compared bit by bit.
 
 use half::bf16;
-use pillion_kernels::{Cpu, DType, Device, Element, LazyCpu};
+use pillion_kernels::{DType, Element};
 
-use crate::common::{Stage, integers, normals, run};
+use crate::common::{integers, normals, run};
+use crate::devices;
 
 /// The last is one that three threads share.
 const LENGTHS: [usize; 9] = [0, 1, 3, 15, 33, 7 * 15, 257, 4097, (3 << 16) + 5];
@@ -11,7 +12,7 @@ const LENGTHS: [usize; 9] = [0, 1, 3, 15, 33, 7 * 15, 257, 4097, (3 << 16) + 5];
 #[test]
 fn what_was_uploaded_is_downloaded() {
     fn check<T: Element + PartialEq + std::fmt::Debug>(data: &[T]) {
-        for stage in [Stage::new(Cpu), Stage::new(LazyCpu::new(1))] {
+        for stage in [devices::reference(), devices::deferred(1)] {
             let buffer = stage.buffer(data);
             assert_eq!((buffer.len(), buffer.dtype()), (data.len(), T::DTYPE));
             assert_eq!(stage.stream.download::<T>(buffer.view()).unwrap(), data);
@@ -41,8 +42,8 @@ fn slices_are_moved_alone() {
 #[test]
 fn new_memory_is_zero_and_zero_makes_it_so_again() {
     for dtype in [DType::F32, DType::Bf16, DType::F64, DType::U32] {
-        let device = LazyCpu::new(2);
-        let (stream, mut buffer) = (device.stream(), device.allocate(dtype, 33).unwrap());
+        let stage = devices::deferred(2);
+        let (stream, mut buffer) = (&stage.stream, stage.zeros(dtype, 33));
         let zeros = vec![0; buffer.bytes()];
         assert_eq!(stream.download_bytes(buffer.view()).unwrap(), zeros);
         stream.upload_bytes(buffer.view_mut(), &vec![0xa5; zeros.len()]);

@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 
 use parking_lot::Mutex;
-use pillion_kernels::{Completion, DType, Event, Span};
+use pillion_kernels::{Completion, DType, Event, Range, Span};
 
 use self::matching::{Matching, Wanted};
 use self::receive::ReceiveFlight;
@@ -39,7 +39,6 @@ use super::watch::Watch;
 use crate::Error;
 use crate::call::{Detail, Kind, call, describe};
 use crate::memory::control::Call;
-use crate::memory::ranges::Range;
 use crate::outcome::{Ending, Outcome};
 use crate::request::{Direction, Envelope, Message};
 use crate::transport::Limit;

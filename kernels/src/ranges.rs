@@ -1,20 +1,20 @@
-//! Which ranges of an arena are in use.
+//! Which ranges of one long piece of memory are in use.
 
 use std::collections::BTreeMap;
 
-use super::mapping::{HUGE_PAGE, PAGE};
-
-/// A range of an arena, in bytes.
+/// A range of such memory, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Range {
-    pub(crate) offset: u64,
+pub struct Range {
+    /// Where it starts: a multiple of the page.
+    pub offset: u64,
     /// Whole pages.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
 }
 
 /// Hands out ranges, the first that is free and long enough.
-#[derive(Default)]
-pub(crate) struct Ranges {
+pub struct Ranges {
+    page: u64,
+    huge_page: u64,
     /// Lengths of the free ranges by where they start: none touches another, nor the end.
     free: BTreeMap<u64, u64>,
     /// All is free from here on.
@@ -22,11 +22,16 @@ pub(crate) struct Ranges {
 }
 
 impl Ranges {
-    /// A range for `bytes` bytes. One that has room for what the processor maps with one entry
-    /// starts where such an entry may.
-    pub(crate) fn take(&mut self, bytes: u64) -> Range {
-        let alignment = if bytes >= HUGE_PAGE { HUGE_PAGE } else { PAGE };
-        let bytes = bytes.max(1).next_multiple_of(PAGE);
+    /// Memory of which nothing is in use. Ranges are whole pages of `page` bytes. A range that has
+    /// room for a page of `huge_page` bytes starts at a multiple of it.
+    pub fn new(page: u64, huge_page: u64) -> Ranges {
+        Ranges { page, huge_page, free: BTreeMap::new(), end: 0 }
+    }
+
+    /// A range for `bytes` bytes.
+    pub fn take(&mut self, bytes: u64) -> Range {
+        let alignment = if bytes >= self.huge_page { self.huge_page } else { self.page };
+        let bytes = bytes.max(1).next_multiple_of(self.page);
         let fitting = self.free.iter().find_map(|(&start, &len)| {
             let offset = start.next_multiple_of(alignment);
             (offset + bytes <= start + len).then_some((start, len, offset))
@@ -52,7 +57,7 @@ impl Ranges {
     }
 
     /// Takes back a range that [`Ranges::take`] handed out.
-    pub(crate) fn give_back(&mut self, Range { offset, bytes }: Range) {
+    pub fn give_back(&mut self, Range { offset, bytes }: Range) {
         let (mut start, mut end) = (offset, offset + bytes);
         if let Some((&before, &len)) = self.free.range(..start).next_back()
             && before + len == start
@@ -82,7 +87,9 @@ mod tests {
         fn ranges_in_use_never_overlap_and_all_that_is_given_back_is_free(
             steps in proptest::collection::vec((any::<bool>(), 0u64..6 << 20, any::<usize>()), 1..200)
         ) {
-            let (mut ranges, mut used) = (Ranges::default(), Vec::<Range>::new());
+            const PAGE: u64 = 4096;
+            const HUGE_PAGE: u64 = 2 << 20;
+            let (mut ranges, mut used) = (Ranges::new(PAGE, HUGE_PAGE), Vec::<Range>::new());
             for (take, bytes, which) in steps {
                 if take || used.is_empty() {
                     let range = ranges.take(bytes);

@@ -1,9 +1,6 @@
-//! What the bindings of kernels check and decide: types, shapes, and whether several threads pay.
+//! What every device checks before it enqueues a kernel: types and shapes.
 
-use crate::DType;
-
-/// Elements below which a thread more does not pay for a kernel that does little with each.
-pub(super) const SHARE: usize = 1 << 16;
+use crate::{AttentionShape, DType};
 
 /// `$body` with `$T` the type of activations or weights.
 macro_rules! with_type {
@@ -21,10 +18,10 @@ macro_rules! with_type {
         }
     };
 }
-pub(super) use with_type;
+pub(crate) use with_type;
 
 /// All types equal the first, which is returned.
-pub(super) fn same_type(what: &str, types: &[DType]) -> DType {
+pub(crate) fn same_type(what: &str, types: &[DType]) -> DType {
     for &other in types {
         assert!(other == types[0], "{what}: {} and {other} should be one type", types[0]);
     }
@@ -32,18 +29,30 @@ pub(super) fn same_type(what: &str, types: &[DType]) -> DType {
 }
 
 /// `len = rows · columns` with known rows gives the columns.
-pub(super) fn columns(what: &str, len: usize, rows: usize) -> usize {
+pub(crate) fn columns(what: &str, len: usize, rows: usize) -> usize {
     assert!(rows > 0 && len.is_multiple_of(rows), "{what}: {len} elements in {rows} rows");
     len / rows
 }
 
 /// `len = rows · columns` with known columns gives the rows.
-pub(super) fn rows(what: &str, len: usize, columns: usize) -> usize {
+pub(crate) fn rows(what: &str, len: usize, columns: usize) -> usize {
     assert!(columns > 0 && len.is_multiple_of(columns), "{what}: {len} elements in rows of {columns}");
     len / columns
 }
 
 /// All lengths equal the first.
-pub(super) fn same(what: &str, lens: &[usize]) {
+pub(crate) fn same(what: &str, lens: &[usize]) {
     assert!(lens.iter().all(|&len| len == lens[0]), "{what}: lengths {lens:?} should be equal");
+}
+
+/// Queries, keys and values are as long as the shape says.
+pub(crate) fn check_attention(shape: AttentionShape, queries: &[usize], keys: &[usize], log_sums: usize) {
+    let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
+    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{kv_heads} key/value heads do not divide {heads} heads");
+    assert!(
+        queries.iter().all(|&len| len == batch * seq * heads * head_dim),
+        "attention queries {queries:?}: {shape:?}"
+    );
+    assert!(keys.iter().all(|&len| len == batch * seq * kv_heads * head_dim), "attention keys {keys:?}: {shape:?}");
+    assert_eq!(log_sums, batch * heads * seq, "attention log_sum: {shape:?}");
 }

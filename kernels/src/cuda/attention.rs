@@ -1,0 +1,301 @@
+//! Causal grouped-query attention by matrix products, over blocks of queries of one sequence: no
+//! more than one block's scores exist at a time, so memory grows with the sequence and not with its
+//! square. A block of queries meets all its keys in one product, so no partial result is rescaled.
+//!
+//! The formulas are those of `cpu/attention.rs`. Heads that share keys and values are one product
+//! each, one after the other, so sums over them have a fixed order.
+
+use cudarc::driver::sys::{CUdeviceptr, CUstream};
+
+use super::CudaError;
+use super::blas::{Gemm, Matrix, Places};
+use super::launch::{Argument, Shape, launch};
+use super::stream::{BYTES_OF_BLOCK, CudaStream, ELEMENTS_OF_BLOCK, Pieces, typed};
+use crate::{AttentionShape, DType};
+
+/// Most queries in a block.
+const QUERIES: usize = 256;
+/// Heads of tokens whose projections a block of threads computes.
+const ROWS_OF_BLOCK: usize = 32;
+/// Most scores in a block, over all heads.
+const SCORES: usize = 1 << 24;
+
+pub(super) struct Forward {
+    pub(super) out: CUdeviceptr,
+    pub(super) log_sum: CUdeviceptr,
+    pub(super) q: CUdeviceptr,
+    pub(super) k: CUdeviceptr,
+    pub(super) v: CUdeviceptr,
+}
+
+pub(super) struct Backward {
+    pub(super) grad_q: CUdeviceptr,
+    pub(super) grad_k: CUdeviceptr,
+    pub(super) grad_v: CUdeviceptr,
+    pub(super) grad_out: CUdeviceptr,
+    pub(super) q: CUdeviceptr,
+    pub(super) k: CUdeviceptr,
+    pub(super) v: CUdeviceptr,
+    pub(super) out: CUdeviceptr,
+    pub(super) log_sum: CUdeviceptr,
+}
+
+/// Queries in a block.
+fn queries(shape: AttentionShape) -> usize {
+    (SCORES / (shape.heads * shape.seq).max(1)).clamp(1, QUERIES).min(shape.seq)
+}
+
+/// What all steps of one call share.
+struct Steps<'a> {
+    on: &'a CudaStream,
+    stream: CUstream,
+    dtype: DType,
+    shape: AttentionShape,
+    scale: f32,
+}
+
+/// Some queries: those from `first` on, which see `keys` keys.
+#[derive(Clone, Copy)]
+struct Block {
+    first: usize,
+    rows: usize,
+    keys: usize,
+}
+
+fn blocks(shape: AttentionShape) -> impl Iterator<Item = Block> {
+    (0..shape.seq).step_by(queries(shape)).map(move |first| {
+        let rows = queries(shape).min(shape.seq - first);
+        Block { first, rows, keys: first + rows }
+    })
+}
+
+impl Steps<'_> {
+    fn launch(&self, kernels: [&str; 2], shape: Shape, arguments: &[Argument]) -> Result<(), CudaError> {
+        let (context, latch) = (&self.on.inner.context, self.on.inner.latch.address());
+        // SAFETY: each caller names the arguments; memory is lent by the views of the call, or is
+        // this stream's working memory.
+        unsafe { launch(context, self.stream, kernels[typed(self.dtype)], shape, latch, arguments) }
+    }
+
+    /// One product for each key head, of the query heads that are number `of_group` in their group.
+    fn product(&self, out: Matrix, left: Matrix, right: Matrix, places: Places, scale: f32) -> Result<(), CudaError> {
+        let gemm = Gemm { out, left, right, batch: self.shape.kv_heads, alignment: places.alignment() };
+        // SAFETY: matrices of the tensors and pieces that their constructors below describe.
+        unsafe { self.on.products.borrow_mut().run(&self.on.inner, self.stream, gemm, places, scale) }
+    }
+
+    fn group(&self) -> usize {
+        self.shape.heads / self.shape.kv_heads
+    }
+
+    /// Rows of `[T, H, D]`, for each key head one query head of its group.
+    fn of_queries(&self, rows: usize) -> Matrix {
+        let AttentionShape { heads, head_dim, .. } = self.shape;
+        let batch_stride = self.group() * head_dim;
+        Matrix { dtype: self.dtype, rows, columns: head_dim, stride: heads * head_dim, batch_stride, transposed: false }
+    }
+
+    /// Rows of `[T, K, D]`, for each key head.
+    fn of_keys(&self, dtype: DType, rows: usize) -> Matrix {
+        let AttentionShape { kv_heads, head_dim, .. } = self.shape;
+        Matrix {
+            dtype,
+            rows,
+            columns: head_dim,
+            stride: kv_heads * head_dim,
+            batch_stride: head_dim,
+            transposed: false,
+        }
+    }
+
+    /// `[H, rows, columns]`, for each key head one query head of its group.
+    fn of_block(&self, dtype: DType, rows: usize, columns: usize) -> Matrix {
+        Matrix { batch_stride: self.group() * rows * columns, ..Matrix::dense(dtype, rows, columns) }
+    }
+
+    /// out = scale · left · rightᵀ, `[rows, keys]`: scores, or gradients of them.
+    fn scores(
+        &self,
+        out: CUdeviceptr,
+        left: CUdeviceptr,
+        right: CUdeviceptr,
+        block: Block,
+        scale: f32,
+    ) -> Result<(), CudaError> {
+        let Block { first, rows, keys } = block;
+        let (bytes, head_dim) = (self.dtype.bytes() as u64, self.shape.head_dim as u64);
+        for of_group in 0..self.group() as u64 {
+            let places = Places {
+                out: out + 4 * of_group * (rows * keys) as u64,
+                left: left + bytes * head_dim * (of_group + (first * self.shape.heads) as u64),
+                right,
+                start: None,
+            };
+            let right = self.of_keys(self.dtype, keys).transposed();
+            self.product(self.of_block(DType::F32, rows, keys), self.of_queries(rows), right, places, scale)?;
+        }
+        Ok(())
+    }
+
+    /// sum += scale · blockᵀ · x, `[keys, D]` f32: gradients of keys or values, over the heads of a
+    /// group in order.
+    fn add_to_keys(
+        &self,
+        sum: CUdeviceptr,
+        of_block: CUdeviceptr,
+        x: CUdeviceptr,
+        block: Block,
+        scale: f32,
+    ) -> Result<(), CudaError> {
+        let Block { first, rows, keys } = block;
+        let (bytes, head_dim) = (self.dtype.bytes() as u64, self.shape.head_dim as u64);
+        for of_group in 0..self.group() as u64 {
+            let places = Places {
+                out: sum,
+                left: of_block + bytes * of_group * (rows * keys) as u64,
+                right: x + bytes * head_dim * (of_group + (first * self.shape.heads) as u64),
+                start: Some(sum),
+            };
+            let left = self.of_block(self.dtype, rows, keys).transposed();
+            self.product(self.of_keys(DType::F32, keys), left, self.of_queries(rows), places, scale)?;
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn forward(
+    on: &CudaStream,
+    stream: CUstream,
+    tensors: Forward,
+    dtype: DType,
+    shape: AttentionShape,
+) -> Result<(), CudaError> {
+    let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
+    let steps = Steps { on, stream, dtype, shape, scale: scale(shape) };
+    let (bytes, most, mut pieces) = (dtype.bytes(), queries(shape), Pieces::default());
+    let scores = pieces.next(heads * most * seq, 4);
+    let p = pieces.next(heads * most * seq, bytes);
+    let tile = pieces.next(heads * most * head_dim, 4);
+    let sums = pieces.next(heads * most, 4);
+    let start = on.scratch.take(&on.inner, pieces.bytes())?;
+    let [scores, p, tile, sums] = [scores, p, tile, sums].map(|piece| start + piece);
+    for sequence in 0..batch {
+        let of_queries = (bytes * sequence * seq * heads * head_dim) as u64;
+        let of_keys = (bytes * sequence * seq * kv_heads * head_dim) as u64;
+        let log_sum = tensors.log_sum + (4 * sequence * heads * seq) as u64;
+        for block in blocks(shape) {
+            let Block { first, rows, keys } = block;
+            let [rows_, keys_, first_, seq_] = [rows, keys, first, seq].map(|size| Argument::from(size as u32));
+            steps.scores(scores, tensors.q + of_queries, tensors.k + of_keys, block, steps.scale)?;
+            let softmax = ["attention_softmax_f32", "attention_softmax_bf16"];
+            let arguments = [p.into(), sums.into(), log_sum.into(), scores.into(), rows_, keys_, first_, seq_];
+            steps.launch(softmax, Shape::grid(rows, heads), &arguments)?;
+            for of_group in 0..steps.group() {
+                let places = Places {
+                    out: tile + (4 * of_group * rows * head_dim) as u64,
+                    left: p + (bytes * of_group * rows * keys) as u64,
+                    right: tensors.v + of_keys,
+                    start: None,
+                };
+                let out = steps.of_block(DType::F32, rows, head_dim);
+                let (left, right) = (steps.of_block(dtype, rows, keys), steps.of_keys(dtype, keys));
+                steps.product(out, left, right, places, 1.0)?;
+            }
+            let output = ["attention_output_f32", "attention_output_bf16"];
+            let [heads_, dim_] = [heads, head_dim].map(|size| Argument::from(size as u32));
+            let out = tensors.out + of_queries;
+            let arguments = [out.into(), tile.into(), sums.into(), rows_, heads_, dim_, first_];
+            steps.launch(output, Shape::blocks(rows), &arguments)?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn backward(
+    on: &CudaStream,
+    stream: CUstream,
+    tensors: Backward,
+    dtype: DType,
+    shape: AttentionShape,
+) -> Result<(), CudaError> {
+    let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
+    let steps = Steps { on, stream, dtype, shape, scale: scale(shape) };
+    let (bytes, most, of_all_keys, mut pieces) =
+        (dtype.bytes(), queries(shape), seq * kv_heads * head_dim, Pieces::default());
+    let scores = pieces.next(heads * most * seq, 4);
+    let grad_p = pieces.next(heads * most * seq, 4);
+    let p = pieces.next(heads * most * seq, bytes);
+    let grad_scores = pieces.next(heads * most * seq, bytes);
+    let grad_k = pieces.next(of_all_keys, 4);
+    let grad_v = pieces.next(of_all_keys, 4);
+    let projection = pieces.next(batch * heads * seq, 4);
+    let start = on.scratch.take(&on.inner, pieces.bytes())?;
+    let [scores, grad_p, p, grad_scores, grad_k, grad_v, projection] =
+        [scores, grad_p, p, grad_scores, grad_k, grad_v, projection].map(|piece| start + piece);
+    let [seq_, heads_, dim_] = [seq, heads, head_dim].map(|size| Argument::from(size as u32));
+    let arguments = [
+        projection.into(),
+        tensors.grad_out.into(),
+        tensors.out.into(),
+        ((batch * seq) as u64).into(),
+        seq_,
+        heads_,
+        dim_,
+    ];
+    let projections = ["attention_projection_f32", "attention_projection_bf16"];
+    steps.launch(projections, Shape::for_elements(batch * seq * heads, ROWS_OF_BLOCK), &arguments)?;
+    for sequence in 0..batch {
+        let of_queries = (bytes * sequence * seq * heads * head_dim) as u64;
+        let of_keys = (bytes * sequence * of_all_keys) as u64;
+        let of_rows = (4 * sequence * heads * seq) as u64;
+        for sum in [grad_k, grad_v] {
+            let bytes = 4 * of_all_keys;
+            let shape = Shape::for_elements(bytes, BYTES_OF_BLOCK);
+            steps.launch(["zero"; 2], shape, &[sum.into(), (bytes as u64).into()])?;
+        }
+        for block in blocks(shape) {
+            let Block { first, rows, keys } = block;
+            let (q, grad_out) = (tensors.q + of_queries, tensors.grad_out + of_queries);
+            steps.scores(scores, q, tensors.k + of_keys, block, steps.scale)?;
+            steps.scores(grad_p, grad_out, tensors.v + of_keys, block, 1.0)?;
+            let [rows_, keys_, first_] = [rows, keys, first].map(|size| Argument::from(size as u32));
+            let arguments = [
+                p.into(),
+                grad_scores.into(),
+                scores.into(),
+                grad_p.into(),
+                (tensors.log_sum + of_rows).into(),
+                (projection + of_rows).into(),
+                rows_,
+                keys_,
+                first_,
+                seq_,
+            ];
+            let gradient = ["attention_gradient_f32", "attention_gradient_bf16"];
+            steps.launch(gradient, Shape::grid(rows, heads), &arguments)?;
+            for of_group in 0..steps.group() {
+                let places = Places {
+                    out: tensors.grad_q + of_queries + (bytes * head_dim * (of_group + first * heads)) as u64,
+                    left: grad_scores + (bytes * of_group * rows * keys) as u64,
+                    right: tensors.k + of_keys,
+                    start: None,
+                };
+                let (left, right) = (steps.of_block(dtype, rows, keys), steps.of_keys(dtype, keys));
+                steps.product(steps.of_queries(rows), left, right, places, steps.scale)?;
+            }
+            steps.add_to_keys(grad_v, p, grad_out, block, 1.0)?;
+            steps.add_to_keys(grad_k, grad_scores, q, block, steps.scale)?;
+        }
+        for (to, sum) in [(tensors.grad_k, grad_k), (tensors.grad_v, grad_v)] {
+            let (to, len) = (to + of_keys, of_all_keys);
+            let (each, count) = if dtype == DType::F32 { (BYTES_OF_BLOCK, 4 * len) } else { (ELEMENTS_OF_BLOCK, len) };
+            let arguments = [to.into(), sum.into(), (count as u64).into()];
+            steps.launch(["copy", "cast_f32_bf16"], Shape::for_elements(count, each), &arguments)?;
+        }
+    }
+    Ok(())
+}
+
+fn scale(shape: AttentionShape) -> f32 {
+    1.0 / (shape.head_dim as f32).sqrt()
+}

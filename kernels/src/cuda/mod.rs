@@ -1,0 +1,256 @@
+//! NVIDIA's GPUs as devices.
+//!
+//! A [`Cuda`] is one rank's share of a GPU: one allocation ([`slab`]), from which all its buffers
+//! are cut, a [`latch`] that stops its work after a failure, and streams. Ranks that are threads of
+//! one process share the GPU's primary context ([`context`]).
+//!
+//! The kernels are in `kernels/cuda`, in CUDA C++. [`compile`] compiles them at first use; matrix
+//! products are cuBLASLt's ([`blas`]). Nothing of NVIDIA's is needed to build this crate:
+//! [`library`] finds the libraries when a device is made.
+//!
+//! Every kernel returns at once and runs when its stream comes to it, so all memory is deferred
+//! ([`Region::deferred`]). [`event`] has the moments of a stream, and the thread that watches them
+//! for the host.
+
+mod attention;
+mod blas;
+mod compile;
+mod context;
+mod driver;
+mod error;
+mod event;
+mod kernels;
+mod latch;
+mod launch;
+mod library;
+mod pinned;
+mod slab;
+mod stream;
+
+use std::sync::{Arc, OnceLock};
+
+use cudarc::driver::sys::{CUstream, CUstream_flags};
+use parking_lot::Mutex;
+
+use crate::buffer::byte_count;
+use crate::{Buffer, DType, Device, Error, Failure, Region, Space, Stream};
+use context::Context;
+use driver::call;
+pub use error::CudaError;
+use event::{Pool, Recorder};
+use latch::Latch;
+use slab::Slab;
+pub use stream::CudaStream;
+
+/// One rank's share of a GPU.
+#[derive(Clone)]
+pub struct Cuda {
+    inner: Arc<Inner>,
+}
+
+/// What the buffers and streams of a rank share.
+struct Inner {
+    context: Arc<Context>,
+    slab: Slab,
+    latch: Latch,
+    events: Arc<Pool>,
+    /// The first error of this rank's work.
+    failure: OnceLock<Failure>,
+    /// Streams that have not been dropped.
+    streams: Mutex<Vec<RawStream>>,
+    /// Where new memory is zeroed.
+    setup: RawStream,
+}
+
+/// A stream of the driver.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct RawStream(CUstream);
+
+// SAFETY: the driver's handles may be used from any thread.
+unsafe impl Send for RawStream {}
+// SAFETY: as above.
+unsafe impl Sync for RawStream {}
+
+/// What is known of a GPU without using it.
+#[derive(Clone, Debug)]
+pub struct CudaInfo {
+    /// Its number among those that this process sees.
+    pub ordinal: u32,
+    /// Its name.
+    pub name: String,
+    /// What tells it from all others, also in other processes.
+    pub uuid: [u8; 16],
+    /// Bytes of memory that nobody uses.
+    pub free: u64,
+    /// Bytes of memory.
+    pub total: u64,
+    /// Version of the driver's interface: 1000 · major + 10 · minor.
+    pub driver: u32,
+}
+
+impl Cuda {
+    /// Sets `bytes` bytes of the GPU's memory aside for this rank. `ordinal` is the GPU's number
+    /// among those that this process sees.
+    ///
+    /// The first call for a GPU compiles its kernels, or reads what an earlier process has compiled
+    /// from the folder PILLION_CUDA_CACHE (by default `pillion/cuda` in the user's cache).
+    ///
+    /// # Errors
+    /// [`Error::Cuda`]: without NVIDIA's libraries, without the GPU, without so much memory.
+    pub fn new(ordinal: u32, bytes: u64) -> Result<Cuda, Error> {
+        let context = Context::of(ordinal)?;
+        let slab = Slab::map(&context, bytes.saturating_add(Latch::BYTES))?;
+        let latch = Latch::open(&context, slab.first(Latch::BYTES)?)?;
+        let setup = RawStream::create(&context)?;
+        let inner = Inner {
+            events: Pool::new(&context),
+            context,
+            slab,
+            latch,
+            failure: OnceLock::new(),
+            streams: Mutex::default(),
+            setup,
+        };
+        Ok(Cuda { inner: Arc::new(inner) })
+    }
+
+    /// How many GPUs this process sees.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] without NVIDIA's driver.
+    pub fn count() -> Result<u32, Error> {
+        Ok(context::count()?)
+    }
+
+    /// What is known of a GPU.
+    ///
+    /// # Errors
+    /// As for [`Cuda::new`].
+    pub fn info(ordinal: u32) -> Result<CudaInfo, Error> {
+        let context = Context::of(ordinal)?;
+        let (free, total) = context.memory()?;
+        let driver = context::driver_version()?;
+        Ok(CudaInfo { ordinal, name: context.name.clone(), uuid: context.uuid, free, total, driver })
+    }
+
+    /// A new stream, ordered with nothing else, that also reduces.
+    pub fn reducing_stream(&self) -> CudaStream {
+        CudaStream::new(&self.inner)
+    }
+
+    /// The GPU's number.
+    pub fn ordinal(&self) -> u32 {
+        self.inner.context.ordinal
+    }
+
+    /// The GPU's name.
+    pub fn gpu(&self) -> &str {
+        &self.inner.context.name
+    }
+
+    /// Bytes in use, and bytes set aside.
+    pub fn memory(&self) -> (u64, u64) {
+        (self.inner.slab.used(), self.inner.slab.bytes())
+    }
+}
+
+// SAFETY: all memory is marked as deferred. `take_in` accepts this rank's own memory alone, and
+// returns it as it was.
+unsafe impl Device for Cuda {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn allocate(&self, dtype: DType, len: usize) -> Result<Buffer, Error> {
+        let region = slab::region(&self.inner, byte_count(self.name(), dtype, len)? as u64)?;
+        let buffer = Buffer::whole(region, dtype)?;
+        self.inner.zero(&buffer)?;
+        Ok(buffer)
+    }
+
+    fn stream(&self) -> Box<dyn Stream> {
+        Box::new(CudaStream::new(&self.inner))
+    }
+
+    fn take_in(&self, region: Region) -> Result<Region, Error> {
+        match region.space() {
+            Space::Device(ordinal) if ordinal == self.ordinal() => Ok(region.deferred()),
+            other => Err(CudaError::Reach { ordinal: self.ordinal(), space: other }.into()),
+        }
+    }
+}
+
+impl Inner {
+    /// Zeroes a new buffer, and waits for that.
+    fn zero(&self, buffer: &Buffer) -> Result<(), CudaError> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        self.context.bind()?;
+        // SAFETY: the buffer's memory, which nobody else uses, and which lives until the end of
+        // this call.
+        unsafe { call!(cuMemsetD8Async(launch::address(&buffer.view()), 0, buffer.bytes(), self.setup.0))? };
+        Recorder { pool: &self.events, stream: self.setup.0 }.record()?.wait()
+    }
+
+    /// The first error of this rank's work, if there was one.
+    fn healthy(&self) -> Result<(), Failure> {
+        if let Some(failure) = self.failure.get() {
+            return Err(failure.clone());
+        }
+        match self.latch.code() {
+            0 => Ok(()),
+            code => match CudaError::of_latch(code) {
+                Some(error) => Err(self.fail(error)),
+                // Whoever lets a stream go on after a failed event keeps the failure first.
+                None => Err(self.failure.get().cloned().expect("a failure is kept before the latch is set")),
+            },
+        }
+    }
+
+    /// Remembers an error of this rank's work; returns the first one.
+    fn fail(&self, error: CudaError) -> Failure {
+        self.fail_with(Failure::new(Error::from(error)))
+    }
+
+    fn fail_with(&self, failure: Failure) -> Failure {
+        self.failure.get_or_init(|| failure).clone()
+    }
+
+    /// Waits for everything that is enqueued; whether nothing has failed.
+    fn is_idle(&self) -> bool {
+        let streams = self.streams.lock();
+        let moments: Result<Vec<_>, _> =
+            streams.iter().map(|stream| Recorder { pool: &self.events, stream: stream.0 }.record()).collect();
+        // A stream is dropped under this lock.
+        let waited = moments.and_then(|moments| moments.iter().try_for_each(|moment| moment.wait()));
+        waited.is_ok() && self.healthy().is_ok()
+    }
+}
+
+impl RawStream {
+    fn create(context: &Context) -> Result<RawStream, CudaError> {
+        context.bind()?;
+        let mut stream = std::ptr::null_mut();
+        let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: a pointer to a local.
+        unsafe { call!(cuStreamCreateWithPriority(&mut stream, flags, 0))? };
+        Ok(RawStream(stream))
+    }
+
+    /// Gives the stream back; its work has run.
+    fn destroy(self) {
+        // SAFETY: created above, and destroyed once, by its owner.
+        unsafe {
+            let _ = call!(cuStreamDestroy_v2(self.0));
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            self.setup.destroy();
+        }
+    }
+}

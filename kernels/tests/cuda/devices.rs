@@ -1,0 +1,72 @@
+//! GPUs, or their stand-ins.
+
+use std::rc::Rc;
+
+use pillion_kernels::{Buffer, Cuda, DType, Device, Error, Region, Stream};
+
+use crate::common::Stage;
+use crate::standin;
+
+/// Bytes of a rank's memory, enough for each test.
+const BYTES: u64 = 96 << 20;
+
+/// Keys that the attention meets at a time: more than any test has.
+pub(crate) const ATTENTION_KEYS: usize = 1 << 20;
+
+/// A rank's share of GPU 0.
+pub(crate) fn cuda() -> Cuda {
+    Cuda::new(0, BYTES).unwrap_or_else(|error| panic!("{error} (ci/cuda runs these tests over stand-ins)"))
+}
+
+thread_local! {
+    /// Each test has a device of its own, which all its kernels share: setting memory aside takes
+    /// longer than a kernel.
+    static STAGES: [Rc<Stage>; 2] = [Rc::new(Stage::new(cuda())), Rc::new(Stage::new(Odd { device: cuda() }))];
+}
+
+/// With whose results the others' are compared.
+pub(crate) fn reference() -> Rc<Stage> {
+    STAGES.with(|[stage, _]| stage.clone())
+}
+
+/// The same GPU again, whose threads and streams run in another order; memory at addresses that are
+/// multiples of the element size and of nothing more.
+pub(crate) fn others() -> impl Iterator<Item = (String, Rc<Stage>)> {
+    let again = (1..3).map(|seed| {
+        standin::reset(seed);
+        (format!("cuda again, seed {seed}"), reference())
+    });
+    again.chain([("cuda at odd addresses".to_owned(), STAGES.with(|[_, odd]| odd.clone()))])
+}
+
+/// A device that runs work after the call that enqueues it.
+pub(crate) fn deferred(_: u64) -> Rc<Stage> {
+    reference()
+}
+
+/// A GPU whose buffers start some elements behind the start of an allocation.
+struct Odd {
+    device: Cuda,
+}
+
+// SAFETY: memory and streams are those of the GPU.
+unsafe impl Device for Odd {
+    fn name(&self) -> &'static str {
+        "cuda at odd addresses"
+    }
+
+    fn allocate(&self, dtype: DType, len: usize) -> Result<Buffer, Error> {
+        let whole = self.device.allocate(dtype, len + 3)?;
+        let raw = whole.slice(3..3 + len).raw();
+        // SAFETY: elements of `whole`, which lives in the buffer and which nobody else uses.
+        unsafe { Buffer::foreign(raw.pointer, len, dtype, raw.space, Box::new(whole)) }
+    }
+
+    fn stream(&self) -> Box<dyn Stream> {
+        self.device.stream()
+    }
+
+    fn take_in(&self, region: Region) -> Result<Region, Error> {
+        self.device.take_in(region)
+    }
+}
