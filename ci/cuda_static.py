@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the CUDA kernels without a GPU: compiles them, and compares what the tools say with tables.
+"""Checks the CUDA kernels without a GPU, and compares what the tools report with tables.
 
 1. Every kernel compiles for every architecture without a warning and without spills.
 2. Registers, shared memory and occupancy equal those of `resources.txt`.
@@ -7,7 +7,9 @@
 4. A verifier proves small launches free of races. With one barrier removed it must find a race; the
    exceptions are listed with their reasons in `proofs.txt`.
 
-Both tables lie in the folder of the kernels and change only with `--update`.
+Both tables lie in the folder of the kernels and change only with `--update`. The table of proofs
+needs `--long` as well, because only a long run does all proofs. With `--only`, the rows of other
+kernels stay as they are.
 Needs `ci/install-cuda-tools`. Exits with 1 if a check fails, with 3 without the tools.
 """
 
@@ -31,19 +33,29 @@ ALSO_VERIFIED = "sm_100"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-    parser.add_argument("--kernels", type=Path, default=ROOT / "kernels/cuda", help="folder of the sources")
-    parser.add_argument("--tools", type=Path, default=target / "cuda-tools", help="as given to ci/install-cuda-tools")
-    parser.add_argument("--update", action="store_true", help="rewrite the tables")
-    parser.add_argument("--long", action="store_true", help="slower launches too, in a table of their own")
-    parser.add_argument("--only", metavar="NAME", help="kernels whose name matches this regular expression")
+    parser.add_argument(
+        "--kernels", type=Path, default=ROOT / "kernels/cuda", help="folder of the sources"
+    )
+    parser.add_argument(
+        "--tools",
+        type=Path,
+        default=target / "cuda-tools",
+        help="as given to ci/install-cuda-tools",
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="rewrite resources.txt, and with --long proofs.txt"
+    )
+    parser.add_argument(
+        "--long", action="store_true", help="all launches, barriers and architectures"
+    )
+    parser.add_argument(
+        "--only", metavar="NAME", help="kernels whose name matches this regular expression"
+    )
     parser.add_argument("--no-proofs", action="store_true", help="leave the verifier out")
     parser.add_argument("--jobs", type=int, default=2, help="runs of the verifier side by side")
     parser.add_argument("--verbose", action="store_true", help="print each proof with its seconds")
     parser.add_argument("--timeout", type=float, help="seconds for one run of the verifier")
-    options = parser.parse_args()
-    if options.update and options.only:
-        parser.error("--update rewrites whole tables, so it needs all kernels")
-    return options
+    return parser.parse_args()
 
 
 class Clock:
@@ -78,7 +90,9 @@ def main() -> int:
     try:
         source = nvrtc.source_of(options.kernels)
         with ThreadPoolExecutor(options.jobs) as pool:
-            programs = list(pool.map(lambda name: compiler.compile(source, name), nvrtc.ARCHITECTURES))
+            programs = list(
+                pool.map(lambda name: compiler.compile(source, name), nvrtc.ARCHITECTURES)
+            )
     except nvrtc.CompileError as error:
         print(error)
         return 1
@@ -88,40 +102,54 @@ def main() -> int:
 
     machine_code = {p.architecture: sass.disassemble(options.tools, p.cubin) for p in programs}
     for name in names:
-        if not launches.family_of(name):
+        family = launches.family_of(name)
+        if not family:
             failures.append(f"{name}: no family in ci/cuda_static/launches.py")
+        elif family.threads > kernels[name].max_threads:
+            failures.append(f"{name}: {kernels[name].max_threads} threads, not {family.threads}")
     for architecture, code in machine_code.items():
         for name in names:
             failures += sass.lint(name, architecture, code.get(name, []))
     clock.stage("lint of the machine code")
 
+    resource_file = options.kernels / "resources.txt"
     resource_rows = resource_table(names, programs)
-    failures += table.compare(
-        options.kernels / "resources.txt",
-        table.render(RESOURCES, resources.HEADER, resource_rows),
-        options.update, keys=2, only=bool(options.only),
-    )
+    if options.update:
+        rows = table.merge(resource_file, resource_rows, set(kernels), len(resources.HEADER))
+        resource_file.write_text(table.render(RESOURCES, resources.HEADER, rows))
+    resource_text = table.render(RESOURCES, resources.HEADER, resource_rows)
+    failures += table.compare(resource_file, resource_text, keys=2, whole=not options.only)
     for name in names:
         for program in programs:
             usage = program.usage[name]
             if usage.stack or usage.spills:
-                failures.append(f"{name} {program.architecture}: {usage.stack} bytes of stack, {usage.spills} of spills")
+                failures.append(
+                    f"{name} {program.architecture}: {usage.stack} bytes of stack,"
+                    f" {usage.spills} of spills"
+                )
     clock.stage("table of resources")
 
     proof_rows: list[list[str]] = []
     if not options.no_proofs:
-        known = [name for name in names if launches.family_of(name)]
-        work = [(kernels[name], launches.family_of(name), "") for name in known]
-        if options.long:
-            other = ptx.kernels_of(next(p for p in programs if p.architecture == ALSO_VERIFIED).ptx)
-            work += [(other[name], launches.family_of(name), f"{ALSO_VERIFIED}:") for name in known]
-        proof_rows = races.check_all(verifier, work, options.long, options.jobs, options.verbose)
-        failures += explain(proof_rows, whole=not options.only)
-        failures += table.compare(
-            options.kernels / ("proofs-long.txt" if options.long else "proofs.txt"),
-            table.render(PROOFS, ["kernel", "what", "result", "cases", "reason"], proof_rows),
-            options.update, keys=2, only=bool(options.only),
+        proof_file = options.kernels / "proofs.txt"
+        work = work_of(
+            [name for name in names if launches.family_of(name)],
+            programs,
+            kernels,
+            options.long,
+            table.read(proof_file, keys=2),
         )
+        proof_rows = races.check_all(verifier, work, options.long, options.jobs, options.verbose)
+        whole = options.long and not options.only
+        failures += explain(proof_rows, whole)
+        if options.update and options.long:
+            rows = table.merge(proof_file, proof_rows, set(kernels), len(PROOF_HEADER))
+            proof_file.write_text(table.render(PROOFS, PROOF_HEADER, rows))
+        proof_text = table.render(PROOFS, PROOF_HEADER, proof_rows)
+        failures += table.compare(proof_file, proof_text, keys=2, whole=whole)
+        listed = table.read(proof_file, keys=2)
+        for name in names:
+            failures += races.unknown_barriers(kernels[name], listed)
         clock.stage("proofs and mutants")
 
     summary(names, programs, machine_code, proof_rows)
@@ -131,17 +159,55 @@ def main() -> int:
     return 1 if failures else 0
 
 
+def work_of(
+    names: list[str],
+    programs: list[nvrtc.Program],
+    kernels: dict[str, ptx.Kernel],
+    long: bool,
+    listed: dict[tuple[str, ...], str],
+) -> list[races.Work]:
+    """All launches and mutants, or those that a short run has time for.
+
+    A short run removes barriers from one kernel of each family, because the others differ only in
+    types, and repeats only mutants that the table lists as flagged.
+    """
+    work = []
+    seen = set()
+    also = (
+        ptx.kernels_of(next(p for p in programs if p.architecture == ALSO_VERIFIED).ptx)
+        if long
+        else {}
+    )
+    for name in names:
+        kernel, family = kernels[name], launches.family_of(name)
+        if long:
+            work.append(races.Work(kernel, family, mutants=races.all_mutants(kernel, family)))
+            work.append(races.Work(also[name], family, f"{ALSO_VERIFIED}:"))
+        else:
+            mutants = (
+                races.known_mutants(kernel, family, listed) if family.kernels not in seen else {}
+            )
+            work.append(races.Work(kernel, family, mutants=mutants))
+        seen.add(family.kernels)
+    return work
+
+
 RESOURCES = """
 What the assembler reports for each kernel, and the occupancy at its block size.
 `ci/cuda_static.py --update` writes this file; `ci/cuda_static.py` compares it.
 """
 
+PROOF_HEADER = ["kernel", "what", "result", "cases", "reason"]
 PROOFS = """
-What the verifier `sentryward` says of each kernel's small launches (ci/cuda_static/launches.py), and of
-the same launches with one barrier removed. `proved`: no race and no barrier that only some threads
+What the verifier `sentryward` reports for the small launches of ci/cuda_static/launches.py, and for
+the same launches with one barrier removed. `proved`: no race, and no barrier that only some threads
 reach, in any schedule. `flagged`: the barrier is needed. `redundant`: proved without the barrier.
-`undecided`: the verifier cannot tell. `cases` counts the outcomes of conditions on addresses.
-`ci/cuda_static.py --update` writes this file; `ci/cuda_static.py` compares it.
+`undecided`: the verifier cannot tell.
+The verifier assumes that different arguments are different memory, unless a launch says otherwise.
+`cases` counts the outcomes of comparisons of addresses. The reason of `flagged` names the launch
+and the verifier's word for the fault.
+`ci/cuda_static.py --long --update` writes this file; `ci/cuda_static.py` compares the rows that it
+has time for, and `ci/cuda_static.py --long` compares all.
 """
 
 
@@ -151,7 +217,9 @@ def resource_table(names: list[str], programs: list[nvrtc.Program]) -> list[list
         family = launches.family_of(name)
         threads, dynamic = (family.threads, family.dynamic) if family else (256, 0)
         for program in programs:
-            rows.append(resources.row(name, program.architecture, program.usage[name], threads, dynamic))
+            rows.append(
+                resources.row(name, program.architecture, program.usage[name], threads, dynamic)
+            )
     return rows
 
 
@@ -173,22 +241,37 @@ def explain(rows: list[list[str]], whole: bool) -> list[str]:
     return failures
 
 
-def summary(names: list[str], programs: list[nvrtc.Program], code: dict[str, dict[str, list[str]]],
-            proofs: list[list[str]]) -> None:
+def summary(
+    names: list[str],
+    programs: list[nvrtc.Program],
+    code: dict[str, dict[str, list[str]]],
+    proofs: list[list[str]],
+) -> None:
     """One line a kernel. Wide accesses are counted as loads/stores in the verified architecture."""
-    print(f"\n{'kernel':34} {'registers':>12} {'occupancy':>12} {'wide':>7}  {'launches':12} barriers")
+    print(
+        f"\n{'kernel':34} {'registers':>12} {'occupancy':>12} {'wide':>7}  {'launches':12} barriers"
+    )
     for name in names:
         family = launches.family_of(name)
         threads, dynamic = (family.threads, family.dynamic) if family else (256, 0)
         registers = "/".join(str(p.usage[name].registers) for p in programs)
-        shares = "/".join(str(resources.occupancy(p.architecture, p.usage[name], threads, dynamic)) for p in programs)
+        shares = "/".join(
+            str(resources.occupancy(p.architecture, p.usage[name], threads, dynamic))
+            for p in programs
+        )
         counts = {True: {}, False: {}}
         for row in proofs:
             if row[0] == name:
                 of = counts[row[1].startswith("barrier-")]
                 of[row[2]] = of.get(row[2], 0) + 1
-        said = [", ".join(f"{n} {result}" for result, n in counts[key].items()) or "-" for key in (False, True)]
-        print(f"{name:34} {registers:>12} {shares:>12} {sass.wide(code[VERIFIED][name]):>7}  {said[0]:12} {said[1]}")
+        said = [
+            ", ".join(f"{n} {result}" for result, n in counts[key].items()) or "-"
+            for key in (False, True)
+        ]
+        print(
+            f"{name:34} {registers:>12} {shares:>12} {sass.wide(code[VERIFIED][name]):>7}  "
+            f"{said[0]:12} {said[1]}"
+        )
     print()
 
 

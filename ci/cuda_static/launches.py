@@ -1,7 +1,7 @@
 """The small launches at which `races.py` checks each kernel.
 
-The verifier needs every number that decides a branch or an address, so a launch names the grid, the
-scalars and the contents of arrays of integers. Floats in arrays stay unknown, and so does every address.
+The verifier needs every number that decides a branch or an address. So a launch names the grid, the
+scalars and the contents of arrays of integers. Floats in arrays and all addresses stay unknown.
 The sizes cover a whole block, a partial block, one element and a row that ends within 16 bytes.
 """
 
@@ -22,12 +22,18 @@ class Launch:
     # How many pointers an array of pointers holds.
     pointers: int = 0
     dynamic: int = 0
-    # For each `__syncthreads_or` of the PTX, the blocks in which it yields true. The verifier trusts this.
+    # For each `__syncthreads_or` in the PTX, the blocks in which it yields true. The verifier does
+    # not check this.
     reductions: list[list[int]] = field(default_factory=list)
     # The kernels of the family that this launch is for.
     kernels: str = ".*"
     # Takes too long for every run of CI.
     long: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name as one word, for tables."""
+        return self.name.replace(" ", "-")
 
 
 @dataclass
@@ -50,8 +56,11 @@ def family_of(kernel: str) -> Family | None:
 
 
 def launches_of(family: Family, kernel: str, long: bool) -> list[Launch]:
-    return [launch for launch in family.launches
-            if re.fullmatch(launch.kernels, kernel) and (long or not launch.long)]
+    return [
+        launch
+        for launch in family.launches
+        if re.fullmatch(launch.kernels, kernel) and (long or not launch.long)
+    ]
 
 
 def sizes(per_block: int) -> list[Launch]:
@@ -67,95 +76,240 @@ def sizes(per_block: int) -> list[Launch]:
 LATCH = [0, 0]
 
 FAMILIES: list[Family] = [
-    Family(r"adamw_.*", "*latch *weights *master *m *v *grad *scale n keep rate root beta1 beta2 epsilon",
-           sizes(2048)),
+    Family(
+        r"adamw_.*",
+        "*latch *weights *master *m *v *grad *scale n keep rate root beta1 beta2 epsilon",
+        sizes(2048),
+    ),
     Family(r"cast_f32_bf16|cast_bf16_f32", "*latch *out *x n", sizes(4096)),
     Family(r"accumulate", "*latch *out *x n", sizes(4096)),
     Family(r"copy", "*latch *out *x n", sizes(16384)),
     Family(r"zero", "*latch *out n", sizes(16384)),
-    Family(r"square_norm_parts_.*", "*latch *sums *counts *x n", [
-        Launch("one", 1, {"n": 1}),
-        Launch("two lanes", 1, {"n": 1027}),
-        Launch("two parts", 2, {"n": 65536 + 1027}, long=True),
-    ]),
-    Family(r"square_norm_total", "*latch *out *sums *counts parts weight", [
-        Launch("one", 1, {"parts": 1}),
-        Launch("many", 1, {"parts": 300}),
-    ]),
-    Family(r"reduce_.*", "*latch sources[] count groups *out n accumulate divisor has_factor factor", [
-        Launch("one", 1, {"count": 1, "groups": 1, "n": 1, "accumulate": 0, "divisor": 0, "has_factor": 0}, pointers=1),
-        Launch("two groups", 2, {"count": 6, "groups": 2, "n": 3001, "accumulate": 1, "divisor": 4, "has_factor": 1}, pointers=6),
-        Launch("three", 1, {"count": 3, "groups": 1, "n": 2048, "accumulate": 0, "divisor": 3, "has_factor": 0}, pointers=3),
-    ]),
-    Family(r"rms_norm_(f32|bf16)_(f32|bf16)", "*latch *out *inverse_rms *x *weight width epsilon", [
-        Launch("narrow", 2, {"width": 24}),
-        Launch("odd", 2, {"width": 301}),
-        Launch("wide", 1, {"width": 1028}),
-    ]),
-    Family(r"rms_norm_backward_.*",
-           "*latch *grad_x *partial *grad_out *x *inverse_rms *weight rows width rows_per_part", [
-               Launch("narrow", 1, {"rows": 2, "width": 24, "rows_per_part": 2}, dynamic=96),
-               Launch("odd", 2, {"rows": 3, "width": 301, "rows_per_part": 2}, dynamic=1204),
-               Launch("wide", 1, {"rows": 1, "width": 1028, "rows_per_part": 1}, dynamic=4112),
-               Launch("no shared memory", 1, {"rows": 2, "width": 12292, "rows_per_part": 2}, long=True),
-           ], dynamic=4 * 4096),
-    Family(r"sum_rows", "*latch *out *partial parts width", [
-        Launch("one", 1, {"parts": 1, "width": 1}),
-        Launch("odd", 2, {"parts": 3, "width": 33}),
-        Launch("many", 2, {"parts": 21, "width": 64}),
-    ]),
-    Family(r"rope_.*", "*latch *x *cos *sin tokens seq heads half sign", [
-        Launch("narrow", 2, {"tokens": 6, "seq": 3, "heads": 2, "half": 4}),
-        Launch("wide", 1, {"tokens": 4, "seq": 2, "heads": 3, "half": 32}),
-        Launch("odd", 2, {"tokens": 5, "seq": 5, "heads": 1, "half": 3}),
-    ]),
+    Family(
+        r"square_norm_parts_.*",
+        "*latch *sums *counts *x n",
+        [
+            Launch("one", 1, {"n": 1}),
+            Launch("two lanes", 1, {"n": 1027}),
+            Launch("two parts", 2, {"n": 65536 + 1027}, long=True),
+        ],
+    ),
+    Family(
+        r"square_norm_total",
+        "*latch *out *sums *counts parts weight",
+        [
+            Launch("one", 1, {"parts": 1}),
+            Launch("many", 1, {"parts": 300}),
+        ],
+    ),
+    Family(
+        r"sum_numbers",
+        "*latch sources[] count *out n accumulate",
+        [
+            Launch("one", 1, {"count": 1, "n": 1, "accumulate": 0}, pointers=1),
+            Launch("two blocks", 2, {"count": 5, "n": 300, "accumulate": 1}, pointers=5),
+        ],
+    ),
+    Family(
+        r"reduce_.*",
+        "*latch sources[] count groups *out n accumulate divisor has_factor factor",
+        [
+            Launch(
+                "one",
+                1,
+                {"count": 1, "groups": 1, "n": 1, "accumulate": 0, "divisor": 0, "has_factor": 0},
+                pointers=1,
+            ),
+            Launch(
+                "two groups",
+                2,
+                {
+                    "count": 6,
+                    "groups": 2,
+                    "n": 3001,
+                    "accumulate": 1,
+                    "divisor": 4,
+                    "has_factor": 1,
+                },
+                pointers=6,
+            ),
+            Launch(
+                "three",
+                1,
+                {
+                    "count": 3,
+                    "groups": 1,
+                    "n": 2048,
+                    "accumulate": 0,
+                    "divisor": 3,
+                    "has_factor": 0,
+                },
+                pointers=3,
+            ),
+        ],
+    ),
+    Family(
+        r"rms_norm_(f32|bf16)_(f32|bf16)",
+        "*latch *out *inverse_rms *x *weight width epsilon",
+        [
+            Launch("narrow", 2, {"width": 24}),
+            Launch("odd", 2, {"width": 301}),
+            Launch("wide", 1, {"width": 1028}),
+        ],
+    ),
+    Family(
+        r"rms_norm_backward_.*",
+        "*latch *grad_x *partial *grad_out *x *inverse_rms *weight rows width rows_per_part",
+        [
+            Launch("narrow", 1, {"rows": 2, "width": 24, "rows_per_part": 2}, dynamic=96),
+            Launch("odd", 2, {"rows": 3, "width": 301, "rows_per_part": 2}, dynamic=1204),
+            Launch("wide", 1, {"rows": 1, "width": 1028, "rows_per_part": 1}, dynamic=4112),
+            Launch(
+                "no shared memory", 1, {"rows": 2, "width": 12292, "rows_per_part": 2}, long=True
+            ),
+        ],
+        dynamic=4 * 4096,
+    ),
+    Family(
+        r"sum_rows",
+        "*latch *out *partial parts width",
+        [
+            Launch("one", 1, {"parts": 1, "width": 1}),
+            Launch("odd", 2, {"parts": 3, "width": 33}),
+            Launch("many", 2, {"parts": 21, "width": 64}),
+        ],
+    ),
+    Family(
+        r"rope_.*",
+        "*latch *x *cos *sin tokens seq heads half sign",
+        [
+            Launch("narrow", 2, {"tokens": 6, "seq": 3, "heads": 2, "half": 4}),
+            Launch("wide", 1, {"tokens": 4, "seq": 2, "heads": 3, "half": 32}),
+            Launch("odd", 2, {"tokens": 5, "seq": 5, "heads": 1, "half": 3}),
+        ],
+    ),
     Family(r"swiglu_(f32|bf16)", "*latch *out *gate *up n", sizes(2048)),
-    Family(r"swiglu_backward_.*", "*latch *out *grad_gate *grad_up *grad_out *gate *up n", sizes(2048)),
-    Family(r"embedding_(f32|bf16)", "*latch *out *table *tokens width vocab", [
-        Launch("odd", 4, {"width": 301, "vocab": 10}, {"tokens": [3, 4, 3, 9]}),
-        Launch("wide", 2, {"width": 1280, "vocab": 10}, {"tokens": [9, 0]}),
-    ]),
-    Family(r"embedding_backward", "*latch *grad_table *grad_out *tokens count width vocab", [
-        Launch("repeated", 5, {"count": 5, "width": 301, "vocab": 10}, {"tokens": [3, 4, 3, 9, 3]},
-               reductions=[[2, 4], [0, 1, 3]]),
-        # Two blocks of 1030 whose tokens occur again beyond the first 1024 positions that a block looks at.
-        Launch("far", 2, {"count": 1030, "width": 8, "vocab": 2000},
-               {"tokens": [1998, 1999, *range(1022), 1998, 1999, 1998, 1999, 1998, 1999]},
-               reductions=[[], [0, 1]]),
-    ]),
-    Family(r"cross_entropy_.*", "*latch *grad *logits *losses *targets vocab", [
-        Launch("odd", 2, {"vocab": 301}, {"targets": [0, 300]}),
-        Launch("wide", 1, {"vocab": 1280}, {"targets": [1279]}),
-        Launch("many batches", 1, {"vocab": 2 * 16384 + 1}, {"targets": [0]}, long=True),
-        Launch("in place", 1, {"vocab": 1280}, {"targets": [1279]}, {"grad": "logits"}, kernels=".*_f32"),
-    ], threads=1024),
-    Family(r"sum_losses", "*latch *loss *losses count", [
-        Launch("one", 1, {"count": 1}),
-        Launch("many", 1, {"count": 300}),
-    ]),
-    Family(r"attention_softmax_.*", "*latch *p *sums *log_sum *scores rows keys first seq", [
-        Launch("later", (1, 2, 1), {"rows": 1, "keys": 301, "first": 290, "seq": 301}),
-        Launch("first", (2, 1, 1), {"rows": 2, "keys": 40, "first": 0, "seq": 40}),
-        Launch("in place", (1, 1, 1), {"rows": 1, "keys": 40, "first": 20, "seq": 40},
-               same={"p": "scores"}, kernels=".*_f32"),
-    ]),
-    Family(r"attention_output_.*", "*latch *out *tile *sums rows heads dim first", [
-        Launch("small", 2, {"rows": 3, "heads": 2, "dim": 8, "first": 2}),
-        Launch("wide", 2, {"rows": 3, "heads": 2, "dim": 64, "first": 0}),
-    ]),
-    Family(r"attention_projection_.*", "*latch *projection *grad_out *out tokens seq heads dim", [
-        Launch("small", 2, {"tokens": 6, "seq": 3, "heads": 2, "dim": 8}),
-        Launch("wide", 2, {"tokens": 4, "seq": 2, "heads": 2, "dim": 64}),
-    ]),
-    Family(r"attention_gradient_.*",
-           "*latch *p *grad_scores *scores *grad_p *log_sum *projection rows keys first seq", [
-               Launch("first", (3, 2, 1), {"rows": 3, "keys": 40, "first": 0, "seq": 40}),
-               Launch("later", (2, 2, 1), {"rows": 2, "keys": 301, "first": 290, "seq": 301}),
-               Launch("in place", (2, 2, 1), {"rows": 2, "keys": 40, "first": 20, "seq": 40},
-                      same={"p": "scores", "grad_scores": "grad_p"}, kernels=".*_f32"),
-           ]),
-    Family(r"follow_event", "*latch *word", [
-        Launch("happened", 1, {}, {"word": [1]}),
-        Launch("failed", 1, {}, {"word": [2]}),
-    ], threads=32),
+    Family(
+        r"swiglu_backward_.*", "*latch *out *grad_gate *grad_up *grad_out *gate *up n", sizes(2048)
+    ),
+    Family(
+        r"embedding_(f32|bf16)",
+        "*latch *out *table *tokens width vocab",
+        [
+            Launch("odd", 4, {"width": 301, "vocab": 10}, {"tokens": [3, 4, 3, 9]}),
+            Launch("wide", 2, {"width": 1280, "vocab": 10}, {"tokens": [9, 0]}),
+        ],
+    ),
+    Family(
+        r"embedding_backward",
+        "*latch *grad_table *grad_out *tokens count width vocab",
+        [
+            Launch(
+                "repeated",
+                5,
+                {"count": 5, "width": 301, "vocab": 10},
+                {"tokens": [3, 4, 3, 9, 3]},
+                reductions=[[2, 4], [0, 1, 3]],
+            ),
+            # Two of 1030 blocks. A block looks at 1024 positions at a time, and the tokens of these
+            # two occur again behind the first 1024.
+            Launch(
+                "far",
+                2,
+                {"count": 1030, "width": 8, "vocab": 2000},
+                {"tokens": [1998, 1999, *range(1022), 1998, 1999, 1998, 1999, 1998, 1999]},
+                reductions=[[], [0, 1]],
+            ),
+        ],
+    ),
+    Family(
+        r"cross_entropy_.*",
+        "*latch *grad *logits *losses *targets vocab",
+        [
+            Launch("odd", 2, {"vocab": 301}, {"targets": [0, 300]}),
+            Launch("wide", 1, {"vocab": 1280}, {"targets": [1279]}),
+            Launch("many batches", 1, {"vocab": 2 * 16384 + 1}, {"targets": [0]}, long=True),
+            Launch(
+                "in place",
+                1,
+                {"vocab": 1280},
+                {"targets": [1279]},
+                {"grad": "logits"},
+                kernels=".*_f32",
+            ),
+        ],
+        threads=1024,
+    ),
+    Family(
+        r"sum_losses",
+        "*latch *loss *losses count",
+        [
+            Launch("one", 1, {"count": 1}),
+            Launch("many", 1, {"count": 300}),
+        ],
+    ),
+    Family(
+        r"attention_softmax_.*",
+        "*latch *p *sums *log_sum *scores rows keys first seq",
+        [
+            Launch("later", (1, 2, 1), {"rows": 1, "keys": 301, "first": 290, "seq": 301}),
+            Launch("first", (2, 1, 1), {"rows": 2, "keys": 40, "first": 0, "seq": 40}),
+            Launch(
+                "in place",
+                (1, 1, 1),
+                {"rows": 1, "keys": 40, "first": 20, "seq": 40},
+                same={"p": "scores"},
+                kernels=".*_f32",
+            ),
+        ],
+    ),
+    Family(
+        r"attention_output_.*",
+        "*latch *out *tile *sums rows heads dim first",
+        [
+            Launch("small", 2, {"rows": 3, "heads": 2, "dim": 8, "first": 2}),
+            Launch("wide", 2, {"rows": 3, "heads": 2, "dim": 64, "first": 0}),
+        ],
+    ),
+    Family(
+        r"attention_projection_.*",
+        "*latch *projection *grad_out *out tokens seq heads dim",
+        [
+            Launch("small", 2, {"tokens": 6, "seq": 3, "heads": 2, "dim": 8}),
+            Launch("wide", 2, {"tokens": 4, "seq": 2, "heads": 2, "dim": 64}),
+        ],
+    ),
+    Family(
+        r"attention_gradient_.*",
+        "*latch *p *grad_scores *scores *grad_p *log_sum *projection rows keys first seq",
+        [
+            Launch("first", (3, 2, 1), {"rows": 3, "keys": 40, "first": 0, "seq": 40}),
+            Launch("later", (2, 2, 1), {"rows": 2, "keys": 301, "first": 290, "seq": 301}),
+            Launch(
+                "in place",
+                (2, 2, 1),
+                {"rows": 2, "keys": 40, "first": 20, "seq": 40},
+                same={"p": "scores", "grad_scores": "grad_p"},
+                kernels=".*_f32",
+            ),
+        ],
+    ),
+    Family(
+        r"follow_latch",
+        "*latch *other",
+        [
+            Launch("open", 1, {}, {"other": [0]}),
+            Launch("set", 1, {}, {"other": [3]}),
+        ],
+        threads=32,
+    ),
+    Family(
+        r"follow_event",
+        "*latch *word",
+        [
+            Launch("happened", 1, {}, {"word": [1]}),
+            Launch("failed", 1, {}, {"word": [2]}),
+        ],
+        threads=32,
+    ),
 ]

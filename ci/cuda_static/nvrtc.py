@@ -76,7 +76,9 @@ class Nvrtc:
             log = self._read(program, "ProgramLog").decode(errors="replace")
             usage, complaints = parse_log(log)
             if status != 0 or complaints:
-                raise CompileError(f"{architecture}: " + ("\n".join(complaints) or f"error {status}"))
+                raise CompileError(
+                    f"{architecture}: " + ("\n".join(complaints) or f"error {status}")
+                )
             ptx = self._read(program, "PTX").decode()
             return Program(architecture, ptx, self._read(program, "CUBIN"), usage)
         finally:
@@ -104,9 +106,11 @@ def parse_log(log: str) -> tuple[dict[str, Usage], list[str]]:
     for line in log.splitlines():
         if match := re.search(r"Function properties for (\S+)", line):
             kernel = usage.setdefault(match[1], Usage())
-        elif kernel and (match := re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
-        )):
+        elif kernel and (
+            match := re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+            )
+        ):
             kernel.stack = int(match[1])
             kernel.spills = int(match[2]) + int(match[3])
         elif kernel and (match := re.search(r"Used (\d+) registers", line)):

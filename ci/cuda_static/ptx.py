@@ -1,10 +1,12 @@
-"""Takes PTX apart: one text for each kernel, its parameters, barriers and definitions of registers."""
+"""Takes PTX apart: each kernel's text, parameters and barriers, and the origins of registers."""
 
 import re
 from dataclasses import dataclass
 
 # `bar.warp.sync` orders the lanes of one warp; the others order all threads of a block.
-BARRIER = re.compile(r"^(\s*)(?:@!?%p\d+\s+)?(?:bar|barrier)(?:\.cta)?\.(sync|red|warp\.sync)\b.*;\s*$")
+BARRIER = re.compile(
+    r"^(\s*)(?:@!?%p\d+\s+)?(?:bar|barrier)(?:\.cta)?\.(sync|red|warp\.sync)\b.*;\s*$"
+)
 
 
 @dataclass
@@ -28,8 +30,9 @@ class Kernel:
         """Indices of the lines that hold a barrier."""
         return [i for i, line in enumerate(self.text.splitlines()) if BARRIER.match(line)]
 
-    def variant(self, reductions: list[list[int]], removed: int | None = None,
-                with_race: bool = False) -> str:
+    def variant(
+        self, reductions: list[list[int]], removed: int | None = None, with_race: bool = False
+    ) -> str:
         """The kernel's text for the verifier; all lines keep their numbers.
 
         The verifier knows no reduction over a block (`bar.red`). Its result becomes a test of the
@@ -48,11 +51,31 @@ class Kernel:
                 lines[index] += RACE if with_race else ""
             elif reduction:
                 lines[index] = "bar.sync 0; " + block_test(reduction[1], true_blocks)
-        return "\n".join(lines) + "\n"
+        return "\n".join(without_bfi(line) for line in lines) + "\n"
 
+
+def without_bfi(line: str) -> str:
+    """Replaces the insertion of a bit field, which the verifier cannot compute, by four steps."""
+    match = BFI.match(line)
+    if not match:
+        return line
+    target, source, base, start, length = match.groups()
+    field = (1 << int(length)) - 1
+    hole = 0xFFFFFFFF & ~(field << int(start))
+    return (
+        f"{{ .reg .b32 %field, %kept; and.b32 %field, {source}, {field};"
+        f" shl.b32 %field, %field, {start}; and.b32 %kept, {base}, {hole};"
+        f" or.b32 {target}, %field, %kept; }}"
+    )
+
+
+BFI = re.compile(r"\s*bfi\.b32\s+(%\w+), (%?\w+), (%?\w+), (\d+), (\d+);\s*$")
 
 # All threads write the same shared word.
-RACE = " { .shared .align 4 .u32 raced; .reg .u32 %racer; mov.u32 %racer, %tid.x; st.shared.u32 [raced], %racer; }"
+RACE = (
+    " { .shared .align 4 .u32 raced; .reg .u32 %racer;"
+    " mov.u32 %racer, %tid.x; st.shared.u32 [raced], %racer; }"
+)
 
 
 def block_test(predicate: str, blocks: list[int]) -> str:
@@ -60,15 +83,17 @@ def block_test(predicate: str, blocks: list[int]) -> str:
         f" setp.eq.u32 %one_block, %block, {block}; or.pred {predicate}, {predicate}, %one_block;"
         for block in blocks
     )
-    return (f"mov.pred {predicate}, 0; {{ .reg .u32 %block; .reg .pred %one_block;"
-            f" mov.u32 %block, %ctaid.x;{tests} }}")
+    return (
+        f"mov.pred {predicate}, 0; {{ .reg .u32 %block; .reg .pred %one_block;"
+        f" mov.u32 %block, %ctaid.x;{tests} }}"
+    )
 
 
 class Slices:
     """Says what the registers of one kernel are computed from.
 
-    Names of registers are not unique, since an inner scope may declare one again. All definitions of
-    a name count then, so that an answer can only name too many origins.
+    Names of registers are not unique, because an inner scope may declare a name again. All
+    definitions of a name count, so an answer can only name too many origins.
     """
 
     def __init__(self, text: str, pointers: set[str]):
@@ -140,6 +165,8 @@ class Slices:
 
         Such a comparison has one outcome for a whole block, because it depends on nothing else. It
         may decide the branch through other branches, so all that come before are candidates.
+        This does not hold if the threads of a block reach the comparison with different values of
+        a register through different branches. The kernels compare only whole tensors and rows.
         """
         if self.tests is None:
             self.tests = []
@@ -156,9 +183,10 @@ class Slices:
         predicate = self.predicate(line - 1)
         return self.walk(predicate) if predicate else {"unknown"}
 
-    def decide(self, outcomes: dict[int, bool]) -> str:
-        """The kernel's text with comparisons replaced by their outcomes."""
-        lines = list(self.lines)
+    @staticmethod
+    def decide(text: str, outcomes: dict[int, bool]) -> str:
+        """A text with comparisons replaced by their outcomes."""
+        lines = text.splitlines()
         for line, outcome in outcomes.items():
             target = SETP.match(lines[line - 1])[1]
             lines[line - 1] = f"\tmov.pred \t{target}, {int(outcome)};"
@@ -172,21 +200,36 @@ SETP = re.compile(r"\s*setp\.\w+\.\w+\s+(%\w+), (.*);\s*$")
 REDUCTION = re.compile(r"\s*bar\.red\.(?:or|and)\.pred\s+(%\w+)\s*,\s*\w+\s*,\s*(%\w+)\s*;\s*$")
 
 # Special registers are the same for a block or differ between its threads.
-SPECIAL = {f"%{name}.{axis}": origin for axis in "xyz" for name, origin in
-           (("tid", "thread"), ("ctaid", "block"), ("ntid", "scalar"), ("nctaid", "scalar"))}
+SPECIAL = {
+    f"%{name}.{axis}": origin
+    for axis in "xyz"
+    for name, origin in (
+        ("tid", "thread"),
+        ("ctaid", "block"),
+        ("ntid", "scalar"),
+        ("nctaid", "scalar"),
+    )
+}
 SPECIAL |= {"%laneid": "thread", "%warpid": "thread"}
+
+VARIABLE = re.compile(
+    r"\s*\.(?:extern |visible |weak )*\.?(?:shared|global|const)\b"
+    r".*?(\w+)(?:\[[^\]]*\])?(?: = .*)?;"
+)
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
 def kernels_of(ptx: str) -> dict[str, Kernel]:
     """Cuts a program into kernels. Fails if a helper with a barrier was not inlined."""
-    # Entry points and functions end with a brace in the first column; everything else is shared text.
+    # Entry points end with a brace in the first column. All other text belongs to all kernels.
     pieces = re.split(r"(?ms)^(\.visible \.entry .*?^\}\n?)", ptx)
     common = [piece for piece in pieces if not piece.startswith(".visible .entry")]
     for piece in common:
         if ".func" in piece and any(BARRIER.match(line) for line in piece.splitlines()):
-            raise ValueError("a function with a barrier is not inlined: its barriers belong to no kernel")
+            raise ValueError(
+                "a function with a barrier is not inlined: its barriers belong to no kernel"
+            )
     kernels = {}
     for piece in pieces:
         if not piece.startswith(".visible .entry"):
@@ -194,7 +237,7 @@ def kernels_of(ptx: str) -> dict[str, Kernel]:
         name = re.match(r"\.visible \.entry (\w+)\(", piece)[1]
         head = []
         for line in "".join(common).splitlines(keepends=True):
-            variable = re.match(r"\s*\.(?:extern |visible |weak )*\.?(?:shared|global|const)\b.*?(\w+)(?:\[[^\]]*\])?(?: = .*)?;", line)
+            variable = VARIABLE.match(line)
             if not variable or re.search(rf"\b{re.escape(variable[1])}\b", piece):
                 head.append(line)
         parameters = []
@@ -204,5 +247,7 @@ def kernels_of(ptx: str) -> dict[str, Kernel]:
                 type_, size, parameter, count = match.groups()
                 parameters.append(Parameter(parameter, type_ + size, SIZES[size] * int(count or 1)))
         threads = re.search(r"\.maxntid (\d+)", piece)
-        kernels[name] = Kernel(name, "".join(head) + piece, parameters, int(threads[1]) if threads else 1024)
+        kernels[name] = Kernel(
+            name, "".join(head) + piece, parameters, int(threads[1]) if threads else 1024
+        )
     return kernels

@@ -1,17 +1,20 @@
 """Runs the verifier `sentryward` over a kernel and over its mutants, each with one barrier removed.
 
-The verifier proves for one launch that no two threads touch the same memory without a barrier between
-them, in any schedule, and that all threads reach the same barriers. It stops at a branch whose
-condition it does not know. The verifier knows no addresses, so it does not know whether an address is a
-multiple of 16. Both outcomes of such a comparison are verified in turn, as two cases.
+The verifier proves two properties of one launch, for all schedules. No two threads touch the same
+memory without a barrier between them, and all threads reach the same barriers.
+
+It stops at a branch whose condition it does not know. It knows no addresses, so it does not know
+whether an address is a multiple of 16. This file therefore verifies both outcomes of such a
+comparison, as two cases.
 """
 
 import json
+import re
 import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .launches import LATCH, Family, Launch, launches_of
@@ -46,23 +49,36 @@ class Verifier:
             raise FileNotFoundError(f"no {self.program}: run ci/install-cuda-tools {tools}")
         self.timeout = timeout
 
-    def verify(self, kernel: Kernel, family: Family, launch: Launch,
-               removed: int | None = None, with_race: bool = False) -> Verdict:
-        """Verifies one launch, in as many cases as there are outcomes of comparisons of addresses."""
+    def verify(
+        self,
+        kernel: Kernel,
+        family: Family,
+        launch: Launch,
+        removed: int | None = None,
+        with_race: bool = False,
+    ) -> Verdict:
+        """Verifies one launch, in one case for each outcome of its comparisons of addresses."""
         request = request_of(kernel, family, launch)
         text = kernel.variant(launch.reductions, removed, with_race)
         names = family.parameters.split()
-        slices = Slices(text, {parameter.name for name, parameter in zip(names, kernel.parameters)
-                               if name.startswith("*") or name.endswith("[]")})
+        slices = Slices(
+            kernel.text,
+            {
+                parameter.name
+                for name, parameter in zip(names, kernel.parameters)
+                if name.startswith("*") or name.endswith("[]")
+            },
+        )
         waiting: list[dict[int, bool]] = [{}]
         cases = 0
         undecided = None
         while waiting:
             outcomes = waiting.pop()
-            report = self.run(slices.decide(outcomes), request)
+            report = self.run(slices.decide(text, outcomes), request)
             cases += 1
-            passed = [report["checks"][check] for check in ("synchronization", "memory")]
-            if report["result"] == "race_free" and passed == ["passed", "passed"]:
+            checks = report.get("checks", {})
+            passed = all(checks.get(name) == "passed" for name in ("synchronization", "memory"))
+            if report["result"] == "race_free" and passed:
                 continue
             diagnostic = (report.get("diagnostics") or [{}])[0]
             code = diagnostic.get("code", report["result"])
@@ -86,9 +102,18 @@ class Verifier:
             ptx.write_text(text)
             config.write_text(json.dumps(request))
             done = subprocess.run(
-                [str(self.program), str(ptx), "--input", str(config), "--timeout", str(self.timeout),
-                 "--memory-limit-mib", str(MEMORY_MIB)],
-                capture_output=True, text=True,
+                [
+                    str(self.program),
+                    str(ptx),
+                    "--input",
+                    str(config),
+                    "--timeout",
+                    str(self.timeout),
+                    "--memory-limit-mib",
+                    str(MEMORY_MIB),
+                ],
+                capture_output=True,
+                text=True,
             )
         try:
             return json.loads(done.stdout)
@@ -108,16 +133,31 @@ def request_of(kernel: Kernel, family: Family, launch: Launch) -> dict:
         if name.startswith("*"):
             name = name[1:]
             if parameter.type != "u64":
-                raise ValueError(f"{kernel.name}: parameter {name} is no pointer but {parameter.type}")
-            declarations.append({"parameter": index, "type": "pointer", "space": "global",
-                                 "object": launch.same.get(name, name)})
+                raise ValueError(
+                    f"{kernel.name}: parameter {name} is no pointer but {parameter.type}"
+                )
+            declarations.append(
+                {
+                    "parameter": index,
+                    "type": "pointer",
+                    "space": "global",
+                    "object": launch.same.get(name, name),
+                }
+            )
             known = launch.data.get(name, LATCH if name == "latch" else None)
             if known:
                 arrays.append({"parameter": index, "element_type": "u32", "shapes": [known]})
         elif name.endswith("[]"):
             for i in range(launch.pointers):
-                declarations.append({"parameter": index, "offset": 8 * i, "type": "pointer",
-                                     "space": "global", "object": f"{name[:-2]}{i}"})
+                declarations.append(
+                    {
+                        "parameter": index,
+                        "offset": 8 * i,
+                        "type": "pointer",
+                        "space": "global",
+                        "object": f"{name[:-2]}{i}",
+                    }
+                )
         else:
             value = launch.values.get(name, 0.5 if parameter.type.startswith("f") else None)
             if value is None:
@@ -127,55 +167,74 @@ def request_of(kernel: Kernel, family: Family, launch: Launch) -> dict:
     return {
         "schema": "spverify.kernel-input/v1",
         "entry": kernel.name,
-        "launch": {"grid_dim": list(grid), "block_dim": [family.threads, 1, 1],
-                   "dynamic_shared_bytes": launch.dynamic},
+        "launch": {
+            "grid_dim": list(grid),
+            "block_dim": [family.threads, 1, 1],
+            "dynamic_shared_bytes": launch.dynamic,
+        },
         "declarations": declarations,
         "arguments": arguments,
         "shape_arrays": arrays,
     }
 
 
-def check_kernel(verifier: Verifier, kernel: Kernel, family: Family, label: str = "",
-                 long: bool = False, verbose: bool = False) -> list[list[str]]:
-    """Rows of the table of proofs: one for each launch, then one for each removed barrier.
+@dataclass
+class Work:
+    """What to verify of one kernel. The label tells rows of different architectures apart."""
 
-    Mutants run the first two launches only, unless there is more time. The label tells rows of
-    different architectures apart; rows with a label have no mutants.
-    """
+    kernel: Kernel
+    family: Family
+    label: str = ""
+    # Number of a barrier and the launches that may show that it is needed.
+    mutants: dict[int, list[Launch]] = field(default_factory=dict)
+
+
+def barrier_name(kernel: Kernel, number: int) -> str:
+    return f"barrier-{number + 1}/{len(kernel.barriers)}"
+
+
+def check_kernel(
+    verifier: Verifier, work: Work, long: bool = False, verbose: bool = False
+) -> list[list[str]]:
+    """Rows of the table of proofs: one for each launch, then one for each removed barrier."""
+    kernel = work.kernel
     rows = []
 
     def note(name: str, started: float, verdict: Verdict) -> None:
-        rows.append([kernel.name, label + name, verdict.result, str(verdict.cases), verdict.reason])
+        rows.append(
+            [kernel.name, work.label + name, verdict.result, str(verdict.cases), verdict.reason]
+        )
         if verbose:
             print(f"{time.monotonic() - started:7.1f} s  {' '.join(rows[-1])}", flush=True)
 
     proved = []
-    for launch in launches_of(family, kernel.name, long):
+    for launch in launches_of(work.family, kernel.name, long):
         started = time.monotonic()
-        verdict = verifier.verify(kernel, family, launch)
-        note(launch.name.replace(" ", "-"), started, verdict)
+        verdict = verifier.verify(kernel, work.family, launch)
+        note(launch.key, started, verdict)
         if verdict.result == "proved":
             proved.append(launch)
-    for number in range(len(kernel.barriers) if not label else 0):
+    for number, launches in work.mutants.items():
         started = time.monotonic()
-        verdict = check_mutant(verifier, kernel, number, family, proved if long else proved[:2])
-        note(f"barrier-{number + 1}/{len(kernel.barriers)}", started, verdict)
+        # Only launches that are proved with the barrier say something about its removal.
+        launches = [launch for launch in launches if launch in proved]
+        verdict = check_mutant(verifier, kernel, number, work.family, launches)
+        note(barrier_name(kernel, number), started, verdict)
     return rows
 
 
-def check_mutant(verifier: Verifier, kernel: Kernel, number: int, family: Family,
-                 launches: list[Launch]) -> Verdict:
-    """Only launches that are proved with the barrier say something about its removal."""
-    if not launches:
-        return Verdict("undecided", "no launch is proved with the barrier", 0)
+def check_mutant(
+    verifier: Verifier, kernel: Kernel, number: int, family: Family, launches: list[Launch]
+) -> Verdict:
+    """Removes one barrier and looks for a launch that shows a fault without it."""
     undecided = None
     reached = False
     cases = 0
     for launch in launches:
         verdict = verifier.verify(kernel, family, launch, number)
-        cases += verdict.cases
         if verdict.result == "failed":
-            return Verdict("flagged", verdict.reason, cases)
+            return Verdict("flagged", f"{launch.key}: {verdict.reason}", verdict.cases)
+        cases += verdict.cases
         if verdict.result == "undecided":
             undecided = verdict
         if not reached:
@@ -187,8 +246,39 @@ def check_mutant(verifier: Verifier, kernel: Kernel, number: int, family: Family
     return Verdict("redundant", "", cases)
 
 
-def check_all(verifier: Verifier, work: list[tuple[Kernel, Family, str]], long: bool, jobs: int,
-              verbose: bool) -> list[list[str]]:
+def check_all(
+    verifier: Verifier, work: list[Work], long: bool, jobs: int, verbose: bool
+) -> list[list[str]]:
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda item: check_kernel(verifier, *item, long, verbose), work)
+        found = pool.map(lambda item: check_kernel(verifier, item, long, verbose), work)
         return [row for rows in found for row in rows]
+
+
+def all_mutants(kernel: Kernel, family: Family) -> dict[int, list[Launch]]:
+    """Each barrier removed in turn, with all launches."""
+    launches = launches_of(family, kernel.name, long=True)
+    return {number: launches for number in range(len(kernel.barriers))}
+
+
+def known_mutants(
+    kernel: Kernel, family: Family, table: dict[tuple[str, ...], str]
+) -> dict[int, list[Launch]]:
+    """Only the launch that showed that a barrier is needed when the table was written."""
+    launches = {launch.key: launch for launch in launches_of(family, kernel.name, long=False)}
+    mutants = {}
+    for number in range(len(kernel.barriers)):
+        row = table.get((kernel.name, barrier_name(kernel, number)), "")
+        match = re.match(r"flagged \d+ (\S+): ", row)
+        if match and match[1] in launches:
+            mutants[number] = [launches[match[1]]]
+    return mutants
+
+
+def unknown_barriers(kernel: Kernel, table: dict[tuple[str, ...], str]) -> list[str]:
+    """Differences between a kernel's barriers and those of the table."""
+    found = {barrier_name(kernel, number) for number in range(len(kernel.barriers))}
+    listed = {what for name, what in table if name == kernel.name and what.startswith("barrier-")}
+    return [
+        f"{kernel.name} {what}: only in {'the kernel' if what in found else 'the table'}"
+        for what in sorted(found ^ listed)
+    ]

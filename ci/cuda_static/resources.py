@@ -41,11 +41,21 @@ def occupancy(architecture: str, usage: Usage, threads: int, dynamic: int) -> in
     return 100 * blocks * warps // limits.warps
 
 
-HEADER = "# kernel arch registers shared dynamic stack spills threads occupancy%".split(" ", 1)[1].split()
+HEADER = "# kernel arch registers shared dynamic stack spills threads occupancy%".split(" ", 1)[
+    1
+].split()
 
 
 def row(kernel: str, architecture: str, usage: Usage, threads: int, dynamic: int) -> list[str]:
-    return [kernel, architecture] + [str(value) for value in (
-        usage.registers, usage.shared, dynamic, usage.stack, usage.spills, threads,
-        occupancy(architecture, usage, threads, dynamic),
-    )]
+    return [kernel, architecture] + [
+        str(value)
+        for value in (
+            usage.registers,
+            usage.shared,
+            dynamic,
+            usage.stack,
+            usage.spills,
+            threads,
+            occupancy(architecture, usage, threads, dynamic),
+        )
+    ]

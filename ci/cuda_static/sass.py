@@ -35,8 +35,14 @@ PROMISES: list[tuple[str, list[str]]] = [
     (r"swiglu_.*", [WIDE_LOAD, WIDE_STORE]),
     (r"embedding_f32|embedding_backward", [WIDE_LOAD, WIDE_STORE]),
     (r"embedding_bf16", [HALF_LOAD, WIDE_STORE]),
-    (r"(cross_entropy|attention_softmax|attention_output|attention_gradient)_f32", [WIDE_LOAD, WIDE_STORE]),
-    (r"(cross_entropy|attention_softmax|attention_output|attention_gradient)_bf16", [WIDE_LOAD, HALF_STORE]),
+    (
+        r"(cross_entropy|attention_softmax|attention_output|attention_gradient)_f32",
+        [WIDE_LOAD, WIDE_STORE],
+    ),
+    (
+        r"(cross_entropy|attention_softmax|attention_output|attention_gradient)_bf16",
+        [WIDE_LOAD, HALF_STORE],
+    ),
     (r"attention_projection_.*", [WIDE_LOAD]),
 ]
 
@@ -57,8 +63,9 @@ def disassemble(tools: Path, cubin: bytes) -> dict[str, list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = subprocess.run([str(found[0]), "--print-code", file.name], text=True,
-                                 check=True, capture_output=True).stdout
+        listing = subprocess.run(
+            [str(found[0]), "--print-code", file.name], text=True, check=True, capture_output=True
+        ).stdout
     kernels: dict[str, list[str]] = {}
     current: list[str] | None = None
     for line in listing.splitlines():

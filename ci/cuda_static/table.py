@@ -1,4 +1,4 @@
-"""Tables in plain text that are checked in, so that a change of a result is a change in a commit."""
+"""Tables in plain text. They are checked in, so each change of a result shows in a commit."""
 
 from pathlib import Path
 
@@ -14,19 +14,22 @@ def render(comment: str, header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compare(path: Path, text: str, update: bool, keys: int, only: bool) -> list[str]:
-    """Compares a table with the checked-in file and prints both lines of each difference.
+def read(path: Path, keys: int) -> dict[tuple[str, ...], str]:
+    return rows_of(path.read_text() if path.exists() else "", keys)
 
-    The first `keys` columns identify a row. With `only`, rows of other kernels are not missed.
+
+def compare(path: Path, text: str, keys: int, whole: bool) -> list[str]:
+    """Compares a table with the checked-in file; each difference names both lines.
+
+    The first `keys` columns identify a row. Unless the table is whole, rows may be missing from it.
     """
-    if update and not only:
-        path.write_text(text)
-        return []
-    expected = rows_of(path.read_text() if path.exists() else "", keys)
+    expected = read(path, keys)
     found = rows_of(text, keys)
+    if not expected:
+        return [f"{path} has no rows: use --update"]
     failures = []
     for key in [*expected, *(key for key in found if key not in expected)]:
-        if only and key not in found:
+        if not whole and key not in found:
             continue
         if expected.get(key) != found.get(key):
             failures.append(
@@ -35,6 +38,16 @@ def compare(path: Path, text: str, update: bool, keys: int, only: bool) -> list[
                 f"    found:      {found.get(key, 'nothing')}"
             )
     return failures
+
+
+def merge(path: Path, rows: list[list[str]], kernels: set[str], columns: int) -> list[list[str]]:
+    """Adds the rows of a file for kernels that still exist and that `rows` says nothing about."""
+    new = {row[0] for row in rows}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        cells = line.split(None, columns - 1)
+        if not line.startswith("#") and cells and cells[0] in kernels - new:
+            rows = [*rows, cells + [""] * (columns - len(cells))]
+    return sorted(rows, key=lambda row: row[0])
 
 
 def rows_of(text: str, keys: int) -> dict[tuple[str, ...], str]:

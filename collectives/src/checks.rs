@@ -1,6 +1,6 @@
 //! What the arguments of calls must be, before other ranks hear of a call.
 
-use pillion_kernels::Buffer;
+use pillion_kernels::{Buffer, Space};
 
 use crate::{Communicator, Error};
 
@@ -20,30 +20,39 @@ pub(crate) fn expect(fits: bool, reason: impl FnOnce() -> String) -> Result<(), 
     if fits { Ok(()) } else { Err(Error::Misuse { reason: reason() }) }
 }
 
-/// Collectives move memory of the host.
-pub(crate) fn on_host(buffer: &Buffer) -> Result<(), Error> {
-    let space = buffer.space();
-    expect(space.is_host(), || format!("collectives move memory of the host, and {buffer:?} is {space}"))
-}
-
-/// Memory of a deferring device has a lock, which an operation takes for all of its buffers or for
-/// none.
-pub(crate) fn same_device(one: &Buffer, other: &Buffer) -> Result<(), Error> {
-    on_host(one)?;
-    on_host(other)?;
-    expect(one.is_deferred() == other.is_deferred(), || {
-        format!("an operation's buffers are of one device, and {one:?} and {other:?} are not")
-    })
-}
-
 impl Communicator {
+    /// Memory of the host, or of the GPU that this communicator was made for.
+    pub(crate) fn check_space(&self, buffer: &Buffer) -> Result<(), Error> {
+        let space = buffer.space();
+        match self.transport.memory_of() {
+            None => expect(space.is_host(), || {
+                format!("collectives of the host move memory of the host, and {buffer:?} is {space}")
+            }),
+            Some(device) => expect(space == Space::Device(device), || {
+                format!(
+                    "collectives between GPUs move memory of this rank's device {device}, and {buffer:?} is {space}"
+                )
+            }),
+        }
+    }
+
+    /// Memory of a deferring device has a lock, which an operation takes for all of its buffers or
+    /// for none.
+    pub(crate) fn same_device(&self, one: &Buffer, other: &Buffer) -> Result<(), Error> {
+        self.check_space(one)?;
+        self.check_space(other)?;
+        expect(one.is_deferred() == other.is_deferred(), || {
+            format!("an operation's buffers are of one device, and {one:?} and {other:?} are not")
+        })
+    }
+
     /// Both buffers of an operation.
     pub(crate) fn check(&self, name: &str, input: &Buffer, output: &Buffer, fits: bool) -> Result<(), Error> {
         let world = self.world();
         expect(fits && input.dtype() == output.dtype(), || {
             format!("an {name} of {input:?} into {output:?} over {world} ranks: give lengths that fit, and one type")
         })?;
-        same_device(input, output)
+        self.same_device(input, output)
     }
 
     /// A rank of this communicator.
@@ -65,18 +74,18 @@ impl Communicator {
         expect(only.is_some() == (self.rank() == root), || {
             format!("a {name}'s root, rank {root}, gives the other buffer, and nobody else")
         })?;
-        on_host(every)?;
+        self.check_space(every)?;
         let Some(only) = only else { return Ok(()) };
         expect(only.len() == len && only.dtype() == every.dtype(), || {
             format!("a {name} between {every:?} and {only:?}: the root's has {len} elements, of the same type")
         })?;
-        same_device(every, only)
+        self.same_device(every, only)
     }
 
     /// Elements of a part of a buffer that is cut into one for each rank.
     pub(crate) fn chunk_of(&self, buffer: &Buffer) -> Result<usize, Error> {
         let world = self.world();
-        on_host(buffer)?;
+        self.check_space(buffer)?;
         expect(buffer.len().is_multiple_of(world), || {
             format!("{buffer:?} cannot be cut into {world} equal parts: give a multiple")
         })?;

@@ -303,6 +303,12 @@ impl Communicator {
     /// not. This communicator's first error: [`Error::Timeout`] where members do not come within
     /// [`Options::startup_timeout`]. Between hosts also [`Error::Rendezvous`].
     pub fn group(&self, ranks: &[usize]) -> Result<Communicator, Error> {
+        let (transport, job) = self.make_group(ranks)?;
+        Ok(Communicator::of(transport, job))
+    }
+
+    /// The transport of a group, and the ranks as they are numbered there.
+    fn make_group(&self, ranks: &[usize]) -> Result<(Arc<dyn Transport>, Job), Error> {
         for (index, &rank) in ranks.iter().enumerate() {
             self.check_rank("a group with", rank)?;
             expect(!ranks[..index].contains(&rank), || format!("a group of ranks {ranks:?} has rank {rank} twice"))?;
@@ -321,7 +327,31 @@ impl Communicator {
             key,
             ..self.job.clone()
         };
-        let transport = self.transport.group(ranks, &job)?;
+        Ok((self.transport.group(ranks, &job)?, job))
+    }
+
+    /// A communicator of the same ranks whose buffers are memory of GPUs: this rank's are `gpu`'s.
+    /// Every rank calls it. The ranks are threads of one process, on one host; they may share a
+    /// GPU. It gathers, reduce-scatters, all-reduces and broadcasts sums of f32 and bf16, with the
+    /// bits of shared memory, and exchanges scalars; other operations are [`Error::Misuse`].
+    ///
+    /// A call returns once every rank has made it and its work is enqueued. An operation's event is
+    /// one of the GPU's, so a stream of `gpu` follows it without the host.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] where ranks are other processes, or GPUs do not reach each other's memory;
+    /// this communicator's first error.
+    #[cfg(feature = "cuda")]
+    pub fn between_gpus(&self, gpu: &pillion_kernels::Cuda) -> Result<Communicator, Error> {
+        expect(self.hosts() == 1, || {
+            let hosts = self.hosts();
+            format!("ranks on {hosts} hosts: GPUs of several hosts need a transport that does not exist yet")
+        })?;
+        let all: Vec<usize> = (0..self.world()).collect();
+        // A group has operations and failures of its own.
+        let (control, job) = self.make_group(&all)?;
+        let groups = self.transport.options().reduce_groups;
+        let transport = crate::peer::Peer::connect(control, gpu, self.rank(), groups, self.limit())?;
         Ok(Communicator::of(transport, job))
     }
 

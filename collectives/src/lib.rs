@@ -34,6 +34,8 @@ mod options;
 mod outcome;
 mod parts;
 mod patience;
+#[cfg(feature = "cuda")]
+mod peer;
 mod pending;
 mod record;
 mod reduce;

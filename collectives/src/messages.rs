@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pillion_kernels::Buffer;
 
-use crate::checks::{checked, on_host};
+use crate::checks::checked;
 use crate::request::{Direction, Envelope, Message, Request};
 use crate::{Communicator, Error, Pending, Start};
 
@@ -21,7 +21,7 @@ impl Communicator {
     /// received, a later call says. How much is held for a receiver that does not come is not for
     /// programs to rely on. Only these two ranks call.
     pub fn send_tagged(&self, buffer: Buffer, to: usize, tag: u32, start: impl Into<Start>) -> Pending<Buffer> {
-        checked!(self.check_rank("a message to", to).and_then(|()| on_host(&buffer)), buffer);
+        checked!(self.check_rank("a message to", to).and_then(|()| self.check_space(&buffer)), buffer);
         let direction = Direction::Send { to };
         self.run(Request::Message(Message { direction, buffer: buffer.span(), tag }), start.into(), buffer)
     }
@@ -36,14 +36,14 @@ impl Communicator {
     /// kept in memory of its own until its receive. A receive that has a message, and still waits
     /// for its start, holds up what that rank sends later. Only these two ranks call.
     pub fn receive_tagged(&self, buffer: Buffer, from: usize, tag: u32, start: impl Into<Start>) -> Pending<Buffer> {
-        checked!(self.check_rank("a message from", from).and_then(|()| on_host(&buffer)), buffer);
+        checked!(self.check_rank("a message from", from).and_then(|()| self.check_space(&buffer)), buffer);
         let direction = Direction::Receive { from: Some(from), sender: None };
         self.run(Request::Message(Message { direction, buffer: buffer.span(), tag }), start.into(), buffer)
     }
 
     /// buffer = the first message with this tag from any rank, whose number comes back, too.
     pub fn receive_any(&self, buffer: Buffer, tag: u32, start: impl Into<Start>) -> Pending<(Buffer, usize)> {
-        checked!(on_host(&buffer), (buffer, 0));
+        checked!(self.check_space(&buffer), (buffer, 0));
         let sender = Arc::new(AtomicUsize::new(0));
         let direction = Direction::Receive { from: None, sender: Some(sender.clone()) };
         let message = Message { direction, buffer: buffer.span(), tag };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use pillion_kernels::{Buffer, DType, Event};
 
 use crate::call::Purpose;
-use crate::checks::{checked, expect, on_host};
+use crate::checks::{checked, expect};
 use crate::memory::control::PAYLOAD;
 use crate::pending::Pending;
 use crate::request::{Collective, Operands, Request};
@@ -109,7 +109,7 @@ impl Communicator {
 
     /// buffer = that of rank `root`. `buffer: [n]`.
     pub fn broadcast(&self, buffer: Buffer, root: usize, start: impl Into<Start>) -> Pending<Buffer> {
-        checked!(self.check_rank("a broadcast from", root).and_then(|()| on_host(&buffer)), buffer);
+        checked!(self.check_rank("a broadcast from", root).and_then(|()| self.check_space(&buffer)), buffer);
         let (input, output) = if self.rank() == root { (Some(&buffer), None) } else { (None, Some(&buffer)) };
         let (operands, len) = (Operands::of(input, output), buffer.len());
         self.run(Request::Collective(Collective::Broadcast { operands, len, root }), start.into(), buffer)

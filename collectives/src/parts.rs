@@ -2,7 +2,7 @@
 
 use pillion_kernels::{Buffer, DType, Span};
 
-use crate::checks::{checked, expect, on_host, same_device};
+use crate::checks::{checked, expect};
 use crate::operations::Start;
 use crate::pending::Pending;
 use crate::request::{Collective, Parted, PartedForm, Request};
@@ -187,10 +187,10 @@ impl Communicator {
     fn check_parts(&self, what: &str, parts: &Parts, dtype: DType, beside: &Buffer) -> Result<(), Error> {
         let (world, count) = (self.world(), parts.count());
         expect(count == world, || format!("{what} of {count} parts: give one for each of {world} ranks"))?;
-        on_host(beside)?;
+        self.check_space(beside)?;
         for buffer in &parts.buffers {
             expect(buffer.dtype() == dtype, || format!("{what} of {buffer:?} beside {dtype}: give one type"))?;
-            same_device(beside, buffer)?;
+            self.same_device(beside, buffer)?;
         }
         Ok(())
     }
@@ -201,7 +201,7 @@ impl Communicator {
         expect(only.is_some() == (self.rank() == root), || {
             format!("a {name}'s root, rank {root}, gives the parts, and nobody else")
         })?;
-        on_host(every)?;
+        self.check_space(every)?;
         let Some(only) = only else { return Ok(()) };
         self.check_parts(&format!("a {name}"), only, every.dtype(), every)?;
         let own = only.spans()[root].len();

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::task::{Poll, Wake, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pillion_kernels::{Completion, Event, Failure, Status, Stream};
 
 use crate::Error;
 use crate::outcome::Outcome;
+use crate::transport::Submitted;
 
 /// An operation in flight, and the buffers that it needs until it is complete.
 ///
@@ -33,13 +34,27 @@ enum State {
     /// It was over when its call returned.
     Ended(Result<(), Failure>),
     Flying(Arc<Outcome>),
+    /// A device runs it when its streams come to it.
+    Enqueued(Event),
 }
+
+/// How often the host looks at an operation of a device that it waits for with a limit.
+const LOOK_EVERY: Duration = Duration::from_micros(100);
 
 impl State {
     fn status(&self) -> Status {
         match self {
             State::Ended(result) => Poll::Ready(result.clone()),
             State::Flying(outcome) => outcome.status(),
+            State::Enqueued(event) => event.status(),
+        }
+    }
+
+    fn call_back(&self, waker: &Waker) {
+        match self {
+            State::Ended(_) => waker.wake_by_ref(),
+            State::Flying(outcome) => outcome.call_back(waker),
+            State::Enqueued(event) => event.call_back(waker),
         }
     }
 
@@ -48,6 +63,7 @@ impl State {
         match self {
             State::Ended(result) => result.clone(),
             State::Flying(outcome) => outcome.wait(),
+            State::Enqueued(event) => event.wait(),
         }
     }
 
@@ -56,13 +72,23 @@ impl State {
         match self {
             State::Ended(_) => true,
             State::Flying(outcome) => outcome.wait_timeout(limit),
+            State::Enqueued(event) => {
+                let began = Instant::now();
+                while event.advance().is_pending() {
+                    if began.elapsed() >= limit {
+                        return false;
+                    }
+                    std::thread::sleep(LOOK_EVERY);
+                }
+                true
+            }
         }
     }
 }
 
 /// What [`Pending::on_complete`] calls, once.
 struct OnComplete {
-    outcome: Arc<Outcome>,
+    state: State,
     callback: Mutex<Option<Callback>>,
 }
 
@@ -89,8 +115,9 @@ type Callback = Box<dyn FnOnce(Result<(), Error>) + Send>;
 
 impl Wake for OnComplete {
     fn wake(self: Arc<Self>) {
-        let callback = self.callback.lock().take();
-        if let (Some(callback), Poll::Ready(result)) = (callback, self.outcome.status()) {
+        // It may be woken before the operation has ended.
+        let Poll::Ready(result) = self.state.status() else { return };
+        if let Some(callback) = self.callback.lock().take() {
             let call = || callback(result.map_err(Error::from));
             // It has been printed. The thread that ends operations has others to end.
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
@@ -99,9 +126,14 @@ impl Wake for OnComplete {
 }
 
 impl<T> Pending<T> {
-    /// An operation in flight on buffers whose memory is `deferred` or not.
-    pub(crate) fn new(outcome: Arc<Outcome>, value: T, deferred: bool) -> Pending<T> {
-        Pending { state: State::Flying(outcome), deferred, value: Some(Value::Ready(value)) }
+    /// An operation on buffers whose memory is `deferred` or not.
+    pub(crate) fn new(submitted: Submitted, value: T, deferred: bool) -> Pending<T> {
+        let state = match submitted {
+            Submitted::Ended(result) => return Pending::ended(result, value),
+            Submitted::Flying(outcome) => State::Flying(outcome),
+            Submitted::Enqueued(event) => State::Enqueued(event),
+        };
+        Pending { state, deferred, value: Some(Value::Ready(value)) }
     }
 
     /// An operation that is over already.
@@ -170,12 +202,11 @@ impl<T> Pending<T> {
     /// make one: that thread drives them all. A panic in it is printed, and ends nothing. The
     /// buffers come back as before.
     pub fn on_complete(&self, callback: impl FnOnce(Result<(), Error>) + Send + 'static) {
-        let state = match &self.state {
-            State::Ended(result) => return callback(result.clone().map_err(Error::from)),
-            State::Flying(outcome) => outcome,
-        };
-        let call = OnComplete { outcome: state.clone(), callback: Mutex::new(Some(Box::new(callback))) };
-        state.call_back(&Waker::from(Arc::new(call)));
+        if let State::Ended(result) = &self.state {
+            return callback(result.clone().map_err(Error::from));
+        }
+        let call = OnComplete { state: self.state.clone(), callback: Mutex::new(Some(Box::new(callback))) };
+        self.state.call_back(&Waker::from(Arc::new(call)));
     }
 
     /// The moment at which the operation is complete, for other operations to start after. It fails
@@ -185,6 +216,7 @@ impl<T> Pending<T> {
             State::Ended(Ok(())) => Event::PAST,
             State::Ended(Err(failure)) => Event::failed(failure.clone()),
             State::Flying(outcome) => Event::new(outcome.clone()),
+            State::Enqueued(event) => event.clone(),
         }
     }
 
@@ -196,7 +228,9 @@ impl<T> Pending<T> {
     {
         let value = self.value.take().map(|value| match &self.state {
             State::Ended(Ok(())) => Value::Ready(form(value.get())),
-            State::Ended(Err(_)) | State::Flying(_) => Value::Later(Box::new(move || form(value.get()))),
+            State::Ended(Err(_)) | State::Flying(_) | State::Enqueued(_) => {
+                Value::Later(Box::new(move || form(value.get())))
+            }
         });
         Pending { state: self.state.clone(), deferred: self.deferred, value }
     }
@@ -223,8 +257,8 @@ impl<T> Pending<T> {
         let together = Arc::new(Together { states, outcome: Arc::default() });
         let waker = Waker::from(together.clone());
         for state in &together.states {
-            if let State::Flying(outcome) = state {
-                outcome.call_back(&waker);
+            if !matches!(state, State::Ended(_)) {
+                state.call_back(&waker);
             }
         }
         waker.wake();
@@ -311,7 +345,7 @@ mod tests {
             move |result: Result<(), Error>| ends.lock().push((what, result.is_ok()))
         };
         let flying = Arc::new(Outcome::default());
-        let pending = Pending::new(flying.clone(), 7, false);
+        let pending = Pending::new(Submitted::Flying(flying.clone()), 7, false);
         pending.on_complete(note("before"));
         let pending = pending.try_wait().unwrap_err().wait_timeout(Duration::ZERO).unwrap_err();
         assert!(ends.lock().is_empty());
@@ -330,10 +364,9 @@ mod tests {
         for fails in [false, true] {
             let flying: Vec<Arc<Outcome>> = (0..3).map(|_| Arc::default()).collect();
             let ended = Pending::ended(Ok(()), 0);
-            let operations = flying
-                .iter()
-                .enumerate()
-                .map(|(index, outcome)| Pending::new(outcome.clone(), index as i32 + 1, false).map(|value| 10 * value));
+            let operations = flying.iter().enumerate().map(|(index, outcome)| {
+                Pending::new(Submitted::Flying(outcome.clone()), index as i32 + 1, false).map(|value| 10 * value)
+            });
             let mut all = Pending::all(std::iter::once(ended).chain(operations).collect());
             for index in [2, 0, 1] {
                 all = all.try_wait().unwrap_err();
@@ -354,7 +387,7 @@ mod tests {
         let never = |()| unreachable!("peers may still write to this memory");
         assert!(Pending::ended(Err(failure()), ()).map(never).wait().is_err());
         let flying = Arc::new(Outcome::default());
-        let pending = Pending::new(flying.clone(), (), true).map(never);
+        let pending = Pending::new(Submitted::Flying(flying.clone()), (), true).map(never);
         flying.set(Err(failure()));
         assert!(pending.wait().is_err());
         assert_eq!(Pending::ended(Ok(()), 1).map(|one| one + 1).wait().unwrap(), 2);

@@ -5,7 +5,7 @@
 
 use pillion_kernels::{Buffer, DType, Event};
 
-use crate::checks::{checked, expect, same_device};
+use crate::checks::{checked, expect};
 use crate::operations::Start;
 use crate::reduce::{Observation, Reduce, Sideband, Summand, Sums};
 use crate::request::{Collective, Observing, Operands, Request, Scattered, Sidebands};
@@ -76,7 +76,7 @@ impl Communicator {
         let len = sections * observer.numbers(self.world());
         let fits = totals.len() == len && totals.dtype() == DType::F64;
         expect(fits, || format!("an observation is {len} × f64, and not {totals:?}"))?;
-        same_device(&reduce.input, totals)?;
+        self.same_device(&reduce.input, totals)?;
         Ok(Observing { totals: totals.span(), sections, observer: observer.clone() })
     }
 
@@ -104,7 +104,7 @@ impl Communicator {
                             "a sideband is as many × f64 on both sides, at most {most}, and not {own:?} and {totals:?}"
                         )
                     })?;
-                    same_device(input, numbers)?;
+                    self.same_device(input, numbers)?;
                 }
                 Some(Sidebands { own: own.span().range(0..len), totals: totals.span(), accumulate: *accumulate })
             }
@@ -210,6 +210,6 @@ impl Communicator {
         let name = reduction.name();
         let fits = reduction.supports(dtype, output_dtype);
         expect(fits, || format!("there is no {name} of {dtype} into {output_dtype}: see Reduction::supports"))?;
-        same_device(input, output)
+        self.same_device(input, output)
     }
 }

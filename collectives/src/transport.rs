@@ -58,6 +58,17 @@ impl Limit {
     }
 }
 
+/// An operation that a transport was given.
+pub(crate) enum Submitted {
+    /// It is over.
+    Ended(Result<(), Error>),
+    /// A thread drives it, and says how it ended.
+    Flying(Arc<Outcome>),
+    /// A device runs it when its streams come to it, and the event says when it has.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "no other device enqueues"))]
+    Enqueued(Event),
+}
+
 /// Ranks that are connected, seen from one of them. Every rank makes the same calls in the same
 /// order. After an error every call returns that first error.
 pub(crate) trait Transport: Send + Sync {
@@ -69,9 +80,14 @@ pub(crate) trait Transport: Send + Sync {
 
     fn capabilities(&self) -> Capabilities;
 
+    /// The device whose memory operations move; none where that is the host's.
+    fn memory_of(&self) -> Option<u32> {
+        None
+    }
+
     /// Starts an operation once `after` has happened. It waits no longer than `limit` for the
     /// event, unless that is another operation's, and then at each step for other ranks.
-    fn submit(&self, request: Request, after: Event, limit: Limit) -> Arc<Outcome>;
+    fn submit(&self, request: Request, after: Event, limit: Limit) -> Submitted;
 
     /// Runs an operation now; it has ended when this returns.
     fn run(&self, request: Request, limit: Limit) -> Result<(), Error>;

@@ -77,6 +77,7 @@ struct Latch {
 constexpr u32 EVENT_FAILED = 1;
 constexpr u32 TOKEN_OUT_OF_RANGE = 2;
 constexpr u32 TARGET_OUT_OF_RANGE = 3;
+constexpr u32 PEER_FAILED = 4;
 
 // Sets the latch, unless it is set. Call it from one thread of a block.
 DEVICE void set_latch(Latch* latch, u32 code) {

@@ -131,3 +131,17 @@ REDUCE(reduce_bf16_bf16, bf16, bf16)
 REDUCE(reduce_bf16_f32, bf16, float)
 REDUCE(reduce_f32_bf16, float, bf16)
 #undef REDUCE
+
+// out = (old out, if `accumulate`) + the sum of f64 inputs, first to last: the few numbers that
+// ride with a reduction. Grid: ceil(n / 256) blocks of 256 threads.
+KERNEL_OF(THREADS, sum_numbers)
+(Latch* latch, const __grid_constant__ reduce::Sources sources, u32 count, double* out, u64 n,
+ u32 accumulate) {
+    RETURN_IF_LATCHED(latch);
+    u64 at = (u64)blockIdx.x * THREADS + threadIdx.x;
+    if (at >= n) return;
+    double sum = static_cast<const double*>(sources.at[0])[at];
+    for (u32 k = 1; k < count; k++) sum += static_cast<const double*>(sources.at[k])[at];
+    out[at] = accumulate ? out[at] + sum : sum;
+}
+EXPORT_KERNEL(sum_numbers)

@@ -88,7 +88,9 @@ def kernels():
         yield row(f"attention_projection_{x}", "tokens * heads / 32", 2 * SIZE[x], *stream)
     for x in SIZE:
         yield row(f"attention_gradient_{x}", "rows, heads", 8 + 2 * SIZE[x], *scores)
+    yield row("sum_numbers", "n / 256", 8 * 9, 64, "64, of 8 ranks")
     yield row("follow_event", "1", 4, 1, "one word", threads=1)
+    yield row("follow_latch", "1", 4, 1, "one word", threads=1)
 
 
 def compile_kernels(path):

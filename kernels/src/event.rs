@@ -187,7 +187,7 @@ impl Completion for Failed {
     }
 }
 
-struct All(Vec<Event>);
+pub(crate) struct All(pub(crate) Vec<Event>);
 
 impl All {
     /// The status of all, each asked by `ask`.

@@ -72,14 +72,19 @@ impl Model {
         stream.upload(activations.cos.view_mut(), &cos);
         stream.upload(activations.sin.view_mut(), &sin);
         stream.synchronize()?;
-        let attention = AttentionShape {
+        let attention = Model::attention_shape(config, batch, seq);
+        Ok(Model { config: config.clone(), attention, activations, evaluated: 0, recompute })
+    }
+
+    /// The attention of a micro-batch of `batch` sequences of `seq` tokens.
+    pub fn attention_shape(config: &Config, batch: usize, seq: usize) -> AttentionShape {
+        AttentionShape {
             batch,
             seq,
             heads: config.num_attention_heads,
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim(),
-        };
-        Ok(Model { config: config.clone(), attention, activations, evaluated: 0, recompute })
+        }
     }
 
     /// Tokens of its micro-batches, B·T.

@@ -48,6 +48,8 @@ pub struct Workplace {
     program: PathBuf,
     folder: TempDir,
     runs: AtomicUsize,
+    /// Variables that programs find, whatever their names.
+    variables: Vec<(String, String)>,
 }
 
 /// One step, as `metrics.jsonl` has it: everything that does not depend on the clock or on how many ranks share the work.
@@ -73,9 +75,14 @@ impl Workplace {
     /// When files cannot be written.
     pub fn new(program: &str) -> Workplace {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let place = Workplace { program: program.into(), folder, runs: AtomicUsize::new(0) };
+        let place = Workplace { program: program.into(), folder, runs: AtomicUsize::new(0), variables: Vec::new() };
         place.write_text("text", 10);
         place
+    }
+
+    /// The same, whose programs find these variables, too.
+    pub fn with_variables(self, variables: impl IntoIterator<Item = (String, String)>) -> Workplace {
+        Workplace { variables: variables.into_iter().collect(), ..self }
     }
 
     /// A path in the folder.
@@ -111,6 +118,7 @@ impl Workplace {
                 command.env_remove(name);
             }
         }
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command.current_dir(self.folder.path());
     }
 

@@ -65,6 +65,10 @@ const std::map<std::string, Call> calls = {
          return c.launch(ceil_div(n, 2048), 0, sources(c, c.type(0), count, n), count, groups,
                          accumulate ? c.in_out(c.type(1), n) : c.out(c.type(1), n), n,
                          accumulate, c.coin() ? count : 0u, (u32)c.coin(), 0.25f);),
+    CALL(sum_numbers, u64 n = c.number(1, 600); u32 count = (u32)c.number(1, 32);
+         u32 accumulate = c.coin();
+         return c.launch(ceil_div(n, 256), 0, sources(c, F64, count, n), count,
+                         accumulate ? c.in_out(F64, n) : c.out(F64, n), n, accumulate);),
     CALL(rms_norm, Rows r(c);
          return c.launch(r.rows, 0, c.out(c.type(0), r.all()), c.out(F32, r.rows), c.in(F32,
                          r.all(), true), c.in(c.type(1), r.width), r.width, 1e-5f);),
@@ -123,6 +127,8 @@ const std::map<std::string, Call> calls = {
                          q.rows, q.keys, q.first, q.seq);),
     CALL(follow_event, c.latch_matters = false; c.may_latch = c.coin();
          return c.launch(1, 0, c.words({c.may_latch ? 2u : 1u}));),
+    CALL(follow_latch, c.latch_matters = false; c.may_latch = c.coin();
+         return c.launch(1, 0, c.words({c.may_latch ? 3u : 0u}));),
 };
 
 }  // namespace

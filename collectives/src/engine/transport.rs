@@ -16,7 +16,7 @@ use crate::memory::control::Channel;
 use crate::outcome::Outcome;
 use crate::record::Record;
 use crate::request::{Collective, Envelope, Message, Request};
-use crate::transport::{Capabilities, Limit, Transport, Turns};
+use crate::transport::{Capabilities, Limit, Submitted, Transport, Turns};
 use crate::{Error, Options, Sections, Traffic};
 
 impl Transport for Group {
@@ -39,13 +39,11 @@ impl Transport for Group {
         }
     }
 
-    fn submit(&self, request: Request, after: Event, limit: Limit) -> Arc<Outcome> {
+    fn submit(&self, request: Request, after: Event, limit: Limit) -> Submitted {
         if let Err(error) = self.engine.maker.check() {
-            let outcome = Arc::new(Outcome::default());
-            outcome.set(Err(error));
-            return outcome;
+            return Submitted::Ended(Err(error));
         }
-        match request {
+        Submitted::Flying(match request {
             Request::Collective(collective) => {
                 let (algorithm, channel) = self.algorithm(collective);
                 let course = Course::new(algorithm.call(), channel, limit);
@@ -56,7 +54,7 @@ impl Transport for Group {
                 self.start_mail(MailFlight::new(self, message, after, limit, outcome.clone()));
                 outcome
             }
-        }
+        })
     }
 
     fn run(&self, request: Request, limit: Limit) -> Result<(), Error> {

@@ -45,6 +45,36 @@ fn queries(shape: AttentionShape) -> usize {
     (SCORES / (shape.heads * shape.seq).max(1)).clamp(1, QUERIES).min(shape.seq)
 }
 
+/// Where the working memory of a forward pass has its parts, and how long it is.
+fn forward_pieces(dtype: DType, shape: AttentionShape) -> ([u64; 4], u64) {
+    let AttentionShape { seq, heads, head_dim, .. } = shape;
+    let (most, mut pieces) = (queries(shape), Pieces::default());
+    let scores = pieces.next(heads * most * seq, 4);
+    let p = pieces.next(heads * most * seq, dtype.bytes());
+    let tile = pieces.next(heads * most * head_dim, 4);
+    let sums = pieces.next(heads * most, 4);
+    ([scores, p, tile, sums], pieces.bytes())
+}
+
+/// The same of a backward pass.
+fn backward_pieces(dtype: DType, shape: AttentionShape) -> ([u64; 7], u64) {
+    let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
+    let (most, of_all_keys, mut pieces) = (queries(shape), seq * kv_heads * head_dim, Pieces::default());
+    let scores = pieces.next(heads * most * seq, 4);
+    let grad_p = pieces.next(heads * most * seq, 4);
+    let p = pieces.next(heads * most * seq, dtype.bytes());
+    let grad_scores = pieces.next(heads * most * seq, dtype.bytes());
+    let grad_k = pieces.next(of_all_keys, 4);
+    let grad_v = pieces.next(of_all_keys, 4);
+    let projection = pieces.next(batch * heads * seq, 4);
+    ([scores, grad_p, p, grad_scores, grad_k, grad_v, projection], pieces.bytes())
+}
+
+/// Bytes of working memory that a stream takes for attention of this shape.
+pub(super) fn working_bytes(dtype: DType, shape: AttentionShape) -> u64 {
+    forward_pieces(dtype, shape).1 + backward_pieces(dtype, shape).1
+}
+
 /// What all steps of one call share.
 struct Steps<'a> {
     on: &'a CudaStream,
@@ -172,13 +202,9 @@ pub(super) fn forward(
 ) -> Result<(), CudaError> {
     let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
     let steps = Steps { on, stream, dtype, shape, scale: scale(shape) };
-    let (bytes, most, mut pieces) = (dtype.bytes(), queries(shape), Pieces::default());
-    let scores = pieces.next(heads * most * seq, 4);
-    let p = pieces.next(heads * most * seq, bytes);
-    let tile = pieces.next(heads * most * head_dim, 4);
-    let sums = pieces.next(heads * most, 4);
-    let start = on.scratch.take(&on.inner, pieces.bytes())?;
-    let [scores, p, tile, sums] = [scores, p, tile, sums].map(|piece| start + piece);
+    let (pieces, working) = forward_pieces(dtype, shape);
+    let start = on.scratch.take(&on.inner, working)?;
+    let ([scores, p, tile, sums], bytes) = (pieces.map(|piece| start + piece), dtype.bytes());
     for sequence in 0..batch {
         let of_queries = (bytes * sequence * seq * heads * head_dim) as u64;
         let of_keys = (bytes * sequence * seq * kv_heads * head_dim) as u64;
@@ -220,18 +246,10 @@ pub(super) fn backward(
 ) -> Result<(), CudaError> {
     let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
     let steps = Steps { on, stream, dtype, shape, scale: scale(shape) };
-    let (bytes, most, of_all_keys, mut pieces) =
-        (dtype.bytes(), queries(shape), seq * kv_heads * head_dim, Pieces::default());
-    let scores = pieces.next(heads * most * seq, 4);
-    let grad_p = pieces.next(heads * most * seq, 4);
-    let p = pieces.next(heads * most * seq, bytes);
-    let grad_scores = pieces.next(heads * most * seq, bytes);
-    let grad_k = pieces.next(of_all_keys, 4);
-    let grad_v = pieces.next(of_all_keys, 4);
-    let projection = pieces.next(batch * heads * seq, 4);
-    let start = on.scratch.take(&on.inner, pieces.bytes())?;
-    let [scores, grad_p, p, grad_scores, grad_k, grad_v, projection] =
-        [scores, grad_p, p, grad_scores, grad_k, grad_v, projection].map(|piece| start + piece);
+    let (pieces, working) = backward_pieces(dtype, shape);
+    let start = on.scratch.take(&on.inner, working)?;
+    let [scores, grad_p, p, grad_scores, grad_k, grad_v, projection] = pieces.map(|piece| start + piece);
+    let (bytes, of_all_keys) = (dtype.bytes(), seq * kv_heads * head_dim);
     let [seq_, heads_, dim_] = [seq, heads, head_dim].map(|size| Argument::from(size as u32));
     let arguments = [
         projection.into(),

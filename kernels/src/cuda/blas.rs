@@ -35,7 +35,7 @@ pub(super) const SYMBOLS: &[&str] = &[
 ];
 
 /// Bytes of a stream's workspace: what NVIDIA recommends for GPUs from H100 on.
-const WORKSPACE: u64 = 32 << 20;
+pub(super) const WORKSPACE: u64 = 32 << 20;
 
 macro_rules! call {
     ($function:ident($($argument:expr),* $(,)?)) => {

@@ -104,6 +104,14 @@ impl Context {
         unsafe { call!(cuCtxSetCurrent(self.context)) }
     }
 
+    /// Whether this GPU reads and writes memory of another, or it is the same.
+    pub(super) fn reaches(&self, other: &Context) -> bool {
+        let mut reaches = 0;
+        // SAFETY: a pointer to a local, and GPUs that exist.
+        self.device == other.device
+            || unsafe { call!(cuDeviceCanAccessPeer(&mut reaches, self.device, other.device)) }.is_ok() && reaches != 0
+    }
+
     /// Bytes of memory that nobody uses, and all bytes.
     pub(super) fn memory(&self) -> Result<(u64, u64), CudaError> {
         self.bind()?;

@@ -18,6 +18,7 @@ pub(super) use call;
 /// Every function that is called.
 pub(super) const SYMBOLS: &[&str] = &[
     "cuCtxSetCurrent",
+    "cuDeviceCanAccessPeer",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
@@ -45,6 +46,7 @@ pub(super) const SYMBOLS: &[&str] = &[
     "cuMemRelease",
     "cuMemSetAccess",
     "cuMemUnmap",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
@@ -79,7 +81,7 @@ mod tests {
     use super::SYMBOLS;
 
     /// The sources of this folder.
-    const SOURCES: [&str; 9] = [
+    const SOURCES: [&str; 10] = [
         include_str!("context.rs"),
         include_str!("compile.rs"),
         include_str!("event.rs"),
@@ -87,6 +89,7 @@ mod tests {
         include_str!("launch.rs"),
         include_str!("mod.rs"),
         include_str!("pinned.rs"),
+        include_str!("reduce.rs"),
         include_str!("slab.rs"),
         include_str!("stream.rs"),
     ];

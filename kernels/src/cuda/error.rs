@@ -89,6 +89,9 @@ pub enum CudaError {
         /// Whose memory it is.
         space: crate::Space,
     },
+    /// Another rank's work on its GPU failed, and this rank's work follows it.
+    #[error("the work of another rank on its GPU failed: look at that rank's own message")]
+    Peer,
     /// A token id that the table does not have.
     #[error("a token id is beyond the vocabulary: the embedding's table has no such row")]
     Token,
@@ -104,6 +107,7 @@ impl CudaError {
         match code {
             2 => Some(CudaError::Token),
             3 => Some(CudaError::Target),
+            4 => Some(CudaError::Peer),
             _ => None,
         }
     }

@@ -143,9 +143,9 @@ impl Moment {
         Event::new(Arc::new(Moment { recorded, inner: inner.clone(), ended: OnceLock::new() }))
     }
 
-    /// Whether it is of the rank whose memory this is.
-    pub(super) fn is_of(&self, inner: &Arc<Inner>) -> bool {
-        Arc::ptr_eq(&self.inner, inner)
+    /// The rank whose stream it is of.
+    pub(super) fn rank(&self) -> &Arc<Inner> {
+        &self.inner
     }
 }
 

@@ -20,7 +20,7 @@ const COLUMNS_OF_BLOCK: usize = 32;
 /// The widest row whose sums the backward pass of RMSNorm keeps in shared memory.
 const WIDTH_IN_SHARED: usize = 12288;
 /// Rows whose share of ∂L/∂w one block sums, in order: few enough that the blocks fill a GPU.
-const NORM_ROWS: usize = 16;
+pub(super) const NORM_ROWS: usize = 16;
 
 /// One of four kernels by two types.
 fn typed_twice(names: [[&'static str; 2]; 2], first: DType, second: DType) -> &'static str {

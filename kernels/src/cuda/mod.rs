@@ -24,6 +24,7 @@ mod latch;
 mod launch;
 mod library;
 mod pinned;
+mod reduce;
 mod slab;
 mod stream;
 
@@ -33,7 +34,7 @@ use cudarc::driver::sys::{CUstream, CUstream_flags};
 use parking_lot::Mutex;
 
 use crate::buffer::byte_count;
-use crate::{Buffer, DType, Device, Error, Failure, Region, Space, Stream};
+use crate::{AttentionShape, Buffer, DType, Device, Error, Failure, Region, Space, Stream};
 use context::Context;
 use driver::call;
 pub use error::CudaError;
@@ -136,6 +137,28 @@ impl Cuda {
     /// A new stream, ordered with nothing else, that also reduces.
     pub fn reducing_stream(&self) -> CudaStream {
         CudaStream::new(&self.inner)
+    }
+
+    /// Bytes that a stream takes for itself, beside what is allocated, to run a Llama of this shape
+    /// and width in this type: workspace of products and of attention, and partial sums.
+    pub fn working_bytes(shape: AttentionShape, width: usize, dtype: DType) -> u64 {
+        let tokens = shape.batch * shape.seq;
+        let sums = 4 * tokens.div_ceil(kernels::NORM_ROWS) * width + 8 * tokens;
+        // A stream that meets a longer shape keeps the memory of the shorter ones.
+        blas::WORKSPACE + attention::working_bytes(dtype, shape) + 2 * sums as u64 + (1 << 20)
+    }
+
+    /// Whether nothing of this rank's work has failed so far.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn healthy(&self) -> Result<(), Failure> {
+        self.inner.healthy()
+    }
+
+    /// Whether this GPU reads and writes memory of the other.
+    pub fn reaches(&self, other: &Cuda) -> bool {
+        self.inner.context.reaches(&other.inner.context)
     }
 
     /// The GPU's number.

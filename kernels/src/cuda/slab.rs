@@ -47,8 +47,7 @@ impl Slab {
         kind.type_ = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
         kind.requestedHandleTypes = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
         kind.location = location;
-        let access =
-            sys::CUmemAccessDesc { location, flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE };
+        let access = accesses(context)?;
         let recommended = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
         let (mut granule, mut handle, mut start) = (0, 0, 0);
         // SAFETY: pointers to locals of the types that the driver writes and reads. Each step that
@@ -64,7 +63,7 @@ impl Slab {
             })?;
             let mapped = call!(cuMemAddressReserve(&mut start, bytes as usize, 0, 0, 0)).and_then(|()| {
                 let mapped = call!(cuMemMap(start, bytes as usize, 0, handle, 0)).and_then(|()| {
-                    call!(cuMemSetAccess(start, bytes as usize, &access, 1)).inspect_err(|_| {
+                    call!(cuMemSetAccess(start, bytes as usize, access.as_ptr(), access.len())).inspect_err(|_| {
                         let _ = call!(cuMemUnmap(start, bytes as usize));
                     })
                 });
@@ -143,6 +142,28 @@ impl Drop for Slab {
             }
         }
     }
+}
+
+/// Every GPU of this process that can read and write memory of `context`'s.
+fn accesses(context: &Context) -> Result<Vec<sys::CUmemAccessDesc>, CudaError> {
+    let mut all = Vec::new();
+    for ordinal in 0..super::context::count()? {
+        let (mut device, mut reaches) = (0, 0);
+        // SAFETY: pointers to locals, and GPUs that exist.
+        unsafe {
+            call!(cuDeviceGet(&mut device, ordinal as i32))?;
+            if device != context.device {
+                call!(cuDeviceCanAccessPeer(&mut reaches, device, context.device))?;
+            }
+        }
+        if device == context.device || reaches != 0 {
+            let location =
+                sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: device };
+            let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+            all.push(sys::CUmemAccessDesc { location, flags });
+        }
+    }
+    Ok(all)
 }
 
 /// A range in use, which goes back to its slab.

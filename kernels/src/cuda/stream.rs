@@ -9,12 +9,12 @@ use cudarc::driver::sys::{CUdeviceptr, CUstream, CUstreamWaitValue_flags};
 use super::blas::Products;
 use super::driver::call;
 use super::event::{Foreign, Moment, Recorded, Recorder};
-use super::launch::{Argument, Shape, Sources, address, address_mut, launch, launch_with};
+use super::launch::{Argument, Shape, address, address_mut, launch};
 use super::pinned::Ring;
 use super::{CudaError, Inner, RawStream, slab};
 use crate::cpu::adamw::Update;
-use crate::cpu::reduce::{Fold, Operator};
 use crate::cpu::square_norm::PART;
+use crate::event::All;
 use crate::shapes::same;
 use crate::{AdamW, DType, Event, Failure, Kernels, Region, Space, Stream, View, ViewMut};
 
@@ -27,6 +27,8 @@ pub struct CudaStream {
     waits: Cell<u64>,
     /// Through which transfers pass. None where the stream could not be made.
     ring: RefCell<Option<Ring>>,
+    /// Ranks whose latch or memory enqueued work may read.
+    peers: RefCell<Vec<Arc<Inner>>>,
     pub(super) scratch: Scratch,
     pub(super) products: RefCell<Products>,
 }
@@ -102,6 +104,7 @@ impl CudaStream {
             failure,
             waits: Cell::new(0),
             ring: RefCell::new(ring),
+            peers: RefCell::default(),
             scratch: Scratch::default(),
             products: RefCell::default(),
         }
@@ -166,6 +169,28 @@ impl CudaStream {
         (0..bytes).step_by(Ring::PIECE).try_for_each(|first| transfer(ring, first, Ring::PIECE.min(bytes - first)))
     }
 
+    /// Orders this stream after a moment of a stream of this process, without the host.
+    fn wait_for_moment(&self, moment: &Moment) {
+        let (rank, recorded) = (moment.rank(), &moment.recorded);
+        self.enqueue(|stream| {
+            // SAFETY: the event lives, and the driver takes its moment over now.
+            unsafe { call!(cuStreamWaitEvent(stream, recorded.event(), 0)) }?;
+            if Arc::ptr_eq(rank, &self.inner) {
+                return Ok(());
+            }
+            // What runs before another rank's moment may have done nothing, because its latch was
+            // set.
+            let (context, latch, other) = (&self.inner.context, self.inner.latch.address(), rank.latch.address());
+            // SAFETY: follow_latch takes the address of a latch's code, which is its first word. The
+            // other rank's is in its slab, which stays mapped while this stream keeps the rank.
+            unsafe { launch(context, stream, "follow_latch", Shape::blocks(1), latch, &[other.into()]) }
+        });
+        let mut peers = self.peers.borrow_mut();
+        if !Arc::ptr_eq(rank, &self.inner) && !peers.iter().any(|peer| Arc::ptr_eq(peer, rank)) {
+            peers.push(rank.clone());
+        }
+    }
+
     /// Holds this stream up at a word of pinned memory until an event has ended that is no moment
     /// of this rank's streams.
     fn wait_at_word(&self, event: &Event) {
@@ -184,63 +209,6 @@ impl CudaStream {
             followed?;
             self.inner.latch.retire(word, self.recorder().record()?);
             Ok(())
-        });
-    }
-}
-
-impl CudaStream {
-    /// Most inputs of a reduction: the GPUs of a host.
-    pub const INPUTS: usize = 32;
-
-    /// As [`fold`](crate::cpu::reduce::fold), on this stream: reads the inputs in order, adds them
-    /// up in f32, and rounds once. The bits are those of the processor's. Sums of f32 and bf16, to
-    /// one output, which may be exactly an input of its type.
-    ///
-    /// # Safety
-    /// Inputs and the output are memory that this GPU reads and writes, of as many elements, and
-    /// stay valid until the stream has run the work; nobody writes the inputs or touches the output
-    /// meanwhile.
-    ///
-    /// # Panics
-    /// For other types and operators, for more than [`CudaStream::INPUTS`] inputs, and for what
-    /// the processor refuses.
-    pub unsafe fn fold(&self, job: &Fold<'_>) {
-        let Fold { inputs, outputs, groups, .. } = *job;
-        assert!(
-            !inputs.is_empty()
-                && inputs.len() <= CudaStream::INPUTS
-                && groups > 0
-                && inputs.len().is_multiple_of(groups),
-            "{} inputs in {groups} groups",
-            inputs.len()
-        );
-        assert!(
-            outputs.len() == 1 && job.operator == Operator::Sum && job.supports(),
-            "a GPU reduces to one sum: {job:?}"
-        );
-        let kernels = [["reduce_f32_f32", "reduce_f32_bf16"], ["reduce_bf16_f32", "reduce_bf16_bf16"]];
-        let kernel = kernels[typed(job.dtype)][typed(job.output)];
-        if job.count == 0 {
-            return;
-        }
-        let mut sources = Sources::default();
-        sources.iter_mut().zip(inputs).for_each(|(source, input)| *source = input.expose_provenance() as CUdeviceptr);
-        let arguments = [
-            (inputs.len() as u32).into(),
-            (groups as u32).into(),
-            (outputs[0].expose_provenance() as u64).into(),
-            (job.count as u64).into(),
-            u32::from(job.accumulate).into(),
-            (job.divisor.unwrap_or(0) as u32).into(),
-            u32::from(job.factor.is_some()).into(),
-            (job.factor.unwrap_or(1.0) as f32).into(),
-        ];
-        self.enqueue(|stream| {
-            let (context, latch) = (&self.inner.context, self.inner.latch.address());
-            let shape = Shape::for_elements(job.count, PARAMETERS_OF_BLOCK);
-            // SAFETY: reduce(sources, count, groups, out, n, accumulate, divisor, has_factor,
-            // factor); the caller's promise.
-            unsafe { launch_with(context, stream, kernel, shape, latch, Some(&sources), &arguments) }
         });
     }
 }
@@ -274,18 +242,18 @@ unsafe impl Stream for CudaStream {
     }
 
     fn wait_for(&self, event: &Event) {
-        match event.origin::<Moment>() {
-            Some(moment) if moment.is_of(&self.inner) => self.enqueue(|stream| {
-                // SAFETY: the event lives, and the driver takes its moment over now.
-                unsafe { call!(cuStreamWaitEvent(stream, moment.recorded.event(), 0)) }
-            }),
-            _ => match event.status() {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(failure)) => {
-                    let _ = self.failure.set(self.inner.fail_with(failure));
-                }
-                Poll::Pending => self.wait_at_word(event),
-            },
+        if let Some(All(events)) = event.origin() {
+            return events.iter().for_each(|event| self.wait_for(event));
+        }
+        if let Some(moment) = event.origin::<Moment>() {
+            return self.wait_for_moment(moment);
+        }
+        match event.status() {
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(failure)) => {
+                let _ = self.failure.set(self.inner.fail_with(failure));
+            }
+            Poll::Pending => self.wait_at_word(event),
         }
     }
 
@@ -479,4 +447,4 @@ pub(super) const ELEMENTS_OF_BLOCK: usize = 4096;
 /// Bytes that a block copies or clears: four times 16 a thread.
 pub(super) const BYTES_OF_BLOCK: usize = 16 << 10;
 /// Parameters that a block updates, and elements that it reduces: eight a thread.
-const PARAMETERS_OF_BLOCK: usize = 2048;
+pub(super) const PARAMETERS_OF_BLOCK: usize = 2048;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::num::NonZero;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use pillion_kernels::DType;
@@ -103,12 +104,36 @@ impl From<Wire> for pillion_collectives::WireKind {
 }
 
 /// The device that ranks compute on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
     /// The processor.
     Cpu,
     /// A processor that runs work as late as allowed, for tests.
     LazyCpu,
+    /// A GPU: this one for all ranks of a host, or one for each rank in turn.
+    Cuda(Option<u32>),
+}
+
+impl DeviceKind {
+    /// Whether ranks compute on GPUs.
+    pub fn is_gpu(self) -> bool {
+        matches!(self, DeviceKind::Cuda(_))
+    }
+}
+
+impl FromStr for DeviceKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DeviceKind, String> {
+        let number = |text: &str| text.parse().map_err(|_| format!("cuda:{text} is no GPU: GPUs are counted from 0"));
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(DeviceKind::Cpu),
+            None if text == "lazy-cpu" => Ok(DeviceKind::LazyCpu),
+            None if text == "cuda" => Ok(DeviceKind::Cuda(None)),
+            Some(("cuda", gpu)) => Ok(DeviceKind::Cuda(Some(number(gpu)?))),
+            _ => Err("a device is cpu, cuda, or cuda:N for GPU number N".to_owned()),
+        }
+    }
 }
 
 /// The model's shape: a preset, and what differs from it.
@@ -362,8 +387,9 @@ pub struct TrainArgs {
     /// operation.
     #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
     pub timeout: u64,
-    /// Device, for tests.
-    #[arg(long, value_enum, default_value = "cpu", hide = true)]
+    /// What ranks compute on: cpu, cuda for a GPU of each rank, or cuda:N for GPU N. GPUs need a
+    /// build with the feature cuda; their ranks are threads of one process.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceKind,
     /// The flags that were given, on the command line or in the file, without dashes.
     #[arg(skip)]

@@ -17,7 +17,8 @@ pub(super) struct Processor {
     pub(super) device: Cores,
     /// Floating-point operations a second that they could make of numbers in registers, and all ranks' together.
     pub(super) own_peak: f64,
-    pub(super) peak: f64,
+    /// None where GPUs compute.
+    pub(super) peak: Option<f64>,
     /// Where their time goes, on rank 0 and where asked for.
     pub(super) breakdown: Option<Breakdown>,
 }
@@ -33,6 +34,9 @@ impl Processor {
         communicator: &Communicator,
         dtype: DType,
     ) -> Result<Processor, Error> {
+        if settings.device.is_gpu() {
+            return Ok(Processor { device: Cores::default(), own_peak: 0.0, peak: None, breakdown: None });
+        }
         let threads = threads(settings.threads, launch)?;
         let mut device = Cores::new(threads).map_err(pillion_runtime::Error::from)?;
         // All ranks at once, as they compute at once.
@@ -55,7 +59,7 @@ impl Processor {
                 breakdown = Some(Breakdown::new(profile));
             }
         }
-        Ok(Processor { device, own_peak, peak, breakdown })
+        Ok(Processor { device, own_peak, peak: Some(peak), breakdown })
     }
 }
 

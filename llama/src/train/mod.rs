@@ -7,6 +7,7 @@ mod cores;
 mod evaluation;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod gpu;
 mod measure;
 mod metrics;
 mod non_finite;
@@ -60,6 +61,7 @@ pub(crate) enum Ended {
 /// # Errors
 /// What keeps the ranks from being started; what goes wrong on a rank has been printed.
 pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
+    gpu::check(settings)?;
     let launch = Launch::detect()?;
     let nobody = launch.source == Source::Single;
     if launch.source == Source::Local {
@@ -81,7 +83,7 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
         cores::check(settings.threads, ranks)?;
         let node = node(settings, ranks)?;
         return match settings.launch {
-            LaunchKind::Processes if ranks > 1 || node.of > 1 => {
+            LaunchKind::Processes if (ranks > 1 || node.of > 1) && !settings.device.is_gpu() => {
                 let options =
                     launcher::Options { oversubscribe: settings.oversubscribe, node, ..launcher::Options::default() };
                 Ok(launcher::run_processes_with(ranks, &options)?)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use pillion_abs::{Controller, Observation};
 use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
-use pillion_kernels::{Device, LazyCpu};
+use pillion_kernels::LazyCpu;
 use pillion_runtime::checkpoint::Saver;
 use pillion_runtime::{Engine, Layout};
 
@@ -15,6 +15,7 @@ use super::checkpoints;
 use super::closing::nothing_left;
 use super::cores::Processor;
 use super::evaluation::validate;
+use super::gpu;
 use super::metrics::{Line, Metrics};
 use super::non_finite::NonFinite;
 use super::progress::Counters;
@@ -120,6 +121,7 @@ impl<'s> Run<'s> {
         let Beginning { start, resume, folder } = begin(settings, launch, &communicator)?;
         let recipe = &start.recipe;
         let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
+        let policy = gpu::adapt(settings, policy);
         let dataset = Dataset::open(TokenFile::open(&start.tokens)?, recipe.seq, recipe.seed)?;
         let saved = resume.as_ref().map(|whole| checkpoints::progress(whole.checkpoint())).transpose()?;
         if let Some(nothing) = saved.as_ref().and_then(|saved| nothing_left(saved, recipe, settings.steps)) {
@@ -146,12 +148,13 @@ impl<'s> Run<'s> {
             Some(processor) => processor,
             None => Processor::open(settings, launch, &communicator, policy.weights)?,
         };
-        let device: Arc<dyn Device> = match settings.device {
-            DeviceKind::Cpu => Arc::new(processor.device.clone()),
-            DeviceKind::LazyCpu => Arc::new(LazyCpu::new(recipe.seed)),
+        let (device, moves): gpu::Moved = match settings.device {
+            DeviceKind::Cpu => (Arc::new(processor.device.clone()), communicator.clone()),
+            DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(recipe.seed)), communicator.clone()),
+            DeviceKind::Cuda(gpu) => gpu::open(gpu, &setup, launch, &communicator)?,
         };
         let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
-        let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy)?;
+        let mut engine = Engine::new(moves, device.clone(), layout, policy)?;
         statistics::compare(&mut engine, settings.controller.alignment)?;
         let groups = statistics::groups(&engine, recipe.controller.base / recipe.micro_batch);
         let warning = statistics::growth_warning(recipe, groups);
@@ -420,7 +423,7 @@ impl<'s> Run<'s> {
             alignment,
             validation_loss: None,
             flops,
-            mfu: Some(flops / self.processor.peak),
+            mfu: self.processor.peak.map(|peak| flops / peak),
             memory: None,
             parameter_memory: self.engine.memory(),
         };

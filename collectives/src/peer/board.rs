@@ -1,0 +1,152 @@
+//! Where ranks that are threads of one process see what the others have enqueued.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use pillion_kernels::{Cuda, DType, Event, Raw, Space};
+
+use crate::Error;
+use crate::memory::control::Call;
+use crate::transport::{Limit, Transport};
+
+/// How often a rank that waits for another looks whether something has failed.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+/// What a rank shows the others of one step of an operation.
+#[derive(Clone)]
+pub(super) struct Post {
+    /// What it called, where this is an operation's first step.
+    pub(super) call: Call,
+    /// What it lends.
+    pub(super) lent: [Option<Lent>; 2],
+    /// Behind the work that the others wait for.
+    pub(super) event: Event,
+}
+
+/// Elements of a rank's memory, for as long as its operation goes on.
+#[derive(Clone, Copy)]
+pub(super) struct Lent {
+    address: usize,
+    len: usize,
+    dtype: DType,
+    space: Space,
+}
+
+impl From<Raw> for Lent {
+    fn from(raw: Raw) -> Lent {
+        let Raw { pointer, len, dtype, space } = raw;
+        Lent { address: pointer.as_ptr().expose_provenance(), len, dtype, space }
+    }
+}
+
+impl Lent {
+    /// Some of the elements.
+    pub(super) fn range(self, range: std::ops::Range<usize>) -> Raw {
+        assert!(range.start <= range.end && range.end <= self.len, "elements {range:?} of {}", self.len);
+        let start = self.address + range.start * self.dtype.bytes();
+        let pointer = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(start));
+        Raw { pointer: pointer.expect("memory is not at 0"), len: range.len(), dtype: self.dtype, space: self.space }
+    }
+}
+
+/// The steps that not all ranks of a group have seen.
+pub(super) struct Board {
+    world: usize,
+    gpus: Mutex<Vec<(usize, Cuda)>>,
+    steps: Mutex<Steps>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Steps {
+    /// Number of the first.
+    first: u64,
+    open: VecDeque<Step>,
+}
+
+struct Step {
+    posts: Vec<Option<Post>>,
+    seen: usize,
+}
+
+/// Boards by the keys of their groups.
+type Boards = HashMap<(u64, u64), Weak<Board>>;
+
+/// The boards that are in use.
+static BOARDS: Mutex<Option<Boards>> = Mutex::new(None);
+
+impl Board {
+    /// The board of a group: the same for all its ranks, which give the same key.
+    pub(super) fn of(key: (u64, u64), world: usize) -> Arc<Board> {
+        let mut boards = BOARDS.lock();
+        let boards = boards.get_or_insert_default();
+        boards.retain(|_, board| board.strong_count() > 0);
+        if let Some(board) = boards.get(&key).and_then(Weak::upgrade) {
+            return board;
+        }
+        let board = Arc::new(Board { world, gpus: Mutex::default(), steps: Mutex::default(), changed: Condvar::new() });
+        boards.insert(key, Arc::downgrade(&board));
+        board
+    }
+
+    /// Shows the GPU of a rank.
+    pub(super) fn introduce(&self, rank: usize, gpu: &Cuda) {
+        self.gpus.lock().push((rank, gpu.clone()));
+    }
+
+    /// A GPU whose memory `gpu` does not reach, among those of all ranks.
+    pub(super) fn out_of_reach(&self, gpu: &Cuda) -> Option<Cuda> {
+        self.gpus.lock().iter().map(|(_, other)| other).find(|other| !gpu.reaches(other)).cloned()
+    }
+
+    /// Shows what `rank` has enqueued for step number `step`, and returns what all have, once they
+    /// have. Every rank has enqueued its own work before it waits, so a stream that waits for
+    /// another rank's event waits for work that is there.
+    ///
+    /// # Errors
+    /// What `control` says of the others, and [`Error::Timeout`].
+    pub(super) fn meet(
+        &self,
+        step: u64,
+        rank: usize,
+        post: Post,
+        operation: &dyn Fn() -> String,
+        control: &dyn Transport,
+        limit: Limit,
+    ) -> Result<Vec<Post>, Error> {
+        let mut steps = self.steps.lock();
+        let index = usize::try_from(step - steps.first).expect("steps that are open are few");
+        while steps.open.len() <= index {
+            steps.open.push_back(Step { posts: vec![None; self.world], seen: 0 });
+        }
+        steps.open[index].posts[rank] = Some(post);
+        self.changed.notify_all();
+        let began = Instant::now();
+        loop {
+            let index = (step - steps.first) as usize;
+            if steps.open[index].posts.iter().all(Option::is_some) {
+                let posts = steps.open[index].posts.iter().flatten().cloned().collect();
+                steps.open[index].seen += 1;
+                while steps.open.front().is_some_and(|first| first.seen == self.world) {
+                    steps.open.pop_front();
+                    steps.first += 1;
+                }
+                return Ok(posts);
+            }
+            if self.changed.wait_for(&mut steps, LOOK_EVERY).timed_out() {
+                let late = |steps: &Steps| -> Vec<usize> {
+                    let posts = &steps.open[(step - steps.first) as usize].posts;
+                    (0..self.world).filter(|&rank| posts[rank].is_none()).collect()
+                };
+                let (waited, waiting_on) = (began.elapsed(), late(&steps));
+                parking_lot::MutexGuard::unlocked(&mut steps, || control.healthy())?;
+                if waited > limit.within && !waiting_on.is_empty() {
+                    let (op, how) = (operation(), "not there yet".to_owned());
+                    return Err(Error::Timeout { op, waiting_on, seconds: waited.as_secs(), how });
+                }
+            }
+        }
+    }
+}

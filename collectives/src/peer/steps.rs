@@ -1,0 +1,239 @@
+//! What each operation enqueues, and when it meets the other ranks.
+
+use pillion_kernels::cpu::reduce::Fold;
+use pillion_kernels::{CudaStream, DType, Event, Raw, Span, Stream};
+
+use super::Peer;
+use super::board::{Lent, Post};
+use crate::call::{Detail, Kind, call, describe, in_sections};
+use crate::memory::control::Call;
+use crate::request::{Collective, Operands, Request, Scattered, Sidebands};
+use crate::transport::Limit;
+use crate::{Error, Reduction, Sections};
+
+/// An operation that GPUs do not have.
+pub(super) fn unsupported(what: &str) -> Error {
+    let reason = format!(
+        "GPUs have no {what}: they gather, reduce-scatter, all-reduce and broadcast; a communicator of the host has the rest"
+    );
+    Error::Misuse { reason }
+}
+
+/// An operation being enqueued.
+struct Enqueuing<'a> {
+    peer: &'a Peer,
+    stream: &'a CudaStream,
+    call: Call,
+    next: &'a mut u64,
+    limit: Limit,
+}
+
+/// Enqueues an operation; an event behind it, and how many bytes other ranks take from this one.
+pub(super) fn enqueue(
+    peer: &Peer,
+    next: &mut u64,
+    request: Request,
+    after: &Event,
+    limit: Limit,
+) -> Result<(Event, u64), Error> {
+    let Request::Collective(collective) = request else { return Err(unsupported("messages")) };
+    let streams = &peer.streams;
+    let is_gather = matches!(collective, Collective::AllGather { .. } | Collective::Broadcast { .. });
+    let stream = if is_gather { &streams.gathers } else { &streams.reductions }.lock();
+    stream.wait_for(after);
+    let call = call_of(&collective, peer.reduce_groups)?;
+    let mut operation = Enqueuing { peer, stream: &stream, call, next, limit };
+    let bytes = match collective {
+        Collective::AllGather { operands, chunk, sections, in_place } => {
+            operation.all_gather(&operands, chunk, sections.as_ref(), in_place)?
+        }
+        Collective::Broadcast { operands, root, .. } => operation.broadcast(&operands, root)?,
+        Collective::ReduceScatter(scattered) => operation.reduce_scatter(&scattered)?,
+        Collective::AllReduce { operands, len, reduction } => operation.all_reduce(&operands, len, reduction)?,
+        _ => unreachable!("call_of refuses the others"),
+    };
+    Ok((stream.record(), bytes))
+}
+
+/// What the ranks compare.
+fn call_of(collective: &Collective, groups: usize) -> Result<Call, Error> {
+    let of_reduction = |operands: &Operands, reduction: Reduction, sideband: usize| {
+        let fold = Fold { groups, ..fold(operands, reduction, 1) };
+        if !CudaStream::folds(&fold) {
+            let (from, to) = (operands.dtype, operands.to);
+            return Err(unsupported(&format!("{} of {from} into {to}", reduction.name())));
+        }
+        Ok(Detail::Reduction { reduction, output: operands.to, groups, root: None, sideband })
+    };
+    Ok(match collective {
+        Collective::AllGather { operands, chunk, sections, in_place } => {
+            let detail = if *in_place { Detail::InPlace } else { Detail::None };
+            in_sections(call(Kind::AllGather, Some(operands.dtype), true, *chunk, detail), sections.as_ref())
+        }
+        Collective::Broadcast { operands, len, root } => {
+            call(Kind::Broadcast, Some(operands.dtype), true, *len, Detail::Root(*root))
+        }
+        Collective::ReduceScatter(scattered) => {
+            if scattered.observing.is_some() {
+                return Err(unsupported("observed reductions"));
+            }
+            let sideband = scattered.sidebands.as_ref().map_or(0, |sidebands| sidebands.totals.len());
+            let detail = of_reduction(&scattered.operands, scattered.reduction, sideband)?;
+            let call = call(Kind::ReduceScatter, Some(scattered.operands.dtype), true, scattered.chunk, detail);
+            in_sections(call, scattered.sections.as_ref())
+        }
+        Collective::AllReduce { operands, len, reduction } => {
+            let detail = of_reduction(operands, *reduction, 0)?;
+            call(Kind::AllReduce, Some(operands.dtype), true, *len, detail)
+        }
+        Collective::GatherWindow { .. } => return Err(unsupported("windows")),
+        Collective::Gather { .. } => return Err(unsupported("gather to a root")),
+        Collective::Scatter { .. } => return Err(unsupported("scatter")),
+        Collective::AllToAll { .. } => return Err(unsupported("all-to-all")),
+        Collective::Parts(_) => return Err(unsupported("operations with parts of different lengths")),
+        Collective::Reduce { .. } => return Err(unsupported("reduce to a root")),
+    })
+}
+
+/// A reduction of `world` inputs, whose places are still open.
+fn fold(operands: &Operands, reduction: Reduction, world: usize) -> Fold<'static> {
+    Fold { output: operands.to, ..reduction.whole(operands.dtype, world) }
+}
+
+fn lent(span: Option<&Span>) -> Option<Lent> {
+    span.map(|span| span.raw().into())
+}
+
+impl Enqueuing<'_> {
+    /// Shows the other ranks what this one lends, behind what is enqueued, and returns what they
+    /// lend; this stream is behind theirs then.
+    fn meet(&mut self, lent: [Option<Lent>; 2]) -> Result<Vec<Post>, Error> {
+        let Peer { board, control, rank, .. } = self.peer;
+        let step = *self.next;
+        *self.next += 1;
+        let call = Call { sequence: step + 1, ..self.call };
+        let post = Post { call, lent, event: self.stream.record() };
+        let posts = board.meet(step, *rank, post, &|| describe(call), &**control, self.limit)?;
+        for (peer, post) in posts.iter().enumerate() {
+            if !post.call.agrees_with(&call) {
+                return Err(Error::Mismatch { ours: describe(call), theirs: describe(post.call), peer });
+            }
+            if peer != *rank {
+                self.stream.wait_for(&post.event);
+            }
+        }
+        Ok(posts)
+    }
+
+    fn part(&self, cut: Option<&Sections>, chunk: usize, section: usize) -> (usize, usize) {
+        cut.map_or((0, chunk), |sections| (sections.in_shard(section).start, sections.in_shard(section).len()))
+    }
+
+    fn all_gather(
+        &mut self,
+        operands: &Operands,
+        chunk: usize,
+        sections: Option<&Sections>,
+        in_place: bool,
+    ) -> Result<u64, Error> {
+        let posts = self.meet([lent(operands.input.as_ref()), None])?;
+        let (world, own) = (posts.len(), self.peer.rank);
+        let output = operands.output.as_ref().expect("a gather has an output");
+        for (rank, post) in posts.iter().enumerate() {
+            let input = post.lent[0].expect("every rank lends its shard");
+            for section in 0..sections.map_or(1, Sections::count) {
+                let (start, len) = self.part(sections, chunk, section);
+                let full = match sections {
+                    Some(sections) => sections.in_full(section, world, rank),
+                    None => rank * chunk..(rank + 1) * chunk,
+                };
+                // In place, a rank's shard lies where it goes.
+                let from = if in_place { full.clone() } else { start..start + len };
+                let (to, from) = (output.range(full).raw(), input.range(from));
+                if to.pointer != from.pointer && !(in_place && rank == own) {
+                    // SAFETY: the other rank keeps its buffer until this stream's moment below; the
+                    // output is this operation's. GPUs reach each other, or ranks do not connect.
+                    unsafe { self.stream.pull(to, from) };
+                }
+            }
+        }
+        self.meet([None; 2])?;
+        Ok(((world - 1) * chunk * operands.dtype.bytes()) as u64)
+    }
+
+    fn broadcast(&mut self, operands: &Operands, root: usize) -> Result<u64, Error> {
+        let posts = self.meet([lent(operands.input.as_ref()), None])?;
+        if let Some(output) = &operands.output {
+            let input = posts[root].lent[0].expect("the root lends its buffer");
+            // SAFETY: as in `all_gather`.
+            unsafe { self.stream.pull(output.raw(), input.range(0..output.len())) };
+        }
+        self.meet([None; 2])?;
+        let bytes = operands.input.as_ref().map_or(0, |input| (posts.len() - 1) * input.len() * operands.dtype.bytes());
+        Ok(bytes as u64)
+    }
+
+    /// out = the ranks' elements `range` combined.
+    fn combine(&self, inputs: &[Raw], out: Raw, job: Fold<'_>) {
+        let sources: Vec<*const u8> = inputs.iter().map(|input| input.pointer.as_ptr().cast_const()).collect();
+        let outputs = [out.pointer.as_ptr()];
+        // SAFETY: every rank keeps its input until this stream's next moment, and writes nothing to
+        // the part that this rank reads; the output is this operation's.
+        unsafe { self.stream.fold(&Fold { inputs: &sources, outputs: &outputs, count: out.len, ..job }) };
+    }
+
+    fn reduce_scatter(&mut self, scattered: &Scattered) -> Result<u64, Error> {
+        let Scattered { operands, chunk, sections, reduction, accumulate, sidebands, .. } = scattered;
+        let own = sidebands.as_ref().map(|sidebands| &sidebands.own);
+        let posts = self.meet([lent(operands.input.as_ref()), lent(own)])?;
+        let (world, rank) = (posts.len(), self.peer.rank);
+        let output = operands.output.as_ref().expect("a reduction has an output");
+        let job =
+            Fold { groups: self.peer.reduce_groups, accumulate: *accumulate, ..fold(operands, *reduction, world) };
+        let sections = sections.as_ref();
+        for section in 0..sections.map_or(1, Sections::count) {
+            let (start, len) = self.part(sections, *chunk, section);
+            let full = match sections {
+                Some(sections) => sections.in_full(section, world, rank),
+                None => rank * chunk..(rank + 1) * chunk,
+            };
+            let inputs: Vec<Raw> = posts
+                .iter()
+                .map(|post| post.lent[0].expect("every rank lends its input").range(full.clone()))
+                .collect();
+            self.combine(&inputs, output.range(start..start + len).raw(), job.clone());
+        }
+        if let Some(Sidebands { totals, accumulate, .. }) = sidebands {
+            let inputs: Vec<Raw> = posts
+                .iter()
+                .map(|post| post.lent[1].expect("every rank lends its numbers").range(0..totals.len()))
+                .collect();
+            let job = Fold { accumulate: *accumulate, ..Reduction::Sum.first(DType::F64) };
+            self.combine(&inputs, totals.raw(), job);
+        }
+        self.meet([None; 2])?;
+        Ok(((world - 1) * chunk * operands.dtype.bytes()) as u64)
+    }
+
+    /// Each rank combines one part of all inputs, and pulls the other parts.
+    fn all_reduce(&mut self, operands: &Operands, len: usize, reduction: Reduction) -> Result<u64, Error> {
+        let output = operands.output.as_ref().expect("a reduction has an output");
+        let posts = self.meet([lent(operands.input.as_ref()), lent(Some(output))])?;
+        let (world, rank) = (posts.len(), self.peer.rank);
+        let each = len.div_ceil(world);
+        let part = |rank: usize| (rank * each).min(len)..((rank + 1) * each).min(len);
+        let job = Fold { groups: self.peer.reduce_groups, ..fold(operands, reduction, world) };
+        let inputs: Vec<Raw> =
+            posts.iter().map(|post| post.lent[0].expect("every rank lends its input").range(part(rank))).collect();
+        // In place, too: of every rank's buffer, this part is read by this rank alone.
+        self.combine(&inputs, output.range(part(rank)).raw(), job);
+        self.meet([None; 2])?;
+        for (other, post) in posts.iter().enumerate().filter(|(other, _)| *other != rank) {
+            let from = post.lent[1].expect("every rank lends its output").range(part(other));
+            // SAFETY: as in `all_gather`; the other rank has combined this part and keeps it.
+            unsafe { self.stream.pull(output.range(part(other)).raw(), from) };
+        }
+        self.meet([None; 2])?;
+        Ok(((world - 1) * each * (operands.dtype.bytes() + operands.to.bytes())) as u64)
+    }
+}

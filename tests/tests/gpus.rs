@@ -1,0 +1,136 @@
+//! Training on GPUs: over the stand-ins of `tests/standins` (`ci/cuda`), or on GPUs. The numbers
+//! follow the processor's, and have the same bits however a run on GPUs is spread.
+
+use pillion_tests::program::{Step, Workplace};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
+
+/// Little work, because the stand-ins take long for it.
+const LITTLE: &str =
+    "--seq 8 --micro-batch 1 --batch 4 --round-to 4 --validation-samples 2 --sample 0 --launch threads";
+
+/// A workplace whose programs find the GPUs, or what stands for them.
+fn workplace(seed: u64) -> Workplace {
+    let own = |name: &str| name.starts_with("PILLION_STANDIN") || name == "PILLION_CUDA_CACHE";
+    let variables = std::env::vars().filter(|(name, _)| own(name));
+    let seed = ("PILLION_STANDIN_SEED".to_owned(), seed.to_string());
+    Workplace::new(PROGRAM).with_variables(variables.chain([seed]))
+}
+
+#[track_caller]
+fn agree(a: &[Step], b: &[Step]) {
+    assert_eq!(a.len(), b.len());
+    for (a, b) in a.iter().zip(b) {
+        assert_eq!((a.batch_samples, a.samples_seen), (b.batch_samples, b.samples_seen));
+        // As for any number of ranks on processors (tests/parity.rs).
+        let near = |a: f64, b: f64| (a - b).abs() <= 1e-4 * a.abs();
+        assert!(near(a.loss, b.loss) && near(a.grad_norm, b.grad_norm), "{a:?} and {b:?}");
+    }
+}
+
+#[test]
+fn ranks_on_gpus_follow_ranks_on_processors() {
+    let place = workplace(1);
+    for ranks in [1, 2, 4] {
+        let base = format!("{LITTLE} --steps 3 --ranks {ranks} --oversubscribe");
+        let [cpu, gpu] = ["cpu", "cuda"]
+            .map(|device| place.train(&format!("{device}-{ranks}"), &format!("{base} --device {device}")));
+        agree(&cpu, &gpu);
+        let waits = place.lines(&format!("cuda-{ranks}")).iter().map(|line| line["host_waits"].as_u64()).max();
+        assert_eq!(waits, Some(Some(1)), "the host waits once in a step");
+    }
+}
+
+#[test]
+fn every_way_of_running_two_ranks_on_gpus_is_bitwise_equal() {
+    for precision in ["f32", "bf16"] {
+        let base = format!("{LITTLE} --steps 3 --ranks 2 --precision {precision} --device cuda");
+        let expected = workplace(1).train("base", &base);
+        assert_eq!(expected.len(), 3);
+        for (seed, way) in [
+            "",
+            "--prefetch 0",
+            "--prefetch 2",
+            "--slots 4",
+            "--no-overlap",
+            "--bucket 300KB",
+            "--bucket 1MiB --recompute block",
+            "--device cuda:1",
+            "--shard zero-2",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let base = base.replace("--device cuda", if way.contains("--device") { "" } else { "--device cuda" });
+            let found = workplace(2 + seed as u64).train("way", &format!("{base} {way}"));
+            // Placements reduce as often with one micro-batch of each rank alone.
+            if way != "--shard zero-2" {
+                assert_eq!(expected, found, "{precision} {way}");
+            } else {
+                agree(&expected, &found);
+            }
+        }
+    }
+}
+
+#[test]
+fn placements_and_grids_of_four_ranks_follow_those_on_processors() {
+    let place = workplace(3);
+    for (number, way) in
+        ["--shard nothing", "--shard zero-1", "--shard zero-2 --mesh replicate=2,shard=2", "--mesh replicate=2,shard=2"]
+            .into_iter()
+            .enumerate()
+    {
+        let base = format!("{LITTLE} --steps 2 --ranks 4 --oversubscribe --gather copy {way}");
+        let base =
+            if way.contains("nothing") || way.contains("zero-1") { base.replace("--gather copy ", "") } else { base };
+        let [cpu, gpu] = ["cpu", "cuda"]
+            .map(|device| place.train(&format!("{device}-{number}"), &format!("{base} --device {device}")));
+        agree(&cpu, &gpu);
+    }
+}
+
+#[test]
+fn a_run_goes_from_processors_to_gpus_and_back() {
+    let place = workplace(4);
+    let base = format!("{LITTLE} --ranks 2 --controller constant");
+    let whole = place.train("whole", &format!("{base} --steps 4 --device cpu"));
+    for (steps, device) in [(1, "cpu"), (3, "cuda"), (4, "cpu")] {
+        let resume = if steps == 1 { "" } else { "--resume auto" };
+        place
+            .run(&format!(
+                "train {} --out spread {base} --steps {steps} --device {device} {resume}",
+                pillion_tests::program::TINY
+            ))
+            .succeeded();
+    }
+    agree(&whole, &place.steps("spread"));
+}
+
+#[test]
+fn without_a_gpu_a_run_says_so_in_one_line_and_ends_with_2() {
+    let place = Workplace::new(PROGRAM);
+    let mut command = place.command("train --data text --model tiny --device cuda --out out");
+    command.env_remove("LD_LIBRARY_PATH");
+    let ended = place.spawn(command).finish();
+    assert_eq!(ended.status.code(), Some(2), "{}", ended.stderr);
+    assert!(ended.stderr.lines().count() == 1 && ended.stderr.contains("libcuda.so.1"), "{}", ended.stderr);
+    assert!(!place.path("out").exists());
+}
+
+#[test]
+fn what_gpus_do_not_have_is_refused_before_a_run_starts() {
+    let place = workplace(5);
+    for (flags, named) in [
+        ("--gather window", "--gather window"),
+        ("--launch processes", "--launch processes"),
+        ("--trace", "--trace"),
+        ("--device cuda:99", "no GPU 99"),
+        ("--device cuda:x", "cuda:x"),
+    ] {
+        let device = if flags.contains("--device") { "" } else { "--device cuda" };
+        let ended = place.run(&format!("train --data text --model tiny --out out {device} {flags}"));
+        assert_eq!(ended.status.code(), Some(2), "{flags}: {}", ended.stderr);
+        assert!(ended.stderr.contains(named), "{flags}: {}", ended.stderr);
+    }
+}
