@@ -1,6 +1,6 @@
 //! What the arguments of calls must be, before other ranks hear of a call.
 
-use pillion_kernels::{Buffer, Space};
+use pillion_kernels::Buffer;
 
 use crate::{Communicator, Error};
 
@@ -21,19 +21,9 @@ pub(crate) fn expect(fits: bool, reason: impl FnOnce() -> String) -> Result<(), 
 }
 
 impl Communicator {
-    /// Memory of the host, or of the GPU that this communicator was made for.
+    /// Memory that the transport moves: the host's, or that of this rank's GPU.
     pub(crate) fn check_space(&self, buffer: &Buffer) -> Result<(), Error> {
-        let space = buffer.space();
-        match self.transport.memory_of() {
-            None => expect(space.is_host(), || {
-                format!("collectives of the host move memory of the host, and {buffer:?} is {space}")
-            }),
-            Some(device) => expect(space == Space::Device(device), || {
-                format!(
-                    "collectives between GPUs move memory of this rank's device {device}, and {buffer:?} is {space}"
-                )
-            }),
-        }
+        self.transport.refuses(buffer).map_or(Ok(()), |reason| Err(Error::Misuse { reason }))
     }
 
     /// Memory of a deferring device has a lock, which an operation takes for all of its buffers or

@@ -80,9 +80,11 @@ pub(crate) trait Transport: Send + Sync {
 
     fn capabilities(&self) -> Capabilities;
 
-    /// The device whose memory operations move; none where that is the host's.
-    fn memory_of(&self) -> Option<u32> {
-        None
+    /// Why operations cannot move this buffer's memory, if they cannot.
+    fn refuses(&self, buffer: &Buffer) -> Option<String> {
+        let space = buffer.space();
+        let reason = || format!("collectives of the host move memory of the host, and {buffer:?} is {space}");
+        (!space.is_host()).then(reason)
     }
 
     /// Starts an operation once `after` has happened. It waits no longer than `limit` for the

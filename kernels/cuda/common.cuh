@@ -81,10 +81,11 @@ constexpr u32 PEER_FAILED = 4;
 
 // Sets the latch, unless it is set. Call it from one thread of a block.
 DEVICE void set_latch(Latch* latch, u32 code) {
-    if (atomicCAS(&latch->code, 0u, code) == 0) {
-        *const_cast<volatile u32*>(latch->mirror) = code;
-        __threadfence_system();
-    }
+    if (*const_cast<const volatile u32*>(&latch->code) != 0) return;
+    // The mirror first: whoever sees the code, and so does nothing, finds the host told already.
+    *const_cast<volatile u32*>(latch->mirror) = code;
+    __threadfence_system();
+    atomicCAS(&latch->code, 0u, code);
 }
 
 // Whether the latch was set when thread 0 looked. One thread looks for the whole block, because

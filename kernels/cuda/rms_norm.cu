@@ -55,8 +55,9 @@ DEVICE void forward(A* out, float* inverse_rms, const float* x, const W* weight,
 
 // --- Backward -----------------------------------------------------------------------------------
 
-// The widest row whose sums fit into the 48 KiB of shared memory that any launch may ask for.
-constexpr u32 WIDEST_IN_SHARED = 12288;
+// The widest row whose sums fit into the 48 KiB of shared memory that any launch may ask for, less
+// 512 bytes for the arrays of this kernel itself.
+constexpr u32 WIDEST_IN_SHARED = 12160;
 
 // `sums` collects the gradient of the weight over the rows of a part. A thread touches only the
 // sums of its own columns, so they need no barrier.

@@ -4,15 +4,16 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
-use pillion_kernels::{Cores, Device};
-use pillion_runtime::{Engine, Layout, Policy};
+use pillion_kernels::{Cores, LazyCpu};
+use pillion_runtime::{Engine, Gather, Layout, Memory, Mesh, Policy};
 
 use crate::Error;
 use crate::data::tokenizer;
 use crate::generate::generate_each;
+use crate::gpu::{self, Load, Moved};
 use crate::model::{Model, Recompute};
 use crate::output::{Escaped, write};
-use crate::settings::GenerateArgs;
+use crate::settings::{DeviceKind, GenerateArgs};
 use crate::train::checkpoints;
 
 /// `pillion generate`: prints text, each token as soon as it is chosen.
@@ -30,13 +31,29 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
         let message = format!("--tokens {} is out of range: at most {MOST_TOKENS}", settings.tokens);
         return Err(Error::Setting(message));
     }
+    if let DeviceKind::Cuda(gpu) = settings.device {
+        gpu::check(gpu)?;
+    }
     let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default())?);
     let (whole, progress) = checkpoints::newest(&settings.checkpoint, &communicator)?;
     let recipe = progress.recipe;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let device: Arc<dyn Device> = Arc::new(Cores::new(threads).map_err(pillion_runtime::Error::from)?);
     let layout = Layout::new(&recipe.model.units(), 1);
-    let mut engine = Engine::for_evaluation(communicator, device.clone(), layout, Policy::default())?;
+    let (mut policy, one) = (Policy::default(), Mesh { replicate: 1, shard: 1 });
+    let (device, moves): Moved = match settings.device {
+        DeviceKind::Cpu => {
+            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            (Arc::new(Cores::new(threads)?), communicator)
+        }
+        DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(settings.seed)), communicator),
+        DeviceKind::Cuda(gpu) => {
+            policy.gather = Gather::Copy;
+            let activations = Model::activation_bytes(&recipe.model, policy.weights, 1, recipe.seq, Recompute::Block);
+            let allocated = Memory::of(&layout, &policy, one).total() + activations;
+            let load = Load { allocated, model: &recipe.model, batch: 1, seq: recipe.seq, policy };
+            gpu::open(gpu, 0, &load, &communicator)?.0
+        }
+    };
+    let mut engine = Engine::for_evaluation(moves, device.clone(), layout, policy)?;
     whole.load(&mut engine)?;
     let dtype = engine.policy().weights;
     // Without a backward pass nothing is computed again.

@@ -59,6 +59,7 @@ pub(crate) fn doctor(settings: &DoctorArgs) -> Result<i32, Error> {
     };
     findings.memory();
     findings.processors();
+    findings.gpus();
     findings.networks();
     findings.mpi();
     if launch.as_ref().map_or(0, |launch| launch.rank) == 0 {
@@ -266,6 +267,35 @@ impl Findings {
             found,
             "between hosts the route to a rank's address decides; PILLION_INTERFACE names another to be reached at",
         );
+    }
+
+    /// The GPUs that this process sees, or what is missing.
+    #[cfg(feature = "cuda")]
+    fn gpus(&mut self) {
+        use pillion_kernels::Cuda;
+
+        let count = match Cuda::count() {
+            Ok(count) => count,
+            Err(error) => return self.add("GPUs", "none", error.to_string()),
+        };
+        for ordinal in 0..count {
+            let name = format!("GPU {ordinal}");
+            match Cuda::info(ordinal) {
+                Ok(info) => {
+                    let (free, total) = (human(info.free), human(info.total));
+                    let driver = format!("{}.{}", info.driver / 1000, info.driver % 1000 / 10);
+                    let found = format!("{}, {free} of {total} free, CUDA {driver}", info.name);
+                    self.add(&name, found, format!("--device cuda:{ordinal} computes on it"));
+                }
+                Err(error) => self.add(&name, "cannot be used", error.to_string()),
+            }
+        }
+    }
+
+    /// The GPUs that this process sees, or what is missing.
+    #[cfg(not(feature = "cuda"))]
+    fn gpus(&mut self) {
+        self.add("GPUs", "not looked for", "this program was built without them: --features cuda");
     }
 
     fn mpi(&mut self) {

@@ -32,6 +32,7 @@ mod experiment;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod generate;
+mod gpu;
 mod inspect;
 pub mod model;
 mod output;

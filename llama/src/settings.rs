@@ -123,6 +123,9 @@ pub struct GenerateArgs {
     /// Seed of the choices.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+    /// What to compute on: cpu, cuda, or cuda:N for GPU N, in a build with the feature cuda.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceKind,
 }
 
 /// Settings of `doctor`.

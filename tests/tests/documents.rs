@@ -68,6 +68,8 @@ const TABLE: &[(&str, How)] = &[
     ("srun -N 2 -n 4 target/release/pillion train", Parsed),
     ("mpirun -n 4 --host one:2,two:2 -x PILLION_ADDRESS=one:29400 target/release/pillion train", Parsed),
     ("pillion train --auto", With(SHORT)),
+    // tests/gpus.rs runs it where there are GPUs, or what stands for them.
+    ("pillion train --device cuda", Parsed),
     ("pillion doctor", AsItStands),
     ("pillion plan", AsItStands),
     ("pillion plan --operations | head", AsItStands),

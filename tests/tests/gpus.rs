@@ -108,6 +108,19 @@ fn a_run_goes_from_processors_to_gpus_and_back() {
 }
 
 #[test]
+fn a_model_generates_the_same_text_and_doctor_names_the_gpus() {
+    let place = workplace(6);
+    place.train("out", &format!("{LITTLE} --steps 2 --ranks 1"));
+    let [cpu, gpu] = ["cpu", "cuda:1"].map(|device| {
+        let flags = "generate --checkpoint out --tokens 12 --temperature 0";
+        place.run(&format!("{flags} --device {device}")).succeeded().stdout
+    });
+    assert_eq!(cpu, gpu);
+    let doctor = place.run("doctor").succeeded().stdout;
+    assert!(doctor.contains("GPU 0") && doctor.contains("--device cuda:1"), "{doctor}");
+}
+
+#[test]
 fn without_a_gpu_a_run_says_so_in_one_line_and_ends_with_2() {
     let place = Workplace::new(PROGRAM);
     let mut command = place.command("train --data text --model tiny --device cuda --out out");

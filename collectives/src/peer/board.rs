@@ -141,7 +141,12 @@ impl Board {
                     (0..self.world).filter(|&rank| posts[rank].is_none()).collect()
                 };
                 let (waited, waiting_on) = (began.elapsed(), late(&steps));
-                parking_lot::MutexGuard::unlocked(&mut steps, || control.healthy())?;
+                let healthy = parking_lot::MutexGuard::unlocked(&mut steps, || control.healthy());
+                if late(&steps).is_empty() {
+                    // They came meanwhile, and have enqueued what they were shown.
+                    continue;
+                }
+                healthy?;
                 if waited > limit.within && !waiting_on.is_empty() {
                     let (op, how) = (operation(), "not there yet".to_owned());
                     return Err(Error::Timeout { op, waiting_on, seconds: waited.as_secs(), how });

@@ -132,7 +132,12 @@ impl Peer {
             }
             // The other ranks are not waiting for a call that cannot be.
             Err(error @ Error::Misuse { .. }) => Err(error),
-            Err(error) => Err(self.control.fail(error)),
+            Err(error) => {
+                // Other ranks may have enqueued copies of this rank's memory, which therefore must
+                // not be handed out again.
+                self.gpu.fail(Failure::new(error.clone()));
+                Err(self.control.fail(error))
+            }
         }
     }
 }
@@ -157,8 +162,14 @@ impl Transport for Peer {
         }
     }
 
-    fn memory_of(&self) -> Option<u32> {
-        Some(self.gpu.ordinal())
+    fn refuses(&self, buffer: &Buffer) -> Option<String> {
+        let (ordinal, space) = (self.gpu.ordinal(), buffer.space());
+        let reason = || {
+            format!(
+                "collectives between GPUs move memory of this rank's GPU {ordinal}, and {buffer:?} is other {space}"
+            )
+        };
+        (!self.gpu.owns(buffer)).then(reason)
     }
 
     fn submit(&self, request: Request, after: Event, limit: Limit) -> Submitted {

@@ -40,8 +40,9 @@ pub(super) fn enqueue(
     let streams = &peer.streams;
     let is_gather = matches!(collective, Collective::AllGather { .. } | Collective::Broadcast { .. });
     let stream = if is_gather { &streams.gathers } else { &streams.reductions }.lock();
-    stream.wait_for(after);
+    // What is refused has no effect.
     let call = call_of(&collective, peer.reduce_groups)?;
+    stream.wait_for(after);
     let mut operation = Enqueuing { peer, stream: &stream, call, next, limit };
     let bytes = match collective {
         Collective::AllGather { operands, chunk, sections, in_place } => {
@@ -203,7 +204,8 @@ impl Enqueuing<'_> {
                 .collect();
             self.combine(&inputs, output.range(start..start + len).raw(), job.clone());
         }
-        if let Some(Sidebands { totals, accumulate, .. }) = sidebands {
+        let numbers = sidebands.as_ref().filter(|sidebands| !sidebands.totals.is_empty());
+        if let Some(Sidebands { totals, accumulate, .. }) = numbers {
             let inputs: Vec<Raw> = posts
                 .iter()
                 .map(|post| post.lent[1].expect("every rank lends its numbers").range(0..totals.len()))

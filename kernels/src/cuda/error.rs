@@ -89,6 +89,9 @@ pub enum CudaError {
         /// Whose memory it is.
         space: crate::Space,
     },
+    /// Streams wait for too many events of the host at a time.
+    #[error("streams of one rank wait for more than 1,000 events of the host at a time")]
+    Words,
     /// Another rank's work on its GPU failed, and this rank's work follows it.
     #[error("the work of another rank on its GPU failed: look at that rank's own message")]
     Peer,

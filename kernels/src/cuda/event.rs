@@ -1,6 +1,7 @@
 //! Events of streams, and the thread that watches them.
 
 use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Poll, Wake, Waker};
@@ -114,6 +115,8 @@ pub(super) struct Recorder<'a> {
 
 impl Recorder<'_> {
     pub(super) fn record(&self) -> Result<Recorded, CudaError> {
+        // An event is of the context that is current when it is made.
+        self.pool.context.bind()?;
         let reused = self.pool.free.lock().pop();
         let event = match reused {
             Some(event) => event,
@@ -167,9 +170,7 @@ impl Completion for Moment {
         match self.status() {
             Poll::Ready(_) => waker.wake_by_ref(),
             Poll::Pending => {
-                let moment =
-                    Moment { recorded: self.recorded.clone(), inner: self.inner.clone(), ended: OnceLock::new() };
-                watcher().add(|lists| lists.moments.push((moment, waker.clone())));
+                watcher().add(|lists| lists.moments.push((self.recorded.clone(), waker.clone())));
             }
         }
     }
@@ -202,6 +203,16 @@ impl Foreign {
         let event = self.event.clone();
         watcher().add(|lists| lists.foreign.push(self));
         event.call_back(&Waker::from(Arc::new(Nudge)));
+    }
+
+    /// As [`Foreign::settle`]. A panic of the event's own code ends it with a failure, because
+    /// otherwise a stream would wait for ever.
+    fn settle_guarded(&self) -> bool {
+        catch_unwind(AssertUnwindSafe(|| self.settle())).unwrap_or_else(|_| {
+            self.inner.fail_with(Failure::new(std::io::Error::other("an event that a stream waits for panicked")));
+            self.inner.latch.release(self.word, false);
+            true
+        })
     }
 
     /// Whether the event has ended and its word is written.
@@ -238,7 +249,7 @@ struct Watcher {
 
 #[derive(Default)]
 struct Lists {
-    moments: Vec<(Moment, Waker)>,
+    moments: Vec<(Recorded, Waker)>,
     foreign: Vec<Foreign>,
 }
 
@@ -273,9 +284,14 @@ impl Watcher {
             let nudged = self.nudged.swap(false, Ordering::Acquire);
             // Without the lock: events and wakers are foreign code, which may come back here.
             let Lists { mut moments, mut foreign } = std::mem::take(&mut *self.lists.lock());
-            moments.extract_if(.., |(moment, _)| moment.status().is_ready()).for_each(|(_, waker)| waker.wake());
             if nudged {
-                foreign.retain(|event| !event.settle());
+                foreign.retain(|event| !event.settle_guarded());
+            }
+            // An error ends a moment, too, and its status says so.
+            let ended = |recorded: &Recorded| !matches!(recorded.has_happened(), Ok(false));
+            for (_, waker) in moments.extract_if(.., |(recorded, _)| ended(recorded)) {
+                // A waker is foreign code; a panic in it has been printed.
+                let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
             }
             let watches = !moments.is_empty();
             let mut lists = self.lists.lock();

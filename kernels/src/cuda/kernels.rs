@@ -17,8 +17,9 @@ const ENTROPY_THREADS: u32 = 1024;
 const ROPE_TOKENS: usize = 4;
 /// Columns that a block of `sum_rows` sums.
 const COLUMNS_OF_BLOCK: usize = 32;
-/// The widest row whose sums the backward pass of RMSNorm keeps in shared memory.
-const WIDTH_IN_SHARED: usize = 12288;
+/// The widest row whose sums the backward pass of RMSNorm keeps in shared memory: 48 KiB less 512
+/// bytes for the kernel's own arrays.
+const WIDTH_IN_SHARED: usize = 12160;
 /// Rows whose share of ∂L/∂w one block sums, in order: few enough that the blocks fill a GPU.
 pub(super) const NORM_ROWS: usize = 16;
 
@@ -39,9 +40,11 @@ impl CudaStream {
     /// Enqueues out = left · right + start. Operands of two types meet in f32, and what two f32
     /// operands give is rounded afterwards: cuBLASLt does neither.
     fn product(&self, out: (Matrix, CUdeviceptr), operands: [(Matrix, CUdeviceptr); 2], start: Option<CUdeviceptr>) {
-        if out.0.rows == 0 || out.0.columns == 0 {
+        if out.0.len() == 0 {
             return;
         }
+        // cuBLASLt has no empty matrices; models have none either.
+        assert!(operands[0].0.len() > 0, "a product over an empty dimension");
         self.enqueue(|stream| {
             let (mut out, mut operands) = (out, operands);
             let is_mixed = operands[0].0.dtype != operands[1].0.dtype;

@@ -83,13 +83,22 @@ impl Latch {
     /// A word that no stream waits for: its number, and where the GPU sees it.
     pub(super) fn word(&self) -> Result<(usize, CUdeviceptr), CudaError> {
         let mut state = self.state.lock();
-        while let Some((word, behind)) = state.used.front() {
-            if !behind.has_happened()? {
-                break;
+        let Words { free, used, .. } = &mut *state;
+        // A long wait in front must not keep those behind it.
+        let mut failed = None;
+        used.retain(|(word, behind)| match behind.has_happened() {
+            Ok(true) => {
+                free.push(*word);
+                false
             }
-            let word = *word;
-            state.used.pop_front();
-            state.free.push(word);
+            Ok(false) => true,
+            Err(error) => {
+                failed = Some(error);
+                true
+            }
+        });
+        if let Some(error) = failed {
+            return Err(error);
         }
         let word = match state.free.pop() {
             Some(word) => word,
@@ -99,7 +108,7 @@ impl Latch {
             }
             // All are in use: streams are that far behind, and the oldest is let go first.
             None => {
-                let (word, behind) = state.used.pop_front().expect("words that are not free are used");
+                let Some((word, behind)) = state.used.pop_front() else { return Err(CudaError::Words) };
                 behind.wait()?;
                 word
             }

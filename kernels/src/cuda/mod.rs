@@ -30,11 +30,11 @@ mod stream;
 
 use std::sync::{Arc, OnceLock};
 
-use cudarc::driver::sys::{CUstream, CUstream_flags};
+use cudarc::driver::sys::{CUdeviceptr, CUstream, CUstream_flags};
 use parking_lot::Mutex;
 
 use crate::buffer::byte_count;
-use crate::{AttentionShape, Buffer, DType, Device, Error, Failure, Region, Space, Stream};
+use crate::{AttentionShape, Buffer, DType, Device, Error, Failure, Raw, Region, Space, Stream};
 use context::Context;
 use driver::call;
 pub use error::CudaError;
@@ -115,6 +115,27 @@ impl Cuda {
         Ok(Cuda { inner: Arc::new(inner) })
     }
 
+    /// How many queues of a GPU the streams of a process share, as CUDA_DEVICE_MAX_CONNECTIONS says.
+    /// With fewer queues than streams, a stream waits for others that it has no order with. Sets the
+    /// variable to 32 where it is not set and this process has no other thread yet. To be called
+    /// before anything else of GPUs, at the start of a program; later CUDA has read the variable.
+    pub fn prepare() -> Option<u32> {
+        const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+        const MOST: u32 = 32;
+        if let Some(said) = std::env::var_os(QUEUES) {
+            return said.to_str()?.parse().ok();
+        }
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let threads = status.lines().find_map(|line| line.strip_prefix("Threads:"))?;
+        if threads.trim() != "1" {
+            return None;
+        }
+        // SAFETY: this thread is the only one of the process, so nobody reads the environment
+        // meanwhile.
+        unsafe { std::env::set_var(QUEUES, MOST.to_string()) };
+        Some(MOST)
+    }
+
     /// How many GPUs this process sees.
     ///
     /// # Errors
@@ -154,6 +175,17 @@ impl Cuda {
     /// The first failure.
     pub fn healthy(&self) -> Result<(), Failure> {
         self.inner.healthy()
+    }
+
+    /// Whether a buffer is this rank's.
+    pub fn owns(&self, buffer: &Buffer) -> bool {
+        self.inner.owns(buffer.view().raw())
+    }
+
+    /// Ends the work of this rank: every event fails with the first failure, and no memory is handed
+    /// out twice any more.
+    pub fn fail(&self, failure: Failure) {
+        self.inner.fail_with(failure);
     }
 
     /// Whether this GPU reads and writes memory of the other.
@@ -196,8 +228,11 @@ unsafe impl Device for Cuda {
     }
 
     fn take_in(&self, region: Region) -> Result<Region, Error> {
+        let start = region.start().as_ptr().expose_provenance() as CUdeviceptr;
         match region.space() {
-            Space::Device(ordinal) if ordinal == self.ordinal() => Ok(region.deferred()),
+            Space::Device(ordinal) if ordinal == self.ordinal() && self.inner.slab.contains(start, 0) => {
+                Ok(region.deferred())
+            }
             other => Err(CudaError::Reach { ordinal: self.ordinal(), space: other }.into()),
         }
     }
@@ -214,6 +249,13 @@ impl Inner {
         // this call.
         unsafe { call!(cuMemsetD8Async(launch::address(&buffer.view()), 0, buffer.bytes(), self.setup.0))? };
         Recorder { pool: &self.events, stream: self.setup.0 }.record()?.wait()
+    }
+
+    /// Whether these elements lie in this rank's slab.
+    fn owns(&self, raw: Raw) -> bool {
+        let address = raw.pointer.as_ptr().expose_provenance() as CUdeviceptr;
+        let bytes = (raw.len * raw.dtype.bytes()) as u64;
+        raw.space == Space::Device(self.context.ordinal) && self.slab.contains(address, bytes)
     }
 
     /// The first error of this rank's work, if there was one.

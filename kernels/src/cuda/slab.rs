@@ -85,32 +85,50 @@ impl Slab {
         self.bytes
     }
 
+    /// Whether these bytes are of this slab.
+    pub(super) fn contains(&self, address: CUdeviceptr, bytes: u64) -> bool {
+        address >= self.start && bytes <= self.bytes && address - self.start <= self.bytes - bytes
+    }
+
     /// Bytes in use.
     pub(super) fn used(&self) -> u64 {
         self.ranges.lock().used
     }
 
-    /// A range that nobody uses. Its contents are what was there before.
+    /// A range that nobody uses. Its contents are what was there before. Where only dropped ranges
+    /// would do, `synchronize` waits for the work that may touch them, and says whether they are
+    /// free then.
     fn take(&self, bytes: u64, synchronize: impl FnOnce() -> bool) -> Result<Range, CudaError> {
-        let mut state = self.ranges.lock();
-        if !state.dropped.is_empty() && synchronize() {
-            let dropped = std::mem::take(&mut state.dropped);
+        if let Some(range) = self.find(bytes) {
+            return Ok(range);
+        }
+        // Without the lock, because other threads drop buffers meanwhile. What they drop now may
+        // still be in use after the wait.
+        let dropped = std::mem::take(&mut self.ranges.lock().dropped);
+        if dropped.is_empty() || !synchronize() {
+            self.ranges.lock().dropped.extend(dropped);
+        } else {
+            let mut state = self.ranges.lock();
             dropped.into_iter().for_each(|range| state.ranges.give_back(range));
         }
-        let range = if bytes <= self.bytes { Some(state.ranges.take(bytes)) } else { None };
-        match range {
-            Some(range) if range.offset + range.bytes <= self.bytes => {
-                state.used += range.bytes;
-                Ok(range)
-            }
-            other => {
-                if let Some(range) = other {
-                    state.ranges.give_back(range);
-                }
-                let (ordinal, used) = (self.context.ordinal, state.used);
-                Err(CudaError::NoRoom { ordinal, bytes, used, slab: self.bytes })
-            }
+        let ordinal = self.context.ordinal;
+        let refused = || CudaError::NoRoom { ordinal, bytes, used: self.used(), slab: self.bytes };
+        self.find(bytes).ok_or_else(refused)
+    }
+
+    /// A free range, if there is one.
+    fn find(&self, bytes: u64) -> Option<Range> {
+        if bytes > self.bytes {
+            return None;
         }
+        let mut state = self.ranges.lock();
+        let range = state.ranges.take(bytes);
+        if range.offset + range.bytes > self.bytes {
+            state.ranges.give_back(range);
+            return None;
+        }
+        state.used += range.bytes;
+        Some(range)
     }
 
     /// The first `bytes` bytes, for as long as the slab lives. To be called before anything else is

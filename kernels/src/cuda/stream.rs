@@ -16,7 +16,7 @@ use crate::cpu::adamw::Update;
 use crate::cpu::square_norm::PART;
 use crate::event::All;
 use crate::shapes::same;
-use crate::{AdamW, DType, Event, Failure, Kernels, Region, Space, Stream, View, ViewMut};
+use crate::{AdamW, DType, Event, Failure, Kernels, Raw, Region, Stream, View, ViewMut};
 
 /// A stream of a GPU. Beside what every [`Stream`] does, it reduces.
 pub struct CudaStream {
@@ -90,7 +90,7 @@ pub(super) fn typed(dtype: DType) -> usize {
 impl CudaStream {
     /// A new stream of a rank. Where the driver refuses it, its events fail.
     pub(super) fn new(inner: &Arc<Inner>) -> CudaStream {
-        let made = RawStream::create(&inner.context).and_then(|stream| Ok((stream, Ring::new(&inner.context)?)));
+        let made = Ring::new(&inner.context).and_then(|ring| Ok((RawStream::create(&inner.context)?, ring)));
         let (stream, ring, failure) = match made {
             Ok((stream, ring)) => {
                 inner.streams.lock().push(stream);
@@ -147,15 +147,17 @@ impl CudaStream {
         recorded.map_err(|error| self.failure.get_or_init(|| self.inner.fail(error)).clone())
     }
 
-    /// Panics for memory of another device: that is a programmer's error.
-    pub(super) fn own(&self, space: Space) {
-        let own = Space::Device(self.inner.context.ordinal);
-        assert!(space == own, "a stream of GPU {} was given {space}", self.inner.context.ordinal);
+    /// Panics for memory that is not this rank's: that is a programmer's error. Memory of another
+    /// rank on the same GPU could be handed out again while this stream uses it.
+    fn own(&self, raw: Raw) {
+        let ordinal = self.inner.context.ordinal;
+        let is_own = self.inner.owns(raw);
+        assert!(is_own, "a stream of GPU {ordinal} was given {} that is not its rank's", raw.space);
     }
 
     pub(super) fn own_all(&self, writes: &[&ViewMut<'_>], reads: &[&View<'_>]) {
-        writes.iter().for_each(|view| self.own(view.raw().space));
-        reads.iter().for_each(|view| self.own(view.raw().space));
+        writes.iter().for_each(|view| self.own(view.raw()));
+        reads.iter().for_each(|view| self.own(view.raw()));
     }
 
     /// Transfers bytes between the GPU and `host` piece by piece, each through the ring.
@@ -246,7 +248,9 @@ unsafe impl Stream for CudaStream {
             return events.iter().for_each(|event| self.wait_for(event));
         }
         if let Some(moment) = event.origin::<Moment>() {
-            return self.wait_for_moment(moment);
+            if self.inner.context.reaches(&moment.rank().context) {
+                return self.wait_for_moment(moment);
+            }
         }
         match event.status() {
             Poll::Ready(Ok(())) => {}

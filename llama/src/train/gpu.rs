@@ -1,17 +1,14 @@
-//! The GPUs of a run.
+//! The GPUs of a training run.
 
 use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch};
-use pillion_kernels::Device;
 use pillion_runtime::{Gather, Policy};
 
 use crate::Error;
+use crate::gpu::{self, Load, Moved};
 use crate::plan::Setup;
 use crate::settings::{DeviceKind, LaunchKind, TrainArgs};
-
-/// What a rank computes on, and the communicator that moves its memory.
-pub(super) type Moved = (Arc<dyn Device>, Arc<Communicator>);
 
 /// Checks, before any rank starts, what GPUs cannot have, and that they are there.
 ///
@@ -32,7 +29,7 @@ pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
     if let Some((_, flag)) = refused.into_iter().find(|(is_given, _)| *is_given) {
         return Err(Error::Setting(format!("--device cuda does not have {flag}: leave it out")));
     }
-    there_is(gpu)
+    gpu::check(gpu)
 }
 
 fn copies(settings: &TrainArgs) -> bool {
@@ -47,57 +44,23 @@ pub(super) fn adapt(settings: &TrainArgs, policy: Policy) -> Policy {
     }
 }
 
-#[cfg(not(feature = "cuda"))]
-fn there_is(_: Option<u32>) -> Result<(), Error> {
-    let reason = "this program was built without GPUs: build it with --features cuda";
-    Err(Error::Setting(reason.to_owned()))
-}
-
-#[cfg(not(feature = "cuda"))]
-pub(super) fn open(gpu: Option<u32>, _: &Setup<'_>, _: &Launch, _: &Arc<Communicator>) -> Result<Moved, Error> {
-    there_is(gpu).map(|()| unreachable!("a run without GPUs has been refused"))
-}
-
-#[cfg(feature = "cuda")]
-fn there_is(gpu: Option<u32>) -> Result<(), Error> {
-    let refuse = |error: pillion_kernels::Error| Error::Setting(error.to_string());
-    pillion_kernels::Cuda::info(gpu.unwrap_or(0)).map(|_| ()).map_err(refuse)
-}
-
-/// Sets a rank's memory aside on its GPU: what the plan predicts, what kernels work with, and a
-/// twentieth for the gaps between buffers. Every rank calls it; rank 0 prints the GPU.
+/// Sets a rank's memory aside on its GPU, as the plan predicts it.
 ///
 /// # Errors
 /// Without the GPU, or without so much memory.
-#[cfg(feature = "cuda")]
 pub(super) fn open(
     gpu: Option<u32>,
     setup: &Setup<'_>,
     launch: &Launch,
     communicator: &Arc<Communicator>,
 ) -> Result<Moved, Error> {
-    use pillion_kernels::Cuda;
-
-    use crate::model::Model;
-
-    let ordinal = match gpu {
-        Some(gpu) => gpu,
-        None => launch.local_rank as u32 % Cuda::count()?.max(1),
-    };
     let needs = setup.needs();
-    let predicted = needs.memory.total() + needs.activations + needs.checkpoints;
-    let (model, batch) = (setup.model, setup.micro_batch as usize);
-    let attention = Model::attention_shape(model, batch, setup.seq);
-    let working = Cuda::working_bytes(attention, model.hidden_size, setup.policy.weights);
-    let device = Cuda::new(ordinal, predicted + predicted / 20 + working + (16 << 20))?;
+    let allocated = needs.memory.total() + needs.activations + needs.checkpoints;
+    let (batch, policy) = (setup.micro_batch as usize, setup.policy);
+    let load = Load { allocated, model: setup.model, batch, seq: setup.seq, policy };
+    let (moved, what) = gpu::open(gpu, launch.local_rank, &load, communicator)?;
     if communicator.rank() == 0 {
-        let (_, bytes) = device.memory();
-        crate::print(format_args!(
-            " GPU          {}, {} set aside for each rank",
-            device.gpu(),
-            pillion_collectives::limits::human(bytes)
-        ));
+        crate::print(format_args!(" GPU          {what}"));
     }
-    let communicator = Arc::new(communicator.between_gpus(&device)?);
-    Ok((Arc::new(device), communicator))
+    Ok(moved)
 }

@@ -27,6 +27,7 @@ use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
 use super::{Ended, cores, measure, plan_table, statistics, stopping};
 use crate::data::{Dataset, Split, TokenFile, trigram};
+use crate::gpu::Moved;
 use crate::model::Model;
 use crate::plan::{Setup, auto};
 use crate::run_folder::{self, RunFolder};
@@ -148,7 +149,7 @@ impl<'s> Run<'s> {
             Some(processor) => processor,
             None => Processor::open(settings, launch, &communicator, policy.weights)?,
         };
-        let (device, moves): gpu::Moved = match settings.device {
+        let (device, moves): Moved = match settings.device {
             DeviceKind::Cpu => (Arc::new(processor.device.clone()), communicator.clone()),
             DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(recipe.seed)), communicator.clone()),
             DeviceKind::Cuda(gpu) => gpu::open(gpu, &setup, launch, &communicator)?,

@@ -1,0 +1,96 @@
+//! The GPUs of a command, in a build with the feature `cuda`.
+
+use std::sync::Arc;
+
+use pillion_collectives::Communicator;
+use pillion_kernels::Device;
+use pillion_runtime::Policy;
+
+use crate::Error;
+use crate::config::Config;
+
+/// What a rank computes on, and the communicator that moves its memory.
+pub(crate) type Moved = (Arc<dyn Device>, Arc<Communicator>);
+
+/// What decides how much memory a rank takes on its GPU.
+pub(crate) struct Load<'a> {
+    /// Bytes that are allocated.
+    pub(crate) allocated: u64,
+    pub(crate) model: &'a Config,
+    /// Sequences and tokens of a micro-batch.
+    pub(crate) batch: usize,
+    pub(crate) seq: usize,
+    pub(crate) policy: Policy,
+}
+
+/// Whether this GPU can be used, or the first one.
+///
+/// # Errors
+/// [`Error::Setting`] in a build without GPUs.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn check(_: Option<u32>) -> Result<(), Error> {
+    let reason = "this program was built without GPUs: build it with --features cuda";
+    Err(Error::Setting(reason.to_owned()))
+}
+
+/// Sets a rank's memory aside.
+///
+/// # Errors
+/// [`Error::Setting`] in a build without GPUs.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn open(
+    gpu: Option<u32>,
+    _: usize,
+    load: &Load<'_>,
+    _: &Arc<Communicator>,
+) -> Result<(Moved, String), Error> {
+    let Load { allocated: _, model: _, batch: _, seq: _, policy: _ } = load;
+    check(gpu).map(|()| unreachable!("a build without GPUs refuses them"))
+}
+
+/// Whether this GPU can be used, or the first one. To be called at the start of the program.
+///
+/// # Errors
+/// [`Error::Setting`] with what is missing.
+#[cfg(feature = "cuda")]
+pub(crate) fn check(gpu: Option<u32>) -> Result<(), Error> {
+    use pillion_kernels::Cuda;
+
+    if Cuda::prepare() == Some(1) {
+        let warning = "CUDA_DEVICE_MAX_CONNECTIONS is 1, so streams wait for each other: leave it out";
+        crate::complain(warning);
+    }
+    Cuda::info(gpu.unwrap_or(0)).map(|_| ()).map_err(|error| Error::Setting(error.to_string()))
+}
+
+/// Sets a rank's memory aside on a GPU, its own or the one that all share: what is allocated, what
+/// kernels work with, and a twentieth for the gaps between buffers. Every rank calls it. Returns also
+/// what it has, in words.
+///
+/// # Errors
+/// Without the GPU, or without so much memory.
+#[cfg(feature = "cuda")]
+pub(crate) fn open(
+    gpu: Option<u32>,
+    local_rank: usize,
+    load: &Load<'_>,
+    communicator: &Arc<Communicator>,
+) -> Result<(Moved, String), Error> {
+    use pillion_collectives::limits::human;
+    use pillion_kernels::Cuda;
+
+    use crate::model::Model;
+
+    let Load { allocated, model, batch, seq, policy } = load;
+    let ordinal = match gpu {
+        Some(gpu) => gpu,
+        None => local_rank as u32 % Cuda::count()?.max(1),
+    };
+    let attention = Model::attention_shape(model, *batch, *seq);
+    let working = Cuda::working_bytes(attention, model.hidden_size, policy.weights);
+    let bytes = allocated.saturating_add(allocated / 20).saturating_add(working).saturating_add(16 << 20);
+    let device = Cuda::new(ordinal, bytes)?;
+    let what = format!("{}, {} set aside for each rank", device.gpu(), human(device.memory().1));
+    let communicator = Arc::new(communicator.between_gpus(&device)?);
+    Ok(((Arc::new(device), communicator), what))
+}
