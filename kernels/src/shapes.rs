@@ -45,6 +45,21 @@ pub(crate) fn same(what: &str, lens: &[usize]) {
     assert!(lens.iter().all(|&len| len == lens[0]), "{what}: lengths {lens:?} should be equal");
 }
 
+/// `y = x · wᵀ` over `rows` rows: how many (outputs, inputs) a row of y and of x has.
+pub(crate) fn linear(y: usize, x: usize, w: usize, rows: usize) -> (usize, usize) {
+    let (outputs, inputs) = (columns("linear y", y, rows), columns("linear x", x, rows));
+    same("linear w", &[w, outputs * inputs]);
+    (outputs, inputs)
+}
+
+/// Two tables of half a head's width a position turn whole sequences: the length of one.
+pub(crate) fn rope(x: usize, cos: usize, sin: usize, heads: usize, head_dim: usize) -> usize {
+    same("rope tables", &[cos, sin]);
+    let seq = columns("rope tables", cos, head_dim / 2);
+    assert!(head_dim.is_multiple_of(2) && x.is_multiple_of(seq * heads * head_dim), "rope: {x} elements");
+    seq
+}
+
 /// Queries, keys and values are as long as the shape says.
 pub(crate) fn check_attention(shape: AttentionShape, queries: &[usize], keys: &[usize], log_sums: usize) {
     let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;

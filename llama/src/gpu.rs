@@ -13,6 +13,7 @@ use crate::config::Config;
 pub(crate) type Moved = (Arc<dyn Device>, Arc<Communicator>);
 
 /// What decides how much memory a rank takes on its GPU.
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only a build with GPUs reads it"))]
 pub(crate) struct Load<'a> {
     /// Bytes that are allocated.
     pub(crate) allocated: u64,
@@ -38,13 +39,7 @@ pub(crate) fn check(_: Option<u32>) -> Result<(), Error> {
 /// # Errors
 /// [`Error::Setting`] in a build without GPUs.
 #[cfg(not(feature = "cuda"))]
-pub(crate) fn open(
-    gpu: Option<u32>,
-    _: usize,
-    load: &Load<'_>,
-    _: &Arc<Communicator>,
-) -> Result<(Moved, String), Error> {
-    let Load { allocated: _, model: _, batch: _, seq: _, policy: _ } = load;
+pub(crate) fn open(gpu: Option<u32>, _: usize, _: &Load<'_>, _: &Arc<Communicator>) -> Result<(Moved, String), Error> {
     check(gpu).map(|()| unreachable!("a build without GPUs refuses them"))
 }
 
@@ -64,8 +59,8 @@ pub(crate) fn check(gpu: Option<u32>) -> Result<(), Error> {
 }
 
 /// Sets a rank's memory aside on a GPU, its own or the one that all share: what is allocated, what
-/// kernels work with, and a twentieth for the gaps between buffers. Every rank calls it. Returns also
-/// what it has, in words.
+/// kernels work with, and a twentieth for the gaps between buffers. Every rank calls it. Returns
+/// also what it has, in words.
 ///
 /// # Errors
 /// Without the GPU, or without so much memory.

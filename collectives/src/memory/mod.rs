@@ -4,8 +4,8 @@
 //! Every process maps all of it, so an address in another rank's arena is a matter of arithmetic,
 //! and nothing is left behind in the file system however a process ends. [`control`] and
 //! [`mailbox`] are the words, [`protocol`] is how ranks wait for each other, and [`life`] how they
-//! know that one has died. [`fork`] keeps children of a rank out of all that. [`private`] reads what
-//! is not shared.
+//! know that one has died. [`fork`] keeps children of a rank out of all that. [`private`] reads
+//! what is not shared.
 
 pub(crate) mod available;
 pub(crate) mod control;

@@ -17,7 +17,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// What a rank shows the others of one step of an operation.
 #[derive(Clone)]
 pub(super) struct Post {
-    /// What it called, where this is an operation's first step.
+    /// The operation, and the number of its step.
     pub(super) call: Call,
     /// What it lends.
     pub(super) lent: [Option<Lent>; 2],
@@ -54,7 +54,7 @@ impl Lent {
 /// The steps that not all ranks of a group have seen.
 pub(super) struct Board {
     world: usize,
-    gpus: Mutex<Vec<(usize, Cuda)>>,
+    gpus: Mutex<Vec<Cuda>>,
     steps: Mutex<Steps>,
     changed: Condvar,
 }
@@ -92,13 +92,13 @@ impl Board {
     }
 
     /// Shows the GPU of a rank.
-    pub(super) fn introduce(&self, rank: usize, gpu: &Cuda) {
-        self.gpus.lock().push((rank, gpu.clone()));
+    pub(super) fn introduce(&self, gpu: &Cuda) {
+        self.gpus.lock().push(gpu.clone());
     }
 
     /// A GPU whose memory `gpu` does not reach, among those of all ranks.
     pub(super) fn out_of_reach(&self, gpu: &Cuda) -> Option<Cuda> {
-        self.gpus.lock().iter().map(|(_, other)| other).find(|other| !gpu.reaches(other)).cloned()
+        self.gpus.lock().iter().find(|other| !gpu.reaches(other)).cloned()
     }
 
     /// Shows what `rank` has enqueued for step number `step`, and returns what all have, once they

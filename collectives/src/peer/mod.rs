@@ -82,8 +82,8 @@ impl Peer {
         let world = ranks.len();
         if let Some(other) = ranks.iter().position(|other| other[0] != own[0]) {
             let reason = format!(
-                "rank {other} is another process, and GPUs of several processes need a transport that does not exist yet: \
-                 run the ranks as threads"
+                "rank {other} is another process, and GPUs of several processes need a transport that \
+                 does not exist yet: run the ranks as threads"
             );
             return Err(Error::Misuse { reason });
         }
@@ -92,7 +92,7 @@ impl Peer {
             return Err(Error::Misuse { reason: format!("{world} ranks on one host: GPUs reduce at most {most}") });
         }
         let board = Board::of((ranks[0][1], ranks[0][0]), world);
-        board.introduce(rank, gpu);
+        board.introduce(gpu);
         // Nobody goes on, and drops the board, before all have it.
         let nothing = control.exchange(&[], Purpose::Barrier, limit)?;
         control.put_back(nothing);

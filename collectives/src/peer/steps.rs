@@ -1,5 +1,7 @@
 //! What each operation enqueues, and when it meets the other ranks.
 
+use std::ops::Range;
+
 use pillion_kernels::cpu::reduce::Fold;
 use pillion_kernels::{CudaStream, DType, Event, Raw, Span, Stream};
 
@@ -14,7 +16,8 @@ use crate::{Error, Reduction, Sections};
 /// An operation that GPUs do not have.
 pub(super) fn unsupported(what: &str) -> Error {
     let reason = format!(
-        "GPUs have no {what}: they gather, reduce-scatter, all-reduce and broadcast; a communicator of the host has the rest"
+        "GPUs have no {what}: they gather, reduce-scatter, all-reduce and broadcast; a communicator of \
+         the host has the rest"
     );
     Error::Misuse { reason }
 }
@@ -37,16 +40,16 @@ pub(super) fn enqueue(
     limit: Limit,
 ) -> Result<(Event, u64), Error> {
     let Request::Collective(collective) = request else { return Err(unsupported("messages")) };
+    // What is refused has no effect.
+    let call = call_of(&collective, peer.reduce_groups)?;
     let streams = &peer.streams;
     let is_gather = matches!(collective, Collective::AllGather { .. } | Collective::Broadcast { .. });
     let stream = if is_gather { &streams.gathers } else { &streams.reductions }.lock();
-    // What is refused has no effect.
-    let call = call_of(&collective, peer.reduce_groups)?;
     stream.wait_for(after);
     let mut operation = Enqueuing { peer, stream: &stream, call, next, limit };
     let bytes = match collective {
         Collective::AllGather { operands, chunk, sections, in_place } => {
-            operation.all_gather(&operands, chunk, sections.as_ref(), in_place)?
+            operation.all_gather(&operands, chunk, &cut(&sections, chunk), in_place)?
         }
         Collective::Broadcast { operands, root, .. } => operation.broadcast(&operands, root)?,
         Collective::ReduceScatter(scattered) => operation.reduce_scatter(&scattered)?,
@@ -105,6 +108,17 @@ fn lent(span: Option<&Span>) -> Option<Lent> {
     span.map(|span| span.raw().into())
 }
 
+/// The same elements of the first or second thing that each rank lends.
+fn of_all(posts: &[Post], number: usize, range: Range<usize>) -> Vec<Raw> {
+    let of = |post: &Post| post.lent[number].expect("every rank lends the same").range(range.clone());
+    posts.iter().map(of).collect()
+}
+
+/// How a shard of `chunk` elements is cut: without sections it is one.
+fn cut(sections: &Option<Sections>, chunk: usize) -> Sections {
+    sections.clone().unwrap_or_else(|| Sections::new(&[chunk]).expect("a buffer has this length"))
+}
+
 impl Enqueuing<'_> {
     /// Shows the other ranks what this one lends, behind what is enqueued, and returns what they
     /// lend; this stream is behind theirs then.
@@ -126,32 +140,24 @@ impl Enqueuing<'_> {
         Ok(posts)
     }
 
-    fn part(&self, cut: Option<&Sections>, chunk: usize, section: usize) -> (usize, usize) {
-        cut.map_or((0, chunk), |sections| (sections.in_shard(section).start, sections.in_shard(section).len()))
-    }
-
     fn all_gather(
         &mut self,
         operands: &Operands,
         chunk: usize,
-        sections: Option<&Sections>,
+        sections: &Sections,
         in_place: bool,
     ) -> Result<u64, Error> {
         let posts = self.meet([lent(operands.input.as_ref()), None])?;
-        let (world, own) = (posts.len(), self.peer.rank);
+        let world = posts.len();
         let output = operands.output.as_ref().expect("a gather has an output");
         for (rank, post) in posts.iter().enumerate() {
             let input = post.lent[0].expect("every rank lends its shard");
-            for section in 0..sections.map_or(1, Sections::count) {
-                let (start, len) = self.part(sections, chunk, section);
-                let full = match sections {
-                    Some(sections) => sections.in_full(section, world, rank),
-                    None => rank * chunk..(rank + 1) * chunk,
-                };
+            for section in 0..sections.count() {
+                let full = sections.in_full(section, world, rank);
                 // In place, a rank's shard lies where it goes.
-                let from = if in_place { full.clone() } else { start..start + len };
+                let from = if in_place { full.clone() } else { sections.in_shard(section) };
                 let (to, from) = (output.range(full).raw(), input.range(from));
-                if to.pointer != from.pointer && !(in_place && rank == own) {
+                if to.pointer != from.pointer {
                     // SAFETY: the other rank keeps its buffer until this stream's moment below; the
                     // output is this operation's. GPUs reach each other, or ranks do not connect.
                     unsafe { self.stream.pull(to, from) };
@@ -174,7 +180,7 @@ impl Enqueuing<'_> {
         Ok(bytes as u64)
     }
 
-    /// out = the ranks' elements `range` combined.
+    /// out = the inputs combined, element by element.
     fn combine(&self, inputs: &[Raw], out: Raw, job: Fold<'_>) {
         let sources: Vec<*const u8> = inputs.iter().map(|input| input.pointer.as_ptr().cast_const()).collect();
         let outputs = [out.pointer.as_ptr()];
@@ -184,32 +190,21 @@ impl Enqueuing<'_> {
     }
 
     fn reduce_scatter(&mut self, scattered: &Scattered) -> Result<u64, Error> {
-        let Scattered { operands, chunk, sections, reduction, accumulate, sidebands, .. } = scattered;
+        let Scattered { operands, chunk, reduction, accumulate, sidebands, .. } = scattered;
         let own = sidebands.as_ref().map(|sidebands| &sidebands.own);
         let posts = self.meet([lent(operands.input.as_ref()), lent(own)])?;
         let (world, rank) = (posts.len(), self.peer.rank);
         let output = operands.output.as_ref().expect("a reduction has an output");
         let job =
             Fold { groups: self.peer.reduce_groups, accumulate: *accumulate, ..fold(operands, *reduction, world) };
-        let sections = sections.as_ref();
-        for section in 0..sections.map_or(1, Sections::count) {
-            let (start, len) = self.part(sections, *chunk, section);
-            let full = match sections {
-                Some(sections) => sections.in_full(section, world, rank),
-                None => rank * chunk..(rank + 1) * chunk,
-            };
-            let inputs: Vec<Raw> = posts
-                .iter()
-                .map(|post| post.lent[0].expect("every rank lends its input").range(full.clone()))
-                .collect();
-            self.combine(&inputs, output.range(start..start + len).raw(), job.clone());
+        let sections = cut(&scattered.sections, *chunk);
+        for section in 0..sections.count() {
+            let inputs = of_all(&posts, 0, sections.in_full(section, world, rank));
+            self.combine(&inputs, output.range(sections.in_shard(section)).raw(), job.clone());
         }
         let numbers = sidebands.as_ref().filter(|sidebands| !sidebands.totals.is_empty());
         if let Some(Sidebands { totals, accumulate, .. }) = numbers {
-            let inputs: Vec<Raw> = posts
-                .iter()
-                .map(|post| post.lent[1].expect("every rank lends its numbers").range(0..totals.len()))
-                .collect();
+            let inputs = of_all(&posts, 1, 0..totals.len());
             let job = Fold { accumulate: *accumulate, ..Reduction::Sum.first(DType::F64) };
             self.combine(&inputs, totals.raw(), job);
         }
@@ -225,8 +220,7 @@ impl Enqueuing<'_> {
         let each = len.div_ceil(world);
         let part = |rank: usize| (rank * each).min(len)..((rank + 1) * each).min(len);
         let job = Fold { groups: self.peer.reduce_groups, ..fold(operands, reduction, world) };
-        let inputs: Vec<Raw> =
-            posts.iter().map(|post| post.lent[0].expect("every rank lends its input").range(part(rank))).collect();
+        let inputs = of_all(&posts, 0, part(rank));
         // In place, too: of every rank's buffer, this part is read by this rank alone.
         self.combine(&inputs, output.range(part(rank)).raw(), job);
         self.meet([None; 2])?;

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use super::matmul::{Matrix, Right, Start, product};
 use super::team::{Read, Write};
 use super::{HostStream, SHARE, Work, attention, embedding, loss, mlp, norm, rope, scratch, vectorized};
-use crate::shapes::{check_attention, columns, rows, same, same_type, with_type};
+use crate::shapes::{self, check_attention, columns, rows, same, same_type, with_type};
 use crate::{AttentionShape, DType, Kernels, View, ViewMut};
 
 thread_local! {
@@ -97,8 +97,7 @@ impl Kernels for HostStream {
     }
 
     fn linear(&self, y: ViewMut<'_>, x: View<'_>, w: View<'_>, addend: Option<View<'_>>, rows: usize) {
-        let (outputs, inputs) = (columns("linear y", y.len(), rows), columns("linear x", x.len(), rows));
-        same("linear w", &[w.len(), outputs * inputs]);
+        let (outputs, inputs) = shapes::linear(y.len(), x.len(), w.len(), rows);
         let types = (y.dtype(), x.dtype(), w.dtype());
         let work = Work::products("linear", rows * inputs * outputs);
         let Some(addend) = addend else {
@@ -122,8 +121,7 @@ impl Kernels for HostStream {
     }
 
     fn linear_backward_input(&self, grad_x: ViewMut<'_>, grad_y: View<'_>, w: View<'_>, rows: usize, accumulate: bool) {
-        let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", grad_x.len(), rows));
-        same("linear w", &[w.len(), outputs * inputs]);
+        let (outputs, inputs) = shapes::linear(grad_y.len(), grad_x.len(), w.len(), rows);
         let types = (grad_x.dtype(), grad_y.dtype(), w.dtype());
         assert!(!accumulate || types.0 == DType::F32, "gradients accumulate in f32, not in {}", types.0);
         let work = Work::products("linear_backward_input", rows * inputs * outputs);
@@ -139,8 +137,7 @@ impl Kernels for HostStream {
     }
 
     fn linear_backward_weight(&self, grad_w: ViewMut<'_>, grad_y: View<'_>, x: View<'_>, rows: usize) {
-        let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", x.len(), rows));
-        same("linear w", &[grad_w.len(), outputs * inputs]);
+        let (outputs, inputs) = shapes::linear(grad_y.len(), x.len(), grad_w.len(), rows);
         let dtype = same_type("linear", &[grad_y.dtype(), x.dtype()]);
         let work = Work::products("linear_backward_weight", rows * inputs * outputs);
         self.run(work, [grad_w], [grad_y, x], move |team, [grad_w], [grad_y, x]| {
@@ -154,14 +151,8 @@ impl Kernels for HostStream {
     }
 
     fn rope(&self, x: ViewMut<'_>, cos: View<'_>, sin: View<'_>, heads: usize, head_dim: usize, inverse: bool) {
-        same("rope tables", &[cos.len(), sin.len()]);
+        let seq = shapes::rope(x.len(), cos.len(), sin.len(), heads, head_dim);
         let half = head_dim / 2;
-        let seq = columns("rope tables", cos.len(), half);
-        assert!(
-            head_dim.is_multiple_of(2) && x.len().is_multiple_of(seq * heads * head_dim),
-            "rope: {} elements",
-            x.len()
-        );
         let sign = if inverse { -1.0 } else { 1.0 };
         let dtype = x.dtype();
         self.run(Work::moves("rope"), [x], [cos, sin], move |team, [x], [cos, sin]| {

@@ -16,8 +16,8 @@ const TOTAL_LANES: usize = 256;
 /// (Σ xᵢ² over the finite xᵢ, number of the others) of each [`PART`] elements.
 ///
 /// The order of the sum is fixed, so every processor and every GPU gives the same bits: a lane adds
-/// its elements in order; lanes are summed pairwise, neighbours first, and so are chunks. Squares of
-/// f32 are exact in f64. The f64 sum's error stays below n·2⁻⁵³ of it: the gradient statistic
+/// its elements in order; lanes are summed pairwise, neighbours first, and so are chunks. Squares
+/// of f32 are exact in f64. The f64 sum's error stays below n·2⁻⁵³ of it: the gradient statistic
 /// subtracts nearly equal sums, for which f32 is too coarse.
 #[inline(always)]
 pub(super) fn square_norms<T: Value>(sums: &mut [(f64, u64)], x: &[T]) {

@@ -99,6 +99,21 @@ fn blocks(shape: AttentionShape) -> impl Iterator<Item = Block> {
     })
 }
 
+/// A matrix for each key head, which belongs to the key head or to one query head of its group.
+struct Operand {
+    /// Where the matrix of the first query head starts.
+    at: CUdeviceptr,
+    /// Bytes from it to the matrix of the next query head of the group.
+    of_head: u64,
+    matrix: Matrix,
+}
+
+impl Operand {
+    fn transposed(self) -> Operand {
+        Operand { matrix: self.matrix.transposed(), ..self }
+    }
+}
+
 impl Steps<'_> {
     fn launch(&self, kernels: [&str; 2], shape: Shape, arguments: &[Argument]) -> Result<(), CudaError> {
         let (context, latch) = (&self.on.inner.context, self.on.inner.latch.address());
@@ -107,43 +122,59 @@ impl Steps<'_> {
         unsafe { launch(context, self.stream, kernels[typed(self.dtype)], shape, latch, arguments) }
     }
 
-    /// One product for each key head, of the query heads that are number `of_group` in their group.
-    fn product(&self, out: Matrix, left: Matrix, right: Matrix, places: Places, scale: f32) -> Result<(), CudaError> {
-        let gemm = Gemm { out, left, right, batch: self.shape.kv_heads, alignment: places.alignment() };
-        // SAFETY: matrices of the tensors and pieces that their constructors below describe.
-        unsafe { self.on.products.borrow_mut().run(&self.on.inner, self.stream, gemm, places, scale) }
+    /// out = scale · left · right, or += if `accumulate`. The query heads that are number 0 in
+    /// their groups are one product, then those that are number 1, and so on: what they add to the
+    /// same keys, they add in this order.
+    fn product(
+        &self,
+        out: Operand,
+        left: Operand,
+        right: Operand,
+        accumulate: bool,
+        scale: f32,
+    ) -> Result<(), CudaError> {
+        (0..self.group() as u64).try_for_each(|member| {
+            let [out_at, left_at, right_at] =
+                [&out, &left, &right].map(|operand| operand.at + member * operand.of_head);
+            let start = accumulate.then_some(out_at);
+            let places = Places { out: out_at, left: left_at, right: right_at, start };
+            let (batch, alignment) = (self.shape.kv_heads, places.alignment());
+            let gemm = Gemm { out: out.matrix, left: left.matrix, right: right.matrix, batch, alignment };
+            // SAFETY: the operands below describe tensors that the call's views lend, with shapes
+            // that it has checked, and pieces of this stream's working memory.
+            unsafe { self.on.products.borrow_mut().run(&self.on.inner, self.stream, gemm, places, scale) }
+        })
     }
 
     fn group(&self) -> usize {
         self.shape.heads / self.shape.kv_heads
     }
 
-    /// Rows of `[T, H, D]`, for each key head one query head of its group.
-    fn of_queries(&self, rows: usize) -> Matrix {
+    /// The rows of a block in a tensor `[T, H, D]`.
+    fn queries(&self, tensor: CUdeviceptr, block: Block) -> Operand {
         let AttentionShape { heads, head_dim, .. } = self.shape;
-        let batch_stride = self.group() * head_dim;
-        Matrix { dtype: self.dtype, rows, columns: head_dim, stride: heads * head_dim, batch_stride, transposed: false }
+        let (stride, batch_stride) = (heads * head_dim, self.group() * head_dim);
+        let matrix = Matrix { stride, batch_stride, ..Matrix::dense(self.dtype, block.rows, head_dim) };
+        let bytes = self.dtype.bytes();
+        Operand { at: tensor + (bytes * block.first * stride) as u64, of_head: (bytes * head_dim) as u64, matrix }
     }
 
-    /// Rows of `[T, K, D]`, for each key head.
-    fn of_keys(&self, dtype: DType, rows: usize) -> Matrix {
+    /// The keys of a block in a tensor `[T, K, D]`.
+    fn keys(&self, dtype: DType, tensor: CUdeviceptr, block: Block) -> Operand {
         let AttentionShape { kv_heads, head_dim, .. } = self.shape;
-        Matrix {
-            dtype,
-            rows,
-            columns: head_dim,
-            stride: kv_heads * head_dim,
-            batch_stride: head_dim,
-            transposed: false,
-        }
+        let (stride, batch_stride) = (kv_heads * head_dim, head_dim);
+        let matrix = Matrix { stride, batch_stride, ..Matrix::dense(dtype, block.keys, head_dim) };
+        Operand { at: tensor, of_head: 0, matrix }
     }
 
-    /// `[H, rows, columns]`, for each key head one query head of its group.
-    fn of_block(&self, dtype: DType, rows: usize, columns: usize) -> Matrix {
-        Matrix { batch_stride: self.group() * rows * columns, ..Matrix::dense(dtype, rows, columns) }
+    /// `[H, rows, columns]`.
+    fn heads(&self, dtype: DType, at: CUdeviceptr, rows: usize, columns: usize) -> Operand {
+        let batch_stride = self.group() * rows * columns;
+        let matrix = Matrix { batch_stride, ..Matrix::dense(dtype, rows, columns) };
+        Operand { at, of_head: (dtype.bytes() * rows * columns) as u64, matrix }
     }
 
-    /// out = scale · left · rightᵀ, `[rows, keys]`: scores, or gradients of them.
+    /// out = scale · left · rightᵀ, `[H, rows, keys]`: scores, or gradients of them.
     fn scores(
         &self,
         out: CUdeviceptr,
@@ -152,44 +183,23 @@ impl Steps<'_> {
         block: Block,
         scale: f32,
     ) -> Result<(), CudaError> {
-        let Block { first, rows, keys } = block;
-        let (bytes, head_dim) = (self.dtype.bytes() as u64, self.shape.head_dim as u64);
-        for of_group in 0..self.group() as u64 {
-            let places = Places {
-                out: out + 4 * of_group * (rows * keys) as u64,
-                left: left + bytes * head_dim * (of_group + (first * self.shape.heads) as u64),
-                right,
-                start: None,
-            };
-            let right = self.of_keys(self.dtype, keys).transposed();
-            self.product(self.of_block(DType::F32, rows, keys), self.of_queries(rows), right, places, scale)?;
-        }
-        Ok(())
+        let out = self.heads(DType::F32, out, block.rows, block.keys);
+        let right = self.keys(self.dtype, right, block).transposed();
+        self.product(out, self.queries(left, block), right, false, scale)
     }
 
-    /// sum += scale · blockᵀ · x, `[keys, D]` f32: gradients of keys or values, over the heads of a
-    /// group in order.
+    /// sum += scale · leftᵀ · x, `[keys, K, D]` f32: gradients of keys or values. `left: [H, rows,
+    /// keys]`.
     fn add_to_keys(
         &self,
         sum: CUdeviceptr,
-        of_block: CUdeviceptr,
+        left: CUdeviceptr,
         x: CUdeviceptr,
         block: Block,
         scale: f32,
     ) -> Result<(), CudaError> {
-        let Block { first, rows, keys } = block;
-        let (bytes, head_dim) = (self.dtype.bytes() as u64, self.shape.head_dim as u64);
-        for of_group in 0..self.group() as u64 {
-            let places = Places {
-                out: sum,
-                left: of_block + bytes * of_group * (rows * keys) as u64,
-                right: x + bytes * head_dim * (of_group + (first * self.shape.heads) as u64),
-                start: Some(sum),
-            };
-            let left = self.of_block(self.dtype, rows, keys).transposed();
-            self.product(self.of_keys(DType::F32, keys), left, self.of_queries(rows), places, scale)?;
-        }
-        Ok(())
+        let left = self.heads(self.dtype, left, block.rows, block.keys).transposed();
+        self.product(self.keys(DType::F32, sum, block), left, self.queries(x, block), true, scale)
     }
 }
 
@@ -216,17 +226,9 @@ pub(super) fn forward(
             let softmax = ["attention_softmax_f32", "attention_softmax_bf16"];
             let arguments = [p.into(), sums.into(), log_sum.into(), scores.into(), rows_, keys_, first_, seq_];
             steps.launch(softmax, Shape::grid(rows, heads), &arguments)?;
-            for of_group in 0..steps.group() {
-                let places = Places {
-                    out: tile + (4 * of_group * rows * head_dim) as u64,
-                    left: p + (bytes * of_group * rows * keys) as u64,
-                    right: tensors.v + of_keys,
-                    start: None,
-                };
-                let out = steps.of_block(DType::F32, rows, head_dim);
-                let (left, right) = (steps.of_block(dtype, rows, keys), steps.of_keys(dtype, keys));
-                steps.product(out, left, right, places, 1.0)?;
-            }
+            let out = steps.heads(DType::F32, tile, rows, head_dim);
+            let (left, right) = (steps.heads(dtype, p, rows, keys), steps.keys(dtype, tensors.v + of_keys, block));
+            steps.product(out, left, right, false, 1.0)?;
             let output = ["attention_output_f32", "attention_output_bf16"];
             let [heads_, dim_] = [heads, head_dim].map(|size| Argument::from(size as u32));
             let out = tensors.out + of_queries;
@@ -291,16 +293,10 @@ pub(super) fn backward(
             ];
             let gradient = ["attention_gradient_f32", "attention_gradient_bf16"];
             steps.launch(gradient, Shape::grid(rows, heads), &arguments)?;
-            for of_group in 0..steps.group() {
-                let places = Places {
-                    out: tensors.grad_q + of_queries + (bytes * head_dim * (of_group + first * heads)) as u64,
-                    left: grad_scores + (bytes * of_group * rows * keys) as u64,
-                    right: tensors.k + of_keys,
-                    start: None,
-                };
-                let (left, right) = (steps.of_block(dtype, rows, keys), steps.of_keys(dtype, keys));
-                steps.product(steps.of_queries(rows), left, right, places, steps.scale)?;
-            }
+            let (out, left) =
+                (steps.queries(tensors.grad_q + of_queries, block), steps.heads(dtype, grad_scores, rows, keys));
+            let right = steps.keys(dtype, tensors.k + of_keys, block);
+            steps.product(out, left, right, false, steps.scale)?;
             steps.add_to_keys(grad_v, p, grad_out, block, 1.0)?;
             steps.add_to_keys(grad_k, grad_scores, q, block, steps.scale)?;
         }

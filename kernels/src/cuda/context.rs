@@ -32,7 +32,7 @@ unsafe impl Sync for Context {}
 /// Without a driver.
 pub(super) fn count() -> Result<u32, CudaError> {
     static STARTED: OnceLock<Result<(), CudaError>> = OnceLock::new();
-    library::driver()?;
+    library::DRIVER.check()?;
     // SAFETY: a number, and a pointer to a number that lives.
     unsafe {
         STARTED.get_or_init(|| call!(cuInit(0))).clone()?;
@@ -54,8 +54,8 @@ impl Context {
             let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_else(|_| "not set".to_owned());
             return Err(CudaError::NoDevice { wanted: ordinal, seen, visible });
         }
-        library::compiler()?;
-        library::blas()?;
+        library::COMPILER.check()?;
+        library::BLAS.check()?;
         // Kept for the life of the process: at its end the driver may be gone before the contexts.
         let mut contexts = CONTEXTS.lock();
         if let Some(context) = contexts.get(&ordinal) {
@@ -134,7 +134,7 @@ fn attribute(device: CUdevice, attribute: Attribute) -> Result<i32, CudaError> {
 /// # Errors
 /// Without a driver.
 pub(super) fn driver_version() -> Result<u32, CudaError> {
-    library::driver()?;
+    library::DRIVER.check()?;
     let mut version = 0;
     // SAFETY: a pointer to a local.
     unsafe { call!(cuDriverGetVersion(&mut version))? };

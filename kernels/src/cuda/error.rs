@@ -26,7 +26,8 @@ pub enum CudaError {
     },
     /// There is no such GPU.
     #[error(
-        "there is no GPU {wanted}: this process sees {seen} (CUDA_VISIBLE_DEVICES is {visible}; `nvidia-smi -L` lists them)"
+        "there is no GPU {wanted}: this process sees {seen} (CUDA_VISIBLE_DEVICES is {visible}; \
+         `nvidia-smi -L` lists them)"
     )]
     NoDevice {
         /// The number asked for.
@@ -66,8 +67,8 @@ pub enum CudaError {
     },
     /// The memory that was set aside is too small.
     #[error(
-        "GPU {ordinal} has no room for {bytes} bytes: {used} of the {slab} bytes set aside for this rank are in use; use a smaller \
-         model or micro-batch, or more ranks"
+        "GPU {ordinal} has no room for {bytes} bytes: {used} of the {slab} bytes set aside for this \
+         rank are in use; use a smaller model or micro-batch, or more ranks"
     )]
     NoRoom {
         /// The GPU's number.

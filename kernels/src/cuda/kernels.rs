@@ -6,7 +6,7 @@ use super::blas::{Gemm, Matrix, Places};
 use super::launch::{Argument, Shape, address, address_mut, launch};
 use super::stream::{CudaStream, ELEMENTS_OF_BLOCK, Pieces, typed};
 use super::{CudaError, attention};
-use crate::shapes::{check_attention, columns, rows, same, same_type};
+use crate::shapes::{self, check_attention, columns, rows, same, same_type};
 use crate::{AttentionShape, DType, Kernels, View, ViewMut};
 
 /// Elements of which a block computes SwiGLU.
@@ -193,8 +193,7 @@ impl Kernels for CudaStream {
     }
 
     fn linear(&self, y: ViewMut<'_>, x: View<'_>, w: View<'_>, addend: Option<View<'_>>, rows: usize) {
-        let (outputs, inputs) = (columns("linear y", y.len(), rows), columns("linear x", x.len(), rows));
-        same("linear w", &[w.len(), outputs * inputs]);
+        let (outputs, inputs) = shapes::linear(y.len(), x.len(), w.len(), rows);
         if let Some(addend) = &addend {
             same("linear addend", &[addend.len(), y.len()]);
             same_type("linear with an addend", &[DType::F32, y.dtype(), addend.dtype()]);
@@ -208,8 +207,7 @@ impl Kernels for CudaStream {
     }
 
     fn linear_backward_input(&self, grad_x: ViewMut<'_>, grad_y: View<'_>, w: View<'_>, rows: usize, accumulate: bool) {
-        let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", grad_x.len(), rows));
-        same("linear w", &[w.len(), outputs * inputs]);
+        let (outputs, inputs) = shapes::linear(grad_y.len(), grad_x.len(), w.len(), rows);
         let dtype = grad_x.dtype();
         assert!(!accumulate || dtype == DType::F32, "gradients accumulate in f32, not in {dtype}");
         self.own_all(&[&grad_x], &[&grad_y, &w]);
@@ -220,8 +218,7 @@ impl Kernels for CudaStream {
     }
 
     fn linear_backward_weight(&self, grad_w: ViewMut<'_>, grad_y: View<'_>, x: View<'_>, rows: usize) {
-        let (outputs, inputs) = (columns("linear y", grad_y.len(), rows), columns("linear x", x.len(), rows));
-        same("linear w", &[grad_w.len(), outputs * inputs]);
+        let (outputs, inputs) = shapes::linear(grad_y.len(), x.len(), grad_w.len(), rows);
         same_type("linear", &[grad_y.dtype(), x.dtype()]);
         is_f32("the gradient of a weight", &[grad_w.dtype()]);
         self.own_all(&[&grad_w], &[&grad_y, &x]);
@@ -232,11 +229,8 @@ impl Kernels for CudaStream {
     }
 
     fn rope(&self, x: ViewMut<'_>, cos: View<'_>, sin: View<'_>, heads: usize, head_dim: usize, inverse: bool) {
-        same("rope tables", &[cos.len(), sin.len()]);
-        let half = head_dim / 2;
-        let seq = columns("rope tables", cos.len(), half);
-        let width = heads * head_dim;
-        assert!(head_dim.is_multiple_of(2) && x.len().is_multiple_of(seq * width), "rope: {} elements", x.len());
+        let seq = shapes::rope(x.len(), cos.len(), sin.len(), heads, head_dim);
+        let (half, width) = (head_dim / 2, heads * head_dim);
         is_f32("rope tables", &[cos.dtype(), sin.dtype()]);
         self.own_all(&[&x], &[&cos, &sin]);
         if x.is_empty() {
@@ -374,8 +368,8 @@ impl Kernels for CudaStream {
             let (context, latch) = (&self.inner.context, self.inner.latch.address());
             let losses = self.scratch.take(&self.inner, 8 * count as u64)?;
             let arguments = [grad.into(), (&logits).into(), losses.into(), (&targets).into(), (vocab as u32).into()];
-            // SAFETY: cross_entropy(grad, logits, losses, targets, vocab), a block for each row, and
-            // room for each row's loss; sum_losses(loss, losses, count).
+            // SAFETY: cross_entropy(grad, logits, losses, targets, vocab), a block for each row,
+            // and room for each row's loss; sum_losses(loss, losses, count).
             unsafe {
                 launch(context, stream, kernel, Shape::blocks(count).with_threads(ENTROPY_THREADS), latch, &arguments)?;
                 let arguments = [(&loss).into(), losses.into(), (count as u32).into()];

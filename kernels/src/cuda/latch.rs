@@ -109,6 +109,8 @@ impl Latch {
             // All are in use: streams are that far behind, and the oldest is let go first.
             None => {
                 let Some((word, behind)) = state.used.pop_front() else { return Err(CudaError::Words) };
+                // What it waits for may need a word, too.
+                drop(state);
                 behind.wait()?;
                 word
             }

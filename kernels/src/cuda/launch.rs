@@ -33,6 +33,11 @@ impl Shape {
         Shape { grid: [x as u32, y as u32], threads: THREADS, shared: 0 }
     }
 
+    /// One block of one warp.
+    pub(super) fn warp() -> Shape {
+        Shape::blocks(1).with_threads(32)
+    }
+
     /// As many blocks as it takes for `len` elements, of which a block has `each`.
     pub(super) fn for_elements(len: usize, each: usize) -> Shape {
         Shape::blocks(len.div_ceil(each))

@@ -14,34 +14,40 @@ pub(super) struct Needed {
     stem: &'static str,
     remedy: &'static str,
     symbols: &'static [&'static str],
+    /// What the first look found.
+    found: OnceLock<Result<(), CudaError>>,
 }
 
-pub(super) const DRIVER: Needed = Needed {
+pub(super) static DRIVER: Needed = Needed {
     name: "libcuda.so.1",
     stem: "cuda",
     remedy: "install NVIDIA's driver, or run inside a container started with --gpus",
     symbols: super::driver::SYMBOLS,
+    found: OnceLock::new(),
 };
 
-pub(super) const COMPILER: Needed = Needed {
+pub(super) static COMPILER: Needed = Needed {
     name: "libnvrtc.so",
     stem: "nvrtc",
-    remedy: "install CUDA 12 or 13 (its NVRTC is enough; the PyPI package nvidia-cuda-nvrtc-cu12 has it) and put its folder on \
-             LD_LIBRARY_PATH",
+    remedy: "install CUDA 12 or 13 (its NVRTC is enough; the PyPI package nvidia-cuda-nvrtc-cu12 has \
+             it) and put its folder on LD_LIBRARY_PATH",
     symbols: super::compile::SYMBOLS,
+    found: OnceLock::new(),
 };
 
-pub(super) const BLAS: Needed = Needed {
+pub(super) static BLAS: Needed = Needed {
     name: "libcublasLt.so",
     stem: "cublasLt",
-    remedy: "install CUDA 12 or 13 (the PyPI package nvidia-cublas-cu12 has it) and put its folder on LD_LIBRARY_PATH",
+    remedy: "install CUDA 12 or 13 (the PyPI package nvidia-cublas-cu12 has it) and put its folder \
+             on LD_LIBRARY_PATH",
     symbols: super::blas::SYMBOLS,
+    found: OnceLock::new(),
 };
 
 impl Needed {
     /// Whether cudarc will find the library and all its functions.
-    pub(super) fn check(&self, found: &'static OnceLock<Result<(), CudaError>>) -> Result<(), CudaError> {
-        found.get_or_init(|| self.look()).clone()
+    pub(super) fn check(&self) -> Result<(), CudaError> {
+        self.found.get_or_init(|| self.look()).clone()
     }
 
     fn look(&self) -> Result<(), CudaError> {
@@ -72,22 +78,4 @@ impl Needed {
             Some(symbol) => Err(CudaError::NoSymbol { library: self.name, symbol, remedy: self.remedy }),
         }
     }
-}
-
-/// Whether the driver's library is there.
-pub(super) fn driver() -> Result<(), CudaError> {
-    static FOUND: OnceLock<Result<(), CudaError>> = OnceLock::new();
-    DRIVER.check(&FOUND)
-}
-
-/// Whether the compiler's library is there.
-pub(super) fn compiler() -> Result<(), CudaError> {
-    static FOUND: OnceLock<Result<(), CudaError>> = OnceLock::new();
-    COMPILER.check(&FOUND)
-}
-
-/// Whether the library of matrix products is there.
-pub(super) fn blas() -> Result<(), CudaError> {
-    static FOUND: OnceLock<Result<(), CudaError>> = OnceLock::new();
-    BLAS.check(&FOUND)
 }

@@ -72,7 +72,7 @@ unsafe impl Send for RawStream {}
 // SAFETY: as above.
 unsafe impl Sync for RawStream {}
 
-/// What is known of a GPU without using it.
+/// What is known of a GPU.
 #[derive(Clone, Debug)]
 pub struct CudaInfo {
     /// Its number among those that this process sees.
@@ -115,10 +115,11 @@ impl Cuda {
         Ok(Cuda { inner: Arc::new(inner) })
     }
 
-    /// How many queues of a GPU the streams of a process share, as CUDA_DEVICE_MAX_CONNECTIONS says.
-    /// With fewer queues than streams, a stream waits for others that it has no order with. Sets the
-    /// variable to 32 where it is not set and this process has no other thread yet. To be called
-    /// before anything else of GPUs, at the start of a program; later CUDA has read the variable.
+    /// How many queues of a GPU the streams of a process share, as CUDA_DEVICE_MAX_CONNECTIONS
+    /// says. With fewer queues than streams, a stream waits for others that it has no order with.
+    /// Sets the variable to 32 where it is not set and this process has no other thread yet. To be
+    /// called before anything else of GPUs, at the start of a program; later CUDA has read the
+    /// variable.
     pub fn prepare() -> Option<u32> {
         const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
         const MOST: u32 = 32;
@@ -182,8 +183,8 @@ impl Cuda {
         self.inner.owns(buffer.view().raw())
     }
 
-    /// Ends the work of this rank: every event fails with the first failure, and no memory is handed
-    /// out twice any more.
+    /// Ends the work of this rank: every event fails with the first failure, and no memory is
+    /// handed out twice any more.
     pub fn fail(&self, failure: Failure) {
         self.inner.fail_with(failure);
     }

@@ -63,7 +63,8 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         if self.context.bind().is_ok() {
-            // SAFETY: allocated above, freed once; its owners have waited for the work that uses it.
+            // SAFETY: allocated above, freed once; its owners have waited for the work that uses
+            // it.
             unsafe {
                 let _ = call!(cuMemFreeHost(self.start.as_ptr().cast()));
             }

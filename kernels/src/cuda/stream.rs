@@ -183,9 +183,9 @@ impl CudaStream {
             // What runs before another rank's moment may have done nothing, because its latch was
             // set.
             let (context, latch, other) = (&self.inner.context, self.inner.latch.address(), rank.latch.address());
-            // SAFETY: follow_latch takes the address of a latch's code, which is its first word. The
-            // other rank's is in its slab, which stays mapped while this stream keeps the rank.
-            unsafe { launch(context, stream, "follow_latch", Shape::blocks(1), latch, &[other.into()]) }
+            // SAFETY: follow_latch takes the address of a latch's code, which is its first word.
+            // The other rank's is in its slab, which stays mapped while this stream keeps the rank.
+            unsafe { launch(context, stream, "follow_latch", Shape::warp(), latch, &[other.into()]) }
         });
         let mut peers = self.peers.borrow_mut();
         if !Arc::ptr_eq(rank, &self.inner) && !peers.iter().any(|peer| Arc::ptr_eq(peer, rank)) {
@@ -205,7 +205,7 @@ impl CudaStream {
             let followed = waited.and_then(|()| {
                 let (context, latch) = (&self.inner.context, self.inner.latch.address());
                 // SAFETY: `follow_event` takes a word's address.
-                unsafe { launch(context, stream, "follow_event", Shape::blocks(1), latch, &[address.into()]) }
+                unsafe { launch(context, stream, "follow_event", Shape::warp(), latch, &[address.into()]) }
             });
             Foreign { event: event.clone(), inner: self.inner.clone(), word }.watch();
             followed?;
@@ -247,10 +247,10 @@ unsafe impl Stream for CudaStream {
         if let Some(All(events)) = event.origin() {
             return events.iter().for_each(|event| self.wait_for(event));
         }
-        if let Some(moment) = event.origin::<Moment>() {
-            if self.inner.context.reaches(&moment.rank().context) {
-                return self.wait_for_moment(moment);
-            }
+        if let Some(moment) = event.origin::<Moment>()
+            && self.inner.context.reaches(&moment.rank().context)
+        {
+            return self.wait_for_moment(moment);
         }
         match event.status() {
             Poll::Ready(Ok(())) => {}

@@ -73,8 +73,10 @@ proptest! {
             for weights in [None, Some(DType::F32), Some(DType::Bf16)] {
                 assert_equal("adamw", |stage| {
                     let [mut master, mut m] = [1, 2].map(|stream| stage.buffer(&normals(len, stream)));
-                    let (mut v, grad) = (stage.buffer(&squares), stage.buffer_as(gradient, &normals_as(gradient, len, 4)));
-                    let (scale, mut copy) = (stage.buffer(&[scale]), stage.output_as(weights.unwrap_or(DType::F32), len));
+                    let mut v = stage.buffer(&squares);
+                    let grad = stage.buffer_as(gradient, &normals_as(gradient, len, 4));
+                    let scale = stage.buffer(&[scale]);
+                    let mut copy = stage.output_as(weights.unwrap_or(DType::F32), len);
                     let to = weights.map(|_| copy.view_mut());
                     let state = [&mut master, &mut m, &mut v].map(Buffer::view_mut);
                     let [x, y, z] = state;
@@ -113,8 +115,8 @@ proptest! {
         let fold = |buffers: &[Buffer], out: &Buffer, run: &dyn Fn(&Fold<'_>)| {
             let inputs: Vec<*const u8> = buffers.iter().map(|x| x.view().raw().pointer.as_ptr().cast_const()).collect();
             let outputs = [out.view().raw().pointer.as_ptr()];
-            let plain = Fold::new(from, Operator::Sum);
-            run(&Fold { inputs: &inputs, outputs: &outputs, output: to, count: len, groups, accumulate, divisor, factor, ..plain });
+            let sum = Fold { output: to, groups, accumulate, divisor, factor, ..Fold::new(from, Operator::Sum) };
+            run(&Fold { inputs: &inputs, outputs: &outputs, count: len, ..sum });
         };
         // SAFETY: all buffers have `len` elements and live until the download has waited.
         fold(&buffers, &out, &|job| unsafe { stream.fold(job) });

@@ -1,6 +1,6 @@
 //! What a GPU's device does when something is missing or fails: each order that it asks the driver
-//! for is dropped in turn, and each call and each kind of work fails in turn. Only over the stand-ins
-//! of `tests/standins`, because a GPU does none of that on request.
+//! for is dropped in turn, and each call and each kind of work fails in turn. Only over the
+//! stand-ins of `tests/standins`, because a GPU does none of that on request.
 //!
 //! A fault is the whole process's, and an error of a context stays, so each test runs in a process
 //! of its own.

@@ -1,4 +1,5 @@
-//! Running a kernel on the devices of the test program (`devices.rs`), and comparing what it computed.
+//! Running a kernel on the devices of the test program (`devices.rs`), and comparing what it
+//! computed.
 
 use half::bf16;
 use pillion_kernels::{Buffer, DType, Device, Element, Kernels, Stream, random};
@@ -84,8 +85,8 @@ impl Values {
     }
 }
 
-/// Runs a kernel on the reference device and on the others, asserts that all bits agree, and returns
-/// what it wrote.
+/// Runs a kernel on the reference device and on the others, asserts that all bits agree, and
+/// returns what it wrote.
 pub(crate) fn run<const N: usize>(kernel: impl Fn(&Stage) -> [Buffer; N]) -> [Values; N] {
     let expected = values(&devices::reference(), &kernel);
     for (name, stage) in devices::others() {
