@@ -304,6 +304,27 @@ FAMILIES: list[Family] = [
         threads=32,
     ),
     Family(
+        r"follow_marks",
+        "*latch codes[] count *words stride mark",
+        [
+            Launch(
+                "wrapped",
+                1,
+                {"count": 3, "stride": 2, "mark": 0xFFFFFFFF},
+                {"words": [0xFFFFFFFF, 0, 0, 0, 1, 0]},
+                pointers=3,
+            ),
+            Launch(
+                "given up",
+                1,
+                {"count": 2, "stride": 1, "mark": 7},
+                {"words": [7, 7 + (1 << 30)]},
+                pointers=2,
+            ),
+        ],
+        threads=32,
+    ),
+    Family(
         r"follow_event",
         "*latch *word",
         [

@@ -27,6 +27,8 @@ use crate::patience::Patience;
 use crate::terms::Terms;
 
 mod decline;
+#[cfg(feature = "cuda")]
+pub(crate) mod descriptors;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod message;

@@ -122,6 +122,13 @@ pub(crate) trait Transport: Send + Sync {
     /// The first error here, if there was one.
     fn healthy(&self) -> Result<(), Error>;
 
+    /// Looks at the other ranks of this host now, whatever they are doing.
+    ///
+    /// # Errors
+    /// The first error here; of a rank that died or gave up, which this one remembers then.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "GPUs alone wait where nobody looks"))]
+    fn look(&self) -> Result<(), Error>;
+
     /// Remembers an error, and tells other ranks what they would not learn otherwise. Returns the
     /// first error.
     fn fail(&self, error: Error) -> Error;

@@ -18,3 +18,28 @@ KERNEL(follow_latch)(Latch* latch, const volatile u32* other) {
     if (threadIdx.x == 0 && *other != 0) set_latch(latch, PEER_FAILED);
 }
 EXPORT_KERNEL(follow_latch)
+
+// Where the code of each rank's latch is, in order of rank.
+struct Codes {
+    const u32* at[32];
+};
+
+// Sets the latch if a rank has given up whose word this rank's stream has waited for, or if that
+// rank's latch is set. Rank r has the word r * stride of `words`. A word goes up, and wraps; one
+// that is at `mark` or a little beyond says that the rank's work has run. One that is far beyond is
+// of a host that gave up. One that is below was written after that, by a stream that is late.
+// Grid: 1 block of 1 warp; count <= 32.
+KERNEL(follow_marks)(Latch* latch, Codes codes, u32 count, const volatile u32* words, u32 stride,
+                     u32 mark) {
+    constexpr u32 FAR = 1u << 29;
+    u32 rank = threadIdx.x;
+    bool has_failed = false;
+    if (rank < count) {
+        bool has_run = words[rank * stride] - mark < FAR;
+        // The word before the latch: a rank sets its latch before its stream writes the word.
+        __threadfence_system();
+        has_failed = !has_run || *const_cast<const volatile u32*>(codes.at[rank]) != 0;
+    }
+    if (__any_sync(ALL_LANES, has_failed) && rank == 0) set_latch(latch, PEER_FAILED);
+}
+EXPORT_KERNEL(follow_marks)

@@ -37,7 +37,7 @@ mod stream;
 pub use buffer::{Buffer, View, ViewMut};
 pub use cpu::{Cores, Cpu, LazyCpu};
 #[cfg(feature = "cuda")]
-pub use cuda::{Cuda, CudaError, CudaInfo, CudaStream};
+pub use cuda::{Cuda, CudaError, CudaInfo, CudaStream, PeerMemory, Witness, Words};
 pub use device::Device;
 pub use dtype::{Bool, DType, Element};
 pub use error::Error;

@@ -38,6 +38,27 @@ struct Rows {
     u32 rows, part, parts, width;
 };
 
+// Ranks whose words say that their work has run, unless one gave up, is late, or has a latch that
+// is set. Their latches begin with a code.
+Launch marks(Case& c) {
+    u32 count = (u32)c.number(1, 32), stride = (u32)c.number(1, 3), mark = (u32)c.number(0, ~0u);
+    u32 odd = (u32)c.number(0, count - 1);
+    u64 trouble = c.number(0, 4);
+    c.may_latch = trouble >= 2;
+    Sources codes = {};
+    std::vector<u32> words(count * stride, 0x55);
+    for (u32 rank = 0; rank < count; rank++) {
+        u32 is_odd = rank == odd;
+        codes.at[rank] = c.words({is_odd && trouble == 4 ? 3u : 0u});
+        words[rank * stride] = mark + (u32)c.number(0, 2);
+        if (is_odd && trouble == 2) words[rank * stride] += 1u << 30;
+        if (is_odd && trouble == 3) words[rank * stride] = mark - 1;
+    }
+    c.latch_matters = false;
+    c.threads = 32;
+    return c.launch(1, 0, codes, count, c.words(words), stride, mark);
+}
+
 // One entry a kernel. `out` is a buffer that the kernel writes in full, `in_out` one that it may
 // write.
 #define CALL(name, ...) {#name, [](Case& c) -> Launch { __VA_ARGS__ }}
@@ -129,6 +150,7 @@ const std::map<std::string, Call> calls = {
          return c.launch(1, 0, c.words({c.may_latch ? 2u : 1u}));),
     CALL(follow_latch, c.latch_matters = false; c.may_latch = c.coin();
          return c.launch(1, 0, c.words({c.may_latch ? 3u : 0u}));),
+    CALL(follow_marks, return marks(c);),
 };
 
 }  // namespace

@@ -8,6 +8,7 @@ use pillion_kernels::{Buffer, Completion, DType, Device, Event, Failure};
 use super::flight::{Course, Flight};
 use super::group::Group;
 use super::mail::MailFlight;
+use super::watch::Watch;
 use crate::algorithms::{AnyAlgorithm, BriefAllReduce, Combination, Scalars};
 use crate::call::Purpose;
 use crate::hosts::Hosts;
@@ -125,6 +126,12 @@ impl Transport for Group {
 
     fn healthy(&self) -> Result<(), Error> {
         Group::healthy(self)
+    }
+
+    fn look(&self) -> Result<(), Error> {
+        Group::healthy(self)?;
+        let op = || "what its GPU waits for".to_owned();
+        Watch::new(Limit::NONE).look_around(self, &|_| false, &op).map_err(|error| Group::fail(self, error))
     }
 
     fn fail(&self, error: Error) -> Error {

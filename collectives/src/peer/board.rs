@@ -5,11 +5,12 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pillion_kernels::{Cuda, DType, Event, Raw, Space};
+use pillion_kernels::{Cuda, Event};
 
+use super::meeting::{Lends, Step};
 use crate::Error;
+use crate::call::describe;
 use crate::memory::control::Call;
-use crate::transport::{Limit, Transport};
 
 /// How often a rank that waits for another looks whether something has failed.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
@@ -17,77 +18,50 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// What a rank shows the others of one step of an operation.
 #[derive(Clone)]
 pub(super) struct Post {
-    /// The operation, and the number of its step.
     pub(super) call: Call,
-    /// What it lends.
-    pub(super) lent: [Option<Lent>; 2],
+    pub(super) lends: Lends,
     /// Behind the work that the others wait for.
     pub(super) event: Event,
-}
-
-/// Elements of a rank's memory, for as long as its operation goes on.
-#[derive(Clone, Copy)]
-pub(super) struct Lent {
-    address: usize,
-    len: usize,
-    dtype: DType,
-    space: Space,
-}
-
-impl From<Raw> for Lent {
-    fn from(raw: Raw) -> Lent {
-        let Raw { pointer, len, dtype, space } = raw;
-        Lent { address: pointer.as_ptr().expose_provenance(), len, dtype, space }
-    }
-}
-
-impl Lent {
-    /// Some of the elements.
-    pub(super) fn range(self, range: std::ops::Range<usize>) -> Raw {
-        assert!(range.start <= range.end && range.end <= self.len, "elements {range:?} of {}", self.len);
-        let start = self.address + range.start * self.dtype.bytes();
-        let pointer = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(start));
-        Raw { pointer: pointer.expect("memory is not at 0"), len: range.len(), dtype: self.dtype, space: self.space }
-    }
 }
 
 /// The steps that not all ranks of a group have seen.
 pub(super) struct Board {
     world: usize,
     gpus: Mutex<Vec<Cuda>>,
-    steps: Mutex<Steps>,
+    steps: Mutex<Open>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Steps {
+struct Open {
     /// Number of the first.
     first: u64,
-    open: VecDeque<Step>,
+    open: VecDeque<Posts>,
 }
 
-struct Step {
+/// What has been shown of one step.
+struct Posts {
     posts: Vec<Option<Post>>,
     seen: usize,
 }
 
-/// Boards by the keys of their groups.
-type Boards = HashMap<(u64, u64), Weak<Board>>;
+/// Boards by the numbers of their groups.
+type Boards = HashMap<u64, Weak<Board>>;
 
 /// The boards that are in use.
 static BOARDS: Mutex<Option<Boards>> = Mutex::new(None);
 
 impl Board {
-    /// The board of a group: the same for all its ranks, which give the same key.
-    pub(super) fn of(key: (u64, u64), world: usize) -> Arc<Board> {
+    /// The board of a group: the same for all its ranks, which give the same number.
+    pub(super) fn of(number: u64, world: usize) -> Arc<Board> {
         let mut boards = BOARDS.lock();
         let boards = boards.get_or_insert_default();
         boards.retain(|_, board| board.strong_count() > 0);
-        if let Some(board) = boards.get(&key).and_then(Weak::upgrade) {
+        if let Some(board) = boards.get(&number).and_then(Weak::upgrade) {
             return board;
         }
         let board = Arc::new(Board { world, gpus: Mutex::default(), steps: Mutex::default(), changed: Condvar::new() });
-        boards.insert(key, Arc::downgrade(&board));
+        boards.insert(number, Arc::downgrade(&board));
         board
     }
 
@@ -101,25 +75,19 @@ impl Board {
         self.gpus.lock().iter().find(|other| !gpu.reaches(other)).cloned()
     }
 
-    /// Shows what `rank` has enqueued for step number `step`, and returns what all have, once they
-    /// have. Every rank has enqueued its own work before it waits, so a stream that waits for
-    /// another rank's event waits for work that is there.
+    /// Shows what a rank has enqueued for a step, and returns what all have, once they have. Every
+    /// rank has enqueued its own work before it waits, so a stream that waits for another rank's
+    /// event waits for work that is there.
     ///
     /// # Errors
     /// What `control` says of the others, and [`Error::Timeout`].
-    pub(super) fn meet(
-        &self,
-        step: u64,
-        rank: usize,
-        post: Post,
-        operation: &dyn Fn() -> String,
-        control: &dyn Transport,
-        limit: Limit,
-    ) -> Result<Vec<Post>, Error> {
+    pub(super) fn meet(&self, at: &Step<'_>, post: Post) -> Result<Vec<Post>, Error> {
+        let Step { control, rank, call, limit, .. } = *at;
+        let step = call.sequence - 1;
         let mut steps = self.steps.lock();
         let index = usize::try_from(step - steps.first).expect("steps that are open are few");
         while steps.open.len() <= index {
-            steps.open.push_back(Step { posts: vec![None; self.world], seen: 0 });
+            steps.open.push_back(Posts { posts: vec![None; self.world], seen: 0 });
         }
         steps.open[index].posts[rank] = Some(post);
         self.changed.notify_all();
@@ -136,7 +104,7 @@ impl Board {
                 return Ok(posts);
             }
             if self.changed.wait_for(&mut steps, LOOK_EVERY).timed_out() {
-                let late = |steps: &Steps| -> Vec<usize> {
+                let late = |steps: &Open| -> Vec<usize> {
                     let posts = &steps.open[(step - steps.first) as usize].posts;
                     (0..self.world).filter(|&rank| posts[rank].is_none()).collect()
                 };
@@ -148,7 +116,7 @@ impl Board {
                 }
                 healthy?;
                 if waited > limit.within && !waiting_on.is_empty() {
-                    let (op, how) = (operation(), "not there yet".to_owned());
+                    let (op, how) = (describe(call), "not there yet".to_owned());
                     return Err(Error::Timeout { op, waiting_on, seconds: waited.as_secs(), how });
                 }
             }

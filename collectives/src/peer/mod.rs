@@ -2,22 +2,26 @@
 //! copy engines of its GPU, and reads what it reduces in the memory of all ranks, in order of rank,
 //! so a sum has the bits of shared memory's.
 //!
-//! The ranks are threads of one process, and streams wait for streams of other ranks by the
-//! driver's events. Everything that only the host sees (scalars, failures, who is there) goes the
-//! way of the communicator that this one is made over.
+//! The ranks are threads of one process, whose streams wait for each other by the driver's events
+//! (`board.rs`), or a process each, whose streams wait at words (`processes.rs`). Everything that
+//! only the host sees (scalars, failures, who is there) goes the way of the communicator that this
+//! one is made over.
 //!
 //! An operation is enqueued by the call that starts it. The call waits until the other ranks have
-//! made theirs (`board.rs`), and not for what GPUs do: streams are ordered after each other, and
-//! the host runs ahead of them.
+//! made theirs, and not for what GPUs do: streams are ordered after each other, and the host runs
+//! ahead of them.
 
 mod board;
+mod meeting;
+mod processes;
 mod steps;
 
-use std::sync::Arc;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use pillion_kernels::{Buffer, Cuda, CudaStream, DType, Device, Event, Failure, Stream};
+use pillion_kernels::{Buffer, Cuda, CudaStream, DType, Device, Event, Failure, Stream, Witness};
 
 use crate::call::Purpose;
 use crate::hosts::Hosts;
@@ -27,6 +31,8 @@ use crate::request::{Envelope, Request};
 use crate::transport::{Capabilities, Limit, Submitted, Transport, Turns};
 use crate::{Error, Options, Sections, Traffic};
 use board::Board;
+use meeting::Meeting;
+use processes::{Memories, Processes};
 
 /// Ranks whose buffers are memory of GPUs, seen from one of them.
 pub(crate) struct Peer {
@@ -36,20 +42,37 @@ pub(crate) struct Peer {
     rank: usize,
     /// As [`Options::reduce_groups`].
     reduce_groups: usize,
-    board: Arc<Board>,
-    /// The number of the next step; held while an operation is enqueued, so operations are enqueued
+    meeting: Meeting,
+    /// How many steps there were; held while an operation is enqueued, so operations are enqueued
     /// in the order of their calls.
     next: Mutex<u64>,
     streams: Arc<Streams>,
     operations: AtomicU64,
     bytes: AtomicU64,
     record: Record,
+    /// Kept for the GPU, which asks it why other ranks failed.
+    _witness: Arc<Witness>,
 }
 
-/// The streams of a rank's operations, which its groups share.
+/// The streams of a rank's operations, which its groups share, by number.
 struct Streams {
-    gathers: Mutex<CudaStream>,
-    reductions: Mutex<CudaStream>,
+    lanes: [Mutex<CudaStream>; LANES],
+    /// What they read of ranks that are other processes; it goes after them.
+    _memories: Memories,
+}
+
+/// How many streams a rank has.
+const LANES: usize = 2;
+/// The stream that gathers, and the one that reduces.
+const GATHERS: usize = 0;
+const REDUCTIONS: usize = 1;
+
+/// How the ranks of a group are spread.
+enum Spread {
+    /// Threads of one process; the number that rank 0 has given the group.
+    Threads(u64),
+    /// A process each.
+    Processes,
 }
 
 impl Peer {
@@ -61,9 +84,19 @@ impl Peer {
         reduce_groups: usize,
         limit: Limit,
     ) -> Result<Arc<Peer>, Error> {
-        let stream = || Mutex::new(gpu.reducing_stream());
-        let streams = Arc::new(Streams { gathers: stream(), reductions: stream() });
-        Peer::over(control, gpu, rank, reduce_groups, streams, limit)
+        let spread = spread(&*control, limit)?;
+        let result = (|| {
+            let memories = match spread {
+                Spread::Threads(_) => Memories::new(),
+                Spread::Processes => processes::map_all(&*control, gpu, rank, limit)?,
+            };
+            let lanes = std::array::from_fn(|_| Mutex::new(gpu.reducing_stream()));
+            let streams = Arc::new(Streams { lanes, _memories: memories.clone() });
+            let meeting = meet(&control, gpu, rank, spread, memories, limit)?;
+            Ok((meeting, streams))
+        })();
+        let (meeting, streams) = result.map_err(|error| gave_up(&*control, error))?;
+        Ok(Peer::over(control, gpu, rank, reduce_groups, meeting, streams))
     }
 
     fn over(
@@ -71,51 +104,25 @@ impl Peer {
         gpu: &Cuda,
         rank: usize,
         reduce_groups: usize,
+        meeting: Meeting,
         streams: Arc<Streams>,
-        limit: Limit,
-    ) -> Result<Arc<Peer>, Error> {
-        /// Tells groups of this process apart.
-        static NUMBER: AtomicU64 = AtomicU64::new(1);
-        let own = [u64::from(std::process::id()), NUMBER.fetch_add(1, Ordering::Relaxed), u64::from(gpu.ordinal())];
-        let all = control.exchange(&own, Purpose::Gather, limit)?;
-        let ranks: Vec<&[u64]> = all.chunks_exact(own.len()).collect();
-        let world = ranks.len();
-        if let Some(other) = ranks.iter().position(|other| other[0] != own[0]) {
-            let reason = format!(
-                "rank {other} is another process, and GPUs of several processes need a transport that \
-                 does not exist yet: run the ranks as threads"
-            );
-            return Err(Error::Misuse { reason });
-        }
-        if world > CudaStream::INPUTS {
-            let most = CudaStream::INPUTS;
-            return Err(Error::Misuse { reason: format!("{world} ranks on one host: GPUs reduce at most {most}") });
-        }
-        let board = Board::of((ranks[0][1], ranks[0][0]), world);
-        board.introduce(gpu);
-        // Nobody goes on, and drops the board, before all have it.
-        let nothing = control.exchange(&[], Purpose::Barrier, limit)?;
-        control.put_back(nothing);
-        if let Some(other) = board.out_of_reach(gpu) {
-            let (own, other) = (gpu.ordinal(), other.ordinal());
-            let reason = format!(
-                "GPU {own} does not reach the memory of GPU {other}: `nvidia-smi topo -p2p r` shows which GPUs do; \
-                 give the ranks others (CUDA_VISIBLE_DEVICES)"
-            );
-            return Err(control.fail(Error::Misuse { reason }));
-        }
-        Ok(Arc::new(Peer {
+    ) -> Arc<Peer> {
+        let asked = control.clone();
+        let witness: Arc<Witness> = Arc::new(move || asked.look().err().map(Failure::new));
+        gpu.ask(&witness);
+        Arc::new(Peer {
             control,
             gpu: gpu.clone(),
             rank,
             reduce_groups,
-            board,
+            meeting,
             next: Mutex::new(0),
             streams,
             operations: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             record: Record::default(),
-        }))
+            _witness: witness,
+        })
     }
 
     /// Enqueues an operation; what follows its event follows the operation on this rank, and what
@@ -136,7 +143,8 @@ impl Peer {
                 // Other ranks may have enqueued copies of this rank's memory, which therefore must
                 // not be handed out again.
                 self.gpu.fail(Failure::new(error.clone()));
-                Err(self.control.fail(error))
+                self.control.fail(error.clone());
+                Err(error)
             }
         }
     }
@@ -189,6 +197,8 @@ impl Transport for Peer {
 
     fn exchange(&self, words: &[u64], purpose: Purpose, limit: Limit) -> Result<Vec<u64>, Error> {
         self.healthy()?;
+        // Operations of processes exchange words, too, each in its turn.
+        let _turn = matches!(self.meeting, Meeting::Processes(_)).then(|| self.next.lock());
         self.control.exchange(words, purpose, limit)
     }
 
@@ -217,12 +227,24 @@ impl Transport for Peer {
     fn group(&self, ranks: &[usize], job: &Job) -> Result<Arc<dyn Transport>, Error> {
         let control = self.control.group(ranks, job)?;
         let (limit, groups) = (Limit::within(self.options().timeout), control.options().reduce_groups);
-        Ok(Peer::over(control, &self.gpu, job.launch.rank, groups, self.streams.clone(), limit)?)
+        let (rank, gpu) = (job.launch.rank, &self.gpu);
+        let memories = match &self.meeting {
+            Meeting::Threads(_) => Memories::new(),
+            Meeting::Processes(processes) => processes.memories_of(ranks),
+        };
+        let meeting = spread(&*control, limit)
+            .and_then(|spread| meet(&control, gpu, rank, spread, memories, limit))
+            .map_err(|error| gave_up(&*control, error))?;
+        Ok(Peer::over(control, gpu, rank, groups, meeting, self.streams.clone()))
     }
 
     fn healthy(&self) -> Result<(), Error> {
         self.control.healthy()?;
         self.gpu.healthy().map_err(|failure| self.control.fail_after(failure))
+    }
+
+    fn look(&self) -> Result<(), Error> {
+        self.control.look()
     }
 
     fn fail(&self, error: Error) -> Error {
@@ -247,9 +269,80 @@ impl Transport for Peer {
     }
 
     fn close(&self) {
-        for stream in [&self.streams.gathers, &self.streams.reductions] {
+        for stream in &self.streams.lanes {
             let _ = stream.lock().synchronize();
+        }
+        if let Meeting::Processes(processes) = &self.meeting {
+            processes.close();
         }
         self.control.close();
     }
+}
+
+/// How the ranks of `control`, which all call this, are spread.
+///
+/// # Errors
+/// [`Error::Misuse`] for some that share a process while others do not.
+fn spread(control: &dyn Transport, limit: Limit) -> Result<Spread, Error> {
+    /// Tells this process from others, also in other PID namespaces.
+    static PROCESS: OnceLock<u64> = OnceLock::new();
+    /// Tells groups of this process apart.
+    static NUMBER: AtomicU64 = AtomicU64::new(1);
+    let process = *PROCESS.get_or_init(|| RandomState::new().hash_one(std::process::id()));
+    let all = control.exchange(&[process, NUMBER.fetch_add(1, Ordering::Relaxed)], Purpose::Gather, limit)?;
+    let ranks = all.as_chunks::<2>().0;
+    let world = ranks.len();
+    if world > CudaStream::INPUTS {
+        let most = CudaStream::INPUTS;
+        return Err(Error::Misuse { reason: format!("{world} ranks on one host: GPUs reduce at most {most}") });
+    }
+    let of = |rank: usize| ranks.iter().filter(|other| other[0] == ranks[rank][0]).count();
+    if of(0) == world {
+        return Ok(Spread::Threads(ranks[0][1]));
+    }
+    if let Some(rank) = (0..world).find(|&rank| of(rank) > 1) {
+        let reason = format!(
+            "{} of {world} ranks are threads of rank {rank}'s process: run all ranks as threads of one process, or \
+             each as a process of its own",
+            of(rank)
+        );
+        return Err(Error::Misuse { reason });
+    }
+    Ok(Spread::Processes)
+}
+
+/// Has the ranks of `control`, which all call this, meet.
+///
+/// # Errors
+/// [`Error::Misuse`] for GPUs that do not reach each other's memory.
+fn meet(
+    control: &Arc<dyn Transport>,
+    gpu: &Cuda,
+    rank: usize,
+    spread: Spread,
+    memories: Memories,
+    limit: Limit,
+) -> Result<Meeting, Error> {
+    let Spread::Threads(number) = spread else {
+        return Ok(Meeting::Processes(Processes::new(control, gpu, rank, memories, limit)?));
+    };
+    let board = Board::of(number, control.hosts().world());
+    board.introduce(gpu);
+    // Nobody goes on, and drops the board, before all have it.
+    control.put_back(control.exchange(&[], Purpose::Barrier, limit)?);
+    if let Some(other) = board.out_of_reach(gpu) {
+        let (own, other) = (gpu.ordinal(), other.ordinal());
+        let reason = format!(
+            "GPU {own} does not reach the memory of GPU {other}: `nvidia-smi topo -p2p r` shows which GPUs do; \
+             give the ranks others (CUDA_VISIBLE_DEVICES)"
+        );
+        return Err(Error::Misuse { reason });
+    }
+    Ok(Meeting::Threads(board))
+}
+
+/// Tells the others that this rank does not come, and why.
+fn gave_up(control: &dyn Transport, error: Error) -> Error {
+    control.abort(&error.to_string());
+    error
 }

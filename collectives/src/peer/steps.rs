@@ -5,9 +5,9 @@ use std::ops::Range;
 use pillion_kernels::cpu::reduce::Fold;
 use pillion_kernels::{CudaStream, DType, Event, Raw, Span, Stream};
 
-use super::Peer;
-use super::board::{Lent, Post};
-use crate::call::{Detail, Kind, call, describe, in_sections};
+use super::meeting::{Lends, Lent, Step};
+use super::{GATHERS, Peer, REDUCTIONS};
+use crate::call::{Detail, Kind, call, in_sections};
 use crate::memory::control::Call;
 use crate::request::{Collective, Operands, Request, Scattered, Sidebands};
 use crate::transport::Limit;
@@ -26,6 +26,8 @@ pub(super) fn unsupported(what: &str) -> Error {
 struct Enqueuing<'a> {
     peer: &'a Peer,
     stream: &'a CudaStream,
+    /// The stream's number among those of the rank.
+    lane: usize,
     call: Call,
     next: &'a mut u64,
     limit: Limit,
@@ -42,11 +44,11 @@ pub(super) fn enqueue(
     let Request::Collective(collective) = request else { return Err(unsupported("messages")) };
     // What is refused has no effect.
     let call = call_of(&collective, peer.reduce_groups)?;
-    let streams = &peer.streams;
     let is_gather = matches!(collective, Collective::AllGather { .. } | Collective::Broadcast { .. });
-    let stream = if is_gather { &streams.gathers } else { &streams.reductions }.lock();
+    let lane = if is_gather { GATHERS } else { REDUCTIONS };
+    let stream = peer.streams.lanes[lane].lock();
     stream.wait_for(after);
-    let mut operation = Enqueuing { peer, stream: &stream, call, next, limit };
+    let mut operation = Enqueuing { peer, stream: &stream, lane, call, next, limit };
     let bytes = match collective {
         Collective::AllGather { operands, chunk, sections, in_place } => {
             operation.all_gather(&operands, chunk, &cut(&sections, chunk), in_place)?
@@ -109,9 +111,9 @@ fn lent(span: Option<&Span>) -> Option<Lent> {
 }
 
 /// The same elements of the first or second thing that each rank lends.
-fn of_all(posts: &[Post], number: usize, range: Range<usize>) -> Vec<Raw> {
-    let of = |post: &Post| post.lent[number].expect("every rank lends the same").range(range.clone());
-    posts.iter().map(of).collect()
+fn of_all(lends: &[Lends], number: usize, range: Range<usize>) -> Vec<Raw> {
+    let of = |lends: &Lends| lends[number].expect("every rank lends the same").range(range.clone());
+    lends.iter().map(of).collect()
 }
 
 /// How a shard of `chunk` elements is cut: without sections it is one.
@@ -120,24 +122,13 @@ fn cut(sections: &Option<Sections>, chunk: usize) -> Sections {
 }
 
 impl Enqueuing<'_> {
-    /// Shows the other ranks what this one lends, behind what is enqueued, and returns what they
-    /// lend; this stream is behind theirs then.
-    fn meet(&mut self, lent: [Option<Lent>; 2]) -> Result<Vec<Post>, Error> {
-        let Peer { board, control, rank, .. } = self.peer;
-        let step = *self.next;
+    /// The next step: see [`Meeting::meet`](super::meeting::Meeting::meet).
+    fn meet(&mut self, lends: Lends) -> Result<Vec<Lends>, Error> {
+        let Peer { meeting, control, rank, .. } = self.peer;
         *self.next += 1;
-        let call = Call { sequence: step + 1, ..self.call };
-        let post = Post { call, lent, event: self.stream.record() };
-        let posts = board.meet(step, *rank, post, &|| describe(call), &**control, self.limit)?;
-        for (peer, post) in posts.iter().enumerate() {
-            if !post.call.agrees_with(&call) {
-                return Err(Error::Mismatch { ours: describe(call), theirs: describe(post.call), peer });
-            }
-            if peer != *rank {
-                self.stream.wait_for(&post.event);
-            }
-        }
-        Ok(posts)
+        let call = Call { sequence: *self.next, ..self.call };
+        let (stream, lane, limit) = (self.stream, self.lane, self.limit);
+        meeting.meet(&Step { control: &**control, rank: *rank, stream, lane, call, limit }, lends)
     }
 
     fn all_gather(
@@ -147,11 +138,11 @@ impl Enqueuing<'_> {
         sections: &Sections,
         in_place: bool,
     ) -> Result<u64, Error> {
-        let posts = self.meet([lent(operands.input.as_ref()), None])?;
-        let world = posts.len();
+        let all = self.meet([lent(operands.input.as_ref()), None])?;
+        let world = all.len();
         let output = operands.output.as_ref().expect("a gather has an output");
-        for (rank, post) in posts.iter().enumerate() {
-            let input = post.lent[0].expect("every rank lends its shard");
+        for (rank, lends) in all.iter().enumerate() {
+            let input = lends[0].expect("every rank lends its shard");
             for section in 0..sections.count() {
                 let full = sections.in_full(section, world, rank);
                 // In place, a rank's shard lies where it goes.
@@ -169,14 +160,14 @@ impl Enqueuing<'_> {
     }
 
     fn broadcast(&mut self, operands: &Operands, root: usize) -> Result<u64, Error> {
-        let posts = self.meet([lent(operands.input.as_ref()), None])?;
+        let all = self.meet([lent(operands.input.as_ref()), None])?;
         if let Some(output) = &operands.output {
-            let input = posts[root].lent[0].expect("the root lends its buffer");
+            let input = all[root][0].expect("the root lends its buffer");
             // SAFETY: as in `all_gather`.
             unsafe { self.stream.pull(output.raw(), input.range(0..output.len())) };
         }
         self.meet([None; 2])?;
-        let bytes = operands.input.as_ref().map_or(0, |input| (posts.len() - 1) * input.len() * operands.dtype.bytes());
+        let bytes = operands.input.as_ref().map_or(0, |input| (all.len() - 1) * input.len() * operands.dtype.bytes());
         Ok(bytes as u64)
     }
 
@@ -192,19 +183,19 @@ impl Enqueuing<'_> {
     fn reduce_scatter(&mut self, scattered: &Scattered) -> Result<u64, Error> {
         let Scattered { operands, chunk, reduction, accumulate, sidebands, .. } = scattered;
         let own = sidebands.as_ref().map(|sidebands| &sidebands.own);
-        let posts = self.meet([lent(operands.input.as_ref()), lent(own)])?;
-        let (world, rank) = (posts.len(), self.peer.rank);
+        let all = self.meet([lent(operands.input.as_ref()), lent(own)])?;
+        let (world, rank) = (all.len(), self.peer.rank);
         let output = operands.output.as_ref().expect("a reduction has an output");
         let job =
             Fold { groups: self.peer.reduce_groups, accumulate: *accumulate, ..fold(operands, *reduction, world) };
         let sections = cut(&scattered.sections, *chunk);
         for section in 0..sections.count() {
-            let inputs = of_all(&posts, 0, sections.in_full(section, world, rank));
+            let inputs = of_all(&all, 0, sections.in_full(section, world, rank));
             self.combine(&inputs, output.range(sections.in_shard(section)).raw(), job.clone());
         }
         let numbers = sidebands.as_ref().filter(|sidebands| !sidebands.totals.is_empty());
         if let Some(Sidebands { totals, accumulate, .. }) = numbers {
-            let inputs = of_all(&posts, 1, 0..totals.len());
+            let inputs = of_all(&all, 1, 0..totals.len());
             let job = Fold { accumulate: *accumulate, ..Reduction::Sum.first(DType::F64) };
             self.combine(&inputs, totals.raw(), job);
         }
@@ -215,17 +206,17 @@ impl Enqueuing<'_> {
     /// Each rank combines one part of all inputs, and pulls the other parts.
     fn all_reduce(&mut self, operands: &Operands, len: usize, reduction: Reduction) -> Result<u64, Error> {
         let output = operands.output.as_ref().expect("a reduction has an output");
-        let posts = self.meet([lent(operands.input.as_ref()), lent(Some(output))])?;
-        let (world, rank) = (posts.len(), self.peer.rank);
+        let all = self.meet([lent(operands.input.as_ref()), lent(Some(output))])?;
+        let (world, rank) = (all.len(), self.peer.rank);
         let each = len.div_ceil(world);
         let part = |rank: usize| (rank * each).min(len)..((rank + 1) * each).min(len);
         let job = Fold { groups: self.peer.reduce_groups, ..fold(operands, reduction, world) };
-        let inputs = of_all(&posts, 0, part(rank));
+        let inputs = of_all(&all, 0, part(rank));
         // In place, too: of every rank's buffer, this part is read by this rank alone.
         self.combine(&inputs, output.range(part(rank)).raw(), job);
         self.meet([None; 2])?;
-        for (other, post) in posts.iter().enumerate().filter(|(other, _)| *other != rank) {
-            let from = post.lent[1].expect("every rank lends its output").range(part(other));
+        for (other, lends) in all.iter().enumerate().filter(|(other, _)| *other != rank) {
+            let from = lends[1].expect("every rank lends its output").range(part(other));
             // SAFETY: as in `all_gather`; the other rank has combined this part and keeps it.
             unsafe { self.stream.pull(output.range(part(other)).raw(), from) };
         }

@@ -1,12 +1,13 @@
 //! Collectives between GPUs: the bits of shared memory, for ranks that share a GPU and for ranks
-//! that have one each; and what happens to the others when one rank fails. Over the stand-ins of
-//! `tests/standins` (`ci/cuda`), or on GPUs.
+//! that have one each, as threads and as processes; and what happens to the others when one rank
+//! fails. Over the stand-ins of `tests/standins` (`ci/cuda`), or on GPUs.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod failures;
 #[path = "../../../kernels/tests/cuda/gate.rs"]
 mod gate;
+mod processes;
 mod same_bits;
 #[path = "../../../kernels/tests/cuda/standin.rs"]
 mod standin;
@@ -16,18 +17,12 @@ use std::sync::Mutex;
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{Buffer, Cpu, Cuda, DType, Device, Stream, random};
 
-/// Ranks of one process, each with the communicator of the host, one between GPUs, and its GPU.
+/// Ranks of one process.
 pub(crate) fn run<R: Send>(world: usize, options: Options, program: impl Fn(&Rank) -> R + Sync) -> Vec<R> {
     // A seed is the whole process's, and many ranks at once take long.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    common::run(Launch::threads(world), options, |launch, host| {
-        // Three ranks on two GPUs share one.
-        let gpus = Cuda::count().unwrap_or_else(|error| panic!("{error} (ci/cuda runs these tests over stand-ins)"));
-        let gpu = Cuda::new(launch.rank as u32 % gpus, 8 << 20).unwrap();
-        let gpus = host.between_gpus(&gpu).unwrap();
-        program(&Rank { number: launch.rank, host, gpus, gpu })
-    })
+    common::run(Launch::threads(world), options, |launch, host| program(&Rank::new(launch.rank, host)))
 }
 
 pub(crate) struct Rank {
@@ -38,6 +33,15 @@ pub(crate) struct Rank {
 }
 
 impl Rank {
+    /// With the communicator of the host, one between GPUs, and its GPU.
+    fn new(number: usize, host: Communicator) -> Rank {
+        // Three ranks on two GPUs share one.
+        let gpus = Cuda::count().unwrap_or_else(|error| panic!("{error} (ci/cuda runs these tests over stand-ins)"));
+        let gpu = Cuda::new(number as u32 % gpus, 8 << 20).unwrap();
+        let gpus = host.between_gpus(&gpu).unwrap();
+        Rank { number, host, gpus, gpu }
+    }
+
     /// Devices with the communicators that move their memory.
     pub(crate) fn both(&self) -> [(&Communicator, &dyn Device); 2] {
         [(&self.host, &Cpu), (&self.gpus, &self.gpu)]

@@ -7,24 +7,30 @@ use crate::{Rank, numbers, run, standin};
 
 const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
 
-/// Runs an operation on the host and between GPUs, and compares what each rank gets.
-fn compare(what: &str, worlds: &[usize], operation: impl Fn(&Case<'_>) -> Vec<Buffer> + Sync) {
+/// What a test asks of each rank, on the host and between GPUs.
+type Operation<'a> = dyn Fn(&Case<'_>) -> Vec<Buffer> + Sync + 'a;
+
+/// Compares what a rank gets on the host and between GPUs.
+pub(crate) fn check(rank: &Rank, world: usize, what: &str, operation: &Operation<'_>) {
+    let [host, gpus] = rank.both().map(|(communicator, device)| {
+        let stream = device.stream();
+        let case = Case { rank: rank.number, world, communicator, device, stream: &*stream };
+        let results = operation(&case);
+        let bytes = results.iter().map(|buffer| stream.download_bytes(buffer.view()).unwrap());
+        bytes.collect::<Vec<_>>()
+    });
+    assert!(host == gpus, "{what}: rank {} of {world} has other bits", rank.number);
+}
+
+/// The same, for every rank of jobs of these sizes.
+fn compare(what: &str, worlds: &[usize], operation: &Operation<'_>) {
     for (seed, &world) in worlds.iter().enumerate() {
         standin::reset(seed as u64);
-        run(world, Options::default(), |rank: &Rank| {
-            let [host, gpus] = rank.both().map(|(communicator, device)| {
-                let stream = device.stream();
-                let case = Case { rank: rank.number, world, communicator, device, stream: &*stream };
-                let results = operation(&case);
-                let bytes = results.iter().map(|buffer| stream.download_bytes(buffer.view()).unwrap());
-                bytes.collect::<Vec<_>>()
-            });
-            assert!(host == gpus, "{what}: rank {} of {world} has other bits", rank.number);
-        });
+        run(world, Options::default(), |rank: &Rank| check(rank, world, what, operation));
     }
 }
 
-struct Case<'a> {
+pub(crate) struct Case<'a> {
     rank: usize,
     world: usize,
     communicator: &'a Communicator,
@@ -41,8 +47,12 @@ impl Case<'_> {
 
 #[test]
 fn gathers_and_broadcasts() {
+    gathers(&mut |what, operation| compare(what, &[1, 2, 3, 4], operation));
+}
+
+pub(crate) fn gathers(each: &mut dyn FnMut(&str, &Operation<'_>)) {
     for dtype in TYPES {
-        compare("all-gather", &[1, 2, 3, 4], |case| {
+        each("all-gather", &|case| {
             let sections = Sections::new(&[5, 0, 1000, 7]).unwrap();
             let len = sections.shard_len();
             let (shard, output) = (case.numbers(dtype, len, 1), case.numbers(dtype, case.world * len + 3, 2));
@@ -68,10 +78,14 @@ fn gathers_and_broadcasts() {
 
 #[test]
 fn reductions() {
+    sums(&mut |what, operation| compare(what, &[1, 2, 3, 4], operation));
+}
+
+pub(crate) fn sums(each: &mut dyn FnMut(&str, &Operation<'_>)) {
     for (from, to) in TYPES.iter().flat_map(|&from| TYPES.map(|to| (from, to))) {
         let reductions = [Reduction::Sum, Reduction::Avg, Reduction::PremulSum(0.37)];
         for reduction in reductions.into_iter().filter(|reduction| reduction.supports(from, to)) {
-            compare("reduce-scatter", &[1, 2, 3, 4], |case| {
+            each("reduce-scatter", &|case| {
                 let sections = Sections::new(&[3, 4000, 0, 9]).unwrap();
                 let len = sections.shard_len();
                 let mut results = Vec::new();
@@ -96,7 +110,7 @@ fn reductions() {
                 }
                 results
             });
-            compare("all-reduce", &[1, 2, 3, 4], |case| {
+            each("all-reduce", &|case| {
                 let (input, output) = (case.numbers(from, 1001, 1), case.numbers(to, 1001, 2));
                 let (tiny, after) = (case.numbers(from, 2, 3), case.stream.record());
                 let into = case.communicator.all_reduce_into(input, output, reduction, after.clone());
@@ -110,7 +124,11 @@ fn reductions() {
 
 #[test]
 fn groups_of_ranks() {
-    compare("a grid", &[4], |case| {
+    grid(&mut |what, operation| compare(what, &[4], operation));
+}
+
+pub(crate) fn grid(each: &mut dyn FnMut(&str, &Operation<'_>)) {
+    each("a grid", &|case| {
         let [row, column] = [case.rank / 2, case.rank % 2]
             .map(|color| case.communicator.split(Some(color as u64), case.rank as u64).unwrap().unwrap());
         let (shard, output) = (case.numbers(DType::F32, 333, 1), case.numbers(DType::F32, 666, 2));
@@ -141,25 +159,24 @@ fn sums_of_groups_in_a_tree() {
 fn operations_follow_each_other_without_the_host() {
     for seed in 0..8 {
         standin::reset(seed);
-        let sums = run(3, Options::default(), |rank: &Rank| {
-            let stream = rank.gpu.stream();
-            let mut buffer = rank.gpu.allocate(DType::F32, 700).unwrap();
-            stream.upload(buffer.view_mut(), &[1.0f32; 700]);
-            for _ in 0..5 {
-                let pending = rank.gpus.all_reduce(buffer, Reduction::Sum, stream.record());
-                buffer = pending.then(&*stream).unwrap();
-                // Alternately by the stream and by the next operation's own start event.
-                let again = rank.gpus.all_reduce(buffer, Reduction::Sum, stream.record());
-                let event = again.event();
-                let value = rank.gpus.broadcast(rank.gpu.allocate(DType::F32, 1).unwrap(), 0, event);
-                value.then(&*stream).unwrap();
-                buffer = again.then(&*stream).unwrap();
-            }
-            assert_eq!(stream.host_waits(), 0);
-            stream.download::<f32>(buffer.view()).unwrap()
-        });
-        for sum in sums {
-            assert_eq!(sum, [3f32.powi(10); 700], "seed {seed}");
-        }
+        run(3, Options::default(), |rank: &Rank| in_order(rank, 3));
     }
+}
+
+pub(crate) fn in_order(rank: &Rank, world: usize) {
+    let stream = rank.gpu.stream();
+    let mut buffer = rank.gpu.allocate(DType::F32, 700).unwrap();
+    stream.upload(buffer.view_mut(), &[1.0f32; 700]);
+    for _ in 0..5 {
+        let pending = rank.gpus.all_reduce(buffer, Reduction::Sum, stream.record());
+        buffer = pending.then(&*stream).unwrap();
+        // Alternately by the stream and by the next operation's own start event.
+        let again = rank.gpus.all_reduce(buffer, Reduction::Sum, stream.record());
+        let event = again.event();
+        let value = rank.gpus.broadcast(rank.gpu.allocate(DType::F32, 1).unwrap(), 0, event);
+        value.then(&*stream).unwrap();
+        buffer = again.then(&*stream).unwrap();
+    }
+    assert_eq!(stream.host_waits(), 0);
+    assert_eq!(stream.download::<f32>(buffer.view()).unwrap(), [(world as f32).powi(10); 700]);
 }

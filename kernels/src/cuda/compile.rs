@@ -77,6 +77,7 @@ pub(super) const KERNELS: &[&str] = &[
     "embedding_f32",
     "follow_event",
     "follow_latch",
+    "follow_marks",
     "reduce_bf16_bf16",
     "reduce_bf16_f32",
     "reduce_f32_bf16",

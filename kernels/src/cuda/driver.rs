@@ -37,11 +37,15 @@ pub(super) const SYMBOLS: &[&str] = &[
     "cuMemAddressFree",
     "cuMemAddressReserve",
     "cuMemCreate",
+    "cuMemExportToShareableHandle",
     "cuMemFreeHost",
     "cuMemGetAllocationGranularity",
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
     "cuMemHostGetDevicePointer_v2",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
+    "cuMemImportFromShareableHandle",
     "cuMemMap",
     "cuMemRelease",
     "cuMemSetAccess",
@@ -57,6 +61,7 @@ pub(super) const SYMBOLS: &[&str] = &[
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
     "cuStreamWaitValue32_v2",
+    "cuStreamWriteValue32_v2",
 ];
 
 /// An error that names the call.
@@ -81,14 +86,16 @@ mod tests {
     use super::SYMBOLS;
 
     /// The sources of this folder.
-    const SOURCES: [&str; 10] = [
+    const SOURCES: [&str; 12] = [
         include_str!("context.rs"),
         include_str!("compile.rs"),
         include_str!("event.rs"),
         include_str!("latch.rs"),
         include_str!("launch.rs"),
+        include_str!("mapped.rs"),
         include_str!("mod.rs"),
         include_str!("pinned.rs"),
+        include_str!("processes.rs"),
         include_str!("reduce.rs"),
         include_str!("slab.rs"),
         include_str!("stream.rs"),

@@ -23,12 +23,14 @@ mod kernels;
 mod latch;
 mod launch;
 mod library;
+mod mapped;
 mod pinned;
+mod processes;
 mod reduce;
 mod slab;
 mod stream;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use cudarc::driver::sys::{CUdeviceptr, CUstream, CUstream_flags};
 use parking_lot::Mutex;
@@ -40,6 +42,7 @@ use driver::call;
 pub use error::CudaError;
 use event::{Pool, Recorder};
 use latch::Latch;
+pub use processes::{PeerMemory, Words};
 use slab::Slab;
 pub use stream::CudaStream;
 
@@ -49,6 +52,9 @@ pub struct Cuda {
     inner: Arc<Inner>,
 }
 
+/// Says why another rank has failed, if it has. It must not wait.
+pub type Witness = dyn Fn() -> Option<Failure> + Send + Sync;
+
 /// What the buffers and streams of a rank share.
 struct Inner {
     context: Arc<Context>,
@@ -57,6 +63,8 @@ struct Inner {
     events: Arc<Pool>,
     /// The first error of this rank's work.
     failure: OnceLock<Failure>,
+    /// Who may know why other ranks failed.
+    witnesses: Mutex<Vec<Weak<Witness>>>,
     /// Streams that have not been dropped.
     streams: Mutex<Vec<RawStream>>,
     /// Where new memory is zeroed.
@@ -109,6 +117,7 @@ impl Cuda {
             slab,
             latch,
             failure: OnceLock::new(),
+            witnesses: Mutex::default(),
             streams: Mutex::default(),
             setup,
         };
@@ -189,9 +198,22 @@ impl Cuda {
         self.inner.fail_with(failure);
     }
 
+    /// Asks `witness`, while it lives, for the failure of this rank's work where another rank's
+    /// failed first: the GPU knows only that one did.
+    pub fn ask(&self, witness: &Arc<Witness>) {
+        let mut witnesses = self.inner.witnesses.lock();
+        witnesses.retain(|witness| witness.strong_count() > 0);
+        witnesses.push(Arc::downgrade(witness));
+    }
+
     /// Whether this GPU reads and writes memory of the other.
     pub fn reaches(&self, other: &Cuda) -> bool {
         self.inner.context.reaches(&other.inner.context)
+    }
+
+    /// What tells the GPU from all others, also in other processes.
+    pub fn uuid(&self) -> [u8; 16] {
+        self.inner.context.uuid
     }
 
     /// The GPU's number.
@@ -206,7 +228,7 @@ impl Cuda {
 
     /// Bytes in use, and bytes set aside.
     pub fn memory(&self) -> (u64, u64) {
-        (self.inner.slab.used(), self.inner.slab.bytes())
+        (self.inner.slab.used(), self.inner.slab.mapped.bytes)
     }
 }
 
@@ -231,7 +253,7 @@ unsafe impl Device for Cuda {
     fn take_in(&self, region: Region) -> Result<Region, Error> {
         let start = region.start().as_ptr().expose_provenance() as CUdeviceptr;
         match region.space() {
-            Space::Device(ordinal) if ordinal == self.ordinal() && self.inner.slab.contains(start, 0) => {
+            Space::Device(ordinal) if ordinal == self.ordinal() && self.inner.slab.mapped.contains(start, 0) => {
                 Ok(region.deferred())
             }
             other => Err(CudaError::Reach { ordinal: self.ordinal(), space: other }.into()),
@@ -256,7 +278,7 @@ impl Inner {
     fn owns(&self, raw: Raw) -> bool {
         let address = raw.pointer.as_ptr().expose_provenance() as CUdeviceptr;
         let bytes = (raw.len * raw.dtype.bytes()) as u64;
-        raw.space == Space::Device(self.context.ordinal) && self.slab.contains(address, bytes)
+        raw.space == Space::Device(self.context.ordinal) && self.slab.mapped.contains(address, bytes)
     }
 
     /// The first error of this rank's work, if there was one.
@@ -267,6 +289,11 @@ impl Inner {
         match self.latch.code() {
             0 => Ok(()),
             code => match CudaError::of_latch(code) {
+                Some(CudaError::Peer) => {
+                    let witnesses: Vec<Arc<Witness>> = self.witnesses.lock().iter().filter_map(Weak::upgrade).collect();
+                    let known = witnesses.iter().find_map(|witness| witness());
+                    Err(self.fail_with(known.unwrap_or_else(|| Failure::new(Error::from(CudaError::Peer)))))
+                }
                 Some(error) => Err(self.fail(error)),
                 // Whoever lets a stream go on after a failed event keeps the failure first.
                 None => Err(self.failure.get().cloned().expect("a failure is kept before the latch is set")),
