@@ -86,6 +86,21 @@ pub(crate) fn open(
     let bytes = allocated.saturating_add(allocated / 20).saturating_add(working).saturating_add(16 << 20);
     let device = Cuda::new(ordinal, bytes)?;
     let what = format!("{}, {} set aside for each rank", device.gpu(), human(device.memory().1));
+    if share_by_turns(&device, communicator)? && communicator.rank() == 0 {
+        let warning = "ranks that are processes share a GPU, and take turns on it: with --launch threads their \
+                       kernels run side by side";
+        crate::complain(warning);
+    }
     let communicator = Arc::new(communicator.between_gpus(&device)?);
     Ok(((Arc::new(device), communicator), what))
+}
+
+/// Whether ranks that are different processes have the same GPU. Every rank calls it.
+#[cfg(feature = "cuda")]
+fn share_by_turns(device: &pillion_kernels::Cuda, communicator: &Communicator) -> Result<bool, Error> {
+    let uuid = u128::from_le_bytes(device.uuid());
+    let own = [u64::from(std::process::id()), uuid as u64, (uuid >> 64) as u64];
+    let all = communicator.all_gather_scalars(&own)?;
+    let takes_turns = |a: &[u64], b: &[u64]| a[1..] == b[1..] && a[0] != b[0];
+    Ok(all.iter().any(|a| all.iter().any(|b| takes_turns(a, b))))
 }

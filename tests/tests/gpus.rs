@@ -1,13 +1,13 @@
 //! Training on GPUs: over the stand-ins of `tests/standins` (`ci/cuda`), or on GPUs. The numbers
 //! follow the processor's, and have the same bits however a run on GPUs is spread.
 
-use pillion_tests::program::{Step, Workplace};
+use pillion_tests::program::{Step, TINY, Workplace};
+use rustix::process::{Signal, kill_process};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 
 /// Little work, because the stand-ins take long for it.
-const LITTLE: &str =
-    "--seq 8 --micro-batch 1 --batch 4 --round-to 4 --validation-samples 2 --sample 0 --launch threads";
+const LITTLE: &str = "--seq 8 --micro-batch 1 --batch 4 --round-to 4 --validation-samples 2 --sample 0";
 
 /// A workplace whose programs find the GPUs, or what stands for them.
 fn workplace(seed: u64) -> Workplace {
@@ -56,6 +56,8 @@ fn every_way_of_running_two_ranks_on_gpus_is_bitwise_equal() {
             "--bucket 300KB",
             "--bucket 1MiB --recompute block",
             "--device cuda:1",
+            "--launch processes",
+            "--launch processes --prefetch 2 --device cuda:0",
             "--shard zero-2",
         ]
         .into_iter()
@@ -97,14 +99,28 @@ fn a_run_goes_from_processors_to_gpus_and_back() {
     let whole = place.train("whole", &format!("{base} --steps 4 --device cpu"));
     for (steps, device) in [(1, "cpu"), (3, "cuda"), (4, "cpu")] {
         let resume = if steps == 1 { "" } else { "--resume auto" };
-        place
-            .run(&format!(
-                "train {} --out spread {base} --steps {steps} --device {device} {resume}",
-                pillion_tests::program::TINY
-            ))
-            .succeeded();
+        place.run(&format!("train {TINY} --out spread {base} --steps {steps} --device {device} {resume}")).succeeded();
     }
     agree(&whole, &place.steps("spread"));
+}
+
+#[test]
+fn a_rank_that_dies_or_stops_is_named_by_the_others() {
+    for (signal, named) in [(Signal::KILL, "lost rank 1 ("), (Signal::STOP, "rank 1")] {
+        let place = workplace(7);
+        let flags = "--steps 100000 --ranks 3 --oversubscribe --launch processes --device cuda --timeout 2";
+        let running = place.start(&format!("train {TINY} {LITTLE} {flags} --validate-every 0 --out out"));
+        let ranks = running.ranks(3);
+        running.wait_for_step(&place, "out", 2);
+        kill_process(ranks[1], signal).unwrap();
+        let ended = running.finish();
+        for rank in [0, 2] {
+            let line = format!("pillion: rank {rank}: ");
+            let lines: Vec<&str> = ended.stderr.lines().filter(|said| said.starts_with(&line)).collect();
+            assert!(lines.len() == 1 && lines[0].contains(named), "rank {rank}: {lines:?}\n{ended}");
+        }
+        ended.has_no_panic();
+    }
 }
 
 #[test]
@@ -136,7 +152,6 @@ fn what_gpus_do_not_have_is_refused_before_a_run_starts() {
     let place = workplace(5);
     for (flags, named) in [
         ("--gather window", "--gather window"),
-        ("--launch processes", "--launch processes"),
         ("--trace", "--trace"),
         ("--device cuda:99", "no GPU 99"),
         ("--device cuda:x", "cuda:x"),

@@ -15,6 +15,7 @@ mod board;
 mod meeting;
 mod processes;
 mod steps;
+mod watch;
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};

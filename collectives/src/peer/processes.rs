@@ -4,19 +4,16 @@
 //! At each step a rank enqueues its mark, says so to the others, and enqueues its wait for theirs
 //! once they have said so. So whatever a stream waits for has been enqueued by its rank, and comes
 //! unless that rank dies, its GPU does, or its stream waits for another that did. A thread looks for
-//! that ([`Watch`]): it lets this rank's streams go on, and nothing runs behind such a wait.
+//! that (`watch.rs`).
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
-use parking_lot::Mutex;
-use pillion_kernels::{Buffer, Cpu, Cuda, DType, Failure, PeerMemory, Raw, Words};
+use pillion_kernels::{Cpu, Cuda, DType, PeerMemory, Raw, Words};
 
 use super::LANES;
 use super::meeting::{Lends, Lent, Step};
+use super::watch::{Marks, Watch};
 use crate::Error;
 use crate::call::{Purpose, describe};
 use crate::memory::control::Call;
@@ -25,10 +22,6 @@ use crate::transport::{Limit, Transport};
 
 /// The first mark: every run's marks wrap soon, so that it shows when they may not.
 const FIRST: u32 = u32::MAX - 7;
-/// How often a rank looks whether another has died or given up.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
-/// How often it writes the words then, which streams that are late may overwrite.
-const POISON_EVERY: Duration = Duration::from_millis(1);
 /// Words by which a rank shows what it lends.
 const SHOWN: usize = 6 + 2 * 2;
 
@@ -37,20 +30,10 @@ pub(super) type Memories = Vec<Option<Arc<PeerMemory>>>;
 
 /// What a rank has of a group whose other ranks are processes.
 pub(super) struct Processes {
-    shared: Arc<Shared>,
+    /// Ends before the rest goes.
+    watch: Watch,
     gpu: Cuda,
     memories: Memories,
-    watch: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// What its threads share.
-struct Shared {
-    words: Words,
-    /// Memory of the words, which goes after them.
-    _pages: Buffer,
-    /// The last that each of this rank's streams was given.
-    marks: [AtomicU32; LANES],
-    closing: AtomicBool,
 }
 
 /// Maps the memory of every other rank of `control`. All of them call it.
@@ -96,14 +79,8 @@ impl Processes {
         (0..LANES).for_each(|lane| words.set(rank, lane, FIRST));
         // Nobody waits at a word before it is set.
         control.put_back(control.exchange(&[], Purpose::Barrier, limit)?);
-        let marks = [const { AtomicU32::new(FIRST) }; LANES];
-        let shared = Arc::new(Shared { words, _pages: pages, marks, closing: AtomicBool::new(false) });
-        let watch = Watch { shared: shared.clone(), control: control.clone(), gpu: gpu.clone() };
-        let watch =
-            std::thread::Builder::new().name(format!("pillion-gpu-watch-{rank}")).spawn(move || watch.run()).map_err(
-                |error| Error::System { what: "starting a thread", reason: crate::limits::explain_thread(&error) },
-            )?;
-        Ok(Processes { shared, gpu: gpu.clone(), memories, watch: Mutex::new(Some(watch)) })
+        let marks = Marks::new(words, pages, rank, world, FIRST);
+        Ok(Processes { watch: Watch::start(marks, control, gpu)?, gpu: gpu.clone(), memories })
     }
 
     /// The memory of some of the ranks.
@@ -113,10 +90,9 @@ impl Processes {
 
     /// As [`Meeting::meet`](super::meeting::Meeting::meet).
     pub(super) fn meet(&self, step: &Step<'_>, lends: Lends) -> Result<Vec<Lends>, Error> {
-        let Shared { words, marks, .. } = &*self.shared;
         let &Step { control, rank, stream, lane, call, limit } = step;
-        let mark = marks[lane].load(Ordering::Relaxed).wrapping_add(1);
-        marks[lane].store(mark, Ordering::Relaxed);
+        let marks = self.watch.marks();
+        let (mark, words) = (marks.next(lane), marks.words());
         // SAFETY: the words stay registered until `close`, which waits for the streams.
         unsafe { stream.write_mark(words, rank, lane, mark) };
         let mut shown = [0; SHOWN];
@@ -134,6 +110,7 @@ impl Processes {
             Ok([first?, second?])
         };
         let lent = ranks.iter().enumerate().map(of).collect::<Result<Vec<Lends>, Error>>()?;
+        marks.expect(lane, mark, call);
         // SAFETY: as above; `Streams` keeps the memories until the streams have ended.
         unsafe { stream.wait_for_marks(words, &self.memories, lane, mark) };
         control.put_back(all);
@@ -170,19 +147,7 @@ impl Processes {
 
     /// Ends the watch. The streams have run what they were given.
     pub(super) fn close(&self) {
-        let watch = self.watch.lock().take();
-        if let Some(watch) = watch {
-            self.shared.closing.store(true, Ordering::Release);
-            watch.thread().unpark();
-            // It prints a panic by itself.
-            let _ = watch.join();
-        }
-    }
-}
-
-impl Drop for Processes {
-    fn drop(&mut self) {
-        self.close();
+        self.watch.end();
     }
 }
 
@@ -195,36 +160,5 @@ fn named(error: Error, call: Call) -> Error {
         Error::PeerLost { rank, how, .. } => Error::PeerLost { rank, op: describe(call), how },
         Error::Mismatch { theirs, peer, .. } => Error::Mismatch { ours: describe(call), theirs, peer },
         other => other,
-    }
-}
-
-/// Looks whether what this rank's streams wait for will come.
-struct Watch {
-    shared: Arc<Shared>,
-    control: Arc<dyn Transport>,
-    gpu: Cuda,
-}
-
-impl Watch {
-    fn run(&self) {
-        let mut has_failed = false;
-        while !self.shared.closing.load(Ordering::Acquire) {
-            if !has_failed && let Err(error) = self.look() {
-                // Before any stream goes on, because this is the error that its events have then.
-                self.gpu.fail(Failure::new(error));
-                has_failed = true;
-            }
-            if has_failed {
-                let marks = self.shared.marks.iter().enumerate();
-                marks.for_each(|(lane, mark)| self.shared.words.poison(lane, mark.load(Ordering::Relaxed)));
-            }
-            std::thread::park_timeout(if has_failed { POISON_EVERY } else { LOOK_EVERY });
-        }
-    }
-
-    /// Whether all ranks are well, and so is this one's GPU. Where it is not, the others hear of it.
-    fn look(&self) -> Result<(), Error> {
-        self.control.look()?;
-        self.gpu.healthy().map_err(|failure| self.control.fail_after(failure))
     }
 }

@@ -25,13 +25,14 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const LEN: usize = 900;
 
 /// Programs by name: what a rank does with its number, the world and a number that the test chose.
-const PROGRAMS: [(&str, fn(&Rank, usize, u64)); 7] = [
+const PROGRAMS: [(&str, fn(&Rank, usize, u64)); 8] = [
     ("same bits", same_bits),
     ("dies", dies),
     ("fails", fails),
     ("gives up", gives_up),
     ("another call", another_call),
     ("does not come", does_not_come),
+    ("is late", is_late),
     ("leaves out", leaves_out),
 ];
 
@@ -48,7 +49,7 @@ fn a_rank() {
         Launch { rank, world, local_rank: rank, local_world: world, job, source: Source::Local, ..Launch::single() };
     standin::reset(number("SEED") + 100 * rank as u64);
     let options = match variable("PROGRAM").as_str() {
-        "does not come" => Options { timeout: Duration::from_millis(300), ..Options::default() },
+        "does not come" | "is late" => Options { timeout: Duration::from_millis(300), ..Options::default() },
         _ => Options::default(),
     };
     let rank = Rank::new(rank, Communicator::connect(&launch, options).unwrap());
@@ -250,6 +251,33 @@ fn does_not_come(rank: &Rank, _: usize, _: u64) {
 #[test]
 fn a_rank_that_does_not_come_is_named() {
     run("does not come", 3, 0, 0).well();
+}
+
+/// All ranks have enqueued a sum, and the stream of rank 1 does not come to it.
+fn is_late(rank: &Rank, _: usize, _: u64) {
+    let (gate, stream) = (Gate::new(), rank.gpu.stream());
+    let pending = held(rank, &*stream, (rank.number == 1).then_some(&gate));
+    if rank.number == 1 {
+        while rank.gpus.healthy().is_ok() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        gate.end(Ok(()));
+    }
+    match pending.wait().unwrap_err() {
+        Error::Timeout { op, waiting_on, how, .. } if rank.number != 1 => {
+            assert!(waiting_on == [1] && op.contains("all-reduce") && how.contains("its GPU"), "{op}: {how}")
+        }
+        Error::Aborted { reason, .. } => assert!(reason.contains("rank 1") && reason.contains("its GPU"), "{reason}"),
+        other => panic!("{other}"),
+    }
+    nothing_runs(rank);
+}
+
+#[test]
+fn a_rank_whose_stream_does_not_come_is_named() {
+    for seed in 0..3 {
+        run("is late", 3, seed, 0).well();
+    }
 }
 
 /// Rank 0 leaves one wait or mark out; whether somebody notices is how the job ends.

@@ -77,11 +77,20 @@ impl Words {
         self.address + 4 * self.index(rank, stream) as u64
     }
 
+    fn word(&self, rank: usize, stream: usize) -> &AtomicU32 {
+        // SAFETY: inside the memory, by `index`; it is aligned to a page, accessed as atomics, and
+        // mapped as long as this lives.
+        unsafe { AtomicU32::from_ptr(self.start.as_ptr().cast::<u32>().add(self.index(rank, stream))) }
+    }
+
+    /// The last mark that a rank's stream has written.
+    pub fn get(&self, rank: usize, stream: usize) -> u32 {
+        self.word(rank, stream).load(Ordering::Acquire)
+    }
+
     /// What the word of a rank's stream says from now on; for words that no stream uses yet.
     pub fn set(&self, rank: usize, stream: usize, mark: u32) {
-        // SAFETY: inside the memory, by `index`; it is aligned to a page and accessed as atomics.
-        let word = unsafe { AtomicU32::from_ptr(self.start.as_ptr().cast::<u32>().add(self.index(rank, stream))) };
-        word.store(mark, Ordering::Release);
+        self.word(rank, stream).store(mark, Ordering::Release);
     }
 
     /// Lets go on whatever waits for a stream of this number of any rank, as failed: `mark` is the

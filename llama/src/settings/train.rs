@@ -254,7 +254,7 @@ pub struct TrainArgs {
     /// Number of ranks to start on this host; default: those of mpirun, torchrun or srun, else 2.
     #[arg(long, value_name = "N")]
     pub ranks: Option<usize>,
-    /// How --ranks are started.
+    /// How --ranks are started; default on GPUs: threads.
     #[arg(long, value_enum, default_value = "processes")]
     pub launch: LaunchKind,
     /// Number of hosts. On each, start the program with the same settings and its own --node-rank.

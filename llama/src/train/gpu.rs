@@ -8,7 +8,7 @@ use pillion_runtime::{Gather, Policy};
 use crate::Error;
 use crate::gpu::{self, Load, Moved};
 use crate::plan::Setup;
-use crate::settings::{DeviceKind, LaunchKind, TrainArgs};
+use crate::settings::{DeviceKind, TrainArgs};
 
 /// Checks, before any rank starts, what GPUs cannot have, and that they are there.
 ///
@@ -18,7 +18,6 @@ pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
     let DeviceKind::Cuda(gpu) = settings.device else { return Ok(()) };
     let given = |flag: &str| settings.given.contains(flag);
     let refused = [
-        (given("launch") && settings.launch == LaunchKind::Processes, "--launch processes"),
         (settings.nodes > 1, "--nodes"),
         (settings.trace, "--trace"),
         (settings.profile, "--profile"),

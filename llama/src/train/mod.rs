@@ -82,8 +82,10 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
         launcher::check_ranks(ranks, settings.oversubscribe)?;
         cores::check(settings.threads, ranks)?;
         let node = node(settings, ranks)?;
+        // Kernels of ranks that share a GPU run side by side in one process alone.
+        let on_gpus = settings.device.is_gpu() && !settings.given.contains("launch");
         return match settings.launch {
-            LaunchKind::Processes if (ranks > 1 || node.of > 1) && !settings.device.is_gpu() => {
+            LaunchKind::Processes if (ranks > 1 || node.of > 1) && !on_gpus => {
                 let options =
                     launcher::Options { oversubscribe: settings.oversubscribe, node, ..launcher::Options::default() };
                 Ok(launcher::run_processes_with(ranks, &options)?)
