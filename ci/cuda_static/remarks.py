@@ -13,12 +13,15 @@ SINGLE_CALL = (
 )
 ATOMIC = "the verifier knows no result of atomicCAS; one thread acts, so nothing can race"
 
+VOTE = "the verifier knows no vote about memory; one thread acts on it, so nothing can race"
+
 REMARKS: list[tuple[str, str, str, str]] = [
     (r"attention_softmax_.*|cross_entropy_.*", r"barrier-[2468]/9", "redundant", SINGLE_CALL),
     (r"rms_norm_(f32|bf16)_.*|square_norm_.*", r"barrier-[24]/5", "redundant", SINGLE_CALL),
     (r"sum_losses", r"barrier-2/3", "redundant", SINGLE_CALL),
     (r"follow_event", r"(sm_100:)?failed", "undecided", ATOMIC),
     (r"follow_latch", r"(sm_100:)?set", "undecided", ATOMIC),
+    (r"follow_marks", r".*", "undecided", VOTE),
 ]
 
 

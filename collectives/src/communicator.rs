@@ -331,16 +331,21 @@ impl Communicator {
     }
 
     /// A communicator of the same ranks whose buffers are memory of GPUs: this rank's are `gpu`'s.
-    /// Every rank calls it. The ranks are threads of one process, on one host; they may share a
-    /// GPU. It gathers, reduce-scatters, all-reduces and broadcasts sums of f32 and bf16, with the
-    /// bits of shared memory, and exchanges scalars; other operations are [`Error::Misuse`].
+    /// Every rank calls it. The ranks are on one host, as threads of one process or as a process
+    /// each; they may share a GPU. It gathers, reduce-scatters, all-reduces and broadcasts sums of
+    /// f32 and bf16, with the bits of shared memory, and exchanges scalars; other operations are
+    /// [`Error::Misuse`].
+    ///
+    /// A rank's calls, those that exchange scalars included, have one order, whatever threads make
+    /// them, and it is the same on every rank.
     ///
     /// A call returns once every rank has made it and its work is enqueued. An operation's event is
     /// one of the GPU's, so a stream of `gpu` follows it without the host.
     ///
     /// # Errors
-    /// [`Error::Misuse`] where ranks are other processes, or GPUs do not reach each other's memory;
-    /// this communicator's first error.
+    /// [`Error::Misuse`] where some ranks share a process and others do not, or GPUs do not reach
+    /// each other's memory; [`Error::System`] where the driver refuses to share memory; this
+    /// communicator's first error.
     #[cfg(feature = "cuda")]
     pub fn between_gpus(&self, gpu: &pillion_kernels::Cuda) -> Result<Communicator, Error> {
         expect(self.hosts() == 1, || {

@@ -79,6 +79,7 @@ def kernels():
     yield "sum_numbers", "n / 256", 8 * 9, 64, "64, of 8 ranks"
     yield "follow_event", "1", 4, 1, "one word"
     yield "follow_latch", "1", 4, 1, "one word"
+    yield "follow_marks", "1", 8, 8, "two words of 8 ranks"
 
 
 def compiled():

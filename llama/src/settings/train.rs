@@ -388,7 +388,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
     pub timeout: u64,
     /// What ranks compute on: cpu, cuda for a GPU of each rank, or cuda:N for GPU N. GPUs need a
-    /// build with the feature cuda; their ranks are threads of one process.
+    /// build with the feature cuda; their ranks are on one host.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceKind,
     /// The flags that were given, on the command line or in the file, without dashes.
