@@ -241,6 +241,7 @@ fn does_not_come(rank: &Rank, _: usize, _: u64) {
                 assert!(waiting_on == [2] && op.contains("all-reduce"), "{op}: {waiting_on:?}")
             }
             Error::PeerLost { rank: 2, .. } => {}
+            Error::Aborted { reason, .. } => assert!(reason.contains("rank 2"), "{reason}"),
             other => panic!("{other}"),
         }
     }
