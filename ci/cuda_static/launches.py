@@ -167,6 +167,9 @@ FAMILIES: list[Family] = [
             Launch(
                 "no shared memory", 1, {"rows": 2, "width": 12292, "rows_per_part": 2}, long=True
             ),
+            Launch(
+                "odd and wide", 1, {"rows": 1, "width": 12289, "rows_per_part": 1}, long=True
+            ),
         ],
         dynamic=4 * 4096,
     ),
@@ -305,22 +308,39 @@ FAMILIES: list[Family] = [
     ),
     Family(
         r"follow_marks",
-        "*latch codes[] count *words stride mark",
+        "*latch codes[] count *words stride mark own",
         [
             Launch(
                 "wrapped",
                 1,
-                {"count": 3, "stride": 2, "mark": 0xFFFFFFFF},
+                {"count": 3, "stride": 2, "mark": 0xFFFFFFFF, "own": 2},
                 {"words": [0xFFFFFFFF, 0, 0, 0, 1, 0]},
                 pointers=3,
             ),
             Launch(
                 "given up",
                 1,
-                {"count": 2, "stride": 1, "mark": 7},
+                {"count": 2, "stride": 1, "mark": 7, "own": 0},
                 {"words": [7, 7 + (1 << 30)]},
                 pointers=2,
             ),
+        ],
+        threads=32,
+    ),
+    Family(
+        r"write_rider",
+        "*latch *out *own n",
+        [
+            Launch("one", 1, {"n": 0}),
+            Launch("many", 1, {"n": 300}),
+        ],
+    ),
+    Family(
+        r"follow_riders",
+        "*latch *riders count stride",
+        [
+            Launch("one", 1, {"count": 1, "stride": 1}),
+            Launch("many", 1, {"count": 40, "stride": 5}),
         ],
         threads=32,
     ),

@@ -16,12 +16,14 @@ ATOMIC = "the verifier knows no result of atomicCAS; one thread acts, so nothing
 VOTE = "the verifier knows no vote about memory; one thread acts on it, so nothing can race"
 
 REMARKS: list[tuple[str, str, str, str]] = [
-    (r"attention_softmax_.*|cross_entropy_.*", r"barrier-[2468]/9", "redundant", SINGLE_CALL),
-    (r"rms_norm_(f32|bf16)_.*|square_norm_.*", r"barrier-[24]/5", "redundant", SINGLE_CALL),
+    (r"attention_softmax_.*", r"barrier-[2468]/9", "redundant", SINGLE_CALL),
+    (r"cross_entropy_.*", r"barrier-([2468]|10|12)/13", "redundant", SINGLE_CALL),
+    (r"square_norm_.*", r"barrier-[24]/5", "redundant", SINGLE_CALL),
+    (r"rms_norm_(f32|bf16)_.*", r"barrier-[246]/7", "redundant", SINGLE_CALL),
     (r"sum_losses", r"barrier-2/3", "redundant", SINGLE_CALL),
     (r"follow_event", r"(sm_100:)?failed", "undecided", ATOMIC),
     (r"follow_latch", r"(sm_100:)?set", "undecided", ATOMIC),
-    (r"follow_marks", r".*", "undecided", VOTE),
+    (r"follow_marks|follow_riders", r".*", "undecided", VOTE),
 ]
 
 

@@ -79,9 +79,15 @@ pub(crate) enum Purpose {
     Allocate,
     Split,
     Reduce(Reduction),
+    /// A step of an operation between GPUs.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "GPUs alone have steps"))]
+    Step(Kind),
 }
 
 impl Purpose {
+    /// Words from here on are steps, of kind 0 and on.
+    const STEPS: u64 = 0x100;
+
     /// Of those that combine nothing.
     const NAMES: [&str; 6] =
         ["barrier", "patient barrier", "all-gather of scalars", "broadcast of bytes", "allocation", "split"];
@@ -95,10 +101,15 @@ impl Purpose {
             Purpose::Allocate => 4,
             Purpose::Split => 5,
             Purpose::Reduce(reduction) => Purpose::NAMES.len() as u64 + reduction.code(),
+            Purpose::Step(kind) => Purpose::STEPS + kind as u64,
         }
     }
 
     fn describe(word: u64, factor: u64) -> String {
+        if let Some(step) = word.checked_sub(Purpose::STEPS) {
+            let kind = Kind::ALL.into_iter().find(|&kind| kind as u64 == step);
+            return format!("a step of {} between GPUs", kind.map_or("an operation", Kind::name));
+        }
         match Purpose::NAMES.get(word as usize) {
             Some(name) => (*name).to_owned(),
             None => format!("{} of scalars", Reduction::describe(word - Purpose::NAMES.len() as u64, factor)),
@@ -168,7 +179,8 @@ pub(crate) fn in_sections(call: Call, sections: Option<&Sections>) -> Call {
     Call { memory: call.memory | sections.map_or(0, |sections| sections.digest() << 1), ..call }
 }
 
-fn kind(call: Call) -> Option<Kind> {
+/// The kind of a call's operation.
+pub(crate) fn kind(call: Call) -> Option<Kind> {
     Kind::ALL.into_iter().find(|&kind| kind as u64 == call.kind)
 }
 
@@ -247,6 +259,10 @@ mod tests {
                 "scalar exchange #0 of 3 (max of scalars)",
             ),
             (call(Kind::Scalars, None, false, 0, Detail::Purpose(Purpose::Split)), "split #0"),
+            (
+                call(Kind::Scalars, None, false, 10, Detail::Purpose(Purpose::Step(Kind::AllReduce))),
+                "scalar exchange #0 of 10 (a step of all-reduce between GPUs)",
+            ),
         ];
         for (call, expected) in cases {
             assert_eq!(describe(call), expected);

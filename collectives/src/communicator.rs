@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, Device};
 
+#[cfg(feature = "cuda")]
+use crate::GpuTransport;
 use crate::call::Purpose;
 use crate::checks::expect;
 use crate::join::{self, Job, Joined};
@@ -270,6 +272,11 @@ impl Communicator {
         self.transport.capabilities()
     }
 
+    /// What moves elements, in words for people.
+    pub fn mover(&self) -> String {
+        self.transport.mover()
+    }
+
     /// Whether nothing has failed here so far.
     ///
     /// # Errors
@@ -331,10 +338,14 @@ impl Communicator {
     }
 
     /// A communicator of the same ranks whose buffers are memory of GPUs: this rank's are `gpu`'s.
-    /// Every rank calls it. The ranks are on one host, as threads of one process or as a process
-    /// each; they may share a GPU. It gathers, reduce-scatters, all-reduces and broadcasts sums of
-    /// f32 and bf16, with the bits of shared memory, and exchanges scalars; other operations are
+    /// Every rank calls it, with the same `by`. It gathers, reduce-scatters, all-reduces and
+    /// broadcasts sums of f32 and bf16, and exchanges scalars; other operations are
     /// [`Error::Misuse`].
+    ///
+    /// By [`GpuTransport::Peer`], the ranks are on one host, as threads of one process or as a
+    /// process each; they may share a GPU. Sums have the bits of shared memory's. By
+    /// [`GpuTransport::Nccl`], ranks may be on several hosts, and each has a GPU of its own. Sums are
+    /// in NCCL's order, but for those of a [`Sideband`](crate::Sideband), which are in order of rank.
     ///
     /// A rank's calls, those that exchange scalars included, have one order, whatever threads make
     /// them, and it is the same on every rank.
@@ -344,19 +355,21 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Misuse`] where some ranks share a process and others do not, or GPUs do not reach
-    /// each other's memory; [`Error::System`] where the driver refuses to share memory; this
-    /// communicator's first error.
+    /// each other's memory, or share one by NCCL; [`Error::System`] where the driver refuses to share
+    /// memory, and for what NCCL says; this communicator's first error.
     #[cfg(feature = "cuda")]
-    pub fn between_gpus(&self, gpu: &pillion_kernels::Cuda) -> Result<Communicator, Error> {
-        expect(self.hosts() == 1, || {
-            let hosts = self.hosts();
-            format!("ranks on {hosts} hosts: GPUs of several hosts need a transport that does not exist yet")
+    pub fn between_gpus(&self, gpu: &pillion_kernels::Cuda, by: GpuTransport) -> Result<Communicator, Error> {
+        expect(self.hosts() == 1 || by != GpuTransport::Peer, || {
+            format!(
+                "ranks on {} hosts: GPUs read each other's memory on one host alone; NCCL serves several",
+                self.hosts()
+            )
         })?;
         let all: Vec<usize> = (0..self.world()).collect();
         // A group has operations and failures of its own.
         let (control, job) = self.make_group(&all)?;
         let groups = self.transport.options().reduce_groups;
-        let transport = crate::peer::Peer::connect(control, gpu, self.rank(), groups, self.limit())?;
+        let transport = crate::gpus::Gpus::connect(control, gpu, self.rank(), groups, by, self.limit())?;
         Ok(Communicator::of(transport, job))
     }
 

@@ -22,6 +22,8 @@ mod engine;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+#[cfg(feature = "cuda")]
+mod gpus;
 mod hosts;
 mod join;
 pub mod launch;
@@ -34,8 +36,6 @@ mod options;
 mod outcome;
 mod parts;
 mod patience;
-#[cfg(feature = "cuda")]
-mod peer;
 mod pending;
 mod record;
 mod reduce;
@@ -53,10 +53,12 @@ mod wire;
 
 pub use communicator::{Communicator, Traffic};
 pub use error::Error;
+#[cfg(feature = "cuda")]
+pub use gpus::nccl_version;
 pub use launch::{Launch, Meeting};
 pub use memory::available::available_memory;
 pub use operations::Start;
-pub use options::{Backend, Options, WireKind};
+pub use options::{Backend, GpuTransport, Options, WireKind};
 pub use parts::Parts;
 pub use pending::Pending;
 pub use record::Recorded;

@@ -31,6 +31,18 @@ impl Backend {
     }
 }
 
+/// What moves elements between GPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GpuTransport {
+    /// [`GpuTransport::Peer`] where all ranks are on one host, else [`GpuTransport::Nccl`].
+    #[default]
+    Auto,
+    /// GPUs of one host read each other's memory. Sums have the bits of shared memory's.
+    Peer,
+    /// NCCL, on one host or several; each rank needs a GPU of its own. Sums are in NCCL's own order.
+    Nccl,
+}
+
 /// What connects hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WireKind {

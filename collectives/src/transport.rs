@@ -122,12 +122,13 @@ pub(crate) trait Transport: Send + Sync {
     /// The first error here, if there was one.
     fn healthy(&self) -> Result<(), Error>;
 
-    /// Looks at the other ranks of this host now, whatever they are doing.
+    /// Looks at the other ranks of this host now, whatever they are doing. `op` names what this rank
+    /// is doing.
     ///
     /// # Errors
     /// The first error here; of a rank that died or gave up, which this one remembers then.
     #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "GPUs alone wait where nobody looks"))]
-    fn look(&self) -> Result<(), Error>;
+    fn look(&self, op: &dyn Fn() -> String) -> Result<(), Error>;
 
     /// Remembers an error, and tells other ranks what they would not learn otherwise. Returns the
     /// first error.
@@ -138,6 +139,11 @@ pub(crate) trait Transport: Send + Sync {
 
     /// Gives up, and tells every rank why.
     fn abort(&self, reason: &str);
+
+    /// What moves elements, in words.
+    fn mover(&self) -> String {
+        "the host".to_owned()
+    }
 
     /// What has been moved so far.
     fn traffic(&self) -> Traffic;

@@ -80,6 +80,8 @@ def kernels():
     yield "follow_event", "1", 4, 1, "one word"
     yield "follow_latch", "1", 4, 1, "one word"
     yield "follow_marks", "1", 8, 8, "two words of 8 ranks"
+    yield "write_rider", "1", 16, 12, "a rider of 12 numbers"
+    yield "follow_riders", "1", 8, 64, "riders of 64 ranks"
 
 
 def compiled():

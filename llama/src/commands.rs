@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Launch, Options};
+use pillion_collectives::{Communicator, GpuTransport, Launch, Options};
 use pillion_kernels::{Cores, LazyCpu};
 use pillion_runtime::{Engine, Gather, Layout, Memory, Mesh, Policy};
 
@@ -49,7 +49,8 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
             policy.gather = Gather::Copy;
             let activations = Model::activation_bytes(&recipe.model, policy.weights, 1, recipe.seq, Recompute::Block);
             let allocated = Memory::of(&layout, &policy, one).total() + activations;
-            let load = Load { allocated, model: &recipe.model, batch: 1, seq: recipe.seq, policy };
+            let load =
+                Load { allocated, model: &recipe.model, batch: 1, seq: recipe.seq, policy, by: GpuTransport::Auto };
             gpu::open(gpu, 0, &load, &communicator)?.0
         }
     };

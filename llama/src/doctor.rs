@@ -290,6 +290,10 @@ impl Findings {
                 Err(error) => self.add(&name, "cannot be used", error.to_string()),
             }
         }
+        match pillion_collectives::nccl_version() {
+            Ok(version) => self.add("NCCL", version, "--gpu-transport nccl, and GPUs of several hosts, use it"),
+            Err(error) => self.add("NCCL", "none", error.to_string()),
+        }
     }
 
     /// The GPUs that this process sees, or what is missing.

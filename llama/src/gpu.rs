@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pillion_collectives::Communicator;
+use pillion_collectives::{Communicator, GpuTransport};
 use pillion_kernels::Device;
 use pillion_runtime::Policy;
 
@@ -22,6 +22,8 @@ pub(crate) struct Load<'a> {
     pub(crate) batch: usize,
     pub(crate) seq: usize,
     pub(crate) policy: Policy,
+    /// What moves elements between GPUs.
+    pub(crate) by: GpuTransport,
 }
 
 /// Whether this GPU can be used, or the first one.
@@ -73,25 +75,32 @@ pub(crate) fn open(
 ) -> Result<(Moved, String), Error> {
     use pillion_collectives::limits::human;
     use pillion_kernels::Cuda;
+    use pillion_runtime::Layout;
 
     use crate::model::Model;
 
-    let Load { allocated, model, batch, seq, policy } = load;
+    let Load { allocated, model, batch, seq, policy, by } = load;
     let ordinal = match gpu {
         Some(gpu) => gpu,
         None => local_rank as u32 % Cuda::count()?.max(1),
     };
     let attention = Model::attention_shape(model, *batch, *seq);
     let working = Cuda::working_bytes(attention, model.hidden_size, policy.weights);
-    let bytes = allocated.saturating_add(allocated / 20).saturating_add(working).saturating_add(16 << 20);
-    let device = Cuda::new(ordinal, bytes)?;
-    let what = format!("{}, {} set aside for each rank", device.gpu(), human(device.memory().1));
-    if share_by_turns(&device, communicator)? && communicator.rank() == 0 {
+    // NCCL's operations work on copies of what they reduce, at most of the largest unit and its
+    // shards.
+    let longest = Layout::new(&model.units(), 1).units.iter().map(|unit| unit.len).max().unwrap_or(0) as u64;
+    let is_nccl = *by == GpuTransport::Nccl || communicator.hosts() > 1;
+    let copies = if is_nccl { 3 * 4 * longest } else { 0 };
+    let extra = working + copies + (16 << 20);
+    let device = Cuda::new(ordinal, allocated.saturating_add(allocated / 20).saturating_add(extra))?;
+    let communicator = Arc::new(communicator.between_gpus(&device, *by)?);
+    if share_by_turns(&device, &communicator)? && communicator.rank() == 0 {
         let warning = "ranks that are processes share a GPU, and take turns on it: with --launch threads their \
                        kernels run side by side";
         crate::complain(warning);
     }
-    let communicator = Arc::new(communicator.between_gpus(&device)?);
+    let aside = human(device.memory().1);
+    let what = format!("{}, {aside} set aside for each rank; {} moves elements", device.gpu(), communicator.mover());
     Ok(((Arc::new(device), communicator), what))
 }
 

@@ -42,21 +42,23 @@ struct Rows {
 // is set. Their latches begin with a code.
 Launch marks(Case& c) {
     u32 count = (u32)c.number(1, 32), stride = (u32)c.number(1, 3), mark = (u32)c.number(0, ~0u);
-    u32 odd = (u32)c.number(0, count - 1);
-    u64 trouble = c.number(0, 4);
-    c.may_latch = trouble >= 2;
+    u32 odd = (u32)c.number(0, count - 1), own = (u32)c.number(0, count - 1);
+    u64 trouble = c.number(0, 5);
+    c.may_latch = trouble >= 2 && odd != own;
     Sources codes = {};
     std::vector<u32> words(count * stride, 0x55);
     for (u32 rank = 0; rank < count; rank++) {
         u32 is_odd = rank == odd;
         codes.at[rank] = c.words({is_odd && trouble == 4 ? 3u : 0u});
         words[rank * stride] = mark + (u32)c.number(0, 2);
+        if (is_odd && trouble == 1) words[rank * stride] = mark + (1u << 29) - 1;
         if (is_odd && trouble == 2) words[rank * stride] += 1u << 30;
+        if (is_odd && trouble == 5) words[rank * stride] = mark + (1u << 29);
         if (is_odd && trouble == 3) words[rank * stride] = mark - 1;
     }
     c.latch_matters = false;
     c.threads = 32;
-    return c.launch(1, 0, codes, count, c.words(words), stride, mark);
+    return c.launch(1, 0, codes, count, c.words(words), stride, mark, own);
 }
 
 // One entry a kernel. `out` is a buffer that the kernel writes in full, `in_out` one that it may
@@ -151,6 +153,11 @@ const std::map<std::string, Call> calls = {
     CALL(follow_latch, c.latch_matters = false; c.may_latch = c.coin();
          return c.launch(1, 0, c.words({c.may_latch ? 3u : 0u}));),
     CALL(follow_marks, return marks(c);),
+    CALL(write_rider, u32 n = (u32)c.number(0, 600); c.latch_matters = false;
+         return c.launch(1, 0, c.out(F64, n + 1), c.in(F64, n), n);),
+    CALL(follow_riders, u32 count = (u32)c.number(1, 70), stride = (u32)c.number(1, 9);
+         c.latch_matters = false; c.threads = 32; c.may_latch = true;
+         return c.launch(1, 0, c.in(F64, (u64)count * stride), count, stride);),
 };
 
 }  // namespace

@@ -128,10 +128,9 @@ impl Transport for Group {
         Group::healthy(self)
     }
 
-    fn look(&self) -> Result<(), Error> {
+    fn look(&self, op: &dyn Fn() -> String) -> Result<(), Error> {
         Group::healthy(self)?;
-        let op = || "what its GPU waits for".to_owned();
-        Watch::new(Limit::NONE).look_around(self, &|_| false, &op).map_err(|error| Group::fail(self, error))
+        Watch::new(Limit::NONE).look_around(self, &|_| false, op).map_err(|error| Group::fail(self, error))
     }
 
     fn fail(&self, error: Error) -> Error {

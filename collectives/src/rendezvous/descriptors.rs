@@ -14,9 +14,12 @@ use rustix::net::{
 
 use super::socket::{Socket, dial, peer, socket, wait};
 use crate::Error;
+use crate::memory::fork::Guarded;
 
 /// How long a rank sleeps at most before it looks at the others.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// A rank whose connection has ended is seen to be dead within this.
+const DEATH_SHOWS_WITHIN: Duration = Duration::from_millis(100);
 
 /// A name that the system chose, as a number: 5 hexadecimal digits behind a zero.
 fn name(listener: &Socket) -> Result<u64, Error> {
@@ -44,11 +47,23 @@ pub(crate) fn swap(
     exchange: &dyn Fn(u64) -> Result<Vec<u64>, Error>,
     look: &dyn Fn() -> Result<(), Error>,
     limit: Duration,
-) -> Result<Vec<Option<OwnedFd>>, Error> {
-    let failed = Error::system("passing memory of a GPU to another process");
-    let listener = socket().map_err(&failed)?;
-    rustix::net::bind(&listener, &SocketAddrUnix::new_unnamed()).map_err(&failed)?;
-    rustix::net::listen(&listener, i32::from(i16::MAX)).map_err(&failed)?;
+) -> Result<Vec<Option<Guarded<OwnedFd>>>, Error> {
+    let system = Error::system("passing memory of a GPU to another process");
+    // A connection that ends is told from a rank that dies by a second look, because the kernel ends
+    // the connection first.
+    let failed = |errno: Errno| {
+        let until = Instant::now() + DEATH_SHOWS_WITHIN;
+        while matches!(errno, Errno::CONNRESET | Errno::PIPE | Errno::CONNREFUSED) && Instant::now() < until {
+            if let Err(error) = look() {
+                return error;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        look().err().unwrap_or_else(|| system(errno))
+    };
+    let listener = socket().map_err(&system)?;
+    rustix::net::bind(&listener, &SocketAddrUnix::new_unnamed()).map_err(&system)?;
+    rustix::net::listen(&listener, i32::from(i16::MAX)).map_err(&system)?;
     // Who has the names finds everybody listening.
     let names = exchange(name(&listener)?)?;
     let until = Instant::now().checked_add(limit);
@@ -56,7 +71,7 @@ pub(crate) fn swap(
         look()?;
         let now = Instant::now();
         if until.is_some_and(|until| now >= until) {
-            return Err(failed(Errno::TIMEDOUT));
+            return Err(system(Errno::TIMEDOUT));
         }
         wait(&mut [PollFd::new(socket, PollFlags::IN)], now + LOOK_EVERY)
     };
@@ -70,8 +85,9 @@ pub(crate) fn swap(
     while given.len() + 1 < names.len() {
         match rustix::net::accept_with(&listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(connection) => {
+                let connection = Guarded::new(connection);
                 // A stranger has no business here, and is sent nothing.
-                if peer(&connection)?.is_ours() {
+                if peer(&connection).is_ok_and(|peer| peer.is_ours()) {
                     send(&connection, own).map_err(&failed)?;
                     given.push(connection);
                 }
@@ -85,7 +101,7 @@ pub(crate) fn swap(
         let Some(connection) = connection else { return Ok(None) };
         loop {
             match receive(connection) {
-                Ok(descriptor) => return Ok(Some(descriptor)),
+                Ok(descriptor) => return Ok(Some(Guarded::new(descriptor))),
                 Err(Errno::AGAIN) => sleep(connection)?,
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(failed(errno)),
@@ -110,11 +126,14 @@ fn receive(connection: &Socket) -> rustix::io::Result<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut message = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
-    rustix::net::recvmsg(connection, &mut [IoSliceMut::new(&mut byte)], &mut message, RecvFlags::CMSG_CLOEXEC)?;
+    let into = &mut [IoSliceMut::new(&mut byte)];
+    if rustix::net::recvmsg(connection, into, &mut message, RecvFlags::CMSG_CLOEXEC)?.bytes == 0 {
+        return Err(Errno::CONNRESET);
+    }
     let received = message.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
         _ => None,
     });
-    // Without one, the other end hung up, or this process may open no more files.
+    // A byte without one: this process may open no more files.
     received.ok_or(Errno::MFILE)
 }

@@ -7,6 +7,7 @@ mod common;
 mod failures;
 #[path = "../../../kernels/tests/cuda/gate.rs"]
 mod gate;
+mod nccl;
 mod processes;
 mod same_bits;
 #[path = "../../../kernels/tests/cuda/standin.rs"]
@@ -14,7 +15,7 @@ mod standin;
 
 use std::sync::Mutex;
 
-use pillion_collectives::{Communicator, Launch, Options};
+use pillion_collectives::{Communicator, Error, GpuTransport, Launch, Options};
 use pillion_kernels::{Buffer, Cpu, Cuda, DType, Device, Stream, random};
 
 /// Ranks of one process.
@@ -22,7 +23,9 @@ pub(crate) fn run<R: Send>(world: usize, options: Options, program: impl Fn(&Ran
     // A seed is the whole process's, and many ranks at once take long.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    common::run(Launch::threads(world), options, |launch, host| program(&Rank::new(launch.rank, host)))
+    common::run(Launch::threads(world), options, |launch, host| {
+        program(&Rank::new(launch.rank, host, GpuTransport::Auto).unwrap())
+    })
 }
 
 pub(crate) struct Rank {
@@ -34,12 +37,12 @@ pub(crate) struct Rank {
 
 impl Rank {
     /// With the communicator of the host, one between GPUs, and its GPU.
-    fn new(number: usize, host: Communicator) -> Rank {
+    fn new(number: usize, host: Communicator, by: GpuTransport) -> Result<Rank, Error> {
         // Three ranks on two GPUs share one.
         let gpus = Cuda::count().unwrap_or_else(|error| panic!("{error} (ci/cuda runs these tests over stand-ins)"));
         let gpu = Cuda::new(number as u32 % gpus, 8 << 20).unwrap();
-        let gpus = host.between_gpus(&gpu).unwrap();
-        Rank { number, host, gpus, gpu }
+        let gpus = host.between_gpus(&gpu, by)?;
+        Ok(Rank { number, host, gpus, gpu })
     }
 
     /// Devices with the communicators that move their memory.

@@ -10,12 +10,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pillion_collectives::launch::Source;
-use pillion_collectives::{Communicator, Error, Launch, Options, Pending, Reduction};
-use pillion_kernels::{Buffer, DType, Device, Event, Failure, Stream};
+use pillion_collectives::{Communicator, Error, GpuTransport, Launch, Options, Pending, Reduction};
+use pillion_kernels::{Buffer, DType, Device, Event, Failure, Stream, random};
 use rustix::process::Signal;
 
 use crate::gate::Gate;
-use crate::{Rank, numbers, same_bits, standin};
+use crate::{Rank, nccl, numbers, same_bits, standin};
 
 /// The entry point of a rank in this program.
 const ENTRY: [&str; 5] = ["--exact", "processes::a_rank", "--ignored", "--nocapture", "--test-threads=1"];
@@ -24,8 +24,11 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Elements of what the programs reduce.
 const LEN: usize = 900;
 
-/// Programs by name: what a rank does with its number, the world and a number that the test chose.
-const PROGRAMS: [(&str, fn(&Rank, usize, u64)); 8] = [
+/// What a rank does, in a world of so many, with a number that the test chose.
+type Program = fn(&Rank, usize, u64);
+
+/// Programs by name.
+const PROGRAMS: [(&str, Program); 13] = [
     ("same bits", same_bits),
     ("dies", dies),
     ("fails", fails),
@@ -34,6 +37,11 @@ const PROGRAMS: [(&str, fn(&Rank, usize, u64)); 8] = [
     ("does not come", does_not_come),
     ("is late", is_late),
     ("leaves out", leaves_out),
+    ("has failed", has_failed),
+    ("gathers words", gathers_words),
+    ("forks", forks),
+    ("near", nccl::near),
+    ("loses NCCL", nccl::loses_nccl),
 ];
 
 #[test]
@@ -49,20 +57,27 @@ fn a_rank() {
         Launch { rank, world, local_rank: rank, local_world: world, job, source: Source::Local, ..Launch::single() };
     standin::reset(number("SEED") + 100 * rank as u64);
     let options = match variable("PROGRAM").as_str() {
-        "does not come" | "is late" => Options { timeout: Duration::from_millis(300), ..Options::default() },
+        "does not come" | "is late" => Options { timeout: Duration::from_secs(1), ..Options::default() },
+        // A mark that never comes is found sooner so.
+        "leaves out" => Options { timeout: Duration::from_secs(5), ..Options::default() },
         _ => Options::default(),
     };
-    let rank = Rank::new(rank, Communicator::connect(&launch, options).unwrap());
+    let by = if variable("BY") == "nccl" { GpuTransport::Nccl } else { GpuTransport::Auto };
+    let host = Communicator::connect(&launch, options).unwrap();
+    let rank = match Rank::new(rank, host, by) {
+        Err(error) if variable("PROGRAM") == "is refused" => return println!("refused: {error}"),
+        rank => rank.unwrap(),
+    };
     let program = PROGRAMS.iter().find(|(name, _)| *name == variable("PROGRAM")).expect("a program of this name").1;
     program(&rank, world, number("NUMBER"));
 }
 
 /// How the ranks of a job ended, and what each printed.
-struct Ended(Vec<(ExitStatus, String)>);
+pub(crate) struct Ended(pub(crate) Vec<(ExitStatus, String)>);
 
 impl Ended {
     #[track_caller]
-    fn well(self) {
+    pub(crate) fn well(self) {
         for (rank, (status, said)) in self.0.iter().enumerate() {
             assert!(status.success(), "rank {rank}: {status}\n{said}");
         }
@@ -71,6 +86,11 @@ impl Ended {
 
 /// Runs a job whose ranks are processes.
 fn run(program: &str, world: usize, seed: u64, number: u64) -> Ended {
+    run_with(program, world, seed, number, &[("GPUS_BY", "peer")])
+}
+
+/// The same with variables.
+pub(crate) fn run_with(program: &str, world: usize, seed: u64, number: u64, variables: &[(&str, &str)]) -> Ended {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let job = format!("gpus-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
     let folder = tempfile::tempdir().unwrap();
@@ -81,8 +101,8 @@ fn run(program: &str, world: usize, seed: u64, number: u64) -> Ended {
         for (name, value) in [("RANK", rank as u64), ("WORLD", world as u64), ("SEED", seed), ("NUMBER", number)] {
             command.env(format!("GPUS_{name}"), value.to_string());
         }
-        // A mark that never comes is found sooner so.
-        command.env("PILLION_STANDIN_PATIENCE", if program == "leaves out" { "3" } else { "60" });
+        // What stands for NCCL leaves its files there.
+        command.env("TMPDIR", folder.path()).envs(variables.iter().copied());
         let errors = output.try_clone().unwrap();
         command.stdin(Stdio::null()).stdout(output).stderr(errors).spawn().unwrap()
     };
@@ -105,7 +125,7 @@ fn run(program: &str, world: usize, seed: u64, number: u64) -> Ended {
 }
 
 /// A sum of all ranks' numbers, which starts behind `gate`.
-fn held(rank: &Rank, stream: &dyn Stream, gate: Option<&Arc<Gate>>) -> Pending<Buffer> {
+pub(crate) fn held(rank: &Rank, stream: &dyn Stream, gate: Option<&Arc<Gate>>) -> Pending<Buffer> {
     let buffer = numbers(stream, &rank.gpu, DType::F32, LEN, rank.number as u64);
     if let Some(gate) = gate {
         stream.wait_for(&Event::new(gate.clone()));
@@ -114,7 +134,7 @@ fn held(rank: &Rank, stream: &dyn Stream, gate: Option<&Arc<Gate>>) -> Pending<B
 }
 
 /// Nothing of this rank's work runs any more, and its memory is not handed out twice.
-fn nothing_runs(rank: &Rank) {
+pub(crate) fn nothing_runs(rank: &Rank) {
     assert!(rank.gpus.healthy().is_err());
     let stream = rank.gpu.stream();
     stream.wait_for(&rank.gpu.stream().record());
@@ -265,10 +285,12 @@ fn is_late(rank: &Rank, _: usize, _: u64) {
         gate.end(Ok(()));
     }
     match pending.wait().unwrap_err() {
+        // NCCL does not say which of the others it is.
         Error::Timeout { op, waiting_on, how, .. } if rank.number != 1 => {
-            assert!(waiting_on == [1] && op.contains("all-reduce") && how.contains("its GPU"), "{op}: {how}")
+            let is_named = waiting_on == [1] || !rank.gpus.capabilities().rank_order && waiting_on.contains(&1);
+            assert!(is_named && op.contains("all-reduce") && how.contains("GPU"), "{op}: {how}")
         }
-        Error::Aborted { reason, .. } => assert!(reason.contains("rank 1") && reason.contains("its GPU"), "{reason}"),
+        Error::Aborted { reason, .. } => assert!(reason.contains("1") && reason.contains("GPU"), "{reason}"),
         other => panic!("{other}"),
     }
     nothing_runs(rank);
@@ -281,26 +303,136 @@ fn a_rank_whose_stream_does_not_come_is_named() {
     }
 }
 
-/// Rank 0 leaves one wait or mark out; whether somebody notices is how the job ends.
+/// One rank, which the number's lowest bit chooses, leaves one wait or mark out; whether somebody
+/// notices is how the job ends.
 fn leaves_out(rank: &Rank, world: usize, number: u64) {
+    let (victim, number) = (number % 2, number / 2);
     let (kind, number) = if number < WAITS { ("value wait", number) } else { ("value write", number - WAITS) };
-    if rank.number == 0 {
+    if rank.number as u64 == victim {
         standin::skip(kind, number as i64);
     }
-    same_bits::in_order(rank, world);
+    let stream = rank.gpu.stream();
+    let seed = |rank: usize, turn: usize| (10 * rank + turn) as u64;
+    let mut found = Vec::new();
+    for turn in 0..TURNS {
+        let own = || numbers(&*stream, &rank.gpu, DType::F32, LEN, seed(rank.number, turn));
+        let sent = rank.gpus.broadcast(own(), turn % world, stream.record()).then(&*stream).unwrap();
+        let summed = rank.gpus.all_reduce(own(), Reduction::Sum, stream.record()).then(&*stream).unwrap();
+        for mut buffer in [sent, summed] {
+            let mut kept = rank.gpu.allocate(DType::F32, LEN).unwrap();
+            stream.copy(kept.view_mut(), buffer.view());
+            // Whoever still reads it reads something else.
+            stream.zero(buffer.view_mut());
+            found.push(kept);
+        }
+    }
+    for (turn, found) in found.chunks(2).enumerate() {
+        let of = |rank: usize, index: u64| random::normal(7, seed(rank, turn), index) as f32;
+        let sent = |index: u64| of(turn % world, index);
+        let summed = |index: u64| (0..world).map(|rank| of(rank, index)).sum::<f32>();
+        let expected: [Vec<f32>; 2] = [(0..LEN as u64).map(sent).collect(), (0..LEN as u64).map(summed).collect()];
+        let found: Vec<Vec<f32>> = found.iter().map(|buffer| stream.download(buffer.view()).unwrap()).collect();
+        assert!(found == expected, "other numbers in turn {turn}");
+    }
 }
 
-/// Waits of `in_order` on a rank of two: an all-reduce has three steps, a broadcast two.
-const WAITS: u64 = 5 * (2 * 3 + 2);
+const TURNS: usize = 4;
+/// Waits on a rank of two: a broadcast has two steps, an all-reduce three.
+const WAITS: u64 = TURNS as u64 * (2 + 3);
 
 #[test]
-fn every_wait_and_every_mark_that_is_left_out_is_noticed() {
+fn every_wait_and_the_last_mark_that_is_left_out_is_noticed() {
     if !standin::is_there() {
         return;
     }
-    for number in 0..2 * WAITS {
-        let is_noticed = |seed| run("leaves out", 2, seed, number).0.iter().any(|(status, _)| !status.success());
-        assert!((0..40).any(is_noticed), "nobody notices that number {number} is left out");
+    // A mark before the last one is made up for by the next.
+    for number in (0..WAITS).chain([2 * WAITS - 1]) {
+        let is_noticed = |seed: u64| {
+            // What a wait protects, it may protect on one of the two ranks alone.
+            let Ended(ranks) = run("leaves out", 2, seed, 2 * number + seed % 2);
+            // Other numbers; a word that is behind; or a stream that waits for ever.
+            let says = ["other numbers", "another rank on its GPU failed", "has not come so far"];
+            ranks.iter().any(|(status, said)| !status.success() && says.iter().any(|text| said.contains(text)))
+        };
+        assert!((0..60).any(is_noticed), "nobody notices that number {number} is left out");
     }
-    run("leaves out", 2, 1, 2 * WAITS).well();
+    run("leaves out", 2, 1, 4 * WAITS).well();
+}
+
+/// Rank 1's operation follows an event that has failed already, behind an operation that waits for
+/// rank 0; then rank 1 leaves at once.
+fn has_failed(rank: &Rank, _: usize, number: u64) {
+    let stream = rank.gpu.stream();
+    let gate = Gate::new();
+    let first = (number == 1).then(|| held(rank, &*stream, (rank.number == 0).then_some(&gate)));
+    let buffer = numbers(&*rank.gpu.stream(), &rank.gpu, DType::F32, LEN, 1);
+    let failed = || Event::failed(Failure::new(std::io::Error::other("the data set is gone")));
+    let after = if rank.number == 1 { failed() } else { Event::PAST };
+    let error = rank.gpus.all_reduce(buffer, Reduction::Sum, after).wait().unwrap_err().to_string();
+    assert!(error.contains("the data set is gone") || error.contains("another rank"), "{error}");
+    gate.end(Ok(()));
+    drop(first);
+}
+
+#[test]
+fn a_failure_from_before_is_told_to_the_others_also_by_a_rank_that_leaves_at_once() {
+    for seed in 0..4 {
+        run("has failed", 3, seed, seed % 2).well();
+        run_with("has failed", 3, seed, seed % 2, &[("GPUS_BY", "nccl"), ("PILLION_STANDIN_DEVICES", "4")]).well();
+    }
+}
+
+/// Rank 1 gathers as many words as the others exchange for an operation.
+fn gathers_words(rank: &Rank, _: usize, _: u64) {
+    let error = match rank.number {
+        1 => rank.gpus.all_gather_scalars(&[7; 10]).unwrap_err(),
+        _ => held(rank, &*rank.gpu.stream(), None).wait().unwrap_err(),
+    };
+    let is_named = match &error {
+        Error::Mismatch { ours, theirs, .. } => ours.contains("all-reduce") != theirs.contains("all-reduce"),
+        Error::Aborted { .. } | Error::PeerLost { .. } => true,
+        _ => false,
+    };
+    assert!(is_named, "{error}");
+}
+
+#[test]
+fn words_of_a_caller_are_not_taken_for_those_of_an_operation() {
+    run("gathers words", 3, 0, 0).well();
+}
+
+/// A forked child drops what its parent has.
+fn forks(rank: &Rank, world: usize, _: u64) {
+    let status = in_child(|| {
+        // SAFETY: the child drops its copies, and ends without dropping the parent's.
+        let gpus = unsafe { std::ptr::read(&rank.gpus) };
+        // SAFETY: as above.
+        let gpu = unsafe { std::ptr::read(&rank.gpu) };
+        assert!(gpu.allocate(DType::F32, 3).unwrap_err().to_string().contains("forked child"));
+        drop((gpus, gpu));
+        7
+    });
+    assert_eq!(status, 7);
+    same_bits::in_order(rank, world);
+}
+
+/// Runs `program` in a forked child, and returns its exit status, 99 for a panic.
+fn in_child(program: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: the child runs what the test gives it, and ends without unwinding.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(program)).unwrap_or(99);
+        // SAFETY: ends the child at once.
+        unsafe { libc::_exit(status) };
+    }
+    let mut status = 0;
+    // SAFETY: of this process's own child; the status is valid for the write.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    libc::WEXITSTATUS(status)
+}
+
+#[test]
+fn a_forked_child_does_no_harm() {
+    run("forks", 2, 0, 0).well();
+    run_with("forks", 2, 0, 0, &[("GPUS_BY", "nccl"), ("PILLION_STANDIN_DEVICES", "4")]).well();
 }

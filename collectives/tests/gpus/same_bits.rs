@@ -8,18 +8,23 @@ use crate::{Rank, numbers, run, standin};
 const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
 
 /// What a test asks of each rank, on the host and between GPUs.
-type Operation<'a> = dyn Fn(&Case<'_>) -> Vec<Buffer> + Sync + 'a;
+pub(crate) type Operation<'a> = dyn Fn(&Case<'_>) -> Vec<Buffer> + Sync + 'a;
 
 /// Compares what a rank gets on the host and between GPUs.
 pub(crate) fn check(rank: &Rank, world: usize, what: &str, operation: &Operation<'_>) {
-    let [host, gpus] = rank.both().map(|(communicator, device)| {
+    let [host, gpus] = results(rank, world, operation);
+    assert!(host == gpus, "{what}: rank {} of {world} has other bits", rank.number);
+}
+
+/// What a rank gets on the host and between GPUs: types and bytes.
+pub(crate) fn results(rank: &Rank, world: usize, operation: &Operation<'_>) -> [Vec<(DType, Vec<u8>)>; 2] {
+    rank.both().map(|(communicator, device)| {
         let stream = device.stream();
         let case = Case { rank: rank.number, world, communicator, device, stream: &*stream };
         let results = operation(&case);
-        let bytes = results.iter().map(|buffer| stream.download_bytes(buffer.view()).unwrap());
-        bytes.collect::<Vec<_>>()
-    });
-    assert!(host == gpus, "{what}: rank {} of {world} has other bits", rank.number);
+        let bytes = |buffer: &Buffer| (buffer.dtype(), stream.download_bytes(buffer.view()).unwrap());
+        results.iter().map(bytes).collect()
+    })
 }
 
 /// The same, for every rank of jobs of these sizes.

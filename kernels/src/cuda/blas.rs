@@ -13,6 +13,7 @@ use cudarc::cublaslt::sys::{
 };
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 
+use super::context::Context;
 use super::{CudaError, Inner, slab};
 use crate::{DType, Region};
 
@@ -125,6 +126,7 @@ pub(super) struct Products {
 }
 
 struct Library {
+    context: Arc<Context>,
     handle: cublasLtHandle_t,
     _memory: Region,
     workspace: CUdeviceptr,
@@ -135,9 +137,12 @@ unsafe impl Send for Library {}
 
 impl Drop for Library {
     fn drop(&mut self) {
-        // SAFETY: created in `Library::open`, destroyed once; its stream's work has run.
-        unsafe {
-            let _ = call!(cublasLtDestroy(self.handle));
+        // A forked child leaves it to its parent.
+        if self.context.bind().is_ok() {
+            // SAFETY: created in `Library::open`, destroyed once; its stream's work has run.
+            unsafe {
+                let _ = call!(cublasLtDestroy(self.handle));
+            }
         }
     }
 }
@@ -149,7 +154,7 @@ impl Library {
         let mut handle = std::ptr::null_mut();
         // SAFETY: a pointer to a local.
         unsafe { call!(cublasLtCreate(&mut handle))? };
-        Ok(Library { handle, _memory: memory, workspace })
+        Ok(Library { context: inner.context.clone(), handle, _memory: memory, workspace })
     }
 }
 

@@ -78,6 +78,7 @@ pub(super) const KERNELS: &[&str] = &[
     "follow_event",
     "follow_latch",
     "follow_marks",
+    "follow_riders",
     "reduce_bf16_bf16",
     "reduce_bf16_f32",
     "reduce_f32_bf16",
@@ -100,6 +101,7 @@ pub(super) const KERNELS: &[&str] = &[
     "swiglu_backward_f32",
     "swiglu_bf16",
     "swiglu_f32",
+    "write_rider",
     "zero",
 ];
 

@@ -19,6 +19,8 @@ pub(super) struct Context {
     pub(super) name: String,
     pub(super) uuid: [u8; 16],
     pub(super) functions: Functions,
+    /// The process that has it.
+    process: u32,
 }
 
 // SAFETY: the driver's handles may be used from any thread.
@@ -95,13 +97,23 @@ impl Context {
         }
         let functions = Functions::load(&format!("sm_{major}{minor}"))?;
         let uuid = uuid.bytes.map(|byte| byte as u8);
-        Ok(Context { ordinal, device, context, name, uuid, functions })
+        let process = std::process::id();
+        Ok(Context { ordinal, device, context, name, uuid, functions, process })
     }
 
     /// Makes this GPU the one that the calling thread's calls are for.
+    ///
+    /// # Errors
+    /// In a forked child, where CUDA does not work.
     pub(super) fn bind(&self) -> Result<(), CudaError> {
+        self.check()?;
         // SAFETY: the context lives as long as the process.
         unsafe { call!(cuCtxSetCurrent(self.context)) }
+    }
+
+    /// Whether this is the process that has the GPU, and no child that it forked.
+    pub(super) fn check(&self) -> Result<(), CudaError> {
+        if self.process == std::process::id() { Ok(()) } else { Err(CudaError::Forked) }
     }
 
     /// Whether this GPU reads and writes memory of another, or it is the same.

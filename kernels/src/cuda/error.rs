@@ -96,6 +96,9 @@ pub enum CudaError {
     /// Another rank's work on its GPU failed, and this rank's work follows it.
     #[error("the work of another rank on its GPU failed: look at that rank's own message")]
     Peer,
+    /// The process is a forked child of the one that has the GPU.
+    #[error("a forked child cannot use the GPU of the process that it comes from: start programs with exec")]
+    Forked,
     /// A token id that the table does not have.
     #[error("a token id is beyond the vocabulary: the embedding's table has no such row")]
     Token,

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use cudarc::driver::sys::CUdeviceptr;
+use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use parking_lot::Mutex;
 
 use super::CudaError;
@@ -49,6 +49,9 @@ const BYTES: usize = 64 << 10;
 const HAPPENED: u32 = 1;
 const FAILED: u32 = 2;
 
+/// The code of a latch that another rank's failure has set: see `kernels/cuda/common.cuh`.
+const PEER_FAILED: u32 = 4;
+
 impl Latch {
     /// Bytes of device memory that it takes.
     pub(super) const BYTES: u64 = 16;
@@ -78,6 +81,15 @@ impl Latch {
     /// What stops the work: 0 for nothing.
     pub(super) fn code(&self) -> u32 {
         self.words.word(MIRROR).load(Ordering::Acquire)
+    }
+
+    /// Sets it from the host, on a stream that nothing holds up.
+    pub(super) fn set(&self, stream: CUstream) -> Result<(), CudaError> {
+        let mirror = self.words.word(MIRROR);
+        // The mirror first, as kernels do: whoever sees the code finds the host told already.
+        let _ = mirror.compare_exchange(0, PEER_FAILED, Ordering::AcqRel, Ordering::Acquire);
+        // SAFETY: the latch's code, in memory that lives as long as this.
+        unsafe { call!(cuMemsetD32Async(self.address, PEER_FAILED, 1, stream)) }
     }
 
     /// A word that no stream waits for: its number, and where the GPU sees it.

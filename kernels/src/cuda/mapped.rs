@@ -30,6 +30,7 @@ impl Mapped {
         kind.requestedHandleTypes = FILE;
         kind.location = location(context.device);
         let recommended = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
+        let access = accesses(context)?;
         let (mut granule, mut handle) = (0, 0);
         // SAFETY: pointers to locals of the types that the driver writes and reads.
         unsafe { call!(cuMemGetAllocationGranularity(&mut granule, &kind, recommended))? };
@@ -41,7 +42,7 @@ impl Mapped {
             }
             other => other,
         })?;
-        Mapped::of(context, handle, bytes, &accesses(context)?)
+        Mapped::of(context, handle, bytes, &access)
     }
 
     /// Maps what another process made, with `bytes` bytes, for `context`'s GPU.
@@ -100,7 +101,11 @@ impl Mapped {
         // SAFETY: a pointer to a local of the type that this kind of handle has.
         unsafe { call!(cuMemExportToShareableHandle((&raw mut descriptor).cast(), self.handle, FILE, 0))? };
         // SAFETY: the driver has opened it for the caller, who closes it.
-        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        // Programs that this process starts must not keep the memory.
+        // SAFETY: a descriptor that is open.
+        unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
+        Ok(descriptor)
     }
 }
 

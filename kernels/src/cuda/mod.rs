@@ -124,26 +124,30 @@ impl Cuda {
         Ok(Cuda { inner: Arc::new(inner) })
     }
 
-    /// How many queues of a GPU the streams of a process share, as CUDA_DEVICE_MAX_CONNECTIONS
-    /// says. With fewer queues than streams, a stream waits for others that it has no order with.
-    /// Sets the variable to 32 where it is not set and this process has no other thread yet. To be
-    /// called before anything else of GPUs, at the start of a program; later CUDA has read the
-    /// variable.
+    /// Sets what NVIDIA's libraries read from the environment, where it is not set and this process
+    /// has no other thread yet. To be called before anything else of GPUs, at the start of a program.
+    ///
+    /// CUDA_DEVICE_MAX_CONNECTIONS becomes 32: so many queues of a GPU the streams of a process
+    /// share, and with fewer queues than streams, a stream waits for others that it has no order
+    /// with. NCCL_NVLS_ENABLE becomes 0: sums inside the switches of NVLink vary from call to call.
+    ///
+    /// Returns how many queues there are, where that is known.
     pub fn prepare() -> Option<u32> {
         const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
         const MOST: u32 = 32;
-        if let Some(said) = std::env::var_os(QUEUES) {
-            return said.to_str()?.parse().ok();
-        }
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let threads = status.lines().find_map(|line| line.strip_prefix("Threads:"))?;
-        if threads.trim() != "1" {
-            return None;
-        }
-        // SAFETY: this thread is the only one of the process, so nobody reads the environment
-        // meanwhile.
-        unsafe { std::env::set_var(QUEUES, MOST.to_string()) };
-        Some(MOST)
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let threads = status.lines().find_map(|line| line.strip_prefix("Threads:"));
+        let is_alone = threads.is_some_and(|threads| threads.trim() == "1");
+        let set = |name: &str, value: &str| {
+            if is_alone && std::env::var_os(name).is_none() {
+                // SAFETY: this thread is the only one of the process, so nobody reads the
+                // environment meanwhile.
+                unsafe { std::env::set_var(name, value) };
+            }
+        };
+        set("NCCL_NVLS_ENABLE", "0");
+        set(QUEUES, &MOST.to_string());
+        std::env::var(QUEUES).ok()?.parse().ok()
     }
 
     /// How many GPUs this process sees.
@@ -196,6 +200,33 @@ impl Cuda {
     /// handed out twice any more.
     pub fn fail(&self, failure: Failure) {
         self.inner.fail_with(failure);
+    }
+
+    /// As [`Cuda::fail`], also for kernels that are enqueued already: those that have not begun do
+    /// nothing. For work that waits for something which will not come, before it is let go on.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where the driver refuses; then the GPU runs nothing any more.
+    pub fn stop(&self, failure: Failure) -> Result<(), Error> {
+        let inner = &self.inner;
+        inner.fail_with(failure);
+        inner.context.bind()?;
+        inner.latch.set(inner.setup.0)?;
+        Ok(Recorder { pool: &inner.events, stream: inner.setup.0 }.record()?.wait()?)
+    }
+
+    /// Makes this GPU the one that the calling thread's calls are for, those of other libraries too.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] where the driver refuses.
+    pub fn bind(&self) -> Result<(), Error> {
+        Ok(self.inner.context.bind()?)
+    }
+
+    /// Where this rank's memory lies on the GPU, and its size in bytes.
+    pub fn slab(&self) -> (u64, u64) {
+        let mapped = &self.inner.slab.mapped;
+        (mapped.start, mapped.bytes)
     }
 
     /// Asks `witness`, while it lives, for the failure of this rank's work where another rank's
@@ -286,6 +317,8 @@ impl Inner {
         if let Some(failure) = self.failure.get() {
             return Err(failure.clone());
         }
+        // A forked child may not even read pinned memory.
+        self.context.check().map_err(|error| Failure::new(Error::from(error)))?;
         match self.latch.code() {
             0 => Ok(()),
             code => match CudaError::of_latch(code) {

@@ -122,7 +122,8 @@ impl Cuda {
         Ok((mapped.export()?, mapped.bytes))
     }
 
-    /// Maps memory of a rank that is another process, for this rank's GPU: what it exported.
+    /// Maps memory of a rank that is another process, for this rank's GPU: what it exported. No
+    /// stream uses the memory when the value is dropped.
     ///
     /// # Errors
     /// [`Error::Cuda`], also where this GPU does not reach that memory.
@@ -142,8 +143,9 @@ impl Cuda {
     /// Lets streams write and wait for words of `ranks` ranks, one page after the other.
     ///
     /// # Safety
-    /// `start` is a page of memory that this process maps, for reading and writing, until the value
-    /// is dropped; all processes access it as atomics alone.
+    /// From `start` on lies a page for each rank, in memory that this process maps, for reading and
+    /// writing, until the value is dropped; all processes access it as atomics alone. No stream uses
+    /// the words when the value is dropped.
     ///
     /// # Errors
     /// [`Error::Cuda`] where the driver refuses.
@@ -194,8 +196,10 @@ impl CudaStream {
                 unsafe { call!(cuStreamWaitValue32_v2(raw, words.address(rank, stream), mark, at_least))? };
             }
             let (context, latch) = (&self.inner.context, self.inner.latch.address());
-            let arguments = [count.into(), first.into(), (Words::PAGE as u32 / 4).into(), mark.into()];
-            // SAFETY: follow_marks(codes, count, words, stride, mark); the caller's promise.
+            let own = memories.iter().position(Option::is_none).unwrap_or(memories.len()) as u32;
+            let stride = Words::PAGE as u32 / 4;
+            let arguments = [count.into(), first.into(), stride.into(), mark.into(), own.into()];
+            // SAFETY: follow_marks(codes, count, words, stride, mark, own); the caller's promise.
             unsafe { launch_with(context, raw, "follow_marks", Shape::warp(), latch, Some(&latches), &arguments) }
         });
     }

@@ -92,6 +92,34 @@ impl CudaStream {
         });
     }
 
+    /// Writes a rider: whether this rank's work has failed, as a number that is 0 where it has not,
+    /// and behind it `own`, numbers of f64.
+    ///
+    /// # Safety
+    /// `out` has one number of f64 more than `own`; both are this GPU's memory and stay valid until
+    /// the stream has run this; nobody else uses `out` meanwhile.
+    pub unsafe fn write_rider(&self, out: Raw, own: Option<Raw>) {
+        let len = own.map_or(0, |own| own.len);
+        assert!(out.len == len + 1 && out.dtype == DType::F64, "a rider of {} numbers with {len}", out.len);
+        let address = |raw: Raw| raw.pointer.as_ptr().expose_provenance() as u64;
+        let (out, own) = (address(out), own.map_or(0, address));
+        // SAFETY: write_rider(out, own, n); the caller's promise.
+        unsafe { self.kernel("write_rider", Shape::blocks(1), &[out.into(), own.into(), (len as u32).into()]) };
+    }
+
+    /// Stops this rank's work where the rider of a rank says that its own has failed. `riders` has
+    /// one of `count` ranks after the other.
+    ///
+    /// # Safety
+    /// `riders` is this GPU's memory and stays valid, and as it is, until the stream has run this.
+    pub unsafe fn follow_riders(&self, riders: Raw, count: usize) {
+        assert!(count > 0 && riders.len.is_multiple_of(count) && riders.dtype == DType::F64, "{riders:?} of {count}");
+        let (stride, riders) = (riders.len / count, riders.pointer.as_ptr().expose_provenance() as u64);
+        let arguments = [riders.into(), (count as u32).into(), (stride as u32).into()];
+        // SAFETY: follow_riders(riders, count, stride); the caller's promise.
+        unsafe { self.kernel("follow_riders", Shape::warp(), &arguments) };
+    }
+
     /// Whether [`CudaStream::fold`] has such a reduction.
     pub fn folds(job: &Fold<'_>) -> bool {
         let is_short = |dtype| matches!(dtype, DType::F32 | DType::Bf16);

@@ -1,6 +1,7 @@
 //! What the runtime and collectives need of a GPU's stream.
 
 use std::cell::{Cell, OnceCell, RefCell};
+use std::ffi::c_void;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -138,6 +139,38 @@ impl CudaStream {
         Recorder { pool: &self.inner.events, stream: self.stream.0 }
     }
 
+    /// The driver's handle, for a library that enqueues work here; the calling thread's calls are
+    /// for this GPU then.
+    ///
+    /// # Errors
+    /// Why this stream enqueues nothing any more.
+    pub fn handle(&self) -> Result<*mut c_void, Failure> {
+        if let Some(failure) = self.failure.get() {
+            return Err(failure.clone());
+        }
+        let bound = self.inner.context.bind();
+        bound.map_err(|error| self.failure.get_or_init(|| self.inner.fail(error)).clone())?;
+        Ok(self.stream.0.cast())
+    }
+
+    /// Whether this stream enqueues what it is given.
+    ///
+    /// # Errors
+    /// Why it does not any more.
+    pub fn healthy(&self) -> Result<(), Failure> {
+        self.failure.get().cloned().map_or(Ok(()), Err)
+    }
+
+    /// Waits until what was enqueued has run, also where this stream or this rank has failed.
+    pub fn drain(&self) {
+        if self.stream.0.is_null() {
+            return;
+        }
+        if let Ok(moment) = self.inner.context.bind().and_then(|()| self.recorder().record()) {
+            let _ = moment.wait();
+        }
+    }
+
     /// A moment behind everything that is enqueued.
     fn moment(&self) -> Result<Recorded, Failure> {
         if let Some(failure) = self.failure.get() {
@@ -217,13 +250,12 @@ impl CudaStream {
 
 impl Drop for CudaStream {
     fn drop(&mut self) {
-        if self.stream.0.is_null() {
+        // A forked child leaves it to its parent.
+        if self.stream.0.is_null() || self.inner.context.bind().is_err() {
             return;
         }
         // Work that is still enqueued uses memory that this stream keeps.
-        if let Ok(moment) = self.inner.context.bind().and_then(|()| self.recorder().record()) {
-            let _ = moment.wait();
-        }
+        self.drain();
         let mut streams = self.inner.streams.lock();
         streams.retain(|stream| *stream != self.stream);
         self.stream.destroy();

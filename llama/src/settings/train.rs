@@ -103,6 +103,27 @@ impl From<Wire> for pillion_collectives::WireKind {
     }
 }
 
+/// What moves elements between GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GpuTransport {
+    /// Peer on one host, NCCL on several.
+    Auto,
+    /// GPUs of one host read each other's memory.
+    Peer,
+    /// NCCL: each rank needs a GPU of its own.
+    Nccl,
+}
+
+impl From<GpuTransport> for pillion_collectives::GpuTransport {
+    fn from(transport: GpuTransport) -> Self {
+        match transport {
+            GpuTransport::Auto => Self::Auto,
+            GpuTransport::Peer => Self::Peer,
+            GpuTransport::Nccl => Self::Nccl,
+        }
+    }
+}
+
 /// The device that ranks compute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
@@ -368,6 +389,9 @@ pub struct TrainArgs {
     /// What connects hosts.
     #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
     pub wire: Wire,
+    /// What moves elements between GPUs.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub gpu_transport: GpuTransport,
     /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts
     /// gives its bits on one host.
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -388,7 +412,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
     pub timeout: u64,
     /// What ranks compute on: cpu, cuda for a GPU of each rank, or cuda:N for GPU N. GPUs need a
-    /// build with the feature cuda; their ranks are on one host.
+    /// build with the feature cuda.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceKind,
     /// The flags that were given, on the command line or in the file, without dashes.

@@ -18,7 +18,6 @@ pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
     let DeviceKind::Cuda(gpu) = settings.device else { return Ok(()) };
     let given = |flag: &str| settings.given.contains(flag);
     let refused = [
-        (settings.nodes > 1, "--nodes"),
         (settings.trace, "--trace"),
         (settings.profile, "--profile"),
         (settings.auto, "--auto"),
@@ -48,6 +47,7 @@ pub(super) fn adapt(settings: &TrainArgs, policy: Policy) -> Policy {
 /// # Errors
 /// Without the GPU, or without so much memory.
 pub(super) fn open(
+    settings: &TrainArgs,
     gpu: Option<u32>,
     setup: &Setup<'_>,
     launch: &Launch,
@@ -56,7 +56,8 @@ pub(super) fn open(
     let needs = setup.needs();
     let allocated = needs.memory.total() + needs.activations + needs.checkpoints;
     let (batch, policy) = (setup.micro_batch as usize, setup.policy);
-    let load = Load { allocated, model: setup.model, batch, seq: setup.seq, policy };
+    let by = settings.gpu_transport.into();
+    let load = Load { allocated, model: setup.model, batch, seq: setup.seq, policy, by };
     let (moved, what) = gpu::open(gpu, launch.local_rank, &load, communicator)?;
     if communicator.rank() == 0 {
         crate::print(format_args!(" GPU          {what}"));

@@ -83,9 +83,9 @@ pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
         cores::check(settings.threads, ranks)?;
         let node = node(settings, ranks)?;
         // Kernels of ranks that share a GPU run side by side in one process alone.
-        let on_gpus = settings.device.is_gpu() && !settings.given.contains("launch");
+        let together = settings.device.is_gpu() && !settings.given.contains("launch") && node.of == 1;
         return match settings.launch {
-            LaunchKind::Processes if (ranks > 1 || node.of > 1) && !on_gpus => {
+            LaunchKind::Processes if (ranks > 1 || node.of > 1) && !together => {
                 let options =
                     launcher::Options { oversubscribe: settings.oversubscribe, node, ..launcher::Options::default() };
                 Ok(launcher::run_processes_with(ranks, &options)?)

@@ -152,7 +152,7 @@ impl<'s> Run<'s> {
         let (device, moves): Moved = match settings.device {
             DeviceKind::Cpu => (Arc::new(processor.device.clone()), communicator.clone()),
             DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(recipe.seed)), communicator.clone()),
-            DeviceKind::Cuda(gpu) => gpu::open(gpu, &setup, launch, &communicator)?,
+            DeviceKind::Cuda(gpu) => gpu::open(settings, gpu, &setup, launch, &communicator)?,
         };
         let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
         let mut engine = Engine::new(moves, device.clone(), layout, policy)?;

@@ -116,6 +116,7 @@ CUDA(cuDeviceGetUuid_v2, void* uuid, int device) {
     CALL();
     if (!is_device(device)) return INVALID_DEVICE;
     memcpy(uuid, "pillion standin", 15);
+    static_cast<char*>(uuid)[14] = (char)setting("PILLION_STANDIN_HOST", 0);
     static_cast<char*>(uuid)[15] = (char)device;
     return OK;
 }

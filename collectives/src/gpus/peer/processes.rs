@@ -4,54 +4,58 @@
 //! At each step a rank enqueues its mark, says so to the others, and enqueues its wait for theirs
 //! once they have said so. So whatever a stream waits for has been enqueued by its rank, and comes
 //! unless that rank dies, its GPU does, or its stream waits for another that did. A thread looks for
-//! that (`watch.rs`).
+//! that (`gpus/watch.rs`).
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use pillion_kernels::{Cpu, Cuda, DType, PeerMemory, Raw, Words};
 
-use super::LANES;
+use super::marks::{Marks, WaitingForMarks};
 use super::meeting::{Lends, Lent, Step};
-use super::watch::{Marks, Watch};
 use crate::Error;
-use crate::call::{Purpose, describe};
-use crate::memory::control::Call;
+use crate::call::Purpose;
+use crate::gpus::operations::exchange;
+use crate::gpus::watch::Watch;
+use crate::gpus::{LANES, Place};
 use crate::rendezvous::descriptors;
-use crate::transport::{Limit, Transport};
 
 /// The first mark: every run's marks wrap soon, so that it shows when they may not.
 const FIRST: u32 = u32::MAX - 7;
-/// Words by which a rank shows what it lends.
-const SHOWN: usize = 6 + 2 * 2;
-
 /// Memory of the ranks of a group, by rank; None is this one's.
-pub(super) type Memories = Vec<Option<Arc<PeerMemory>>>;
+pub(in crate::gpus) type Memories = Vec<Option<Arc<PeerMemory>>>;
 
 /// What a rank has of a group whose other ranks are processes.
 pub(super) struct Processes {
     /// Ends before the rest goes.
     watch: Watch,
+    marks: Arc<Marks>,
     gpu: Cuda,
     memories: Memories,
 }
 
-/// Maps the memory of every other rank of `control`. All of them call it.
-pub(super) fn map_all(control: &dyn Transport, gpu: &Cuda, rank: usize, limit: Limit) -> Result<Memories, Error> {
+/// Maps the memory of every other rank of `place`. All of them call it.
+pub(super) fn map_all(place: &Place<'_>) -> Result<Memories, Error> {
+    let &Place { control, gpu, rank, limit, .. } = place;
     let system = |what| move |error: pillion_kernels::Error| Error::System { what, reason: error.to_string() };
     let (own, bytes) = gpu.export().map_err(system("sharing memory of a GPU"))?;
     let exchange = |word| control.exchange(&[word], Purpose::Gather, limit);
     let sizes = exchange(bytes)?;
-    let files = descriptors::swap(own.as_fd(), rank, &exchange, &|| control.look(), control.options().startup_timeout)?;
+    let (look, limit) = (|| control.look(&|| "the start".to_owned()), control.options().startup_timeout);
+    let files = descriptors::swap(own.as_fd(), rank, &exchange, &look, limit)?;
     let maps = files.into_iter().zip(sizes).enumerate().map(|(other, (file, bytes))| {
         let Some(file) = file else { return Ok(None) };
         let mapped = gpu.map(file.as_fd(), bytes).map_err(|error| {
-            let reason = format!(
-                "GPU {} does not reach the memory of rank {other}'s GPU ({error}): `nvidia-smi topo -p2p r` \
-                 shows which GPUs do; give the ranks others (CUDA_VISIBLE_DEVICES)",
-                gpu.ordinal()
-            );
-            Error::Misuse { reason }
+            let is_access = error.to_string().contains("cuMemSetAccess");
+            let remedy = match is_access {
+                true => {
+                    "these GPUs may not reach each other (`nvidia-smi topo -p2p r` shows which do); NCCL can \
+                         do without"
+                }
+                false => "is there room, and is it the same driver?",
+            };
+            let reason = format!("rank {other}'s, for GPU {}: {error}: {remedy}", gpu.ordinal());
+            Error::System { what: "mapping memory of a GPU of another process", reason }
         })?;
         Ok(Some(Arc::new(mapped)))
     });
@@ -59,14 +63,9 @@ pub(super) fn map_all(control: &dyn Transport, gpu: &Cuda, rank: usize, limit: L
 }
 
 impl Processes {
-    /// Over the ranks of `control`, which all call this, with the memory of each.
-    pub(super) fn new(
-        control: &Arc<dyn Transport>,
-        gpu: &Cuda,
-        rank: usize,
-        memories: Memories,
-        limit: Limit,
-    ) -> Result<Processes, Error> {
+    /// Among the ranks of `place`, which all call this, with the memory of each.
+    pub(super) fn new(place: &Place<'_>, memories: Memories) -> Result<Processes, Error> {
+        let &Place { control, gpu, rank, limit, .. } = place;
         let world = memories.len();
         let (pages, _) = control.clone().window(&Cpu, DType::U8, world * Words::PAGE, None)?;
         let start = pages.view().raw().pointer;
@@ -79,8 +78,9 @@ impl Processes {
         (0..LANES).for_each(|lane| words.set(rank, lane, FIRST));
         // Nobody waits at a word before it is set.
         control.put_back(control.exchange(&[], Purpose::Barrier, limit)?);
-        let marks = Marks::new(words, pages, rank, world, FIRST);
-        Ok(Processes { watch: Watch::start(marks, control, gpu)?, gpu: gpu.clone(), memories })
+        let marks = Arc::new(Marks::new(words, pages, rank, world, FIRST));
+        let watch = Watch::start(control, gpu, rank, WaitingForMarks::new(&marks, control, gpu))?;
+        Ok(Processes { watch, marks, gpu: gpu.clone(), memories })
     }
 
     /// The memory of some of the ranks.
@@ -91,29 +91,26 @@ impl Processes {
     /// As [`Meeting::meet`](super::meeting::Meeting::meet).
     pub(super) fn meet(&self, step: &Step<'_>, lends: Lends) -> Result<Vec<Lends>, Error> {
         let &Step { control, rank, stream, lane, call, limit } = step;
-        let marks = self.watch.marks();
+        let marks = &*self.marks;
         let (mark, words) = (marks.next(lane), marks.words());
-        // SAFETY: the words stay registered until `close`, which waits for the streams.
+        // SAFETY: the words stay registered until this is dropped, and `Gpus::close` waits before
+        // that until the streams have run everything.
         unsafe { stream.write_mark(words, rank, lane, mark) };
-        let mut shown = [0; SHOWN];
-        shown[..6].copy_from_slice(&call.words());
-        let places = shown[6..].as_chunks_mut::<2>().0;
-        places.iter_mut().zip(lends).for_each(|(place, lent)| *place = self.to_words(lent));
-        let all = control.exchange(&shown, Purpose::Gather, limit).map_err(|error| named(error, call))?;
-        let ranks = all.as_chunks::<SHOWN>().0;
-        step.compare(ranks.iter().map(|shown| Call::from_words(*shown.first_chunk().expect("as many words"))))?;
-        let of = |(other, shown): (usize, &[u64; SHOWN])| {
+        // Nobody is told of a mark that will not come.
+        stream.healthy().map_err(|failure| control.fail_after(failure))?;
+        let [first, second] = lends.map(|lent| self.to_words(lent));
+        let all = exchange(control, call, [first[0], first[1], second[0], second[1]], limit)?;
+        let of = |(other, shown): (usize, [u64; 4])| {
             if other == rank {
                 return Ok(lends);
             }
-            let [first, second] = [6, 8].map(|at| self.lent(other, [shown[at], shown[at + 1]]));
+            let [first, second] = [0, 2].map(|at| self.lent(other, [shown[at], shown[at + 1]]));
             Ok([first?, second?])
         };
-        let lent = ranks.iter().enumerate().map(of).collect::<Result<Vec<Lends>, Error>>()?;
-        marks.expect(lane, mark, call);
-        // SAFETY: as above; `Streams` keeps the memories until the streams have ended.
+        let lent = all.into_iter().enumerate().map(of).collect::<Result<Vec<Lends>, Error>>()?;
+        marks.expect(lane, mark, call, limit);
+        // SAFETY: as above; `Lanes` keeps the memories until the streams have ended.
         unsafe { stream.wait_for_marks(words, &self.memories, lane, mark) };
-        control.put_back(all);
         Ok(lent)
     }
 
@@ -148,17 +145,5 @@ impl Processes {
     /// Ends the watch. The streams have run what they were given.
     pub(super) fn close(&self) {
         self.watch.end();
-    }
-}
-
-/// The error of an exchange, with the operation of which it is a step.
-fn named(error: Error, call: Call) -> Error {
-    match error {
-        Error::Timeout { waiting_on, seconds, how, .. } => {
-            Error::Timeout { op: describe(call), waiting_on, seconds, how }
-        }
-        Error::PeerLost { rank, how, .. } => Error::PeerLost { rank, op: describe(call), how },
-        Error::Mismatch { theirs, peer, .. } => Error::Mismatch { ours: describe(call), theirs, peer },
-        other => other,
     }
 }
