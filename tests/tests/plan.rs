@@ -91,3 +91,45 @@ fn more_rounds_wait_for_more_and_the_largest_model_is_planned_too() {
         assert!(printed.contains(part), "{printed}");
     }
 }
+
+#[test]
+fn gpus_are_known_by_name_and_flags_say_otherwise() {
+    let place = Workplace::new(PROGRAM);
+    let planned = |flags: &str| {
+        let ended = place.run(&format!("plan --model llama3.1-8b --seq 1024 --micro-batch 1 --json {flags}"));
+        serde_json::from_str::<Value>(&ended.succeeded().stdout).expect("one JSON object, and nothing else")
+    };
+    let machine = |plan: &Value, key: &str| number(plan, &format!("/simulation/machine/{key}"));
+    let h100 = planned("--device h100 --ranks 8 --precision bf16 --peak-share 0.5");
+    // As NVIDIA's data sheet has them: dense, and one direction of NVLink.
+    let published = [("flops", 989.4e12 / 2.0), ("memory", 3.35e12), ("host_link/bandwidth", 450e9)];
+    for (key, value) in published {
+        assert_eq!(machine(&h100, key), value, "{key}");
+    }
+    assert_eq!(machine(&h100, "ranks_per_host"), 8.0);
+    let f32 = planned("--device h100 --ranks 8 --peak-share 0.5");
+    assert_eq!(machine(&f32, "flops"), 66.9e12 / 2.0);
+    let step = |plan: &Value| number(plan, "/simulation/given/step");
+    let faster = planned("--device b200 --ranks 8 --precision bf16 --peak-share 0.5");
+    let slower = planned("--device a100 --ranks 8 --precision bf16 --peak-share 0.5");
+    assert!(step(&faster) < step(&h100) && step(&h100) < step(&slower));
+    let said = planned("--device h100 --ranks 4 --ranks-per-host 2 --link 50GB/s --flops 1T --memory-bandwidth 1TB/s");
+    assert_eq!(
+        [machine(&said, "flops"), machine(&said, "memory"), machine(&said, "ranks_per_host")],
+        [1e12, 1e12, 2.0]
+    );
+    // A rank takes in as much as was measured, whatever the share.
+    let calibrated = planned("--device h100 --ranks 8 --precision bf16 --calibrate 5000");
+    assert!((number(&calibrated, "/simulation/given/tokens_per_s_per_rank") / 5000.0 - 1.0).abs() < 1e-9);
+    for (flags, named) in [
+        ("--device h100 --peak-share 0", "--peak-share 0"),
+        ("--device h100 --peak-share 1.5", "--peak-share 1.5"),
+        ("--device h100 --ranks 16", "--link"),
+    ] {
+        place.run(&format!("plan --model small {flags}")).refused(2, &[named]);
+    }
+    for (flags, named) in [("--peak-share 0.5", "--device"), ("--device tpu", "a100, h100, h200, b200")] {
+        let ended = place.run(&format!("plan --model small {flags}"));
+        assert!(ended.code() == Some(2) && ended.stderr.contains(named), "{ended}");
+    }
+}

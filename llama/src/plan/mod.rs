@@ -2,6 +2,7 @@
 
 pub(crate) mod auto;
 mod forecast;
+mod gpus;
 pub(crate) mod quantity;
 mod settings;
 mod setup;
@@ -82,7 +83,7 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
     let rounds = batch.div_ceil(micro_batch).div_ceil(ranks as u64);
     recipe::check_rounds(&model, rounds, if settings.batch.is_some() { "--batch" } else { "--rounds" })?;
     let rounds = rounds as usize;
-    let machine = settings.machine.machine(mesh)?;
+    let machine = settings.machine.machine(mesh, policy.weights)?;
     // Without a machine all ranks are on one host.
     let local = machine.map_or(ranks, |machine| machine.ranks_per_host.min(ranks));
     let recompute = settings.policy.recompute;

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use pillion_kernels::DType;
 use pillion_runtime::Mesh;
 use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::simulate::{Link, Machine};
 
 use super::forecast::MOST_CONTENTION;
+use super::gpus::{Gpu, ON_A_HOST, SHARE};
 use super::quantity::{bandwidth, duration, speed};
 use crate::Error;
 use crate::settings::{ModelArgs, PolicyArgs, save_memory};
@@ -57,6 +59,13 @@ pub struct PlanArgs {
 #[command(next_help_heading = "Simulation")]
 #[group(skip)]
 pub struct MachineArgs {
+    /// Simulate a step on GPUs of this kind, with published peaks: hosts of 8, their links and
+    /// memory, and --peak-share of their FLOP/s. Flags below say otherwise.
+    #[arg(long, value_enum, value_name = "NAME")]
+    pub device: Option<Gpu>,
+    /// Share of the --device's FLOP/s that it sustains in the model's kernels.
+    #[arg(long, value_name = "SHARE", default_value_t = SHARE, requires = "device")]
+    pub peak_share: f64,
     /// Simulate a step with ranks that each sustain so many floating-point operations a second in the model's kernels, such as 400T: what was measured there,
     /// not what the processor could make.
     #[arg(long, value_name = "RATE", value_parser = speed)]
@@ -74,9 +83,9 @@ pub struct MachineArgs {
     /// Time that any message between hosts takes; a collective pays it once for every other host.
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5us")]
     pub latency: f64,
-    /// Ranks of a host, neighbours in rank.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub ranks_per_host: usize,
+    /// Ranks of a host, neighbours in rank; default: 1, with --device 8.
+    #[arg(long, value_name = "N")]
+    pub ranks_per_host: Option<usize>,
     /// Bandwidth of a rank to the others of its host, in each direction.
     #[arg(long, value_name = "RATE", value_parser = bandwidth)]
     pub host_link: Option<f64>,
@@ -92,13 +101,15 @@ pub struct MachineArgs {
 }
 
 impl MachineArgs {
-    /// The machine, for the ranks of `mesh`, at any speed; none where nothing is to be simulated.
+    /// The machine, for the ranks of `mesh` and weights of this type, at any speed; none where
+    /// nothing is to be simulated.
     ///
     /// # Errors
     /// Names the flag that is missing, or how ranks do not fit on hosts.
-    pub(super) fn machine(&self, mesh: Mesh) -> Result<Option<Machine>, Error> {
+    pub(super) fn machine(&self, mesh: Mesh, weights: DType) -> Result<Option<Machine>, Error> {
         let fail = |message: String| Err(Error::Setting(message));
-        if self.flops.is_none() && self.calibrate.is_none() {
+        let peaks = self.device.map(Gpu::peaks);
+        if self.flops.is_none() && self.calibrate.is_none() && peaks.is_none() {
             let given = [
                 (self.link.is_some(), "--link"),
                 (self.host_link.is_some(), "--host-link"),
@@ -109,7 +120,7 @@ impl MachineArgs {
             return match given.into_iter().find(|(given, _)| *given) {
                 None => Ok(None),
                 Some((_, flag)) => {
-                    fail(format!("{flag} needs to know how fast ranks compute: give --flops or --calibrate"))
+                    fail(format!("{flag} needs to know how fast ranks compute: give --flops, --calibrate or --device"))
                 }
             };
         }
@@ -119,7 +130,11 @@ impl MachineArgs {
         if self.contention > 0.0 && self.flops.is_some() && self.calibrate.is_some() {
             return fail("--flops with --calibrate finds the --contention: leave out one of them".to_owned());
         }
-        let (world, ranks_per_host) = (mesh.world(), self.ranks_per_host);
+        if !(self.peak_share > 0.0 && self.peak_share <= 1.0) {
+            return fail(format!("--peak-share {} is no share above 0 and up to 1", self.peak_share));
+        }
+        let ranks_per_host = self.ranks_per_host.unwrap_or(if peaks.is_some() { ON_A_HOST } else { 1 });
+        let world = mesh.world();
         if ranks_per_host == 0 {
             return fail("--ranks-per-host is 0: it must be at least 1".to_owned());
         }
@@ -132,7 +147,8 @@ impl MachineArgs {
                 ));
             }
         };
-        let host_link = match (self.host_link, world.min(ranks_per_host) > 1) {
+        let between = self.host_link.or(peaks.map(|peaks| peaks.link));
+        let host_link = match (between, world.min(ranks_per_host) > 1) {
             (Some(bandwidth), _) => Link { bandwidth, latency: self.host_latency },
             (None, false) => Link::INSTANT,
             (None, true) => {
@@ -141,10 +157,10 @@ impl MachineArgs {
                 ));
             }
         };
-        let flops = self.flops.unwrap_or(f64::INFINITY);
+        let sustained = peaks.map(|peaks| self.peak_share * peaks.flops(weights));
         let machine = Machine {
-            flops,
-            memory: self.memory_bandwidth,
+            flops: self.flops.or(sustained).unwrap_or(f64::INFINITY),
+            memory: self.memory_bandwidth.or(peaks.map(|peaks| peaks.memory)),
             ranks_per_host,
             link,
             host_link,
