@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use pillion_collectives::{Backend, Options, Reduction, WireKind};
+use pillion_collectives::{Backend, GpuTransport, Options, Reduction, WireKind};
 use pillion_kernels::DType;
 
 use crate::Error;
 use crate::binding::Bind;
 use crate::elements::{RedopArgument, TypeArgument, type_of};
+use crate::gpu;
 use crate::habits::{Habits, size};
 use crate::operation::{Form, Operation};
 
@@ -81,9 +82,13 @@ pub struct Arguments {
     /// Also runs each operation beside a computation of the same length, as OSU's nonblocking tests do
     #[arg(long)]
     overlap: bool,
-    /// What moves the bytes
+    /// What moves the bytes; peer and nccl between GPUs
     #[arg(long, value_enum, default_value_t = BackendArgument::Auto)]
     backend: BackendArgument,
+    /// Whose memory buffers are: cpu, cuda for a GPU of each rank, or cuda:N for GPU N; GPUs need a
+    /// build with --features cuda
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
+    device: DeviceArgument,
     /// What connects hosts
     #[arg(long, value_enum, default_value_t = WireArgument::Auto)]
     wire: WireArgument,
@@ -111,6 +116,27 @@ enum BackendArgument {
     Tcp,
     Mpi,
     Hierarchical,
+    /// GPUs of one host read each other's memory
+    Peer,
+    /// NCCL between GPUs
+    Nccl,
+}
+
+/// Whose memory buffers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DeviceArgument {
+    Cpu,
+    /// A GPU: this one of each host, or one for each rank in turn.
+    Cuda(Option<u32>),
+}
+
+fn device(text: &str) -> Result<DeviceArgument, String> {
+    match (text, text.strip_prefix("cuda:")) {
+        ("cpu", _) => Ok(DeviceArgument::Cpu),
+        ("cuda", _) => Ok(DeviceArgument::Cuda(None)),
+        (_, Some(number)) if number.parse::<u32>().is_ok() => Ok(DeviceArgument::Cuda(number.parse().ok())),
+        _ => Err("expected cpu, cuda or cuda:N, with GPUs counted from 0".to_owned()),
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -178,6 +204,8 @@ pub struct Settings {
     pub in_place: bool,
     /// Where buffers lie.
     pub buffers: Buffers,
+    /// The GPU whose memory they are, if they are one's.
+    pub gpu: Option<gpu::Wanted>,
     /// Whether results are verified.
     pub check: bool,
     /// Whether caches are flushed.
@@ -212,8 +240,10 @@ impl Arguments {
     /// [`Error::Usage`] for what contradicts itself, and for flags that would have no effect.
     pub fn settings(self) -> Result<Settings, Error> {
         let usage = |text: String| Err(Error::Usage(text));
-        let operations: Vec<Operation> =
-            Operation::ALL.into_iter().filter(|one| self.operation == "all" || one.name() == self.operation).collect();
+        let all = if self.device == DeviceArgument::Cpu { &Operation::ALL[..] } else { &gpu::OPERATIONS };
+        let is_meant = |one: &&Operation| self.operation == "all" || one.name() == self.operation;
+        let operations: Vec<Operation> = all.iter().filter(is_meant).copied().collect();
+        let gpu = self.gpu(&operations)?;
         if let [operation] = operations[..] {
             self.check_effect(operation)?;
         }
@@ -266,7 +296,7 @@ impl Arguments {
             timeout: self.timeout.map_or(default.timeout, Duration::from_secs),
             startup_timeout: self.timeout.map_or(default.startup_timeout, Duration::from_secs),
             backend: match self.backend {
-                BackendArgument::Auto => Backend::Auto,
+                BackendArgument::Auto | BackendArgument::Peer | BackendArgument::Nccl => Backend::Auto,
                 BackendArgument::Shm => Backend::Shm,
                 BackendArgument::Tcp => Backend::Tcp,
                 BackendArgument::Mpi => Backend::Mpi,
@@ -292,7 +322,8 @@ impl Arguments {
             threads: self.threads,
             oversubscribe: self.oversubscribe,
             in_place: self.in_place,
-            buffers: self.buffers.unwrap_or(Buffers::Arena),
+            buffers: self.buffers.unwrap_or(if gpu.is_some() { Buffers::Private } else { Buffers::Arena }),
+            gpu,
             check: self.check || self.habits.asks_for_checks(),
             cold: self.cold,
             overlap: self.overlap,
@@ -301,6 +332,54 @@ impl Arguments {
             options,
             json: self.json,
         })
+    }
+
+    /// The GPU that is asked for, if one is.
+    ///
+    /// # Errors
+    /// For what GPUs do not have.
+    fn gpu(&self, operations: &[Operation]) -> Result<Option<gpu::Wanted>, Error> {
+        let usage = |text: String| Err(Error::Usage(text));
+        let between_gpus = match self.backend {
+            BackendArgument::Auto => Some(GpuTransport::Auto),
+            BackendArgument::Peer => Some(GpuTransport::Peer),
+            BackendArgument::Nccl => Some(GpuTransport::Nccl),
+            _ => None,
+        };
+        let DeviceArgument::Cuda(ordinal) = self.device else {
+            return match between_gpus {
+                Some(GpuTransport::Peer | GpuTransport::Nccl) => {
+                    usage("--backend peer and nccl move memory of GPUs: give --device cuda".into())
+                }
+                _ => Ok(None),
+            };
+        };
+        if operations.is_empty() {
+            let names: Vec<&str> = gpu::OPERATIONS.iter().map(|one| one.name()).collect();
+            return usage(format!("GPUs have no {}: they have {}", self.operation, names.join(", ")));
+        }
+        let refused = [
+            (self.buffers.is_some(), "--buffers"),
+            (self.cold, "--cold"),
+            (self.compare.is_some(), "--compare"),
+            (self.hosts.is_some(), "--hosts"),
+        ];
+        if let Some((_, flag)) = refused.into_iter().find(|(is_given, _)| *is_given) {
+            return usage(format!("--device cuda does not have {flag}: leave it out"));
+        }
+        let Some(by) = between_gpus else {
+            return usage("this --backend moves memory of the host: GPUs have peer and nccl".into());
+        };
+        let dtypes = self.dtype.unwrap_or(TypeArgument::One(DType::F32)).dtypes();
+        let reductions = self.redop.unwrap_or(RedopArgument::Sum).reductions();
+        if let ([operation], [dtype], [reduction]) = (operations, &dtypes[..], &reductions[..])
+            && operation.reduces()
+            && !gpu::combines(*operation, *dtype, *reduction)
+        {
+            let name = reduction.name();
+            return usage(format!("GPUs have no {name} of {dtype}: they sum and average f32 and bf16"));
+        }
+        Ok(Some(gpu::Wanted { ordinal, by }))
     }
 
     /// Refuses flags that would have no effect on the only operation.

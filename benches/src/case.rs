@@ -24,6 +24,7 @@ pub struct Case {
     /// What the ranks' scalars came to.
     combined: f64,
     stream: Box<dyn Stream>,
+    is_on_gpu: bool,
 }
 
 #[derive(Default)]
@@ -55,6 +56,17 @@ impl Case {
         }
     }
 
+    /// On a GPU.
+    ///
+    /// # Errors
+    /// Those of the allocations.
+    pub fn on(device: &dyn Device, pattern: Pattern, dtype: DType) -> Result<Case, Error> {
+        let allocate = |len: Option<usize>| len.map(|len| device.allocate(dtype, len)).transpose();
+        let operands = Operands { input: allocate(pattern.input_len())?, output: allocate(pattern.output_len())? };
+        let (scratch, stream) = (Cpu.allocate(dtype, BLOCK)?, device.stream());
+        Ok(Case { pattern, operands, window: None, scratch, scalar: 0.0, combined: 0.0, stream, is_on_gpu: true })
+    }
+
     /// Allocates the buffers; every rank does the same.
     ///
     /// # Errors
@@ -79,7 +91,16 @@ impl Case {
         }
         let scratch = Cpu.allocate(dtype, BLOCK)?;
         let operands = Operands { input, output };
-        Ok(Case { pattern, operands, window, scratch, scalar: 0.0, combined: 0.0, stream: Cpu.stream() })
+        Ok(Case {
+            pattern,
+            operands,
+            window,
+            scratch,
+            scalar: 0.0,
+            combined: 0.0,
+            stream: Cpu.stream(),
+            is_on_gpu: false,
+        })
     }
 
     /// Writes inputs, and poison where results go; values are those of `round`.
@@ -116,14 +137,14 @@ impl Case {
                 // As a program calls it. What `start` wraps around it takes a tenth of the time of
                 // a few bytes.
                 let Operands { input, output } = std::mem::take(&mut self.operands);
-                let (output, reduction) = (output.expect(HAS), self.pattern.reduction);
+                let (output, reduction, start) = (output.expect(HAS), self.pattern.reduction, self.here());
                 self.operands = match input {
                     None => {
-                        let output = communicator.all_reduce(output, reduction, Start::Here).wait()?;
+                        let output = communicator.all_reduce(output, reduction, start).wait()?;
                         Operands { input: None, output: Some(output) }
                     }
                     Some(input) => {
-                        let both = communicator.all_reduce_into(input, output, reduction, Start::Here);
+                        let both = communicator.all_reduce_into(input, output, reduction, start);
                         let (input, output) = both.wait()?;
                         Operands { input: Some(input), output: Some(output) }
                     }
@@ -131,10 +152,16 @@ impl Case {
                 Ok(())
             }
             _ => {
-                let flight = self.start(communicator, Start::Here);
+                let start = self.here();
+                let flight = self.start(communicator, start);
                 self.finish(flight)
             }
         }
+    }
+
+    /// On this thread; on a GPU behind what its stream was given.
+    fn here(&self) -> Start {
+        if self.is_on_gpu { Start::After(self.stream.record()) } else { Start::Here }
     }
 
     /// Runs the operation beside `compute`, which this thread calls meanwhile.
@@ -142,7 +169,8 @@ impl Case {
     /// # Errors
     /// The communicator's first.
     pub fn run_beside(&mut self, communicator: &Communicator, compute: impl FnOnce()) -> Result<(), Error> {
-        let flight = self.start(communicator, Start::After(Event::PAST));
+        let start = if self.is_on_gpu { self.here() } else { Start::After(Event::PAST) };
+        let flight = self.start(communicator, start);
         compute();
         self.finish(flight)
     }

@@ -14,6 +14,7 @@ pub mod binding;
 pub mod case;
 mod elements;
 mod error;
+pub mod gpu;
 mod habits;
 pub mod integral;
 pub mod kernels;

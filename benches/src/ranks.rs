@@ -9,7 +9,7 @@ use pillion_collectives::{Communicator, Launch, launcher, limits};
 use pillion_kernels::cpu::Isa;
 
 use crate::arguments::{Arguments, Settings};
-use crate::{Error, sweep};
+use crate::{Error, gpu, sweep};
 
 /// Ranks where neither a launcher nor the arguments say how many.
 const DEFAULT_RANKS: usize = 2;
@@ -50,6 +50,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
 fn start(settings: &Settings, command: &[String]) -> Result<i32, Error> {
     // Kernels cannot say that they are asked for instructions that there are not.
     Isa::of_process().map_err(|error| Error::Usage(error.to_string()))?;
+    settings.gpu.map(gpu::check).transpose()?;
     let launch = Launch::detect()?;
     if settings.compare.is_some() && matches!(launch.source, Source::Single | Source::Local | Source::Torchrun) {
         let text =

@@ -1,5 +1,7 @@
 //! A run on one rank: every operation, type and size in turn.
 
+use std::sync::Arc;
+
 use pillion_collectives::{Backend, Communicator, Launch, Reduction, available_memory};
 use pillion_kernels::DType;
 
@@ -7,6 +9,7 @@ use crate::Error;
 use crate::arguments::{Buffers, Settings};
 use crate::binding::{self, Binding};
 use crate::case::Case;
+use crate::gpu::{self, Gpu};
 use crate::integral::largest;
 use crate::link::Link;
 use crate::machine::{self, Machine};
@@ -47,6 +50,7 @@ pub fn run(settings: &Settings, launch: &Launch, command: &[String]) -> Result<u
 
 struct Sweep<'a> {
     settings: &'a Settings,
+    gpu: Option<Arc<Gpu>>,
     binding: Binding,
     library: Option<&'a Library>,
     machine: Machine,
@@ -80,10 +84,12 @@ impl<'a> Sweep<'a> {
             );
             return Err(Error::Usage(text));
         }
+        let gpu = settings.gpu.map(|wanted| open_gpu(wanted, settings, link)).transpose()?;
         let machine = Machine::look(link.communicator())?;
         let flush_bytes = (2 * machine::last_level_cache()).max(LEAST_FLUSH);
         Ok(Sweep {
             settings,
+            gpu,
             binding,
             library,
             machine,
@@ -110,13 +116,15 @@ impl<'a> Sweep<'a> {
             };
             let in_turn = settings.reductions.iter().flat_map(|&one| dtypes.iter().map(move |&dtype| (dtype, one)));
             let calls: Vec<(DType, Reduction)> = match operation.reduces() {
-                true => in_turn.filter(|&(dtype, one)| one.supports(dtype, dtype)).collect(),
+                true => in_turn.filter(|&(dtype, one)| self.combines(operation, dtype, one)).collect(),
                 false => dtypes.iter().map(|&dtype| (dtype, Reduction::Sum)).collect(),
             };
             if operation.reduces()
                 && let [reduction] = settings.reductions[..]
             {
-                for dtype in dtypes.iter().filter(|&&dtype| !reduction.supports(dtype, dtype)) {
+                let combines = |dtype: &DType| self.combines(operation, *dtype, reduction);
+                let left_out: Vec<DType> = dtypes.iter().copied().filter(|dtype| !combines(dtype)).collect();
+                for dtype in left_out {
                     self.report.comment(&format!("there is no {} of {dtype}: left out", reduction.name()))?;
                 }
             }
@@ -152,13 +160,13 @@ impl<'a> Sweep<'a> {
         let text = format!(
             "collbench {} on {cpu}, {cores} cores, {}, kernel {kernel}\n\
              ranks {} ({}{threads}), backend {}{hosts}, buffers {}, iterations {} after {}, check {}, cold {}, reduction groups {}\n\
-             binding {}, processors {}{}\n",
+             binding {}, processors {}{}{}\n",
             env!("CARGO_PKG_VERSION"),
             isa.join(" "),
             communicator.world(),
             link.launch().source,
-            communicator.backend(),
-            settings.buffers.name(),
+            self.backend(communicator),
+            self.buffers(),
             settings.iterations,
             settings.warmup,
             yes(settings.check),
@@ -173,6 +181,11 @@ impl<'a> Sweep<'a> {
                 .collect::<Vec<_>>()
                 .join(" "),
             self.library.map_or(String::new(), |library| format!("\ncompared with {}, in turn", library.name())),
+            self.gpu.as_ref().map_or(String::new(), |gpu| format!(
+                "\nGPU {}, {} moves elements",
+                gpu.name,
+                gpu.communicator.mover()
+            )),
         );
         self.report.comment(&text)
     }
@@ -195,9 +208,17 @@ impl<'a> Sweep<'a> {
         let calls = library.map_or(&[][..], |library| library.calls(operation));
         let of_library = if calls.is_empty() { 0 } else { Case::bytes(&pattern, dtype, Buffers::Private).1 };
         // The roofline's loops take turns with the operation.
-        check_memory(link, operation, size, shared + private + of_library + roofline::bytes(&pattern, dtype))?;
-        let communicator = link.communicator();
-        let mut case = Case::new(communicator, pattern, dtype, settings.buffers)?;
+        let gpu = self.gpu.clone();
+        let of_host = match &gpu {
+            Some(_) => 0,
+            None => shared + private + of_library + roofline::bytes(&pattern, dtype),
+        };
+        check_memory(link, operation, size, of_host)?;
+        let communicator = gpu.as_ref().map_or(link.communicator(), |gpu| &gpu.communicator);
+        let mut case = match &gpu {
+            Some(gpu) => Case::on(&*gpu.device, pattern, dtype)?,
+            None => Case::new(communicator, pattern, dtype, settings.buffers)?,
+        };
         let mut wrong = settings.check.then_some(0);
         if let Some(wrong) = &mut wrong {
             *wrong += case.check(communicator, 1)?;
@@ -219,7 +240,8 @@ impl<'a> Sweep<'a> {
             }
             theirs.prepare(0);
         }
-        let mut loops = Loops::new(&pattern, dtype)?;
+        // They run on processors.
+        let mut loops = if gpu.is_some() { None } else { Loops::new(&pattern, dtype)? };
         // This, each of the library's calls, and the loops.
         let mut contenders = vec![settings.iterations; 1 + calls.len()];
         if loops.is_some() {
@@ -254,14 +276,14 @@ impl<'a> Sweep<'a> {
             size,
             count,
             ranks: world,
-            backend: communicator.backend().to_string(),
+            backend: self.backend(communicator),
             call: None,
             hosts: communicator.hosts(),
             in_place: form == Form::InPlace,
             buffers: match operation {
                 Operation::Window => "window",
                 Operation::Barrier | Operation::Scalars => "none",
-                _ => settings.buffers.name(),
+                _ => self.buffers(),
             },
             times: Times::new(&samples[0], size, operation.bus_factor(world), roofline.as_ref()),
             roofline,
@@ -281,6 +303,22 @@ impl<'a> Sweep<'a> {
         Ok((ours, of_library))
     }
 
+    /// Whether elements are combined so where they lie.
+    fn combines(&self, operation: Operation, dtype: DType, reduction: Reduction) -> bool {
+        let on_gpu = self.gpu.is_none() || gpu::combines(operation, dtype, reduction);
+        on_gpu && reduction.supports(dtype, dtype)
+    }
+
+    /// What moves the bytes, in a word.
+    fn backend(&self, communicator: &Communicator) -> String {
+        self.gpu.as_ref().map_or_else(|| communicator.backend().to_string(), |gpu| gpu.backend().to_owned())
+    }
+
+    /// Where buffers lie, in a word.
+    fn buffers(&self) -> &'static str {
+        if self.gpu.is_some() { "device" } else { self.settings.buffers.name() }
+    }
+
     /// Wrong elements over all ranks, which count for the run.
     fn all_wrong(&mut self, communicator: &Communicator, own: u64) -> Result<u64, Error> {
         let all = communicator.all_gather_scalars(&[own])?;
@@ -288,6 +326,23 @@ impl<'a> Sweep<'a> {
         self.wrong += wrong;
         Ok(wrong)
     }
+}
+
+/// The GPU, with room for the largest buffers of the run.
+fn open_gpu(wanted: gpu::Wanted, settings: &Settings, link: &Link) -> Result<Arc<Gpu>, Error> {
+    let &Launch { rank, world, .. } = link.launch();
+    let mut bytes = 0;
+    for &operation in settings.operations.iter().filter(|one| one.moves_buffers()) {
+        for (&dtype, &size) in
+            settings.dtypes.iter().flat_map(|dtype| settings.sizes.iter().map(move |size| (dtype, size)))
+        {
+            let count = operation.count(size, world, dtype);
+            let (form, reduction) = (Form::OutOfPlace, Reduction::Sum);
+            let pattern = Pattern { operation, form, reduction, dtype, rank, world, count, round: 0 };
+            bytes = Case::bytes(&pattern, dtype, Buffers::Private).1.max(bytes);
+        }
+    }
+    Ok(Arc::new(gpu::open(wanted, bytes, link.launch(), link.communicator())?))
 }
 
 /// Refuses what would not fit, on every rank alike: exceeding the host's memory would not fail, but wake the kernel's killer.
