@@ -13,6 +13,7 @@ SINGLE_CALL = (
 )
 ATOMIC = "the verifier knows no result of atomicCAS; one thread acts, so nothing can race"
 
+ONE_ROW = "the launch that reaches it has one row, so it makes one call of block_sum"
 VOTE = "the verifier knows no vote about memory; one thread acts on it, so nothing can race"
 
 REMARKS: list[tuple[str, str, str, str]] = [
@@ -20,6 +21,7 @@ REMARKS: list[tuple[str, str, str, str]] = [
     (r"cross_entropy_.*", r"barrier-([2468]|10|12)/13", "redundant", SINGLE_CALL),
     (r"square_norm_.*", r"barrier-[24]/5", "redundant", SINGLE_CALL),
     (r"rms_norm_(f32|bf16)_.*", r"barrier-[246]/7", "redundant", SINGLE_CALL),
+    (r"rms_norm_backward_.*", r"barrier-2/13", "redundant", ONE_ROW),
     (r"sum_losses", r"barrier-2/3", "redundant", SINGLE_CALL),
     (r"follow_event", r"(sm_100:)?failed", "undecided", ATOMIC),
     (r"follow_latch", r"(sm_100:)?set", "undecided", ATOMIC),

@@ -86,9 +86,12 @@ pub(crate) fn open(
     };
     let attention = Model::attention_shape(model, *batch, *seq);
     let working = Cuda::working_bytes(attention, model.hidden_size, policy.weights);
-    // NCCL's operations work on copies of what they reduce, at most of the largest unit and its
-    // shards.
-    let longest = Layout::new(&model.units(), 1).units.iter().map(|unit| unit.len).max().unwrap_or(0) as u64;
+    // NCCL's operations work on copies of what they reduce, at most of the largest unit or bucket,
+    // and its shards.
+    let layout = Layout::new(&model.units(), 1);
+    let unit = layout.units.iter().map(|unit| unit.len).max().unwrap_or(0);
+    let bucket = layout.parameters().min(policy.bucket as usize / policy.weights.bytes());
+    let longest = unit.max(bucket) as u64;
     let is_nccl = *by == GpuTransport::Nccl || communicator.hosts() > 1;
     let copies = if is_nccl { 3 * 4 * longest } else { 0 };
     let extra = working + copies + (16 << 20);

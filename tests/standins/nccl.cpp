@@ -15,7 +15,6 @@
 
 #include <atomic>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -53,14 +52,14 @@ struct Communicator {
     std::string folder;
     int world, rank;
     void* context = nullptr;
-    std::mutex lock;                 // questions come from any thread
     bool connected = false;
     std::atomic<bool> aborted{false};
     uint64_t operations = 0;         // enqueued so far
     uint64_t kept = 0;               // this rank's files of operations before are gone
     std::vector<struct Operation*> waiting;   // called, and not enqueued yet
     int questions = 0;               // that are answered by "in progress" before that
-    std::vector<std::pair<char*, size_t>> windows;
+    std::vector<std::pair<char*, size_t>> registered;
+    std::atomic<int> inside{0};      // calls under way
 };
 
 struct Operation {
@@ -193,9 +192,21 @@ int enqueue(Communicator& communicator) {
     return OK;
 }
 
+// NCCL is not made for two calls at once on one communicator.
+struct Entered {
+    Communicator* communicator;
+    bool alone;
+    explicit Entered(Communicator* c) : communicator(c), alone(c->inside++ == 0) {}
+    ~Entered() { communicator->inside--; }
+};
+#define ENTER(communicator)                                                                      \
+    Entered entered(communicator);                                                               \
+    if (!entered.alone) return refuse(INVALID_USAGE, "%s beside another call", __func__);        \
+    if ((communicator)->aborted) return refuse(INVALID_USAGE, "%s after ncclCommAbort", __func__)
+
 int call(const char* name, Communicator* communicator, Operation operation) {
+    ENTER(communicator);
     if (standin_call(name)) return CUDA_ERROR;
-    if (communicator->aborted) return refuse(INVALID_USAGE, "%s after ncclCommAbort", name);
     if (!communicator->connected || !communicator->waiting.empty())
         return refuse(INVALID_USAGE, "%s while an earlier call is in progress", name);
     if (operation.type != UINT8 && operation.type != FLOAT32 && operation.type != FLOAT64)
@@ -256,8 +267,7 @@ NCCL(ncclCommInitRankConfig, Communicator** out, int world, Id id, int rank, Con
     return IN_PROGRESS;
 }
 NCCL(ncclCommGetAsyncError, Communicator* communicator, int* result) {
-    std::lock_guard<std::mutex> guard(communicator->lock);
-    if (communicator->aborted) return refuse(INVALID_USAGE, "a question after ncclCommAbort");
+    ENTER(communicator);
     *result = IN_PROGRESS;
     if (standin_call("asynchronous error of NCCL")) {
         *result = REMOTE;
@@ -296,12 +306,14 @@ NCCL(ncclCommGetAsyncError, Communicator* communicator, int* result) {
     return OK;
 }
 NCCL(ncclCommFinalize, Communicator* communicator) {
+    ENTER(communicator);
     if (standin_call(__func__)) return CUDA_ERROR;
     communicator->questions = 1;
     return IN_PROGRESS;
 }
 // The last rank removes the folder. A rank that was killed leaves it.
 NCCL(ncclCommDestroy, Communicator* communicator) {
+    ENTER(communicator);
     std::string mark = communicator->folder + "/gone-" + std::to_string(communicator->rank);
     if (FILE* file = fopen(mark.c_str(), "w")) fclose(file);
     for (int rank = 0; rank < communicator->world; rank++)
@@ -315,7 +327,10 @@ NCCL(ncclCommDestroy, Communicator* communicator) {
     return OK;
 }
 NCCL(ncclCommAbort, Communicator* communicator) {
-    communicator->aborted = true;
+    if (communicator->aborted.exchange(true)) {
+        refuse(INVALID_USAGE, "ncclCommAbort of what is gone");
+        abort();
+    }
     standin_wake();
     return OK;
 }
@@ -330,7 +345,7 @@ NCCL(ncclGroupEnd) {
     for (Operation* operation : grouped)
         if (operation->communicator != communicator)
             return refuse(INVALID_USAGE, "a group of two communicators");
-    std::lock_guard<std::mutex> guard(communicator->lock);
+    ENTER(communicator);
     communicator->waiting = std::move(grouped);
     grouped.clear();
     communicator->questions = calls++ % 3;
@@ -355,28 +370,13 @@ NCCL(ncclBroadcast, const char* from, char* to, size_t count, int type, int root
     return call(__func__, communicator, {nullptr, BROADCAST, from, to, count, type, root, stream});
 }
 
-// --- Registered memory. Windows are one for each allocation, and start at multiples of 4096. ---
-
-static int remember(Communicator* communicator, char* start, size_t bytes, void** handle) {
-    for (auto& [other, length] : communicator->windows)
+NCCL(ncclCommRegister, Communicator* communicator, char* start, size_t bytes, void** handle) {
+    ENTER(communicator);
+    if (standin_call(__func__)) return CUDA_ERROR;
+    for (auto& [other, length] : communicator->registered)
         if (start < other + length && other < start + bytes)
             return refuse(INVALID_USAGE, "memory is registered twice");
-    communicator->windows.push_back({start, bytes});
+    communicator->registered.push_back({start, bytes});
     *handle = communicator;
-    return IN_PROGRESS;
-}
-NCCL(ncclCommWindowRegister, Communicator* communicator, char* start, size_t bytes, void** window,
-     int flags) {
-    if (standin_call(__func__)) return CUDA_ERROR;
-    if (flags != 1 || reinterpret_cast<uintptr_t>(start) % 4096) return INVALID_ARGUMENT;
-    const char* has = getenv("PILLION_STANDIN_WINDOWS");
-    if (has && !strcmp(has, "0")) {
-        *window = nullptr;
-        return OK;
-    }
-    return remember(communicator, start, bytes, window);
-}
-NCCL(ncclCommRegister, Communicator* communicator, char* start, size_t bytes, void** handle) {
-    if (standin_call(__func__)) return CUDA_ERROR;
-    return remember(communicator, start, bytes, handle);
+    return OK;
 }

@@ -79,6 +79,8 @@ impl Mover {
 /// The streams of a rank's operations, which its groups share, by number.
 struct Lanes {
     streams: [Mutex<CudaStream>; LANES],
+    /// Held by whoever calls NCCL, for any group.
+    calls: Mutex<()>,
     /// What they read of ranks that are other processes; it goes after them.
     _memories: Memories,
 }
@@ -110,7 +112,7 @@ impl Gpus {
         let place = Place { control: &control, gpu, rank, limit };
         let (mover, memories) = Mover::connect(&place, reduce_groups, by).map_err(|error| gave_up(&*control, error))?;
         let streams = std::array::from_fn(|_| Mutex::new(gpu.reducing_stream()));
-        let lanes = Arc::new(Lanes { streams, _memories: memories });
+        let lanes = Arc::new(Lanes { streams, calls: Mutex::new(()), _memories: memories });
         Ok(Gpus::over(control, gpu, rank, reduce_groups, mover, lanes))
     }
 

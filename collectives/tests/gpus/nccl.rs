@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use half::bf16;
-use pillion_collectives::{Error, GpuTransport, Options};
-use pillion_kernels::{DType, Device};
+use pillion_collectives::{Error, GpuTransport, Options, Reduce, Reduction};
+use pillion_kernels::{Buffer, DType, Device, Stream};
 
 use crate::processes::{held, nothing_runs, run_with};
 use crate::same_bits::{Operation, gathers, grid, in_order, results, sums};
@@ -55,14 +55,59 @@ fn check(rank: &Rank, world: usize, what: &str, operation: &Operation<'_>) {
     }
 }
 
-pub(crate) fn near(rank: &Rank, world: usize, _: u64) {
-    assert!(!rank.gpus.capabilities().rank_order);
+pub(crate) fn near(rank: &Rank, world: usize, number: u64) {
+    assert!(!rank.gpus.capabilities().rank_order && rank.gpus.mover().contains("(registered memory)"));
+    if number == 1 {
+        // A second communicator of the same ranks.
+        standin::fail("ncclCommRegister", 1, 1);
+        let other = rank.host.between_gpus(&rank.gpu, GpuTransport::Nccl).unwrap();
+        assert!(other.mover().contains("(unregistered memory)"), "{}", other.mover());
+        let stream = rank.gpu.stream();
+        let sum = other.all_reduce(numbers_of(&*stream, rank, 5), Reduction::Sum, stream.record()).then(&*stream);
+        stream.download::<f32>(sum.unwrap().view()).unwrap();
+        return;
+    }
+    large_sums_of_numbers(rank, world);
     gathers(&mut |what, operation| crate::same_bits::check(rank, world, what, operation));
     sums(&mut |what, operation| check(rank, world, what, operation));
     in_order(rank, world);
     if world == 4 {
         grid(&mut |what, operation| check(rank, world, what, operation));
     }
+}
+
+fn numbers_of(stream: &dyn Stream, rank: &Rank, len: usize) -> Buffer {
+    crate::numbers(stream, &rank.gpu, DType::F32, len, rank.number as u64)
+}
+
+/// Sums of f64, and means and multiplied sums of terms that are too large to be added first.
+fn large_sums_of_numbers(rank: &Rank, world: usize) {
+    let stream = rank.gpu.stream();
+    let buffer = |dtype: DType, bytes: Vec<u8>| {
+        let mut buffer = rank.gpu.allocate(dtype, bytes.len() / dtype.bytes()).unwrap();
+        stream.upload_bytes(buffer.view_mut(), &bytes);
+        buffer
+    };
+    let wide = buffer(DType::F64, (0..world as u64).flat_map(|index| (index as f64 + 0.5).to_le_bytes()).collect());
+    let shard = rank.gpu.allocate(DType::F64, 1).unwrap();
+    let reduce = |accumulate, input, output| Reduce {
+        input,
+        sections: None,
+        output,
+        reduction: Reduction::Sum,
+        accumulate,
+        sideband: None,
+    };
+    let pending = rank.gpus.reduce_scatter(reduce(false, wide, shard), stream.record());
+    let Reduce { input, output, .. } = pending.then(&*stream).unwrap();
+    let expected = world as f64 * (rank.number as f64 + 0.5);
+    assert_eq!(stream.download::<f64>(output.view()).unwrap(), [expected]);
+    let refused = rank.gpus.reduce_scatter(reduce(true, input, output), stream.record()).wait().err().unwrap();
+    assert!(refused.to_string().contains("sums of f64 that are added"), "{refused}");
+    let large = buffer(DType::F32, f32::MAX.to_le_bytes().repeat(3));
+    let small = Reduction::PremulSum(1.0 / 1024.0);
+    let summed = rank.gpus.all_reduce(large, small, stream.record()).then(&*stream).unwrap();
+    assert_eq!(stream.download::<f32>(summed.view()).unwrap(), [f32::MAX / 1024.0 * world as f32; 3]);
 }
 
 #[test]
@@ -73,8 +118,8 @@ fn sums_are_near_and_the_rest_is_equal() {
 }
 
 #[test]
-fn without_windows_memory_is_registered_as_a_buffer() {
-    run_with("near", 2, 7, 0, &[NCCL[0], NCCL[1], ("PILLION_STANDIN_WINDOWS", "0")]).well();
+fn memory_that_nccl_does_not_register_is_moved_all_the_same() {
+    run("near", 2, 7, 1);
     run_with("near", 2, 8, 0, &[NCCL[0], NCCL[1], ("PILLION_STANDIN_NCCL", "21903")]).well();
 }
 

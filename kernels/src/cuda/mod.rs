@@ -31,6 +31,7 @@ mod slab;
 mod stream;
 
 use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{CUdeviceptr, CUstream, CUstream_flags};
 use parking_lot::Mutex;
@@ -202,8 +203,8 @@ impl Cuda {
         self.inner.fail_with(failure);
     }
 
-    /// As [`Cuda::fail`], also for kernels that are enqueued already: those that have not begun do
-    /// nothing. For work that waits for something which will not come, before it is let go on.
+    /// As [`Cuda::fail`], also for kernels that are enqueued already: those that have not begun 2 s
+    /// later do nothing. For work that waits for something which will not come, before it is let go on.
     ///
     /// # Errors
     /// [`Error::Cuda`] where the driver refuses; then the GPU runs nothing any more.
@@ -212,7 +213,13 @@ impl Cuda {
         inner.fail_with(failure);
         inner.context.bind()?;
         inner.latch.set(inner.setup.0)?;
-        Ok(Recorder { pool: &inner.events, stream: inner.setup.0 }.record()?.wait()?)
+        let set = Recorder { pool: &inner.events, stream: inner.setup.0 }.record()?;
+        // A queue that a blocked stream shares would never come to it. The host knows by now.
+        let until = Instant::now() + Duration::from_secs(2);
+        while !set.has_happened()? && Instant::now() < until {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
     }
 
     /// Makes this GPU the one that the calling thread's calls are for, those of other libraries too.

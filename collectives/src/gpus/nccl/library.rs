@@ -10,51 +10,35 @@ use crate::Error;
 #[derive(Clone, Copy)]
 pub(super) struct UniqueId(pub(super) [u8; 128]);
 
-/// The start of `ncclConfig_t`, as of NCCL 2.27. NCCL reads as much of it as `size` says.
+/// The start of `ncclConfig_t`, as of NCCL 2.17. NCCL reads as much of it as `size` says.
 #[repr(C)]
 pub(super) struct Config {
-    pub(super) size: usize,
+    size: usize,
     magic: u32,
-    pub(super) version: u32,
-    pub(super) blocking: c_int,
+    version: u32,
+    blocking: c_int,
     cga_cluster_size: c_int,
     min_ctas: c_int,
     max_ctas: c_int,
     net_name: *const c_char,
     split_share: c_int,
-    traffic_class: c_int,
-    comm_name: *const c_char,
-    collnet_enable: c_int,
-    pub(super) cta_policy: c_int,
-    shrink_share: c_int,
-    nvls_ctas: c_int,
 }
 
 impl Config {
-    /// What NCCL 2.17 has of it.
-    pub(super) const OF_2_17: usize = std::mem::offset_of!(Config, traffic_class);
-    /// Leaves a setting to NCCL.
-    const UNDEFINED: c_int = c_int::MIN;
-
     /// Everything left to NCCL, but that calls return at once.
     pub(super) fn new() -> Config {
-        const UNDEFINED: c_int = Config::UNDEFINED;
+        /// Leaves a setting to NCCL.
+        const UNDEFINED: c_int = c_int::MIN;
         Config {
             size: size_of::<Config>(),
             magic: 0xcafe_beef,
-            version: 22_700,
+            version: 21_700,
             blocking: 0,
             cga_cluster_size: UNDEFINED,
             min_ctas: UNDEFINED,
             max_ctas: UNDEFINED,
             net_name: std::ptr::null(),
             split_share: UNDEFINED,
-            traffic_class: UNDEFINED,
-            comm_name: std::ptr::null(),
-            collnet_enable: UNDEFINED,
-            cta_policy: UNDEFINED,
-            shrink_share: UNDEFINED,
-            nvls_ctas: UNDEFINED,
         }
     }
 }
@@ -68,14 +52,10 @@ pub(super) const SUCCESS: c_int = 0;
 pub(super) const IN_PROGRESS: c_int = 7;
 
 macro_rules! library {
-    (
-        needed { $($field:ident $symbol:literal ($($argument:ty),*) $(-> $result:ty)?;)* }
-        optional { $($extra:ident $extra_symbol:literal ($($extra_argument:ty),*);)* }
-    ) => {
+    ($($field:ident $symbol:literal ($($argument:ty),*) -> $result:ty;)*) => {
         /// The functions.
         pub(super) struct Library {
-            $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> library!(@result $($result)?),)*
-            $(pub(super) $extra: Option<unsafe extern "C" fn($($extra_argument),*) -> c_int>,)*
+            $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> $result,)*
             /// 10,000 · major + 100 · minor + patch.
             pub(super) version: u32,
         }
@@ -87,49 +67,35 @@ macro_rules! library {
                 unsafe {
                     Ok(Library {
                         $($field: *library.get(concat!($symbol, "\0").as_bytes()).map_err(|_| $symbol)?,)*
-                        $($extra: library.get(concat!($extra_symbol, "\0").as_bytes()).ok().map(|symbol| *symbol),)*
                         version: 0,
                     })
                 }
             }
         }
     };
-    (@result) => { c_int };
-    (@result $result:ty) => { $result };
 }
 
 library! {
-    needed {
-        get_version "ncclGetVersion" (*mut c_int);
-        get_unique_id "ncclGetUniqueId" (*mut UniqueId);
-        error_string "ncclGetErrorString" (c_int) -> *const c_char;
-        last_error "ncclGetLastError" (Raw) -> *const c_char;
-        init "ncclCommInitRankConfig" (*mut Raw, c_int, UniqueId, c_int, *mut Config);
-        async_error "ncclCommGetAsyncError" (Raw, *mut c_int);
-        finalize "ncclCommFinalize" (Raw);
-        destroy "ncclCommDestroy" (Raw);
-        abort "ncclCommAbort" (Raw);
-        group_start "ncclGroupStart" ();
-        group_end "ncclGroupEnd" ();
-        all_gather "ncclAllGather" (*const c_void, *mut c_void, usize, c_int, Raw, Stream);
-        reduce_scatter "ncclReduceScatter" (*const c_void, *mut c_void, usize, c_int, c_int, Raw, Stream);
-        all_reduce "ncclAllReduce" (*const c_void, *mut c_void, usize, c_int, c_int, Raw, Stream);
-        broadcast "ncclBroadcast" (*const c_void, *mut c_void, usize, c_int, c_int, Raw, Stream);
-        register "ncclCommRegister" (Raw, *mut c_void, usize, *mut *mut c_void);
-    }
-    optional {
-        window_register "ncclCommWindowRegister" (Raw, *mut c_void, usize, *mut *mut c_void, c_int);
-    }
+    get_version "ncclGetVersion" (*mut c_int) -> c_int;
+    get_unique_id "ncclGetUniqueId" (*mut UniqueId) -> c_int;
+    error_string "ncclGetErrorString" (c_int) -> *const c_char;
+    init "ncclCommInitRankConfig" (*mut Raw, c_int, UniqueId, c_int, *mut Config) -> c_int;
+    async_error "ncclCommGetAsyncError" (Raw, *mut c_int) -> c_int;
+    finalize "ncclCommFinalize" (Raw) -> c_int;
+    destroy "ncclCommDestroy" (Raw) -> c_int;
+    abort "ncclCommAbort" (Raw) -> c_int;
+    group_start "ncclGroupStart" () -> c_int;
+    group_end "ncclGroupEnd" () -> c_int;
+    all_gather "ncclAllGather" (*const c_void, *mut c_void, usize, c_int, Raw, Stream) -> c_int;
+    reduce_scatter "ncclReduceScatter" (*const c_void, *mut c_void, usize, c_int, c_int, Raw, Stream) -> c_int;
+    all_reduce "ncclAllReduce" (*const c_void, *mut c_void, usize, c_int, c_int, Raw, Stream) -> c_int;
+    broadcast "ncclBroadcast" (*const c_void, *mut c_void, usize, c_int, c_int, Raw, Stream) -> c_int;
+    register "ncclCommRegister" (Raw, *mut c_void, usize, *mut *mut c_void) -> c_int;
 }
 
 impl Library {
     /// The oldest version with all that is called: registered buffers.
     const OLDEST: u32 = 21_900;
-    /// The oldest with windows.
-    pub(super) const WINDOWS: u32 = 22_700;
-    /// The oldest whose copy engines gather without an error: see NCCL's issue 2241.
-    pub(super) const COPY_ENGINES: u32 = 23_102;
-
     /// NCCL, if it is there and new enough.
     ///
     /// # Errors
@@ -164,16 +130,12 @@ impl Library {
         format!("{}.{}.{}", self.version / 10_000, self.version / 100 % 100, self.version % 100)
     }
 
-    /// What NCCL says of a result, and of its last error.
-    pub(super) fn explain(&self, result: c_int, raw: Raw) -> String {
-        let text = |text: *const c_char| match text.is_null() {
-            true => String::new(),
-            // SAFETY: NCCL's texts end with a zero and stay as they are until its next call here.
-            false => unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_owned(),
-        };
-        // SAFETY: the functions take any number, and a communicator or null.
-        let (name, last) = unsafe { (text((self.error_string)(result)), text((self.last_error)(raw))) };
-        if last.is_empty() { name } else { format!("{name}: {last}") }
+    /// What NCCL says of a result.
+    pub(super) fn explain(&self, result: c_int) -> String {
+        // SAFETY: the function takes any number, and returns a text that never changes, or null.
+        let text = unsafe { (self.error_string)(result) };
+        // SAFETY: as above; the text ends with a zero.
+        if text.is_null() { String::new() } else { unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned() }
     }
 }
 
@@ -183,6 +145,6 @@ mod tests {
 
     #[test]
     fn the_configuration_lies_in_memory_as_in_nccl_h() {
-        assert_eq!((size_of::<Config>(), Config::OF_2_17), (72, 44));
+        assert_eq!((size_of::<Config>(), std::mem::offset_of!(Config, split_share)), (48, 40));
     }
 }

@@ -17,11 +17,11 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, Device};
 
-use self::communicator::{Communicator, unique_id};
+use self::communicator::{Communicator, unique_id, wait_for};
 use self::library::{Library, UniqueId};
 use self::watch::{Operations, WaitingForNccl};
 use super::watch::Watch;
-use super::{GATHERS, LANES, Place};
+use super::{GATHERS, LANES, Place, REDUCTIONS};
 use crate::Error;
 use crate::call::Purpose;
 use crate::transport::Transport;
@@ -64,6 +64,10 @@ impl Nccl {
             let reason = "NCCL sums in an order of its own, so it cannot sum in groups: leave reduce_groups at 1";
             return Err(Error::Misuse { reason: reason.to_owned() });
         }
+        if std::env::var("NCCL_COMM_BLOCKING").is_ok_and(|said| said.trim() == "1") {
+            let reason = "NCCL_COMM_BLOCKING=1 has NCCL's calls wait, for dead ranks too: leave it out";
+            return Err(Error::Misuse { reason: reason.to_owned() });
+        }
         let library = Library::get();
         // Every rank has it before any waits for the others.
         let uuid = u128::from_le_bytes(gpu.uuid());
@@ -91,9 +95,9 @@ impl Nccl {
         let startup = control.options().startup_timeout;
         let connect = |lane: usize| {
             let look = || control.look(&|| "connecting by NCCL".to_owned());
-            Communicator::connect(library, gpu, ids[lane], ranks.len(), rank, lane == GATHERS, &look, startup)
+            Communicator::connect(library, gpu, ids[lane], (rank, ranks.len()), &look, startup)
         };
-        let communicators = Arc::new([connect(0)?, connect(1)?]);
+        let communicators = Arc::new([connect(GATHERS)?, connect(REDUCTIONS)?]);
         let operations = Arc::new(Operations::default());
         let waiting = WaitingForNccl {
             communicators: communicators.clone(),
@@ -110,13 +114,15 @@ impl Nccl {
     /// How NCCL moves elements, in words.
     pub(super) fn describe(&self) -> String {
         let version = nccl_version().unwrap_or_default();
-        format!("NCCL {version}, with this memory as {},", self.communicators[GATHERS].registered)
+        let is_registered = self.communicators.iter().all(|communicator| communicator.is_registered);
+        format!("NCCL {version} ({}registered memory)", if is_registered { "" } else { "un" })
     }
 
     /// Ends NCCL's communicators. The streams have run what they were given.
     pub(super) fn close(&self) {
         self.watch.end();
-        self.communicators.iter().for_each(Communicator::end);
+        let ending: Vec<_> = self.communicators.iter().filter_map(Communicator::end).collect();
+        wait_for(ending);
     }
 }
 

@@ -1,15 +1,13 @@
 //! What each operation has NCCL enqueue.
 
-use std::ffi::c_int;
-
 use pillion_kernels::cpu::reduce::Fold;
-use pillion_kernels::{CudaStream, DType, Event, Raw, Span, Stream};
+use pillion_kernels::{CudaStream, DType, Event, Raw, Stream};
 
-use super::communicator::Group;
+use super::communicator as nccl;
 use super::watch::UnderWay;
 use super::{Nccl, Scratch};
 use crate::call::describe;
-use crate::gpus::operations::{Enqueuing, cut, exchange, fold};
+use crate::gpus::operations::{Enqueuing, cut, exchange, fold, unsupported};
 use crate::memory::control::Call;
 use crate::request::{Collective, Operands, Scattered, Sidebands};
 use crate::{Error, Reduction, Sections};
@@ -27,6 +25,13 @@ struct Operation<'a> {
 impl Nccl {
     /// Enqueues an operation; how many bytes other ranks take from this one.
     pub(in crate::gpus) fn enqueue(&self, mut enqueuing: Enqueuing<'_>, collective: &Collective) -> Result<u64, Error> {
+        if let Collective::ReduceScatter(Scattered { operands, accumulate: true, .. }) = collective
+            && operands.dtype == DType::F64
+        {
+            return Err(unsupported("sums of f64 that are added to what is there, by NCCL"));
+        }
+        // NCCL takes calls for one GPU from one thread at a time.
+        let _one = enqueuing.gpus.lanes.calls.lock();
         let call = enqueuing.next_step();
         let control = &*enqueuing.gpus.control;
         // Nobody is told of an operation that will not come.
@@ -59,8 +64,9 @@ fn part(raw: Raw, start: usize, len: usize) -> Raw {
 
 impl Operation<'_> {
     /// Has NCCL enqueue `calls` and this rank's rider with `own` behind the latch's code. Behind it
-    /// this rank's work stops where another's has failed. Returns the riders of all ranks.
-    fn ride(&mut self, own: Option<Raw>, calls: impl FnOnce(&Group<'_>) -> Vec<c_int>) -> Result<Raw, Error> {
+    /// this rank's work stops where another's has failed. Returns this rank's rider, which is free
+    /// behind that, and those of all ranks.
+    fn ride(&mut self, own: Option<Raw>, mut calls: Vec<nccl::Call>) -> Result<(Raw, Raw), Error> {
         let &mut Enqueuing { gpus, stream, lane, limit, .. } = &mut self.enqueuing;
         let (world, each) = (self.world, 1 + own.map_or(0, |own| own.len));
         let mut scratch = self.nccl.scratch[lane].lock();
@@ -74,19 +80,15 @@ impl Operation<'_> {
             stream.write_rider(rider, own);
             self.reached = stream.record();
             let handle = stream.handle()?;
-            let with_rider = |group: &Group<'_>| {
-                let mut results = calls(group);
-                results.push(group.all_gather(all, rider));
-                results
-            };
+            calls.push(nccl::Call::AllGather(all, rider));
             let communicator = &self.nccl.communicators[lane];
             let look = || control.look(&|| describe(self.call));
-            let enqueued = communicator.enqueue(handle, &describe(self.call), &look, limit.within, with_rider);
+            let enqueued = communicator.enqueue(handle, &calls, &describe(self.call), &look, limit.within);
             // What is known of the ranks says more than what NCCL makes of it.
             enqueued.map_err(|error| look().err().unwrap_or(error))?;
             stream.follow_riders(all, world);
         }
-        Ok(all)
+        Ok((rider, all))
     }
 
     /// Working memory of f32, as for [`Operation::ride`].
@@ -104,16 +106,6 @@ impl Operation<'_> {
         unsafe { self.enqueuing.stream.fold(&Fold { inputs: &sources, outputs: &outputs, count: out.len, ..job }) };
     }
 
-    /// `input` in f32: as it is, or copied to `wide`.
-    fn widened(&self, input: Raw, wide: Raw) -> Raw {
-        if input.dtype == wide.dtype {
-            return input;
-        }
-        let to = part(wide, 0, input.len);
-        self.combine(&[input], to, Fold { output: DType::F32, ..Reduction::Sum.first(input.dtype) });
-        to
-    }
-
     fn all_gather(
         &mut self,
         operands: &Operands,
@@ -124,20 +116,18 @@ impl Operation<'_> {
         let (world, rank) = (self.world, self.enqueuing.gpus.rank);
         let output = operands.output.as_ref().expect("a gather has an output");
         let input = operands.input.as_ref().expect("every rank has a shard");
-        let calls = |group: &Group<'_>| {
-            let each = |section: usize| {
-                let own = if in_place { sections.in_full(section, world, rank) } else { sections.in_shard(section) };
-                group.all_gather(whole(output, sections, section, world), input.range(own).raw())
-            };
-            filled(sections).map(each).collect()
+        let of_section = |section: usize| {
+            let own = if in_place { sections.in_full(section, world, rank) } else { sections.in_shard(section) };
+            nccl::Call::AllGather(output.range(full(sections, section, world)).raw(), input.range(own).raw())
         };
-        self.ride(None, calls)?;
+        self.ride(None, filled(sections).map(of_section).collect())?;
         Ok(((world - 1) * chunk * operands.dtype.bytes()) as u64)
     }
 
     fn broadcast(&mut self, operands: &Operands, root: usize) -> Result<u64, Error> {
         let buffer = operands.input.as_ref().or(operands.output.as_ref()).expect("a rank sends or receives").raw();
-        self.ride(None, |group| if buffer.len == 0 { Vec::new() } else { vec![group.broadcast(buffer, root)] })?;
+        let calls = (buffer.len > 0).then_some(nccl::Call::Broadcast(buffer, root));
+        self.ride(None, calls.into_iter().collect())?;
         let taken = if operands.input.is_some() { self.world - 1 } else { 0 };
         Ok((taken * buffer.len * operands.dtype.bytes()) as u64)
     }
@@ -145,64 +135,99 @@ impl Operation<'_> {
     fn reduce_scatter(&mut self, scattered: &Scattered) -> Result<u64, Error> {
         let Scattered { operands, chunk, reduction, accumulate, sidebands, sections, .. } = scattered;
         let (world, sections) = (self.world, cut(sections, *chunk));
-        let input = operands.input.as_ref().expect("every rank has an input").raw();
-        let output = operands.output.as_ref().expect("a reduction has an output").raw();
-        // Sums of f32 go where they belong; all others are made in f32 first.
-        let is_direct = [operands.dtype, operands.to] == [DType::F32; 2] && *reduction == Reduction::Sum && !accumulate;
-        let (mut from, mut sums) = (input, output);
-        if !is_direct {
-            let widened = if operands.dtype == DType::F32 { 0 } else { input.len };
-            let wide = self.wide(chunk + widened)?;
-            sums = part(wide, 0, *chunk);
-            from = self.widened(input, part(wide, *chunk, widened));
-        }
+        let sum = Sum::of(operands, *reduction, *accumulate, *chunk, world);
+        let [from, sums] = self.begin(&sum)?;
         let numbers = sidebands.as_ref().filter(|sidebands| !sidebands.totals.is_empty());
         let own = numbers.map(|sidebands| sidebands.own.raw());
-        let riders = self.ride(own, |group| {
-            let each = |section: usize| {
-                let (all, own) = (full(&sections, section, world), sections.in_shard(section));
-                group.reduce_scatter(part(sums, own.start, own.len()), part(from, all.start, all.len()))
-            };
-            filled(&sections).map(each).collect()
-        })?;
-        if !is_direct {
-            self.finish(sums, output, operands, *reduction, *accumulate);
-        }
+        let of_section = |section: usize| {
+            let (all, own) = (full(&sections, section, world), sections.in_shard(section));
+            nccl::Call::ReduceScatter(part(sums, own.start, own.len()), part(from, all.start, all.len()))
+        };
+        let (rider, riders) = self.ride(own, filled(&sections).map(of_section).collect())?;
+        self.finish(&sum, sums);
         if let Some(Sidebands { totals, accumulate, .. }) = numbers {
-            let each = 1 + totals.len();
-            let of_ranks: Vec<Raw> = (0..world).map(|rank| part(riders, rank * each + 1, totals.len())).collect();
-            // So many at a time as a kernel takes; the order is the ranks' all the same.
-            for (index, inputs) in of_ranks.chunks(CudaStream::INPUTS).enumerate() {
-                let job = Fold { accumulate: *accumulate || index > 0, ..Reduction::Sum.first(DType::F64) };
-                self.combine(inputs, totals.raw(), job);
-            }
+            let len = totals.len();
+            let of_ranks: Vec<Raw> = (0..world).map(|rank| part(riders, rank * (1 + len) + 1, len)).collect();
+            self.add_up(&of_ranks, part(rider, 1, len), totals.raw(), *accumulate);
         }
         Ok(((world - 1) * chunk * operands.dtype.bytes()) as u64)
     }
 
-    /// Puts sums of f32 where they belong, with what is left of the reduction.
-    fn finish(&self, sums: Raw, output: Raw, operands: &Operands, reduction: Reduction, accumulate: bool) {
-        let whole = fold(operands, reduction, self.world);
-        let job = Fold { dtype: DType::F32, accumulate, ..whole };
-        self.combine(&[sums], part(output, 0, sums.len), job);
+    /// totals = the sum of `numbers` of f64, in order, however many there are; `partial` is free.
+    fn add_up(&self, numbers: &[Raw], partial: Raw, totals: Raw, accumulate: bool) {
+        const MOST: usize = CudaStream::INPUTS;
+        let job = |accumulate: bool| Fold { accumulate, ..Reduction::Sum.first(DType::F64) };
+        if numbers.len() <= MOST {
+            return self.combine(numbers, totals, job(accumulate));
+        }
+        let (first, rest) = numbers.split_at(MOST);
+        self.combine(first, partial, job(false));
+        for more in rest.chunks(MOST - 1) {
+            let inputs: Vec<Raw> = [partial].iter().chain(more).copied().collect();
+            self.combine(&inputs, partial, job(false));
+        }
+        self.combine(&[partial], totals, job(accumulate));
     }
 
     fn all_reduce(&mut self, operands: &Operands, len: usize, reduction: Reduction) -> Result<u64, Error> {
-        let input = operands.input.as_ref().expect("every rank has an input").raw();
-        let output = operands.output.as_ref().expect("a reduction has an output").raw();
-        let is_direct = operands.dtype == operands.to && operands.dtype != DType::Bf16 && reduction == Reduction::Sum;
-        let (mut from, mut sums) = (input, output);
-        if !is_direct {
-            sums = self.wide(len)?;
-            from = self.widened(input, sums);
-        }
-        let reduce = |group: &Group<'_>| if len == 0 { Vec::new() } else { vec![group.all_reduce(sums, from)] };
-        self.ride(None, reduce)?;
-        if !is_direct {
-            self.finish(sums, output, operands, reduction, false);
-        }
+        let sum = Sum::of(operands, reduction, false, len, self.world);
+        let [from, sums] = self.begin(&sum)?;
+        let calls = (len > 0).then_some(nccl::Call::AllReduce(sums, from));
+        self.ride(None, calls.into_iter().collect())?;
+        self.finish(&sum, sums);
         let each = len.div_ceil(self.world);
         Ok(((self.world - 1) * each * (operands.dtype.bytes() + operands.to.bytes())) as u64)
+    }
+
+    /// What NCCL sums, and where it puts the sums.
+    fn begin(&self, sum: &Sum) -> Result<[Raw; 2], Error> {
+        if sum.is_direct {
+            return Ok([sum.input, sum.output]);
+        }
+        let copied = if sum.is_copied { sum.input.len } else { 0 };
+        let wide = self.wide(sum.len + copied)?;
+        let (sums, copy) = (part(wide, 0, sum.len), part(wide, sum.len, copied));
+        if !sum.is_copied {
+            return Ok([sum.input, sums]);
+        }
+        // Each term is multiplied before it is added.
+        let job = Fold { output: DType::F32, factor: sum.whole.factor, ..Reduction::Sum.first(sum.input.dtype) };
+        self.combine(&[sum.input], copy, job);
+        Ok([copy, sums])
+    }
+
+    /// Puts sums where they belong, with what is left of the reduction.
+    fn finish(&self, sum: &Sum, sums: Raw) {
+        if !sum.is_direct {
+            let job = Fold { dtype: DType::F32, factor: None, accumulate: sum.accumulate, ..sum.whole.clone() };
+            self.combine(&[sums], part(sum.output, 0, sum.len), job);
+        }
+    }
+}
+
+/// A reduction.
+struct Sum {
+    input: Raw,
+    output: Raw,
+    /// Elements of the sum on this rank.
+    len: usize,
+    accumulate: bool,
+    whole: Fold<'static>,
+    /// Whether NCCL sums from the input to the output. Otherwise sums are made in f32 first.
+    is_direct: bool,
+    /// Whether the terms are copied first, because they are not f32 or are multiplied.
+    is_copied: bool,
+}
+
+impl Sum {
+    fn of(operands: &Operands, reduction: Reduction, accumulate: bool, len: usize, world: usize) -> Sum {
+        let input = operands.input.as_ref().expect("every rank has an input").raw();
+        let output = operands.output.as_ref().expect("a reduction has an output").raw();
+        let whole = fold(operands, reduction, world);
+        let is_one_type = operands.dtype == operands.to && operands.dtype != DType::Bf16;
+        let is_direct = is_one_type && reduction == Reduction::Sum && !accumulate;
+        let is_copied = operands.dtype != DType::F32 || whole.factor.is_some();
+        Sum { input, output, len, accumulate, whole, is_direct, is_copied }
     }
 }
 
@@ -214,8 +239,4 @@ fn filled(sections: &Sections) -> impl Iterator<Item = usize> + '_ {
 /// Where all ranks' parts of a section lie in a full buffer.
 fn full(sections: &Sections, section: usize, world: usize) -> std::ops::Range<usize> {
     sections.in_full(section, world, 0).start..sections.in_full(section, world, world - 1).end
-}
-
-fn whole(output: &Span, sections: &Sections, section: usize, world: usize) -> Raw {
-    output.range(full(sections, section, world)).raw()
 }

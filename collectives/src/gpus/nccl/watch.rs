@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use pillion_kernels::{Cuda, Event, Failure};
 
-use super::communicator::Communicator;
+use super::communicator::{Communicator, wait_for};
 use crate::Error;
 use crate::gpus::LANES;
 use crate::gpus::watch::{Late, Lateness, Waiting};
@@ -61,7 +61,8 @@ impl Waiting for WaitingForNccl {
     fn look(&mut self, gap: Duration) -> Result<(), Error> {
         let others: Vec<usize> = (0..self.control.hosts().world()).filter(|&rank| rank != self.rank).collect();
         for lane in 0..LANES {
-            self.communicators[lane].is_settled("moving elements").map_err(|error| self.control.fail(error))?;
+            let settled = self.communicators[lane].is_settled("moving elements");
+            settled.map_err(|error| self.control.fail(error))?;
             let late = self.operations.late(lane, &others);
             self.lateness[lane].count(late, self.rank, gap, &*self.control)?;
         }
@@ -74,6 +75,8 @@ impl Waiting for WaitingForNccl {
     }
 
     fn let_go(&mut self) {
-        self.communicators.iter().for_each(Communicator::break_off);
+        // All are broken off before any is waited for: one may wait for kernels of another.
+        let ending: Vec<_> = self.communicators.iter().filter_map(Communicator::break_off).collect();
+        wait_for(ending);
     }
 }
