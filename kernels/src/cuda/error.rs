@@ -80,6 +80,21 @@ pub enum CudaError {
         /// Bytes set aside.
         slab: u64,
     },
+    /// The GPU has less memory left than is to be set aside.
+    #[error(
+        "GPU {ordinal} has {free} of its {total} bytes left, and {bytes} were to be set aside for a \
+         rank: use smaller sizes, or more or emptier GPUs (`nvidia-smi` shows who uses them)"
+    )]
+    Full {
+        /// The GPU's number.
+        ordinal: u32,
+        /// Bytes that were to be set aside.
+        bytes: u64,
+        /// Bytes that nobody uses.
+        free: u64,
+        /// Bytes of the GPU.
+        total: u64,
+    },
     /// Memory that the GPU cannot use.
     #[error(
         "GPU {ordinal} does not reach {space}: buffers of a GPU come from its own allocator or a transport for GPUs"

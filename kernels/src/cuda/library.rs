@@ -59,7 +59,7 @@ impl Needed {
                 Ok(library) => Some(library),
                 Err(error) => {
                     // The last name is the one that is there where a library is installed.
-                    reason = error.to_string();
+                    reason = std::error::Error::source(&error).map_or(error.to_string(), ToString::to_string);
                     None
                 }
             }

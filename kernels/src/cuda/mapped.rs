@@ -38,7 +38,8 @@ impl Mapped {
         // SAFETY: as above.
         unsafe { call!(cuMemCreate(&mut handle, bytes as usize, &kind, 0)) }.map_err(|error| match error {
             CudaError::Call { code, .. } if code == "CUDA_ERROR_OUT_OF_MEMORY" => {
-                CudaError::NoRoom { ordinal: context.ordinal, bytes, used: 0, slab: 0 }
+                let (free, total) = context.memory().unwrap_or_default();
+                CudaError::Full { ordinal: context.ordinal, bytes, free, total }
             }
             other => other,
         })?;

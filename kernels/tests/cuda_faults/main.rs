@@ -164,7 +164,7 @@ fn calls_that_fail_are_errors_that_name_them() {
         }
         const OUT_OF_MEMORY: i32 = 2;
         standin::fail("cuMemCreate", 0, OUT_OF_MEMORY);
-        assert!(matches!(Cuda::new(0, BYTES), Err(Error::Cuda(CudaError::NoRoom { .. }))));
+        assert!(matches!(Cuda::new(0, BYTES), Err(Error::Cuda(CudaError::Full { .. }))));
         // While a stream is made or used: its events fail.
         for call in [
             "cuStreamCreateWithPriority",

@@ -111,7 +111,10 @@ impl Library {
                               folder on LD_LIBRARY_PATH";
         // SAFETY: loading NCCL runs its constructors, which ask nothing of the caller.
         let library = unsafe { libloading::Library::new("libnccl.so.2") };
-        let library = library.map_err(|error| format!("{error}: {REMEDY}"))?;
+        let library = library.map_err(|error| {
+            let reason = std::error::Error::source(&error).map_or(error.to_string(), ToString::to_string);
+            format!("{reason}: {REMEDY}")
+        })?;
         let mut functions = Library::of(&library).map_err(|symbol| format!("libnccl.so.2 lacks {symbol}: {REMEDY}"))?;
         // It is used until the process ends.
         std::mem::forget(library);

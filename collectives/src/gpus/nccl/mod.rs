@@ -61,7 +61,8 @@ impl Nccl {
     pub(super) fn connect(place: &Place<'_>, reduce_groups: usize) -> Result<Nccl, Error> {
         let &Place { control, gpu, rank, limit } = place;
         if reduce_groups > 1 {
-            let reason = "NCCL sums in an order of its own, so it cannot sum in groups: leave reduce_groups at 1";
+            let reason = "NCCL sums in an order of its own, so it cannot sum in groups: leave reduce_groups \
+                          (--reduce-groups) at 1";
             return Err(Error::Misuse { reason: reason.to_owned() });
         }
         if std::env::var("NCCL_COMM_BLOCKING").is_ok_and(|said| said.trim() == "1") {
