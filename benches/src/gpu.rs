@@ -11,7 +11,8 @@ use crate::operation::Operation;
 /// Which GPU, and what moves elements between GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    /// Its number on each host; None: rank r of a host takes GPU r, from 0 again after the last one.
+    /// Its number on each host; None: rank r of a host takes GPU r, from 0 again after the last
+    /// one.
     pub ordinal: Option<u32>,
     /// What moves the elements.
     pub by: GpuTransport,

@@ -1,5 +1,5 @@
-//! `collbench` with buffers on GPUs: no element is wrong, and what GPUs do not have is named. Over the
-//! stand-ins of `tests/standins` (`ci/cuda`), or on GPUs.
+//! `collbench` with buffers on GPUs: no element is wrong, and what GPUs do not have is named. Over
+//! the stand-ins of `tests/standins` (`ci/cuda`), or on GPUs.
 
 use std::process::{Command, Output};
 

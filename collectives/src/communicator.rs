@@ -345,7 +345,8 @@ impl Communicator {
     /// By [`GpuTransport::Peer`], the ranks are on one host, as threads of one process or as a
     /// process each; they may share a GPU. Sums have the bits of shared memory's. By
     /// [`GpuTransport::Nccl`], ranks may be on several hosts, and each has a GPU of its own. Sums are
-    /// in NCCL's order, but for those of a [`Sideband`](crate::Sideband), which are in order of rank.
+    /// in NCCL's order, but for those of a [`Sideband`](crate::Sideband), which are in order of
+    /// rank.
     ///
     /// A rank's calls, those that exchange scalars included, have one order, whatever threads make
     /// them, and it is the same on every rank.
@@ -355,8 +356,8 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Misuse`] where some ranks share a process and others do not, or GPUs do not reach
-    /// each other's memory, or share one by NCCL; [`Error::System`] where the driver refuses to share
-    /// memory, and for what NCCL says; this communicator's first error.
+    /// each other's memory, or share one by NCCL; [`Error::System`] where the driver refuses to
+    /// share memory, and for what NCCL says; this communicator's first error.
     #[cfg(feature = "cuda")]
     pub fn between_gpus(&self, gpu: &pillion_kernels::Cuda, by: GpuTransport) -> Result<Communicator, Error> {
         expect(self.hosts() == 1 || by != GpuTransport::Peer, || {

@@ -39,7 +39,8 @@ pub enum GpuTransport {
     Auto,
     /// GPUs of one host read each other's memory. Sums have the bits of shared memory's.
     Peer,
-    /// NCCL, on one host or several; each rank needs a GPU of its own. Sums are in NCCL's own order.
+    /// NCCL, on one host or several; each rank needs a GPU of its own. Sums are in NCCL's own
+    /// order.
     Nccl,
 }
 

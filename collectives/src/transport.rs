@@ -122,8 +122,8 @@ pub(crate) trait Transport: Send + Sync {
     /// The first error here, if there was one.
     fn healthy(&self) -> Result<(), Error>;
 
-    /// Looks at the other ranks of this host now, whatever they are doing. `op` names what this rank
-    /// is doing.
+    /// Looks at the other ranks of this host now, whatever they are doing. `op` names what this
+    /// rank is doing.
     ///
     /// # Errors
     /// The first error here; of a rank that died or gave up, which this one remembers then.

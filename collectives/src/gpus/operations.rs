@@ -1,5 +1,5 @@
-//! Operations between GPUs: which there are, what the ranks compare of them, and on which stream they
-//! run.
+//! Operations between GPUs: which there are, what the ranks compare of them, and on which stream
+//! they run.
 
 use pillion_kernels::cpu::reduce::Fold;
 use pillion_kernels::{CudaStream, Event, Stream};

@@ -36,8 +36,8 @@ fn address(name: u64) -> Result<SocketAddrUnix, Error> {
     SocketAddrUnix::new_abstract_name(&bytes[start..]).map_err(Error::system("naming a socket"))
 }
 
-/// Gives `own` to every other rank and takes theirs, by rank; None is this one. Every rank calls it.
-/// `exchange` gives every rank a word of each, in order; `look` fails when another rank has.
+/// Gives `own` to every other rank and takes theirs, by rank; None is this one. Every rank calls
+/// it. `exchange` gives every rank a word of each, in order; `look` fails when another rank has.
 ///
 /// # Errors
 /// Theirs; [`Error::System`]; and where a descriptor does not come within `limit`.
@@ -49,8 +49,8 @@ pub(crate) fn swap(
     limit: Duration,
 ) -> Result<Vec<Option<Guarded<OwnedFd>>>, Error> {
     let system = Error::system("passing memory of a GPU to another process");
-    // A connection that ends is told from a rank that dies by a second look, because the kernel ends
-    // the connection first.
+    // A connection that ends is told from a rank that dies by a second look, because the kernel
+    // ends the connection first.
     let failed = |errno: Errno| {
         let until = Instant::now() + DEATH_SHOWS_WITHIN;
         while matches!(errno, Errno::CONNRESET | Errno::PIPE | Errno::CONNREFUSED) && Instant::now() < until {

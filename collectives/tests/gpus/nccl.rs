@@ -23,8 +23,8 @@ const LARGEST: f64 = 8.0;
 
 /// How far two sums of `world` inputs may lie apart that are added in different orders. Each
 /// addition, and each factor, rounds to half a unit of f32 at most, of a sum that is no larger than
-/// all inputs together and what was there before; a result of bf16 is rounded once more, to one side
-/// or the other.
+/// all inputs together and what was there before; a result of bf16 is rounded once more, to one
+/// side or the other.
 fn bound(dtype: DType, world: usize) -> f64 {
     let most = (world as f64 + 1.0) * LARGEST;
     let rounding = 2.0 * (world as f64 + 3.0) * f64::from(f32::EPSILON) / 2.0 * most;

@@ -126,7 +126,8 @@ impl Cuda {
     }
 
     /// Sets what NVIDIA's libraries read from the environment, where it is not set and this process
-    /// has no other thread yet. To be called before anything else of GPUs, at the start of a program.
+    /// has no other thread yet. To be called before anything else of GPUs, at the start of a
+    /// program.
     ///
     /// CUDA_DEVICE_MAX_CONNECTIONS becomes 32: so many queues of a GPU the streams of a process
     /// share, and with fewer queues than streams, a stream waits for others that it has no order
@@ -204,7 +205,8 @@ impl Cuda {
     }
 
     /// As [`Cuda::fail`], also for kernels that are enqueued already: those that have not begun 2 s
-    /// later do nothing. For work that waits for something which will not come, before it is let go on.
+    /// later do nothing. For work that waits for something which will not come, before it is let go
+    /// on.
     ///
     /// # Errors
     /// [`Error::Cuda`] where the driver refuses; then the GPU runs nothing any more.
@@ -222,7 +224,8 @@ impl Cuda {
         Ok(())
     }
 
-    /// Makes this GPU the one that the calling thread's calls are for, those of other libraries too.
+    /// Makes this GPU the one that the calling thread's calls are for, those of other libraries
+    /// too.
     ///
     /// # Errors
     /// [`Error::Cuda`] where the driver refuses.

@@ -1,9 +1,10 @@
-//! What ranks that are processes share of their GPUs: their slabs, by handle, and words in memory of
-//! the host, at which the streams of one wait for the streams of others.
+//! What ranks that are processes share of their GPUs: their slabs, by handle, and words in memory
+//! of the host, at which the streams of one wait for the streams of others.
 //!
 //! A word counts what a rank's stream has done: it goes up by one at each mark that the stream
-//! writes, and wraps. A rank that gives up lets the streams go on that wait: its host writes what is
-//! far beyond any mark ([`Words::poison`]), and a kernel behind each wait tells one from the other.
+//! writes, and wraps. A rank that gives up lets the streams go on that wait: its host writes what
+//! is far beyond any mark ([`Words::poison`]), and a kernel behind each wait tells one from the
+//! other.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -104,7 +105,8 @@ impl Words {
 impl Drop for Words {
     fn drop(&mut self) {
         if self.context.bind().is_ok() {
-            // SAFETY: registered in `Cuda::register`, and mapped until now, by its caller's promise.
+            // SAFETY: registered in `Cuda::register`, and mapped until now, by its caller's
+            // promise.
             unsafe {
                 let _ = call!(cuMemHostUnregister(self.start.as_ptr().cast()));
             }
@@ -144,8 +146,8 @@ impl Cuda {
     ///
     /// # Safety
     /// From `start` on lies a page for each rank, in memory that this process maps, for reading and
-    /// writing, until the value is dropped; all processes access it as atomics alone. No stream uses
-    /// the words when the value is dropped.
+    /// writing, until the value is dropped; all processes access it as atomics alone. No stream
+    /// uses the words when the value is dropped.
     ///
     /// # Errors
     /// [`Error::Cuda`] where the driver refuses.

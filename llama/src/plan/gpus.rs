@@ -32,17 +32,17 @@ pub(super) struct Peaks {
 /// GPUs of a host.
 pub(super) const ON_A_HOST: usize = 8;
 
-/// The share of its peak that a GPU sustains in the kernels of a model, where nothing is said of it.
-/// A published speed of Llama 3.1 8B with FSDP2 on 8 H100, 5,762 tokens/s a GPU, comes to 300 TFLOP/s
-/// by `pillion plan --calibrate`.
+/// The share of its peak that a GPU sustains in the kernels of a model, where nothing is said of
+/// it. A published speed of Llama 3.1 8B with FSDP2 on 8 H100, 5,762 tokens/s a GPU, comes to 300
+/// TFLOP/s by `pillion plan --calibrate`.
 pub(super) const SHARE: f64 = 0.3;
 
 impl Gpu {
     /// Dense figures; data sheets print twice as much for sparse products, and both directions of
     /// NVLink together.
     ///
-    /// Sources: NVIDIA A100 data sheet (2021); NVIDIA H100 data sheet (2023); NVIDIA H200 data sheet
-    /// (2024); NVIDIA Blackwell architecture technical brief (2024), HGX B200.
+    /// Sources: NVIDIA A100 data sheet (2021); NVIDIA H100 data sheet (2023); NVIDIA H200 data
+    /// sheet (2024); NVIDIA Blackwell architecture technical brief (2024), HGX B200.
     pub(super) fn peaks(self) -> Peaks {
         match self {
             Gpu::A100 => Peaks { bf16: 312e12, f32: 19.5e12, memory: 2.039e12, link: 300e9 },

@@ -1,7 +1,8 @@
 //! A communicator of NCCL's, whose calls return at once and are asked about until they are done.
 //!
-//! This rank's memory is registered as a buffer, and not as a symmetric window: in a window, buffers
-//! of an operation have to lie at the same place on every rank, and ranks allocate as they like.
+//! This rank's memory is registered as a buffer, and not as a symmetric window: in a window,
+//! buffers of an operation have to lie at the same place on every rank, and ranks allocate as they
+//! like.
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,8 +41,8 @@ pub(super) struct Communicator {
 #[derive(Clone, Copy)]
 struct Handle(Raw);
 
-// SAFETY: NCCL's communicators may be used from any thread, one call at a time: `calls` sees to that,
-// but for breaking off, which NCCL allows beside another call.
+// SAFETY: NCCL's communicators may be used from any thread, one call at a time: `calls` sees to
+// that, but for breaking off, which NCCL allows beside another call.
 unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
@@ -158,8 +159,8 @@ impl Communicator {
     fn register(&self) -> Result<bool, Error> {
         let (start, bytes) = self.gpu.slab();
         let (start, mut handle) = (std::ptr::with_exposed_provenance_mut(start as usize), std::ptr::null_mut());
-        // SAFETY: the whole slab, which stays mapped as long as `gpu`; the registration goes with the
-        // communicator. NCCL writes the handle before it returns.
+        // SAFETY: the whole slab, which stays mapped as long as `gpu`; the registration goes with
+        // the communicator. NCCL writes the handle before it returns.
         let result = self.with(|raw| unsafe { (self.library.register)(raw, start, bytes as usize, &mut handle) })?;
         Ok(!is_error(result) && !handle.is_null())
     }
@@ -212,8 +213,8 @@ impl Communicator {
     /// Enqueues calls on a stream of this GPU, as one.
     ///
     /// # Safety
-    /// The memory that the calls name is of this GPU, as long as they say, and stays valid until the
-    /// stream has run them; nobody else writes it meanwhile, or reads what they write.
+    /// The memory that the calls name is of this GPU, as long as they say, and stays valid until
+    /// the stream has run them; nobody else writes it meanwhile, or reads what they write.
     ///
     /// # Errors
     /// As for [`Communicator::connect`].

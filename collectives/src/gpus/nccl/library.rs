@@ -62,8 +62,8 @@ macro_rules! library {
 
         impl Library {
             fn of(library: &libloading::Library) -> Result<Library, &'static str> {
-                // SAFETY: the functions have these types in every version of `nccl.h` that has them,
-                // and the library stays loaded.
+                // SAFETY: the functions have these types in every version of `nccl.h` that has
+                // them, and the library stays loaded.
                 unsafe {
                     Ok(Library {
                         $($field: *library.get(concat!($symbol, "\0").as_bytes()).map_err(|_| $symbol)?,)*

@@ -1,5 +1,5 @@
-//! How ranks meet at each step of an operation: each shows what it lends, and its stream comes behind
-//! those of the others.
+//! How ranks meet at each step of an operation: each shows what it lends, and its stream comes
+//! behind those of the others.
 
 use std::sync::Arc;
 
@@ -67,8 +67,8 @@ impl Lent {
 }
 
 impl Meeting {
-    /// Shows the other ranks what this one lends, behind what its stream has been given, and returns
-    /// what they lend, by rank; the stream is behind theirs then.
+    /// Shows the other ranks what this one lends, behind what its stream has been given, and
+    /// returns what they lend, by rank; the stream is behind theirs then.
     ///
     /// # Errors
     /// What `control` says of the others; [`Error::Timeout`]; [`Error::Mismatch`].

@@ -3,8 +3,8 @@
 //! so a sum has the bits of shared memory's.
 //!
 //! The ranks are threads of one process, whose streams wait for each other by the driver's events
-//! (`board.rs`), or a process each, whose streams wait at words (`processes.rs`). A call waits until
-//! the other ranks have made theirs, and not for what GPUs do.
+//! (`board.rs`), or a process each, whose streams wait at words (`processes.rs`). A call waits
+//! until the other ranks have made theirs, and not for what GPUs do.
 
 mod board;
 mod marks;

@@ -3,8 +3,8 @@
 //!
 //! At each step a rank enqueues its mark, says so to the others, and enqueues its wait for theirs
 //! once they have said so. So whatever a stream waits for has been enqueued by its rank, and comes
-//! unless that rank dies, its GPU does, or its stream waits for another that did. A thread looks for
-//! that (`gpus/watch.rs`).
+//! unless that rank dies, its GPU does, or its stream waits for another that did. A thread looks
+//! for that (`gpus/watch.rs`).
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
