@@ -250,6 +250,9 @@ NCCL(ncclCommInitRankConfig, Communicator** out, int world, Id id, int rank, Con
         return refuse(INVALID_ARGUMENT, "this is no ncclConfig_t");
     if (config->blocking != 0)
         return refuse(INVALID_ARGUMENT, "the stand-in has only communicators that do not block");
+    const char* nvls = getenv("NCCL_NVLS_ENABLE");
+    if (!nvls || strcmp(nvls, "0"))
+        fprintf(stderr, "[stand-in for libnccl, no GPU] NVLS is on: sums may vary\n");
     int device;
     unsigned char uuid[16];
     if (cuCtxGetDevice(&device) || cuDeviceGetUuid_v2(uuid, device)) return CUDA_ERROR;

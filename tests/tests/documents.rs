@@ -88,6 +88,10 @@ const TABLE: &[(&str, How)] = &[
          --memory-bandwidth 2.4TB/s --calibrate 5762",
         AsItStands,
     ),
+    (
+        "pillion plan --model llama3.1-8b --seq 8192 --micro-batch 2 --precision bf16 --gather copy --world 8 --device h100",
+        AsItStands,
+    ),
     ("pillion plan --model small --ranks 2 --link 125MB/s --flops 69G --calibrate 2400 --json", AsItStands),
     ("pillion abs simulate", AsItStands),
     (
@@ -255,5 +259,28 @@ fn no_row_is_left_out() {
     };
     for (command, how) in TABLE {
         assert!(tested(command) || matches!(how, In(..)), "no test above runs `{command}`");
+    }
+}
+
+#[test]
+fn tests_that_the_reports_of_gpus_name_are_there() {
+    let document = fs::read_to_string(root().join("docs/gpu-reports.md")).unwrap();
+    let found = ["collectives", "kernels", "runtime", "tests"];
+    let found = Command::new("grep")
+        .args(["-rhE", "--include=*.rs", "fn [a-z_0-9]+\\("])
+        .args(found)
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let functions = String::from_utf8_lossy(&found.stdout).into_owned();
+    // Names of tests are the only words in backticks with two underscores or more.
+    let named = document.split('`').filter(|word| word.matches('_').count() > 1 && !word.contains(' '));
+    let named: Vec<&str> = named.collect();
+    assert!(named.len() > 10, "{named:?}");
+    for name in named {
+        assert!(
+            functions.contains(&format!("fn {name}(")),
+            "docs/gpu-reports.md names {name}, and there is no such test"
+        );
     }
 }

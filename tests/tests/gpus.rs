@@ -82,6 +82,7 @@ fn two_hosts_train_on_gpus_by_nccl() {
     let hosts = [start(0), start(1)];
     let [first, second] = hosts.map(|host| host.finish().succeeded());
     assert!(first.stdout.contains("NCCL 2.32.3 (registered memory) moves"), "{first}{second}");
+    assert!(!first.stderr.contains("NVLS is on"), "{first}");
     agree(&cpu, &place.steps("spanned"));
 }
 
@@ -194,6 +195,18 @@ fn without_a_gpu_a_run_says_so_in_one_line_and_ends_with_2() {
     assert_eq!(ended.status.code(), Some(2), "{}", ended.stderr);
     assert!(ended.stderr.lines().count() == 1 && ended.stderr.contains("libcuda.so.1"), "{}", ended.stderr);
     assert!(!place.path("out").exists());
+}
+
+#[test]
+fn a_variable_that_has_streams_wait_for_each_other_is_warned_of() {
+    let place = workplace(8);
+    for (value, is_warned) in [("1", true), ("8", false)] {
+        let mut command = place
+            .command(&format!("train {TINY} {LITTLE} --steps 1 --ranks 1 --device cuda --out connections-{value}"));
+        command.env("CUDA_DEVICE_MAX_CONNECTIONS", value);
+        let ended = place.spawn(command).finish().succeeded();
+        assert_eq!(ended.stderr.contains("CUDA_DEVICE_MAX_CONNECTIONS is 1"), is_warned, "{ended}");
+    }
 }
 
 #[test]
