@@ -2,13 +2,13 @@
 //! they run.
 
 use pillion_kernels::cpu::reduce::Fold;
-use pillion_kernels::{CudaStream, Event, Stream};
+use pillion_kernels::{CudaStream, Event, Raw, Stream};
 use smallvec::SmallVec;
 
 use super::{GATHERS, Gpus, Mover, REDUCTIONS};
 use crate::call::{Detail, Kind, Purpose, call, describe, in_sections, kind};
 use crate::memory::control::Call;
-use crate::request::{Collective, Operands, Request};
+use crate::request::{Collective, Operands, Request, Scattered};
 use crate::transport::{Limit, Transport};
 use crate::{Error, Reduction, Sections};
 
@@ -39,6 +39,48 @@ impl Enqueuing<'_> {
     pub(super) fn next_step(&mut self) -> Call {
         *self.steps += 1;
         Call { sequence: *self.steps, ..self.call }
+    }
+
+    /// out = the inputs combined, element by element, in order.
+    ///
+    /// # Safety
+    /// The inputs have as many elements as `out`, of the types of `job`, and stay as they are until
+    /// the stream has run this; nobody else touches `out` meanwhile.
+    pub(super) unsafe fn combine(&self, inputs: &[Raw], out: Raw, job: Fold<'_>) {
+        let sources: Vec<*const u8> = inputs.iter().map(|input| input.pointer.as_ptr().cast_const()).collect();
+        let outputs = [out.pointer.as_ptr()];
+        // SAFETY: the caller's promise.
+        unsafe { self.stream.fold(&Fold { inputs: &sources, outputs: &outputs, count: out.len, ..job }) };
+    }
+}
+
+/// Enqueues what each operation takes. All return how many bytes other ranks take from this one.
+pub(super) trait Moves {
+    fn all_gather(
+        &mut self,
+        operands: &Operands,
+        chunk: usize,
+        sections: &Sections,
+        in_place: bool,
+    ) -> Result<u64, Error>;
+
+    fn broadcast(&mut self, operands: &Operands, root: usize) -> Result<u64, Error>;
+
+    fn reduce_scatter(&mut self, scattered: &Scattered) -> Result<u64, Error>;
+
+    fn all_reduce(&mut self, operands: &Operands, len: usize, reduction: Reduction) -> Result<u64, Error>;
+
+    /// Any of them.
+    fn enqueue(&mut self, collective: &Collective) -> Result<u64, Error> {
+        match collective {
+            Collective::AllGather { operands, chunk, sections, in_place } => {
+                self.all_gather(operands, *chunk, &cut(sections, *chunk), *in_place)
+            }
+            Collective::Broadcast { operands, root, .. } => self.broadcast(operands, *root),
+            Collective::ReduceScatter(scattered) => self.reduce_scatter(scattered),
+            Collective::AllReduce { operands, len, reduction } => self.all_reduce(operands, *len, *reduction),
+            _ => unreachable!("`call_of` refuses the others"),
+        }
     }
 }
 

@@ -1,13 +1,11 @@
 //! Collectives between GPUs by NCCL: sums within the bound of another order, everything else with
 //! the bits of the host's. Ranks are processes, each with a GPU of its own.
 
-use std::time::Duration;
-
 use half::bf16;
 use pillion_collectives::{Error, GpuTransport, Options, Reduce, Reduction};
 use pillion_kernels::{Buffer, DType, Device, Stream};
 
-use crate::processes::{held, nothing_runs, run_with};
+use crate::processes::{held, nothing_runs, open_after_failure, run_with};
 use crate::same_bits::{Operation, gathers, grid, in_order, results, sums};
 use crate::{Rank, standin};
 
@@ -169,11 +167,8 @@ pub(crate) fn loses_nccl(rank: &Rank, _: usize, _: u64) {
     let pending = held(rank, &*stream, (rank.number == 1).then_some(&gate));
     if rank.number == 1 {
         standin::fail("asynchronous error of NCCL", 0, 6);
-        while rank.gpus.healthy().is_ok() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        gate.end(Ok(()));
     }
+    open_after_failure(rank, &gate);
     let error = pending.wait().unwrap_err();
     match &error {
         Error::System { what: "NCCL", reason } if rank.number == 1 => assert!(reason.contains("network"), "{error}"),

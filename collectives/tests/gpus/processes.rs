@@ -133,6 +133,16 @@ pub(crate) fn held(rank: &Rank, stream: &dyn Stream, gate: Option<&Arc<Gate>>) -
     rank.gpus.all_reduce(buffer, Reduction::Sum, stream.record())
 }
 
+/// Rank 1 opens its gate once it has heard that the job has failed.
+pub(crate) fn open_after_failure(rank: &Rank, gate: &Gate) {
+    if rank.number == 1 {
+        while rank.gpus.healthy().is_ok() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        gate.end(Ok(()));
+    }
+}
+
 /// Nothing of this rank's work runs any more, and its memory is not handed out twice.
 pub(crate) fn nothing_runs(rank: &Rank) {
     assert!(rank.gpus.healthy().is_err());
@@ -214,12 +224,7 @@ fn gives_up(rank: &Rank, _: usize, _: u64) {
     if rank.number == 2 {
         rank.gpus.abort("it has had enough");
     }
-    if rank.number == 1 {
-        while rank.gpus.healthy().is_ok() {
-            thread::sleep(Duration::from_millis(1));
-        }
-        gate.end(Ok(()));
-    }
+    open_after_failure(rank, &gate);
     match pending.wait().unwrap_err() {
         Error::Aborted { rank: 2, reason } => assert_eq!(reason, "it has had enough"),
         other => panic!("{other}"),
@@ -278,12 +283,7 @@ fn a_rank_that_does_not_come_is_named() {
 fn is_late(rank: &Rank, _: usize, _: u64) {
     let (gate, stream) = (Gate::new(), rank.gpu.stream());
     let pending = held(rank, &*stream, (rank.number == 1).then_some(&gate));
-    if rank.number == 1 {
-        while rank.gpus.healthy().is_ok() {
-            thread::sleep(Duration::from_millis(1));
-        }
-        gate.end(Ok(()));
-    }
+    open_after_failure(rank, &gate);
     match pending.wait().unwrap_err() {
         // NCCL does not say which of the others it is.
         Error::Timeout { op, waiting_on, how, .. } if rank.number != 1 => {

@@ -85,6 +85,9 @@ impl Words {
     }
 
     /// The last mark that a rank's stream has written.
+    ///
+    /// # Panics
+    /// Here and below, for a rank or a stream that there is not.
     pub fn get(&self, rank: usize, stream: usize) -> u32 {
         self.word(rank, stream).load(Ordering::Acquire)
     }

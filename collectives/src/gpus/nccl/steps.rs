@@ -7,7 +7,7 @@ use super::communicator as nccl;
 use super::watch::UnderWay;
 use super::{Nccl, Scratch};
 use crate::call::describe;
-use crate::gpus::operations::{Enqueuing, cut, exchange, fold, unsupported};
+use crate::gpus::operations::{Enqueuing, Moves, cut, exchange, fold, unsupported};
 use crate::memory::control::Call;
 use crate::request::{Collective, Operands, Scattered, Sidebands};
 use crate::{Error, Reduction, Sections};
@@ -39,15 +39,7 @@ impl Nccl {
         // NCCL says nothing of ranks that call something else.
         let world = exchange(control, call, [], enqueuing.limit)?.len();
         let mut operation = Operation { nccl: self, world, enqueuing, call, reached: Event::PAST };
-        let bytes = match collective {
-            Collective::AllGather { operands, chunk, sections, in_place } => {
-                operation.all_gather(operands, *chunk, &cut(sections, *chunk), *in_place)
-            }
-            Collective::Broadcast { operands, root, .. } => operation.broadcast(operands, *root),
-            Collective::ReduceScatter(scattered) => operation.reduce_scatter(scattered),
-            Collective::AllReduce { operands, len, reduction } => operation.all_reduce(operands, *len, *reduction),
-            _ => unreachable!("`call_of` refuses the others"),
-        }?;
+        let bytes = operation.enqueue(collective)?;
         let Operation { enqueuing: Enqueuing { lane, stream, limit, .. }, reached, .. } = operation;
         self.operations.expect(lane, UnderWay { reached, done: stream.record(), call, limit });
         Ok(bytes)
@@ -100,12 +92,53 @@ impl Operation<'_> {
 
     /// out = the sum of `inputs`, in order.
     fn combine(&self, inputs: &[Raw], out: Raw, job: Fold<'_>) {
-        let sources: Vec<*const u8> = inputs.iter().map(|input| input.pointer.as_ptr().cast_const()).collect();
-        let outputs = [out.pointer.as_ptr()];
         // SAFETY: as for `ride`.
-        unsafe { self.enqueuing.stream.fold(&Fold { inputs: &sources, outputs: &outputs, count: out.len, ..job }) };
+        unsafe { self.enqueuing.combine(inputs, out, job) };
     }
 
+    /// totals = the sum of `numbers` of f64, in order, however many there are; `partial` is free.
+    fn add_up(&self, numbers: &[Raw], partial: Raw, totals: Raw, accumulate: bool) {
+        const MOST: usize = CudaStream::INPUTS;
+        let job = |accumulate: bool| Fold { accumulate, ..Reduction::Sum.first(DType::F64) };
+        if numbers.len() <= MOST {
+            return self.combine(numbers, totals, job(accumulate));
+        }
+        let (first, rest) = numbers.split_at(MOST);
+        self.combine(first, partial, job(false));
+        for more in rest.chunks(MOST - 1) {
+            let inputs: Vec<Raw> = [partial].iter().chain(more).copied().collect();
+            self.combine(&inputs, partial, job(false));
+        }
+        self.combine(&[partial], totals, job(accumulate));
+    }
+
+    /// What NCCL sums, and where it puts the sums.
+    fn begin(&self, sum: &Sum) -> Result<[Raw; 2], Error> {
+        if sum.is_direct {
+            return Ok([sum.input, sum.output]);
+        }
+        let copied = if sum.is_copied { sum.input.len } else { 0 };
+        let wide = self.wide(sum.len + copied)?;
+        let (sums, copy) = (part(wide, 0, sum.len), part(wide, sum.len, copied));
+        if !sum.is_copied {
+            return Ok([sum.input, sums]);
+        }
+        // Each term is multiplied before it is added.
+        let job = Fold { output: DType::F32, factor: sum.whole.factor, ..Reduction::Sum.first(sum.input.dtype) };
+        self.combine(&[sum.input], copy, job);
+        Ok([copy, sums])
+    }
+
+    /// Puts sums where they belong, with what is left of the reduction.
+    fn finish(&self, sum: &Sum, sums: Raw) {
+        if !sum.is_direct {
+            let job = Fold { dtype: DType::F32, factor: None, accumulate: sum.accumulate, ..sum.whole.clone() };
+            self.combine(&[sums], part(sum.output, 0, sum.len), job);
+        }
+    }
+}
+
+impl Moves for Operation<'_> {
     fn all_gather(
         &mut self,
         operands: &Operands,
@@ -153,22 +186,6 @@ impl Operation<'_> {
         Ok(((world - 1) * chunk * operands.dtype.bytes()) as u64)
     }
 
-    /// totals = the sum of `numbers` of f64, in order, however many there are; `partial` is free.
-    fn add_up(&self, numbers: &[Raw], partial: Raw, totals: Raw, accumulate: bool) {
-        const MOST: usize = CudaStream::INPUTS;
-        let job = |accumulate: bool| Fold { accumulate, ..Reduction::Sum.first(DType::F64) };
-        if numbers.len() <= MOST {
-            return self.combine(numbers, totals, job(accumulate));
-        }
-        let (first, rest) = numbers.split_at(MOST);
-        self.combine(first, partial, job(false));
-        for more in rest.chunks(MOST - 1) {
-            let inputs: Vec<Raw> = [partial].iter().chain(more).copied().collect();
-            self.combine(&inputs, partial, job(false));
-        }
-        self.combine(&[partial], totals, job(accumulate));
-    }
-
     fn all_reduce(&mut self, operands: &Operands, len: usize, reduction: Reduction) -> Result<u64, Error> {
         let sum = Sum::of(operands, reduction, false, len, self.world);
         let [from, sums] = self.begin(&sum)?;
@@ -177,31 +194,6 @@ impl Operation<'_> {
         self.finish(&sum, sums);
         let each = len.div_ceil(self.world);
         Ok(((self.world - 1) * each * (operands.dtype.bytes() + operands.to.bytes())) as u64)
-    }
-
-    /// What NCCL sums, and where it puts the sums.
-    fn begin(&self, sum: &Sum) -> Result<[Raw; 2], Error> {
-        if sum.is_direct {
-            return Ok([sum.input, sum.output]);
-        }
-        let copied = if sum.is_copied { sum.input.len } else { 0 };
-        let wide = self.wide(sum.len + copied)?;
-        let (sums, copy) = (part(wide, 0, sum.len), part(wide, sum.len, copied));
-        if !sum.is_copied {
-            return Ok([sum.input, sums]);
-        }
-        // Each term is multiplied before it is added.
-        let job = Fold { output: DType::F32, factor: sum.whole.factor, ..Reduction::Sum.first(sum.input.dtype) };
-        self.combine(&[sum.input], copy, job);
-        Ok([copy, sums])
-    }
-
-    /// Puts sums where they belong, with what is left of the reduction.
-    fn finish(&self, sum: &Sum, sums: Raw) {
-        if !sum.is_direct {
-            let job = Fold { dtype: DType::F32, factor: None, accumulate: sum.accumulate, ..sum.whole.clone() };
-            self.combine(&[sums], part(sum.output, 0, sum.len), job);
-        }
     }
 }
 

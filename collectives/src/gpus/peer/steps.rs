@@ -7,23 +7,14 @@ use pillion_kernels::{DType, Raw, Span};
 
 use super::Peer;
 use super::meeting::{Lends, Lent, Step};
-use crate::gpus::operations::{Enqueuing, cut, fold};
+use crate::gpus::operations::{Enqueuing, Moves, cut, fold};
 use crate::request::{Collective, Operands, Scattered, Sidebands};
 use crate::{Error, Reduction, Sections};
 
 impl Peer {
     /// Enqueues an operation; how many bytes other ranks take from this one.
     pub(in crate::gpus) fn enqueue(&self, enqueuing: Enqueuing<'_>, collective: &Collective) -> Result<u64, Error> {
-        let mut operation = Operation { peer: self, enqueuing };
-        match collective {
-            Collective::AllGather { operands, chunk, sections, in_place } => {
-                operation.all_gather(operands, *chunk, &cut(sections, *chunk), *in_place)
-            }
-            Collective::Broadcast { operands, root, .. } => operation.broadcast(operands, *root),
-            Collective::ReduceScatter(scattered) => operation.reduce_scatter(scattered),
-            Collective::AllReduce { operands, len, reduction } => operation.all_reduce(operands, *len, *reduction),
-            _ => unreachable!("`call_of` refuses the others"),
-        }
+        Operation { peer: self, enqueuing }.enqueue(collective)
     }
 }
 
@@ -51,6 +42,15 @@ impl Operation<'_> {
         self.peer.meeting.meet(&Step { control: &*gpus.control, rank: gpus.rank, stream, lane, call, limit }, lends)
     }
 
+    /// out = the inputs combined, element by element.
+    fn combine(&self, inputs: &[Raw], out: Raw, job: Fold<'_>) {
+        // SAFETY: every rank keeps its input until this stream's next moment, and writes nothing to
+        // the part that this rank reads; the output is this operation's.
+        unsafe { self.enqueuing.combine(inputs, out, job) };
+    }
+}
+
+impl Moves for Operation<'_> {
     fn all_gather(
         &mut self,
         operands: &Operands,
@@ -89,15 +89,6 @@ impl Operation<'_> {
         self.meet([None; 2])?;
         let bytes = operands.input.as_ref().map_or(0, |input| (all.len() - 1) * input.len() * operands.dtype.bytes());
         Ok(bytes as u64)
-    }
-
-    /// out = the inputs combined, element by element.
-    fn combine(&self, inputs: &[Raw], out: Raw, job: Fold<'_>) {
-        let sources: Vec<*const u8> = inputs.iter().map(|input| input.pointer.as_ptr().cast_const()).collect();
-        let outputs = [out.pointer.as_ptr()];
-        // SAFETY: every rank keeps its input until this stream's next moment, and writes nothing to
-        // the part that this rank reads; the output is this operation's.
-        unsafe { self.enqueuing.stream.fold(&Fold { inputs: &sources, outputs: &outputs, count: out.len, ..job }) };
     }
 
     fn reduce_scatter(&mut self, scattered: &Scattered) -> Result<u64, Error> {
