@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, SamplingMode, Throughput};
-use pillion_benches::kernels::{self, Case, Work};
+use pillion_benches::kernels::{self, Case, Place, Sizes, Work};
 use pillion_benches::timing::Summary;
 use pillion_kernels::{Cores, Cpu, DType, Device};
 
@@ -27,7 +27,7 @@ struct Row {
 fn main() {
     let mut criterion =
         Criterion::default().sample_size(10).warm_up_time(Duration::from_millis(1)).configure_from_args();
-    let rows: Vec<Row> = kernels::all().iter().filter_map(|case| measured(&mut criterion, case)).collect();
+    let rows: Vec<Row> = kernels::all(Sizes::CORE).iter().filter_map(|case| measured(&mut criterion, case)).collect();
     criterion.final_summary();
     if rows.is_empty() {
         return;
@@ -52,7 +52,7 @@ fn measured(criterion: &mut Criterion, case: &Case) -> Option<Row> {
     group.sampling_mode(SamplingMode::Flat).throughput(throughput);
     group.measurement_time(Duration::from_secs_f64(10.0 * seconds));
     group.bench_function(&case.variant, |bench| {
-        let call = call.get_or_insert_with(|| case.operands().expect("memory"));
+        let call = call.get_or_insert_with(|| case.operands(&Place::new(&Cpu)).expect("memory"));
         bench.iter_custom(|iterations| {
             let before = samples.len();
             for _ in 0..iterations {

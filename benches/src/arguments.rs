@@ -10,7 +10,7 @@ use pillion_kernels::DType;
 use crate::Error;
 use crate::binding::Bind;
 use crate::elements::{RedopArgument, TypeArgument, type_of};
-use crate::gpu;
+use crate::gpu::{self, DeviceArgument};
 use crate::habits::{Habits, size};
 use crate::operation::{Form, Operation};
 
@@ -87,7 +87,7 @@ pub struct Arguments {
     backend: BackendArgument,
     /// Whose memory buffers are: cpu, cuda for a GPU of each rank, or cuda:N for GPU N; GPUs need a
     /// build with --features cuda
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = gpu::device)]
     device: DeviceArgument,
     /// What connects hosts
     #[arg(long, value_enum, default_value_t = WireArgument::Auto)]
@@ -120,23 +120,6 @@ enum BackendArgument {
     Peer,
     /// NCCL between GPUs
     Nccl,
-}
-
-/// Whose memory buffers are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DeviceArgument {
-    Cpu,
-    /// A GPU: this one of each host, or one for each rank in turn.
-    Cuda(Option<u32>),
-}
-
-fn device(text: &str) -> Result<DeviceArgument, String> {
-    match (text, text.strip_prefix("cuda:")) {
-        ("cpu", _) => Ok(DeviceArgument::Cpu),
-        ("cuda", _) => Ok(DeviceArgument::Cuda(None)),
-        (_, Some(number)) if number.parse::<u32>().is_ok() => Ok(DeviceArgument::Cuda(number.parse().ok())),
-        _ => Err("expected cpu, cuda or cuda:N, with GPUs counted from 0".to_owned()),
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -23,6 +23,9 @@ pub enum Error {
     /// A device's failure.
     #[error(transparent)]
     Device(#[from] pillion_kernels::Error),
+    /// Work on a device failed.
+    #[error(transparent)]
+    Work(#[from] pillion_kernels::Failure),
     /// The buffers of a line exceed the host's memory.
     #[error(
         "{operation} of {} needs {} on this host for its ranks' buffers, {limit} allows {}: choose smaller sizes, \

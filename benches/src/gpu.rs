@@ -6,7 +6,57 @@ use pillion_collectives::{Communicator, GpuTransport, Launch, Reduction};
 use pillion_kernels::{DType, Device};
 
 use crate::Error;
+use crate::kernels::Sizes;
 use crate::operation::Operation;
+
+/// Whose memory buffers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceArgument {
+    /// The host's.
+    Cpu,
+    /// A GPU: this one of each host, or one for each rank in turn.
+    Cuda(Option<u32>),
+}
+
+/// Parses `--device`.
+///
+/// # Errors
+/// What was expected.
+pub fn device(text: &str) -> Result<DeviceArgument, String> {
+    match (text, text.strip_prefix("cuda:")) {
+        ("cpu", _) => Ok(DeviceArgument::Cpu),
+        ("cuda", _) => Ok(DeviceArgument::Cuda(None)),
+        (_, Some(number)) if number.parse::<u32>().is_ok() => Ok(DeviceArgument::Cuda(number.parse().ok())),
+        _ => Err("expected cpu, cuda or cuda:N, with GPUs counted from 0".to_owned()),
+    }
+}
+
+/// A GPU for kernels alone, with memory for operands of these sizes; and its name.
+///
+/// # Errors
+/// [`Error::Usage`] with what is missing; without so much memory.
+#[cfg(feature = "cuda")]
+pub fn alone(ordinal: u32, sizes: Sizes) -> Result<(Arc<dyn Device>, String), Error> {
+    use pillion_kernels::Cuda;
+
+    check(Wanted { ordinal: Some(ordinal), by: GpuTransport::Peer })?;
+    let working = [DType::F32, DType::Bf16].map(|dtype| Cuda::working_bytes(sizes.attention(), sizes.width(), dtype));
+    // Operands of two cases at a time, because a GPU gives memory back when its work has run.
+    let bytes = 2 * sizes.bytes() + working.iter().sum::<u64>() + (256 << 20);
+    let device = Cuda::new(ordinal, bytes)?;
+    let name = device.gpu().to_owned();
+    Ok((Arc::new(device), name))
+}
+
+/// A GPU for kernels alone.
+///
+/// # Errors
+/// [`Error::Usage`] in a build without GPUs.
+#[cfg(not(feature = "cuda"))]
+pub fn alone(ordinal: u32, _: Sizes) -> Result<(Arc<dyn Device>, String), Error> {
+    let wanted = Wanted { ordinal: Some(ordinal), by: GpuTransport::Peer };
+    check(wanted).map(|()| unreachable!("a build without GPUs refuses them"))
+}
 
 /// Which GPU, and what moves elements between GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

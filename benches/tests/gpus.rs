@@ -46,6 +46,26 @@ fn no_element_is_wrong_on_gpus() {
 }
 
 #[test]
+fn every_kernel_is_timed_on_a_gpu() {
+    let table = |device: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kernelbench"));
+        let output = command.args(["--device", device, "--table", "--small", "--milliseconds", "1"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        text(&output.stdout).lines().skip(3).map(|row| row[..44].trim().to_owned()).collect()
+    };
+    let [cpu, gpu]: [Vec<String>; 2] = ["cpu", "cuda:1"].map(table);
+    assert!(cpu == gpu && gpu.iter().any(|name| name == "attention_backward/bf16 64 tokens"), "{gpu:?}");
+}
+
+#[test]
+fn a_gpu_that_there_is_not_is_named_by_kernelbench() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kernelbench"));
+    let output = command.args(["--device", "cuda:99", "--table"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("no GPU 99"), "{}", text(&output.stderr));
+}
+
+#[test]
 fn what_gpus_do_not_have_is_named() {
     for (arguments, named) in [
         ("gather --device cuda", "reduce-scatter, all-gather, all-reduce, broadcast"),

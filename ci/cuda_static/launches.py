@@ -297,6 +297,84 @@ FAMILIES: list[Family] = [
             ),
         ],
     ),
+    *(
+        Family(
+            rf"flash_attention_{width}",
+            "*latch *out *log_sum *q *k *v seq heads kv_heads scale",
+            [
+                Launch(
+                    "short",
+                    1,
+                    {"seq": 5, "heads": 1, "kv_heads": 1},
+                    dynamic=768 * width,
+                    long=width == 128,
+                ),
+                Launch(
+                    "two tiles",
+                    1,
+                    {"seq": 65, "heads": 1, "kv_heads": 1},
+                    dynamic=768 * width,
+                    long=True,
+                ),
+            ],
+            threads=128,
+            dynamic=768 * width,
+        )
+        for width in (64, 128)
+    ),
+    *(
+        Family(
+            rf"flash_attention_keys_{width}",
+            "*latch *grad_k *grad_v *grad_out *q *k *v *log_sum *projection seq heads kv_heads "
+            "scale",
+            [
+                Launch(
+                    "short",
+                    1,
+                    {"seq": 5, "heads": 1, "kv_heads": 1},
+                    dynamic=768 * width + 1024,
+                    long=True,
+                ),
+                Launch(
+                    "two blocks",
+                    2,
+                    {"seq": 65, "heads": 1, "kv_heads": 1},
+                    dynamic=768 * width + 1024,
+                    long=True,
+                    # With 128 elements it needs more memory than the verifier allows itself.
+                    kernels="flash_attention_keys_64",
+                ),
+            ],
+            threads=128,
+            dynamic=768 * width + 1024,
+        )
+        for width in (64, 128)
+    ),
+    *(
+        Family(
+            rf"flash_attention_queries_{width}",
+            "*latch *grad_q *grad_out *q *k *v *log_sum *projection seq heads kv_heads scale",
+            [
+                Launch(
+                    "short",
+                    1,
+                    {"seq": 5, "heads": 1, "kv_heads": 1},
+                    dynamic=768 * width,
+                    long=width == 128,
+                ),
+                Launch(
+                    "two blocks",
+                    2,
+                    {"seq": 65, "heads": 1, "kv_heads": 1},
+                    dynamic=768 * width,
+                    long=True,
+                ),
+            ],
+            threads=128,
+            dynamic=768 * width,
+        )
+        for width in (64, 128)
+    ),
     Family(
         r"follow_latch",
         "*latch *other",

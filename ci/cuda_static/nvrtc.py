@@ -43,7 +43,7 @@ class CompileError(Exception):
 
 def source_of(folder: Path) -> str:
     """Concatenates the sources in the order in which the program concatenates them."""
-    files = [folder / "common.cuh"] + sorted(folder.glob("*.cu"))
+    files = [folder / "common.cuh", folder / "tensor.cuh"] + sorted(folder.glob("*.cu"))
     texts = []
     for file in files:
         if file.exists():

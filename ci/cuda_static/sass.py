@@ -46,7 +46,9 @@ PROMISES: list[tuple[str, list[str]]] = [
     (r"attention_projection_.*", [WIDE_LOAD]),
 ]
 
-# Attention by hand will promise HMMA and LDSM here.
+# Tensor cores, matrices loaded for them, and copies to shared memory that need no registers.
+TENSOR = [r"HMMA\.16816\.F32\.BF16", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"LDGSTS\.\S*128"]
+PROMISES.append((r"flash_attention_.*", [*TENSOR, WIDE_STORE]))
 
 FORBIDDEN = [
     (r"(LDL|STL)\b", "uses local memory"),

@@ -4,16 +4,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
+use pillion_kernels::Stamp;
 
-/// An operation that has ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// An operation that has ended, or, between GPUs, is enqueued.
+#[derive(Clone, Debug)]
 pub struct Recorded {
     /// Which one: "all-gather", "window gather", "reduce-scatter" and so on.
     pub operation: &'static str,
     /// When this rank took part, its operands being there. Other ranks may have come later.
-    pub start: Instant,
+    pub start: Stamp,
     /// When it was complete on this rank.
-    pub end: Instant,
+    pub end: Stamp,
     /// Bytes that other ranks took from this one.
     pub bytes: u64,
 }
@@ -30,9 +31,14 @@ impl Record {
         self.wanted.store(wanted, Ordering::Relaxed);
     }
 
+    /// Whether somebody wants them.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
     /// The start of an operation whose end is to be recorded.
     pub(crate) fn start(&self) -> Option<Instant> {
-        self.wanted.load(Ordering::Relaxed).then(Instant::now)
+        self.is_wanted().then(Instant::now)
     }
 
     pub(crate) fn end(&self, span: Recorded) {

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Rewrites the table in README.md: what each kernel moves, and what the compiler makes of it.
+"""Rewrites the tables in README.md: what kernels move, and what the compiler makes of them.
 
     roofline.py [--check]
 
 What the compiler makes of a kernel comes from resources.txt, which `ci/cuda_static.py` checks. With
---check the table is only compared, and the exit status tells whether README.md is up to date.
+--check the tables are only compared, and the exit status tells whether README.md is up to date.
 """
 
 import math
@@ -13,9 +13,15 @@ import sys
 
 FOLDER = pathlib.Path(__file__).parent
 BEGIN, END = "<!-- roofline.py: begin -->\n", "<!-- roofline.py: end -->\n"
+BEGIN_ATTENTION = "<!-- roofline.py: begin attention -->\n"
 
 # Bandwidth of a copy, in bytes a second, as others have measured it.
 H100, H200 = 3.0e12, 4.3e12
+
+# FLOP/s of tensor cores, and bytes/s of shared memory: 128 bytes a clock and multiprocessor, of 108
+# at 1.41 GHz and 132 at 1.83 GHz (data sheets of A100 and H100).
+A100_TENSOR, A100_SHARED = 312e12, 128 * 108 * 1.41e9
+H100_TENSOR, H100_SHARED = 989.4e12, 128 * 132 * 1.83e9
 
 # The shapes: one rank's parameters, and a micro-batch of an 8B model.
 PARAMETERS = 10**9
@@ -84,6 +90,47 @@ def kernels():
     yield "follow_riders", "1", 8, 64, "riders of 64 ranks"
 
 
+# Causal attention: sequences of a micro-batch, and how many pairs of a query and a key there are.
+SEQUENCES, SEQ = TOKENS // 4096, 4096
+SCORES = SEQUENCES * HEADS * SEQ * SEQ // 2
+
+
+def attention():
+    """(name, grid, matrix products, bytes that one mma loads from shared memory)
+
+    A warp's ldmatrix moves 512 bytes. For each set of 16 columns (forward: 32 rows; backward: 16),
+    a product of two tiles loads both operands, one with a left operand in registers the right one.
+    """
+    forward = {64: (4 * (2 + 4) + 4 * 4, 128), 128: (8 * (2 + 2) + 2 * 8, 128)}
+    for width, (loads, products) in forward.items():
+        grid = "seq / 128 * heads * sequences"
+        yield f"flash_attention_{width}", width, grid, 2, 512 * loads / products
+    for width in (64, 128):
+        steps = width // 16
+        # Two tiles of scores, of 16 x 32; then two sums or one.
+        for name, heads, sums in (("keys", "kv_heads", 2), ("queries", "heads", 1)):
+            loads = 2 * steps * (1 + 2) + sums * 2 * steps
+            products = 2 * steps * 4 + sums * 2 * 2 * steps
+            grid = f"seq / 64 * {heads} * sequences"
+            yield f"flash_attention_{name}_{width}", width, grid, 2 + sums, 512 * loads / products
+
+
+def attention_table(compiled):
+    columns = ["kernel", "grid", "block", "GFLOP", "bytes / mma", "A100", "H100", "H100 by shared"]
+    lines = [columns + ["registers", "shared", "occupancy"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, width, grid, products, size in attention():
+        row = compiled[name]
+        flop = 2 * DIM * products * SCORES  # heads of 64 are twice as many
+        shared = flop / (2 * 16 * 8 * 16) * size
+        times = [time(max(flop / A100_TENSOR, shared / A100_SHARED))]
+        times += [time(flop / H100_TENSOR), time(shared / H100_SHARED)]
+        cells = [f"`{name}`", grid, row["threads"], round(flop / 1e9), round(size), *times]
+        shared = f"{row['shared']} + {row['dynamic']}"
+        lines.append([*cells, row["registers"], shared, f"{row['occupancy%']}%"])
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
 def compiled():
     """Returns {kernel: what `resources.txt` says of it for sm_90, by its columns' names}."""
     lines = (FOLDER / "resources.txt").read_text().splitlines()
@@ -110,6 +157,7 @@ def table(compiled):
         times = [time(size * elements / speed) for speed in (H100, H200)]
         cells = [f"`{name}`", grid, row["threads"], size, shape, *times]
         lines.append([*cells, row["registers"], shared, f"{row['occupancy%']}%"])
+    names |= {name for name, *_ in attention()}
     if missing := set(compiled) - names:
         sys.exit(f"no shapes for {sorted(missing)}")
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
@@ -120,8 +168,10 @@ def main():
         sys.exit(__doc__)
     readme = FOLDER / "README.md"
     old = readme.read_text()
-    before, rest = old.split(BEGIN)
-    new = before + BEGIN + table(compiled()) + END + rest.split(END)[1]
+    new, rows = old, compiled()
+    for begin, text in ((BEGIN, table(rows)), (BEGIN_ATTENTION, attention_table(rows))):
+        before, rest = new.split(begin)
+        new = before + begin + text + END + rest.split(END, 1)[1]
     if "--check" in sys.argv:
         sys.exit(0 if new == old else "README.md is not up to date: run roofline.py")
     readme.write_text(new)

@@ -32,12 +32,13 @@ mod parts;
 pub mod random;
 mod ranges;
 mod shapes;
+mod stamp;
 mod stream;
 
 pub use buffer::{Buffer, View, ViewMut};
 pub use cpu::{Cores, Cpu, LazyCpu};
 #[cfg(feature = "cuda")]
-pub use cuda::{Cuda, CudaError, CudaInfo, CudaStream, PeerMemory, Witness, Words};
+pub use cuda::{Attention, Cuda, CudaError, CudaInfo, CudaStream, PeerMemory, Witness, Words};
 pub use device::Device;
 pub use dtype::{Bool, DType, Element};
 pub use error::Error;
@@ -46,4 +47,5 @@ pub use kernels::{AttentionShape, Kernels};
 pub use memory::{HUGE_PAGE, Raw, Region, Space, Span, exclusive};
 pub use parts::Part;
 pub use ranges::{Range, Ranges};
+pub use stamp::{Stamp, Timed};
 pub use stream::{AdamW, Stream};

@@ -3,7 +3,7 @@
 //! Where nothing else is said, every function returns once the work is enqueued, and panics when
 //! shapes or types disagree: that is a programmer's error.
 
-use crate::{DType, Element, Event, Failure, Kernels, View, ViewMut};
+use crate::{DType, Element, Event, Failure, Kernels, Stamp, View, ViewMut};
 
 /// Settings of one AdamW update (Loshchilov and Hutter 2019, algorithm 2, with the schedule inside
 /// `lr`).
@@ -36,6 +36,12 @@ pub unsafe trait Stream: Send {
     /// An event that happens once everything enqueued so far has run. It fails if this stream waits
     /// for an event that fails.
     fn record(&self) -> Event;
+
+    /// The place behind everything enqueued so far, for its time. What a stream does not say
+    /// otherwise is the time of this call, which is right where work has run when its call returns.
+    fn stamp(&self) -> Stamp {
+        Stamp::now()
+    }
 
     /// Work enqueued from now on runs after `event`. On a device that runs work at once this blocks
     /// until then.

@@ -74,7 +74,7 @@ pub(crate) fn open(
     communicator: &Arc<Communicator>,
 ) -> Result<(Moved, String), Error> {
     use pillion_collectives::limits::human;
-    use pillion_kernels::Cuda;
+    use pillion_kernels::{Attention, Cuda};
     use pillion_runtime::Layout;
 
     use crate::model::Model;
@@ -103,7 +103,12 @@ pub(crate) fn open(
         crate::complain(warning);
     }
     let aside = human(device.memory().1);
-    let what = format!("{}, {aside} set aside for each rank; {} moves elements", device.gpu(), communicator.mover());
+    let by = match device.attention(policy.weights, attention) {
+        Attention::Flash => "flash kernels",
+        Attention::Products => "matrix products",
+    };
+    let (gpu, mover) = (device.gpu(), communicator.mover());
+    let what = format!("{gpu}, {aside} set aside for each rank; {mover} moves elements; attention by {by}");
     Ok(((Arc::new(device), communicator), what))
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pillion_collectives::Communicator;
 use pillion_kernels::cpu::compare::Comparison;
 use pillion_kernels::cpu::observe::Observer;
-use pillion_kernels::{Buffer, DType, Device, Event, Stream};
+use pillion_kernels::{Buffer, DType, Device, Event, Stamp, Stream};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::axes::Axes;
@@ -49,6 +49,8 @@ pub struct Engine {
     /// Whether there are gradients and moments.
     pub(crate) trains: bool,
     pub(crate) recording: Option<Recording>,
+    /// When the waits for other ranks began and ended in the step under way.
+    pub(crate) waits: Vec<[Stamp; 2]>,
     pub(crate) measures_groups: bool,
     /// How groups are compared with their sum, where they are.
     pub(crate) comparison: Option<Arc<Comparison>>,
@@ -187,6 +189,7 @@ impl Engine {
             health: Health::Good,
             trains,
             recording: None,
+            waits: Vec::new(),
             measures_groups: true,
             comparison: None,
             outline,
@@ -299,9 +302,9 @@ impl Engine {
         Ok(())
     }
 
-    /// What was recorded of the steps that have ended since this was last asked, for
-    /// [`write_trace`](crate::trace::write_trace). A stream that runs its work later shows when the
-    /// host enqueued it.
+    /// What was recorded since this was last asked, for
+    /// [`write_trace`](crate::trace::write_trace), as far as the device has come: the updates of a
+    /// step may still be under way on a device that runs its work later.
     pub fn recorded(&mut self) -> Vec<TraceEvent> {
         self.recording.as_mut().map_or_else(Vec::new, Recording::take)
     }

@@ -22,7 +22,8 @@ pub struct StepReport {
     /// ([`compare_groups`](crate::Engine::compare_groups)), in a step that reduces once, of groups
     /// of as many tokens each on all ranks.
     pub comparison: Option<GroupComparison>,
-    /// Time for which this rank's host waited for a collective.
+    /// Time for which this rank waited for others: its stream for collectives, by the device's
+    /// clock, and its host for the agreement on the step's sums.
     pub exposed: Duration,
     /// Times that this rank's host waited until its device had run all that it was given, as the
     /// device counts them ([`Stream::host_waits`](pillion_kernels::Stream::host_waits)).

@@ -3,12 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pillion_collectives::{Reduction, Traffic};
 use pillion_kernels::cpu::compare::Comparison;
 use pillion_kernels::cpu::observe::Observer;
-use pillion_kernels::{Event, Stream, View, ViewMut};
+use pillion_kernels::{Event, Stamp, Stream, View, ViewMut};
 
 use crate::engine::{Engine, Health, Kind};
 use crate::gradients::sideband;
@@ -32,14 +32,13 @@ pub struct Step<'e> {
     /// The computation that the caller is enqueuing.
     open: Option<usize>,
     /// When it was opened, where that is recorded.
-    opened: Option<Instant>,
+    opened: Option<Stamp>,
     /// Tokens of this rank since its gradient was last reduced: of this round, or, where gradients are whole, of all rounds so far.
     tokens: usize,
     /// Tokens of this rank in all rounds so far.
     all_tokens: usize,
     /// Of the comparison of groups, in a step that makes one.
     comparison: Option<Arc<Comparison>>,
-    pub(crate) exposed: Duration,
     /// Times that the host had waited for the stream before this step.
     pub(crate) host_waits: u64,
     pub(crate) traffic: Traffic,
@@ -103,6 +102,7 @@ impl<'e> Step<'e> {
             // Of what was done between steps.
             drop(engine.axes.recorded());
         }
+        engine.waits.clear();
         engine.events.clear();
         engine.events.resize(plan.operations.len(), Event::PAST);
         let reduces_once = || {
@@ -110,7 +110,6 @@ impl<'e> Step<'e> {
             plan.operations.iter().filter(is_reduction).count() == plan.outline.buckets.len()
         };
         let comparison = engine.comparison.clone().filter(|_| reduces_once());
-        let exposed = Duration::ZERO;
         let host_waits = engine.stream.host_waits();
         Step {
             engine,
@@ -122,7 +121,6 @@ impl<'e> Step<'e> {
             tokens: 0,
             all_tokens: 0,
             comparison,
-            exposed,
             host_waits,
             traffic,
         }
@@ -266,15 +264,26 @@ impl<'e> Step<'e> {
         Ok(())
     }
 
-    /// The host has waited for a collective since then.
-    pub(crate) fn waited(&mut self, since: Instant, units: Range<usize>) {
-        self.exposed += since.elapsed();
-        if let Some(recording) = &mut self.engine.recording {
-            recording.host("wait", units, since);
-        }
+    /// The stream has waited for a collective since then.
+    pub(crate) fn waited(&mut self, since: Stamp, units: Range<usize>) {
+        self.waited_until(since, self.engine.stream.stamp(), "wait", units);
     }
 
-    /// Records the collectives of this step, which have ended.
+    /// The stream, or the host, has waited for other ranks.
+    fn waited_until(&mut self, since: Stamp, until: Stamp, name: &'static str, units: Range<usize>) {
+        if let Some(recording) = &mut self.engine.recording {
+            recording.push(name, units, since.clone(), until.clone());
+        }
+        self.engine.waits.push([since, until]);
+    }
+
+    /// For how long this rank has waited for others, of the waits that have ended.
+    pub(crate) fn exposed(&self) -> Duration {
+        let long = |[since, until]: &[Stamp; 2]| Some(until.time()?.saturating_duration_since(since.time()?));
+        self.engine.waits.iter().filter_map(long).sum()
+    }
+
+    /// Records the collectives of this step.
     pub(crate) fn record_collectives(&mut self) {
         let Engine { recording, axes, .. } = &mut *self.engine;
         if let Some(recording) = recording {
@@ -289,7 +298,7 @@ impl<'e> Step<'e> {
         let Action::Compute { weights, gradients, .. } = self.plan.operations[self.next].action else {
             unreachable!("issue_until stops at what was wanted");
         };
-        let waiting = Instant::now();
+        let waiting = self.engine.stream.stamp();
         let engine = &mut *self.engine;
         engine.weights.bring(engine.buckets.places[unit].bucket, weights, &*engine.stream)?;
         if let Some(Fill { slot, first, .. }) = gradients {
@@ -297,7 +306,7 @@ impl<'e> Step<'e> {
         }
         self.waited(waiting, unit..unit + 1);
         self.open = Some(self.next);
-        self.opened = self.engine.recording.is_some().then(Instant::now);
+        self.opened = self.engine.recording.is_some().then(|| self.engine.stream.stamp());
         self.next += 1;
         Ok((weights, gradients))
     }
@@ -327,7 +336,7 @@ impl<'e> Step<'e> {
                 let group = engine.axes.shard.as_ref().expect(AXIS);
                 engine.weights.gather(group, bucket, slot, after);
                 if !engine.policy.overlap {
-                    let waiting = Instant::now();
+                    let waiting = engine.stream.stamp();
                     engine.weights.bring(bucket, slot, &*engine.stream)?;
                     self.waited(waiting, units);
                 }
@@ -337,7 +346,7 @@ impl<'e> Step<'e> {
                 let observer = self.comparison.clone().map(|comparison| comparison as Arc<dyn Observer>);
                 engine.gradients.reduce(group, bucket, slot, round > 0, observer, after);
                 if !engine.policy.overlap {
-                    let waiting = Instant::now();
+                    let waiting = engine.stream.stamp();
                     engine.gradients.wait()?;
                     self.waited(waiting, self.plan.outline.buckets[bucket].clone());
                 }
@@ -346,7 +355,7 @@ impl<'e> Step<'e> {
                 let groups = engine.axes.replicate.as_ref().expect(AXIS);
                 engine.gradients.all_reduce(groups, bucket, after);
                 if !engine.policy.overlap {
-                    let waiting = Instant::now();
+                    let waiting = engine.stream.stamp();
                     engine.gradients.wait()?;
                     self.waited(waiting, self.plan.outline.buckets[bucket].clone());
                 }
@@ -372,16 +381,17 @@ impl<'e> Step<'e> {
             let weight = engine.measures_groups.then_some(weight);
             engine.gradients.complete(slot, unit, *len, weight, &*engine.stream);
         }
-        engine.events[index] = engine.stream.record();
         if let (Some(recording), Some(opened)) = (&mut engine.recording, self.opened.take()) {
             let (_, name, units) = label(action, &self.plan.outline);
-            recording.host(name, units, opened);
+            recording.push(name, units, opened, engine.stream.stamp());
         }
+        // Behind the stamp, so that nothing which waits for this event begins before that time.
+        engine.events[index] = engine.stream.record();
     }
 
     /// The one scalar all-reduce of a step.
     fn sum(&mut self, requests: &mut [f64]) -> Result<StepReport, Error> {
-        let waiting = Instant::now();
+        let waiting = self.engine.stream.stamp();
         let Engine { stream, gradients, .. } = &mut *self.engine;
         gradients.bring_all(&**stream)?;
         self.waited(waiting, 0..0);
@@ -425,12 +435,9 @@ impl<'e> Step<'e> {
                 found.iter_mut().zip(summary.comparison(unit)).for_each(|(found, of_unit)| *found += of_unit);
             }
         }
-        let waiting = Instant::now();
+        let waiting = Stamp::now();
         axes.world.all_reduce_scalars(&mut values[..compared.end], Reduction::Sum)?;
-        self.exposed += waiting.elapsed();
-        if let Some(recording) = &mut self.engine.recording {
-            recording.host("agree", 0..0, waiting);
-        }
+        self.waited_until(waiting, Stamp::now(), "agree", 0..0);
         self.record_collectives();
         requests.copy_from_slice(&values[requested]);
         let (loss_sum, tokens) = (values[loss_sum], values[tokens]);

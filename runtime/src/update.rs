@@ -1,7 +1,5 @@
 //! The end of a step: gradients are summed, every rank knows the norm, and no rank reads weights any more.
 
-use std::time::Instant;
-
 use pillion_kernels::{Stream, View};
 
 use crate::engine::{Health, OptimizerShard};
@@ -61,10 +59,11 @@ impl<'e> Agreed<'e> {
             let Action::Update { unit } = operation.action else {
                 return Err(step.off_plan("the end of the step"));
             };
-            let started = Instant::now();
+            let started = step.engine.recording.is_some().then(|| step.engine.stream.stamp());
             step.update(unit, optimizer, number)?;
-            if let Some(recording) = &mut step.engine.recording {
-                recording.host("update", unit..unit + 1, started);
+            let Engine { recording, stream, .. } = &mut *step.engine;
+            if let (Some(recording), Some(started)) = (recording, started) {
+                recording.push("update", unit..unit + 1, started, stream.stamp());
             }
             step.engine.written[unit] = step.engine.stream.record();
             step.next += 1;
@@ -74,7 +73,7 @@ impl<'e> Agreed<'e> {
         let traffic = step.engine.axes.traffic();
         report.operations = traffic.operations - step.traffic.operations;
         report.bytes = traffic.bytes - step.traffic.bytes;
-        report.exposed = step.exposed;
+        report.exposed = step.exposed();
         report.host_waits = step.engine.stream.host_waits() - step.host_waits;
         Ok(report)
     }

@@ -9,3 +9,4 @@ pub mod golden;
 pub mod hosts;
 pub mod program;
 pub mod reference;
+pub mod rounding;

@@ -28,6 +28,40 @@ struct Queries {
     u32 heads, seq, first, rows, keys;
 };
 
+// Sequences for attention by hand. Some span several tiles.
+struct Heads {
+    Heads(Case& c, u32 width)
+        : width(width), group((u32)c.number(1, 2)), kv_heads((u32)c.number(1, 2)),
+          heads(group * kv_heads), seq((u32)c.number(1, 150)), batch((u32)c.number(1, 2)) {}
+    u64 queries() const { return (u64)batch * seq * heads * width; }
+    u64 keys() const { return (u64)batch * seq * kv_heads * width; }
+    u64 rows() const { return (u64)batch * heads * seq; }
+    u32 width, group, kv_heads, heads, seq, batch;
+};
+Launch flash_attention(Case& c, u32 width) {
+    Heads h(c, width);
+    c.threads = 128;
+    return c.launch(ceil_div(h.seq, 128) * h.heads * h.batch, 768 * width, c.out(BF16, h.queries()),
+                    c.out(F32, h.rows()), c.in(BF16, h.queries()), c.in(BF16, h.keys()),
+                    c.in(BF16, h.keys()), h.seq, h.heads, h.kv_heads, 0.125f);
+}
+Launch flash_attention_keys(Case& c, u32 width) {
+    Heads h(c, width);
+    c.threads = 128;
+    return c.launch(ceil_div(h.seq, 64) * h.kv_heads * h.batch, 768 * width + 1024,
+                    c.out(BF16, h.keys()), c.out(BF16, h.keys()), c.in(BF16, h.queries()),
+                    c.in(BF16, h.queries()), c.in(BF16, h.keys()), c.in(BF16, h.keys()),
+                    c.in(F32, h.rows()), c.in(F32, h.rows()), h.seq, h.heads, h.kv_heads, 0.125f);
+}
+Launch flash_attention_queries(Case& c, u32 width) {
+    Heads h(c, width);
+    c.threads = 128;
+    return c.launch(ceil_div(h.seq, 64) * h.heads * h.batch, 768 * width,
+                    c.out(BF16, h.queries()), c.in(BF16, h.queries()), c.in(BF16, h.queries()),
+                    c.in(BF16, h.keys()), c.in(BF16, h.keys()), c.in(F32, h.rows()),
+                    c.in(F32, h.rows()), h.seq, h.heads, h.kv_heads, 0.125f);
+}
+
 // Rows of a norm. Rows wider than 12288 have their sums in global memory.
 struct Rows {
     explicit Rows(Case& c)
@@ -148,6 +182,12 @@ const std::map<std::string, Call> calls = {
                          q.scores()), c.in(F32, q.scores()), c.in(F32, q.scores()),
                          c.in(F32, (u64)q.heads * q.seq), c.in(F32, (u64)q.heads * q.seq),
                          q.rows, q.keys, q.first, q.seq);),
+    CALL(flash_attention_64, return flash_attention(c, 64);),
+    CALL(flash_attention_128, return flash_attention(c, 128);),
+    CALL(flash_attention_keys_64, return flash_attention_keys(c, 64);),
+    CALL(flash_attention_keys_128, return flash_attention_keys(c, 128);),
+    CALL(flash_attention_queries_64, return flash_attention_queries(c, 64);),
+    CALL(flash_attention_queries_128, return flash_attention_queries(c, 128);),
     CALL(follow_event, c.latch_matters = false; c.may_latch = c.coin();
          return c.launch(1, 0, c.words({c.may_latch ? 2u : 1u}));),
     CALL(follow_latch, c.latch_matters = false; c.may_latch = c.coin();

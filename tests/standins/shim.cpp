@@ -144,6 +144,8 @@ void run_thread() {
     acquire(&start_of_wave);
     (*body)();
     Lane& lane = static_cast<Lane&>(*current);
+    if (!lane.copies.empty())
+        stop_here(Fault::LAUNCH_FAILED, "returns before it has waited for its copies");
     release(&end_of_wave);
     lane.state = State::RETURNED;
     warps[lane.number / 32]->returned |= 1u << lane.lane;
@@ -182,8 +184,8 @@ int wait_for_block(Vote vote, int value, Place place) {
     return barrier.result[phase];
 }
 
-const WarpValues& wait_for_warp(WarpOperation operation, unsigned mask, uint64_t value,
-                                Place place) {
+const WarpValues& wait_for_warp(WarpOperation operation, unsigned mask, uint64_t value, Place place,
+                                void (*combine)(const WarpValues&)) {
     Lane& lane = static_cast<Lane&>(*current);
     Warp& warp = *warps[lane.number / 32];
     unsigned bit = 1u << lane.lane;
@@ -217,6 +219,12 @@ const WarpValues& wait_for_warp(WarpOperation operation, unsigned mask, uint64_t
     group->values.value[lane.lane] = value;
     release(group->edge);
     if (group->arrived == group->wanted) {
+        if (combine) {
+            if (mask != 0xffffffffu) lane_is_missing(__builtin_ctz(~mask), place);
+            acquire(group->edge);
+            combine(group->values);
+            release(group->edge);
+        }
         warp.pending &= ~(1ull << (group - warp.groups));
         for (unsigned left = mask; left; left &= left - 1)
             threads[(lane.number & ~31u) + __builtin_ctz(left)]->state = State::READY;
@@ -230,6 +238,13 @@ const WarpValues& wait_for_warp(WarpOperation operation, unsigned mask, uint64_t
 void lane_is_missing(unsigned lane, Place place) {
     stop_here(Fault::LAUNCH_FAILED, text(place) + ": reads the value of lane " +
                                         std::to_string(lane) + ", which does not take part");
+}
+
+void address_is_misaligned(const void* address, unsigned alignment, Place place) {
+    char number[32];
+    snprintf(number, sizeof number, "%p", address);
+    stop_here(Fault::MISALIGNED, text(place) + ": address " + number + " is no multiple of " +
+                                     std::to_string(alignment));
 }
 
 void* shared_memory(SharedSite& site) {
@@ -279,6 +294,8 @@ void set_up_block(unsigned rotation) {
         lane.lane = i % 32;
         lane.state = State::READY;
         lane.group = nullptr;
+        lane.copies.clear();
+        lane.groups = 0;
         prepare(lane, (i + rotation) % count, run_thread);
     }
     for (unsigned i = 0; i < (count + 31) / 32; i++) {

@@ -62,11 +62,21 @@ struct Place {
     int line;
 };
 
+// A copy to shared memory that has started and has moved nothing yet.
+struct Copy {
+    void* to;
+    const void* from;   // null: zeros
+    unsigned bytes;
+    unsigned group;     // number of the group that it belongs to
+};
+
 // The thread that runs now.
 struct Thread {
     uint3 index;       // threadIdx
     unsigned number;   // index in the block, x fastest
     unsigned lane;     // number mod 32
+    std::vector<Copy> copies;
+    unsigned groups;   // groups of copies that have ended
 };
 extern Thread* current;
 extern dim3 grid, block;
@@ -84,15 +94,17 @@ void* dynamic_shared_memory();
 enum Vote { NONE, OR, AND, COUNT };
 int wait_for_block(Vote vote, int value, Place place);
 
-enum WarpOperation { SYNC, SHUFFLE, BALLOT };
+enum WarpOperation { SYNC, SHUFFLE, BALLOT, LOAD_MATRICES, MULTIPLY };
 struct WarpValues {
     uint64_t value[32];   // by lane
     unsigned mask;        // lanes that took part
 };
-// Waits until all lanes of `mask` have called. The result is valid until this lane's next call.
-const WarpValues& wait_for_warp(WarpOperation operation, unsigned mask, uint64_t value,
-                                Place place);
+// Waits until all lanes of `mask` have called. The lane that comes last calls `combine`. The result
+// is valid until this lane's next call.
+const WarpValues& wait_for_warp(WarpOperation operation, unsigned mask, uint64_t value, Place place,
+                                void (*combine)(const WarpValues&) = nullptr);
 void lane_is_missing(unsigned lane, Place place);
+void address_is_misaligned(const void* address, unsigned alignment, Place place);
 
 template <class T, size_t COUNT, class Site>
 T (&shared_array(Site))[COUNT] {
@@ -186,6 +198,99 @@ template <class T> inline T __ldg(const T* from) { return *from; }
 inline void __threadfence_block() { asm volatile("" ::: "memory"); }
 inline void __threadfence() { asm volatile("mfence" ::: "memory"); }
 inline void __threadfence_system() { asm volatile("mfence" ::: "memory"); }
+
+// --- Copies to shared memory, and tensor cores: the functions of tensor.cuh ----------------------
+
+// A copy moves its bytes as late as it may: when its thread waits for its group.
+template <int BYTES>
+void cp_async(void* to, const void* from, bool exists,
+              shim::Place place = {__builtin_FILE(), __builtin_LINE()}) {
+    static_assert(BYTES == 4 || BYTES == 16, "this shim copies 4 or 16 bytes");
+    for (const void* address : {(const void*)to, from})
+        if ((uintptr_t)address % BYTES) shim::address_is_misaligned(address, BYTES, place);
+    shim::current->copies.push_back(
+        {to, exists ? from : nullptr, BYTES, shim::current->groups});
+}
+inline void cp_async_commit() { shim::current->groups++; }
+template <int NEWEST>
+void cp_async_wait() {
+    auto& copies = shim::current->copies;
+    size_t done = 0;
+    for (; done < copies.size() && copies[done].group + NEWEST < shim::current->groups; done++) {
+        shim::Copy& copy = copies[done];
+        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+        else memset(copy.to, 0, copy.bytes);
+    }
+    copies.erase(copies.begin(), copies.begin() + done);
+}
+
+namespace shim {
+
+// `row` is the address that this lane gives. Matrix i has its rows from lanes 8i to 8i + 7.
+inline void load_matrices(unsigned (&to)[4], const void* row, bool transposed, Place place) {
+    if ((uintptr_t)row % 16) address_is_misaligned(row, 16, place);
+    const WarpValues& values = wait_for_warp(LOAD_MATRICES, 0xffffffffu, (uint64_t)row, place);
+    unsigned group = current->lane / 4, member = current->lane % 4;
+    for (unsigned matrix = 0; matrix < 4; matrix++) {
+        uint16_t two[2];
+        for (unsigned i = 0; i < 2; i++) {
+            unsigned from = transposed ? 2 * member + i : group;
+            unsigned column = transposed ? group : 2 * member + i;
+            if (!(values.mask >> (8 * matrix + from) & 1)) lane_is_missing(8 * matrix + from, place);
+            two[i] = ((const uint16_t*)values.value[8 * matrix + from])[column];
+        }
+        memcpy(&to[matrix], two, 4);
+    }
+}
+
+// What a lane has of a product [16, 16] x [16, 8].
+struct Product {
+    float (&sums)[4];
+    const unsigned (&left)[4];
+    unsigned right[2];
+};
+inline void multiply(const WarpValues& values) {
+    float left[16][16], right[16][8];
+    auto spread = [](unsigned both, float& low, float& high) {
+        low = same_bits<float>(both << 16), high = same_bits<float>(both & 0xffff0000u);
+    };
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const Product& product = *(const Product*)values.value[lane];
+        unsigned group = lane / 4, member = lane % 4;
+        for (unsigned i = 0; i < 4; i++) {
+            float* at = &left[group + 8 * (i % 2)][2 * member + 8 * (i / 2)];
+            spread(product.left[i], at[0], at[1]);
+        }
+        for (unsigned i = 0; i < 2; i++) {
+            unsigned row = 2 * member + 8 * i;
+            spread(product.right[i], right[row][group], right[row + 1][group]);
+        }
+    }
+    for (unsigned lane = 0; lane < 32; lane++) {
+        Product& product = *(Product*)values.value[lane];
+        for (unsigned i = 0; i < 4; i++) {
+            unsigned row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+            // A product of two bf16 is exact in f32.
+            for (unsigned k = 0; k < 16; k++) product.sums[i] += left[row][k] * right[k][column];
+        }
+    }
+}
+
+}  // namespace shim
+
+inline void ldmatrix(unsigned (&to)[4], const void* row,
+                     shim::Place place = {__builtin_FILE(), __builtin_LINE()}) {
+    shim::load_matrices(to, row, false, place);
+}
+inline void ldmatrix_transposed(unsigned (&to)[4], const void* row,
+                                shim::Place place = {__builtin_FILE(), __builtin_LINE()}) {
+    shim::load_matrices(to, row, true, place);
+}
+inline void mma(float (&sums)[4], const unsigned (&left)[4], unsigned right_low,
+                unsigned right_high, shim::Place place = {__builtin_FILE(), __builtin_LINE()}) {
+    shim::Product product = {sums, left, {right_low, right_high}};
+    shim::wait_for_warp(shim::MULTIPLY, 0xffffffffu, (uint64_t)&product, place, shim::multiply);
+}
 
 // Atomics of integers only: the order of float atomics is not fixed, so no kernel may use them.
 inline unsigned atomicAdd(unsigned* to, unsigned x) {

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 use std::time::Instant;
 
-use pillion_kernels::Event;
+use pillion_kernels::{Event, Stamp};
 
 use super::group::{Count, Group};
 use super::start::StartEvent;
@@ -229,7 +229,8 @@ impl Course {
                     let bytes = algorithm.bytes_sent(group.hosts.world());
                     group.count(self.channel, bytes);
                     if let Some(start) = self.started {
-                        group.record.end(Recorded { operation: name(self.call), start, end: Instant::now(), bytes });
+                        let (start, end) = (start.into(), Stamp::now());
+                        group.record.end(Recorded { operation: name(self.call), start, end, bytes });
                     }
                     return Ok(true);
                 }

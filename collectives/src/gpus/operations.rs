@@ -6,8 +6,9 @@ use pillion_kernels::{CudaStream, Event, Raw, Stream};
 use smallvec::SmallVec;
 
 use super::{GATHERS, Gpus, Mover, REDUCTIONS};
-use crate::call::{Detail, Kind, Purpose, call, describe, in_sections, kind};
+use crate::call::{Detail, Kind, Purpose, call, describe, in_sections, kind, name};
 use crate::memory::control::Call;
+use crate::record::Recorded;
 use crate::request::{Collective, Operands, Request, Scattered};
 use crate::transport::{Limit, Transport};
 use crate::{Error, Reduction, Sections};
@@ -99,11 +100,15 @@ pub(super) fn enqueue(
     let lane = if is_gather { GATHERS } else { REDUCTIONS };
     let stream = gpus.lanes.streams[lane].lock();
     stream.wait_for(after);
+    let start = gpus.record.is_wanted().then(|| stream.stamp());
     let enqueuing = Enqueuing { gpus, stream: &stream, lane, call, steps, limit };
     let bytes = match &gpus.mover {
         Mover::Peer(peer) => peer.enqueue(enqueuing, &collective)?,
         Mover::Nccl(nccl) => nccl.enqueue(enqueuing, &collective)?,
     };
+    if let Some(start) = start {
+        gpus.record.end(Recorded { operation: name(call), start, end: stream.stamp(), bytes });
+    }
     Ok((stream.record(), bytes))
 }
 

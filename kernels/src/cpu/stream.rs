@@ -1,14 +1,26 @@
 //! Binds the functions of this folder to the trait [`Stream`]: checks shapes, and enqueues.
 
 use std::cell::Cell;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use super::team::{Read, Write};
 use super::{HostStream, Input, SHARE, Work, adamw, maths, scratch, square_norm, vectorized};
 use crate::shapes::{same, with_type};
-use crate::{AdamW, DType, Event, Failure, Kernels, Stream, View, ViewMut};
+use crate::{AdamW, DType, Event, Failure, Kernels, Stamp, Stream, Timed, View, ViewMut};
 
 thread_local! {
     static NORMS: Cell<Vec<(f64, u64)>> = const { Cell::new(Vec::new()) };
+}
+
+/// When a thread came to a place in its work.
+#[derive(Default)]
+struct Passed(OnceLock<Instant>);
+
+impl Timed for Passed {
+    fn time(&self) -> Option<Instant> {
+        self.0.get().copied()
+    }
 }
 
 // SAFETY: a host stream runs its work in order: at once, after blocking for the event, or in its
@@ -20,6 +32,18 @@ unsafe impl Stream for HostStream {
             (None, Some(failure)) => Event::failed(failure.clone()),
             (None, None) => Event::PAST,
         }
+    }
+
+    fn stamp(&self) -> Stamp {
+        if self.lazy.is_none() {
+            return Stamp::now();
+        }
+        let passed = Arc::new(Passed::default());
+        let stamp = passed.clone();
+        self.run(Work::moves("stamp"), [], [], move |_, [], []| {
+            let _ = stamp.0.set(Instant::now());
+        });
+        Stamp::new(passed)
     }
 
     fn wait_for(&self, event: &Event) {

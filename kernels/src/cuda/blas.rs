@@ -137,8 +137,7 @@ unsafe impl Send for Library {}
 
 impl Drop for Library {
     fn drop(&mut self) {
-        // A forked child leaves it to its parent.
-        if self.context.bind().is_ok() {
+        if self.context.may_release() {
             // SAFETY: created in `Library::open`, destroyed once; its stream's work has run.
             unsafe {
                 let _ = call!(cublasLtDestroy(self.handle));

@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char};
 use std::path::{Path, PathBuf};
 
-use cudarc::driver::sys::{CUfunction, CUmodule};
+use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule};
 use cudarc::nvrtc::sys::{self, nvrtcResult};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::CudaError;
+use super::attention::SHARED;
 use super::driver::call;
 
 /// Every function of NVRTC that is called.
@@ -31,13 +32,15 @@ macro_rules! sources {
 }
 
 /// The program, file by file.
-const SOURCES: [(&str, &str); 12] = sources!(
+const SOURCES: [(&str, &str); 14] = sources!(
     "common.cuh",
+    "tensor.cuh",
     "adamw.cu",
     "attention.cu",
     "cross_entropy.cu",
     "elementwise.cu",
     "embedding.cu",
+    "flash_attention.cu",
     "latch.cu",
     "reduce.cu",
     "rms_norm.cu",
@@ -75,6 +78,12 @@ pub(super) const KERNELS: &[&str] = &[
     "embedding_backward",
     "embedding_bf16",
     "embedding_f32",
+    "flash_attention_128",
+    "flash_attention_64",
+    "flash_attention_keys_128",
+    "flash_attention_keys_64",
+    "flash_attention_queries_128",
+    "flash_attention_queries_64",
     "follow_event",
     "follow_latch",
     "follow_marks",
@@ -125,6 +134,12 @@ impl Functions {
             // SAFETY: the module is loaded and stays so; the name ends with a zero.
             unsafe { call!(cuModuleGetFunction(&mut function, module, text.as_ptr()))? };
             by_name.insert(name, function);
+        }
+        for (name, bytes) in SHARED {
+            // More than 48 KiB must be asked for.
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a function that is loaded.
+            unsafe { call!(cuFuncSetAttribute(by_name[name], most, bytes as i32))? };
         }
         Ok(Functions { by_name })
     }

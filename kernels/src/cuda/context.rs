@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute as Attribute};
@@ -9,7 +10,7 @@ use parking_lot::Mutex;
 
 use super::compile::Functions;
 use super::driver::call;
-use super::{CudaError, library};
+use super::{Attention, CudaError, library};
 
 /// A GPU.
 pub(super) struct Context {
@@ -19,8 +20,12 @@ pub(super) struct Context {
     pub(super) name: String,
     pub(super) uuid: [u8; 16],
     pub(super) functions: Functions,
+    /// How streams compute attention.
+    pub(super) attention: Attention,
     /// The process that has it.
     process: u32,
+    /// Whether it was seen to hang.
+    hangs: AtomicBool,
 }
 
 // SAFETY: the driver's handles may be used from any thread.
@@ -69,6 +74,7 @@ impl Context {
     }
 
     fn open(ordinal: u32) -> Result<Context, CudaError> {
+        let attention = Attention::wanted()?;
         let (mut device, mut name, mut uuid) = (0, [0; 128], sys::CUuuid { bytes: [0; 16] });
         // SAFETY: every pointer is to a local of the type that the function writes, and the name
         // has the length that is said.
@@ -98,7 +104,17 @@ impl Context {
         let functions = Functions::load(&format!("sm_{major}{minor}"))?;
         let uuid = uuid.bytes.map(|byte| byte as u8);
         let process = std::process::id();
-        Ok(Context { ordinal, device, context, name, uuid, functions, process })
+        Ok(Context {
+            ordinal,
+            device,
+            context,
+            name,
+            uuid,
+            functions,
+            attention,
+            process,
+            hangs: AtomicBool::new(false),
+        })
     }
 
     /// Makes this GPU the one that the calling thread's calls are for.
@@ -114,6 +130,18 @@ impl Context {
     /// Whether this is the process that has the GPU, and no child that it forked.
     pub(super) fn check(&self) -> Result<(), CudaError> {
         if self.process == std::process::id() { Ok(()) } else { Err(CudaError::Forked) }
+    }
+
+    /// It hangs.
+    pub(super) fn hang(&self) {
+        self.hangs.store(true, Ordering::Relaxed);
+    }
+
+    /// Makes this GPU the one that the calling thread's calls are for; whether what it has may be
+    /// given back to the driver. A forked child leaves it to its parent. A GPU that hangs may use
+    /// it for ever, and the driver would wait for that.
+    pub(super) fn may_release(&self) -> bool {
+        !self.hangs.load(Ordering::Relaxed) && self.bind().is_ok()
     }
 
     /// Whether this GPU reads and writes memory of another, or it is the same.

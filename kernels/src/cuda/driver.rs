@@ -30,6 +30,7 @@ pub(super) const SYMBOLS: &[&str] = &[
     "cuEventDestroy_v2",
     "cuEventQuery",
     "cuEventRecord",
+    "cuFuncSetAttribute",
     "cuGetErrorName",
     "cuGetErrorString",
     "cuInit",
@@ -87,7 +88,8 @@ mod tests {
     use super::SYMBOLS;
 
     /// The sources of this folder.
-    const SOURCES: [&str; 12] = [
+    const SOURCES: [&str; 13] = [
+        include_str!("clock.rs"),
         include_str!("context.rs"),
         include_str!("compile.rs"),
         include_str!("event.rs"),

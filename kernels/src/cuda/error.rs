@@ -47,6 +47,12 @@ pub enum CudaError {
         /// What it lacks, as the end of a sentence.
         lacks: &'static str,
     },
+    /// PILLION_ATTENTION asks for what there is not.
+    #[error("PILLION_ATTENTION is {wanted:?}: GPUs compute attention by \"flash\" (the default) or \"products\"")]
+    Attention {
+        /// What it says.
+        wanted: String,
+    },
     /// A call into a library failed.
     #[error("{call} failed: {code}{}", if text.is_empty() { String::new() } else { format!(" ({text})") })]
     Call {
@@ -111,6 +117,17 @@ pub enum CudaError {
     /// Another rank's work on its GPU failed, and this rank's work follows it.
     #[error("the work of another rank on its GPU failed: look at that rank's own message")]
     Peer,
+    /// The GPU stands still without an error.
+    #[error(
+        "GPU {ordinal} has run nothing of what this rank gave it for {seconds:.0} s (--timeout, and 10 s \
+         more): it hangs, or waits for another one that does; `dmesg | grep Xid` and `nvidia-smi` may say why"
+    )]
+    Hung {
+        /// The GPU's number.
+        ordinal: u32,
+        /// For how long, in seconds.
+        seconds: f64,
+    },
     /// The process is a forked child of the one that has the GPU.
     #[error("a forked child cannot use the GPU of the process that it comes from: start programs with exec")]
     Forked,

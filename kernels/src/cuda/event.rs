@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Poll, Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 
 use super::context::Context;
 use super::driver::{call, check};
+use super::patience::Patience;
 use super::{CudaError, Inner};
 use crate::{Completion, Event, Failure, Status};
 
@@ -24,7 +25,10 @@ const NAP: Duration = Duration::from_micros(20);
 /// Events of a GPU that are not in use.
 pub(super) struct Pool {
     context: Arc<Context>,
+    /// Of the driver, for new events.
+    flags: CUevent_flags,
     free: Mutex<Vec<Handle>>,
+    patience: Patience,
 }
 
 struct Handle(CUevent);
@@ -35,14 +39,29 @@ unsafe impl Send for Handle {}
 unsafe impl Sync for Handle {}
 
 impl Pool {
+    /// Of events that have no times, because streams come by those sooner.
     pub(super) fn new(context: &Arc<Context>) -> Arc<Pool> {
-        Arc::new(Pool { context: context.clone(), free: Mutex::default() })
+        Pool::with(context, CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// How long the host waits for a GPU that comes to none of these events.
+    pub(super) fn patience(&self) -> &Patience {
+        &self.patience
+    }
+
+    /// Of events that have times.
+    pub(super) fn timed(context: &Arc<Context>) -> Arc<Pool> {
+        Pool::with(context, CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn with(context: &Arc<Context>, flags: CUevent_flags) -> Arc<Pool> {
+        Arc::new(Pool { context: context.clone(), flags, free: Mutex::default(), patience: Patience::default() })
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        if self.context.may_release() {
             for Handle(event) in self.free.get_mut().drain(..) {
                 // SAFETY: created in `Recorder::record`, destroyed once.
                 unsafe {
@@ -58,7 +77,7 @@ impl Drop for Pool {
 #[derive(Clone)]
 pub(super) struct Recorded(Arc<Record>);
 
-struct Record {
+pub(super) struct Record {
     pool: Arc<Pool>,
     event: Handle,
     happened: AtomicBool,
@@ -70,6 +89,19 @@ impl Drop for Record {
     }
 }
 
+impl Record {
+    /// Whether somebody has seen that it has happened.
+    pub(super) fn is_known(&self) -> bool {
+        self.happened.load(Ordering::Acquire)
+    }
+}
+
+impl From<Arc<Record>> for Recorded {
+    fn from(record: Arc<Record>) -> Recorded {
+        Recorded(record)
+    }
+}
+
 impl Recorded {
     pub(super) fn event(&self) -> CUevent {
         self.0.event.0
@@ -77,7 +109,7 @@ impl Recorded {
 
     /// Whether the stream has come so far.
     pub(super) fn has_happened(&self) -> Result<bool, CudaError> {
-        if self.0.happened.load(Ordering::Acquire) {
+        if self.0.is_known() {
             return Ok(true);
         }
         self.0.pool.context.bind()?;
@@ -92,18 +124,34 @@ impl Recorded {
         }
     }
 
-    /// Blocks the host until then. It asks and sleeps in turn, so that an error of the GPU ends the
-    /// wait: a bare synchronisation may never return.
+    /// Whether it is known that the stream has come so far, or that it will be asked in vain.
+    pub(super) fn has_ended(&self) -> bool {
+        !matches!(self.has_happened(), Ok(false))
+    }
+
+    /// Blocks the host until then, or until the GPU has made no progress for the pool's patience.
+    /// It asks and sleeps in turn, so that an error of the GPU ends the wait: a bare
+    /// synchronisation may never return.
     pub(super) fn wait(&self) -> Result<(), CudaError> {
-        let began = Instant::now();
+        let (began, pool) = (Instant::now(), &self.0.pool);
+        let mut stall = pool.patience.stall();
         while !self.has_happened()? {
             if began.elapsed() < SPIN {
                 std::hint::spin_loop();
-            } else {
-                std::thread::sleep(NAP);
+                continue;
+            }
+            std::thread::sleep(NAP);
+            if let Some(waited) = stall.is_over() {
+                pool.context.hang();
+                return Err(CudaError::Hung { ordinal: pool.context.ordinal, seconds: waited.as_secs_f64() });
             }
         }
         Ok(())
+    }
+
+    /// The same moment, for as long as somebody else keeps it.
+    fn downgrade(&self) -> Weak<Record> {
+        Arc::downgrade(&self.0)
     }
 }
 
@@ -123,14 +171,16 @@ impl Recorder<'_> {
             None => {
                 let mut event = std::ptr::null_mut();
                 // SAFETY: a pointer to a local.
-                unsafe { call!(cuEventCreate(&mut event, CUevent_flags::CU_EVENT_DISABLE_TIMING as u32))? };
+                unsafe { call!(cuEventCreate(&mut event, self.pool.flags as u32))? };
                 Handle(event)
             }
         };
         let record = Record { pool: self.pool.clone(), event, happened: AtomicBool::new(false) };
         // SAFETY: the event is in nobody else's hands, and the stream lives.
         unsafe { call!(cuEventRecord(record.event.0, self.stream))? };
-        Ok(Recorded(Arc::new(record)))
+        let recorded = Recorded(Arc::new(record));
+        self.pool.patience.expect(recorded.downgrade());
+        Ok(recorded)
     }
 }
 

@@ -51,6 +51,33 @@ impl Needed {
     }
 
     fn look(&self) -> Result<(), CudaError> {
+        let library = self.open()?;
+        let missing = self.symbols.iter().find(|symbol| {
+            // SAFETY: the function is looked for, and not called.
+            unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err()
+        });
+        // It stays loaded: cudarc uses it until the process ends.
+        std::mem::forget(library);
+        match missing {
+            None => Ok(()),
+            Some(symbol) => Err(CudaError::NoSymbol { library: self.name, symbol, remedy: self.remedy }),
+        }
+    }
+
+    /// A function of the library that cudarc does not know by this name.
+    ///
+    /// # Safety
+    /// It has the type `F`, which is a function pointer.
+    pub(super) unsafe fn function<F: Copy>(&self, symbol: &'static str) -> Result<F, CudaError> {
+        let library = self.open()?;
+        // SAFETY: the caller's promise.
+        let found = unsafe { library.get::<F>(symbol.as_bytes()) }.map(|function| *function);
+        // It stays loaded, as above.
+        std::mem::forget(library);
+        found.map_err(|_| CudaError::NoSymbol { library: self.name, symbol, remedy: self.remedy })
+    }
+
+    fn open(&self) -> Result<Library, CudaError> {
         let mut reason = String::new();
         let library = cudarc::get_lib_name_candidates(self.stem).into_iter().find_map(|file| {
             // SAFETY: loading NVIDIA's libraries runs their constructors, which ask nothing of the
@@ -64,18 +91,6 @@ impl Needed {
                 }
             }
         });
-        let Some(library) = library else {
-            return Err(CudaError::NoLibrary { library: self.name, reason, remedy: self.remedy });
-        };
-        let missing = self.symbols.iter().find(|symbol| {
-            // SAFETY: the function is looked for, and not called.
-            unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err()
-        });
-        // It stays loaded: cudarc uses it until the process ends.
-        std::mem::forget(library);
-        match missing {
-            None => Ok(()),
-            Some(symbol) => Err(CudaError::NoSymbol { library: self.name, symbol, remedy: self.remedy }),
-        }
+        library.ok_or(CudaError::NoLibrary { library: self.name, reason, remedy: self.remedy })
     }
 }

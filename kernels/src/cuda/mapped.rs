@@ -113,7 +113,7 @@ impl Mapped {
 impl Drop for Mapped {
     fn drop(&mut self) {
         // Errors have nobody to go to; at the end of the process the driver may be gone.
-        if self.context.bind().is_ok() {
+        if self.context.may_release() {
             // SAFETY: mapped in `Mapped::of`, given back once. No work touches it any more: of a
             // slab, streams and buffers hold the `Inner` that owns it, and a stream waits for its
             // work when it is dropped; of another rank's memory, that is a caller's promise.

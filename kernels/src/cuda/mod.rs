@@ -14,6 +14,7 @@
 
 mod attention;
 mod blas;
+mod clock;
 mod compile;
 mod context;
 mod driver;
@@ -24,6 +25,7 @@ mod latch;
 mod launch;
 mod library;
 mod mapped;
+mod patience;
 mod pinned;
 mod processes;
 mod reduce;
@@ -38,6 +40,8 @@ use parking_lot::Mutex;
 
 use crate::buffer::byte_count;
 use crate::{AttentionShape, Buffer, DType, Device, Error, Failure, Raw, Region, Space, Stream};
+pub use attention::Attention;
+use clock::Clock;
 use context::Context;
 use driver::call;
 pub use error::CudaError;
@@ -62,6 +66,7 @@ struct Inner {
     slab: Slab,
     latch: Latch,
     events: Arc<Pool>,
+    clock: Clock,
     /// The first error of this rank's work.
     failure: OnceLock<Failure>,
     /// Who may know why other ranks failed.
@@ -112,8 +117,10 @@ impl Cuda {
         let slab = Slab::map(&context, bytes.saturating_add(Latch::BYTES))?;
         let latch = Latch::open(&context, slab.first(Latch::BYTES)?)?;
         let setup = RawStream::create(&context)?;
+        let clock = Clock::new(Pool::timed(&context), setup.0)?;
         let inner = Inner {
             events: Pool::new(&context),
+            clock,
             context,
             slab,
             latch,
@@ -183,6 +190,19 @@ impl Cuda {
         let sums = 4 * tokens.div_ceil(kernels::NORM_ROWS) * width + 8 * tokens;
         // A stream that meets a longer shape keeps the memory of the shorter ones.
         blas::WORKSPACE + attention::working_bytes(dtype, shape) + 2 * sums as u64 + (1 << 20)
+    }
+
+    /// From now on a wait of the host fails when nothing of this rank's work has run for so long.
+    /// Without this call it waits for ever: for a GPU that hangs reports no error. After such a
+    /// failure the memory stays mapped until the process ends.
+    pub fn set_patience(&self, patience: Duration) {
+        self.inner.events.patience().set(patience);
+    }
+
+    /// How this rank computes attention of this type and shape; see PILLION_ATTENTION in
+    /// [`Attention`].
+    pub fn attention(&self, dtype: DType, shape: AttentionShape) -> Attention {
+        self.inner.context.attention.serving(dtype, shape)
     }
 
     /// Whether nothing of this rank's work has failed so far.
@@ -385,7 +405,7 @@ impl RawStream {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        if self.context.may_release() {
             self.setup.destroy();
         }
     }

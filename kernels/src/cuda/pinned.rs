@@ -62,7 +62,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        if self.context.may_release() {
             // SAFETY: allocated above, freed once; its owners have waited for the work that uses
             // it.
             unsafe {

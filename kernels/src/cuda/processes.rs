@@ -107,7 +107,7 @@ impl Words {
 
 impl Drop for Words {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        if self.context.may_release() {
             // SAFETY: registered in `Cuda::register`, and mapped until now, by its caller's
             // promise.
             unsafe {

@@ -17,7 +17,7 @@ use crate::cpu::adamw::Update;
 use crate::cpu::square_norm::PART;
 use crate::event::All;
 use crate::shapes::same;
-use crate::{AdamW, DType, Event, Failure, Kernels, Raw, Region, Stream, View, ViewMut};
+use crate::{AdamW, DType, Event, Failure, Kernels, Raw, Region, Stamp, Stream, View, ViewMut};
 
 /// A stream of a GPU. Beside what every [`Stream`] does, it reduces.
 pub struct CudaStream {
@@ -171,6 +171,11 @@ impl CudaStream {
         }
     }
 
+    /// Begins to count times anew, now and then, while the host waits anyway.
+    fn renew_clock(&self) {
+        self.enqueue(|_| self.inner.clock.renew(self.inner.setup.0));
+    }
+
     /// A moment behind everything that is enqueued.
     fn moment(&self) -> Result<Recorded, Failure> {
         if let Some(failure) = self.failure.get() {
@@ -256,6 +261,9 @@ impl Drop for CudaStream {
         }
         // Work that is still enqueued uses memory that this stream keeps.
         self.drain();
+        if !self.inner.context.may_release() {
+            return;
+        }
         let mut streams = self.inner.streams.lock();
         streams.retain(|stream| *stream != self.stream);
         self.stream.destroy();
@@ -273,6 +281,15 @@ unsafe impl Stream for CudaStream {
             Ok(recorded) => Moment::event(recorded, &self.inner),
             Err(failure) => Event::failed(failure),
         }
+    }
+
+    fn stamp(&self) -> Stamp {
+        let mut stamp = None;
+        self.enqueue(|stream| {
+            stamp = Some(self.inner.clock.stamp(stream)?);
+            Ok(())
+        });
+        stamp.map_or_else(Stamp::now, |stamped| Stamp::new(Arc::new(stamped)))
     }
 
     fn wait_for(&self, event: &Event) {
@@ -295,7 +312,9 @@ unsafe impl Stream for CudaStream {
 
     fn synchronize(&self) -> Result<(), Failure> {
         self.waits.set(self.waits.get() + 1);
-        self.record().wait()
+        self.record().wait()?;
+        self.renew_clock();
+        Ok(())
     }
 
     fn host_waits(&self) -> u64 {
@@ -347,6 +366,7 @@ unsafe impl Stream for CudaStream {
         });
         self.record().wait()?;
         out.copy_from_slice(&read);
+        self.renew_clock();
         Ok(())
     }
 

@@ -4,14 +4,28 @@ use std::rc::Rc;
 
 use pillion_kernels::{Buffer, Cuda, DType, Device, Error, Region, Stream};
 
-use crate::common::Stage;
+use crate::common::{Softmax, Stage};
 use crate::standin;
 
 /// Bytes of a rank's memory, enough for each test.
 const BYTES: u64 = 96 << 20;
 
-/// Keys that the attention meets at a time: more than any test has.
-pub(crate) const ATTENTION_KEYS: usize = 1 << 20;
+/// What an addition may lose, in units of half the distance between neighbours: tensor cores cut
+/// sums off instead of rounding them (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior
+/// of NVIDIA tensor cores").
+pub(crate) const UNITS_OF_ADDITION: f64 = 2.0;
+
+/// How the attention of this type and head size works.
+pub(crate) fn attention(dtype: DType, head_dim: usize) -> Softmax {
+    let by_products = std::env::var("PILLION_ATTENTION").is_ok_and(|way| way == "products");
+    match (dtype, head_dim) {
+        _ if by_products => Softmax { keys: 1 << 20, base_2: false },
+        (DType::Bf16, 64) => Softmax { keys: 64, base_2: true },
+        (DType::Bf16, 128) => Softmax { keys: 32, base_2: true },
+        // More keys than any test has.
+        _ => Softmax { keys: 1 << 20, base_2: false },
+    }
+}
 
 /// A rank's share of GPU 0.
 pub(crate) fn cuda() -> Cuda {

@@ -1,6 +1,8 @@
 //! What stops the work of a rank, and how the error comes to the host.
 
-use pillion_kernels::{CudaError, DType, Device, Error, Event, Failure};
+use std::time::{Duration, Instant};
+
+use pillion_kernels::{Cuda, CudaError, DType, Device, Error, Event, Failure};
 
 use crate::devices::cuda;
 use crate::gate::Gate;
@@ -42,6 +44,47 @@ fn nothing_runs_after_an_event_that_fails() {
         assert_eq!(read, [0.0; 3000], "and is not written");
         stream.upload(y.view_mut(), &vec![1.0f32; 3000]);
     }
+}
+
+/// On a GPU of their own, which keeps its memory.
+#[test]
+fn a_wait_for_a_gpu_that_hangs_ends_and_one_for_a_slow_gpu_does_not() {
+    if Cuda::count().unwrap() < 2 {
+        return;
+    }
+    let device = Cuda::new(1, 8 << 20).unwrap();
+    device.set_patience(Duration::from_millis(300));
+    let stream = device.stream();
+    let mut x = device.allocate(DType::F32, 100).unwrap();
+    // 1 s of work, of which a part ends every 100 ms.
+    let gates: Vec<_> = (0..10).map(|_| Gate::new()).collect();
+    let parts: Vec<_> = gates
+        .iter()
+        .map(|gate| {
+            stream.wait_for(&Event::new(gate.clone()));
+            stream.zero(x.view_mut());
+            stream.record()
+        })
+        .collect();
+    let opener = std::thread::spawn(move || {
+        for gate in gates {
+            std::thread::sleep(Duration::from_millis(100));
+            gate.end(Ok(()));
+        }
+    });
+    stream.synchronize().unwrap();
+    opener.join().unwrap();
+    drop(parts);
+    // And now nothing ends.
+    let gate = Gate::new();
+    stream.wait_for(&Event::new(gate.clone()));
+    stream.zero(x.view_mut());
+    let failure = stream.synchronize().unwrap_err();
+    assert!(matches!(cuda_error(&failure), CudaError::Hung { ordinal: 1, .. }), "{failure}");
+    let began = Instant::now();
+    drop((stream, x, device));
+    assert!(began.elapsed() < Duration::from_secs(10), "whatever is dropped does not wait again");
+    gate.end(Ok(()));
 }
 
 #[test]

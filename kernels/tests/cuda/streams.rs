@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Wake, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pillion_kernels::{DType, Device, Event, LazyCpu, Stream};
 
@@ -65,6 +65,29 @@ fn a_stream_waits_for_an_event_of_another_kind_at_a_word() {
         assert!(behind.wait().is_ok());
         later.join().unwrap();
         assert_eq!(stream.download::<f32>(x.view()).unwrap(), [1.0; 10]);
+    }
+}
+
+/// On a GPU, and on a device of the host that runs its work later.
+#[test]
+fn a_place_in_a_stream_has_its_time_once_the_stream_has_come_there() {
+    let devices: [Box<dyn Device>; 2] = [Box::new(cuda()), Box::new(LazyCpu::new(1))];
+    for device in devices {
+        let (stream, gate) = (device.stream(), Gate::new());
+        let began = Instant::now();
+        let before = stream.stamp();
+        stream.record().wait().unwrap();
+        stream.wait_for(&Event::new(gate.clone()));
+        let after = stream.stamp();
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(after.time().is_none(), "{}: the event has not ended", device.name());
+        gate.end(Ok(()));
+        stream.synchronize().unwrap();
+        let (from, until, ended) = (before.time().unwrap(), after.time().unwrap(), Instant::now());
+        // The driver rounds to 0.5 µs, and the anchor of its times is found by polling.
+        let slack = Duration::from_millis(1);
+        assert!(began <= from + slack && until <= ended + slack, "{}", device.name());
+        assert!(until.duration_since(from) + slack >= Duration::from_millis(20), "{}", device.name());
     }
 }
 

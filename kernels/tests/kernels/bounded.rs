@@ -10,6 +10,8 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 use half::bf16;
 use pillion_kernels::DType;
 
+use crate::devices;
+
 /// Half the distance from 1 to the next f32. The excess covers the reference's own f64 arithmetic, 2²⁹ times finer.
 const U: f64 = (1.0 + 1.0 / 65536.0) / (1u64 << 24) as f64;
 
@@ -67,6 +69,15 @@ impl Bounded {
         Bounded { value, error: propagated + 4.0 * U * (value + propagated) + 2f64.powi(-125) }
     }
 
+    /// 2ˣ.
+    pub(crate) fn exp2(self) -> Bounded {
+        let value = self.value.exp2();
+        let propagated = value * (self.error * std::f64::consts::LN_2).exp_m1();
+        // CUDA's exp2f is within 2 units in the last place, 4u (CUDA C++ Programming Guide,
+        // "Mathematical Functions"); the C library's is within 1. Both have subnormal results.
+        Bounded { value, error: propagated + 4.0 * U * (value + propagated) + 2f64.powi(-125) }
+    }
+
     pub(crate) fn ln(self) -> Bounded {
         assert!(self.value > self.error, "the logarithm's argument {self:?} may be 0");
         let value = self.value.ln();
@@ -77,7 +88,8 @@ impl Bounded {
 }
 
 /// A sum in any order, with or without fused multiplication: n terms meet at most n − 1 additions each, so
-/// |error| ≤ γ·Σ|terms| with γ = (n−1)u/(1−(n−1)u) (Higham 2002, section 4.2).
+/// |error| ≤ γ·Σ|terms| with γ = (n−1)u/(1−(n−1)u) (Higham 2002, section 4.2). Where an addition does not round to the nearest,
+/// u is its unit.
 pub(crate) fn sum(terms: impl IntoIterator<Item = Bounded>) -> Bounded {
     let (mut count, mut value, mut magnitude, mut propagated) = (0.0, 0.0, 0.0, 0.0);
     for term in terms {
@@ -86,7 +98,7 @@ pub(crate) fn sum(terms: impl IntoIterator<Item = Bounded>) -> Bounded {
         magnitude += term.value.abs() + term.error;
         propagated += term.error;
     }
-    let additions = f64::max(count - 1.0, 0.0) * U;
+    let additions = f64::max(count - 1.0, 0.0) * devices::UNITS_OF_ADDITION * U;
     Bounded { value, error: propagated + additions / (1.0 - additions) * magnitude }
 }
 

@@ -58,6 +58,17 @@ impl Stage {
     }
 }
 
+/// How a device computes the softmax of attention.
+#[derive(Clone, Copy)]
+pub(crate) struct Softmax {
+    /// Keys that it meets at a time. Exponentials are relative to the largest score so far, and are
+    /// rounded as such.
+    pub(crate) keys: usize,
+    /// Exponentials are powers of 2 of scores times log₂ e, a factor that is applied to whole
+    /// scores together with 1/√D.
+    pub(crate) base_2: bool,
+}
+
 /// What a kernel wrote.
 pub(crate) struct Values {
     bytes: Vec<u8>,

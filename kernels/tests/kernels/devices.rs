@@ -3,13 +3,18 @@
 use std::rc::Rc;
 use std::sync::OnceLock;
 
-use pillion_kernels::{Cores, Cpu, LazyCpu};
+use pillion_kernels::{Cores, Cpu, DType, LazyCpu};
 
-use crate::common::Stage;
+use crate::common::{Softmax, Stage};
 use crate::foreign::Foreign;
 
-/// Keys that the attention meets at a time.
-pub(crate) const ATTENTION_KEYS: usize = 512;
+/// What an addition may lose, in units of half the distance between neighbours.
+pub(crate) const UNITS_OF_ADDITION: f64 = 1.0;
+
+/// How the attention works.
+pub(crate) fn attention(_: DType, _: usize) -> Softmax {
+    Softmax { keys: 512, base_2: false }
+}
 
 /// With whose results the others' are compared.
 pub(crate) fn reference() -> Rc<Stage> {

@@ -18,7 +18,6 @@ pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
     let DeviceKind::Cuda(gpu) = settings.device else { return Ok(()) };
     let given = |flag: &str| settings.given.contains(flag);
     let refused = [
-        (settings.trace, "--trace"),
         (settings.profile, "--profile"),
         (settings.auto, "--auto"),
         (given("gather") && !copies(settings), "--gather window"),

@@ -282,7 +282,7 @@ impl<'s> Run<'s> {
         self.begin_saving()?;
         self.finish_saving()?;
         if let Some(timeline) = self.timeline.take() {
-            match timeline.finish(&self.communicator)? {
+            match timeline.finish(&self.communicator, &mut self.engine)? {
                 Ok(path) => self.say(|| format!("timeline    {}", path.display())),
                 Err(error) => self.say(|| format!("no timeline: {error}")),
             }

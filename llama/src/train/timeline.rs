@@ -43,8 +43,15 @@ impl Timeline {
         }
     }
 
-    /// Ends it, and joins those of all ranks. Collective; returns the path of the whole, or, on every rank, why there is none.
-    pub(crate) fn finish(self, communicator: &Communicator) -> Result<Result<PathBuf, Error>, Error> {
+    /// Ends it, once the device has run everything, and joins those of all ranks. Collective;
+    /// returns the path of the whole, or, on every rank, why there is none.
+    pub(crate) fn finish(
+        mut self,
+        communicator: &Communicator,
+        engine: &mut Engine,
+    ) -> Result<Result<PathBuf, Error>, Error> {
+        engine.stream().synchronize().map_err(pillion_runtime::Error::from)?;
+        self.write(engine);
         let Timeline { out, folder, path, writer, failed } = self;
         let mine = failed.map_or(Ok(()), Err);
         let mine = mine.and_then(|()| writer.finish().map_err(|error| Error::file(&path, error)));

@@ -7,38 +7,17 @@
 
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 
-use super::CudaError;
-use super::blas::{Gemm, Matrix, Places};
-use super::launch::{Argument, Shape, launch};
-use super::stream::{BYTES_OF_BLOCK, CudaStream, ELEMENTS_OF_BLOCK, Pieces, typed};
+use super::super::CudaError;
+use super::super::blas::{Gemm, Matrix, Places};
+use super::super::launch::{Argument, Shape, launch};
+use super::super::stream::{BYTES_OF_BLOCK, CudaStream, ELEMENTS_OF_BLOCK, Pieces, typed};
+use super::{Backward, Forward, project, scale};
 use crate::{AttentionShape, DType};
 
 /// Most queries in a block.
 const QUERIES: usize = 256;
-/// Heads of tokens whose projections a block of threads computes.
-const ROWS_OF_BLOCK: usize = 32;
 /// Most scores in a block, over all heads.
 const SCORES: usize = 1 << 24;
-
-pub(super) struct Forward {
-    pub(super) out: CUdeviceptr,
-    pub(super) log_sum: CUdeviceptr,
-    pub(super) q: CUdeviceptr,
-    pub(super) k: CUdeviceptr,
-    pub(super) v: CUdeviceptr,
-}
-
-pub(super) struct Backward {
-    pub(super) grad_q: CUdeviceptr,
-    pub(super) grad_k: CUdeviceptr,
-    pub(super) grad_v: CUdeviceptr,
-    pub(super) grad_out: CUdeviceptr,
-    pub(super) q: CUdeviceptr,
-    pub(super) k: CUdeviceptr,
-    pub(super) v: CUdeviceptr,
-    pub(super) out: CUdeviceptr,
-    pub(super) log_sum: CUdeviceptr,
-}
 
 /// Queries in a block.
 fn queries(shape: AttentionShape) -> usize {
@@ -252,18 +231,8 @@ pub(super) fn backward(
     let start = on.scratch.take(&on.inner, working)?;
     let [scores, grad_p, p, grad_scores, grad_k, grad_v, projection] = pieces.map(|piece| start + piece);
     let (bytes, of_all_keys) = (dtype.bytes(), seq * kv_heads * head_dim);
-    let [seq_, heads_, dim_] = [seq, heads, head_dim].map(|size| Argument::from(size as u32));
-    let arguments = [
-        projection.into(),
-        tensors.grad_out.into(),
-        tensors.out.into(),
-        ((batch * seq) as u64).into(),
-        seq_,
-        heads_,
-        dim_,
-    ];
-    let projections = ["attention_projection_f32", "attention_projection_bf16"];
-    steps.launch(projections, Shape::for_elements(batch * seq * heads, ROWS_OF_BLOCK), &arguments)?;
+    let seq_ = Argument::from(seq as u32);
+    project(on, stream, projection, &tensors, dtype, shape)?;
     for sequence in 0..batch {
         let of_queries = (bytes * sequence * seq * heads * head_dim) as u64;
         let of_keys = (bytes * sequence * of_all_keys) as u64;
@@ -308,8 +277,4 @@ pub(super) fn backward(
         }
     }
     Ok(())
-}
-
-fn scale(shape: AttentionShape) -> f32 {
-    1.0 / (shape.head_dim as f32).sqrt()
 }
