@@ -217,13 +217,17 @@ int call(const char* name, Communicator* communicator, Operation operation) {
     return refuse(INVALID_USAGE, "%s outside a group: the stand-in has only groups", name);
 }
 
+int own_version() {
+    const char* said = getenv("PILLION_STANDIN_NCCL");
+    return said ? atoi(said) : 23203;
+}
+
 }  // namespace
 
 #define NCCL(name, ...) STANDIN_API int name(__VA_ARGS__)
 
 NCCL(ncclGetVersion, int* version) {
-    const char* said = getenv("PILLION_STANDIN_NCCL");
-    *version = said ? atoi(said) : 23203;
+    *version = own_version();
     return OK;
 }
 STANDIN_API const char* ncclGetErrorString(int result) {
@@ -287,7 +291,9 @@ NCCL(ncclCommGetAsyncError, Communicator* communicator, int* result) {
             if (!read) return OK;
             uuids.emplace_back(uuid, sizeof uuid);
         }
-        for (size_t a = 0; a < uuids.size(); a++)
+        const char* shared = getenv("NCCL_MULTI_RANK_GPU_ENABLE");
+        bool may_share = shared && !strcmp(shared, "1") && own_version() >= 23000;
+        for (size_t a = 0; a < uuids.size() && !may_share; a++)
             for (size_t b = 0; b < a; b++)
                 if (uuids[a] == uuids[b]) {
                     *result = INVALID_USAGE;

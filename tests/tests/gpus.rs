@@ -16,10 +16,16 @@ const LITTLE: &str = "--seq 8 --micro-batch 1 --batch 4 --round-to 4 --validatio
 
 /// A workplace whose programs find the GPUs, or what stands for them.
 fn workplace(seed: u64) -> Workplace {
+    workplace_with(seed, &[])
+}
+
+/// The same with more variables.
+fn workplace_with(seed: u64, more: &[(&str, &str)]) -> Workplace {
     let own = |name: &str| name.starts_with("PILLION_STANDIN") || name == "PILLION_CUDA_CACHE";
     let variables = std::env::vars().filter(|(name, _)| own(name));
     let seed = ("PILLION_STANDIN_SEED".to_owned(), seed.to_string());
-    Workplace::new(PROGRAM).with_variables(variables.chain([seed]))
+    let more = more.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
+    Workplace::new(PROGRAM).with_variables(variables.chain([seed]).chain(more))
 }
 
 /// The bound for runs of [`LITTLE`] in step `step`, from 1.
@@ -69,6 +75,22 @@ fn ranks_that_nccl_connects_follow_ranks_on_processors() {
         agree(if way.contains("bf16") { DType::Bf16 } else { DType::F32 }, &expected, &found);
         let waits = place.lines(&format!("nccl-{number}")).iter().map(|line| line["host_waits"].as_u64()).max();
         assert_eq!(waits, Some(Some(1)), "{way}: the host waits once in a step");
+    }
+}
+
+#[test]
+fn ranks_share_a_gpu_by_nccl_where_its_variable_lets_them() {
+    let shared = [("NCCL_MULTI_RANK_GPU_ENABLE", "1")];
+    let flags = "--steps 2 --ranks 2";
+    let on_gpu = format!("{flags} --device cuda:0 --gpu-transport nccl");
+    let place = workplace_with(13, &shared);
+    let [cpu, gpu] =
+        [("cpu", flags), ("gpu", &on_gpu)].map(|(out, flags)| place.train(out, &format!("{LITTLE} {flags}")));
+    agree(DType::F32, &cpu, &gpu);
+    // Older versions know no such variable.
+    for variables in [&[][..], &[shared[0], ("PILLION_STANDIN_NCCL", "22907")]] {
+        let refused = workplace_with(13, variables).run(&format!("train {TINY} {LITTLE} {on_gpu} --out out"));
+        assert!(!refused.status.success() && refused.stderr.contains("have the same GPU"), "{refused}");
     }
 }
 

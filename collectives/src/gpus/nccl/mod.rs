@@ -83,7 +83,10 @@ impl Nccl {
             };
             return Err(Error::Misuse { reason });
         }
-        if let Some(other) = (0..ranks.len()).find(|&other| other != rank && ranks[other][1..] == ranks[rank][1..]) {
+        // NCCL's own variable, for tests.
+        let may_share = version >= SHARES && std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|said| said == "1");
+        let shares = || (0..ranks.len()).find(|&other| other != rank && ranks[other][1..] == ranks[rank][1..]);
+        if let (false, Some(other)) = (may_share, shares()) {
             let reason = format!(
                 "ranks {} and {} have the same GPU: NCCL needs one for each rank; on one host the transport `peer` \
                  does not",
@@ -126,6 +129,9 @@ impl Nccl {
         wait_for(ending);
     }
 }
+
+/// The first version whose NCCL_MULTI_RANK_GPU_ENABLE=1 lets ranks share a GPU.
+const SHARES: u64 = 23_000;
 
 /// An id for each communicator, the same on all ranks.
 fn share_ids(
