@@ -369,9 +369,7 @@ impl Communicator {
         let all: Vec<usize> = (0..self.world()).collect();
         // A group has operations and failures of its own.
         let (control, job) = self.make_group(&all)?;
-        let Options { reduce_groups: groups, timeout, .. } = *self.transport.options();
-        // Longer than any operation, whose own error says more.
-        gpu.set_patience(timeout.saturating_add(Duration::from_secs(10)));
+        let groups = self.transport.options().reduce_groups;
         let transport = crate::gpus::Gpus::connect(control, gpu, self.rank(), groups, by, self.limit())?;
         Ok(Communicator::of(transport, job))
     }

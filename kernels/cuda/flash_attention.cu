@@ -7,6 +7,9 @@
 // the scores again, in two kernels: one whose blocks own keys, and one whose blocks own queries.
 // So each sum has one owner, which adds in a fixed order, and no atomics are needed.
 //
+// A key that a query does not see has the weight 0. Where it shares a tile with keys that are seen,
+// its value is multiplied with that weight all the same, so an infinite one makes the result NaN.
+//
 // While a warp computes with one pair of tiles, the block loads the next pair.
 
 namespace flash {

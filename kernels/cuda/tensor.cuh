@@ -58,7 +58,8 @@ DEVICE void ldmatrix_transposed(u32 (&to)[4], const void* row) {
 
 // sums += left * right. Products are exact and sums are f32.
 DEVICE void mma(float (&sums)[4], const u32 (&left)[4], u32 right_low, u32 right_high) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_low), "r"(right_high));
@@ -184,8 +185,8 @@ DEVICE void add_product(float (&sums)[LEFTS][WIDTH / 8][4], const u32 (&left)[LE
     }
 }
 
-// Copies rows `row` to row + 15 of a tile, with one warp, to rows `first` to first + 15 of a matrix.
-// Rows at or behind `end` are not written.
+// Copies rows `row` to row + 15 of a tile, with one warp, to rows `first` to first + 15 of a
+// matrix. Rows at or behind `end` are not written.
 template <int WIDTH, bool ALIGNED>
 DEVICE void move_rows(bf16* to, u64 stride, u32 first, u32 end, Tile<WIDTH> tile, u32 row) {
     constexpr u32 VECTORS = Tile<WIDTH>::VECTORS;

@@ -44,6 +44,8 @@ class Case {
     // A random number from `least` to `most`; often one of the two, or a multiple of 8.
     u64 number(u64 least, u64 most);
     bool coin() { return random() & 1; }
+    // Whether all buffers from now on start at multiples of 16.
+    void align(bool all) { aligned = all; }
 
     // Buffers, which become arguments. Numbers are small, and some are 0. `special` adds infinities
     // and NaN. A buffer of type NONE is a null pointer.

@@ -240,6 +240,8 @@ void lane_is_missing(unsigned lane, Place place) {
                                         std::to_string(lane) + ", which does not take part");
 }
 
+bool copy_lands_at_once() { return random_number() & 1; }
+
 void address_is_misaligned(const void* address, unsigned alignment, Place place) {
     char number[32];
     snprintf(number, sizeof number, "%p", address);

@@ -104,6 +104,7 @@ struct WarpValues {
 const WarpValues& wait_for_warp(WarpOperation operation, unsigned mask, uint64_t value, Place place,
                                 void (*combine)(const WarpValues&) = nullptr);
 void lane_is_missing(unsigned lane, Place place);
+bool copy_lands_at_once();   // a choice, other ones for each launch
 void address_is_misaligned(const void* address, unsigned alignment, Place place);
 
 template <class T, size_t COUNT, class Site>
@@ -201,26 +202,32 @@ inline void __threadfence_system() { asm volatile("mfence" ::: "memory"); }
 
 // --- Copies to shared memory, and tensor cores: the functions of tensor.cuh ----------------------
 
-// A copy moves its bytes as late as it may: when its thread waits for its group.
+// A copy moves its bytes as early as it may, at once, or as late, when its thread waits for its
+// group.
+namespace shim {
+inline void land(const Copy& copy) {
+    if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+    else memset(copy.to, 0, copy.bytes);
+}
+}  // namespace shim
+
 template <int BYTES>
 void cp_async(void* to, const void* from, bool exists,
               shim::Place place = {__builtin_FILE(), __builtin_LINE()}) {
     static_assert(BYTES == 4 || BYTES == 16, "this shim copies 4 or 16 bytes");
     for (const void* address : {(const void*)to, from})
         if ((uintptr_t)address % BYTES) shim::address_is_misaligned(address, BYTES, place);
-    shim::current->copies.push_back(
-        {to, exists ? from : nullptr, BYTES, shim::current->groups});
+    shim::Copy copy = {to, exists ? from : nullptr, BYTES, shim::current->groups};
+    if (shim::copy_lands_at_once()) shim::land(copy);
+    else shim::current->copies.push_back(copy);
 }
 inline void cp_async_commit() { shim::current->groups++; }
 template <int NEWEST>
 void cp_async_wait() {
     auto& copies = shim::current->copies;
     size_t done = 0;
-    for (; done < copies.size() && copies[done].group + NEWEST < shim::current->groups; done++) {
-        shim::Copy& copy = copies[done];
-        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
-        else memset(copy.to, 0, copy.bytes);
-    }
+    for (; done < copies.size() && copies[done].group + NEWEST < shim::current->groups; done++)
+        shim::land(copies[done]);
     copies.erase(copies.begin(), copies.begin() + done);
 }
 

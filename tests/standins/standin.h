@@ -23,6 +23,9 @@ STANDIN_API void standin_reset(uint64_t seed);
 // An unknown kind returns UINT64_MAX.
 STANDIN_API uint64_t standin_skip(const char* kind, int64_t n);
 
+// The same for calls of this thread alone, which standin_reset does not change.
+STANDIN_API uint64_t standin_skip_here(const char* kind, int64_t n);
+
 // The n-th call of `what` from now on (0: the next) fails with this error of CUDA. A negative n
 // withdraws that. `what` is the name of a function of CUDA, such as "cuMemAlloc_v2". Or it is a
 // kind of work, which then fails when it runs, so that its context is lost: "kernel", "copy",

@@ -12,6 +12,7 @@ mod watch;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, Cuda, CudaStream, DType, Device, Event, Failure, Witness};
@@ -130,7 +131,7 @@ impl Gpus {
             asked.look(&op).err().map(Failure::new)
         });
         gpu.ask(&witness);
-        Arc::new(Gpus {
+        let gpus = Gpus {
             control,
             gpu: gpu.clone(),
             rank,
@@ -143,13 +144,22 @@ impl Gpus {
             record: Record::default(),
             maker: Maker::this(),
             _witness: witness,
-        })
+        };
+        gpus.be_patient(Limit::within(gpus.options().timeout));
+        Arc::new(gpus)
+    }
+
+    /// The host waits longer for its GPU than an operation may take, because its own error says
+    /// more.
+    fn be_patient(&self, limit: Limit) {
+        self.gpu.be_patient(limit.within.saturating_add(Duration::from_secs(10)));
     }
 
     /// Enqueues an operation; what follows its event follows the operation on this rank, and what
     /// the others do with this rank's memory.
     fn enqueue(&self, request: Request, after: Event, limit: Limit) -> Result<Event, Error> {
         self.healthy()?;
+        self.be_patient(limit);
         let mut steps = self.steps.lock();
         let result = operations::enqueue(self, &mut steps, request, &after, limit);
         match result {

@@ -12,6 +12,7 @@ mod processes;
 mod same_bits;
 #[path = "../../../kernels/tests/cuda/standin.rs"]
 mod standin;
+mod waits;
 
 use std::sync::Mutex;
 

@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use pillion_collectives::launch::Source;
 use pillion_collectives::{Communicator, Error, GpuTransport, Launch, Options, Pending, Reduction};
-use pillion_kernels::{Buffer, DType, Device, Event, Failure, Stream, random};
+use pillion_kernels::{Buffer, DType, Device, Event, Failure, Stream};
 use rustix::process::Signal;
 
 use crate::gate::Gate;
+use crate::waits::{Delays, TURNS, take_turns};
 use crate::{Rank, nccl, numbers, same_bits, standin};
 
 /// The entry point of a rank in this program.
@@ -311,32 +312,11 @@ fn leaves_out(rank: &Rank, world: usize, number: u64) {
     if rank.number as u64 == victim {
         standin::skip(kind, number as i64);
     }
-    let stream = rank.gpu.stream();
-    let seed = |rank: usize, turn: usize| (10 * rank + turn) as u64;
-    let mut found = Vec::new();
-    for turn in 0..TURNS {
-        let own = || numbers(&*stream, &rank.gpu, DType::F32, LEN, seed(rank.number, turn));
-        let sent = rank.gpus.broadcast(own(), turn % world, stream.record()).then(&*stream).unwrap();
-        let summed = rank.gpus.all_reduce(own(), Reduction::Sum, stream.record()).then(&*stream).unwrap();
-        for mut buffer in [sent, summed] {
-            let mut kept = rank.gpu.allocate(DType::F32, LEN).unwrap();
-            stream.copy(kept.view_mut(), buffer.view());
-            // Whoever still reads it reads something else.
-            stream.zero(buffer.view_mut());
-            found.push(kept);
-        }
-    }
-    for (turn, found) in found.chunks(2).enumerate() {
-        let of = |rank: usize, index: u64| random::normal(7, seed(rank, turn), index) as f32;
-        let sent = |index: u64| of(turn % world, index);
-        let summed = |index: u64| (0..world).map(|rank| of(rank, index)).sum::<f32>();
-        let expected: [Vec<f32>; 2] = [(0..LEN as u64).map(sent).collect(), (0..LEN as u64).map(summed).collect()];
-        let found: Vec<Vec<f32>> = found.iter().map(|buffer| stream.download(buffer.view()).unwrap()).collect();
-        assert!(found == expected, "other numbers in turn {turn}");
+    if let Err(turn) = take_turns(rank, world, Delays::none()) {
+        panic!("other numbers in turn {turn}");
     }
 }
 
-const TURNS: usize = 4;
 /// Waits on a rank of two: a broadcast has two steps, an all-reduce three.
 const WAITS: u64 = TURNS as u64 * (2 + 3);
 

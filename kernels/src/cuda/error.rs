@@ -119,8 +119,8 @@ pub enum CudaError {
     Peer,
     /// The GPU stands still without an error.
     #[error(
-        "GPU {ordinal} has run nothing of what this rank gave it for {seconds:.0} s (--timeout, and 10 s \
-         more): it hangs, or waits for another one that does; `dmesg | grep Xid` and `nvidia-smi` may say why"
+        "GPU {ordinal} has run nothing of what this rank gave it for {seconds:.0} s: it hangs, or waits for \
+         another one that does; `dmesg | grep Xid` and `nvidia-smi` may say why"
     )]
     Hung {
         /// The GPU's number.

@@ -39,9 +39,14 @@ unsafe impl Send for Handle {}
 unsafe impl Sync for Handle {}
 
 impl Pool {
-    /// Of events that have no times, because streams come by those sooner.
+    /// Of events that have no times, because recording those takes longer.
     pub(super) fn new(context: &Arc<Context>) -> Arc<Pool> {
         Pool::with(context, CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// The GPU's number.
+    pub(super) fn ordinal(&self) -> u32 {
+        self.context.ordinal
     }
 
     /// How long the host waits for a GPU that comes to none of these events.
@@ -118,7 +123,9 @@ impl Recorded {
             CUresult::CUDA_ERROR_NOT_READY => Ok(false),
             result => {
                 check("cuEventQuery", result)?;
-                self.0.happened.store(true, Ordering::Release);
+                if !self.0.happened.swap(true, Ordering::Release) {
+                    self.0.pool.patience.progress();
+                }
                 Ok(true)
             }
         }

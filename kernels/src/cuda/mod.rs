@@ -192,11 +192,18 @@ impl Cuda {
         blas::WORKSPACE + attention::working_bytes(dtype, shape) + 2 * sums as u64 + (1 << 20)
     }
 
-    /// From now on a wait of the host fails when nothing of this rank's work has run for so long.
-    /// Without this call it waits for ever: for a GPU that hangs reports no error. After such a
-    /// failure the memory stays mapped until the process ends.
-    pub fn set_patience(&self, patience: Duration) {
-        self.inner.events.patience().set(patience);
+    /// From now on a wait of the host fails when nothing of this rank's work has run for so long,
+    /// or for the longest time of an earlier call. Before the first call it waits for ever, because
+    /// a GPU that hangs reports no error. After such a failure the memory stays mapped until the
+    /// process ends.
+    pub fn be_patient(&self, least: Duration) {
+        self.inner.events.patience().raise(least);
+    }
+
+    /// Tells that this rank's work has come further, where words in memory say so
+    /// ([`Words`]): see [`Cuda::be_patient`].
+    pub fn has_progressed(&self) {
+        self.inner.events.patience().progress();
     }
 
     /// How this rank computes attention of this type and shape; see PILLION_ATTENTION in
@@ -328,11 +335,14 @@ impl Inner {
         if buffer.is_empty() {
             return Ok(());
         }
-        self.context.bind()?;
-        // SAFETY: the buffer's memory, which nobody else uses, and which lives until the end of
-        // this call.
-        unsafe { call!(cuMemsetD8Async(launch::address(&buffer.view()), 0, buffer.bytes(), self.setup.0))? };
-        Recorder { pool: &self.events, stream: self.setup.0 }.record()?.wait()
+        let zero = || {
+            self.context.bind()?;
+            // SAFETY: the buffer's memory, which nobody else uses. Where the wait fails, the rank
+            // has failed, and its memory is not handed out again.
+            unsafe { call!(cuMemsetD8Async(launch::address(&buffer.view()), 0, buffer.bytes(), self.setup.0))? };
+            Recorder { pool: &self.events, stream: self.setup.0 }.record()?.wait()
+        };
+        zero().inspect_err(|error: &CudaError| drop(self.fail(error.clone())))
     }
 
     /// Whether these elements lie in this rank's slab.
@@ -380,7 +390,7 @@ impl Inner {
             streams.iter().map(|stream| Recorder { pool: &self.events, stream: stream.0 }.record()).collect();
         // A stream is dropped under this lock.
         let waited = moments.and_then(|moments| moments.iter().try_for_each(|moment| moment.wait()));
-        waited.is_ok() && self.healthy().is_ok()
+        waited.map_err(|error| self.fail(error)).is_ok() && self.healthy().is_ok()
     }
 }
 

@@ -5,7 +5,7 @@
 //! has happened.
 
 use std::sync::Weak;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -20,9 +20,13 @@ const MOMENTS: usize = 256;
 
 /// How patient a rank is, and what it waits for.
 pub(super) struct Patience {
-    nanoseconds: AtomicU64,
-    /// Whether it has been lost: nobody waits for this GPU any more.
-    lost: AtomicBool,
+    /// In nanoseconds.
+    limit: AtomicU64,
+    /// For how many nanoseconds nothing had happened when the patience was lost; 0 before. Nobody
+    /// waits for this GPU after that.
+    lost: AtomicU64,
+    /// How many moments are known to have happened.
+    happened: AtomicU64,
     pending: Mutex<Pending>,
 }
 
@@ -36,20 +40,26 @@ struct Pending {
 impl Default for Patience {
     fn default() -> Patience {
         Patience {
-            nanoseconds: AtomicU64::new(u64::MAX),
-            lost: AtomicBool::new(false),
+            limit: AtomicU64::new(u64::MAX),
+            lost: AtomicU64::new(0),
+            happened: AtomicU64::new(0),
             pending: Mutex::new(Pending { moments: Vec::new(), most: MOMENTS }),
         }
     }
 }
 
 impl Patience {
-    pub(super) fn set(&self, patience: Duration) {
-        self.nanoseconds.store(u64::try_from(patience.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    /// Waits at least so long from now on. Before the first call a rank waits for ever.
+    pub(super) fn raise(&self, least: Duration) {
+        // The largest number means that there was no call.
+        let least = u64::try_from(least.as_nanos()).map_or(u64::MAX - 1, |least| least.min(u64::MAX - 1));
+        let raised = |limit| if limit == u64::MAX { Some(least) } else { Some(least.max(limit)) };
+        let _ = self.limit.fetch_update(Ordering::Relaxed, Ordering::Relaxed, raised);
     }
 
-    pub(super) fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::Relaxed)
+    /// Something has happened that this rank's work has come to.
+    pub(super) fn progress(&self) {
+        self.happened.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A moment that was recorded now.
@@ -62,21 +72,18 @@ impl Patience {
         pending.moments.push(moment);
     }
 
-    /// Whether a moment has happened since the last look.
-    fn has_progressed(&self) -> bool {
-        let mut progressed = false;
+    /// Asks the driver which moments have happened.
+    fn look(&self) {
         self.pending.lock().moments.retain(|moment| {
-            let Some(record) = moment.upgrade() else { return false };
-            let ended = Recorded::from(record).has_ended();
-            progressed |= ended;
-            !ended
+            let record = moment.upgrade();
+            record.is_some_and(|record| !Recorded::from(record).has_ended())
         });
-        progressed
     }
 
     /// Begins a wait.
     pub(super) fn stall(&self) -> Stall<'_> {
-        Stall { patience: self, looked: Instant::now(), stalled: Duration::ZERO }
+        let happened = self.happened.load(Ordering::Relaxed);
+        Stall { patience: self, looked: Instant::now(), happened, stalled: Duration::ZERO }
     }
 }
 
@@ -84,25 +91,32 @@ impl Patience {
 pub(super) struct Stall<'a> {
     patience: &'a Patience,
     looked: Instant,
+    /// As [`Patience::happened`] was at the last look.
+    happened: u64,
     stalled: Duration,
 }
 
 impl Stall<'_> {
     /// For how long the GPU has stood still, if that is longer than the rank is patient.
     pub(super) fn is_over(&mut self) -> Option<Duration> {
-        if self.patience.is_lost() {
-            return Some(self.stalled);
+        let Patience { limit, lost, happened, .. } = self.patience;
+        match lost.load(Ordering::Relaxed) {
+            0 => {}
+            nanoseconds => return Some(Duration::from_nanos(nanoseconds)),
         }
         if self.looked.elapsed() < LOOK {
             return None;
         }
         self.looked = Instant::now();
-        self.stalled = if self.patience.has_progressed() { Duration::ZERO } else { self.stalled + LOOK };
-        let limit = Duration::from_nanos(self.patience.nanoseconds.load(Ordering::Relaxed));
-        if self.stalled < limit {
+        self.patience.look();
+        let happened = happened.load(Ordering::Relaxed);
+        self.stalled = if happened == self.happened { self.stalled + LOOK } else { Duration::ZERO };
+        self.happened = happened;
+        let nanoseconds = self.stalled.as_nanos() as u64;
+        if nanoseconds < limit.load(Ordering::Relaxed) {
             return None;
         }
-        self.patience.lost.store(true, Ordering::Relaxed);
+        lost.store(nanoseconds, Ordering::Relaxed);
         Some(self.stalled)
     }
 }

@@ -262,6 +262,8 @@ impl Drop for CudaStream {
         // Work that is still enqueued uses memory that this stream keeps.
         self.drain();
         if !self.inner.context.may_release() {
+            // Work that hangs may use the memory of these ranks, too.
+            self.peers.take().into_iter().for_each(std::mem::forget);
             return;
         }
         let mut streams = self.inner.streams.lock();

@@ -10,10 +10,10 @@ use crate::standin;
 /// Bytes of a rank's memory, enough for each test.
 const BYTES: u64 = 96 << 20;
 
-/// What an addition may lose, in units of half the distance between neighbours: tensor cores cut
-/// sums off instead of rounding them (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior
-/// of NVIDIA tensor cores").
-pub(crate) const UNITS_OF_ADDITION: f64 = 2.0;
+/// What an addition of a matrix product may lose, in units of half the distance between neighbours:
+/// tensor cores cut sums off instead of rounding them (Fasi, Higham, Mikaitis and Pranesh 2021,
+/// "Numerical behavior of NVIDIA tensor cores").
+pub(crate) const UNITS_OF_PRODUCTS: f64 = 2.0;
 
 /// How the attention of this type and head size works.
 pub(crate) fn attention(dtype: DType, head_dim: usize) -> Softmax {

@@ -53,7 +53,7 @@ fn a_wait_for_a_gpu_that_hangs_ends_and_one_for_a_slow_gpu_does_not() {
         return;
     }
     let device = Cuda::new(1, 8 << 20).unwrap();
-    device.set_patience(Duration::from_millis(300));
+    device.be_patient(Duration::from_millis(300));
     let stream = device.stream();
     let mut x = device.allocate(DType::F32, 100).unwrap();
     // 1 s of work, of which a part ends every 100 ms.

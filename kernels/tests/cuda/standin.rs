@@ -33,14 +33,25 @@ pub(crate) fn reset(seed: u64) {
     }
 }
 
-#[allow(dead_code, reason = "`tests/cuda_faults` uses it")]
 /// Drops the `n`-th of a kind from now on, or none; how many there were since the last call.
+#[allow(dead_code, reason = "not every test program asks")]
 pub(crate) fn skip(kind: &str, n: i64) -> u64 {
+    skip_by(b"standin_skip", kind, n)
+}
+
+/// The same of calls of this thread alone.
+#[allow(dead_code, reason = "not every test program asks")]
+pub(crate) fn skip_here(kind: &str, n: i64) -> u64 {
+    skip_by(b"standin_skip_here", kind, n)
+}
+
+#[allow(dead_code, reason = "not every test program asks")]
+fn skip_by(function: &[u8], kind: &str, n: i64) -> u64 {
     let kind = CString::new(kind).unwrap();
     // SAFETY: the function's type is that of standin.h, and the text ends with a zero.
     unsafe {
         let library = library().expect("only over stand-ins");
-        let skip = library.get::<unsafe extern "C" fn(*const c_char, i64) -> u64>(b"standin_skip").unwrap();
+        let skip = library.get::<unsafe extern "C" fn(*const c_char, i64) -> u64>(function).unwrap();
         skip(kind.as_ptr(), n)
     }
 }

@@ -3,7 +3,7 @@
 use pillion_kernels::{AttentionShape, DType};
 use proptest::prelude::*;
 
-use crate::bounded::{Bounded, dot, exact, max, sum, to};
+use crate::bounded::{Bounded, dot, exact, max, sum, sum_of_products, to};
 use crate::common::{
     Softmax, TYPES, Values, assert_certain, assert_gradient, assert_within, normals_as, rounded_as, run,
 };
@@ -63,6 +63,11 @@ fn key(shape: AttentionShape, b: usize, t: usize, head: usize) -> std::ops::Rang
     start..start + shape.head_dim
 }
 
+/// Σ aᵢ·bᵢ by a matrix product.
+fn product(a: &[Bounded], b: &[Bounded]) -> Bounded {
+    sum_of_products(a.iter().zip(b).map(|(&a, &b)| a * b))
+}
+
 /// All (sequence, query position, head).
 fn rows(shape: AttentionShape) -> impl Iterator<Item = (usize, usize, usize)> {
     let all = move |b| (0..shape.seq).flat_map(move |t| (0..shape.heads).map(move |head| (b, t, head)));
@@ -84,7 +89,7 @@ fn scores(
     let score = |s| {
         let terms = q.iter().zip(&k[key(shape, b, s, head)]).map(|(&q, &k)| q * k);
         // The factor may be applied to any partial sum, so each term has its rounding.
-        if softmax.base_2 { sum(terms) } else { sum(terms.map(|term| term * scale(shape))) }
+        if softmax.base_2 { sum_of_products(terms) } else { sum_of_products(terms.map(|term| term * scale(shape))) }
     };
     (0..=t).map(score).collect()
 }
@@ -134,7 +139,7 @@ fn forward(
         let inverse = Bounded::exact(1.0) / total;
         for (column, at) in query(shape, b, t, head).enumerate() {
             let term = |(s, &p): (usize, &Bounded)| p * v[key(shape, b, s, head)][column];
-            out[at] = (sum(exponentials.iter().enumerate().map(term)) * inverse).to(dtype);
+            out[at] = (sum_of_products(exponentials.iter().enumerate().map(term)) * inverse).to(dtype);
         }
         let largest = if softmax.base_2 { largest * scale(shape) } else { largest };
         log_sum[(b * shape.heads + head) * shape.seq + t] = largest + total.ln();
@@ -163,7 +168,7 @@ fn backward(
         let mut grad_scores = Vec::new();
         for (s, &score) in scores(softmax, q, k, shape, b, t, head).iter().enumerate() {
             let p = weight(softmax, score, log_sum, shape);
-            let grad_score = (p * (dot(grad_out, &v[key(shape, b, s, head)]) - projection)).to(dtype);
+            let grad_score = (p * (product(grad_out, &v[key(shape, b, s, head)]) - projection)).to(dtype);
             for (column, at) in key(shape, b, s, head).enumerate() {
                 terms_v[at].push(p.to(dtype) * grad_out[column]);
                 terms_k[at].push(grad_score * q[row.clone()][column] * scale);
@@ -172,10 +177,10 @@ fn backward(
         }
         for (column, at) in row.enumerate() {
             let term = |(s, &grad): (usize, &Bounded)| grad * k[key(shape, b, s, head)][column] * scale;
-            grad_q[at] = sum(grad_scores.iter().enumerate().map(term));
+            grad_q[at] = sum_of_products(grad_scores.iter().enumerate().map(term));
         }
     }
-    let sums = |terms: Vec<Vec<Bounded>>| terms.into_iter().map(sum).collect::<Vec<_>>();
+    let sums = |terms: Vec<Vec<Bounded>>| terms.into_iter().map(sum_of_products).collect::<Vec<_>>();
     [grad_q, sums(terms_k), sums(terms_v)].map(|grad| to(dtype, &grad))
 }
 

@@ -87,10 +87,19 @@ impl Bounded {
     }
 }
 
-/// A sum in any order, with or without fused multiplication: n terms meet at most n − 1 additions each, so
-/// |error| ≤ γ·Σ|terms| with γ = (n−1)u/(1−(n−1)u) (Higham 2002, section 4.2). Where an addition does not round to the nearest,
-/// u is its unit.
+/// A sum in any order, with or without fused multiplication: n terms meet at most n − 1 additions
+/// each, so |error| ≤ γ·Σ|terms| with γ = (n−1)u/(1−(n−1)u) (Higham 2002, section 4.2).
 pub(crate) fn sum(terms: impl IntoIterator<Item = Bounded>) -> Bounded {
+    sum_in(terms, U)
+}
+
+/// The same where the device's units for matrix products add.
+pub(crate) fn sum_of_products(terms: impl IntoIterator<Item = Bounded>) -> Bounded {
+    sum_in(terms, devices::UNITS_OF_PRODUCTS * U)
+}
+
+/// The same where an addition loses at most `unit` of its result.
+fn sum_in(terms: impl IntoIterator<Item = Bounded>, unit: f64) -> Bounded {
     let (mut count, mut value, mut magnitude, mut propagated) = (0.0, 0.0, 0.0, 0.0);
     for term in terms {
         count += 1.0;
@@ -98,7 +107,7 @@ pub(crate) fn sum(terms: impl IntoIterator<Item = Bounded>) -> Bounded {
         magnitude += term.value.abs() + term.error;
         propagated += term.error;
     }
-    let additions = f64::max(count - 1.0, 0.0) * devices::UNITS_OF_ADDITION * U;
+    let additions = f64::max(count - 1.0, 0.0) * unit;
     Bounded { value, error: propagated + additions / (1.0 - additions) * magnitude }
 }
 

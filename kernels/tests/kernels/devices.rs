@@ -8,8 +8,8 @@ use pillion_kernels::{Cores, Cpu, DType, LazyCpu};
 use crate::common::{Softmax, Stage};
 use crate::foreign::Foreign;
 
-/// What an addition may lose, in units of half the distance between neighbours.
-pub(crate) const UNITS_OF_ADDITION: f64 = 1.0;
+/// What an addition of a matrix product may lose, in units of half the distance between neighbours.
+pub(crate) const UNITS_OF_PRODUCTS: f64 = 1.0;
 
 /// How the attention works.
 pub(crate) fn attention(_: DType, _: usize) -> Softmax {

@@ -3,7 +3,7 @@
 use pillion_kernels::DType;
 use proptest::prelude::*;
 
-use crate::bounded::{Bounded, dot, exact, sum};
+use crate::bounded::{Bounded, dot, exact, sum_of_products};
 use crate::common::{TYPES, assert_gradient, assert_within, normals, normals_as, rounded_as, run};
 
 /// N, in, out.
@@ -25,7 +25,7 @@ fn forward(addend: Option<&[f32]>, x: &[Bounded], w: &[Bounded], inputs: usize) 
 
 /// Σ over `len` products, and what was there before.
 fn accumulated(before: Option<f32>, len: usize, product: impl Fn(usize) -> Bounded) -> Bounded {
-    sum(before.map(Bounded::exact).into_iter().chain((0..len).map(product)))
+    sum_of_products(before.map(Bounded::exact).into_iter().chain((0..len).map(product)))
 }
 
 /// grad_x (+)= grad_y·w.

@@ -17,7 +17,7 @@ pub(super) struct Processor {
     pub(super) device: Cores,
     /// Floating-point operations a second that they could make of numbers in registers, and all ranks' together.
     pub(super) own_peak: f64,
-    /// None where GPUs compute.
+    /// Where GPUs compute, theirs, once they are open.
     pub(super) peak: Option<f64>,
     /// Where their time goes, on rank 0 and where asked for.
     pub(super) breakdown: Option<Breakdown>,

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Launch};
+use pillion_collectives::{Communicator, Launch, Reduction};
+use pillion_kernels::{DType, Device};
 use pillion_runtime::{Gather, Policy};
 
 use crate::Error;
@@ -62,4 +63,46 @@ pub(super) fn open(
         crate::print(format_args!(" GPU          {what}"));
     }
     Ok(moved)
+}
+
+/// Floating-point operations a second that the GPUs of all ranks make in products of `dtype`: for
+/// each the fastest of square products that grow until one takes 2 ms or the memory is full. Every
+/// rank calls it, before it has taken memory; rank 0 prints it.
+///
+/// # Errors
+/// When the GPU or another rank fails.
+pub(super) fn peak(device: &dyn Device, communicator: &Communicator, dtype: DType) -> Result<f64, Error> {
+    const SIDES: [usize; 6] = [256, 512, 1024, 2048, 4096, 8192];
+    const LONG: f64 = 2e-3;
+    communicator.barrier()?;
+    let (stream, mut peak) = (device.stream(), 0.0f64);
+    let kernels = stream.kernels().ok_or(pillion_kernels::Error::NoKernels).map_err(pillion_runtime::Error::from)?;
+    for side in SIDES {
+        let allocate = || device.allocate(dtype, side * side);
+        let (Ok(x), Ok(w), Ok(mut y)) = (allocate(), allocate(), allocate()) else { break };
+        let mut shortest = f64::INFINITY;
+        // The first call chooses an algorithm.
+        for _ in 0..3 {
+            let start = stream.stamp();
+            kernels.linear(y.view_mut(), x.view(), w.view(), None, side);
+            let end = stream.stamp();
+            stream.synchronize().map_err(pillion_runtime::Error::from)?;
+            if let (Some(start), Some(end)) = (start.time(), end.time()) {
+                shortest = shortest.min(end.duration_since(start).as_secs_f64());
+            }
+        }
+        // Stamps have half a microsecond.
+        let seconds = shortest.max(1e-6);
+        peak = peak.max(2.0 * (side as f64).powi(3) / seconds);
+        if seconds > LONG {
+            break;
+        }
+    }
+    let mut all = [peak];
+    communicator.all_reduce_scalars(&mut all, Reduction::Sum)?;
+    if communicator.rank() == 0 {
+        let tera = all[0] / 1e12;
+        crate::print(format_args!(" GPUs         at most {tera:.1} TFLOP/s in {dtype} products"));
+    }
+    Ok(all[0])
 }

@@ -145,14 +145,18 @@ impl<'s> Run<'s> {
         if communicator.rank() == 0 {
             print_plan(&setup, launch, &communicator, controller.batch());
         }
-        let processor = match processor {
+        let mut processor = match processor {
             Some(processor) => processor,
             None => Processor::open(settings, launch, &communicator, policy.weights)?,
         };
         let (device, moves): Moved = match settings.device {
             DeviceKind::Cpu => (Arc::new(processor.device.clone()), communicator.clone()),
             DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(recipe.seed)), communicator.clone()),
-            DeviceKind::Cuda(gpu) => gpu::open(settings, gpu, &setup, launch, &communicator)?,
+            DeviceKind::Cuda(gpu) => {
+                let moved = gpu::open(settings, gpu, &setup, launch, &communicator)?;
+                processor.peak = Some(gpu::peak(&*moved.0, &moved.1, policy.weights)?);
+                moved
+            }
         };
         let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
         let mut engine = Engine::new(moves, device.clone(), layout, policy)?;

@@ -34,6 +34,18 @@ auto& skips = *new std::map<std::string, Skip>{{"event wait", {}},
                                                {"value wait", {}},
                                                {"value write", {}},
                                                {"host wait", {}}};
+// Of the calling thread alone.
+thread_local std::map<std::string, Skip> skips_here;
+
+bool is_skipped(Skip& skip) {
+    skip.seen++;
+    return skip.left >= 0 && skip.left-- == 0;
+}
+uint64_t set_skip(Skip& skip, int64_t n) {
+    uint64_t seen = skip.seen;
+    skip = {0, n};
+    return seen;
+}
 
 int take_failure(const std::string& what) {
     auto found = failures.find(what);
@@ -91,10 +103,8 @@ int begin_call(const char* function) {
 }
 
 bool skipped(const char* kind) {
-    Skip& skip = skips[kind];
-    skip.seen++;
-    if (skip.left < 0) return false;
-    return skip.left-- == 0;
+    bool skipped = is_skipped(skips[kind]);
+    return is_skipped(skips_here[kind]) || skipped;
 }
 
 int failure_of(const std::string& kind) {
@@ -120,10 +130,12 @@ void standin_reset(uint64_t new_seed) {
 uint64_t standin_skip(const char* kind, int64_t n) {
     Guard guard(lock);
     auto found = skips.find(kind);
-    if (found == skips.end()) return UINT64_MAX;
-    uint64_t seen = found->second.seen;
-    found->second = {0, n};
-    return seen;
+    return found == skips.end() ? UINT64_MAX : set_skip(found->second, n);
+}
+
+uint64_t standin_skip_here(const char* kind, int64_t n) {
+    Guard guard(lock);
+    return skips.count(kind) ? set_skip(skips_here[kind], n) : UINT64_MAX;
 }
 
 void standin_fail(const char* what, int64_t n, int error) {

@@ -60,8 +60,8 @@ impl Marks {
     }
 
     /// The first mark that this rank's stream has written and others have not, and whom it waits
-    /// for.
-    fn late(&self, lane: usize) -> Option<Late> {
+    /// for. `gpu` hears of marks that all have written since the last look.
+    fn late(&self, lane: usize, gpu: &Cuda) -> Option<Late> {
         let mut state = self.lanes[lane].lock();
         let written = |rank: usize, mark: u32| has_come(self.words.get(rank, lane), mark);
         while let Some((mark, call, limit)) = state.open.front().copied() {
@@ -71,6 +71,7 @@ impl Marks {
                 return written(self.rank, mark).then_some(Late { at: u64::from(mark), call, limit, ranks, how });
             }
             state.open.pop_front();
+            gpu.has_progressed();
         }
         None
     }
@@ -98,9 +99,9 @@ impl WaitingForMarks {
 
 impl Waiting for WaitingForMarks {
     fn look(&mut self, gap: Duration) -> Result<(), Error> {
-        let (marks, control) = (&self.marks, &*self.control);
+        let (marks, control, gpu) = (&self.marks, &*self.control, &self.gpu);
         let mut lanes = self.lateness.iter_mut().enumerate();
-        lanes.try_for_each(|(lane, lateness)| lateness.count(marks.late(lane), marks.rank, gap, control))
+        lanes.try_for_each(|(lane, lateness)| lateness.count(marks.late(lane, gpu), marks.rank, gap, control))
     }
 
     fn give_up(&mut self, error: Error) {

@@ -14,8 +14,8 @@ pub(super) use flash::SHARED;
 /// How a GPU computes attention. PILLION_ATTENTION=products chooses the second way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attention {
-    /// By kernels that keep the scores in registers, for bf16 and heads of 64 or 128 elements. Other
-    /// types and sizes have no such kernels, and go by products.
+    /// By kernels that keep the scores in registers, for bf16 and heads of 64 or 128 elements.
+    /// Other types and sizes have no such kernels, and go by products.
     Flash,
     /// By matrix products over blocks of queries: the reference.
     Products,
@@ -63,7 +63,7 @@ pub(super) struct Backward {
 
 /// Bytes of working memory that a stream takes for attention of this shape.
 ///
-/// Both ways' room is counted where PILLION_ATTENTION is wrong, which opening a GPU reports.
+/// Where PILLION_ATTENTION is wrong, that of products, which take more: opening a GPU reports it.
 pub(super) fn working_bytes(dtype: DType, shape: AttentionShape) -> u64 {
     match Attention::wanted().unwrap_or(Attention::Products).serving(dtype, shape) {
         Attention::Flash => flash::working_bytes(shape),
