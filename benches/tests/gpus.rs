@@ -63,6 +63,10 @@ fn a_gpu_that_there_is_not_is_named_by_kernelbench() {
     let output = command.args(["--device", "cuda:99", "--table"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("no GPU 99"), "{}", text(&output.stderr));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kernelbench"));
+    let output = command.args(["--small", "--table", "nothing-like-it"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("no case has this"), "{}", text(&output.stderr));
 }
 
 #[test]

@@ -89,7 +89,7 @@ const TABLE: &[(&str, How)] = &[
         AsItStands,
     ),
     (
-        "pillion plan --model llama3.1-8b --seq 8192 --micro-batch 2 --precision bf16 --gather copy --world 8 --device h100",
+        "pillion plan --model llama3.1-8b --seq 4096 --micro-batch 2 --precision bf16 --gather copy --world 8 --device h100",
         AsItStands,
     ),
     ("pillion plan --model small --ranks 2 --link 125MB/s --flops 69G --calibrate 2400 --json", AsItStands),

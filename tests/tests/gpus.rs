@@ -14,7 +14,8 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 /// Little work, because the stand-ins take long for it.
 const LITTLE: &str = "--seq 8 --micro-batch 1 --batch 4 --round-to 4 --validation-samples 2 --sample 0";
 
-/// A workplace whose programs find the GPUs, or what stands for them.
+/// A workplace whose programs find the GPUs, or what stands for them: with the random choices of
+/// this seed, in the series that STANDIN_SERIES names, 0 if none.
 fn workplace(seed: u64) -> Workplace {
     workplace_with(seed, &[])
 }
@@ -23,7 +24,8 @@ fn workplace(seed: u64) -> Workplace {
 fn workplace_with(seed: u64, more: &[(&str, &str)]) -> Workplace {
     let own = |name: &str| name.starts_with("PILLION_STANDIN") || name == "PILLION_CUDA_CACHE";
     let variables = std::env::vars().filter(|(name, _)| own(name));
-    let seed = ("PILLION_STANDIN_SEED".to_owned(), seed.to_string());
+    let series = std::env::var("STANDIN_SERIES").ok().and_then(|series| series.parse().ok()).unwrap_or(0);
+    let seed = ("PILLION_STANDIN_SEED".to_owned(), (seed + 10_000 * series).to_string());
     let more = more.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
     Workplace::new(PROGRAM).with_variables(variables.chain([seed]).chain(more))
 }
@@ -291,6 +293,8 @@ fn what_gpus_do_not_have_is_refused_before_a_run_starts() {
         assert_eq!(ended.status.code(), Some(2), "{flags}: {}", ended.stderr);
         assert!(ended.stderr.contains(named), "{flags}: {}", ended.stderr);
     }
+    let ended = place.run("train --data text --model tiny --out out --gpu-transport nccl");
+    assert!(ended.status.code() == Some(2) && ended.stderr.contains("give --device cuda"), "{ended}");
     let mut command = place.command("train --data text --model tiny --out out --device cuda");
     command.env("PILLION_ATTENTION", "fast");
     let ended = place.spawn(command).finish();

@@ -146,6 +146,9 @@ impl Bench<'_> {
     fn table(&self, device: &str, cases: &[Case], part: &str) -> Result<(), Failure> {
         let mut rows = Vec::new();
         let is_wanted = |case: &Case| case.name().contains(part);
+        if !cases.iter().any(is_wanted) {
+            return Err(format!("--table {part}: no case has this in its name, and --list names all").into());
+        }
         let is_ceiling = |case: &Case| case.kernel == "copy" || case.kernel == "linear";
         for case in cases.iter().filter(|case| is_wanted(case) || is_ceiling(case)) {
             let mut call = case.operands(&Place::new(self.device))?;

@@ -27,6 +27,8 @@ pub(super) struct Peaks {
     pub(super) memory: f64,
     /// Bytes a second to the other GPUs of the host, each way.
     pub(super) link: f64,
+    /// Bytes of its memory.
+    pub(super) room: u64,
 }
 
 /// GPUs of a host.
@@ -45,10 +47,10 @@ impl Gpu {
     /// sheet (2024); NVIDIA Blackwell architecture technical brief (2024), HGX B200.
     pub(super) fn peaks(self) -> Peaks {
         match self {
-            Gpu::A100 => Peaks { bf16: 312e12, f32: 19.5e12, memory: 2.039e12, link: 300e9 },
-            Gpu::H100 => Peaks { bf16: 989.4e12, f32: 66.9e12, memory: 3.35e12, link: 450e9 },
-            Gpu::H200 => Peaks { bf16: 989.4e12, f32: 66.9e12, memory: 4.8e12, link: 450e9 },
-            Gpu::B200 => Peaks { bf16: 2250e12, f32: 80e12, memory: 8e12, link: 900e9 },
+            Gpu::A100 => Peaks { bf16: 312e12, f32: 19.5e12, memory: 2.039e12, link: 300e9, room: 80_000_000_000 },
+            Gpu::H100 => Peaks { bf16: 989.4e12, f32: 66.9e12, memory: 3.35e12, link: 450e9, room: 80_000_000_000 },
+            Gpu::H200 => Peaks { bf16: 989.4e12, f32: 66.9e12, memory: 4.8e12, link: 450e9, room: 141_000_000_000 },
+            Gpu::B200 => Peaks { bf16: 2250e12, f32: 80e12, memory: 8e12, link: 900e9, room: 180_000_000_000 },
         }
     }
 }

@@ -11,6 +11,8 @@ mod table;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 
+use clap::ValueEnum;
+use pillion_collectives::limits::human;
 use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::simulate::Machine;
 use pillion_runtime::trace::write_trace;
@@ -19,7 +21,7 @@ use serde::Serialize;
 
 use crate::model::Recompute;
 use crate::train::{plan_table, recipe};
-use crate::{Error, print_result};
+use crate::{Error, complain, print_result};
 use forecast::{Forecast, best};
 pub use settings::{MachineArgs, PlanArgs};
 pub(crate) use setup::{Planned, Setup, ring_remedy};
@@ -113,6 +115,16 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
         collectives: planned.plan.collectives(),
         simulation: None,
     };
+    if let Some(gpu) = settings.machine.device {
+        let (room, total) = (gpu.peaks().room, planned.needs.total());
+        if total > room {
+            let name = gpu.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+            let (total, room) = (human(total), human(room));
+            complain(format_args!(
+                "a rank needs {total}, and {name} has {room}: use a smaller --micro-batch or --seq, --recompute, or more --ranks"
+            ));
+        }
+    }
     if let Some(mut machine) = machine {
         if let Some(tokens_per_s) = settings.machine.calibrate {
             match settings.machine.flops {

@@ -16,8 +16,13 @@ use crate::settings::{DeviceKind, TrainArgs};
 /// # Errors
 /// [`Error::Setting`].
 pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
-    let DeviceKind::Cuda(gpu) = settings.device else { return Ok(()) };
     let given = |flag: &str| settings.given.contains(flag);
+    let DeviceKind::Cuda(gpu) = settings.device else {
+        return match given("gpu-transport") {
+            true => Err(Error::Setting("--gpu-transport is for GPUs: give --device cuda, or leave it out".to_owned())),
+            false => Ok(()),
+        };
+    };
     let refused = [
         (settings.profile, "--profile"),
         (settings.auto, "--auto"),

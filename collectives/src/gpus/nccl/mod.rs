@@ -88,8 +88,8 @@ impl Nccl {
         let shares = || (0..ranks.len()).find(|&other| other != rank && ranks[other][1..] == ranks[rank][1..]);
         if let (false, Some(other)) = (may_share, shares()) {
             let reason = format!(
-                "ranks {} and {} have the same GPU: NCCL needs one for each rank; on one host the transport `peer` \
-                 does not",
+                "ranks {} and {} have the same GPU: NCCL needs one for each rank, unless \
+                 NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL is 2.30 or newer; on one host the transport `peer` does not",
                 rank.min(other),
                 rank.max(other)
             );
