@@ -1,0 +1,423 @@
+// Pillion for C and C++: collectives between ranks, on memory of the caller.
+//
+// cbindgen makes this file from bindings/c/src. Every function that returns int32_t returns
+// PILLION_OK, or a code below; pillion_last_error has the text then. Unless a function says
+// otherwise, every rank calls it with the same arguments, and in the same order.
+
+
+#ifndef PILLION_H
+#define PILLION_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// IEEE binary32.
+#define PILLION_F32 0
+
+// bfloat16.
+#define PILLION_BF16 1
+
+// IEEE binary16.
+#define PILLION_F16 2
+
+// IEEE binary64.
+#define PILLION_F64 3
+
+// Signed 8-bit.
+#define PILLION_I8 4
+
+// Unsigned 8-bit: bytes.
+#define PILLION_U8 5
+
+// Signed 32-bit.
+#define PILLION_I32 6
+
+// Unsigned 32-bit.
+#define PILLION_U32 7
+
+// Signed 64-bit.
+#define PILLION_I64 8
+
+// Unsigned 64-bit.
+#define PILLION_U64 9
+
+// A byte that is true unless it is 0.
+#define PILLION_BOOL 10
+
+// The sum.
+#define PILLION_SUM 0
+
+// The sum, divided by the number of ranks; integers are rounded towards zero.
+#define PILLION_AVG 1
+
+// The product.
+#define PILLION_PROD 2
+
+// The smallest; NaN where there is one.
+#define PILLION_MIN 3
+
+// The largest; NaN where there is one.
+#define PILLION_MAX 4
+
+// Bits that all have. Not of floats.
+#define PILLION_BIT_AND 5
+
+// Bits that one has. Not of floats.
+#define PILLION_BIT_OR 6
+
+// Bits that an odd number has. Not of floats.
+#define PILLION_BIT_XOR 7
+
+// The sum of elements times `factor`, which is the same on all ranks. Of floats.
+#define PILLION_PREMUL_SUM 8
+
+// Nothing went wrong.
+#define PILLION_OK 0
+
+// A rank died, or left while others still needed it.
+#define PILLION_PEER_LOST 1
+
+// A rank did not come in time.
+#define PILLION_TIMEOUT 2
+
+// Another rank called another operation.
+#define PILLION_MISMATCH 5
+
+// A rank gave up and said so.
+#define PILLION_ABORTED 6
+
+// Options contradict each other or the launch.
+#define PILLION_BAD_OPTIONS 7
+
+// The arguments of this call cannot be. Nothing was sent, and the communicator is as it was.
+#define PILLION_MISUSE 8
+
+// Ranks did not find each other.
+#define PILLION_RENDEZVOUS 9
+
+// The host has not enough memory.
+#define PILLION_OUT_OF_MEMORY 10
+
+// The operating system refused something.
+#define PILLION_SYSTEM 11
+
+// The store through which ranks meet failed.
+#define PILLION_STORE 13
+
+// A pointer is NULL that must not be, a number names nothing, or memory overlaps.
+#define PILLION_INVALID 100
+
+// This process is a forked child of the one that has the communicator.
+#define PILLION_FORKED 101
+
+// Work is still under way.
+#define PILLION_UNDER_WAY 102
+
+// A defect of this library: please report it.
+#define PILLION_DEFECT 103
+
+// Ranks that talk. Any thread may use it, one at a time. After an error every call returns that
+// first error.
+typedef struct pillion_communicator pillion_communicator;
+
+// An operation under way. Its memory stays as it is until the work has ended.
+typedef struct pillion_work pillion_work;
+
+// Limits of a communicator. Begin with zeros: 0 is the default of every number.
+typedef struct {
+  // sizeof(pillion_options), which tells versions of this struct apart.
+  size_t size;
+  // Milliseconds after which an operation fails that waits for another rank. Default: 300,000.
+  uint64_t timeout_ms;
+  // Milliseconds within which all ranks come. Default: 60,000.
+  uint64_t startup_timeout_ms;
+  // Milliseconds after which an operation prints for whom it waits. Default: 10,000.
+  uint64_t warn_after_ms;
+  // Groups of ranks in which reductions are computed. Default: 1.
+  uint64_t reduce_groups;
+} pillion_options;
+
+// Values by key that every rank sees, as a program offers them. Any thread may call any of the
+// functions at any time, until pillion_connect_through has returned on every rank.
+//
+// A key ends with a zero byte. Each function returns 0, or another number where it fails.
+typedef struct {
+  // Passed to each function.
+  void *context;
+  // Sets the value of a key, in place of an older one.
+  int32_t (*set)(void*, const char*, const uint8_t*, size_t);
+  // Calls `found(answer, value, length)` with the value of a key, or not at all where no rank
+  // has set it. Does not wait.
+  int32_t (*get)(void*, const char*, void(*)(void*, const uint8_t*, size_t), void*);
+  // Adds to the count of a key, which begins at 0, and writes the sum. No other call comes
+  // between.
+  int32_t (*add)(void*, const char*, int64_t, int64_t*);
+} pillion_store;
+
+// Elements in the caller's memory.
+typedef struct {
+  // The first element, at a multiple of its size. May be NULL where there are none.
+  void *data;
+  // Number of elements.
+  size_t count;
+  // Their type, PILLION_F32 and so on.
+  int32_t dtype;
+} pillion_tensor;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// Joins the ranks of the job that a launcher started (torchrun, mpirun, srun), or a job of this
+// rank alone. `options` may be NULL.
+//
+// # Safety
+// `options` is NULL or has its size; `communicator` is a place for a pointer.
+int32_t pillion_connect(const pillion_options *given, pillion_communicator **communicator);
+
+// Joins `world` ranks, of which this is rank `rank`, through a store of the program. Ranks on
+// several hosts are connected over TCP. `options` may be NULL.
+//
+// # Safety
+// As for pillion_connect; the store's functions keep the promises of pillion_store.
+int32_t pillion_connect_through(pillion_store store,
+                                size_t rank,
+                                size_t world,
+                                const pillion_options *given,
+                                pillion_communicator **communicator);
+
+// Makes a communicator of some of the ranks, in this order. Only they call.
+//
+// # Safety
+// `communicator` is open; `members` has `count` numbers; `group` is a place for a pointer.
+int32_t pillion_group(const pillion_communicator *communicator,
+                      const size_t *members,
+                      size_t count,
+                      pillion_communicator **group);
+
+// This rank's number, from 0; SIZE_MAX for no communicator. Only this rank calls.
+//
+// # Safety
+// `communicator` is NULL or open.
+size_t pillion_rank(const pillion_communicator *communicator);
+
+// The number of ranks; 0 for no communicator. Only this rank calls.
+//
+// # Safety
+// `communicator` is NULL or open.
+size_t pillion_world(const pillion_communicator *communicator);
+
+// The communicator's first error, if there was one. Only this rank calls.
+//
+// # Safety
+// `communicator` is open.
+int32_t pillion_health(const pillion_communicator *communicator);
+
+// Gives up: calls here, and on every other rank once it next waits, return PILLION_ABORTED with
+// this reason. Only this rank calls.
+//
+// # Safety
+// `communicator` is open; `reason` is NULL or ends with a zero byte.
+int32_t pillion_abort(const pillion_communicator *communicator, const char *reason);
+
+// Waits for the operations under way, and leaves. Its memory from pillion_allocate goes with it.
+// NULL does nothing; a forked child leaves it to its parent.
+//
+// # Safety
+// `communicator` is open, and no work of it is left.
+int32_t pillion_close(pillion_communicator *communicator);
+
+// Blocks until every rank has called. `limit_ms`: 0 for the communicator's own limit.
+//
+// # Safety
+// `communicator` is open.
+int32_t pillion_barrier(const pillion_communicator *communicator, uint64_t limit_ms);
+
+// Zeroed memory that ranks of the same host read in place, which saves operations a copy. Every
+// rank allocates the same. It stays until pillion_free, or until the communicator is closed.
+//
+// # Safety
+// `communicator` is open, and `memory` is a place for a pointer.
+int32_t pillion_allocate(const pillion_communicator *communicator, size_t bytes, void **memory);
+
+// Gives memory back that pillion_allocate gave. Only this rank calls; no work uses the memory any
+// more.
+//
+// # Safety
+// `communicator` is open.
+int32_t pillion_free(const pillion_communicator *communicator, void *memory);
+
+// output[p * n ...] = the shard of rank p. shard: n elements; output: world * n. The shard may lie
+// at its place in the output.
+//
+// # Safety
+// The communicator is open; the tensors' memory is there, and stays as it is until the operation
+// has ended; `work` is NULL or a place for a pointer.
+int32_t pillion_all_gather(const pillion_communicator *communicator,
+                           pillion_tensor shard,
+                           pillion_tensor output,
+                           uint64_t limit_ms,
+                           pillion_work **work);
+
+// The tensor = that of rank `root`.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_broadcast(const pillion_communicator *communicator,
+                          pillion_tensor tensor,
+                          size_t root,
+                          uint64_t limit_ms,
+                          pillion_work **work);
+
+// The root's output[p * n ...] = the shard of rank p. shard: n elements; output: world * n on the
+// root, ignored elsewhere.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_gather(const pillion_communicator *communicator,
+                       pillion_tensor shard,
+                       pillion_tensor output,
+                       size_t root,
+                       uint64_t limit_ms,
+                       pillion_work **work);
+
+// output = part r of the root's input, on rank r. input: world * n elements on the root, ignored
+// elsewhere; output: n.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_scatter(const pillion_communicator *communicator,
+                        pillion_tensor input,
+                        pillion_tensor output,
+                        size_t root,
+                        uint64_t limit_ms,
+                        pillion_work **work);
+
+// output[p * n ...] = part r of the input of rank p, on rank r. Both: world * n elements.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_all_to_all(const pillion_communicator *communicator,
+                           pillion_tensor input,
+                           pillion_tensor output,
+                           uint64_t limit_ms,
+                           pillion_work **work);
+
+// Sends a tensor to rank `to`, which receives as many elements of the same type with this tag.
+// Only these two ranks call.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_send(const pillion_communicator *communicator,
+                     pillion_tensor tensor,
+                     size_t to,
+                     uint32_t tag,
+                     uint64_t limit_ms,
+                     pillion_work **work);
+
+// The tensor = what rank `from` sends with this tag. Only these two ranks call.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_receive(const pillion_communicator *communicator,
+                        pillion_tensor tensor,
+                        size_t from,
+                        uint32_t tag,
+                        uint64_t limit_ms,
+                        pillion_work **work);
+
+// The tensor = the first message with this tag from any rank, whose number is written to `from`.
+// Returns once it has come. Only this rank and the sender call.
+//
+// # Safety
+// As for pillion_all_gather; `from` is NULL or a place for a number.
+int32_t pillion_receive_any(const pillion_communicator *communicator,
+                            pillion_tensor tensor,
+                            uint32_t tag,
+                            uint64_t limit_ms,
+                            size_t *from);
+
+// output = the ranks' inputs combined. Both: n elements; output of the input's type, or f32 for
+// 16-bit floats. They may be the same memory. `factor` matters for PILLION_PREMUL_SUM alone.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_all_reduce(const pillion_communicator *communicator,
+                           pillion_tensor input,
+                           pillion_tensor output,
+                           int32_t op,
+                           double factor,
+                           uint64_t limit_ms,
+                           pillion_work **work);
+
+// output = part r of the ranks' inputs combined, on rank r. input: world * n elements; output: n,
+// of the input's type, or f32 for 16-bit floats. The output may lie at its place in the input,
+// whose other parts are unchanged then.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_reduce_scatter(const pillion_communicator *communicator,
+                               pillion_tensor input,
+                               pillion_tensor output,
+                               int32_t op,
+                               double factor,
+                               uint64_t limit_ms,
+                               pillion_work **work);
+
+// The root's output = the ranks' inputs combined. input: n elements; output: n of its type on the
+// root, ignored elsewhere.
+//
+// # Safety
+// As for pillion_all_gather.
+int32_t pillion_reduce(const pillion_communicator *communicator,
+                       pillion_tensor input,
+                       pillion_tensor output,
+                       int32_t op,
+                       double factor,
+                       size_t root,
+                       uint64_t limit_ms,
+                       pillion_work **work);
+
+// The text of this thread's last error, until its next call of this library. Never NULL.
+const char *pillion_last_error(void);
+
+// A number that grows when functions or structs change so that a program must be compiled anew.
+uint32_t pillion_abi_version(void);
+
+// Waits until the work has ended, or for `limit_ms` milliseconds: then PILLION_UNDER_WAY, and the
+// work goes on. 0 waits as long as the operation's own limit lets it. May be called again. Only
+// this rank calls.
+//
+// # Safety
+// `work` has not been released.
+int32_t pillion_wait(const pillion_work *work, uint64_t limit_ms);
+
+// PILLION_OK where the work has ended well, its error where it has failed, and PILLION_UNDER_WAY
+// else. Does not wait. Only this rank calls.
+//
+// # Safety
+// `work` has not been released.
+int32_t pillion_test(const pillion_work *work);
+
+// Calls `callback` with `context` and the result's code once the work has ended: on a thread of
+// this library, or at once. The callback returns soon, and neither waits for operations nor
+// starts any. Only this rank calls.
+//
+// # Safety
+// `work` has not been released; `callback` may be called on any thread.
+int32_t pillion_on_complete(const pillion_work *work,
+                            void (*callback)(void*, int32_t),
+                            void *context);
+
+// Gives a work up. Where it is under way, the call waits for it, so that its memory is the
+// caller's again. NULL does nothing. Only this rank calls.
+//
+// # Safety
+// `work` has not been released before.
+int32_t pillion_release(pillion_work *work);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* PILLION_H */

@@ -1,0 +1,22 @@
+//! Pillion for programs in other languages: the functions of `pillion.h`.
+//!
+//! Memory stays the caller's. An operation that is given a place for its work returns at once, and
+//! the memory that it was given must stay as it is until the work has ended; without such a place
+//! the call returns when the operation is complete. No panic crosses the edge: each function
+//! returns a code, and [`status::pillion_last_error`] has the text.
+
+mod communicator;
+mod memory;
+mod operations;
+mod reductions;
+pub mod status;
+mod store;
+mod work;
+
+pub use communicator::*;
+pub use memory::*;
+pub use operations::*;
+pub use reductions::*;
+pub use status::*;
+pub use store::*;
+pub use work::*;

@@ -1,0 +1,155 @@
+//! Memory of the caller, and memory that ranks share.
+
+use std::ffi::c_void;
+use std::ops::Range;
+use std::ptr::NonNull;
+
+use pillion_kernels::{Buffer, Cpu, DType, Space};
+
+use crate::communicator::Communicator;
+use crate::status::{Failed, guard};
+
+/// IEEE binary32.
+pub const PILLION_F32: i32 = 0;
+/// bfloat16.
+pub const PILLION_BF16: i32 = 1;
+/// IEEE binary16.
+pub const PILLION_F16: i32 = 2;
+/// IEEE binary64.
+pub const PILLION_F64: i32 = 3;
+/// Signed 8-bit.
+pub const PILLION_I8: i32 = 4;
+/// Unsigned 8-bit: bytes.
+pub const PILLION_U8: i32 = 5;
+/// Signed 32-bit.
+pub const PILLION_I32: i32 = 6;
+/// Unsigned 32-bit.
+pub const PILLION_U32: i32 = 7;
+/// Signed 64-bit.
+pub const PILLION_I64: i32 = 8;
+/// Unsigned 64-bit.
+pub const PILLION_U64: i32 = 9;
+/// A byte that is true unless it is 0.
+pub const PILLION_BOOL: i32 = 10;
+
+/// Elements in the caller's memory.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Tensor {
+    /// The first element, at a multiple of its size. May be NULL where there are none.
+    pub data: *mut c_void,
+    /// Number of elements.
+    pub count: usize,
+    /// Their type, PILLION_F32 and so on.
+    pub dtype: i32,
+}
+
+pub(crate) fn dtype(code: i32) -> Result<DType, Failed> {
+    let all = [
+        DType::F32,
+        DType::Bf16,
+        DType::F16,
+        DType::F64,
+        DType::I8,
+        DType::U8,
+        DType::I32,
+        DType::U32,
+        DType::I64,
+        DType::U64,
+        DType::Bool,
+    ];
+    let known = usize::try_from(code).ok().and_then(|code| all.get(code).copied());
+    known.ok_or_else(|| Failed::Invalid(format!("there is no type {code}: give PILLION_F32 to PILLION_BOOL")))
+}
+
+impl Tensor {
+    /// The addresses of its bytes.
+    fn addresses(&self) -> Result<Range<usize>, Failed> {
+        let bytes = self.count.checked_mul(dtype(self.dtype)?.bytes());
+        let start = self.data.addr();
+        let end = bytes.and_then(|bytes| start.checked_add(bytes));
+        end.map(|end| start..end).ok_or_else(|| Failed::Invalid(format!("no memory has {} elements", self.count)))
+    }
+
+    /// The part of `count` elements from `first` on.
+    pub(crate) fn part(&self, first: usize, count: usize) -> Result<Tensor, Failed> {
+        let bytes = dtype(self.dtype)?.bytes();
+        Ok(Tensor { data: self.data.wrapping_byte_add(first * bytes), count, dtype: self.dtype })
+    }
+
+    /// Whether both are the same elements.
+    pub(crate) fn is(&self, other: &Tensor) -> bool {
+        self.data == other.data && self.count == other.count && self.dtype == other.dtype
+    }
+
+    /// A buffer of these elements.
+    ///
+    /// # Safety
+    /// The memory is there, and nobody else touches it, until the buffer is gone. Only the caller of
+    /// the library knows: `pillion.h` says so.
+    pub(crate) unsafe fn buffer(&self, what: &str) -> Result<Buffer, Failed> {
+        let dtype = dtype(self.dtype)?;
+        self.addresses()?;
+        let start = match NonNull::new(self.data.cast::<u8>()) {
+            Some(start) => start,
+            // No element is there, and the address is a multiple of every size.
+            None if self.count == 0 => NonNull::<u64>::dangling().cast(),
+            None => return Err(Failed::Invalid(format!("{what} is NULL and has {} elements", self.count))),
+        };
+        // SAFETY: the caller's promise; the owner is nothing, because the memory is the caller's.
+        Ok(unsafe { Buffer::foreign(start, self.count, dtype, Space::Host, Box::new(())) }?)
+    }
+}
+
+/// Refuses tensors that share memory, because an operation reads one while it writes the other.
+pub(crate) fn apart(tensors: &[(&str, &Tensor)]) -> Result<(), Failed> {
+    for (index, (name, tensor)) in tensors.iter().enumerate() {
+        let own = tensor.addresses()?;
+        for (other_name, other) in &tensors[..index] {
+            let other = other.addresses()?;
+            if own.start < other.end && other.start < own.end {
+                return Err(Failed::Invalid(format!("{name} and {other_name} share memory: give each its own")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Zeroed memory that ranks of the same host read in place, which saves operations a copy. Every
+/// rank allocates the same. It stays until pillion_free, or until the communicator is closed.
+///
+/// # Safety
+/// `communicator` is open, and `memory` is a place for a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_allocate(
+    communicator: *const Communicator,
+    bytes: usize,
+    memory: *mut *mut c_void,
+) -> i32 {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let communicator = unsafe { Communicator::of(communicator) }?;
+        let memory = NonNull::new(memory).ok_or_else(|| Failed::Invalid("memory is NULL".to_owned()))?;
+        let buffer = communicator.ranks.allocate(&Cpu, DType::U8, bytes)?;
+        let start = buffer.view().raw().pointer.as_ptr().cast::<c_void>();
+        communicator.keep(start.addr(), buffer);
+        // SAFETY: a place for a pointer, by the caller's promise.
+        unsafe { memory.write(start) };
+        Ok(())
+    })
+}
+
+/// Gives memory back that pillion_allocate gave. Only this rank calls; no work uses the memory any
+/// more.
+///
+/// # Safety
+/// `communicator` is open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_free(communicator: *const Communicator, memory: *mut c_void) -> i32 {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let communicator = unsafe { Communicator::of(communicator) }?;
+        let is_known = communicator.give_back(memory.addr());
+        if is_known { Ok(()) } else { Err(Failed::Invalid("pillion_allocate did not give this memory".to_owned())) }
+    })
+}

@@ -1,0 +1,207 @@
+//! Operations that move elements.
+//!
+//! In all of them, `limit_ms` is 0 for the communicator's own limit. `work` is NULL for a call that
+//! returns once the operation is complete; otherwise the call returns at once, and writes a work
+//! there, which pillion_release gives up.
+
+use pillion_kernels::Buffer;
+
+use crate::communicator::Communicator;
+use crate::memory::{Tensor, apart};
+use crate::status::{Failed, guard};
+use crate::work::{Way, Work};
+
+/// A tensor that only the root has: others give any, with no element.
+///
+/// # Safety
+/// As for [`Tensor::buffer`].
+pub(crate) unsafe fn of_root(is_root: bool, tensor: &Tensor, what: &str) -> Result<Option<Buffer>, Failed> {
+    // SAFETY: the caller's promise.
+    is_root.then(|| unsafe { tensor.buffer(what) }).transpose()
+}
+
+/// output[p * n ...] = the shard of rank p. shard: n elements; output: world * n. The shard may lie
+/// at its place in the output.
+///
+/// # Safety
+/// The communicator is open; the tensors' memory is there, and stays as it is until the operation
+/// has ended; `work` is NULL or a place for a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_all_gather(
+    communicator: *const Communicator,
+    shard: Tensor,
+    output: Tensor,
+    limit_ms: u64,
+    work: *mut *mut Work,
+) -> i32 {
+    // SAFETY: the caller's promise, for all of this body.
+    guard(|| unsafe {
+        let ranks = &Communicator::of(communicator)?.ranks;
+        let way = Way::of(limit_ms, work);
+        let start = way.start();
+        let in_place = output.part(ranks.rank() * shard.count, shard.count)?.is(&shard);
+        if in_place && output.count == ranks.world() * shard.count {
+            return way.finish(ranks.all_gather_in_place(output.buffer("output")?, start));
+        }
+        apart(&[("shard", &shard), ("output", &output)])?;
+        way.finish(ranks.all_gather(shard.buffer("shard")?, output.buffer("output")?, start))
+    })
+}
+
+/// The tensor = that of rank `root`.
+///
+/// # Safety
+/// As for pillion_all_gather.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_broadcast(
+    communicator: *const Communicator,
+    tensor: Tensor,
+    root: usize,
+    limit_ms: u64,
+    work: *mut *mut Work,
+) -> i32 {
+    // SAFETY: the caller's promise, for all of this body.
+    guard(|| unsafe {
+        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
+        let start = way.start();
+        way.finish(ranks.broadcast(tensor.buffer("tensor")?, root, start))
+    })
+}
+
+/// The root's output[p * n ...] = the shard of rank p. shard: n elements; output: world * n on the
+/// root, ignored elsewhere.
+///
+/// # Safety
+/// As for pillion_all_gather.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_gather(
+    communicator: *const Communicator,
+    shard: Tensor,
+    output: Tensor,
+    root: usize,
+    limit_ms: u64,
+    work: *mut *mut Work,
+) -> i32 {
+    // SAFETY: the caller's promise, for all of this body.
+    guard(|| unsafe {
+        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
+        let (start, is_root) = (way.start(), ranks.rank() == root);
+        if is_root {
+            apart(&[("shard", &shard), ("output", &output)])?;
+        }
+        way.finish(ranks.gather(shard.buffer("shard")?, of_root(is_root, &output, "output")?, root, start))
+    })
+}
+
+/// output = part r of the root's input, on rank r. input: world * n elements on the root, ignored
+/// elsewhere; output: n.
+///
+/// # Safety
+/// As for pillion_all_gather.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_scatter(
+    communicator: *const Communicator,
+    input: Tensor,
+    output: Tensor,
+    root: usize,
+    limit_ms: u64,
+    work: *mut *mut Work,
+) -> i32 {
+    // SAFETY: the caller's promise, for all of this body.
+    guard(|| unsafe {
+        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
+        let (start, is_root) = (way.start(), ranks.rank() == root);
+        if is_root {
+            apart(&[("input", &input), ("output", &output)])?;
+        }
+        way.finish(ranks.scatter(of_root(is_root, &input, "input")?, output.buffer("output")?, root, start))
+    })
+}
+
+/// output[p * n ...] = part r of the input of rank p, on rank r. Both: world * n elements.
+///
+/// # Safety
+/// As for pillion_all_gather.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_all_to_all(
+    communicator: *const Communicator,
+    input: Tensor,
+    output: Tensor,
+    limit_ms: u64,
+    work: *mut *mut Work,
+) -> i32 {
+    // SAFETY: the caller's promise, for all of this body.
+    guard(|| unsafe {
+        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
+        let start = way.start();
+        apart(&[("input", &input), ("output", &output)])?;
+        way.finish(ranks.all_to_all(input.buffer("input")?, output.buffer("output")?, start))
+    })
+}
+
+/// Sends a tensor to rank `to`, which receives as many elements of the same type with this tag.
+/// Only these two ranks call.
+///
+/// # Safety
+/// As for pillion_all_gather.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_send(
+    communicator: *const Communicator,
+    tensor: Tensor,
+    to: usize,
+    tag: u32,
+    limit_ms: u64,
+    work: *mut *mut Work,
+) -> i32 {
+    // SAFETY: the caller's promise, for all of this body.
+    guard(|| unsafe {
+        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
+        let start = way.start();
+        way.finish(ranks.send_tagged(tensor.buffer("tensor")?, to, tag, start))
+    })
+}
+
+/// The tensor = what rank `from` sends with this tag. Only these two ranks call.
+///
+/// # Safety
+/// As for pillion_all_gather.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_receive(
+    communicator: *const Communicator,
+    tensor: Tensor,
+    from: usize,
+    tag: u32,
+    limit_ms: u64,
+    work: *mut *mut Work,
+) -> i32 {
+    // SAFETY: the caller's promise, for all of this body.
+    guard(|| unsafe {
+        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
+        let start = way.start();
+        way.finish(ranks.receive_tagged(tensor.buffer("tensor")?, from, tag, start))
+    })
+}
+
+/// The tensor = the first message with this tag from any rank, whose number is written to `from`.
+/// Returns once it has come. Only this rank and the sender call.
+///
+/// # Safety
+/// As for pillion_all_gather; `from` is NULL or a place for a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_receive_any(
+    communicator: *const Communicator,
+    tensor: Tensor,
+    tag: u32,
+    limit_ms: u64,
+    from: *mut usize,
+) -> i32 {
+    // SAFETY: the caller's promise, for all of this body.
+    guard(|| unsafe {
+        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, std::ptr::null_mut()));
+        let (_, sender) = ranks.receive_any(tensor.buffer("tensor")?, tag, way.start()).wait()?;
+        if let Some(from) = from.as_mut() {
+            *from = sender;
+        }
+        Ok(())
+    })
+}

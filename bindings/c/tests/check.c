@@ -1,0 +1,215 @@
+/* Every operation over small numbers, errors that leave the communicator as it was, groups and a
+ * store of the program's own. Run by programs.rs on several ranks; argv[1], if given, is a folder
+ * that serves as the store: then RANK and WORLD_SIZE say who this is. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "pillion.h"
+
+#define CHECK(condition)                                                        \
+    do {                                                                        \
+        if (!(condition)) {                                                     \
+            fprintf(stderr, "%s:%d: %s; last error: %s\n", __FILE__, __LINE__,  \
+                    #condition, pillion_last_error());                          \
+            exit(1);                                                            \
+        }                                                                       \
+    } while (0)
+#define OK(call) CHECK((call) == PILLION_OK)
+
+static pillion_tensor of(void *data, size_t count, int32_t dtype) {
+    pillion_tensor tensor = {data, count, dtype};
+    return tensor;
+}
+
+/* --- A store in a folder -------------------------------------------------------------------- */
+
+static void path_of(char *path, size_t size, void *folder, const char *key) {
+    size_t used = (size_t)snprintf(path, size, "%s/", (const char *)folder);
+    for (; *key && used + 3 < size; key++) used += (size_t)snprintf(path + used, size - used, "%02x", (unsigned char)*key);
+}
+static int32_t set(void *folder, const char *key, const uint8_t *value, size_t length) {
+    char path[4096], draft[4200];
+    path_of(path, sizeof path, folder, key);
+    snprintf(draft, sizeof draft, "%s.%s", path, getenv("RANK"));
+    FILE *file = fopen(draft, "wb");
+    if (!file || fwrite(value, 1, length, file) != length || fclose(file)) return 1;
+    return rename(draft, path);
+}
+static int32_t get(void *folder, const char *key, void (*found)(void *, const uint8_t *, size_t), void *answer) {
+    char path[4096];
+    static const size_t most = 1 << 20;
+    path_of(path, sizeof path, folder, key);
+    FILE *file = fopen(path, "rb");
+    if (!file) return 0;
+    uint8_t *value = malloc(most);
+    size_t length = fread(value, 1, most, file);
+    fclose(file);
+    found(answer, value, length);
+    free(value);
+    return 0;
+}
+/* Only of one rank at a time: a file that exists is the lock. */
+static int32_t add(void *folder, const char *key, int64_t amount, int64_t *sum) {
+    char path[4096], lock[4200];
+    path_of(path, sizeof path, folder, key);
+    snprintf(lock, sizeof lock, "%s.lock", path);
+    FILE *held;
+    while (!(held = fopen(lock, "wx"))) continue;
+    long long before = 0;
+    FILE *file = fopen(path, "r");
+    if (file) {
+        if (fscanf(file, "%lld", &before) != 1) before = 0;
+        fclose(file);
+    }
+    *sum = before + amount;
+    file = fopen(path, "w");
+    fprintf(file, "%lld", (long long)*sum);
+    fclose(file);
+    fclose(held);
+    return remove(lock);
+}
+
+/* --- Operations ------------------------------------------------------------------------------ */
+
+static void moves(pillion_communicator *ranks, size_t rank, size_t world) {
+    int64_t shard[3], all[24], back[3];
+    for (int i = 0; i < 3; i++) shard[i] = (int64_t)rank * 10 + i;
+    OK(pillion_all_gather(ranks, of(shard, 3, PILLION_I64), of(all, 3 * world, PILLION_I64), 0, NULL));
+    for (size_t p = 0; p < world; p++)
+        for (int i = 0; i < 3; i++) CHECK(all[3 * p + i] == (int64_t)p * 10 + i);
+    memset(all, 0, sizeof all);
+    memcpy(all + 3 * rank, shard, sizeof shard);
+    OK(pillion_all_gather(ranks, of(all + 3 * rank, 3, PILLION_I64), of(all, 3 * world, PILLION_I64), 0, NULL));
+    CHECK(all[3 * (world - 1)] == (int64_t)(world - 1) * 10);
+    OK(pillion_scatter(ranks, of(all, rank ? 0 : 3 * world, PILLION_I64), of(back, 3, PILLION_I64), 0, 0, NULL));
+    CHECK(!memcmp(back, shard, sizeof back));
+    memset(all, 0, sizeof all);
+    OK(pillion_gather(ranks, of(shard, 3, PILLION_I64), of(all, rank ? 0 : 3 * world, PILLION_I64), 0, 0, NULL));
+    CHECK(all[3 * (world - 1)] == (rank ? 0 : (int64_t)(world - 1) * 10));
+    OK(pillion_broadcast(ranks, of(all, 3 * world, PILLION_I64), 0, 0, NULL));
+    CHECK(all[3 * (world - 1)] == (int64_t)(world - 1) * 10);
+    uint8_t to[8], from[8];
+    for (size_t p = 0; p < world; p++) to[p] = (uint8_t)(10 * rank + p);
+    OK(pillion_all_to_all(ranks, of(to, world, PILLION_U8), of(from, world, PILLION_U8), 0, NULL));
+    for (size_t p = 0; p < world; p++) CHECK(from[p] == 10 * p + rank);
+    if (rank == 0 && world > 1) {
+        size_t sender = 99;
+        OK(pillion_receive_any(ranks, of(back, 3, PILLION_I64), 7, 0, &sender));
+        CHECK(sender == world - 1 && back[0] == (int64_t)(world - 1) * 10);
+        OK(pillion_send(ranks, of(back, 3, PILLION_I64), world - 1, 8, 0, NULL));
+    } else if (rank == world - 1 && world > 1) {
+        OK(pillion_send(ranks, of(shard, 3, PILLION_I64), 0, 7, 0, NULL));
+        OK(pillion_receive(ranks, of(back, 3, PILLION_I64), 0, 8, 0, NULL));
+        CHECK(!memcmp(back, shard, sizeof back));
+    }
+    OK(pillion_barrier(ranks, 0));
+}
+
+static void sums(pillion_communicator *ranks, size_t rank, size_t world) {
+    float own[16], sum[16], part[2];
+    double expected = 0;
+    for (size_t p = 0; p < world; p++) expected += (double)p + 1;
+    for (size_t i = 0; i < 2 * world; i++) own[i] = (float)(rank + 1) * (float)(i + 1);
+    OK(pillion_all_reduce(ranks, of(own, 2 * world, PILLION_F32), of(sum, 2 * world, PILLION_F32), PILLION_SUM, 0, 0, NULL));
+    for (size_t i = 0; i < 2 * world; i++) CHECK(sum[i] == (float)(expected * (double)(i + 1)));
+    OK(pillion_reduce_scatter(ranks, of(own, 2 * world, PILLION_F32), of(part, 2, PILLION_F32), PILLION_PREMUL_SUM, 0.5, 0, NULL));
+    CHECK(part[1] == (float)(0.5 * expected * (double)(2 * rank + 2)));
+    OK(pillion_reduce(ranks, of(own, 2 * world, PILLION_F32), of(sum, 2 * world, PILLION_F32), PILLION_MAX, 0, world - 1, 0, NULL));
+    if (rank == world - 1) CHECK(sum[0] == (float)world);
+    OK(pillion_reduce_scatter(ranks, of(own, 2 * world, PILLION_F32), of(own + 2 * rank, 2, PILLION_F32), PILLION_AVG, 0, 0, NULL));
+    CHECK(own[2 * rank] == (float)(expected * (double)(2 * rank + 1) / (double)world));
+}
+
+static void note(void *context, int32_t code) { *(volatile int32_t *)context = code + 1000; }
+
+static void works(pillion_communicator *ranks, size_t rank, size_t world) {
+    pillion_work *first = NULL, *second = NULL;
+    float values[1000];
+    volatile int32_t said = 0;
+    for (int i = 0; i < 1000; i++) values[i] = (float)rank;
+    pillion_tensor tensor = of(values, 1000, PILLION_F32);
+    OK(pillion_all_reduce(ranks, tensor, tensor, PILLION_MAX, 0, 60000, &first));
+    OK(pillion_on_complete(first, note, (void *)&said));
+    int32_t code = pillion_wait(first, 60000);
+    CHECK(code == PILLION_OK && pillion_test(first) == PILLION_OK && pillion_wait(first, 0) == PILLION_OK);
+    CHECK(values[999] == (float)(world - 1));
+    OK(pillion_release(first));
+    /* A callback comes soon after the end. */
+    for (int i = 0; i < 100000000 && !said; i++) continue;
+    CHECK(said == 1000 + PILLION_OK);
+    /* Rank 0 waits for one that comes later. */
+    if (world > 1) {
+        if (rank == 0) {
+            OK(pillion_receive(ranks, of(values, 10, PILLION_F32), 1, 0, 0, &second));
+            code = pillion_test(second);
+            CHECK(code == PILLION_UNDER_WAY || code == PILLION_OK);
+            OK(pillion_barrier(ranks, 0));
+            OK(pillion_release(second));
+            CHECK(values[9] == 5.0f);
+        } else {
+            values[9] = 5.0f;
+            OK(pillion_barrier(ranks, 0));
+            if (rank == 1) OK(pillion_send(ranks, of(values, 10, PILLION_F32), 0, 0, 0, NULL));
+        }
+    }
+    OK(pillion_release(NULL));
+}
+
+static void errors(pillion_communicator *ranks) {
+    float values[8] = {0};
+    pillion_tensor whole = of(values, 8, PILLION_F32);
+    CHECK(pillion_all_reduce(NULL, whole, whole, PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(strstr(pillion_last_error(), "communicator is NULL"));
+    CHECK(pillion_all_reduce(ranks, of(NULL, 8, PILLION_F32), of(NULL, 8, PILLION_F32), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(pillion_all_reduce(ranks, of(values, 8, 77), of(values, 8, 77), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(pillion_all_reduce(ranks, whole, whole, 77, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(pillion_all_reduce(ranks, of(values, 7, PILLION_F32), of(values + 1, 7, PILLION_F32), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(strstr(pillion_last_error(), "share memory"));
+    CHECK(pillion_all_reduce(ranks, of((char *)values + 1, 2, PILLION_F32), of((char *)values + 1, 2, PILLION_F32), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(pillion_all_reduce(ranks, of(values, SIZE_MAX / 2, PILLION_F32), of(values, SIZE_MAX / 2, PILLION_F32), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(pillion_broadcast(ranks, whole, 99, 0, NULL) == PILLION_MISUSE);
+    CHECK(pillion_all_reduce(ranks, whole, whole, PILLION_BIT_OR, 0, 0, NULL) == PILLION_MISUSE);
+    CHECK(pillion_wait(NULL, 0) == PILLION_INVALID && pillion_free(ranks, values) == PILLION_INVALID);
+    /* Nothing of that has reached another rank. */
+    OK(pillion_health(ranks));
+    OK(pillion_barrier(ranks, 0));
+    OK(pillion_all_reduce(ranks, of(NULL, 0, PILLION_F32), of(NULL, 0, PILLION_F32), PILLION_SUM, 0, 0, NULL));
+}
+
+int main(int count, char **arguments) {
+    pillion_communicator *ranks = NULL, *group = NULL;
+    pillion_options options;
+    memset(&options, 0, sizeof options);
+    CHECK(pillion_connect(&options, &ranks) == PILLION_INVALID);
+    options.size = sizeof options;
+    options.timeout_ms = 60000;
+    CHECK(pillion_abi_version() == 1 && pillion_connect(&options, NULL) == PILLION_INVALID);
+    if (count > 1) {
+        pillion_store store = {arguments[1], set, get, add}, broken = {arguments[1], set, NULL, add};
+        size_t rank = (size_t)atoi(getenv("RANK")), world = (size_t)atoi(getenv("WORLD_SIZE"));
+        CHECK(pillion_connect_through(broken, rank, world, &options, &ranks) == PILLION_INVALID);
+        OK(pillion_connect_through(store, rank, world, &options, &ranks));
+    } else {
+        OK(pillion_connect(&options, &ranks));
+    }
+    size_t rank = pillion_rank(ranks), world = pillion_world(ranks);
+    moves(ranks, rank, world);
+    sums(ranks, rank, world);
+    works(ranks, rank, world);
+    errors(ranks);
+    /* The ranks but the first, in the other order. */
+    if (rank > 0) {
+        size_t members[8];
+        for (size_t i = 0; i + 1 < world; i++) members[i] = world - 1 - i;
+        OK(pillion_group(ranks, members, world - 1, &group));
+        CHECK(pillion_rank(group) == world - 1 - rank && pillion_world(group) == world - 1);
+        moves(group, world - 1 - rank, world - 1);
+        OK(pillion_close(group));
+    }
+    OK(pillion_barrier(ranks, 0));
+    OK(pillion_close(ranks));
+    OK(pillion_close(NULL));
+    printf("well\n");
+    return 0;
+}
