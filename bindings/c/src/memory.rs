@@ -71,10 +71,12 @@ impl Tensor {
         end.map(|end| start..end).ok_or_else(|| Failed::Invalid(format!("no memory has {} elements", self.count)))
     }
 
-    /// The part of `count` elements from `first` on.
-    pub(crate) fn part(&self, first: usize, count: usize) -> Result<Tensor, Failed> {
-        let bytes = dtype(self.dtype)?.bytes();
-        Ok(Tensor { data: self.data.wrapping_byte_add(first * bytes), count, dtype: self.dtype })
+    /// Whether it is cut into a part for each rank, and `own` is the part of this rank.
+    pub(crate) fn holds(&self, own: &Tensor, rank: usize, world: usize) -> Result<bool, Failed> {
+        let bytes = own.count.checked_mul(dtype(self.dtype)?.bytes());
+        let place = bytes.and_then(|bytes| self.data.addr().checked_add(bytes.checked_mul(rank)?));
+        let is_cut = own.count.checked_mul(world) == Some(self.count) && own.dtype == self.dtype;
+        Ok(is_cut && place == Some(own.data.addr()))
     }
 
     /// Whether both are the same elements.
@@ -107,7 +109,8 @@ pub(crate) fn apart(tensors: &[(&str, &Tensor)]) -> Result<(), Failed> {
         let own = tensor.addresses()?;
         for (other_name, other) in &tensors[..index] {
             let other = other.addresses()?;
-            if own.start < other.end && other.start < own.end {
+            let is_empty = own.is_empty() || other.is_empty();
+            if !is_empty && own.start < other.end && other.start < own.end {
                 return Err(Failed::Invalid(format!("{name} and {other_name} share memory: give each its own")));
             }
         }

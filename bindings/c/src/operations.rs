@@ -39,8 +39,7 @@ pub unsafe extern "C" fn pillion_all_gather(
         let ranks = &Communicator::of(communicator)?.ranks;
         let way = Way::of(limit_ms, work);
         let start = way.start();
-        let in_place = output.part(ranks.rank() * shard.count, shard.count)?.is(&shard);
-        if in_place && output.count == ranks.world() * shard.count {
+        if output.holds(&shard, ranks.rank(), ranks.world())? {
             return way.finish(ranks.all_gather_in_place(output.buffer("output")?, start));
         }
         apart(&[("shard", &shard), ("output", &output)])?;

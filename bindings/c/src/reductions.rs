@@ -92,8 +92,7 @@ pub unsafe extern "C" fn pillion_reduce_scatter(
     guard(|| unsafe {
         let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
         let (start, reduction) = (way.start(), reduction(op, factor)?);
-        let in_place = input.part(ranks.rank() * output.count, output.count)?.is(&output);
-        if in_place && input.count == ranks.world() * output.count {
+        if input.holds(&output, ranks.rank(), ranks.world())? {
             return way.finish(ranks.reduce_scatter_in_place(input.buffer("input")?, reduction, start));
         }
         apart(&[("input", &input), ("output", &output)])?;
