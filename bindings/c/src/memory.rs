@@ -45,20 +45,7 @@ pub struct Tensor {
 }
 
 pub(crate) fn dtype(code: i32) -> Result<DType, Failed> {
-    let all = [
-        DType::F32,
-        DType::Bf16,
-        DType::F16,
-        DType::F64,
-        DType::I8,
-        DType::U8,
-        DType::I32,
-        DType::U32,
-        DType::I64,
-        DType::U64,
-        DType::Bool,
-    ];
-    let known = usize::try_from(code).ok().and_then(|code| all.get(code).copied());
+    let known = usize::try_from(code).ok().and_then(|code| DType::ALL.get(code).copied());
     known.ok_or_else(|| Failed::Invalid(format!("there is no type {code}: give PILLION_F32 to PILLION_BOOL")))
 }
 
@@ -155,4 +142,28 @@ pub unsafe extern "C" fn pillion_free(communicator: *const Communicator, memory:
         let is_known = communicator.give_back(memory.addr());
         if is_known { Ok(()) } else { Err(Failed::Invalid("pillion_allocate did not give this memory".to_owned())) }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_code_is_the_place_of_its_type() {
+        let codes = [
+            (PILLION_F32, DType::F32),
+            (PILLION_BF16, DType::Bf16),
+            (PILLION_F16, DType::F16),
+            (PILLION_F64, DType::F64),
+            (PILLION_I8, DType::I8),
+            (PILLION_U8, DType::U8),
+            (PILLION_I32, DType::I32),
+            (PILLION_U32, DType::U32),
+            (PILLION_I64, DType::I64),
+            (PILLION_U64, DType::U64),
+            (PILLION_BOOL, DType::Bool),
+        ];
+        assert_eq!(codes.map(|(code, _)| dtype(code).ok()), codes.map(|(_, dtype)| Some(dtype)));
+        assert!(dtype(-1).is_err() && dtype(DType::ALL.len() as i32).is_err());
+    }
 }

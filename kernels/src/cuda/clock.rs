@@ -46,7 +46,8 @@ impl Clock {
 
     /// Begins to count from now, if the anchor is old. `idle` is a stream whose work has all run.
     pub(super) fn renew(&self, idle: CUstream) -> Result<(), CudaError> {
-        if self.anchor.lock().time.elapsed() > AGE
+        let age = self.anchor.lock().time.elapsed();
+        if age > AGE
             && let Some(anchor) = Anchor::set(&self.pool, idle, LATE)?
         {
             *self.anchor.lock() = Arc::new(anchor);

@@ -4,7 +4,8 @@ use cudarc::driver::sys::{CUdeviceptr, CUstream};
 
 use super::blas::{Gemm, Matrix, Places};
 use super::launch::{Argument, Shape, address, address_mut, launch};
-use super::stream::{CudaStream, ELEMENTS_OF_BLOCK, Pieces, typed};
+use super::scratch::Pieces;
+use super::stream::{CudaStream, ELEMENTS_OF_BLOCK, typed};
 use super::{CudaError, attention};
 use crate::shapes::{self, check_attention, columns, rows, same, same_type};
 use crate::{AttentionShape, DType, Kernels, View, ViewMut};

@@ -29,6 +29,7 @@ mod patience;
 mod pinned;
 mod processes;
 mod reduce;
+mod scratch;
 mod slab;
 mod stream;
 

@@ -5,19 +5,20 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::task::Poll;
 
-use cudarc::driver::sys::{CUdeviceptr, CUstream, CUstreamWaitValue_flags};
+use cudarc::driver::sys::{CUstream, CUstreamWaitValue_flags};
 
 use super::blas::Products;
 use super::driver::call;
 use super::event::{Foreign, Moment, Recorded, Recorder};
 use super::launch::{Argument, Shape, address, address_mut, launch};
 use super::pinned::Ring;
-use super::{CudaError, Inner, RawStream, slab};
+use super::scratch::Scratch;
+use super::{CudaError, Inner, RawStream};
 use crate::cpu::adamw::Update;
 use crate::cpu::square_norm::PART;
 use crate::event::All;
 use crate::shapes::same;
-use crate::{AdamW, DType, Event, Failure, Kernels, Raw, Region, Stamp, Stream, View, ViewMut};
+use crate::{AdamW, DType, Event, Failure, Kernels, Raw, Stamp, Stream, View, ViewMut};
 
 /// A stream of a GPU. Beside what every [`Stream`] does, it reduces.
 pub struct CudaStream {
@@ -32,48 +33,6 @@ pub struct CudaStream {
     peers: RefCell<Vec<Arc<Inner>>>,
     pub(super) scratch: Scratch,
     pub(super) products: RefCell<Products>,
-}
-
-/// Working memory of a stream's kernels, which use it one after the other.
-#[derive(Default)]
-pub(super) struct Scratch {
-    /// Enqueued work may still use those before the last.
-    regions: RefCell<Vec<(Region, CUdeviceptr, u64)>>,
-}
-
-impl Scratch {
-    /// Where `bytes` bytes lie, until the next call. It grows the first time that a kernel of these
-    /// shapes runs.
-    pub(super) fn take(&self, inner: &Arc<Inner>, bytes: u64) -> Result<CUdeviceptr, CudaError> {
-        let mut regions = self.regions.borrow_mut();
-        match regions.last() {
-            Some((_, start, len)) if *len >= bytes => Ok(*start),
-            _ => {
-                let region = slab::region(inner, bytes)?;
-                let start = region.start().as_ptr().expose_provenance() as CUdeviceptr;
-                regions.push((region, start, bytes));
-                Ok(start)
-            }
-        }
-    }
-}
-
-/// Cuts working memory into pieces that start at multiples of 256 bytes.
-#[derive(Default)]
-pub(super) struct Pieces(u64);
-
-impl Pieces {
-    /// Where a piece of `len` elements of `bytes` bytes starts.
-    pub(super) fn next(&mut self, len: usize, bytes: usize) -> u64 {
-        let start = self.0;
-        self.0 = (start + (len * bytes) as u64).next_multiple_of(256);
-        start
-    }
-
-    /// Bytes of all pieces.
-    pub(super) fn bytes(&self) -> u64 {
-        self.0
-    }
 }
 
 /// Which of the kernels for f32 and for bf16 serves this type.

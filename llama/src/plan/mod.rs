@@ -121,7 +121,8 @@ pub(crate) fn plan(settings: &PlanArgs) -> Result<i32, Error> {
             let name = gpu.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
             let (total, room) = (human(total), human(room));
             complain(format_args!(
-                "a rank needs {total}, and {name} has {room}: use a smaller --micro-batch or --seq, --recompute, or more --ranks"
+                "a rank needs {total}, and {name} has {room}: use a smaller --micro-batch or --seq, --recompute, \
+                 or more --ranks"
             ));
         }
     }

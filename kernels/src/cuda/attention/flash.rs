@@ -4,7 +4,8 @@ use cudarc::driver::sys::CUstream;
 
 use super::super::CudaError;
 use super::super::launch::{Argument, Shape, launch};
-use super::super::stream::{CudaStream, Pieces};
+use super::super::scratch::Pieces;
+use super::super::stream::CudaStream;
 use super::{Backward, Forward, project, scale};
 use crate::{AttentionShape, DType};
 

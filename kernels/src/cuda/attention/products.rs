@@ -10,7 +10,8 @@ use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use super::super::CudaError;
 use super::super::blas::{Gemm, Matrix, Places};
 use super::super::launch::{Argument, Shape, launch};
-use super::super::stream::{BYTES_OF_BLOCK, CudaStream, ELEMENTS_OF_BLOCK, Pieces, typed};
+use super::super::scratch::Pieces;
+use super::super::stream::{BYTES_OF_BLOCK, CudaStream, ELEMENTS_OF_BLOCK, typed};
 use super::{Backward, Forward, project, scale};
 use crate::{AttentionShape, DType};
 
