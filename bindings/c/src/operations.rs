@@ -9,7 +9,7 @@ use pillion_kernels::Buffer;
 use crate::communicator::Communicator;
 use crate::memory::{Tensor, apart};
 use crate::status::{Failed, guard};
-use crate::work::{Way, Work};
+use crate::work::{Work, operate, start};
 
 /// A tensor that only the root has: others give any, with no element.
 ///
@@ -35,16 +35,15 @@ pub unsafe extern "C" fn pillion_all_gather(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let ranks = &Communicator::of(communicator)?.ranks;
-        let way = Way::of(limit_ms, work);
-        let start = way.start();
-        if output.holds(&shard, ranks.rank(), ranks.world())? {
-            return way.finish(ranks.all_gather_in_place(output.buffer("output")?, start));
-        }
-        apart(&[("shard", &shard), ("output", &output)])?;
-        way.finish(ranks.all_gather(shard.buffer("shard")?, output.buffer("output")?, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            if output.holds(&shard, ranks.rank(), ranks.world())? {
+                return Ok(ranks.all_gather_in_place(output.buffer("output")?, start).map(drop));
+            }
+            apart(&[("shard", &shard), ("output", &output)])?;
+            Ok(ranks.all_gather(shard.buffer("shard")?, output.buffer("output")?, start).map(drop))
+        })
+    }
 }
 
 /// The tensor = that of rank `root`.
@@ -60,11 +59,11 @@ pub unsafe extern "C" fn pillion_broadcast(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let start = way.start();
-        way.finish(ranks.broadcast(tensor.buffer("tensor")?, root, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            Ok(ranks.broadcast(tensor.buffer("tensor")?, root, start).map(drop))
+        })
+    }
 }
 
 /// The root's output[p * n ...] = the shard of rank p. shard: n elements; output: world * n on the
@@ -82,14 +81,15 @@ pub unsafe extern "C" fn pillion_gather(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let (start, is_root) = (way.start(), ranks.rank() == root);
-        if is_root {
-            apart(&[("shard", &shard), ("output", &output)])?;
-        }
-        way.finish(ranks.gather(shard.buffer("shard")?, of_root(is_root, &output, "output")?, root, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            let is_root = ranks.rank() == root;
+            if is_root {
+                apart(&[("shard", &shard), ("output", &output)])?;
+            }
+            Ok(ranks.gather(shard.buffer("shard")?, of_root(is_root, &output, "output")?, root, start).map(drop))
+        })
+    }
 }
 
 /// output = part r of the root's input, on rank r. input: world * n elements on the root, ignored
@@ -107,14 +107,15 @@ pub unsafe extern "C" fn pillion_scatter(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let (start, is_root) = (way.start(), ranks.rank() == root);
-        if is_root {
-            apart(&[("input", &input), ("output", &output)])?;
-        }
-        way.finish(ranks.scatter(of_root(is_root, &input, "input")?, output.buffer("output")?, root, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            let is_root = ranks.rank() == root;
+            if is_root {
+                apart(&[("input", &input), ("output", &output)])?;
+            }
+            Ok(ranks.scatter(of_root(is_root, &input, "input")?, output.buffer("output")?, root, start).map(drop))
+        })
+    }
 }
 
 /// output[p * n ...] = part r of the input of rank p, on rank r. Both: world * n elements.
@@ -130,12 +131,12 @@ pub unsafe extern "C" fn pillion_all_to_all(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let start = way.start();
-        apart(&[("input", &input), ("output", &output)])?;
-        way.finish(ranks.all_to_all(input.buffer("input")?, output.buffer("output")?, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            apart(&[("input", &input), ("output", &output)])?;
+            Ok(ranks.all_to_all(input.buffer("input")?, output.buffer("output")?, start).map(drop))
+        })
+    }
 }
 
 /// Sends a tensor to rank `to`, which receives as many elements of the same type with this tag.
@@ -153,11 +154,11 @@ pub unsafe extern "C" fn pillion_send(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let start = way.start();
-        way.finish(ranks.send_tagged(tensor.buffer("tensor")?, to, tag, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            Ok(ranks.send_tagged(tensor.buffer("tensor")?, to, tag, start).map(drop))
+        })
+    }
 }
 
 /// The tensor = what rank `from` sends with this tag. Only these two ranks call.
@@ -174,11 +175,11 @@ pub unsafe extern "C" fn pillion_receive(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let start = way.start();
-        way.finish(ranks.receive_tagged(tensor.buffer("tensor")?, from, tag, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            Ok(ranks.receive_tagged(tensor.buffer("tensor")?, from, tag, start).map(drop))
+        })
+    }
 }
 
 /// The tensor = the first message with this tag from any rank, whose number is written to `from`.
@@ -196,8 +197,8 @@ pub unsafe extern "C" fn pillion_receive_any(
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
     guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, std::ptr::null_mut()));
-        let (_, sender) = ranks.receive_any(tensor.buffer("tensor")?, tag, way.start()).wait()?;
+        let ranks = &Communicator::of(communicator)?.ranks;
+        let (_, sender) = ranks.receive_any(tensor.buffer("tensor")?, tag, start(limit_ms, true)).wait()?;
         if let Some(from) = from.as_mut() {
             *from = sender;
         }

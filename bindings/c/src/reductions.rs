@@ -5,8 +5,8 @@ use pillion_collectives::{Reduce, Reduction};
 use crate::communicator::Communicator;
 use crate::memory::{Tensor, apart};
 use crate::operations::of_root;
-use crate::status::{Failed, guard};
-use crate::work::{Way, Work};
+use crate::status::Failed;
+use crate::work::{Work, operate};
 
 /// The sum.
 pub const PILLION_SUM: i32 = 0;
@@ -61,15 +61,16 @@ pub unsafe extern "C" fn pillion_all_reduce(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let (start, reduction) = (way.start(), reduction(op, factor)?);
-        if input.is(&output) {
-            return way.finish(ranks.all_reduce(output.buffer("output")?, reduction, start));
-        }
-        apart(&[("input", &input), ("output", &output)])?;
-        way.finish(ranks.all_reduce_into(input.buffer("input")?, output.buffer("output")?, reduction, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            let reduction = reduction(op, factor)?;
+            if input.is(&output) {
+                return Ok(ranks.all_reduce(output.buffer("output")?, reduction, start).map(drop));
+            }
+            apart(&[("input", &input), ("output", &output)])?;
+            Ok(ranks.all_reduce_into(input.buffer("input")?, output.buffer("output")?, reduction, start).map(drop))
+        })
+    }
 }
 
 /// output = part r of the ranks' inputs combined, on rank r. input: world * n elements; output: n,
@@ -89,17 +90,18 @@ pub unsafe extern "C" fn pillion_reduce_scatter(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let (start, reduction) = (way.start(), reduction(op, factor)?);
-        if input.holds(&output, ranks.rank(), ranks.world())? {
-            return way.finish(ranks.reduce_scatter_in_place(input.buffer("input")?, reduction, start));
-        }
-        apart(&[("input", &input), ("output", &output)])?;
-        let (input, output) = (input.buffer("input")?, output.buffer("output")?);
-        let reduce = Reduce { input, sections: None, output, reduction, accumulate: false, sideband: None };
-        way.finish(ranks.reduce_scatter(reduce, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            let reduction = reduction(op, factor)?;
+            if input.holds(&output, ranks.rank(), ranks.world())? {
+                return Ok(ranks.reduce_scatter_in_place(input.buffer("input")?, reduction, start).map(drop));
+            }
+            apart(&[("input", &input), ("output", &output)])?;
+            let (input, output) = (input.buffer("input")?, output.buffer("output")?);
+            let reduce = Reduce { input, sections: None, output, reduction, accumulate: false, sideband: None };
+            Ok(ranks.reduce_scatter(reduce, start).map(drop))
+        })
+    }
 }
 
 /// The root's output = the ranks' inputs combined. input: n elements; output: n of its type on the
@@ -119,13 +121,14 @@ pub unsafe extern "C" fn pillion_reduce(
     work: *mut *mut Work,
 ) -> i32 {
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let (ranks, way) = (&Communicator::of(communicator)?.ranks, Way::of(limit_ms, work));
-        let (start, reduction, is_root) = (way.start(), reduction(op, factor)?, ranks.rank() == root);
-        if is_root {
-            apart(&[("input", &input), ("output", &output)])?;
-        }
-        let (input, output) = (input.buffer("input")?, of_root(is_root, &output, "output")?);
-        way.finish(ranks.reduce(input, output, reduction, root, start))
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            let (reduction, is_root) = (reduction(op, factor)?, ranks.rank() == root);
+            if is_root {
+                apart(&[("input", &input), ("output", &output)])?;
+            }
+            let (input, output) = (input.buffer("input")?, of_root(is_root, &output, "output")?);
+            Ok(ranks.reduce(input, output, reduction, root, start).map(drop))
+        })
+    }
 }

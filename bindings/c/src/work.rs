@@ -5,9 +5,10 @@ use std::ptr::NonNull;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use pillion_collectives::{Pending, Start};
+use pillion_collectives::{Communicator as Ranks, Pending, Start};
 use pillion_kernels::Event;
 
+use crate::communicator::Communicator;
 use crate::status::{Failed, PILLION_OK, guard};
 
 /// An operation under way. Its memory stays as it is until the work has ended.
@@ -17,40 +18,37 @@ pub struct Work {
     event: Event,
 }
 
-/// What an operation is given for how it runs.
-pub(crate) struct Way {
-    limit: Option<Duration>,
-    place: Option<NonNull<*mut Work>>,
+/// When an operation starts. `limit_ms`: 0 for the communicator's own limit.
+pub(crate) fn start(limit_ms: u64, blocks: bool) -> Start {
+    match (limit_ms, blocks) {
+        (0, true) => Start::Here,
+        (0, false) => Start::After(Event::PAST),
+        (limit_ms, _) => Start::Within { event: Event::PAST, limit: Duration::from_millis(limit_ms) },
+    }
 }
 
-impl Way {
-    /// `limit_ms`: 0 for the communicator's own; `work`: NULL for a call that blocks.
-    pub(crate) fn of(limit_ms: u64, work: *mut *mut Work) -> Way {
-        Way { limit: (limit_ms > 0).then(|| Duration::from_millis(limit_ms)), place: NonNull::new(work) }
-    }
-
-    /// When the operation starts.
-    pub(crate) fn start(&self) -> Start {
-        match (self.limit, self.place) {
-            (Some(limit), _) => Start::Within { event: Event::PAST, limit },
-            (None, Some(_)) => Start::After(Event::PAST),
-            (None, None) => Start::Here,
-        }
-    }
-
-    /// Waits for the operation, or hands it out.
-    ///
-    /// # Safety
-    /// The place is one for a pointer, by the promise of the library's caller.
-    pub(crate) unsafe fn finish<T: Send + 'static>(self, pending: Pending<T>) -> Result<(), Failed> {
-        let Some(place) = self.place else { return Ok(pending.wait().map(drop)?) };
-        let event = pending.event();
-        let state = Mutex::new(Some(pending.map(drop)));
-        let work = Box::new(Work { process: std::process::id(), state, event });
+/// An operation, which `run` begins. It is waited for where `work` is NULL, and else handed out.
+///
+/// # Safety
+/// The communicator is open, and `work` is NULL or a place for a pointer, by the promise of the
+/// library's caller.
+pub(crate) unsafe fn operate(
+    communicator: *const Communicator,
+    limit_ms: u64,
+    work: *mut *mut Work,
+    run: impl FnOnce(&Ranks, Start) -> Result<Pending<()>, Failed>,
+) -> i32 {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let ranks = &unsafe { Communicator::of(communicator) }?.ranks;
+        let pending = run(ranks, start(limit_ms, work.is_null()))?;
+        let Some(place) = NonNull::new(work) else { return Ok(pending.wait()?) };
+        let (process, event) = (std::process::id(), pending.event());
+        let work = Box::new(Work { process, state: Mutex::new(Some(pending)), event });
         // SAFETY: the caller's promise.
         unsafe { place.write(Box::into_raw(work)) };
         Ok(())
-    }
+    })
 }
 
 impl Work {
@@ -162,7 +160,7 @@ pub unsafe extern "C" fn pillion_release(work: *mut Work) -> i32 {
         }
         // SAFETY: the caller's promise.
         unsafe { Work::of(work) }?;
-        // SAFETY: made by `Way::finish`, and released once.
+        // SAFETY: made by `operate`, and released once.
         drop(unsafe { Box::from_raw(work) });
         Ok(())
     })
