@@ -72,6 +72,32 @@ def sizes(per_block: int) -> list[Launch]:
     ]
 
 
+# What both kernels of attention's backward pass read.
+BACKWARD = "*grad_out *q *k *v *log_sum *projection"
+
+
+def flash(kernel: str, width: int, parameters: str, beside: int, longer: str) -> Family:
+    """Attention of heads of `width` elements, with `beside` bytes of shared memory beside tiles."""
+    dynamic = 768 * width + beside
+    of_keys = kernel.endswith("_keys")
+
+    def launch(name: str, grid: int, seq: int, long: bool) -> Launch:
+        sizes = {"seq": seq, "heads": 1, "kv_heads": 1}
+        return Launch(name, grid, sizes, dynamic=dynamic, long=long)
+
+    launches = [launch("short", 1, 5, long=width == 128 or of_keys)]
+    # The gradients of keys of 128 elements need more memory than the verifier allows itself.
+    if not (of_keys and width == 128):
+        launches.append(launch(longer, 1 if longer == "two tiles" else 2, 65, long=True))
+    return Family(
+        f"{kernel}_{width}",
+        f"*latch {parameters} seq heads kv_heads scale",
+        launches,
+        threads=128,
+        dynamic=dynamic,
+    )
+
+
 # Code and unused word of a latch that is not set. The pointer behind them is not read then.
 LATCH = [0, 0]
 
@@ -298,80 +324,11 @@ FAMILIES: list[Family] = [
         ],
     ),
     *(
-        Family(
-            rf"flash_attention_{width}",
-            "*latch *out *log_sum *q *k *v seq heads kv_heads scale",
-            [
-                Launch(
-                    "short",
-                    1,
-                    {"seq": 5, "heads": 1, "kv_heads": 1},
-                    dynamic=768 * width,
-                    long=width == 128,
-                ),
-                Launch(
-                    "two tiles",
-                    1,
-                    {"seq": 65, "heads": 1, "kv_heads": 1},
-                    dynamic=768 * width,
-                    long=True,
-                ),
-            ],
-            threads=128,
-            dynamic=768 * width,
-        )
-        for width in (64, 128)
-    ),
-    *(
-        Family(
-            rf"flash_attention_keys_{width}",
-            "*latch *grad_k *grad_v *grad_out *q *k *v *log_sum *projection seq heads kv_heads "
-            "scale",
-            [
-                Launch(
-                    "short",
-                    1,
-                    {"seq": 5, "heads": 1, "kv_heads": 1},
-                    dynamic=768 * width + 1024,
-                    long=True,
-                ),
-                Launch(
-                    "two blocks",
-                    2,
-                    {"seq": 65, "heads": 1, "kv_heads": 1},
-                    dynamic=768 * width + 1024,
-                    long=True,
-                    # With 128 elements it needs more memory than the verifier allows itself.
-                    kernels="flash_attention_keys_64",
-                ),
-            ],
-            threads=128,
-            dynamic=768 * width + 1024,
-        )
-        for width in (64, 128)
-    ),
-    *(
-        Family(
-            rf"flash_attention_queries_{width}",
-            "*latch *grad_q *grad_out *q *k *v *log_sum *projection seq heads kv_heads scale",
-            [
-                Launch(
-                    "short",
-                    1,
-                    {"seq": 5, "heads": 1, "kv_heads": 1},
-                    dynamic=768 * width,
-                    long=width == 128,
-                ),
-                Launch(
-                    "two blocks",
-                    2,
-                    {"seq": 65, "heads": 1, "kv_heads": 1},
-                    dynamic=768 * width,
-                    long=True,
-                ),
-            ],
-            threads=128,
-            dynamic=768 * width,
+        flash(kernel, width, parameters, beside, launch)
+        for kernel, parameters, beside, launch in (
+            ("flash_attention", "*out *log_sum *q *k *v", 0, "two tiles"),
+            ("flash_attention_keys", f"*grad_k *grad_v {BACKWARD}", 1024, "two blocks"),
+            ("flash_attention_queries", f"*grad_q {BACKWARD}", 0, "two blocks"),
         )
         for width in (64, 128)
     ),
