@@ -1,6 +1,6 @@
-//! Every kernel of [`Kernels`] and [`Stream`], with operands of random numbers, ready to be called:
-//! `cargo bench` measures all of them beside what bounds them, `kernelbench` on any device, or some
-//! in turn with PyTorch's.
+//! Every kernel of [`Kernels`] and [`Stream`](pillion_kernels::Stream), with operands of random
+//! numbers, ready to be called: `cargo bench` measures all of them beside what bounds them,
+//! `kernelbench` on any device, or some in turn with PyTorch's.
 //!
 //! What moves memory works on so many elements that no operand stays in a cache. Products are those
 //! of a Llama's layers.
