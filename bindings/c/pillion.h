@@ -110,7 +110,7 @@
 // This process is a forked child of the one that has the communicator.
 #define PILLION_FORKED 101
 
-// Work is still under way.
+// Work is still under way, or nothing has come yet.
 #define PILLION_UNDER_WAY 102
 
 // A defect of this library: please report it.
@@ -119,6 +119,9 @@
 // Ranks that talk. Any thread may use it, one at a time. After an error every call returns that
 // first error.
 typedef struct pillion_communicator pillion_communicator;
+
+// A queue of works that have ended. Any thread may use it at any time.
+typedef struct pillion_completions pillion_completions;
 
 // An operation under way. Its memory stays as it is until the work has ended.
 typedef struct pillion_work pillion_work;
@@ -164,6 +167,16 @@ typedef struct {
   int32_t dtype;
 } pillion_tensor;
 
+// A message that has come and has not been received.
+typedef struct {
+  // The rank that sent it.
+  size_t from;
+  // Number of elements.
+  size_t count;
+  // Their type.
+  int32_t dtype;
+} pillion_message;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -207,6 +220,12 @@ size_t pillion_rank(const pillion_communicator *communicator);
 // `communicator` is NULL or open.
 size_t pillion_world(const pillion_communicator *communicator);
 
+// The number of hosts that the ranks are on; 0 for no communicator. Only this rank calls.
+//
+// # Safety
+// `communicator` is NULL or open.
+size_t pillion_hosts(const pillion_communicator *communicator);
+
 // The communicator's first error, if there was one. Only this rank calls.
 //
 // # Safety
@@ -220,8 +239,8 @@ int32_t pillion_health(const pillion_communicator *communicator);
 // `communicator` is open; `reason` is NULL or ends with a zero byte.
 int32_t pillion_abort(const pillion_communicator *communicator, const char *reason);
 
-// Waits for the operations under way, and leaves. Its memory from pillion_allocate goes with it.
-// NULL does nothing; a forked child leaves it to its parent.
+// Waits for the operations under way, and leaves. NULL does nothing; a forked child leaves it to
+// its parent.
 //
 // # Safety
 // `communicator` is open, and no work of it is left.
@@ -233,19 +252,46 @@ int32_t pillion_close(pillion_communicator *communicator);
 // `communicator` is open.
 int32_t pillion_barrier(const pillion_communicator *communicator, uint64_t limit_ms);
 
-// Zeroed memory that ranks of the same host read in place, which saves operations a copy. Every
-// rank allocates the same. It stays until pillion_free, or until the communicator is closed.
+// Makes an empty queue of works that have ended. Only this rank calls.
+//
+// # Safety
+// `completions` is a place for a pointer.
+int32_t pillion_completions_new(pillion_completions **completions);
+
+// Puts `token` into the queue once the work has ended. The work may be released before. Only this
+// rank calls.
+//
+// # Safety
+// `work` has not been released, and `completions` not been freed.
+int32_t pillion_notify(const pillion_work *work,
+                       const pillion_completions *completions,
+                       uint64_t token);
+
+// Waits until the queue has a token, or for `limit_ms` milliseconds: then PILLION_UNDER_WAY.
+// Otherwise takes the first token out, writes it, and returns how its work ended. Only this rank
+// calls.
+//
+// # Safety
+// `completions` has not been freed; `token` is a place for a number.
+int32_t pillion_next(const pillion_completions *completions, uint64_t limit_ms, uint64_t *token);
+
+// Frees the queue. Works that it waits for go on. NULL does nothing. Only this rank calls.
+//
+// # Safety
+// `completions` has not been freed before, and no thread uses it.
+int32_t pillion_completions_free(pillion_completions *completions);
+
+// Zeroed memory that the other ranks of this host read in place, which saves operations of any
+// communicator of the job a copy. It stays until pillion_free, also when the communicator is
+// closed. Only this rank calls.
 //
 // # Safety
 // `communicator` is open, and `memory` is a place for a pointer.
 int32_t pillion_allocate(const pillion_communicator *communicator, size_t bytes, void **memory);
 
-// Gives memory back that pillion_allocate gave. Only this rank calls; no work uses the memory any
-// more.
-//
-// # Safety
-// `communicator` is open.
-int32_t pillion_free(const pillion_communicator *communicator, void *memory);
+// Gives memory back that pillion_allocate gave. NULL does nothing. Only this rank calls; no work
+// uses the memory any more.
+int32_t pillion_free(void *memory);
 
 // output[p * n ...] = the shard of rank p. shard: n elements; output: world * n. The shard may lie
 // at its place in the output.
@@ -336,6 +382,72 @@ int32_t pillion_receive_any(const pillion_communicator *communicator,
                             uint32_t tag,
                             uint64_t limit_ms,
                             size_t *from);
+
+// Describes the message that a receive would take now: from rank `from`, or from any where that is
+// SIZE_MAX. PILLION_UNDER_WAY where none has come. Only this rank calls.
+//
+// # Safety
+// The communicator is open; `message` is a place for a description.
+int32_t pillion_probe(const pillion_communicator *communicator,
+                      size_t from,
+                      uint32_t tag,
+                      pillion_message *message);
+
+// outputs[p] = the shard of rank p. The shard may be outputs[r], on rank r.
+//
+// # Safety
+// The communicator is open; `outputs` has `world` tensors; their memory and the shard's is there,
+// and stays as it is until the operation has ended; `work` is NULL or a place for a pointer.
+int32_t pillion_all_gather_v(const pillion_communicator *communicator,
+                             pillion_tensor shard,
+                             const pillion_tensor *outputs,
+                             uint64_t limit_ms,
+                             pillion_work **work);
+
+// The root's outputs[p] = the shard of rank p. `outputs` is ignored on other ranks.
+//
+// # Safety
+// As for pillion_all_gather_v; `outputs` may be NULL on ranks that are not the root.
+int32_t pillion_gather_v(const pillion_communicator *communicator,
+                         pillion_tensor shard,
+                         const pillion_tensor *outputs,
+                         size_t root,
+                         uint64_t limit_ms,
+                         pillion_work **work);
+
+// output = inputs[r] of the root, on rank r. `inputs` is ignored on other ranks.
+//
+// # Safety
+// As for pillion_all_gather_v; `inputs` may be NULL on ranks that are not the root.
+int32_t pillion_scatter_v(const pillion_communicator *communicator,
+                          const pillion_tensor *inputs,
+                          pillion_tensor output,
+                          size_t root,
+                          uint64_t limit_ms,
+                          pillion_work **work);
+
+// outputs[p] = inputs[r] of rank p, on rank r.
+//
+// # Safety
+// As for pillion_all_gather_v, of `inputs` and `outputs`.
+int32_t pillion_all_to_all_v(const pillion_communicator *communicator,
+                             const pillion_tensor *inputs,
+                             const pillion_tensor *outputs,
+                             uint64_t limit_ms,
+                             pillion_work **work);
+
+// output = the ranks' inputs[r] combined, on rank r. Every rank's inputs[p] has as many elements.
+// Operators and types as for pillion_reduce_scatter.
+//
+// # Safety
+// As for pillion_all_gather_v, of `inputs`.
+int32_t pillion_reduce_scatter_v(const pillion_communicator *communicator,
+                                 const pillion_tensor *inputs,
+                                 pillion_tensor output,
+                                 int32_t op,
+                                 double factor,
+                                 uint64_t limit_ms,
+                                 pillion_work **work);
 
 // output = the ranks' inputs combined. Both: n elements; output of the input's type, or f32 for
 // 16-bit floats. They may be the same memory. `factor` matters for PILLION_PREMUL_SUM alone.

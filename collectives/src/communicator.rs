@@ -414,6 +414,16 @@ impl Communicator {
         self.transport.allocate(device, dtype, len)
     }
 
+    /// As [`Communicator::allocate`], by this rank alone, of any size. Two ranks that ask at the
+    /// same moment may both find memory that is enough for one.
+    ///
+    /// # Errors
+    /// This communicator's first error; [`Error::OutOfMemory`], which leaves it as it was;
+    /// [`Error::Misuse`] between GPUs.
+    pub fn allocate_alone(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
+        self.transport.allocate_alone(device, dtype, len)
+    }
+
     /// A window of `len` elements, zeroed and writable; every rank makes the same.
     ///
     /// # Errors

@@ -107,6 +107,9 @@ pub(crate) trait Transport: Send + Sync {
     /// Zeroed memory of `device`, the same on every rank. Not of a device that cannot use it.
     fn allocate(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error>;
 
+    /// The same, of this rank alone.
+    fn allocate_alone(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error>;
+
     /// A window's memory, and how the ranks take turns with it.
     fn window(
         self: Arc<Self>,

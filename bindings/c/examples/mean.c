@@ -41,7 +41,7 @@ int main(void) {
         }
     }
     if (rank == 0) printf("the mean over %zu ranks is right\n", world);
-    check(pillion_free(ranks, memory), "freeing");
+    check(pillion_free(memory), "freeing");
     check(pillion_close(ranks), "closing");
     return 0;
 }

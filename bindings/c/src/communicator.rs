@@ -1,14 +1,11 @@
 //! Ranks that talk: how they meet and part.
 
-use std::collections::HashMap;
 use std::ffi::{CStr, c_char};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use pillion_collectives::{Communicator as Ranks, Error, Launch, Options as CoreOptions};
-use pillion_kernels::Buffer;
 
 use crate::status::{Failed, guard};
 use crate::store::{Foreign, Store};
@@ -19,8 +16,6 @@ pub struct Communicator {
     pub(crate) ranks: Ranks,
     /// Whose it is.
     process: u32,
-    /// What pillion_allocate has given, by address.
-    allocated: Mutex<HashMap<usize, Buffer>>,
 }
 
 /// Limits of a communicator. Begin with zeros: 0 is the default of every number.
@@ -41,7 +36,7 @@ pub struct Options {
 
 impl Communicator {
     fn new(ranks: Ranks) -> Communicator {
-        Communicator { ranks, process: std::process::id(), allocated: Mutex::default() }
+        Communicator { ranks, process: std::process::id() }
     }
 
     /// # Safety
@@ -51,14 +46,6 @@ impl Communicator {
         let communicator = unsafe { communicator.as_ref() };
         let communicator = communicator.ok_or_else(|| Failed::Invalid("communicator is NULL".to_owned()))?;
         if communicator.process == std::process::id() { Ok(communicator) } else { Err(Failed::Forked) }
-    }
-
-    pub(crate) fn keep(&self, address: usize, buffer: Buffer) {
-        self.allocated.lock().insert(address, buffer);
-    }
-
-    pub(crate) fn give_back(&self, address: usize) -> bool {
-        self.allocated.lock().remove(&address).is_some()
     }
 }
 
@@ -184,6 +171,16 @@ pub unsafe extern "C" fn pillion_world(communicator: *const Communicator) -> usi
     unsafe { communicator.as_ref() }.map_or(0, |communicator| communicator.ranks.world())
 }
 
+/// The number of hosts that the ranks are on; 0 for no communicator. Only this rank calls.
+///
+/// # Safety
+/// `communicator` is NULL or open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_hosts(communicator: *const Communicator) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe { communicator.as_ref() }.map_or(0, |communicator| communicator.ranks.hosts())
+}
+
 /// The communicator's first error, if there was one. Only this rank calls.
 ///
 /// # Safety
@@ -213,8 +210,8 @@ pub unsafe extern "C" fn pillion_abort(communicator: *const Communicator, reason
     })
 }
 
-/// Waits for the operations under way, and leaves. Its memory from pillion_allocate goes with it.
-/// NULL does nothing; a forked child leaves it to its parent.
+/// Waits for the operations under way, and leaves. NULL does nothing; a forked child leaves it to
+/// its parent.
 ///
 /// # Safety
 /// `communicator` is open, and no work of it is left.

@@ -6,16 +6,20 @@
 //! returns a code, and [`status::pillion_last_error`] has the text.
 
 mod communicator;
+mod completions;
 mod memory;
 mod operations;
+mod parts;
 mod reductions;
 pub mod status;
 mod store;
 mod work;
 
 pub use communicator::*;
+pub use completions::*;
 pub use memory::*;
 pub use operations::*;
+pub use parts::*;
 pub use reductions::*;
 pub use status::*;
 pub use store::*;

@@ -1,9 +1,11 @@
 //! Memory of the caller, and memory that ranks share.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use parking_lot::Mutex;
 use pillion_kernels::{Buffer, Cpu, DType, Space};
 
 use crate::communicator::Communicator;
@@ -92,21 +94,26 @@ impl Tensor {
 
 /// Refuses tensors that share memory, because an operation reads one while it writes the other.
 pub(crate) fn apart(tensors: &[(&str, &Tensor)]) -> Result<(), Failed> {
-    for (index, (name, tensor)) in tensors.iter().enumerate() {
-        let own = tensor.addresses()?;
-        for (other_name, other) in &tensors[..index] {
-            let other = other.addresses()?;
-            let is_empty = own.is_empty() || other.is_empty();
-            if !is_empty && own.start < other.end && other.start < own.end {
-                return Err(Failed::Invalid(format!("{name} and {other_name} share memory: give each its own")));
-            }
+    let mut places = Vec::with_capacity(tensors.len());
+    for (name, tensor) in tensors {
+        let addresses = tensor.addresses()?;
+        if !addresses.is_empty() {
+            places.push((addresses.start, addresses.end, name));
         }
     }
-    Ok(())
+    places.sort_unstable();
+    match places.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+        Some(pair) => Err(Failed::Invalid(format!("{} and {} share memory: give each its own", pair[0].2, pair[1].2))),
+        None => Ok(()),
+    }
 }
 
-/// Zeroed memory that ranks of the same host read in place, which saves operations a copy. Every
-/// rank allocates the same. It stays until pillion_free, or until the communicator is closed.
+/// What pillion_allocate has given, by address.
+static ALLOCATED: Mutex<BTreeMap<usize, Buffer>> = Mutex::new(BTreeMap::new());
+
+/// Zeroed memory that the other ranks of this host read in place, which saves operations of any
+/// communicator of the job a copy. It stays until pillion_free, also when the communicator is
+/// closed. Only this rank calls.
 ///
 /// # Safety
 /// `communicator` is open, and `memory` is a place for a pointer.
@@ -120,27 +127,27 @@ pub unsafe extern "C" fn pillion_allocate(
         // SAFETY: the caller's promise.
         let communicator = unsafe { Communicator::of(communicator) }?;
         let memory = NonNull::new(memory).ok_or_else(|| Failed::Invalid("memory is NULL".to_owned()))?;
-        let buffer = communicator.ranks.allocate(&Cpu, DType::U8, bytes)?;
+        // Of no byte there would be no address of its own.
+        let buffer = communicator.ranks.allocate_alone(&Cpu, DType::U8, bytes.max(1))?;
         let start = buffer.view().raw().pointer.as_ptr().cast::<c_void>();
-        communicator.keep(start.addr(), buffer);
+        ALLOCATED.lock().insert(start.addr(), buffer);
         // SAFETY: a place for a pointer, by the caller's promise.
         unsafe { memory.write(start) };
         Ok(())
     })
 }
 
-/// Gives memory back that pillion_allocate gave. Only this rank calls; no work uses the memory any
-/// more.
-///
-/// # Safety
-/// `communicator` is open.
+/// Gives memory back that pillion_allocate gave. NULL does nothing. Only this rank calls; no work
+/// uses the memory any more.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn pillion_free(communicator: *const Communicator, memory: *mut c_void) -> i32 {
+pub extern "C" fn pillion_free(memory: *mut c_void) -> i32 {
     guard(|| {
-        // SAFETY: the caller's promise.
-        let communicator = unsafe { Communicator::of(communicator) }?;
-        let is_known = communicator.give_back(memory.addr());
-        if is_known { Ok(()) } else { Err(Failed::Invalid("pillion_allocate did not give this memory".to_owned())) }
+        if memory.is_null() {
+            return Ok(());
+        }
+        let buffer = ALLOCATED.lock().remove(&memory.addr());
+        let unknown = || Failed::Invalid("pillion_allocate did not give this memory".to_owned());
+        buffer.map(drop).ok_or_else(unknown)
     })
 }
 

@@ -4,7 +4,9 @@
 //! returns once the operation is complete; otherwise the call returns at once, and writes a work
 //! there, which pillion_release gives up.
 
-use pillion_kernels::Buffer;
+use std::ptr::NonNull;
+
+use pillion_kernels::{Buffer, DType};
 
 use crate::communicator::Communicator;
 use crate::memory::{Tensor, apart};
@@ -202,6 +204,43 @@ pub unsafe extern "C" fn pillion_receive_any(
         if let Some(from) = from.as_mut() {
             *from = sender;
         }
+        Ok(())
+    })
+}
+
+/// A message that has come and has not been received.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Message {
+    /// The rank that sent it.
+    pub from: usize,
+    /// Number of elements.
+    pub count: usize,
+    /// Their type.
+    pub dtype: i32,
+}
+
+/// Describes the message that a receive would take now: from rank `from`, or from any where that is
+/// SIZE_MAX. PILLION_UNDER_WAY where none has come. Only this rank calls.
+///
+/// # Safety
+/// The communicator is open; `message` is a place for a description.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_probe(
+    communicator: *const Communicator,
+    from: usize,
+    tag: u32,
+    message: *mut Message,
+) -> i32 {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let ranks = &unsafe { Communicator::of(communicator) }?.ranks;
+        let place = NonNull::new(message).ok_or_else(|| Failed::Invalid("message is NULL".to_owned()))?;
+        let found = ranks.probe((from != usize::MAX).then_some(from), tag)?.ok_or(Failed::UnderWay)?;
+        let dtype = DType::ALL.iter().position(|&dtype| dtype == found.dtype).expect("a type is one of all");
+        let message = Message { from: found.from, count: found.len, dtype: dtype as i32 };
+        // SAFETY: the caller's promise.
+        unsafe { place.write(message) };
         Ok(())
     })
 }

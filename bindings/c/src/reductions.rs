@@ -27,7 +27,7 @@ pub const PILLION_BIT_XOR: i32 = 7;
 /// The sum of elements times `factor`, which is the same on all ranks. Of floats.
 pub const PILLION_PREMUL_SUM: i32 = 8;
 
-fn reduction(code: i32, factor: f64) -> Result<Reduction, Failed> {
+pub(crate) fn reduction(code: i32, factor: f64) -> Result<Reduction, Failed> {
     Ok(match code {
         PILLION_SUM => Reduction::Sum,
         PILLION_AVG => Reduction::Avg,

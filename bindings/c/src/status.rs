@@ -32,7 +32,7 @@ pub const PILLION_STORE: i32 = 13;
 pub const PILLION_INVALID: i32 = 100;
 /// This process is a forked child of the one that has the communicator.
 pub const PILLION_FORKED: i32 = 101;
-/// Work is still under way.
+/// Work is still under way, or nothing has come yet.
 pub const PILLION_UNDER_WAY: i32 = 102;
 /// A defect of this library: please report it.
 pub const PILLION_DEFECT: i32 = 103;
@@ -76,7 +76,7 @@ pub(crate) fn guard(run: impl FnOnce() -> Result<(), Failed>) -> i32 {
             let text = "a forked child cannot use a communicator of its parent: start programs with exec";
             (PILLION_FORKED, text.to_owned())
         }
-        Ok(Err(Failed::UnderWay)) => (PILLION_UNDER_WAY, "the work is still under way".to_owned()),
+        Ok(Err(Failed::UnderWay)) => (PILLION_UNDER_WAY, "the work is still under way, or nothing has come yet".to_owned()),
         Err(panic) => {
             let said = panic.downcast_ref::<String>().map(String::as_str);
             let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text");

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use pillion_collectives::{Communicator as Ranks, Pending, Start};
+use pillion_collectives::{Communicator as Ranks, Error, Pending, Start};
 use pillion_kernels::Event;
 
 use crate::communicator::Communicator;
@@ -54,10 +54,20 @@ pub(crate) unsafe fn operate(
 impl Work {
     /// # Safety
     /// A work that has not been released, by the promise of the library's caller.
-    unsafe fn of<'a>(work: *const Work) -> Result<&'a Work, Failed> {
+    pub(crate) unsafe fn of<'a>(work: *const Work) -> Result<&'a Work, Failed> {
         // SAFETY: the caller's promise.
         let work = unsafe { work.as_ref() }.ok_or_else(|| Failed::Invalid("work is NULL".to_owned()))?;
         if work.process == std::process::id() { Ok(work) } else { Err(Failed::Forked) }
+    }
+
+    /// Calls `then` with the result: on the thread that ends the work, or at once.
+    pub(crate) fn when_ended(&self, then: impl FnOnce(Result<(), Error>) + Send + 'static) {
+        let state = self.state.lock();
+        match &*state {
+            Some(pending) => pending.on_complete(then),
+            // It has ended before; the event has the result.
+            None => then(self.event.wait().map_err(Error::from)),
+        }
     }
 }
 
@@ -75,7 +85,7 @@ pub unsafe extern "C" fn pillion_wait(work: *const Work, limit_ms: u64) -> i32 {
         let mut state = work.state.lock();
         let Some(pending) = state.take() else {
             // It has ended before; the event has the result.
-            return Ok(work.event.wait().map_err(pillion_collectives::Error::from)?);
+            return Ok(work.event.wait().map_err(Error::from)?);
         };
         if limit_ms == 0 {
             return Ok(pending.wait()?);
@@ -102,7 +112,7 @@ pub unsafe extern "C" fn pillion_test(work: *const Work) -> i32 {
         let work = unsafe { Work::of(work) }?;
         match work.event.status() {
             std::task::Poll::Pending => Err(Failed::UnderWay),
-            std::task::Poll::Ready(result) => Ok(result.map_err(pillion_collectives::Error::from)?),
+            std::task::Poll::Ready(result) => Ok(result.map_err(Error::from)?),
         }
     })
 }
@@ -133,16 +143,7 @@ pub unsafe extern "C" fn pillion_on_complete(
             // SAFETY: the caller's promise.
             unsafe { callback(context.0, code) };
         };
-        let state = work.state.lock();
-        match &*state {
-            Some(pending) => {
-                pending.on_complete(move |result| call(result.map_or_else(|error| error.code(), |()| PILLION_OK)))
-            }
-            None => {
-                let result = work.event.wait().map_err(pillion_collectives::Error::from);
-                call(result.map_or_else(|error| error.code(), |()| PILLION_OK));
-            }
-        }
+        work.when_ended(move |result| call(result.map_or_else(|error| error.code(), |()| PILLION_OK)));
         Ok(())
     })
 }

@@ -121,6 +121,99 @@ static void sums(pillion_communicator *ranks, size_t rank, size_t world) {
     CHECK(own[2 * rank] == (float)(expected * (double)(2 * rank + 1) / (double)world));
 }
 
+/* Rank p gives p + 1 elements to each rank, or 2 * p + r + 1 to rank r. */
+static void lists(pillion_communicator *ranks, size_t rank, size_t world) {
+    int32_t own[8], all[8][32], given[8][32];
+    pillion_tensor outputs[8] = {{0}}, inputs[8] = {{0}};
+    for (size_t i = 0; i < 8; i++) own[i] = (int32_t)(100 * rank + i);
+    for (size_t p = 0; p < world; p++) outputs[p] = of(all[p], p + 1, PILLION_I32);
+    OK(pillion_all_gather_v(ranks, of(own, rank + 1, PILLION_I32), outputs, 0, NULL));
+    for (size_t p = 0; p < world; p++) CHECK(all[p][p] == (int32_t)(100 * p + p));
+    outputs[rank] = of(own, rank + 1, PILLION_I32);
+    OK(pillion_all_gather_v(ranks, outputs[rank], outputs, 0, NULL));
+    CHECK(all[world - 1][0] == (int32_t)(100 * (world - 1)) || rank == world - 1);
+    outputs[rank] = of(all[rank], rank + 1, PILLION_I32);
+    memset(all, 0, sizeof all);
+    OK(pillion_gather_v(ranks, of(own, rank + 1, PILLION_I32), rank ? NULL : outputs, 0, 0, NULL));
+    if (rank == 0) CHECK(all[world - 1][world - 1] == (int32_t)(101 * (world - 1)));
+    memset(own, 0, sizeof own);
+    OK(pillion_scatter_v(ranks, rank ? NULL : outputs, of(own, rank + 1, PILLION_I32), 0, 0, NULL));
+    CHECK(own[rank] == (int32_t)(101 * rank));
+    for (size_t p = 0; p < world; p++) {
+        for (int i = 0; i < 32; i++) given[p][i] = (int32_t)(100 * rank + 10 * p);
+        inputs[p] = of(given[p], 2 * rank + p + 1, PILLION_I32);
+        outputs[p] = of(all[p], 2 * p + rank + 1, PILLION_I32);
+    }
+    OK(pillion_all_to_all_v(ranks, inputs, outputs, 0, NULL));
+    for (size_t p = 0; p < world; p++) CHECK(all[p][2 * p + rank] == (int32_t)(100 * p + 10 * rank));
+    for (size_t p = 0; p < world; p++) inputs[p].count = p + 2;
+    OK(pillion_reduce_scatter_v(ranks, inputs, of(own, rank + 2, PILLION_I32), PILLION_SUM, 0, 0, NULL));
+    CHECK(own[rank + 1] == (int32_t)(50 * world * (world - 1) + 10 * rank * world));
+    CHECK(pillion_all_to_all_v(ranks, inputs, inputs, 0, NULL) == PILLION_INVALID);
+    CHECK(pillion_all_to_all_v(ranks, NULL, outputs, 0, NULL) == PILLION_INVALID);
+}
+
+/* Memory of one rank alone, of any size, outlives its communicator. */
+static void memory(pillion_communicator *ranks, size_t rank, size_t world, float **kept) {
+    void *shared = NULL;
+    float own[4096], *values;
+    size_t count = 4096;
+    if (rank % 2 == 0) {
+        OK(pillion_allocate(ranks, count * sizeof(float) * (rank + 1), &shared));
+        values = shared;
+        for (size_t i = 0; i < count; i++) CHECK(values[i] == 0.0f);
+    } else {
+        values = own;
+    }
+    for (size_t i = 0; i < count; i++) values[i] = (float)(rank + i);
+    pillion_tensor tensor = of(values, count, PILLION_F32);
+    OK(pillion_all_reduce(ranks, tensor, tensor, PILLION_SUM, 0, 0, NULL));
+    CHECK(values[count - 1] == (float)(world * (world - 1) / 2 + world * (count - 1)));
+    OK(pillion_free(shared));
+    CHECK(!shared || pillion_free(shared) == PILLION_INVALID);
+    CHECK(pillion_allocate(ranks, SIZE_MAX, &shared) == PILLION_OUT_OF_MEMORY && pillion_health(ranks) == PILLION_OK);
+    OK(pillion_allocate(ranks, 4 * (rank + 1), &shared));
+    *kept = shared;
+    **kept = 3.0f;
+}
+
+static void queues(pillion_communicator *ranks, size_t rank, size_t world) {
+    pillion_completions *ended = NULL;
+    pillion_work *works[4];
+    pillion_message message;
+    uint64_t token = 99;
+    int32_t code;
+    float values[4];
+    OK(pillion_completions_new(&ended));
+    CHECK(pillion_next(ended, 1, &token) == PILLION_UNDER_WAY && token == 99);
+    for (size_t i = 0; i < 4; i++) {
+        values[i] = (float)rank;
+        OK(pillion_all_reduce(ranks, of(values + i, 1, PILLION_F32), of(values + i, 1, PILLION_F32), PILLION_MAX, 0, 0, &works[i]));
+        OK(pillion_notify(works[i], ended, 10 + i));
+    }
+    unsigned seen = 0;
+    for (size_t i = 0; i < 4; i++) {
+        OK(pillion_next(ended, 60000, &token));
+        CHECK(token >= 10 && token < 14 && values[token - 10] == (float)(world - 1));
+        seen |= 1u << (token - 10);
+    }
+    CHECK(seen == 15);
+    OK(pillion_notify(works[0], ended, 20));
+    CHECK(pillion_next(ended, 0, &token) == PILLION_OK && token == 20);
+    for (size_t i = 0; i < 4; i++) OK(pillion_release(works[i]));
+    CHECK(pillion_probe(ranks, SIZE_MAX, 56, &message) == PILLION_UNDER_WAY);
+    if (world > 1 && rank == 0) OK(pillion_send(ranks, of(values, 3, PILLION_F32), 1, 55, 0, NULL));
+    if (rank == 1) {
+        while ((code = pillion_probe(ranks, SIZE_MAX, 55, &message)) == PILLION_UNDER_WAY) continue;
+        CHECK(code == PILLION_OK && message.from == 0 && message.count == 3 && message.dtype == PILLION_F32);
+        OK(pillion_receive(ranks, of(values, 3, PILLION_F32), 0, 55, 0, NULL));
+    }
+    CHECK(pillion_probe(ranks, 99, 55, &message) == PILLION_MISUSE);
+    CHECK(pillion_notify(NULL, ended, 1) == PILLION_INVALID && pillion_next(ended, 0, NULL) == PILLION_INVALID);
+    OK(pillion_completions_free(ended));
+    OK(pillion_completions_free(NULL));
+}
+
 static void note(void *context, int32_t code) { *(volatile int32_t *)context = code + 1000; }
 
 static void works(pillion_communicator *ranks, size_t rank, size_t world) {
@@ -172,7 +265,7 @@ static void errors(pillion_communicator *ranks) {
     CHECK(pillion_reduce_scatter(ranks, whole, of(values, SIZE_MAX / 4, PILLION_F32), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
     CHECK(pillion_broadcast(ranks, whole, 99, 0, NULL) == PILLION_MISUSE);
     CHECK(pillion_all_reduce(ranks, whole, whole, PILLION_BIT_OR, 0, 0, NULL) == PILLION_MISUSE);
-    CHECK(pillion_wait(NULL, 0) == PILLION_INVALID && pillion_free(ranks, values) == PILLION_INVALID);
+    CHECK(pillion_wait(NULL, 0) == PILLION_INVALID && pillion_free(values) == PILLION_INVALID);
     /* Nothing of that has reached another rank. */
     OK(pillion_health(ranks));
     OK(pillion_barrier(ranks, 0));
@@ -198,7 +291,12 @@ int main(int count, char **arguments) {
     size_t rank = pillion_rank(ranks), world = pillion_world(ranks);
     moves(ranks, rank, world);
     sums(ranks, rank, world);
+    lists(ranks, rank, world);
     works(ranks, rank, world);
+    queues(ranks, rank, world);
+    float *kept = NULL;
+    memory(ranks, rank, world, &kept);
+    CHECK(pillion_hosts(ranks) == 1 && pillion_hosts(NULL) == 0);
     errors(ranks);
     /* The ranks but the first, in the other order. */
     if (rank > 0) {
@@ -212,6 +310,8 @@ int main(int count, char **arguments) {
     OK(pillion_barrier(ranks, 0));
     OK(pillion_close(ranks));
     OK(pillion_close(NULL));
+    CHECK(*kept == 3.0f);
+    OK(pillion_free(kept));
     printf("well\n");
     return 0;
 }

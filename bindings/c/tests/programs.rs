@@ -45,10 +45,9 @@ fn run(program: &Path, ranks: usize, arguments: &[&str]) -> Vec<Output> {
 
 #[track_caller]
 fn all_well(outputs: &[Output]) {
-    for output in outputs {
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{}: {said}", output.status);
-    }
+    let said = outputs.iter().map(|output| format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)));
+    let said: Vec<String> = said.collect();
+    assert!(outputs.iter().all(|output| output.status.success()), "{}", said.join("\n"));
 }
 
 #[test]

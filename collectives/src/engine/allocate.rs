@@ -33,6 +33,18 @@ impl Group {
         engine.buffer(device, dtype, place, owner).map_err(|error| self.give_up(error))
     }
 
+    pub(super) fn allocate_in_own_arena(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
+        self.healthy()?;
+        let bytes = size(dtype, len)?;
+        let (available, limit) = available_memory();
+        if bytes > available {
+            return Err(Error::OutOfMemory { bytes, available, limit });
+        }
+        let range = self.engine.reserve(bytes)?;
+        let (place, owner) = ((self.engine.rank, range.offset, bytes), Owned::new(self.engine.clone(), range));
+        self.engine.buffer(device, dtype, place, owner)
+    }
+
     pub(super) fn make_window(
         self: Arc<Self>,
         device: &dyn Device,

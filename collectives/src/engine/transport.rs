@@ -108,6 +108,10 @@ impl Transport for Group {
         self.allocate_in_arena(device, dtype, len)
     }
 
+    fn allocate_alone(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
+        self.allocate_in_own_arena(device, dtype, len)
+    }
+
     fn window(
         self: Arc<Self>,
         device: &dyn Device,

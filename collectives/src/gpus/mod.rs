@@ -249,6 +249,10 @@ impl Transport for Gpus {
         })
     }
 
+    fn allocate_alone(&self, _: &dyn Device, _: DType, _: usize) -> Result<Buffer, Error> {
+        Err(operations::unsupported("memory of one rank alone"))
+    }
+
     fn window(
         self: Arc<Self>,
         _: &dyn Device,
