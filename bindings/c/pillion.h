@@ -123,6 +123,9 @@ typedef struct pillion_communicator pillion_communicator;
 // A queue of works that have ended. Any thread may use it at any time.
 typedef struct pillion_completions pillion_completions;
 
+// Chooses the batch of each step. Any thread may use it, one at a time.
+typedef struct pillion_controller pillion_controller;
+
 // An operation under way. Its memory stays as it is until the work has ended.
 typedef struct pillion_work pillion_work;
 
@@ -176,6 +179,46 @@ typedef struct {
   // Their type.
   int32_t dtype;
 } pillion_message;
+
+// The sums of one step over all ranks, before clipping. A group is what one rank summed between
+// two reductions. G_k is the gradient of the loss of group k, summed over its n_k tokens, or
+// samples where all have the same weight.
+typedef struct {
+  // K, the number of groups.
+  uint64_t groups;
+  // Samples of the step.
+  uint64_t samples;
+  // N, the tokens that the loss counts: the sum of n_k.
+  uint64_t tokens;
+  // The sum over k of |G_k|^2 / n_k.
+  double group_square_norms;
+  // |sum over k of G_k|^2.
+  double square_norm;
+  // Number of gradient values that were not finite.
+  uint64_t non_finite;
+} pillion_observation;
+
+// What a controller decided.
+typedef struct {
+  // Samples of the next step.
+  uint64_t batch;
+  // Smoothed gradient noise scale in samples; NaN while it is unknown.
+  double noise_scale;
+  // What the rule asked for in samples, before limits; NaN where that is nothing.
+  double wanted;
+  // This step's variance of one sample's gradient, summed over parameters; NaN where the sums
+  // say nothing of it.
+  double variance;
+  // This step's |mean gradient|^2; NaN as above.
+  double square_norm;
+  // The same less the noise that it contains; NaN as above.
+  double debiased_square_norm;
+  // Why the batch is what it is, in a word: scheduled, unusable, between-tests, no-gradient,
+  // sufficient, waiting, at-cap, grown or shrunk. Lasts as long as the program.
+  const char *reason;
+  // Why the sums say nothing, or NULL. Lasts as long as the program.
+  const char *unusable;
+} pillion_decision;
 
 #ifdef __cplusplus
 extern "C" {
@@ -489,6 +532,55 @@ int32_t pillion_reduce(const pillion_communicator *communicator,
                        size_t root,
                        uint64_t limit_ms,
                        pillion_work **work);
+
+// Makes a controller. `settings` is JSON, such as {"base": 64, "cap": 4096, "round_to": 8,
+// "rule": {"norm-test": {"eta": 0.5}}}; other rules are "constant", {"noise-scale": {"ratio": r}},
+// {"stagewise": {"stages": [{"batch": b, "share": s}, ...], "horizon": samples}} and
+// {"linear-ramp": {"end": b, "samples": s}}; growth_limit, patience, ema_decay, interval, monotone
+// and, of a norm test, variant may be set. `state` is NULL for a new run, or JSON from
+// pillion_controller_state. Only this rank calls.
+//
+// # Safety
+// Texts end with a zero byte; `controller` is a place for a pointer.
+int32_t pillion_controller_new(const char *settings,
+                               const char *state,
+                               pillion_controller **controller);
+
+// Samples of the next step; 0 for no controller. Only this rank calls.
+//
+// # Safety
+// `controller` is NULL or has not been freed.
+uint64_t pillion_controller_batch(const pillion_controller *controller);
+
+// Takes in the step that just ran, and decides on the next one. To be called once for every step.
+// `decision` may be NULL. Only this rank calls.
+//
+// # Safety
+// `controller` has not been freed; `decision` is NULL or a place for a decision.
+int32_t pillion_observe(const pillion_controller *controller,
+                        pillion_observation observation,
+                        pillion_decision *decision);
+
+// Passes over samples that no step has learnt from: schedules go on as if one had. Only this rank
+// calls.
+//
+// # Safety
+// `controller` has not been freed.
+int32_t pillion_controller_skip(const pillion_controller *controller, uint64_t samples);
+
+// All that a controller remembers, as JSON for a checkpoint: a controller that is made of it
+// decides the same, bit for bit. The text lasts until the next call for this controller. NULL for
+// no controller. Only this rank calls.
+//
+// # Safety
+// `controller` is NULL or has not been freed.
+const char *pillion_controller_state(const pillion_controller *controller);
+
+// Frees a controller. NULL does nothing. Only this rank calls.
+//
+// # Safety
+// `controller` has not been freed before.
+int32_t pillion_controller_free(pillion_controller *controller);
 
 // The text of this thread's last error, until its next call of this library. Never NULL.
 const char *pillion_last_error(void);

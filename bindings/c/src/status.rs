@@ -76,7 +76,9 @@ pub(crate) fn guard(run: impl FnOnce() -> Result<(), Failed>) -> i32 {
             let text = "a forked child cannot use a communicator of its parent: start programs with exec";
             (PILLION_FORKED, text.to_owned())
         }
-        Ok(Err(Failed::UnderWay)) => (PILLION_UNDER_WAY, "the work is still under way, or nothing has come yet".to_owned()),
+        Ok(Err(Failed::UnderWay)) => {
+            (PILLION_UNDER_WAY, "the work is still under way, or nothing has come yet".to_owned())
+        }
         Err(panic) => {
             let said = panic.downcast_ref::<String>().map(String::as_str);
             let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text");

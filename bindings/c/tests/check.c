@@ -214,6 +214,33 @@ static void queues(pillion_communicator *ranks, size_t rank, size_t world) {
     OK(pillion_completions_free(NULL));
 }
 
+static void statistics(void) {
+    /* Two groups of a sample and a token each, with gradients 1 and 3: variance 2, mean^2 4. */
+    pillion_observation sums = {2, 2, 2, 10.0, 16.0, 0};
+    const char *settings = "{\"base\": 2, \"cap\": 64, \"round_to\": 1, \"growth_limit\": 100, \"rule\": {\"norm-test\": {\"eta\": 0.25}}}";
+    pillion_controller *controller = NULL, *again = NULL;
+    pillion_decision decision;
+    CHECK(pillion_controller_new("{\"base\": 2}", NULL, &controller) == PILLION_INVALID);
+    CHECK(pillion_controller_new(NULL, NULL, &controller) == PILLION_INVALID && !controller);
+    OK(pillion_controller_new(settings, NULL, &controller));
+    CHECK(pillion_controller_batch(controller) == 2 && pillion_controller_batch(NULL) == 0);
+    OK(pillion_observe(controller, sums, &decision));
+    CHECK(decision.variance == 2.0 && decision.square_norm == 4.0 && decision.debiased_square_norm == 3.0);
+    /* 2 / (0.25^2 * 4) */
+    CHECK(decision.wanted == 8.0 && decision.batch == 8 && !strcmp(decision.reason, "grown") && !decision.unusable);
+    OK(pillion_controller_new(settings, pillion_controller_state(controller), &again));
+    CHECK(pillion_controller_batch(again) == 8);
+    sums.groups = 1;
+    OK(pillion_observe(again, sums, &decision));
+    CHECK(decision.batch == 8 && !strcmp(decision.reason, "unusable") && strstr(decision.unusable, "two groups"));
+    CHECK(decision.variance != decision.variance && decision.wanted != decision.wanted);
+    OK(pillion_controller_skip(again, 100));
+    CHECK(strstr(pillion_controller_state(again), "\"samples\":104"));
+    CHECK(pillion_controller_state(NULL) == NULL && pillion_observe(NULL, sums, NULL) == PILLION_INVALID);
+    OK(pillion_controller_free(controller));
+    OK(pillion_controller_free(again));
+}
+
 static void note(void *context, int32_t code) { *(volatile int32_t *)context = code + 1000; }
 
 static void works(pillion_communicator *ranks, size_t rank, size_t world) {
@@ -293,6 +320,7 @@ int main(int count, char **arguments) {
     sums(ranks, rank, world);
     lists(ranks, rank, world);
     works(ranks, rank, world);
+    statistics();
     queues(ranks, rank, world);
     float *kept = NULL;
     memory(ranks, rank, world, &kept);
