@@ -286,7 +286,7 @@ int32_t pillion_abort(const pillion_communicator *communicator, const char *reas
 // its parent.
 //
 // # Safety
-// `communicator` is open, and no work of it is left.
+// `communicator` is open, and no thread uses it. Works of it may be released later.
 int32_t pillion_close(pillion_communicator *communicator);
 
 // Blocks until every rank has called. `limit_ms`: 0 for the communicator's own limit.
@@ -309,6 +309,12 @@ int32_t pillion_completions_new(pillion_completions **completions);
 int32_t pillion_notify(const pillion_work *work,
                        const pillion_completions *completions,
                        uint64_t token);
+
+// Puts `token` into the queue now, as that of a work that ended well. Only this rank calls.
+//
+// # Safety
+// `completions` has not been freed.
+int32_t pillion_wake(const pillion_completions *completions, uint64_t token);
 
 // Waits until the queue has a token, or for `limit_ms` milliseconds: then PILLION_UNDER_WAY.
 // Otherwise takes the first token out, writes it, and returns how its work ended. Only this rank
@@ -415,16 +421,18 @@ int32_t pillion_receive(const pillion_communicator *communicator,
                         uint64_t limit_ms,
                         pillion_work **work);
 
-// The tensor = the first message with this tag from any rank, whose number is written to `from`.
-// Returns once it has come. Only this rank and the sender call.
+// The tensor = the first message with this tag from any rank. Its number is written to `from`
+// before this call returns, or before the call of pillion_wait that finds the work ended. Only this
+// rank and the sender call.
 //
 // # Safety
-// As for pillion_all_gather; `from` is NULL or a place for a number.
+// As for pillion_all_gather; `from` is NULL, or a place for a number until that is written.
 int32_t pillion_receive_any(const pillion_communicator *communicator,
                             pillion_tensor tensor,
                             uint32_t tag,
+                            size_t *from,
                             uint64_t limit_ms,
-                            size_t *from);
+                            pillion_work **work);
 
 // Describes the message that a receive would take now: from rank `from`, or from any where that is
 // SIZE_MAX. PILLION_UNDER_WAY where none has come. Only this rank calls.

@@ -214,7 +214,7 @@ pub unsafe extern "C" fn pillion_abort(communicator: *const Communicator, reason
 /// its parent.
 ///
 /// # Safety
-/// `communicator` is open, and no work of it is left.
+/// `communicator` is open, and no thread uses it. Works of it may be released later.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pillion_close(communicator: *mut Communicator) -> i32 {
     guard(|| {

@@ -22,6 +22,13 @@ struct Queue {
     some: Condvar,
 }
 
+impl Queue {
+    fn put(&self, token: u64, result: Result<(), Error>) {
+        self.ended.lock().push_back((token, result));
+        self.some.notify_one();
+    }
+}
+
 impl Completions {
     /// # Safety
     /// NULL, or completions that have not been freed, by the promise of the library's caller.
@@ -57,10 +64,20 @@ pub unsafe extern "C" fn pillion_notify(work: *const Work, completions: *const C
         // SAFETY: the caller's promise.
         let (work, completions) = unsafe { (Work::of(work)?, Completions::of(completions)?) };
         let queue = completions.queue.clone();
-        work.when_ended(move |result| {
-            queue.ended.lock().push_back((token, result));
-            queue.some.notify_one();
-        });
+        work.when_ended(move |result| queue.put(token, result));
+        Ok(())
+    })
+}
+
+/// Puts `token` into the queue now, as that of a work that ended well. Only this rank calls.
+///
+/// # Safety
+/// `completions` has not been freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_wake(completions: *const Completions, token: u64) -> i32 {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        unsafe { Completions::of(completions) }?.queue.put(token, Ok(()));
         Ok(())
     })
 }

@@ -11,7 +11,7 @@ use pillion_kernels::{Buffer, DType};
 use crate::communicator::Communicator;
 use crate::memory::{Tensor, apart};
 use crate::status::{Failed, guard};
-use crate::work::{Work, operate, start};
+use crate::work::{Work, operate};
 
 /// A tensor that only the root has: others give any, with no element.
 ///
@@ -184,28 +184,38 @@ pub unsafe extern "C" fn pillion_receive(
     }
 }
 
-/// The tensor = the first message with this tag from any rank, whose number is written to `from`.
-/// Returns once it has come. Only this rank and the sender call.
+/// The tensor = the first message with this tag from any rank. Its number is written to `from`
+/// before this call returns, or before the call of pillion_wait that finds the work ended. Only this
+/// rank and the sender call.
 ///
 /// # Safety
-/// As for pillion_all_gather; `from` is NULL or a place for a number.
+/// As for pillion_all_gather; `from` is NULL, or a place for a number until that is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pillion_receive_any(
     communicator: *const Communicator,
     tensor: Tensor,
     tag: u32,
-    limit_ms: u64,
     from: *mut usize,
+    limit_ms: u64,
+    work: *mut *mut Work,
 ) -> i32 {
+    /// A place that the caller of the library lets cross threads.
+    struct Place(*mut usize);
+    // SAFETY: the caller's promise.
+    unsafe impl Send for Place {}
     // SAFETY: the caller's promise, for all of this body.
-    guard(|| unsafe {
-        let ranks = &Communicator::of(communicator)?.ranks;
-        let (_, sender) = ranks.receive_any(tensor.buffer("tensor")?, tag, start(limit_ms, true)).wait()?;
-        if let Some(from) = from.as_mut() {
-            *from = sender;
-        }
-        Ok(())
-    })
+    unsafe {
+        operate(communicator, limit_ms, work, |ranks, start| {
+            let place = Place(from);
+            let received = ranks.receive_any(tensor.buffer("tensor")?, tag, start);
+            Ok(received.map(move |(_, sender)| {
+                let place = place;
+                if let Some(from) = NonNull::new(place.0) {
+                    from.write(sender);
+                }
+            }))
+        })
+    }
 }
 
 /// A message that has come and has not been received.

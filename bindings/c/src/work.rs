@@ -19,7 +19,7 @@ pub struct Work {
 }
 
 /// When an operation starts. `limit_ms`: 0 for the communicator's own limit.
-pub(crate) fn start(limit_ms: u64, blocks: bool) -> Start {
+fn start(limit_ms: u64, blocks: bool) -> Start {
     match (limit_ms, blocks) {
         (0, true) => Start::Here,
         (0, false) => Start::After(Event::PAST),

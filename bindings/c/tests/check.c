@@ -95,7 +95,7 @@ static void moves(pillion_communicator *ranks, size_t rank, size_t world) {
     for (size_t p = 0; p < world; p++) CHECK(from[p] == 10 * p + rank);
     if (rank == 0 && world > 1) {
         size_t sender = 99;
-        OK(pillion_receive_any(ranks, of(back, 3, PILLION_I64), 7, 0, &sender));
+        OK(pillion_receive_any(ranks, of(back, 3, PILLION_I64), 7, &sender, 0, NULL));
         CHECK(sender == world - 1 && back[0] == (int64_t)(world - 1) * 10);
         OK(pillion_send(ranks, of(back, 3, PILLION_I64), world - 1, 8, 0, NULL));
     } else if (rank == world - 1 && world > 1) {
@@ -201,6 +201,19 @@ static void queues(pillion_communicator *ranks, size_t rank, size_t world) {
     OK(pillion_notify(works[0], ended, 20));
     CHECK(pillion_next(ended, 0, &token) == PILLION_OK && token == 20);
     for (size_t i = 0; i < 4; i++) OK(pillion_release(works[i]));
+    OK(pillion_wake(ended, 21));
+    CHECK(pillion_next(ended, 0, &token) == PILLION_OK && token == 21);
+    /* A receive from any rank as work: the sender is known once that has been waited for. */
+    size_t sender = 99;
+    if (world > 1 && rank == 0) {
+        OK(pillion_receive_any(ranks, of(values, 2, PILLION_F32), 57, &sender, 0, &works[0]));
+        OK(pillion_notify(works[0], ended, 22));
+        CHECK(pillion_next(ended, 60000, &token) == PILLION_OK && token == 22);
+        OK(pillion_wait(works[0], 0));
+        CHECK(sender == 1);
+        OK(pillion_release(works[0]));
+    }
+    if (rank == 1) OK(pillion_send(ranks, of(values, 2, PILLION_F32), 0, 57, 0, NULL));
     CHECK(pillion_probe(ranks, SIZE_MAX, 56, &message) == PILLION_UNDER_WAY);
     if (world > 1 && rank == 0) OK(pillion_send(ranks, of(values, 3, PILLION_F32), 1, 55, 0, NULL));
     if (rank == 1) {

@@ -1,0 +1,156 @@
+"""Process groups: how their ranks meet, and the two ways in which PyTorch takes a backend.
+
+Since 2.15 a backend in Python can be one of several of a process group, which is what
+"cpu:pillion,cuda:nccl" needs. Before, it is the whole process group.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+
+from .._connection import Connection
+from .._library import RENDEZVOUS, PillionError
+from .backend import Collectives
+from .store import C10dStore
+
+_C10d = torch._C._distributed_c10d
+
+# The group of all ranks, of which others are made.
+_root: Optional[Connection] = None
+# C++ does not always keep the Python half of a backend.
+_alive: set[Any] = set()
+
+
+def _is_one_of_several() -> bool:
+    """Whether a process group is made with Pillion as one of its backends.
+
+    PyTorch loses some of what works in Python say then (`is_completed`), and each call costs it
+    some microseconds more. So Pillion is the whole group where there is no other memory than the
+    host's. PILLION_TORCH=backend or group chooses, for tests and measurements."""
+    version = [int("".join(filter(str.isdigit, part)) or 0) for part in torch.__version__.split(".")[:2]]
+    if version < [2, 15]:
+        return False
+    choice = os.environ.get("PILLION_TORCH", "")
+    if choice not in ("", "backend", "group"):
+        raise ValueError(f"PILLION_TORCH is {choice!r}: give backend or group, or leave it out")
+    return choice == "backend" or (choice == "" and torch.accelerator.is_available())
+
+
+def connect(opts: Any) -> Connection:
+    """The ranks of a group that PyTorch makes, connected."""
+    global _root
+    seconds = opts.timeout.total_seconds()
+    members = list(getattr(opts, "global_ranks_in_group", None) or [])
+    if members and _root is not None and _root.handle is not None:
+        return _root.group(members)
+    connection = Connection.through(C10dStore(opts.store), opts.group_rank, opts.group_size, seconds, seconds)
+    if not members:
+        _root = connection
+    return connection
+
+
+class _Group(Collectives):
+    # Whether a call that is complete returns work all the same.
+    _always_works = True
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._arena.clear()
+        _alive.discard(self)
+
+
+if hasattr(_C10d, "Backend"):
+
+    class PillionBackend(_Group, _C10d.Backend):
+        """One backend of a process group."""
+
+        _always_works = False
+
+        def __init__(self, opts: Any) -> None:
+            _C10d.Backend.__init__(self, opts.group_rank, opts.group_size)
+            self.connect(connect(opts), opts.store, opts.timeout)
+            self._options = _C10d.Backend.Options("pillion", timeout=opts.timeout)
+
+        def getBackendName(self) -> str:
+            return "pillion"
+
+        @property
+        def options(self) -> Any:
+            return self._options
+
+        # PyTorch asks for each of them, and takes an inherited property for an endless call.
+        supports_coalescing = supports_splitting = supports_shrinking = property(lambda self: False)
+        supports_reconfigure = supports_window = supports_abort_hooks = property(lambda self: False)
+        _supports_time_estimate = property(lambda self: False)
+
+
+class PillionProcessGroup(_Group, dist.ProcessGroup):
+    """A whole process group."""
+
+    def __init__(self, opts: Any) -> None:
+        dist.ProcessGroup.__init__(self, opts.group_rank, opts.group_size)
+        self.connect(connect(opts), opts.store, opts.timeout)
+        self._name = self._desc = ""
+
+    # The names of these before 2.15, or of the methods that C++ calls.
+    _allgather_base = Collectives.all_gather_single
+    _reduce_scatter_base = Collectives.reduce_scatter_single
+    allgather_into_tensor_coalesced = Collectives.all_gather_single_coalesced
+    reduce_scatter_tensor_coalesced = Collectives.reduce_scatter_single_coalesced
+    alltoall_base = Collectives.all_to_all_single
+
+    def getBackendName(self) -> str:
+        return "pillion"
+
+    name = getBackendName
+
+    @property
+    def group_name(self) -> str:
+        return self._name
+
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def group_desc(self) -> str:
+        return self._desc
+
+    def _set_group_desc(self, desc: str) -> None:
+        self._desc = desc
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def _get_backend(self, device: Any) -> Any:
+        return self
+
+
+def create(opts: Any, _: Any) -> Any:
+    """What PyTorch calls for a group of which this rank is a member."""
+    group = PillionBackend(opts) if _is_one_of_several() else PillionProcessGroup(opts)
+    _alive.add(group)
+    return group
+
+
+def any_source() -> None:
+    """Lets a receive from any rank say whose message it was: PyTorch loses this of works in Python,
+    unless its process group returns them itself."""
+    original = dist.ProcessGroup.recv_anysource
+
+    def recv_anysource(self: Any, tensors: Any, tag: int) -> Any:
+        backend = None
+        if tensors and tensors[0].device.type == "cpu":
+            try:
+                backend = self._get_backend(torch.device("cpu"))
+            except RuntimeError:
+                pass  # A group without a backend for the host's memory.
+        if isinstance(backend, Collectives):
+            return backend.recv_anysource(tensors, tag)
+        return original(self, tensors, tag)
+
+    dist.ProcessGroup.recv_anysource = recv_anysource
