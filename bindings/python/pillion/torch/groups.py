@@ -108,23 +108,30 @@ class PillionProcessGroup(_Group, dist.ProcessGroup):
 
     name = getBackendName
 
-    @property
-    def group_name(self) -> str:
+    # Python reads the properties, and C++ calls the methods.
+
+    def getGroupName(self) -> str:
         return self._name
 
-    def _set_group_name(self, name: str) -> None:
+    def setGroupName(self, name: str) -> None:
         self._name = name
 
-    @property
-    def group_desc(self) -> str:
+    def getGroupDesc(self) -> str:
         return self._desc
 
-    def _set_group_desc(self, desc: str) -> None:
+    def setGroupDesc(self, desc: str) -> None:
         self._desc = desc
+
+    group_name, group_desc = property(getGroupName), property(getGroupDesc)
+    _set_group_name, _set_group_desc = setGroupName, setGroupDesc
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
+        # While it makes a group, PyTorch asks this to know whether its flight recorder may be
+        # attached, and that needs a backend in C++. Later, whether the group is for the host's
+        # memory.
+        is_made = self in dist.distributed_c10d._world.pg_map
+        return [torch.device("cpu")] if is_made else []
 
     def _get_backend(self, device: Any) -> Any:
         return self

@@ -7,6 +7,7 @@ write a result back once the operation has ended.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, Callable, Optional, Sequence
 
 import torch
@@ -34,6 +35,11 @@ for _name, _code in (("uint32", _library.U32), ("uint64", _library.U64)):
 _WIDER = {torch.int16: torch.int32}
 if hasattr(torch, "uint16"):
     _WIDER[torch.uint16] = torch.int32
+
+
+def _move_bytes(to: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copies elements that lie side by side in both, of one type."""
+    ctypes.memmove(to.data_ptr(), tensor.data_ptr(), tensor.numel() * tensor.dtype.itemsize)
 
 
 class Operands:
@@ -92,23 +98,25 @@ class Operands:
         if tensor.layout is not torch.strided:
             raise ValueError(f"a tensor of layout {tensor.layout}: pillion moves dense tensors; use to_dense()")
         dtype = tensor.dtype
-        # Addresses that memory is copied to are multiples of 64.
-        if not self._reduces and code is None:
-            copy = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
-            operand = Tensor(copy.data_ptr(), copy.numel() * dtype.itemsize, _library.U8)
-        elif code is not None:
-            copy = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
+        copy = torch.empty(tensor.shape, dtype=dtype)
+        plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        # PyTorch's own copies may crash on an odd address.
+        move = _move_bytes if plain else torch.Tensor.copy_
+        move(copy, tensor)
+        if code is not None:
             operand = Tensor(copy.data_ptr(), copy.numel(), code)
+        elif not self._reduces:
+            operand = Tensor(copy.data_ptr(), copy.numel() * dtype.itemsize, _library.U8)
         elif dtype in _WIDER:
-            copy = torch.empty(tensor.shape, dtype=_WIDER[dtype]).copy_(tensor)
+            copy = copy.to(_WIDER[dtype])
+            move = torch.Tensor.copy_
             operand = Tensor(copy.data_ptr(), copy.numel(), _CODES[copy.dtype])
         elif dtype in (torch.complex64, torch.complex128):
-            copy = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
             parts = torch.view_as_real(copy)
             operand = Tensor(parts.data_ptr(), parts.numel(), _CODES[parts.dtype])
         else:
             raise TypeError(f"pillion does not reduce {dtype}: reduce a copy in float32")
         self.keep.append(copy)
         if writes:
-            self.after.append(lambda: tensor.copy_(copy))
+            self.after.append(lambda: move(tensor, copy))
         return operand
