@@ -229,6 +229,10 @@ impl Group {
                 _ => None,
             };
             self.control(self.rank).set_culprit(culprit);
+            if let Some(culprit) = culprit.filter(|&rank| rank != self.name(self.rank)) {
+                let member = self.hosts.local().iter().position(|&rank| rank == culprit);
+                self.rank_control(self.rank).blame(member.map(|member| self.local(member)));
+            }
         }
         let error = failure.get_or_insert(error).clone();
         self.set_failed();

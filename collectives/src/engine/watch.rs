@@ -176,8 +176,20 @@ impl Watch {
         op: &dyn Fn() -> String,
     ) -> Result<(), Error> {
         let states = || (0..group.world()).filter(|&rank| rank != group.rank).map(|rank| (rank, group.look_at(rank)));
-        if let Some((rank, _)) = states().find(|&(_, state)| state == state::DEAD) {
-            return Err(Error::PeerLost { rank: group.name(rank), op: op(), how: "it died" });
+        let dead = || states().filter(|&(_, state)| state == state::DEAD).map(|(rank, _)| rank);
+        if let Some(any) = dead().next() {
+            // One that had lost another before it died is not the one to look at.
+            let (rank, how) = match dead().find(|&rank| !group.rank_control(rank).blames()) {
+                Some(rank) => (group.name(rank), "it died"),
+                None => match culprit(group, any) {
+                    Some(culprit) if culprit == group.name(group.rank) => {
+                        (group.name(any), "it gave up on this rank and ended")
+                    }
+                    Some(culprit) if is_plausible(group, culprit, is_late) => (culprit, "another rank gave up on it"),
+                    _ => (group.name(any), "it gave up on another rank and ended"),
+                },
+            };
+            return Err(Error::PeerLost { rank, op: op(), how });
         }
         if let Some((rank, _)) = states().find(|&(_, state)| state == state::ABORTED) {
             return Err(Error::Aborted { rank: group.name(rank), reason: group.control(rank).read_reason() });
@@ -223,6 +235,15 @@ impl Watch {
             let _ = writeln!(std::io::stderr(), "pillion: rank {rank} has waited {seconds:.0} s {what}");
         }
     }
+}
+
+/// Whom the error of a rank of this host names, in this group or another one.
+fn culprit(group: &Group, rank: usize) -> Option<usize> {
+    let in_another = || {
+        let culprit = group.rank_control(rank).culprit()?;
+        (0..group.world()).find(|&member| group.local(member) == culprit).map(|member| group.name(member))
+    };
+    group.control(rank).culprit().or_else(in_another)
 }
 
 /// Whether to believe a rank that has left and names this one. Not where the one named keeps pace here and is well, or has given up, too:

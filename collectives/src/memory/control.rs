@@ -64,6 +64,9 @@ pub(crate) struct RankControl {
     pub(crate) heartbeat: AtomicU64,
     /// Held by the progress thread while it lives.
     pub(crate) life: Life,
+    /// The rank that its first error in any group names, plus one, as the mapping counts;
+    /// [`ELSEWHERE`] for one of another host.
+    culprit: AtomicU64,
     /// The processors on which this rank may run, as bits.
     pub(crate) processors: [AtomicU64; 16],
     /// The process that it is, or is a thread of.
@@ -72,6 +75,31 @@ pub(crate) struct RankControl {
     pub(crate) progress: Bell<AtomicU32>,
     /// Groups that this rank has made room for, and whose members have not all come.
     pub(crate) notices: [Notice; NOTICES],
+}
+
+/// In the place of a rank of another host.
+const ELSEWHERE: u64 = u64::MAX;
+
+impl RankControl {
+    /// Remembers whom this rank's first error names: a rank of this host as the mapping counts, or
+    /// none for one of another host.
+    pub(crate) fn blame(&self, rank: Option<usize>) {
+        let word = rank.map_or(ELSEWHERE, |rank| rank as u64 + 1);
+        let _ = self.culprit.compare_exchange(0, word, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    /// Whether this rank has had an error that names another rank.
+    pub(crate) fn blames(&self) -> bool {
+        self.culprit.load(Ordering::Acquire) != 0
+    }
+
+    /// The rank of this host that this rank's first error names, as the mapping counts.
+    pub(crate) fn culprit(&self) -> Option<usize> {
+        match self.culprit.load(Ordering::Acquire) {
+            0 | ELSEWHERE => None,
+            rank => Some(rank as usize - 1),
+        }
+    }
 }
 
 /// Groups that one rank may make room for at a time.

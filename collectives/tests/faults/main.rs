@@ -267,6 +267,25 @@ fn a_rank_that_exits_without_leaving_is_named() {
 }
 
 #[test]
+fn the_first_death_is_named_where_another_followed() {
+    for program in ["chain", "chain-in-groups"] {
+        let mut job = Job::start(&Settings::new(program, 4, 2));
+        job.wait_for_all("ready");
+        job.kill();
+        job.end_of(2);
+        job.end_of(0);
+        job.go();
+        for rank in [0, 1, 3] {
+            if rank > 0 {
+                job.end_of(rank);
+            }
+            let error = job.error_of(rank);
+            assert_eq!((error.variant.as_str(), error.named), ("PeerLost", Some(2)), "{program}: {error:?}");
+        }
+    }
+}
+
+#[test]
 fn a_rank_that_panics_is_named() {
     for error in ending("panic") {
         assert_eq!((error.variant.as_str(), error.text.as_str()), ("Aborted", "rank 1 aborted: it panicked"));

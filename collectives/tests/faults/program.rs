@@ -155,6 +155,7 @@ impl Rank {
                 ready();
                 self.end_as_told(name, &communicator)
             }
+            "chain" | "chain-in-groups" => self.follow(name, &communicator, ready),
             "window" => self.hold_a_window(&communicator),
             "group" => return self.stay_in_a_group(&communicator),
             "making" => self.make_a_group(&communicator),
@@ -185,6 +186,24 @@ impl Rank {
             communicator.all_reduce_scalars(&mut enough, Reduction::Max)?;
         }
         Ok(())
+    }
+
+    /// One rank is killed. Rank 0 learns of it in the communicator or in a group, and is gone at
+    /// once; the others look when both are.
+    fn follow(&self, name: &str, communicator: &Communicator, ready: impl Fn()) -> Result<(), Error> {
+        let all: Vec<usize> = (0..self.world).collect();
+        let group = communicator.group(&all)?;
+        ready();
+        if self.is_victim() {
+            self.park();
+        }
+        if self.rank > 0 {
+            self.wait_to_go();
+            return communicator.barrier();
+        }
+        let error = if name == "chain" { communicator.barrier() } else { group.barrier() }.unwrap_err();
+        self.report("error", &error);
+        std::process::exit(1);
     }
 
     /// One rank ends in some way; the others wait, each in another operation.

@@ -30,31 +30,33 @@ class LateRanks:
             raise dist.DistBackendError(f"Rank 0 timed out in monitoredBarrier: {text}" if self._rank == 0 else text)
 
     def _wait_for_all(self, timeout: timedelta) -> list[int]:
-        end = time.monotonic() + timeout.total_seconds()
-        late, came = [], []
-        for rank in range(1, self._world):
-            key = f"barrier/{rank}/{self._taken[rank] + 1}"
-            left = max(timedelta(milliseconds=1), timedelta(seconds=end - time.monotonic()))
-            try:
-                self._store.wait([key], left)
-            except Exception:
-                if not self._store.check([key]):
-                    late.append(rank)
-                    continue
-            self._taken[rank] += 1
-            came.append(rank)
+        keys = {rank: f"barrier/{rank}/{self._taken[rank] + 1}" for rank in range(1, self._world)}
+        late = self._wait(keys, timeout)
+        came = [rank for rank in keys if rank not in late]
         for rank in came:
-            self._store.set(f"barrier/{rank}/{self._taken[rank]}/late", ",".join(map(str, late)))
+            self._taken[rank] += 1
+            self._store.set(f"{keys[rank]}/late", ",".join(map(str, late)))
         return late
 
     def _wait_for_rank_zero(self, timeout: timedelta) -> list[int]:
         self._calls += 1
         key = f"barrier/{self._rank}/{self._calls}"
         self._store.set(key, "here")
-        try:
-            # Rank 0 waits as long for the others, and begins when it comes.
-            self._store.wait([f"{key}/late"], timeout * 2)
-        except Exception as error:
+        # Rank 0 waits as long for the others, and begins when it comes.
+        if self._wait({0: f"{key}/late"}, timeout * 2 + timedelta(seconds=1)):
             text = f"Rank 0 failed to pass monitoredBarrier within the timeout of {timeout}"
-            raise dist.DistBackendError(f"Rank {self._rank} timed out in monitoredBarrier: {text}") from error
+            raise dist.DistBackendError(f"Rank {self._rank} timed out in monitoredBarrier: {text}")
         return [int(rank) for rank in self._store.get(f"{key}/late").decode().split(",") if rank]
+
+    def _wait(self, keys: dict[int, str], timeout: timedelta) -> list[int]:
+        """Waits for keys of ranks; returns the ranks whose keys do not come in time."""
+        end, nap = time.monotonic() + timeout.total_seconds(), 0.001
+        missing = dict(keys)
+        while True:
+            # The store's own wait is coarse: a file's looks once a second.
+            missing = {rank: key for rank, key in missing.items() if not self._store.check([key])}
+            left = end - time.monotonic()
+            if not missing or left <= 0:
+                return list(missing)
+            time.sleep(min(nap, left))
+            nap = min(nap * 1.5, 0.02)
