@@ -541,6 +541,13 @@ int32_t pillion_reduce(const pillion_communicator *communicator,
                        uint64_t limit_ms,
                        pillion_work **work);
 
+// Writes the sum of the squares of a tensor's finite elements, summed in f64, and the number of the
+// others. The tensor: n elements of f32 or bf16. Only this rank calls.
+//
+// # Safety
+// The tensor's memory is there, and nobody writes to it; both results are places for a number.
+int32_t pillion_square_norm(pillion_tensor tensor, double *square_norm, uint64_t *non_finite);
+
 // Makes a controller. `settings` is JSON, such as {"base": 64, "cap": 4096, "round_to": 8,
 // "rule": {"norm-test": {"eta": 0.5}}}; other rules are "constant", {"noise-scale": {"ratio": r}},
 // {"stagewise": {"stages": [{"batch": b, "share": s}, ...], "horizon": samples}} and

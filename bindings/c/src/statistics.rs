@@ -7,7 +7,9 @@ use std::ptr::NonNull;
 
 use parking_lot::Mutex;
 use pillion_abs::{Controller as Rules, Observation as Sums, Reason, Settings, State, Unusable};
+use pillion_kernels::{Cpu, DType, Device};
 
+use crate::memory::{PILLION_BF16, PILLION_F32, Tensor};
 use crate::status::{Failed, guard};
 
 /// Chooses the batch of each step. Any thread may use it, one at a time.
@@ -102,6 +104,34 @@ impl Controller {
         // SAFETY: the caller's promise.
         unsafe { controller.as_ref() }.ok_or_else(|| Failed::Invalid("controller is NULL".to_owned()))
     }
+}
+
+/// Writes the sum of the squares of a tensor's finite elements, summed in f64, and the number of the
+/// others. The tensor: n elements of f32 or bf16. Only this rank calls.
+///
+/// # Safety
+/// The tensor's memory is there, and nobody writes to it; both results are places for a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_square_norm(tensor: Tensor, square_norm: *mut f64, non_finite: *mut u64) -> i32 {
+    guard(|| {
+        let place = |name: &str| Failed::Invalid(format!("{name} is NULL"));
+        let square_norm = NonNull::new(square_norm).ok_or_else(|| place("square_norm"))?;
+        let non_finite = NonNull::new(non_finite).ok_or_else(|| place("non_finite"))?;
+        if ![PILLION_F32, PILLION_BF16].contains(&tensor.dtype) {
+            return Err(Failed::Invalid("square norms are of PILLION_F32 and PILLION_BF16".to_owned()));
+        }
+        // SAFETY: the caller's promise.
+        let elements = unsafe { tensor.buffer("tensor") }?;
+        let mut sums = Cpu.allocate(DType::F64, 2)?;
+        Cpu.stream().square_norm(sums.view_mut(), elements.view(), 1.0);
+        let sums = sums.view().as_slice::<f64>().expect("memory of the host");
+        // SAFETY: places for numbers, by the caller's promise.
+        unsafe {
+            square_norm.write(sums[0]);
+            non_finite.write(sums[1] as u64);
+        }
+        Ok(())
+    })
 }
 
 /// Makes a controller. `settings` is JSON, such as {"base": 64, "cap": 4096, "round_to": 8,

@@ -243,6 +243,13 @@ static void statistics(void) {
     CHECK(decision.wanted == 8.0 && decision.batch == 8 && !strcmp(decision.reason, "grown") && !decision.unusable);
     OK(pillion_controller_new(settings, pillion_controller_state(controller), &again));
     CHECK(pillion_controller_batch(again) == 8);
+    float elements[5] = {1.0f, -2.0f, 3.0f, 1.0f / 0.0f, 0.0f / 0.0f};
+    uint64_t non_finite;
+    double square;
+    OK(pillion_square_norm(of(elements, 5, PILLION_F32), &square, &non_finite));
+    CHECK(square == 14.0 && non_finite == 2);
+    CHECK(pillion_square_norm(of(elements, 5, PILLION_I32), &square, &non_finite) == PILLION_INVALID);
+    CHECK(pillion_square_norm(of(elements, 5, PILLION_F32), NULL, &non_finite) == PILLION_INVALID);
     sums.groups = 1;
     OK(pillion_observe(again, sums, &decision));
     CHECK(decision.batch == 8 && !strcmp(decision.reason, "unusable") && strstr(decision.unusable, "two groups"));

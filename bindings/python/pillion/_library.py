@@ -119,6 +119,7 @@ ARGUMENTS: dict[str, list] = {
     "all_reduce": [_COMMUNICATOR, Tensor, Tensor, *_REDUCTION, *_LATER],
     "reduce_scatter": [_COMMUNICATOR, Tensor, Tensor, *_REDUCTION, *_LATER],
     "reduce": [_COMMUNICATOR, Tensor, Tensor, *_REDUCTION, c_size_t, *_LATER],
+    "square_norm": [Tensor, POINTER(c_double), POINTER(c_uint64)],
     "controller_new": [c_char_p, c_char_p, POINTER(c_void_p)],
     "controller_batch": [_CONTROLLER],
     "observe": [_CONTROLLER, Observation, POINTER(Decision)],

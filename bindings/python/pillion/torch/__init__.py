@@ -9,8 +9,9 @@ import torch.distributed as _dist
 
 from .groups import create
 from .groups import any_source as _any_source
+from .norm_test import NormTest
 
-__all__ = ["register"]
+__all__ = ["NormTest", "register"]
 
 
 def register() -> None:

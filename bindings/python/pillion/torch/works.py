@@ -219,9 +219,9 @@ class UnderWay(_Work):
     def get_future(self) -> torch.futures.Future:
         if self._future is None:
             self._future = torch.futures.Future()
-            if self.is_completed():
+            if self._recorded is None and self.is_completed():
                 self._settle()
-            else:
+            else:  # The profiler's entry ends first.
                 completer.call(self._handle, lambda _: self.is_completed() and self._settle())
         return self._future
 
