@@ -11,6 +11,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Replicas: every rank holds everything.
+#define PILLION_SHARD_NOTHING 0
+
+// The optimizer's state is divided (ZeRO-1).
+#define PILLION_SHARD_OPTIMIZER 1
+
+// Gradients, too (ZeRO-2).
+#define PILLION_SHARD_GRADIENTS 2
+
+// Weights, too (ZeRO-3).
+#define PILLION_SHARD_EVERYTHING 3
+
 // IEEE binary32.
 #define PILLION_F32 0
 
@@ -116,6 +128,15 @@
 // A defect of this library: please report it.
 #define PILLION_DEFECT 103
 
+// Gradients or a loss are not finite, or there were no tokens: no parameter was changed.
+#define PILLION_NO_UPDATE 104
+
+// A file of a checkpoint cannot be read or written.
+#define PILLION_FILE 105
+
+// An engine's step is not used as its plan says, or has failed before.
+#define PILLION_STEP 106
+
 // Ranks that talk. Any thread may use it, one at a time. After an error every call returns that
 // first error.
 typedef struct pillion_communicator pillion_communicator;
@@ -126,8 +147,14 @@ typedef struct pillion_completions pillion_completions;
 // Chooses the batch of each step. Any thread may use it, one at a time.
 typedef struct pillion_controller pillion_controller;
 
+// A rank's share of a model's parameters. One thread uses it at a time.
+typedef struct pillion_engine pillion_engine;
+
 // An operation under way. Its memory stays as it is until the work has ended.
 typedef struct pillion_work pillion_work;
+
+// AdamW's state of the caller's parameters, divided among the ranks. One thread uses it at a time.
+typedef struct pillion_zero1 pillion_zero1;
 
 // Limits of a communicator. Begin with zeros: 0 is the default of every number.
 typedef struct {
@@ -159,6 +186,80 @@ typedef struct {
   // between.
   int32_t (*add)(void*, const char*, int64_t, int64_t*);
 } pillion_store;
+
+// A tensor of a model.
+typedef struct {
+  // Its name, unique in the model.
+  const char *name;
+  // Its shape, row-major.
+  const size_t *shape;
+  // Number of dimensions.
+  size_t dimensions;
+  // Whether weight decay applies: 1 of matrices, as a rule.
+  int32_t decay;
+  // Whether it stays as it is: its gradient counts nowhere.
+  int32_t frozen;
+} pillion_tensor_spec;
+
+// Tensors that are gathered together.
+typedef struct {
+  // Its name, for messages.
+  const char *name;
+  // Its tensors.
+  const pillion_tensor_spec *tensors;
+  // Their number.
+  size_t count;
+} pillion_unit_spec;
+
+// How parameters are kept and moved. Begin with zeros, and set `size`.
+typedef struct {
+  // sizeof(pillion_policy), which tells versions of this struct apart.
+  size_t size;
+  // PILLION_SHARD_NOTHING to PILLION_SHARD_EVERYTHING.
+  int32_t sharded;
+  // Type of the weights that are lent: PILLION_F32 or PILLION_BF16. Master weights are f32.
+  int32_t weights;
+  // Type in which gradients travel: PILLION_F32 or PILLION_BF16. They are lent in f32.
+  int32_t reduce;
+  // 1 to gather weights in place, through memory that all ranks of one host read; 0 to copy them.
+  int32_t window;
+  // Groups of ranks that each hold everything. 0 means 1.
+  size_t replicas;
+  // Units that are gathered ahead of the one in use.
+  size_t prefetch;
+  // Gathered units that exist at a time. 0 means prefetch + 1.
+  size_t slots;
+} pillion_policy;
+
+// AdamW (Loshchilov and Hutter 2019), with the limit of the gradient's norm.
+typedef struct {
+  // Decay of the first moment, in [0, 1).
+  float beta1;
+  // Decay of the second moment, in [0, 1).
+  float beta2;
+  // Added to the root of the second moment; positive.
+  float epsilon;
+  // Decoupled weight decay.
+  float weight_decay;
+  // A mean gradient that is longer is scaled down to this; 0 for no limit.
+  double clip;
+} pillion_adamw;
+
+// What a step has done; all but exposed_seconds is the same on every rank.
+typedef struct {
+  // Sum of the losses over all tokens.
+  double loss_sum;
+  // N, the tokens of all ranks.
+  double tokens;
+  // Norm of the mean gradient, before clipping.
+  double gradient_norm;
+  // |sum over k of G_k|^2 of all groups; see pillion_observation.
+  double square_norm;
+  // The sum over k of |G_k|^2 / n_k; NaN where it was not measured.
+  double group_square_norms;
+  // Time for which this rank waited for others.
+  double exposed_seconds;
+} pillion_report;
 
 // Elements in the caller's memory.
 typedef struct {
@@ -329,6 +430,94 @@ int32_t pillion_next(const pillion_completions *completions, uint64_t limit_ms, 
 // # Safety
 // `completions` has not been freed before, and no thread uses it.
 int32_t pillion_completions_free(pillion_completions *completions);
+
+// Allocates this rank's share of a model, zeroed. Every rank calls with the same arguments.
+//
+// # Safety
+// The communicator is open; `given` has `count` units, whose texts end with a zero byte and whose
+// arrays are as long as they say; `kept` has its size; `settings` is a struct and `engine` a place
+// for a pointer.
+int32_t pillion_engine_new(const pillion_communicator *communicator,
+                           const pillion_unit_spec *given,
+                           size_t count,
+                           const pillion_policy *kept,
+                           const pillion_adamw *settings,
+                           pillion_engine **engine);
+
+// Sets every parameter to value(context, name of its tensor, its index in that), which must depend
+// on nothing else: ranks ask for their shares. The moments become 0.
+//
+// # Safety
+// `engine` has not been freed; `value` may be called.
+int32_t pillion_engine_initialize(pillion_engine *engine,
+                                  float (*value)(void*, const char*, size_t),
+                                  void *context);
+
+// Begins a step of `rounds` rounds, each with a micro-batch at most on each rank; `evaluates` is 1
+// for forward passes alone.
+//
+// # Safety
+// `engine` has not been freed.
+int32_t pillion_engine_begin(pillion_engine *engine, size_t rounds, int32_t evaluates);
+
+// Begins a round whose micro-batch on this rank has `tokens` tokens in its loss; with 0, passes it
+// as a rank that has none.
+//
+// # Safety
+// `engine` has not been freed.
+int32_t pillion_engine_round(pillion_engine *engine, size_t tokens);
+
+// Waits until a unit's weights are here, and writes where its tensors are: as many pointers as it
+// has tensors. They are read until the next call for this engine.
+//
+// # Safety
+// `engine` has not been freed; `weights` has room for the pointers.
+int32_t pillion_engine_forward(pillion_engine *engine, size_t unit, const void **weights);
+
+// As pillion_engine_forward, in a backward pass, with room for the gradients: f32, zeroed where the
+// unit's first are added; sums over tokens. `loss` gets where the sum of this rank's losses is, to
+// be added to in one unit.
+//
+// # Safety
+// `engine` has not been freed; `weights` and `gradients` have room for the pointers; `loss` is NULL
+// or a place for one.
+int32_t pillion_engine_backward(pillion_engine *engine,
+                                size_t unit,
+                                const void **weights,
+                                float **gradients,
+                                double **loss);
+
+// Ends a step: sums the gradients that are still on their way, and updates the parameters with
+// their mean over tokens. Of an evaluation, only ends it. `report` may be NULL.
+//
+// PILLION_NO_UPDATE says that no parameter was changed on any rank, and training can go on.
+//
+// # Safety
+// `engine` has not been freed; `report` is NULL or a place for a report.
+int32_t pillion_engine_finish(pillion_engine *engine, float lr, pillion_report *report);
+
+// Saves parameters and optimizer as the folder step-NUMBER in `folder`, which all ranks see; returns
+// once it is on disk.
+//
+// # Safety
+// `engine` has not been freed; `folder` ends with a zero byte.
+int32_t pillion_engine_save(pillion_engine *engine,
+                            const char *folder,
+                            uint64_t number);
+
+// Loads the newest whole checkpoint in `folder`, of any number of ranks and placement, and writes
+// its number; PILLION_FILE where there is none.
+//
+// # Safety
+// `engine` has not been freed; `folder` ends with a zero byte; `number` is a place for a number.
+int32_t pillion_engine_load(pillion_engine *engine, const char *folder, uint64_t *number);
+
+// Frees an engine. NULL does nothing. Where a step is under way, other ranks wait for it in vain.
+// Only this rank calls.
+//
+// # Safety
+// `engine` has not been freed before.
+int32_t pillion_engine_free(pillion_engine *engine);
 
 // Zeroed memory that the other ranks of this host read in place, which saves operations of any
 // communicator of the job a copy. It stays until pillion_free, also when the communicator is
@@ -634,6 +823,53 @@ int32_t pillion_on_complete(const pillion_work *work,
 // # Safety
 // `work` has not been released before.
 int32_t pillion_release(pillion_work *work);
+
+// Divides AdamW's state of n parameters among the ranks; the parameters become those of rank 0.
+// Both arrays stay the caller's: it computes gradients into `grads` and calls pillion_step.
+//
+// # Safety
+// The communicator is open; `params` and `grads` have n floats until pillion_zero1_free, and
+// nobody touches them during calls; `settings` is a struct and `zero1` a place for a pointer.
+int32_t pillion_zero1_new(const pillion_communicator *communicator,
+                          float *params,
+                          float *grads,
+                          size_t n,
+                          const pillion_adamw *settings,
+                          pillion_zero1 **zero1);
+
+// Sums the ranks' gradients, updates the parameters with their mean over tokens, and gathers them.
+// `grads` has the gradient of the loss summed over this rank's `tokens` tokens, and `loss_sum` is
+// that loss. Where gradients are means over as many tokens on every rank, give their mean loss and
+// 1. The gradients are not zeroed. `report` may be NULL.
+//
+// PILLION_NO_UPDATE says that no parameter was changed on any rank, and training can go on.
+//
+// # Safety
+// `zero1` has not been freed; `report` is NULL or a place for a report.
+int32_t pillion_step(pillion_zero1 *zero1,
+                     float lr,
+                     double loss_sum,
+                     uint64_t tokens,
+                     pillion_report *report);
+
+// What a checkpoint needs besides the parameters: the first and second moments of the parameters
+// first, first + 1, ..., `count` floats each, which this rank updates, and the number of updates.
+// A run that goes on writes all of them before its first step. Only this rank calls.
+//
+// # Safety
+// `zero1` has not been freed; the others are places for the results, which last as long as it.
+int32_t pillion_zero1_state(pillion_zero1 *zero1,
+                            size_t *first,
+                            size_t *count,
+                            float **m,
+                            float **v,
+                            uint64_t **updates);
+
+// Frees the state; the arrays stay the caller's. NULL does nothing. Only this rank calls.
+//
+// # Safety
+// `zero1` has not been freed before.
+int32_t pillion_zero1_free(pillion_zero1 *zero1);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -112,6 +112,7 @@ pub mod trace;
 mod update;
 mod verify;
 mod weights;
+mod zero1;
 
 pub use buckets::Slots;
 pub use engine::Engine;
@@ -126,3 +127,4 @@ pub use report::{GroupComparison, StepReport};
 pub use state::State;
 pub use step::{Backward, Forward, Gradients, REQUESTS, Step, Weights};
 pub use update::Agreed;
+pub use zero1::Zero1;

@@ -13,7 +13,7 @@ use crate::store::{Foreign, Store};
 /// Ranks that talk. Any thread may use it, one at a time. After an error every call returns that
 /// first error.
 pub struct Communicator {
-    pub(crate) ranks: Ranks,
+    pub(crate) ranks: Arc<Ranks>,
     /// Whose it is.
     process: u32,
 }
@@ -36,7 +36,7 @@ pub struct Options {
 
 impl Communicator {
     fn new(ranks: Ranks) -> Communicator {
-        Communicator { ranks, process: std::process::id() }
+        Communicator { ranks: Arc::new(ranks), process: std::process::id() }
     }
 
     /// # Safety

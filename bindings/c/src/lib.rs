@@ -7,6 +7,7 @@
 
 mod communicator;
 mod completions;
+mod engine;
 mod memory;
 mod operations;
 mod parts;
@@ -14,10 +15,13 @@ mod reductions;
 mod statistics;
 pub mod status;
 mod store;
+mod training;
 mod work;
+mod zero1;
 
 pub use communicator::*;
 pub use completions::*;
+pub use engine::*;
 pub use memory::*;
 pub use operations::*;
 pub use parts::*;
@@ -25,4 +29,6 @@ pub use reductions::*;
 pub use statistics::*;
 pub use status::*;
 pub use store::*;
+pub use training::*;
 pub use work::*;
+pub use zero1::*;

@@ -37,9 +37,17 @@ pub const PILLION_UNDER_WAY: i32 = 102;
 /// A defect of this library: please report it.
 pub const PILLION_DEFECT: i32 = 103;
 
+/// Gradients or a loss are not finite, or there were no tokens: no parameter was changed.
+pub const PILLION_NO_UPDATE: i32 = 104;
+/// A file of a checkpoint cannot be read or written.
+pub const PILLION_FILE: i32 = 105;
+/// An engine's step is not used as its plan says, or has failed before.
+pub const PILLION_STEP: i32 = 106;
+
 /// Why a call did not do what it was for.
 pub(crate) enum Failed {
     Collective(Error),
+    Runtime(pillion_runtime::Error),
     Invalid(String),
     Forked,
     UnderWay,
@@ -48,6 +56,15 @@ pub(crate) enum Failed {
 impl From<Error> for Failed {
     fn from(error: Error) -> Failed {
         Failed::Collective(error)
+    }
+}
+
+impl From<pillion_runtime::Error> for Failed {
+    fn from(error: pillion_runtime::Error) -> Failed {
+        match error {
+            pillion_runtime::Error::Collective(error) => Failed::Collective(error),
+            error => Failed::Runtime(error),
+        }
     }
 }
 
@@ -66,11 +83,24 @@ fn remember(text: &str) {
     LAST.with(|last| *last.borrow_mut() = text);
 }
 
+fn code_of(error: &pillion_runtime::Error) -> i32 {
+    use pillion_runtime::Error as E;
+    match error {
+        E::Collective(error) => error.code(),
+        E::Device(_) => PILLION_SYSTEM,
+        E::NonFinite { .. } | E::NoTokens { .. } => PILLION_NO_UPDATE,
+        E::File { .. } => PILLION_FILE,
+        E::Policy(_) | E::Different { .. } => PILLION_INVALID,
+        _ => PILLION_STEP,
+    }
+}
+
 /// Runs a function's body; returns its code, and keeps the text of an error.
 pub(crate) fn guard(run: impl FnOnce() -> Result<(), Failed>) -> i32 {
     let (code, text) = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => return PILLION_OK,
         Ok(Err(Failed::Collective(error))) => (error.code(), error.to_string()),
+        Ok(Err(Failed::Runtime(error))) => (code_of(&error), error.to_string()),
         Ok(Err(Failed::Invalid(text))) => (PILLION_INVALID, text),
         Ok(Err(Failed::Forked)) => {
             let text = "a forked child cannot use a communicator of its parent: start programs with exec";

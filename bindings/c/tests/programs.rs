@@ -15,14 +15,24 @@ fn library() -> PathBuf {
 fn compile(compiler: &str, flags: &[&str], source: &str, out: &Path) {
     let (folder, library) = (Path::new(env!("CARGO_MANIFEST_DIR")), library());
     let mut command = Command::new(compiler);
-    command.args(["-Wall", "-Wextra", "-Werror", "-g"]).args(flags).arg(folder.join(source)).arg("-I").arg(folder);
-    command.arg("-L").arg(&library).arg("-lpillion").arg(format!("-Wl,-rpath,{}", library.display()));
+    command
+        .args(["-Wall", "-Wextra", "-Werror", "-g", "-O1"])
+        .args(flags)
+        .arg(folder.join(source))
+        .arg("-I")
+        .arg(folder);
+    command.arg("-L").arg(&library).args(["-lpillion", "-lm"]).arg(format!("-Wl,-rpath,{}", library.display()));
     let output = command.arg("-o").arg(out).output().unwrap();
     assert!(output.status.success(), "{source}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Runs a program as ranks that torchrun would have started.
 fn run(program: &Path, ranks: usize, arguments: &[&str]) -> Vec<Output> {
+    run_under(&[], program, ranks, arguments)
+}
+
+/// As [`run`], started by a program that watches them.
+fn run_under(watcher: &[&str], program: &Path, ranks: usize, arguments: &[&str]) -> Vec<Output> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
     let job = format!("c-{}-{port}", std::process::id());
     let (world, mut children) = (ranks.to_string(), Vec::new());
@@ -36,11 +46,21 @@ fn run(program: &Path, ranks: usize, arguments: &[&str]) -> Vec<Output> {
             ("MASTER_PORT", &port),
             ("TORCHELASTIC_RUN_ID", &job),
         ];
-        let mut command = Command::new(program);
-        command.args(arguments).envs(variables).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut words = watcher.iter().map(std::ffi::OsStr::new).chain([program.as_os_str()]);
+        let mut command = Command::new(words.next().expect("a program at least"));
+        command.args(words).args(arguments).envs(variables).stdout(Stdio::piped()).stderr(Stdio::piped());
         children.push(command.spawn().unwrap());
     }
     children.into_iter().map(|child| child.wait_with_output().unwrap()).collect()
+}
+
+/// Rust needs a C compiler, and nothing here a C++ compiler but these tests; `ci/run` installs one.
+fn has_cpp() -> bool {
+    let has = Command::new("c++").arg("--version").output().is_ok();
+    if !has {
+        eprintln!("no C++ compiler, so nobody has tried the header in C++");
+    }
+    has
 }
 
 #[track_caller]
@@ -54,9 +74,7 @@ fn all_well(outputs: &[Output]) {
 fn the_example_compiles_as_c_and_as_cpp_and_its_ranks_agree() {
     let folder = tempfile::tempdir().unwrap();
     for (compiler, flags) in [("cc", ["-std=c99", "-pedantic"]), ("c++", ["-std=c++17", "-xc++"])] {
-        // Rust needs a C compiler, and nothing here a C++ compiler but this; `ci/run` installs one.
-        if compiler == "c++" && Command::new(compiler).arg("--version").output().is_err() {
-            eprintln!("no C++ compiler, so nobody has tried the header in C++");
+        if compiler == "c++" && !has_cpp() {
             continue;
         }
         let program = folder.path().join(compiler);
@@ -67,6 +85,85 @@ fn the_example_compiles_as_c_and_as_cpp_and_its_ranks_agree() {
             let said = String::from_utf8_lossy(&outputs[0].stdout);
             assert_eq!(said, format!("the mean over {ranks} ranks is right\n"));
         }
+    }
+}
+
+/// The last line that rank 0 prints, of an example that fails by itself where it has not learned.
+fn last_line(program: &Path, ranks: usize, arguments: &[&str]) -> String {
+    let outputs = run(program, ranks, arguments);
+    all_well(&outputs);
+    String::from_utf8_lossy(&outputs[0].stdout).lines().last().unwrap().to_owned()
+}
+
+#[test]
+fn a_trainer_with_two_arrays_learns_on_any_number_of_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("zero1");
+    compile("cc", &["-std=c99", "-pedantic"], "examples/zero1.c", &program);
+    for ranks in [1, 2, 3] {
+        assert!(last_line(&program, ranks, &[]).starts_with("step 600"));
+    }
+}
+
+#[test]
+fn a_trainer_in_cpp_learns_and_saves() {
+    if !has_cpp() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("trainer");
+    compile("c++", &["-std=c++17", "-pedantic"], "examples/trainer.cpp", &program);
+    let saved = folder.path().join("saved");
+    std::fs::create_dir(&saved).unwrap();
+    let one = last_line(&program, 1, &[saved.to_str().unwrap()]);
+    assert!(saved.join("step-300").exists() || std::fs::read_dir(&saved).unwrap().count() == 1, "{one}");
+    for ranks in [2, 3] {
+        assert!(last_line(&program, ranks, &[]).starts_with("step 300"));
+    }
+}
+
+/// Every read and write of the programs and of the library, and every block that is left at the end.
+#[test]
+fn valgrind_finds_nothing() {
+    if Command::new("valgrind").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: there is no valgrind (Debian: valgrind)");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    // It knows no AVX-512.
+    let isa = "PILLION_ISA=avx2";
+    let watcher =
+        ["env", isa, "valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full", "--trace-children=yes"];
+    for (source, arguments) in [("tests/check.c", &[][..]), ("tests/training.c", &["saved"])] {
+        let program = folder.path().join("program");
+        compile("cc", &["-std=c11"], source, &program);
+        let saved = folder.path().join("saved");
+        std::fs::create_dir_all(&saved).unwrap();
+        let arguments: Vec<&str> = arguments.iter().map(|_| saved.to_str().unwrap()).collect();
+        all_well(&run_under(&watcher, &program, 2, &arguments));
+    }
+}
+
+/// What the programs do with the library's memory, and what both leave at the end.
+#[test]
+fn address_sanitizer_finds_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    for (source, has_folder) in [("tests/check.c", false), ("tests/training.c", true), ("examples/zero1.c", false)] {
+        let (program, saved) = (folder.path().join("program"), tempfile::tempdir().unwrap());
+        compile("cc", &["-std=c11", "-fsanitize=address,undefined", "-fno-sanitize-recover"], source, &program);
+        let arguments: &[&str] = if has_folder { &[saved.path().to_str().unwrap()] } else { &[] };
+        all_well(&run(&program, 2, arguments));
+    }
+}
+
+#[test]
+fn engines_and_two_arrays_give_the_same_parameters() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("training");
+    compile("cc", &["-std=c11"], "tests/training.c", &program);
+    for ranks in [1, 2, 3] {
+        let saved = tempfile::tempdir().unwrap();
+        all_well(&run(&program, ranks, &[saved.path().to_str().unwrap()]));
     }
 }
 
