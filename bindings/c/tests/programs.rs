@@ -132,8 +132,8 @@ fn valgrind_finds_nothing() {
     let folder = tempfile::tempdir().unwrap();
     // It knows no AVX-512.
     let isa = "PILLION_ISA=avx2";
-    let watcher =
-        ["env", isa, "valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full", "--trace-children=yes"];
+    let leaks = ["--leak-check=full", "--show-leak-kinds=definite", "--errors-for-leak-kinds=definite"];
+    let watcher = [&["env", isa, "valgrind", "--quiet", "--error-exitcode=9"][..], &leaks].concat();
     for (source, arguments) in [("tests/check.c", &[][..]), ("tests/training.c", &["saved"])] {
         let program = folder.path().join("program");
         compile("cc", &["-std=c11"], source, &program);
@@ -165,6 +165,19 @@ fn engines_and_two_arrays_give_the_same_parameters() {
         let saved = tempfile::tempdir().unwrap();
         all_well(&run(&program, ranks, &[saved.path().to_str().unwrap()]));
     }
+}
+
+#[test]
+fn two_copies_in_one_process_and_forks() {
+    let folder = tempfile::tempdir().unwrap();
+    let (program, library) = (folder.path().join("versions"), library().join("libpillion.so"));
+    compile("cc", &["-std=gnu11", "-ldl"], "tests/versions.c", &program);
+    let copies = ["one.so", "other.so"].map(|name| {
+        let copy = folder.path().join(name);
+        std::fs::copy(&library, &copy).unwrap();
+        copy.to_str().unwrap().to_owned()
+    });
+    all_well(&run(&program, 2, &[&copies[0], &copies[1]]));
 }
 
 #[test]
