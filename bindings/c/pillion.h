@@ -171,7 +171,7 @@ typedef struct {
 } pillion_options;
 
 // Values by key that every rank sees, as a program offers them. Any thread may call any of the
-// functions at any time, until pillion_connect_through has returned on every rank.
+// functions at any time until it calls `release`.
 //
 // A key ends with a zero byte. Each function returns 0, or another number where it fails.
 typedef struct {
@@ -185,6 +185,10 @@ typedef struct {
   // Adds to the count of a key, which begins at 0, and writes the sum. No other call comes
   // between.
   int32_t (*add)(void*, const char*, int64_t, int64_t*);
+  // Called once, when the library calls none of the others any more: soon after
+  // pillion_connect_through has returned, and where that has failed once a function that is
+  // being called returns. May be NULL.
+  void (*release)(void*);
 } pillion_store;
 
 // A tensor of a model.

@@ -5,7 +5,7 @@ use std::ffi::{CString, c_char, c_void};
 use pillion_collectives::Error;
 
 /// Values by key that every rank sees, as a program offers them. Any thread may call any of the
-/// functions at any time, until pillion_connect_through has returned on every rank.
+/// functions at any time until it calls `release`.
 ///
 /// A key ends with a zero byte. Each function returns 0, or another number where it fails.
 #[repr(C)]
@@ -28,6 +28,10 @@ pub struct Store {
     /// Adds to the count of a key, which begins at 0, and writes the sum. No other call comes
     /// between.
     pub add: Option<unsafe extern "C" fn(*mut c_void, *const c_char, i64, *mut i64) -> i32>,
+    /// Called once, when the library calls none of the others any more: soon after
+    /// pillion_connect_through has returned, and where that has failed once a function that is
+    /// being called returns. May be NULL.
+    pub release: Option<unsafe extern "C" fn(*mut c_void)>,
 }
 
 /// The functions of a [`Store`], which are all there.
@@ -54,6 +58,15 @@ unsafe extern "C" fn found(answer: *mut c_void, value: *const u8, length: usize)
     unsafe {
         let value = if length == 0 { &[][..] } else { std::slice::from_raw_parts(value, length) };
         *answer.cast::<Option<Vec<u8>>>() = Some(value.to_vec());
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        if let Some(release) = self.store.release {
+            // SAFETY: the caller of the library keeps its promise of `Store`.
+            unsafe { release(self.store.context) };
+        }
     }
 }
 

@@ -70,6 +70,12 @@ static int32_t add(void *folder, const char *key, int64_t amount, int64_t *sum) 
     return remove(lock);
 }
 
+static int released;
+static void release(void *folder) {
+    (void)folder;
+    released++;
+}
+
 /* --- Operations ------------------------------------------------------------------------------ */
 
 static void moves(pillion_communicator *ranks, size_t rank, size_t world) {
@@ -328,10 +334,12 @@ int main(int count, char **arguments) {
     options.timeout_ms = 60000;
     CHECK(pillion_abi_version() == 1 && pillion_connect(&options, NULL) == PILLION_INVALID);
     if (count > 1) {
-        pillion_store store = {arguments[1], set, get, add}, broken = {arguments[1], set, NULL, add};
+        pillion_store store = {arguments[1], set, get, add, release}, broken = {arguments[1], set, NULL, add, NULL};
         size_t rank = (size_t)atoi(getenv("RANK")), world = (size_t)atoi(getenv("WORLD_SIZE"));
         CHECK(pillion_connect_through(broken, rank, world, &options, &ranks) == PILLION_INVALID);
         OK(pillion_connect_through(store, rank, world, &options, &ranks));
+        for (int i = 0; i < 2000000000 && !*(volatile int *)&released; i++) continue;
+        CHECK(released == 1);
     } else {
         OK(pillion_connect(&options, &ranks));
     }

@@ -48,6 +48,8 @@ fn run_under(watcher: &[&str], program: &Path, ranks: usize, arguments: &[&str])
         ];
         let mut words = watcher.iter().map(std::ffi::OsStr::new).chain([program.as_os_str()]);
         let mut command = Command::new(words.next().expect("a program at least"));
+        // Cargo's own list may begin with a folder that has an older library.
+        command.env("LD_LIBRARY_PATH", library());
         command.args(words).args(arguments).envs(variables).stdout(Stdio::piped()).stderr(Stdio::piped());
         children.push(command.spawn().unwrap());
     }

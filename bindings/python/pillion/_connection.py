@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Callable, Optional, Protocol, Sequence
 
 from . import _library
@@ -25,10 +26,16 @@ class Store(Protocol):
 class _Calls:
     """A store's functions as the C library calls them; `failure` is what one of them raised."""
 
+    # Those that the library may still call.
+    _alive: set[_Calls] = set()
+
     def __init__(self, store: Store) -> None:
         self.failure: Optional[BaseException] = None
+        self._is_over, self._released = False, threading.Event()
 
         def guarded(call: Callable[[], None]) -> int:
+            if self._is_over:
+                return 1
             try:
                 call()
                 return 0
@@ -53,8 +60,22 @@ class _Calls:
 
             return guarded(call)
 
-        functions = (_library.Set(set_), _library.Get(get), _library.Add(add))
+        def release(_):
+            self._released.set()
+
+        functions = (_library.Set(set_), _library.Get(get), _library.Add(add), _library.Release(release))
         self.store = _library.Store(None, *functions)
+        _Calls._alive.add(self)
+
+    def end(self) -> None:
+        """Waits until the library calls nothing of this any more: a thread of its that does while
+        the interpreter ends would end with it. A call of the store that hangs keeps it."""
+        # A rank that could not connect stays for up to 2 s, so that others can read why.
+        if not self._released.wait(3.0):
+            self._is_over = True
+            self._released.wait(2.0)
+        if self._released.is_set():
+            _Calls._alive.discard(self)
 
 
 def milliseconds(seconds: Optional[float]) -> int:
@@ -105,8 +126,10 @@ class Connection:
         handle, calls = ctypes.c_void_p(), _Calls(store)
         options = _options(timeout, startup_timeout, warn_after)
         code = lib.pillion_connect_through(calls.store, rank, world, ctypes.byref(options), ctypes.byref(handle))
-        if code:
-            raise _library.last_error(code) from calls.failure
+        error = _library.last_error(code) if code else None
+        calls.end()
+        if error is not None:
+            raise error from calls.failure
         return Connection(handle.value)
 
     def group(self, ranks: Sequence[int]) -> Connection:

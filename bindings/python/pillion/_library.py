@@ -6,8 +6,19 @@ A call releases the interpreter lock.
 from __future__ import annotations
 
 import ctypes
-from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_size_t
-from ctypes import c_uint32, c_uint64, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 ABI_VERSION = 1
@@ -37,11 +48,12 @@ Found = CFUNCTYPE(None, c_void_p, c_void_p, c_size_t)
 Set = CFUNCTYPE(c_int32, c_void_p, c_char_p, c_void_p, c_size_t)
 Get = CFUNCTYPE(c_int32, c_void_p, c_char_p, Found, c_void_p)
 Add = CFUNCTYPE(c_int32, c_void_p, c_char_p, c_int64, POINTER(c_int64))
+Release = CFUNCTYPE(None, c_void_p)
 OnComplete = CFUNCTYPE(None, c_void_p, c_int32)
 
 
 class Store(Structure):
-    _fields_ = [("context", c_void_p), ("set", Set), ("get", Get), ("add", Add)]
+    _fields_ = [("context", c_void_p), ("set", Set), ("get", Get), ("add", Add), ("release", Release)]
 
 
 class Observation(Structure):

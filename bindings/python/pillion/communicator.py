@@ -191,9 +191,7 @@ class Communicator:
         (given, own), (result, other) = _operand(input, False), _operand(output, True)
         return self._run(lib.pillion_reduce_scatter, (given, result, _op(op), factor), (own, other), timeout, wait)
 
-    def all_gather(
-        self, shard: Any, output: Any, timeout: Optional[float] = None, wait: bool = True
-    ) -> Optional[Work]:
+    def all_gather(self, shard: Any, output: Any, timeout: Optional[float] = None, wait: bool = True) -> Optional[Work]:
         """output[p · n …] = the shard of rank p. shard: n elements; output: world · n."""
         (given, own), (result, other) = _operand(shard, False), _operand(output, True)
         return self._run(lib.pillion_all_gather, (given, result), (own, other), timeout, wait)
@@ -205,9 +203,7 @@ class Communicator:
         operand, own = _operand(buffer, True)
         return self._run(lib.pillion_broadcast, (operand, root), own, timeout, wait)
 
-    def all_to_all(
-        self, input: Any, output: Any, timeout: Optional[float] = None, wait: bool = True
-    ) -> Optional[Work]:
+    def all_to_all(self, input: Any, output: Any, timeout: Optional[float] = None, wait: bool = True) -> Optional[Work]:
         """output[p · n …] = part r of the input of rank p, on rank r. Both: world · n elements."""
         (given, own), (result, other) = _operand(input, False), _operand(output, True)
         return self._run(lib.pillion_all_to_all, (given, result), (own, other), timeout, wait)

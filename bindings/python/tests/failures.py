@@ -13,14 +13,13 @@ import time
 from datetime import timedelta
 from typing import Callable
 
+import pillion.torch  # noqa: F401  (before 2.15, PyTorch does not find it by itself)
 import torch
 import torch.distributed as dist
 
-import pillion.torch  # noqa: F401  (before 2.15, PyTorch does not find it by itself)
 
-
-def ranks(world: int, body: Callable[[int, int], str]) -> list[str]:
-    """What each rank says, or how it died."""
+def ranks(world: int, body: Callable[[int, int], str], variables: Callable[[int], dict] = lambda rank: {}) -> list[str]:
+    """What each rank says, or how it died. `variables` are those of a rank's environment."""
     folder, ends = tempfile.mkdtemp(), []
     for rank in range(world):
         read, write = os.pipe()
@@ -28,9 +27,13 @@ def ranks(world: int, body: Callable[[int, int], str]) -> list[str]:
         if child == 0:
             os.close(read)
             code = 1
+            os.environ.update(variables(rank))
             try:
                 dist.init_process_group(
-                    "pillion", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+                    "pillion",
+                    init_method=f"file://{folder}/store",
+                    rank=rank,
+                    world_size=world,
                     timeout=timedelta(seconds=30),
                 )
                 said = body(rank, world)
@@ -77,8 +80,10 @@ def operations(rank: int, world: int, seed: int, stop: Callable[[], None]) -> No
         elif kind == 6:
             dist.all_reduce(tensor, group=group, async_op=True).get_future().wait()
         else:
-            ring = [dist.P2POp(dist.isend, tensor, (rank + 1) % world),
-                    dist.P2POp(dist.irecv, tensor.clone(), (rank - 1) % world)]
+            ring = [
+                dist.P2POp(dist.isend, tensor, (rank + 1) % world),
+                dist.P2POp(dist.irecv, tensor.clone(), (rank - 1) % world),
+            ]
             for work in dist.batch_isend_irecv(ring):
                 work.wait()
 
@@ -201,6 +206,30 @@ def forked(world: int) -> None:
     assert ranks(world, body) == ["status 0"] * world
 
 
+def several_hosts(world: int) -> None:
+    """Ranks of several hosts are connected over TCP; where one cannot be, gloo moves their data, and
+    all agree."""
+
+    total = world * (world + 1) / 2
+    kinds = []
+    for broken in (False, True):
+
+        def variables(rank: int) -> dict:
+            own = {"PILLION_HOST": f"host-{2 * rank // world}", "PILLION_INTERFACE": "lo"}
+            return {**own, "PILLION_INTERFACE": "nonesuch0"} if broken and rank == 1 else own
+
+        def kind(rank: int, world: int) -> str:
+            name = type(dist.group.WORLD).__name__
+            tensor = torch.full((1000,), float(rank + 1))
+            dist.all_reduce(tensor)
+            dist.destroy_process_group()
+            return f"{name} {tensor[0].item()}"
+
+        kinds.append(ranks(world, kind, variables))
+    assert kinds[0] == [f"PillionProcessGroup {total}"] * world, kinds[0]
+    assert kinds[1] == [f"ProcessGroup {total}"] * world, kinds[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=5)
@@ -208,7 +237,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for check in (late, late_at_a_barrier, mismatched, others_run, forked):
+    for check in (late, late_at_a_barrier, mismatched, others_run, forked, several_hosts):
         check(options.ranks)
     for kill in range(options.kills):
         killed(options.ranks, options.seed + kill)

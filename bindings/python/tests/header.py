@@ -17,7 +17,9 @@ C_TYPES = {
     "uint64_t": ctypes.c_uint64,
     "double": ctypes.c_double,
 }
-CLASSES = {name: getattr(_library, name.title()) for name in ("options", "message", "decision", "tensor", "observation")}
+CLASSES = {
+    name: getattr(_library, name.title()) for name in ("options", "message", "decision", "tensor", "observation")
+}
 
 
 def python_type(text: str) -> object:
@@ -44,10 +46,15 @@ def main() -> None:
     header = (Path(__file__).parents[2] / "c" / "pillion.h").read_text()
     header = re.sub(r"//.*", "", header)
     functions = dict()
-    for result, name, arguments in re.findall(r"([\w ]+?[ *]+)pillion_(\w+)\(((?:[^()]|\([^()]*\)(?:\([^()]*\))?)*)\);", header):
+    for result, name, arguments in re.findall(
+        r"([\w ]+?[ *]+)pillion_(\w+)\(((?:[^()]|\([^()]*\)(?:\([^()]*\))?)*)\);", header
+    ):
         # Commas of a callback's own arguments do not divide ours.
         flat = re.sub(r"\((\*[^()]*)\)\([^()]*\)", r"(\1)", arguments)
-        functions[name] = (result.strip(), [text.strip() for text in flat.split(",") if text.strip() not in ("", "void")])
+        functions[name] = (
+            result.strip(),
+            [text.strip() for text in flat.split(",") if text.strip() not in ("", "void")],
+        )
     # The runtime is for trainers in C and C++.
     runtime = {name for name in functions if name.startswith(("engine_", "zero1_")) or name == "step"}
     different = functions.keys() - runtime ^ _library.ARGUMENTS.keys()

@@ -23,7 +23,11 @@ def threads() -> list[str]:
 
 
 def descriptors() -> list[str]:
-    return sorted(os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}"))
+    return sorted(
+        os.readlink(f"/proc/self/fd/{name}")
+        for name in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{name}")
+    )
 
 
 def pages() -> int:
@@ -58,7 +62,10 @@ def three_gib(rank: int, world: int) -> None:
     count = 3 * (1 << 30) // 4
     tensor = torch.full((count,), float(rank + 1))
     dist.all_reduce(tensor)
-    assert tensor[0] == tensor[-1] == world * (world + 1) / 2 and tensor.sum(dtype=torch.float64) == count * tensor[0].item()
+    assert (
+        tensor[0] == tensor[-1] == world * (world + 1) / 2
+        and tensor.sum(dtype=torch.float64) == count * tensor[0].item()
+    )
     tensor[-1] = rank
     dist.broadcast(tensor, world - 1)
     assert tensor[-1] == world - 1
@@ -79,12 +86,16 @@ def main() -> None:
     dist.destroy_process_group()
     time.sleep(0.5)
     # What PyTorch has for its own store stays.
-    left = [name for name in threads() if "pillion" in name] + [name for name in descriptors() if "memfd" in name or "event" in name]
+    left = [name for name in threads() if "pillion" in name] + [
+        name for name in descriptors() if "memfd" in name or "event" in name
+    ]
     assert not left, left
     folder = tempfile.gettempdir()
     for number in range(50):
         meeting = f"file://{folder}/pillion-large-{os.environ['TORCHELASTIC_RUN_ID']}-{number}"
-        dist.init_process_group("pillion", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        dist.init_process_group(
+            "pillion", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        )
         use(dist.group.WORLD)
         dist.destroy_process_group()
     if rank == 0:

@@ -20,7 +20,9 @@ class Block(nn.Module):
         batch, length, width = x.shape
         parts = self.query_key_value(self.before_attention(x)).view(batch, length, 3, self.heads, -1)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
-        attention = functional.scaled_dot_product_attention(rotate(query, turn), rotate(key, turn), value, is_causal=True)
+        attention = functional.scaled_dot_product_attention(
+            rotate(query, turn), rotate(key, turn), value, is_causal=True
+        )
         x = x + self.attended(attention.transpose(1, 2).reshape(batch, length, width))
         gate, up = self.gate_up(self.before_mlp(x)).chunk(2, -1)
         return x + self.down(functional.silu(gate) * up)

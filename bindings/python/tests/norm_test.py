@@ -13,15 +13,14 @@ from typing import Any, Callable, Optional
 
 import torch
 import torch.distributed as dist
+from model import Llama
+from pillion.batch import Controller, settings
+from pillion.torch import NormTest
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-
-from model import Llama
-from pillion.batch import Controller, settings
-from pillion.torch import NormTest
 
 STEPS = 3
 
@@ -43,8 +42,15 @@ def tokens(step: int, rank: int, number: int) -> torch.Tensor:
 class Counted:
     """Counts the collectives of this process while it is open."""
 
-    NAMES = ["all_reduce", "reduce_scatter_tensor", "reduce_scatter_single", "all_gather_into_tensor",
-             "all_gather_single", "broadcast", "barrier"]
+    NAMES = [
+        "all_reduce",
+        "reduce_scatter_tensor",
+        "reduce_scatter_single",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "broadcast",
+        "barrier",
+    ]
 
     def __enter__(self) -> "Counted":
         self.profile = torch.profiler.profile()
@@ -162,8 +168,16 @@ def scaled(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def check(name: str, wrap: Callable, rounds: int = 1, synced: bool = True, frozen: bool = False,
-          dtype: torch.dtype = torch.float32, reduced: torch.dtype = torch.float32, added: int = 0) -> None:
+def check(
+    name: str,
+    wrap: Callable,
+    rounds: int = 1,
+    synced: bool = True,
+    frozen: bool = False,
+    dtype: torch.dtype = torch.float32,
+    reduced: torch.dtype = torch.float32,
+    added: int = 0,
+) -> None:
     world = dist.get_world_size()
     given = dict(eta=0.3, base=2 * rounds * world, cap=1 << 20, ema_decay=0.0, growth_limit=1e9)
     stock, _, stock_count = train(wrap, rounds, synced, None, frozen, dtype)
@@ -205,15 +219,21 @@ def saved_and_logged() -> None:
     again = Controller(settings(2 * world, 512, eta=0.3))
     for line, batch in zip(lines, batches):
         decided = again.observe(
-            groups=line["groups"], samples=line["batch_samples"], tokens=line["batch_tokens"],
-            group_square_norms=line["group_square_norms"], square_norm=line["sum_square_norm"],
+            groups=line["groups"],
+            samples=line["batch_samples"],
+            tokens=line["batch_tokens"],
+            group_square_norms=line["group_square_norms"],
+            square_norm=line["sum_square_norm"],
         )
         assert decided.batch == batch and decided.reason == line["decision"], (decided, line)
     resumed = Controller(settings(2 * world, 512, eta=0.3), states[2]["controller"])
     line = lines[2]
     decided = resumed.observe(
-        groups=line["groups"], samples=line["batch_samples"], tokens=line["batch_tokens"],
-        group_square_norms=line["group_square_norms"], square_norm=line["sum_square_norm"],
+        groups=line["groups"],
+        samples=line["batch_samples"],
+        tokens=line["batch_tokens"],
+        group_square_norms=line["group_square_norms"],
+        square_norm=line["sum_square_norm"],
     )
     assert decided.batch == batches[2]
 

@@ -9,7 +9,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
 from pillion.torch.groups import PillionProcessGroup
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -120,8 +119,12 @@ def averages(rank: int, world: int) -> None:
 def moves(rank: int, world: int) -> None:
     for dtype in INTEGERS + FLOATS + COMPLEX + [torch.bool, torch.float8_e4m3fn]:
         for shape in SHAPES:
-            each = [values(p, shape, torch.float32).to(dtype) if dtype.itemsize == 1 and dtype.is_floating_point
-                    else values(p, shape, dtype) for p in range(world)]
+            each = [
+                values(p, shape, torch.float32).to(dtype)
+                if dtype.itemsize == 1 and dtype.is_floating_point
+                else values(p, shape, dtype)
+                for p in range(world)
+            ]
             for kind in KINDS:
                 if dtype.is_floating_point and dtype.itemsize == 1 and kind is not KINDS[0]:
                     continue
@@ -149,8 +152,11 @@ def moves(rank: int, world: int) -> None:
             if shape:
                 output = torch.empty((world * shape[0], *shape[1:]), dtype=dtype)
                 dist.all_gather_into_tensor(output, each[rank].clone())
-                check(output, torch.cat([each[p].view(torch.uint8) if dtype.itemsize == 1 else each[p]
-                                         for p in range(world)]), "all_gather_into_tensor")
+                check(
+                    output,
+                    torch.cat([each[p].view(torch.uint8) if dtype.itemsize == 1 else each[p] for p in range(world)]),
+                    "all_gather_into_tensor",
+                )
     # In place, of unequal parts, and of the same tensor for every rank.
     whole = torch.zeros(3 * world)
     whole[3 * rank : 3 * rank + 3] = rank + 1

@@ -130,8 +130,12 @@ def batches() -> None:
     again = batch.Controller(controller.settings, controller.state_dict())
     decision = again.observe(groups=1, samples=8, group_square_norms=1.0, square_norm=1.0)
     assert decision.reason == "unusable" and decision.variance is None and "two groups" in decision.unusable
-    for rule in ("constant", {"noise-scale": {"ratio": 0.5}}, {"linear-ramp": {"end": 64, "samples": 1000}},
-                 {"stagewise": {"stages": [{"batch": 2, "share": 0.5}, {"batch": 8, "share": 0.5}], "horizon": 100}}):
+    for rule in (
+        "constant",
+        {"noise-scale": {"ratio": 0.5}},
+        {"linear-ramp": {"end": 64, "samples": 1000}},
+        {"stagewise": {"stages": [{"batch": 2, "share": 0.5}, {"batch": 8, "share": 0.5}], "horizon": 100}},
+    ):
         batch.Controller(batch.settings(2, 64, rule=rule)).skip(60)
     raises(pillion.InvalidArgument, "`cap`", lambda: batch.Controller(batch.settings(8, 4)))
     raises(pillion.InvalidArgument, "eta", lambda: batch.Controller(batch.settings(8, 64, eta=1.5)))

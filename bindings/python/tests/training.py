@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.distributed.checkpoint as checkpoint
+from model import Llama
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-
-from model import Llama
 
 STEPS = 4
 
@@ -164,8 +163,21 @@ def checkpoints(world: int) -> list[float]:
     return [tensor.double().sum().item() for tensor in saved.values()]
 
 
-JOBS = [ddp, ddp_accumulating, ddp_static, fsdp, fsdp_bf16, fsdp_arena, fsdp_sum, hsdp, hsdp_replicated, tensor_parallel,
-        dtensors, functional_collectives, checkpoints]
+JOBS = [
+    ddp,
+    ddp_accumulating,
+    ddp_static,
+    fsdp,
+    fsdp_bf16,
+    fsdp_arena,
+    fsdp_sum,
+    hsdp,
+    hsdp_replicated,
+    tensor_parallel,
+    dtensors,
+    functional_collectives,
+    checkpoints,
+]
 
 
 def premul_sum(world: int) -> None:

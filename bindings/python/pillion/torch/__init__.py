@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch.distributed as _dist
 
-from .groups import create
 from .groups import any_source as _any_source
+from .groups import create
 from .norm_test import NormTest
 
 __all__ = ["NormTest", "register"]

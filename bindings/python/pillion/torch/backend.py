@@ -257,7 +257,9 @@ class Collectives:
                 raise ValueError(f"{rows} rows among {self._world} ranks: give split sizes, or a multiple")
             splits = [rows // self._world] * self._world
         if len(splits) != self._world or sum(splits) != rows or min(splits) < 0:
-            raise ValueError(f"split sizes {list(splits)} of {rows} rows among {self._world} ranks: give sizes that add up")
+            raise ValueError(
+                f"split sizes {list(splits)} of {rows} rows among {self._world} ranks: give sizes that add up"
+            )
         row = operand.count // rows if rows else 0
         parts, start, item = [], operand.data or 0, _library.ITEM_BYTES[operand.dtype]
         for split in splits:

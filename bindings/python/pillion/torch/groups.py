@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 
 from .._connection import Connection
-from .._library import RENDEZVOUS, PillionError
 from .backend import Collectives
-from .store import C10dStore
+from .meeting import Meeting
 
 _C10d = torch._C._distributed_c10d
 
@@ -40,14 +39,16 @@ def _is_one_of_several() -> bool:
     return choice == "backend" or (choice == "" and torch.accelerator.is_available())
 
 
-def connect(opts: Any) -> Connection:
-    """The ranks of a group that PyTorch makes, connected."""
+def connect(opts: Any) -> Optional[Connection]:
+    """The ranks of a group that PyTorch makes, connected; None where they are on several hosts and
+    have no way to each other but gloo's."""
     global _root
     seconds = opts.timeout.total_seconds()
     members = list(getattr(opts, "global_ranks_in_group", None) or [])
     if members and _root is not None and _root.handle is not None:
         return _root.group(members)
-    connection = Connection.through(C10dStore(opts.store), opts.group_rank, opts.group_size, seconds, seconds)
+    meeting = Meeting(opts.store, opts.group_rank, opts.group_size, opts.timeout)
+    connection = meeting.connect(seconds)
     if not members:
         _root = connection
     return connection
@@ -70,9 +71,9 @@ if hasattr(_C10d, "Backend"):
 
         _always_works = False
 
-        def __init__(self, opts: Any) -> None:
+        def __init__(self, opts: Any, connection: Connection) -> None:
             _C10d.Backend.__init__(self, opts.group_rank, opts.group_size)
-            self.connect(connect(opts), opts.store, opts.timeout)
+            self.connect(connection, opts.store, opts.timeout)
             self._options = _C10d.Backend.Options("pillion", timeout=opts.timeout)
 
         def getBackendName(self) -> str:
@@ -91,9 +92,9 @@ if hasattr(_C10d, "Backend"):
 class PillionProcessGroup(_Group, dist.ProcessGroup):
     """A whole process group."""
 
-    def __init__(self, opts: Any) -> None:
+    def __init__(self, opts: Any, connection: Connection) -> None:
         dist.ProcessGroup.__init__(self, opts.group_rank, opts.group_size)
-        self.connect(connect(opts), opts.store, opts.timeout)
+        self.connect(connection, opts.store, opts.timeout)
         self._name = self._desc = ""
 
     # The names of these before 2.15, or of the methods that C++ calls.
@@ -139,7 +140,11 @@ class PillionProcessGroup(_Group, dist.ProcessGroup):
 
 def create(opts: Any, _: Any) -> Any:
     """What PyTorch calls for a group of which this rank is a member."""
-    group = PillionBackend(opts) if _is_one_of_several() else PillionProcessGroup(opts)
+    connection = connect(opts)
+    if connection is None:
+        return _C10d.ProcessGroupGloo(opts.store, opts.group_rank, opts.group_size, timeout=opts.timeout)
+    kind = PillionBackend if _is_one_of_several() else PillionProcessGroup
+    group = kind(opts, connection)
     _alive.add(group)
     return group
 
