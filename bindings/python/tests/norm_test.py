@@ -159,12 +159,19 @@ def ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, bucket_cap_mb=0.1)
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """FSDP2 whose blocks are compiled. By the compiler that changes no number."""
+    for block in model.blocks:
+        block.compile(backend="eager")
+    return sharded((dist.get_world_size(),), ("shard",))(model)
+
+
 def scaled(model: nn.Module) -> nn.Module:
     """FSDP2 with a divisor of its own, which only Pillion's backend has an operator for."""
     wrapped = sharded((dist.get_world_size(),), ("shard",))(model)
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(float(dist.get_world_size()) * 1.0)
+            module.set_gradient_divide_factor(float(dist.get_world_size()))
     return wrapped
 
 
@@ -276,6 +283,7 @@ def main() -> None:
     check("DDP, frozen parameters", ddp, frozen=True)
     check("DDP in bf16", ddp, dtype=bf16, reduced=bf16)
     check("FSDP2 with a divisor", scaled)
+    check("FSDP2, compiled", compiled)
     saved_and_logged()
     refusals()
     dist.destroy_process_group()
