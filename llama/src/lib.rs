@@ -37,6 +37,7 @@ mod inspect;
 pub mod model;
 mod output;
 mod plan;
+mod replay;
 mod run_folder;
 pub mod settings;
 mod simulate;
@@ -88,6 +89,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Doctor(settings) => doctor::doctor(settings),
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
+        Command::Abs(AbsCommand::Replay(settings)) => replay::run(settings),
     });
     result.unwrap_or_else(|error| {
         let is_job = matches!(cli.command, Command::Train(_) | Command::Doctor(_)) && error.code() == 2;

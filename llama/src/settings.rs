@@ -14,6 +14,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 pub use crate::controller::{ControllerArgs, ControllerKind, CouplingKind, VariantKind};
 pub use crate::experiment::PaperArgs;
 pub use crate::plan::{MachineArgs, PlanArgs};
+pub use crate::replay::ReplayArgs;
 pub use crate::simulate::SimulateArgs;
 pub use train::*;
 
@@ -64,6 +65,8 @@ pub enum ExperimentCommand {
 pub enum AbsCommand {
     /// Print how far estimates of known noise scatter, by groups and by moving average.
     Simulate(SimulateArgs),
+    /// Print what a controller would have said of the steps of a log.
+    Replay(ReplayArgs),
 }
 
 /// What to do with checkpoints.

@@ -98,6 +98,7 @@ const TABLE: &[(&str, How)] = &[
         "pillion abs simulate --noise-scale B --batch b --groups K",
         For(&[(" B ", " 1024 "), (" b ", " 64 "), (" K", " 4")]),
     ),
+    ("pillion abs replay runs/train/metrics.jsonl --eta 0.7", AsItStands),
     ("pillion experiment paper --quick", With(SHORT_RUN)),
     ("pillion experiment paper", With(SHORT_RUN)),
     ("cargo run --release -- experiment paper", With(SHORT_RUN)),
