@@ -812,8 +812,8 @@ int32_t pillion_wait(const pillion_work *work, uint64_t limit_ms);
 int32_t pillion_test(const pillion_work *work);
 
 // Calls `callback` with `context` and the result's code once the work has ended: on a thread of
-// this library, or at once. The callback returns soon, and neither waits for operations nor
-// starts any. Only this rank calls.
+// this library, or at once. The callback returns soon; it neither waits for operations nor starts
+// any, and does not release the work. Only this rank calls.
 //
 // # Safety
 // `work` has not been released; `callback` may be called on any thread.
@@ -858,16 +858,24 @@ int32_t pillion_step(pillion_zero1 *zero1,
 
 // What a checkpoint needs besides the parameters: the first and second moments of the parameters
 // first, first + 1, ..., `count` floats each, which this rank updates, and the number of updates.
-// A run that goes on writes all of them before its first step. Only this rank calls.
+// A run that goes on writes the moments, and calls pillion_zero1_resume. Only this rank calls.
 //
 // # Safety
-// `zero1` has not been freed; the others are places for the results, which last as long as it.
+// `zero1` has not been freed; the others are places for the results. The moments last as long as
+// `zero1`, and are not touched during steps.
 int32_t pillion_zero1_state(pillion_zero1 *zero1,
                             size_t *first,
                             size_t *count,
                             float **m,
                             float **v,
-                            uint64_t **updates);
+                            uint64_t *updates);
+
+// Says how many updates there have been, before the first step of a run that goes on. Only this
+// rank calls.
+//
+// # Safety
+// `zero1` has not been freed.
+int32_t pillion_zero1_resume(pillion_zero1 *zero1, uint64_t updates);
 
 // Frees the state; the arrays stay the caller's. NULL does nothing. Only this rank calls.
 //

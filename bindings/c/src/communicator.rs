@@ -113,10 +113,11 @@ pub unsafe extern "C" fn pillion_connect_through(
     communicator: *mut *mut Communicator,
 ) -> i32 {
     guard(|| {
+        // First, because it is released whatever comes next.
+        let store = Foreign::new(store).ok_or_else(|| Failed::Invalid("a function of the store is NULL".to_owned()))?;
         let place = place(communicator)?;
         // SAFETY: the caller's promise.
         let options = unsafe { options(given) }?;
-        let store = Foreign::new(store).ok_or_else(|| Failed::Invalid("a function of the store is NULL".to_owned()))?;
         let ranks = Ranks::connect_through(Arc::new(store), rank, world, options)?;
         // SAFETY: the caller's promise.
         unsafe { give(ranks, place) };

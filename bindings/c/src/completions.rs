@@ -77,7 +77,9 @@ pub unsafe extern "C" fn pillion_notify(work: *const Work, completions: *const C
 pub unsafe extern "C" fn pillion_wake(completions: *const Completions, token: u64) -> i32 {
     guard(|| {
         // SAFETY: the caller's promise.
-        unsafe { Completions::of(completions) }?.queue.put(token, Ok(()));
+        let queue = unsafe { Completions::of(completions) }?.queue.clone();
+        // Whoever takes the token may free the completions before this returns.
+        queue.put(token, Ok(()));
         Ok(())
     })
 }

@@ -29,6 +29,9 @@ pub const PILLION_SHARD_GRADIENTS: i32 = 2;
 /// Weights, too (ZeRO-3).
 pub const PILLION_SHARD_EVERYTHING: i32 = 3;
 
+/// Most rounds of a step: a plan lists the operations of each.
+const MOST_ROUNDS: usize = 1 << 16;
+
 /// A tensor of a model.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -282,8 +285,8 @@ pub unsafe extern "C" fn pillion_engine_begin(engine: *mut Engine, rounds: usize
     guard(|| {
         // SAFETY: the caller's promise.
         let engine = unsafe { Engine::of(engine) }?;
-        if rounds == 0 {
-            return Err(Failed::Invalid("a step of 0 rounds: give 1 at least".to_owned()));
+        if rounds == 0 || rounds > MOST_ROUNDS {
+            return Err(Failed::Invalid(format!("a step of {rounds} rounds: give 1 to {MOST_ROUNDS}")));
         }
         engine.runtime()?;
         // SAFETY: the runtime lives in a box of this engine, which drops the step before it, and

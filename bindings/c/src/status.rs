@@ -106,9 +106,8 @@ pub(crate) fn guard(run: impl FnOnce() -> Result<(), Failed>) -> i32 {
             let text = "a forked child cannot use a communicator of its parent: start programs with exec";
             (PILLION_FORKED, text.to_owned())
         }
-        Ok(Err(Failed::UnderWay)) => {
-            (PILLION_UNDER_WAY, "the work is still under way, or nothing has come yet".to_owned())
-        }
+        // Nothing went wrong, and the text of what last did stays.
+        Ok(Err(Failed::UnderWay)) => return PILLION_UNDER_WAY,
         Err(panic) => {
             let said = panic.downcast_ref::<String>().map(String::as_str);
             let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text");

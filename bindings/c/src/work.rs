@@ -2,7 +2,9 @@
 
 use std::ffi::c_void;
 use std::ptr::NonNull;
-use std::time::Duration;
+use std::sync::Arc;
+use std::task::{Poll, Wake, Waker};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pillion_collectives::{Communicator as Ranks, Error, Pending, Start};
@@ -39,9 +41,10 @@ pub(crate) unsafe fn operate(
     run: impl FnOnce(&Ranks, Start) -> Result<Pending<()>, Failed>,
 ) -> i32 {
     guard(|| {
+        // Kept while the operation runs, whatever another thread closes meanwhile.
         // SAFETY: the caller's promise.
-        let ranks = &unsafe { Communicator::of(communicator) }?.ranks;
-        let pending = run(ranks, start(limit_ms, work.is_null()))?;
+        let ranks = unsafe { Communicator::of(communicator) }?.ranks.clone();
+        let pending = run(&ranks, start(limit_ms, work.is_null()))?;
         let Some(place) = NonNull::new(work) else { return Ok(pending.wait()?) };
         let (process, event) = (std::process::id(), pending.event());
         let work = Box::new(Work { process, state: Mutex::new(Some(pending)), event });
@@ -62,11 +65,62 @@ impl Work {
 
     /// Calls `then` with the result: on the thread that ends the work, or at once.
     pub(crate) fn when_ended(&self, then: impl FnOnce(Result<(), Error>) + Send + 'static) {
-        let state = self.state.lock();
-        match &*state {
-            Some(pending) => pending.on_complete(then),
-            // It has ended before; the event has the result.
-            None => then(self.event.wait().map_err(Error::from)),
+        let ended = WhenEnded { event: self.event.clone(), then: Mutex::new(Some(Box::new(then))) };
+        self.event.call_back(&Waker::from(Arc::new(ended)));
+    }
+
+    /// Whether the work has ended within `limit`; without one, once it has. Any number of threads
+    /// may wait at a time.
+    fn ends_within(&self, limit: Option<Duration>) -> Result<bool, Failed> {
+        // The first one waits as a caller that drives the operation; its memory is the work's.
+        let pending = self.state.lock().take();
+        let ended = match (pending, limit) {
+            (Some(pending), None) => return Ok(pending.wait().map(|()| true)?),
+            (Some(pending), Some(limit)) => match pending.wait_timeout(limit) {
+                Ok(result) => return Ok(result.map(|()| true)?),
+                Err(pending) => {
+                    *self.state.lock() = Some(pending);
+                    false
+                }
+            },
+            (None, None) => {
+                self.event.wait().map_err(Error::from)?;
+                true
+            }
+            (None, Some(limit)) => {
+                let since = Instant::now();
+                while self.event.status().is_pending() && since.elapsed() < limit {
+                    std::thread::sleep(LOOK_EVERY);
+                }
+                let status = self.event.status();
+                match status {
+                    Poll::Ready(result) => result.map(|()| true).map_err(Error::from)?,
+                    Poll::Pending => false,
+                }
+            }
+        };
+        Ok(ended)
+    }
+}
+
+/// How often a thread looks at a work that another one drives.
+const LOOK_EVERY: Duration = Duration::from_micros(100);
+
+type Then = Box<dyn FnOnce(Result<(), Error>) + Send>;
+
+/// What is called once, when an event has ended.
+struct WhenEnded {
+    event: Event,
+    then: Mutex<Option<Then>>,
+}
+
+impl Wake for WhenEnded {
+    fn wake(self: Arc<Self>) {
+        // It may be woken before the event has ended.
+        let Poll::Ready(result) = self.event.status() else { return };
+        let then = self.then.lock().take();
+        if let Some(then) = then {
+            then(result.map_err(Error::from));
         }
     }
 }
@@ -82,21 +136,8 @@ pub unsafe extern "C" fn pillion_wait(work: *const Work, limit_ms: u64) -> i32 {
     guard(|| {
         // SAFETY: the caller's promise.
         let work = unsafe { Work::of(work) }?;
-        let mut state = work.state.lock();
-        let Some(pending) = state.take() else {
-            // It has ended before; the event has the result.
-            return Ok(work.event.wait().map_err(Error::from)?);
-        };
-        if limit_ms == 0 {
-            return Ok(pending.wait()?);
-        }
-        match pending.wait_timeout(Duration::from_millis(limit_ms)) {
-            Ok(result) => Ok(result?),
-            Err(pending) => {
-                *state = Some(pending);
-                Err(Failed::UnderWay)
-            }
-        }
+        let limit = (limit_ms > 0).then(|| Duration::from_millis(limit_ms));
+        if work.ends_within(limit)? { Ok(()) } else { Err(Failed::UnderWay) }
     })
 }
 
@@ -111,15 +152,15 @@ pub unsafe extern "C" fn pillion_test(work: *const Work) -> i32 {
         // SAFETY: the caller's promise.
         let work = unsafe { Work::of(work) }?;
         match work.event.status() {
-            std::task::Poll::Pending => Err(Failed::UnderWay),
-            std::task::Poll::Ready(result) => Ok(result.map_err(Error::from)?),
+            Poll::Pending => Err(Failed::UnderWay),
+            Poll::Ready(result) => Ok(result.map_err(Error::from)?),
         }
     })
 }
 
 /// Calls `callback` with `context` and the result's code once the work has ended: on a thread of
-/// this library, or at once. The callback returns soon, and neither waits for operations nor
-/// starts any. Only this rank calls.
+/// this library, or at once. The callback returns soon; it neither waits for operations nor starts
+/// any, and does not release the work. Only this rank calls.
 ///
 /// # Safety
 /// `work` has not been released; `callback` may be called on any thread.

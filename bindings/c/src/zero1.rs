@@ -89,10 +89,11 @@ pub unsafe extern "C" fn pillion_step(
 
 /// What a checkpoint needs besides the parameters: the first and second moments of the parameters
 /// first, first + 1, ..., `count` floats each, which this rank updates, and the number of updates.
-/// A run that goes on writes all of them before its first step. Only this rank calls.
+/// A run that goes on writes the moments, and calls pillion_zero1_resume. Only this rank calls.
 ///
 /// # Safety
-/// `zero1` has not been freed; the others are places for the results, which last as long as it.
+/// `zero1` has not been freed; the others are places for the results. The moments last as long as
+/// `zero1`, and are not touched during steps.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pillion_zero1_state(
     zero1: *mut Zero1,
@@ -100,7 +101,7 @@ pub unsafe extern "C" fn pillion_zero1_state(
     count: *mut usize,
     m: *mut *mut f32,
     v: *mut *mut f32,
-    updates: *mut *mut u64,
+    updates: *mut u64,
 ) -> i32 {
     guard(|| {
         if first.is_null() || count.is_null() || m.is_null() || v.is_null() || updates.is_null() {
@@ -111,12 +112,27 @@ pub unsafe extern "C" fn pillion_zero1_state(
             let Zero1 { zero1, .. } = Zero1::of(zero1)?;
             let own = zero1.own();
             let (own_m, own_v, own_updates) = zero1.state_mut();
+            let own_updates = *own_updates;
             first.write(own.start);
             count.write(own.len());
             m.write(own_m.view_mut().raw().pointer.as_ptr().cast());
             v.write(own_v.view_mut().raw().pointer.as_ptr().cast());
             updates.write(own_updates);
         }
+        Ok(())
+    })
+}
+
+/// Says how many updates there have been, before the first step of a run that goes on. Only this
+/// rank calls.
+///
+/// # Safety
+/// `zero1` has not been freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pillion_zero1_resume(zero1: *mut Zero1, updates: u64) -> i32 {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        *unsafe { Zero1::of(zero1) }?.zero1.state_mut().2 = updates;
         Ok(())
     })
 }

@@ -92,6 +92,7 @@ static void refused(pillion_communicator *ranks, pillion_engine *engine) {
 
     CHECK(pillion_engine_forward(engine, 0, weights) == PILLION_INVALID);
     CHECK(strstr(pillion_last_error(), "no step is under way"));
+    CHECK(pillion_engine_begin(engine, SIZE_MAX, 0) == PILLION_INVALID);
     CHECK(pillion_engine_begin(engine, 0, 0) == PILLION_INVALID && pillion_engine_begin(NULL, 1, 0) == PILLION_INVALID);
     CHECK(pillion_engine_load(engine, "/nonexistent", &number) == PILLION_FILE);
     OK(pillion_engine_begin(engine, 1, 1));
@@ -131,9 +132,9 @@ int main(int count, char **arguments) {
     }
     size_t first, own;
     float *m, *v;
-    uint64_t *updates;
+    uint64_t updates = 0;
     OK(pillion_zero1_state(optimizer, &first, &own, &m, &v, &updates));
-    CHECK(*updates == 3 && first + own <= ALL && (own == 0 || (m[0] != 0 && v[0] > 0)));
+    CHECK(updates == 3 && first + own <= ALL && (own == 0 || (m[0] != 0 && v[0] > 0)));
     CHECK(report.tokens == 3.0 * (double)world && report.loss_sum == 1.5 * (double)world);
 
     for (int32_t sharded = 0; sharded < 4; sharded++)
@@ -165,6 +166,7 @@ int main(int count, char **arguments) {
             OK(pillion_engine_free(again));
         }
     OK(pillion_engine_free(NULL));
+    OK(pillion_zero1_resume(optimizer, updates));
     OK(pillion_zero1_free(optimizer));
     OK(pillion_zero1_free(NULL));
     OK(pillion_close(ranks));

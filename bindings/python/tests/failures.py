@@ -113,6 +113,26 @@ def killed(world: int, seed: int) -> None:
             assert f"rank {victim}" in text, f"rank {victim} was killed, and rank {rank} says: {text}"
 
 
+def killed_in_ddp(world: int) -> None:
+    """A job under DDP, whose C++ waits for the futures of works, fails with the same words."""
+
+    def body(rank: int, world: int) -> str:
+        torch.manual_seed(1)
+        layers = [torch.nn.Linear(50, 50) for _ in range(4)]
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(*layers), bucket_cap_mb=0.01)
+        try:
+            for step in range(6):
+                if rank == 1 and step == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                model(torch.rand(4, 50)).sum().backward()
+        except RuntimeError as error:
+            return str(error)
+        return "nothing was noticed"
+
+    said = ranks(world, body)
+    assert all("lost rank 1" in text for rank, text in enumerate(said) if rank != 1), said
+
+
 def late(world: int) -> None:
     """A group's limit ends its operations, and the late rank is named, also by those that see another
     leave first."""
@@ -237,7 +257,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for check in (late, late_at_a_barrier, mismatched, others_run, forked, several_hosts):
+    for check in (killed_in_ddp, late, late_at_a_barrier, mismatched, others_run, forked, several_hosts):
         check(options.ranks)
     for kill in range(options.kills):
         killed(options.ranks, options.seed + kill)

@@ -282,6 +282,7 @@ def main() -> None:
     check("DDP, accumulating", ddp, rounds=3, synced=False)
     check("DDP, frozen parameters", ddp, frozen=True)
     check("DDP in bf16", ddp, dtype=bf16, reduced=bf16)
+    check("DDP in f64", ddp, dtype=torch.float64, reduced=torch.float64)
     check("FSDP2 with a divisor", scaled)
     check("FSDP2, compiled", compiled)
     saved_and_logged()

@@ -209,6 +209,20 @@ def works(rank: int, world: int) -> None:
     doubled = [future.then(lambda done: done.value()[0] * 2) for future in futures]
     for tensor, future in zip(tensors, doubled):
         assert future.wait()[-1].item() == 2 * total and tensor[0].item() == total
+    # A callback that starts another operation, and waits for it, as PyTorch's PowerSGD does.
+    first = dist.all_reduce(torch.ones(10), async_op=True).get_future()
+    second = first.then(lambda done: dist.all_reduce(done.value()[0], async_op=True).get_future().wait()[0] + 1)
+    assert second.wait()[0].item() == world * world + 1
+    # The result of a leaf that is not contiguous, and of one that cannot be written.
+    leaf = torch.nn.Parameter(torch.ones(6, 4)).t()
+    with torch.no_grad():
+        dist.all_reduce(leaf, async_op=True).get_future().wait()
+    same(leaf.detach(), torch.full((4, 6), world), "an async all_reduce of a leaf")
+    try:
+        dist.all_reduce(torch.ones(1).expand(4), async_op=True).get_future().wait()
+        raise AssertionError("an expanded tensor was written")
+    except RuntimeError as error:
+        assert "single memory location" in str(error), error
     work = dist.barrier(async_op=True)
     work.wait()
     tensor = strided(torch.full((1000,), float(rank + 1)))
@@ -245,6 +259,12 @@ def refusals(rank: int, world: int) -> None:
     if isinstance(dist.group.WORLD, PillionProcessGroup):  # Otherwise PyTorch answers itself.
         refused(lambda: dist.all_reduce(torch.empty(2, device="meta")), "meta")
     refused(lambda: dist.all_reduce(torch.ones(2), dist.ReduceOp.BAND), "band of f32")
+    tensors = [torch.ones(2) for _ in range(world + 1)]
+    refused(lambda: dist.all_gather(tensors, torch.ones(2)), "one for each")
+    refused(lambda: dist.all_to_all(tensors, tensors), "one for each")
+    refused(lambda: dist.reduce_scatter(torch.ones(2), tensors[:-2]), "one for each")
+    numbers = [torch.ones(2, dtype=torch.complex64) for _ in range(world)]
+    refused(lambda: dist.reduce_scatter(torch.ones(2, dtype=torch.complex64), numbers, dist.ReduceOp.MAX), "reduction")
     # None of that has reached another rank.
     dist.barrier()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import threading
 import weakref
@@ -23,6 +24,9 @@ class Arena:
         self._connection = connection
         self._lock = threading.Lock()
         self._spare: dict[int, list[int]] = {}
+        # Memory of tensors that have gone: addresses and sizes. Finalizers put it here, which takes
+        # no lock.
+        self._gone: collections.deque[tuple[int, int]] = collections.deque()
         self._spare_bytes = self._used_bytes = self._most_bytes = 0
 
     def tensor(self, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -32,6 +36,7 @@ class Arena:
         count = size * dtype.itemsize
         room = -(-count // _STEP) * _STEP
         with self._lock:
+            self._sort()
             spare = self._spare.get(room)
             address = spare.pop() if spare else None
             if address is not None:
@@ -53,18 +58,26 @@ class Arena:
         return torch.frombuffer(memory, dtype=dtype)
 
     def _take_back(self, address: int, room: int) -> None:
-        with self._lock:
+        if self._connection.handle is None:
+            lib.pillion_free(address)
+        else:
+            self._gone.append((address, room))
+
+    def _sort(self) -> None:
+        """Keeps or frees the memory of tensors that have gone; the caller holds the lock."""
+        while self._gone:
+            address, room = self._gone.popleft()
             self._used_bytes -= room
-            keeps = self._connection.handle is not None and self._spare_bytes + room <= self._most_bytes
-            if keeps:
+            if self._spare_bytes + room <= self._most_bytes:
                 self._spare.setdefault(room, []).append(address)
                 self._spare_bytes += room
-        if not keeps:
-            lib.pillion_free(address)
+            else:
+                lib.pillion_free(address)
 
     def clear(self) -> None:
-        """Frees what no tensor has. The others are freed as they go."""
+        """Frees what no tensor has, once the group has gone. The rest is freed as tensors go."""
         with self._lock:
+            self._sort()
             spare, self._spare, self._spare_bytes = self._spare, {}, 0
         for address in (address for addresses in spare.values() for address in addresses):
             lib.pillion_free(address)

@@ -18,7 +18,7 @@ from .._library import lib
 from . import sparse
 from .arena import Arena
 from .late_ranks import LateRanks
-from .operands import Operands
+from .operands import Operands, copied
 from .works import Done, Several, UnderWay, completer, failure
 
 _C10d = torch._C._distributed_c10d
@@ -93,18 +93,25 @@ class Collectives:
             limit = max(1, int(timeout.total_seconds() * 1000))
         self._calls += 1
         blocks = opts is not None and not getattr(opts, "asyncOp", True)
+        if completer.orphans:
+            completer.sweep()
         entry = self._enter(label, operands.given)
         if blocks and entry is None:
             code = call(self._ranks, *arguments, limit, None)
             if code:
                 raise failure(code)
-            for after in operands.after:
-                after()
+            if operands.after:
+                with torch.no_grad():
+                    for after in operands.after:
+                        after()
             return Done(outputs) if self._always_works else None
         handle = ctypes.c_void_p()
         code = call(self._ranks, *arguments, limit, ctypes.byref(handle))
         if code:
-            raise failure(code)
+            error = failure(code)
+            if entry is not None:
+                torch.autograd._record_function_with_args_exit(entry)
+            raise error
         work = UnderWay(handle.value, outputs, operands.keep, operands.after)
         if entry is not None:
             work.record(entry)
@@ -118,6 +125,10 @@ class Collectives:
         self._in_entry = True
         try:
             works = [work for work in (call(*group, opts) for group in groups) if work is not None]
+        except BaseException:
+            if entry is not None:
+                torch.autograd._record_function_with_args_exit(entry)
+            raise
         finally:
             self._in_entry = False
         work = Several(works, outputs)
@@ -143,7 +154,7 @@ class Collectives:
         if tensors[0].layout is torch.sparse_coo and operator == _library.SUM:
             sparse.all_reduce(self, tensors[0])
             return Done(tensors)
-        operands = Operands(reduces=True)
+        operands = Operands(operator)
         operand = operands.write(tensors[0])
         return self._run("all_reduce", (operand, operand, operator, factor), operands, tensors, opts)
 
@@ -155,24 +166,24 @@ class Collectives:
 
     def reduce(self, tensors: Tensors, opts: Any) -> Any:
         operator, factor = _reduction(opts.reduceOp)
-        operands, root = Operands(reduces=True), opts.rootRank
+        operands, root = Operands(operator), opts.rootRank
         (tensor,) = tensors
         if self._rank == root:
-            given, result = operands.read(tensor.clone()), operands.write(tensor)
+            given, result = operands.read(copied(tensor)), operands.write(tensor)
         else:
             given, result = operands.read(tensor), _library.Tensor(None, 0, _library.U8)
         return self._run("reduce", (given, result, operator, factor, root), operands, tensors, opts)
 
     def reduce_scatter_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> Any:
         operator, factor = _reduction(opts.reduceOp if opts is not None else _Op.SUM)
-        operands = Operands(reduces=True)
+        operands = Operands(operator)
         given, result = operands.read(input), operands.write(output)
         return self._run("reduce_scatter", (given, result, operator, factor), operands, [output], opts)
 
     def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any = None) -> Any:
         operator, factor = _reduction(opts.reduceOp if opts is not None else _Op.SUM)
-        operands = Operands(reduces=True)
-        given, result = operands.read_all(inputs[0]), operands.write(outputs[0])
+        operands = Operands(operator)
+        given, result = operands.read_all(inputs[0], self._world), operands.write(outputs[0])
         return self._run("reduce_scatter_v", (given, result, operator, factor), operands, outputs, opts)
 
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Any:
@@ -190,7 +201,7 @@ class Collectives:
 
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> Any:
         operands = Operands()
-        given, results = operands.read(inputs[0]), operands.write_all(outputs[0])
+        given, results = operands.read(inputs[0]), operands.write_all(outputs[0], self._world)
         return self._run("all_gather_v", (given, results), operands, outputs[0], opts)
 
     def allgather_coalesced(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> Any:
@@ -210,13 +221,17 @@ class Collectives:
         results = None
         if self._rank == opts.rootRank:
             if tensor.data_ptr() == outputs[0][self._rank].data_ptr():
-                tensor = tensor.clone()
-            results = operands.write_all(outputs[0])
+                tensor = copied(tensor)
+            results = operands.write_all(outputs[0], self._world)
         arguments = (operands.read(tensor), results, opts.rootRank)
         return self._run("gather_v", arguments, operands, outputs[0] if outputs else [], opts)
 
     def gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any) -> Any:
         is_root = self._rank == opts.rootRank
+        if is_root and (output.dim() == 0 or output.size(0) % self._world):
+            raise ValueError(
+                f"an output of shape {list(output.shape)} for {self._world} ranks: give a multiple of rows"
+            )
         outputs = [list(output.chunk(self._world))] if is_root else []
         return self.gather(outputs, [input], opts)
 
@@ -225,13 +240,15 @@ class Collectives:
         given = None
         if self._rank == opts.rootRank:
             own = tensor.data_ptr()
-            given = operands.read_all([part.clone() if part.data_ptr() == own else part for part in inputs[0]])
+            given = operands.read_all(
+                [part.clone() if part.data_ptr() == own else part for part in inputs[0]], self._world
+            )
         arguments = (given, operands.write(tensor), opts.rootRank)
         return self._run("scatter_v", arguments, operands, outputs, opts)
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Any:
         operands = Operands()
-        arguments = (operands.read_all(inputs), operands.write_all(outputs))
+        arguments = (operands.read_all(inputs, self._world), operands.write_all(outputs, self._world))
         return self._run("all_to_all_v", arguments, operands, outputs, opts)
 
     def all_to_all_single(
@@ -288,7 +305,7 @@ class Collectives:
 
     def barrier(self, opts: Any = None) -> Any:
         # A reduction of one byte, because a barrier may be under way, too.
-        operands = Operands(reduces=True)
+        operands = Operands(_library.MAX)
         operand = operands.write(torch.zeros(1, dtype=torch.uint8))
         return self._run("all_reduce", (operand, operand, _library.MAX, 0.0), operands, [], opts)
 

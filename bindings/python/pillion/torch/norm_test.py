@@ -56,7 +56,7 @@ class NormTest:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._taps = taps_of(model)
         self._log = Path(log) if log is not None and dist.get_rank() == 0 else None
-        self._sums: Optional[tuple[torch.Tensor, torch.Tensor, int]] = None
+        self._sums: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = None
         self._steps = 0
         self.decision: Optional[Decision] = None
 
@@ -87,11 +87,11 @@ class NormTest:
         the next one. All ranks get the same."""
         if self._sums is None:
             raise RuntimeError("call clip_grad_norm_ in every step, before step(); without clipping, with no limit")
-        norm, groups_sum, groups = self._sums
+        norm, square, groups_sum, groups = self._sums
         self._sums = None
         if self._controller is None:
             self._controller = self._make(samples, None)
-        square, total = torch.stack([norm.double().square(), groups_sum.to(norm.device)]).tolist()
+        square, total = torch.stack([square.double(), groups_sum.to(square.device)]).tolist()
         finite = math.isfinite(square) and math.isfinite(total)
         self._steps += 1
         sums = {
@@ -104,6 +104,11 @@ class NormTest:
         if self._log is not None:
             self._write(samples, norm.item(), sums)
         return self.decision.batch
+
+    def reset(self) -> None:
+        """Forgets what a step has reduced so far: for a step that failed, whose gradients go nowhere."""
+        self._sums = None
+        self._taps.forget()
 
     def _write(self, samples: int, norm: float, sums: dict[str, float]) -> None:
         # JSON has no number that is not finite.

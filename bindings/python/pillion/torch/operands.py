@@ -37,16 +37,37 @@ if hasattr(torch, "uint16"):
     _WIDER[torch.uint16] = torch.int32
 
 
+# Reductions of complex numbers that are those of their parts.
+_OF_PARTS = (_library.SUM, _library.AVG, _library.PREMUL_SUM)
+
+
 def _move_bytes(to: torch.Tensor, tensor: torch.Tensor) -> None:
     """Copies elements that lie side by side in both, of one type."""
     ctypes.memmove(to.data_ptr(), tensor.data_ptr(), tensor.numel() * tensor.dtype.itemsize)
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements in other memory."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    move = (
+        _move_bytes if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() else torch.Tensor.copy_
+    )
+    with torch.no_grad():
+        move(copy, tensor)
+    return copy
+
+
+def _check_count(tensors: Sequence[torch.Tensor], world: int) -> None:
+    if len(tensors) != world:
+        raise ValueError(f"a list of {len(tensors)} tensors among {world} ranks: give one for each")
+
+
 class Operands:
     """The tensors of one operation."""
 
-    def __init__(self, reduces: bool = False) -> None:
-        self._reduces = reduces
+    def __init__(self, reduction: Optional[int] = None) -> None:
+        # None of an operation that moves.
+        self._reduction = reduction
         # What the operation's memory belongs to.
         self.keep: list[torch.Tensor] = []
         # What the profiler is told.
@@ -65,19 +86,21 @@ class Operands:
             self.given.append(tensor)
         return self._take(tensor, True)
 
-    def read_all(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Tensors that the operation reads, which may be the same memory."""
+    def read_all(self, tensors: Sequence[torch.Tensor], world: int) -> Any:
+        """A tensor for each rank, which the operation reads; some may be the same memory."""
+        _check_count(tensors, world)
         seen: set[int] = set()
         apart = []
         for tensor in tensors:
             if tensor.numel() and tensor.data_ptr() in seen:
-                tensor = tensor.clone()
+                tensor = copied(tensor)
             seen.add(tensor.data_ptr())
             apart.append(self._take(tensor, False))
         return (Tensor * len(apart))(*apart)
 
-    def write_all(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Tensors that the operation writes."""
+    def write_all(self, tensors: Sequence[torch.Tensor], world: int) -> Any:
+        """A tensor for each rank, which the operation writes."""
+        _check_count(tensors, world)
         return (Tensor * len(tensors))(*[self._take(tensor, True) for tensor in tensors])
 
     def _take(self, tensor: torch.Tensor, writes: bool) -> Tensor:
@@ -102,20 +125,21 @@ class Operands:
         plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
         # PyTorch's own copies may crash on an odd address.
         move = _move_bytes if plain else torch.Tensor.copy_
-        move(copy, tensor)
+        with torch.no_grad():
+            move(copy, tensor)
         if code is not None:
             operand = Tensor(copy.data_ptr(), copy.numel(), code)
-        elif not self._reduces:
+        elif self._reduction is None:
             operand = Tensor(copy.data_ptr(), copy.numel() * dtype.itemsize, _library.U8)
         elif dtype in _WIDER:
             copy = copy.to(_WIDER[dtype])
             move = torch.Tensor.copy_
             operand = Tensor(copy.data_ptr(), copy.numel(), _CODES[copy.dtype])
-        elif dtype in (torch.complex64, torch.complex128):
+        elif dtype in (torch.complex64, torch.complex128) and self._reduction in _OF_PARTS:
             parts = torch.view_as_real(copy)
             operand = Tensor(parts.data_ptr(), parts.numel(), _CODES[parts.dtype])
         else:
-            raise TypeError(f"pillion does not reduce {dtype}: reduce a copy in float32")
+            raise TypeError(f"pillion has no such reduction of {dtype}: reduce a copy of another type")
         self.keep.append(copy)
         if writes:
             self.after.append(lambda: move(tensor, copy))

@@ -24,8 +24,9 @@ def square_norm(flat: torch.Tensor) -> torch.Tensor:
     # lost in a sum of millions.
     flat = flat.detach().reshape(-1)
     whole = flat.numel() // 1024 * 1024
-    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1, dtype=torch.float32)
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1, dtype=wide)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=wide)
     return blocks.double().square().sum() + rest.double().square()
 
 
@@ -81,7 +82,8 @@ class FsdpTaps:
             raise ValueError("NormTest does not support tensor parallelism beside FSDP2")
         self.world = mesh.size()
         self.shards = mesh.size(mesh.ndim - 1) if hasattr(groups[0].mesh_info, "shard_mesh_size") else 1
-        self._replica = mesh.get_local_rank(0) if mesh.ndim == 2 else 0
+        # Only the first replica counts; without shards, each rank is one.
+        self._replica = mesh.get_local_rank(0) if mesh.ndim == 2 or self.shards == 1 else 0
         if mesh.ndim == 1:
             self._process_group = mesh.get_group()
         elif self.world == dist.get_world_size():
@@ -96,9 +98,9 @@ class FsdpTaps:
     def add(self, number: torch.Tensor) -> None:
         self._local = number if self._local is None else self._local + number
 
-    def reduce(self, grads: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """(norm of the gradient as PyTorch's clipping computes it, sum over groups of |their share|²,
-        number of groups), by the one reduction that clipping makes anyway."""
+    def reduce(self, grads: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """(norm of the gradient as PyTorch's clipping computes it, its square to decide by, sum over
+        groups of |their share|², number of groups), by the one reduction that clipping makes anyway."""
         local = [grad.to_local() for grad in grads]
         # The operations of DTensor's norms: of each tensor, squared, summed over shards, and its root.
         own = torch.stack(torch._foreach_norm(local, 2.0)) ** 2
@@ -113,12 +115,12 @@ class FsdpTaps:
         groups = self.world * max(tap.rounds for tap in self._taps)
         groups_sum = riders.total(both[own.numel() :], self.world)
         self.forget()
-        return norm, groups_sum, groups
+        return norm, norm.double().square(), groups_sum, groups
 
     def forget(self) -> None:
         self._local = None
         for tap in self._taps:
-            tap.rounds = 0
+            tap.rounds, tap._allocated = 0, []
 
     def remove(self) -> None:
         for tap in self._taps:
@@ -157,8 +159,10 @@ class DdpTaps:
 
         return sum_(both).then(done)
 
-    def reduce(self, grads: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def reduce(self, grads: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0)), 2.0)
+        # Its order may depend on a rank's threads; ranks must decide alike.
+        square = torch.stack([square_norm(grad) for grad in grads]).sum()
         total, reductions = self._total, self._reductions
         self.forget()
         if reductions > 1:
@@ -168,7 +172,7 @@ class DdpTaps:
             )
         if total is None:
             total = torch.zeros((), dtype=torch.float64)
-        return norm, total, self.world
+        return norm, square, total, self.world
 
     def forget(self) -> None:
         self._local = self._total = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
+import itertools
 import logging
-import sys
+import os
 import threading
 from datetime import timedelta
 from typing import Any, Callable, Optional, Sequence
@@ -31,30 +33,54 @@ def failure(code: int) -> Exception:
 
 class _Completer:
     """A thread that waits, without the interpreter's lock, for works whose end somebody wants to
-    hear of. It runs from `open` to the last `close`."""
+    hear of. It runs from the first such work to the last `close`; the queue stays."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
         self._queue: Optional[ctypes.c_void_p] = None
         self._thread: Optional[threading.Thread] = None
         self._called: dict[int, Callable[[int], None]] = {}
-        self._next = 1
+        self._tokens = itertools.count(1)
+        # Works that nobody holds any more and that had not ended: handles, and what keeps their
+        # memory. Finalizers put them here, which takes no lock.
+        self.orphans: collections.deque[tuple[int, Any]] = collections.deque()
 
     def open(self) -> None:
         with self._lock:
             self._users += 1
 
     def close(self) -> None:
+        """A group has gone, and nothing of it is under way."""
+        self.sweep()
         with self._lock:
             self._users -= 1
             if self._users or self._thread is None:
                 return
-            queue, thread = self._queue, self._thread
-            self._queue = self._thread = None
-        lib.pillion_wake(queue, 0)
+            thread, self._thread = self._thread, None
+            # Behind all that has ended: the thread comes to those first.
+            lib.pillion_wake(self._queue, 0)
         if thread is not threading.current_thread():
             thread.join()
+
+    def sweep(self) -> None:
+        """Releases orphans that have ended."""
+        for _ in range(len(self.orphans)):
+            try:
+                handle, keep = self.orphans.popleft()
+            except IndexError:
+                return  # Another thread sweeps, too.
+            if lib.pillion_test(handle) == UNDER_WAY:
+                self.orphans.append((handle, keep))
+            else:
+                lib.pillion_release(handle)
+
+    def is_here(self) -> bool:
+        """Whether this is the completer's thread, which must not wait for itself."""
+        return threading.current_thread() is self._thread
 
     def call(self, handle: int, then: Callable[[int], None]) -> None:
         """Calls `then` with the result's code once the work has ended."""
@@ -66,37 +92,38 @@ class _Completer:
 
     def _give(self, then: Callable[[int], None], put: Callable[[ctypes.c_void_p, int], int]) -> None:
         with self._lock:
-            if self._thread is None:
-                self._queue = ctypes.c_void_p()
-                if code := lib.pillion_completions_new(ctypes.byref(self._queue)):
+            if self._queue is None:
+                queue = ctypes.c_void_p()
+                if code := lib.pillion_completions_new(ctypes.byref(queue)):
                     raise failure(code)
-                self._thread = threading.Thread(
-                    target=self._run, args=(self._queue,), name="pillion-completer", daemon=True
-                )
-                self._thread.start()
-            token, self._next = self._next, self._next + 1
+                self._queue = queue
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="pillion-completer", daemon=True)
+                thread.start()
+                self._thread = thread
+            token = next(self._tokens)
             self._called[token] = then
-            queue = self._queue
-        if code := put(queue, token):
+        if code := put(self._queue, token):
             del self._called[token]
             raise failure(code)
 
-    def _run(self, queue: ctypes.c_void_p) -> None:
+    def _run(self) -> None:
         token = ctypes.c_uint64()
         while True:
-            code = lib.pillion_next(queue, 2**40, ctypes.byref(token))
-            if token.value == 0:
-                break
+            code = lib.pillion_next(self._queue, 2**40, ctypes.byref(token))
             if code == UNDER_WAY:
                 continue
+            if token.value == 0:
+                return
             try:
                 self._called.pop(token.value)(code)
             except Exception as error:  # A callback's error is its own; others wait for theirs.
                 _log.error("a callback that follows a collective failed: %s", error)
-        lib.pillion_completions_free(queue)
 
 
 completer = _Completer()
+# A forked child has none of the parent's threads.
+os.register_at_fork(after_in_child=completer._reset)
 
 
 def _leave(entry: Any, recorded: threading.Event) -> None:
@@ -160,6 +187,10 @@ class UnderWay(_Work):
 
     def record(self, entry: Any) -> None:
         """Ends an entry of the profiler once the work has ended."""
+        if completer.is_here():
+            self.is_completed() or lib.pillion_wait(self._handle, 0)
+            torch.autograd._record_function_with_args_exit(entry)
+            return
         self._recorded = threading.Event()
         completer.call(self._handle, lambda _: _leave(entry, self._recorded))
 
@@ -168,16 +199,19 @@ class UnderWay(_Work):
         with self._lock:
             if self._ended:
                 return
-            if code:
-                self._error = failure(code)
-            else:
-                for after in self._after:
-                    after()
+            try:
+                if code:
+                    raise failure(code)
+                with torch.no_grad():
+                    for after in self._after:
+                        after()
+            except Exception as error:
+                self._error = error
             self._keep, self._after, self._ended = None, (), True
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if not self._ended:
-            limit = max(0, int(timeout.total_seconds() * 1000))
+            limit = 0 if timeout <= timedelta(0) else max(1, int(timeout.total_seconds() * 1000))
             code = lib.pillion_wait(self._handle, limit)
             if code == UNDER_WAY:
                 text = f"a timeout of the wait: the work has not ended within {limit} ms, and goes on"
@@ -218,29 +252,34 @@ class UnderWay(_Work):
 
     def get_future(self) -> torch.futures.Future:
         if self._future is None:
-            self._future = torch.futures.Future()
-            if self._recorded is None and self.is_completed():
-                self._settle()
+            # An error that is set on a future of Python's is lost where C++ takes the future. One
+            # that a callback raises is not.
+            self._source = torch.futures.Future()
+            self._future = self._source.then(lambda _: self._outcome())
+            if completer.is_here():
+                # A callback may wait for this future, and nobody else would settle it.
+                self._end(lib.pillion_wait(self._handle, 0))
+                self._source.set_result(None)
+            elif self._recorded is None and self.is_completed():
+                self._source.set_result(None)
             else:  # The profiler's entry ends first.
-                completer.call(self._handle, lambda _: self.is_completed() and self._settle())
+                completer.call(self._handle, lambda _: self.is_completed() and self._source.set_result(None))
         return self._future
 
-    def _settle(self) -> None:
+    def _outcome(self) -> list[torch.Tensor]:
         if self._error is not None:
-            self._future.set_exception(self._error)
-        else:
-            self._future.set_result(self._outputs)
+            raise self._error
+        return self._outputs
 
     def __del__(self) -> None:
-        if sys.is_finalizing():
+        handle = getattr(self, "_handle", None)
+        if handle is None:
             return
-        handle = self._handle
         if self._ended or lib.pillion_test(handle) != UNDER_WAY:
             lib.pillion_release(handle)
-            return
-        # Nobody waits for it, but its memory must stay until it has ended.
-        kept = [self._keep, self._outputs]
-        completer.call(handle, lambda _: (lib.pillion_release(handle), kept.clear()))
+        else:
+            # Nobody waits for it, but its memory must stay until it has ended.
+            completer.orphans.append((handle, (self._keep, self._outputs)))
 
 
 class Several(_Work):
@@ -253,6 +292,10 @@ class Several(_Work):
 
     def record(self, entry: Any) -> None:
         """Ends an entry of the profiler once the works have ended."""
+        if completer.is_here():
+            self.wait()
+            torch.autograd._record_function_with_args_exit(entry)
+            return
         self._recorded = threading.Event()
         last = next((work for work in reversed(self._works) if isinstance(work, UnderWay)), None)
         end = lambda _: _leave(entry, self._recorded)
