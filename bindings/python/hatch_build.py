@@ -29,6 +29,8 @@ class Library(BuildHookInterface):
         # Beside the old one first: a process may have that loaded.
         shutil.copyfile(library, package / "libpillion.so.new")
         (package / "libpillion.so.new").replace(package / "libpillion.so")
+        # Programs in C can use the same copy.
+        shutil.copyfile(root / "bindings" / "c" / "pillion.h", package / "pillion.h")
         major, minor = newest_glibc(library)[:2]
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-manylinux_{major}_{minor}_{platform.machine()}"

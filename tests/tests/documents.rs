@@ -136,6 +136,18 @@ const TABLE: &[(&str, How)] = &[
         "torchrun --standalone --nproc-per-node 2 bindings/python/examples/fsdp_norm_test.py",
         In("ci/python", "run 2 ../examples/fsdp_norm_test.py --samples 600"),
     ),
+    (
+        "export C_INCLUDE_PATH=$(python -c 'import pillion; print(pillion.__path__[0])')",
+        In("ci/python", "export C_INCLUDE_PATH=$(\"$python\" -c 'import pillion; print(pillion.__path__[0])')"),
+    ),
+    (
+        "export LIBRARY_PATH=$C_INCLUDE_PATH LD_LIBRARY_PATH=$C_INCLUDE_PATH",
+        In("ci/python", "export LIBRARY_PATH=$C_INCLUDE_PATH LD_LIBRARY_PATH=$C_INCLUDE_PATH"),
+    ),
+    (
+        "cc bindings/c/examples/mean.c -lpillion && ./a.out",
+        In("ci/python", "cc ../../c/examples/mean.c -lpillion -o \"$program\" && \"$program\""),
+    ),
     ("ci/long fuzz", In("ci/long", "fuzz) fuzz \"${@:2}\" ;;")),
     (LONG[0], In("ci/long", LONG[0])),
     (LONG[1], In("ci/long", LONG[1])),
