@@ -148,7 +148,6 @@ const TABLE: &[(&str, How)] = &[
         "cc bindings/c/examples/mean.c -lpillion && ./a.out",
         In("ci/python", "cc ../../c/examples/mean.c -lpillion -o \"$program\" && \"$program\""),
     ),
-    ("ci/python", In("ci/run", "ci/python || python=$?")),
     ("ci/long fuzz", In("ci/long", "fuzz) fuzz \"${@:2}\" ;;")),
     (LONG[0], In("ci/long", LONG[0])),
     (LONG[1], In("ci/long", LONG[1])),
