@@ -170,6 +170,19 @@ fn engines_and_two_arrays_give_the_same_parameters() {
 }
 
 #[test]
+fn a_program_with_the_static_library_needs_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("mean");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut command = Command::new("cc");
+    command.arg(source.join("examples/mean.c")).arg("-I").arg(source).arg(library().join("libpillion.a"));
+    // What Rust's own library asks of the system.
+    let output = command.args(["-lm", "-lpthread", "-ldl", "-lgcc_s", "-o"]).arg(&program).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    all_well(&run(&program, 2, &[]));
+}
+
+#[test]
 fn two_copies_in_one_process_and_forks() {
     let folder = tempfile::tempdir().unwrap();
     let (program, library) = (folder.path().join("versions"), library().join("libpillion.so"));
