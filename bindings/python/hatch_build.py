@@ -22,7 +22,15 @@ def newest_glibc(library: Path) -> tuple[int, ...]:
 class Library(BuildHookInterface):
     def initialize(self, version: str, build_data: dict) -> None:
         root, package = Path(self.root).parents[1], Path(self.root) / "pillion"
-        command = ["cargo", "build", "--release", "--package", "pillion-c", "--message-format", "json"]
+        command = [
+            "cargo",
+            "build",
+            "--release",
+            "--package",
+            "pillion-c",
+            "--message-format",
+            "json-render-diagnostics",
+        ]
         lines = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE).stdout.splitlines()
         files = [file for line in lines for file in loads(line).get("filenames", [])]
         library = Path(next(file for file in files if file.endswith("libpillion.so")))

@@ -137,12 +137,12 @@ const TABLE: &[(&str, How)] = &[
         In("ci/python", "run 2 ../examples/fsdp_norm_test.py --samples 600"),
     ),
     (
-        "export C_INCLUDE_PATH=$(python -c 'import pillion; print(pillion.__path__[0])')",
-        In("ci/python", "export C_INCLUDE_PATH=$(\"$python\" -c 'import pillion; print(pillion.__path__[0])')"),
+        "export CPATH=$(python -c 'import pillion; print(pillion.__path__[0])')",
+        In("ci/python", "export CPATH=$(\"$python\" -c 'import pillion; print(pillion.__path__[0])')"),
     ),
     (
-        "export LIBRARY_PATH=$C_INCLUDE_PATH LD_LIBRARY_PATH=$C_INCLUDE_PATH",
-        In("ci/python", "export LIBRARY_PATH=$C_INCLUDE_PATH LD_LIBRARY_PATH=$C_INCLUDE_PATH"),
+        "export LIBRARY_PATH=$CPATH LD_LIBRARY_PATH=$CPATH",
+        In("ci/python", "export LIBRARY_PATH=$CPATH LD_LIBRARY_PATH=$CPATH"),
     ),
     (
         "cc bindings/c/examples/mean.c -lpillion && ./a.out",

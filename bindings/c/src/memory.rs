@@ -68,6 +68,18 @@ impl Tensor {
         Ok(is_cut && place == Some(own.data.addr()))
     }
 
+    /// Refuses a part that is not as long as that of one of `world` ranks.
+    pub(crate) fn is_divided(&self, part: &Tensor, world: usize, whole_name: &str, name: &str) -> Result<(), Failed> {
+        if part.count.checked_mul(world) == Some(self.count) {
+            return Ok(());
+        }
+        let (whole, part) = (self.count, part.count);
+        let text = format!(
+            "{whole_name} has {whole} elements and {name} {part}, among {world} ranks: give {world} times as many"
+        );
+        Err(Failed::Invalid(text))
+    }
+
     /// Whether both are the same elements.
     pub(crate) fn is(&self, other: &Tensor) -> bool {
         self.data == other.data && self.count == other.count && self.dtype == other.dtype

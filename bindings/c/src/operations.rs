@@ -39,6 +39,7 @@ pub unsafe extern "C" fn pillion_all_gather(
     // SAFETY: the caller's promise, for all of this body.
     unsafe {
         operate(communicator, limit_ms, work, |ranks, start| {
+            output.is_divided(&shard, ranks.world(), "output", "shard")?;
             if output.holds(&shard, ranks.rank(), ranks.world())? {
                 return Ok(ranks.all_gather_in_place(output.buffer("output")?, start).map(drop));
             }

@@ -93,6 +93,7 @@ pub unsafe extern "C" fn pillion_reduce_scatter(
     unsafe {
         operate(communicator, limit_ms, work, |ranks, start| {
             let reduction = reduction(op, factor)?;
+            input.is_divided(&output, ranks.world(), "input", "output")?;
             if input.holds(&output, ranks.rank(), ranks.world())? {
                 return Ok(ranks.reduce_scatter_in_place(input.buffer("input")?, reduction, start).map(drop));
             }

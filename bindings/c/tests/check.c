@@ -316,6 +316,8 @@ static void errors(pillion_communicator *ranks) {
     CHECK(pillion_all_reduce(ranks, of(values, SIZE_MAX / 2, PILLION_F32), of(values, SIZE_MAX / 2, PILLION_F32), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
     CHECK(pillion_all_gather(ranks, of(values, SIZE_MAX, PILLION_F32), of(values, 8, PILLION_F32), 0, NULL) == PILLION_INVALID);
     CHECK(pillion_reduce_scatter(ranks, whole, of(values, SIZE_MAX / 4, PILLION_F32), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(pillion_reduce_scatter(ranks, whole, of(values, 0, PILLION_F32), PILLION_SUM, 0, 0, NULL) == PILLION_INVALID);
+    CHECK(strstr(pillion_last_error(), "times as many"));
     CHECK(pillion_broadcast(ranks, whole, 99, 0, NULL) == PILLION_MISUSE);
     CHECK(pillion_all_reduce(ranks, whole, whole, PILLION_BIT_OR, 0, 0, NULL) == PILLION_MISUSE);
     CHECK(pillion_wait(NULL, 0) == PILLION_INVALID && pillion_free(values) == PILLION_INVALID);

@@ -6,6 +6,7 @@ A call releases the interpreter lock.
 from __future__ import annotations
 
 import ctypes
+import operator
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -193,6 +194,17 @@ def check(code: int) -> None:
     """Raises the error of a call that returned this code, unless it went well."""
     if code:
         raise last_error(code)
+
+
+def count(name: str, value: int) -> int:
+    """A number of things that C can count, which `ctypes` would wrap around otherwise."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise InvalidArgument(f"{name} is {value!r}: give a whole number") from None
+    if not 0 <= whole < 2**53:
+        raise InvalidArgument(f"{name} is {value}: give a number from 0 to 2^53")
+    return whole
 
 
 def load(path: Path) -> ctypes.CDLL:

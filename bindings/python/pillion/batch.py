@@ -87,8 +87,12 @@ class Controller:
 
         Raises `pillion.InvalidArgument`, which names the setting and a remedy."""
         handle = ctypes.c_void_p()
-        saved = None if state is None else json.dumps(state).encode()
-        check(lib.pillion_controller_new(json.dumps(settings).encode(), saved, ctypes.byref(handle)))
+        try:
+            given = json.dumps(settings, allow_nan=False).encode()
+            saved = None if state is None else json.dumps(state, allow_nan=False).encode()
+        except ValueError as error:
+            raise _library.InvalidArgument(f"a setting is not finite, in {settings}") from error
+        check(lib.pillion_controller_new(given, saved, ctypes.byref(handle)))
         self._handle = handle.value
         self.settings = settings
 
@@ -112,9 +116,10 @@ class Controller:
         `group_square_norms` is the sum over groups of |G|²/n, where G is the gradient of the loss
         summed over the group's n tokens (or samples, without `tokens`); `square_norm` is |sum of
         all G|². Both before clipping."""
-        given = _library.Observation(
-            groups, samples, samples if tokens is None else tokens, group_square_norms, square_norm, non_finite
-        )
+        counts = {"groups": groups, "samples": samples, "tokens": samples if tokens is None else tokens}
+        whole = [_library.count(name, value) for name, value in counts.items()]
+        others = _library.count("non_finite", non_finite)
+        given = _library.Observation(*whole, group_square_norms, square_norm, others)
         decided = _library.Decision()
         check(lib.pillion_observe(self._handle, given, ctypes.byref(decided)))
         known = lambda value: None if math.isnan(value) else value
@@ -152,7 +157,7 @@ class Controller:
 
     def skip(self, samples: int) -> None:
         """Passes over samples that no step has learnt from: schedules go on as if one had."""
-        check(lib.pillion_controller_skip(self._handle, samples))
+        check(lib.pillion_controller_skip(self._handle, _library.count("samples", samples)))
 
     def state_dict(self) -> dict[str, Any]:
         """All that it remembers, of numbers and texts: a controller made of it decides the same."""

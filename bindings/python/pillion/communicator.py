@@ -122,7 +122,8 @@ class Communicator:
 
     def group(self, ranks: Sequence[int]) -> Communicator:
         """A communicator of some of the ranks, in this order. Only they call."""
-        return Communicator(self._connection.group(ranks))
+        self._handle  # noqa: B018  (raises where it is closed)
+        return Communicator(self._connection.group([_library.count("a rank", rank) for rank in ranks]))
 
     def abort(self, reason: str) -> None:
         """Gives up: later calls here, and those of other ranks once they wait, raise this reason.
@@ -201,7 +202,7 @@ class Communicator:
     ) -> Optional[Work]:
         """The buffer = that of rank `root`."""
         operand, own = _operand(buffer, True)
-        return self._run(lib.pillion_broadcast, (operand, root), own, timeout, wait)
+        return self._run(lib.pillion_broadcast, (operand, _library.count("root", root)), own, timeout, wait)
 
     def all_to_all(self, input: Any, output: Any, timeout: Optional[float] = None, wait: bool = True) -> Optional[Work]:
         """output[p · n …] = part r of the input of rank p, on rank r. Both: world · n elements."""
@@ -214,14 +215,22 @@ class Communicator:
         """Sends a buffer to a rank, which receives as many elements with this tag. Only these two
         ranks call."""
         operand, own = _operand(buffer, False)
-        return self._run(lib.pillion_send, (operand, to, tag), own, timeout, wait)
+        return self._run(
+            lib.pillion_send, (operand, _library.count("to", to), _library.count("tag", tag)), own, timeout, wait
+        )
 
     def receive(
         self, buffer: Any, source: int, tag: int = 0, timeout: Optional[float] = None, wait: bool = True
     ) -> Optional[Work]:
         """The buffer = what rank `source` sends with this tag. Only these two ranks call."""
         operand, own = _operand(buffer, True)
-        return self._run(lib.pillion_receive, (operand, source, tag), own, timeout, wait)
+        return self._run(
+            lib.pillion_receive,
+            (operand, _library.count("source", source), _library.count("tag", tag)),
+            own,
+            timeout,
+            wait,
+        )
 
     def receive_any(self, buffer: Any, tag: int = 0, timeout: Optional[float] = None) -> int:
         """The buffer = the first message with this tag from any rank, whose number is returned."""
@@ -256,4 +265,5 @@ def connect(
         return Communicator(Connection.launched(timeout, startup_timeout))
     if rank is None or world is None:
         raise ValueError("a store without a rank and a world: give all three")
+    rank, world = _library.count("rank", rank), _library.count("world", world)
     return Communicator(Connection.through(store, rank, world, timeout, startup_timeout))

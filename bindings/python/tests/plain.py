@@ -65,6 +65,8 @@ def body(ranks: pillion.Communicator) -> None:
     assert total[0] == world * (world + 1) / 2 and own[0] == rank + 1
     ranks.all_reduce(own, op="max")
     assert own[0] == world
+    raises(pillion.InvalidArgument, "times as many", lambda: ranks.reduce_scatter(of("f", *range(8)), of("f", 0)[:0]))
+    raises(pillion.InvalidArgument, "root is -1", lambda: ranks.broadcast(own, root=-1))
     raises(ValueError, "no reduction", lambda: ranks.all_reduce(own, op="median"))
     raises(ValueError, "read-only", lambda: ranks.all_reduce(b"abcd"))
     raises(TypeError, "format", lambda: ranks.all_reduce(of("h", 1)))
@@ -137,6 +139,8 @@ def batches() -> None:
         {"stagewise": {"stages": [{"batch": 2, "share": 0.5}, {"batch": 8, "share": 0.5}], "horizon": 100}},
     ):
         batch.Controller(batch.settings(2, 64, rule=rule)).skip(60)
+    raises(pillion.InvalidArgument, "samples is -1", lambda: controller.skip(-1))
+    raises(pillion.InvalidArgument, "finite", lambda: batch.Controller(batch.settings(8, 64, eta=math.nan)))
     raises(pillion.InvalidArgument, "`cap`", lambda: batch.Controller(batch.settings(8, 4)))
     raises(pillion.InvalidArgument, "eta", lambda: batch.Controller(batch.settings(8, 64, eta=1.5)))
     raises(pillion.InvalidArgument, "unknown field", lambda: batch.Controller({"basis": 1}))

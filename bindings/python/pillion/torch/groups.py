@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .._connection import Connection
+from .._library import PillionError
 from .backend import Collectives
 from .meeting import Meeting
 
@@ -46,7 +47,13 @@ def connect(opts: Any) -> Optional[Connection]:
     seconds = opts.timeout.total_seconds()
     members = list(getattr(opts, "global_ranks_in_group", None) or [])
     if members and _root is not None and _root.handle is not None:
-        return _root.group(members)
+        try:
+            return _root.group(members)
+        except PillionError as error:
+            text = (
+                f"ranks {members} cannot make a group, because they do not come, or the group of all ranks has failed"
+            )
+            raise dist.DistBackendError(f"{text}: {error}") from error
     meeting = Meeting(opts.store, opts.group_rank, opts.group_size, opts.timeout)
     connection = meeting.connect(seconds)
     if not members:

@@ -50,12 +50,14 @@ class NormTest:
         **others: Any,
     ) -> None:
         self._settings = {"eta": eta, "base": base, "cap": cap, **others}
-        self._controller: Optional[Controller] = None
-        if base is not None:
-            self._controller = self._make(base, None)
+        # Settings that cannot be are refused here, also those that wait for a base.
+        first = self._make(others.get("round_to", 1) if base is None else base, None)
+        self._controller: Optional[Controller] = None if base is None else first
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._taps = taps_of(model)
         self._log = Path(log) if log is not None and dist.get_rank() == 0 else None
+        if self._log is not None:
+            self._log.open("a").close()
         self._sums: Optional[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]] = None
         self._steps = 0
         self.decision: Optional[Decision] = None
@@ -63,7 +65,7 @@ class NormTest:
     def _make(self, base: int, state: Optional[dict[str, Any]]) -> Controller:
         given = {**self._settings, "base": base}
         if given["cap"] == _LARGEST:
-            step = given.get("round_to", 1)
+            step = max(1, given.get("round_to", 1))
             given["cap"] = _LARGEST // step * step
         return Controller(settings(**given), state)
 
@@ -71,6 +73,8 @@ class NormTest:
     def clip_grad_norm_(self, max_norm: float = float("inf"), error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips the gradients as `torch.nn.utils.clip_grad_norm_` does, and returns their norm
         before. To be called once in a step, also where nothing is to be clipped."""
+        if self._sums is not None:
+            raise RuntimeError("clip_grad_norm_ was called twice in a step: call step() after it, or reset()")
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if not grads:
             raise RuntimeError("no parameter has a gradient: call this after backward()")
@@ -141,10 +145,10 @@ class NormTest:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a saved state; later batches are those of a run that was not interrupted."""
-        self._steps = state["steps"]
-        self._controller = None
+        controller = None
         if state["controller"] is not None:
-            self._controller = self._make(state["base"], state["controller"])
+            controller = self._make(state["base"], state["controller"])
+        self._steps, self._controller = state["steps"], controller
 
     def remove(self) -> None:
         """Gives the model back as it was; DDP keeps its hook, and says so."""
