@@ -225,7 +225,8 @@ typedef struct {
   int32_t weights;
   // Type in which gradients travel: PILLION_F32 or PILLION_BF16. They are lent in f32.
   int32_t reduce;
-  // 1 to gather weights in place, through memory that all ranks of one host read; 0 to copy them.
+  // 1 to gather weights in place, through memory that all ranks of one host read; 0 to copy
+  // them.
   int32_t window;
   // Groups of ranks that each hold everything. 0 means 1.
   size_t replicas;
@@ -478,13 +479,13 @@ int32_t pillion_engine_round(pillion_engine *engine, size_t tokens);
 // `engine` has not been freed; `weights` has room for the pointers.
 int32_t pillion_engine_forward(pillion_engine *engine, size_t unit, const void **weights);
 
-// As pillion_engine_forward, in a backward pass, with room for the gradients: f32, zeroed where the
-// unit's first are added; sums over tokens. `loss` gets where the sum of this rank's losses is, to
-// be added to in one unit.
+// As pillion_engine_forward, in a backward pass, with room for the gradients: f32, zeroed where
+// the unit's first are added; sums over tokens. `loss` gets where the sum of this rank's losses
+// is, to be added to in one unit.
 //
 // # Safety
-// `engine` has not been freed; `weights` and `gradients` have room for the pointers; `loss` is NULL
-// or a place for one.
+// `engine` has not been freed; `weights` and `gradients` have room for the pointers; `loss` is
+// NULL or a place for one.
 int32_t pillion_engine_backward(pillion_engine *engine,
                                 size_t unit,
                                 const void **weights,
@@ -500,14 +501,12 @@ int32_t pillion_engine_backward(pillion_engine *engine,
 // `engine` has not been freed; `report` is NULL or a place for a report.
 int32_t pillion_engine_finish(pillion_engine *engine, float lr, pillion_report *report);
 
-// Saves parameters and optimizer as the folder step-NUMBER in `folder`, which all ranks see; returns
-// once it is on disk.
+// Saves parameters and optimizer as the folder step-NUMBER in `folder`, which all ranks see;
+// returns once it is on disk.
 //
 // # Safety
 // `engine` has not been freed; `folder` ends with a zero byte.
-int32_t pillion_engine_save(pillion_engine *engine,
-                            const char *folder,
-                            uint64_t number);
+int32_t pillion_engine_save(pillion_engine *engine, const char *folder, uint64_t number);
 
 // Loads the newest whole checkpoint in `folder`, of any number of ranks and placement, and writes
 // its number; PILLION_FILE where there is none.
@@ -615,8 +614,8 @@ int32_t pillion_receive(const pillion_communicator *communicator,
                         pillion_work **work);
 
 // The tensor = the first message with this tag from any rank. Its number is written to `from`
-// before this call returns, or before the call of pillion_wait that finds the work ended. Only this
-// rank and the sender call.
+// before this call returns, or before the call of pillion_wait that finds the work ended. Only
+// this rank and the sender call.
 //
 // # Safety
 // As for pillion_all_gather; `from` is NULL, or a place for a number until that is written.
@@ -734,8 +733,8 @@ int32_t pillion_reduce(const pillion_communicator *communicator,
                        uint64_t limit_ms,
                        pillion_work **work);
 
-// Writes the sum of the squares of a tensor's finite elements, summed in f64, and the number of the
-// others. The tensor: n elements of f32 or bf16. Only this rank calls.
+// Writes the sum of the squares of a tensor's finite elements, summed in f64, and the number of
+// the others. The tensor: n elements of f32 or bf16. Only this rank calls.
 //
 // # Safety
 // The tensor's memory is there, and nobody writes to it; both results are places for a number.

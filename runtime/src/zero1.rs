@@ -36,8 +36,8 @@ pub struct Zero1 {
 
 impl Zero1 {
     /// For parameters and gradients, `[n]` f32 each in memory of `device`, which its owner, or
-    /// [`Zero1::memory`], reads and writes between calls. The parameters become those of rank 0. A gradient longer than `clip`
-    /// is scaled down to it. Every rank calls, with as many parameters.
+    /// [`Zero1::memory`], reads and writes between calls. The parameters become those of rank 0. A
+    /// gradient longer than `clip` is scaled down to it. Every rank calls, with as many parameters.
     ///
     /// # Errors
     /// [`Error::Policy`] for other types or lengths, or a limit that is not positive;

@@ -72,7 +72,8 @@ pub struct Policy {
     pub weights: i32,
     /// Type in which gradients travel: PILLION_F32 or PILLION_BF16. They are lent in f32.
     pub reduce: i32,
-    /// 1 to gather weights in place, through memory that all ranks of one host read; 0 to copy them.
+    /// 1 to gather weights in place, through memory that all ranks of one host read; 0 to copy
+    /// them.
     pub window: i32,
     /// Groups of ranks that each hold everything. 0 means 1.
     pub replicas: usize,
@@ -97,8 +98,8 @@ pub struct Engine {
 
 impl Engine {
     /// # Safety
-    /// NULL, or an engine that has not been freed, which no other thread uses, by the promise of the
-    /// library's caller.
+    /// NULL, or an engine that has not been freed, which no other thread uses, by the promise of
+    /// the library's caller.
     unsafe fn of<'a>(engine: *mut Engine) -> Result<&'a mut Engine, Failed> {
         // SAFETY: the caller's promise.
         unsafe { engine.as_mut() }.ok_or_else(|| Failed::Invalid("engine is NULL".to_owned()))
@@ -342,13 +343,13 @@ pub unsafe extern "C" fn pillion_engine_forward(engine: *mut Engine, unit: usize
     })
 }
 
-/// As pillion_engine_forward, in a backward pass, with room for the gradients: f32, zeroed where the
-/// unit's first are added; sums over tokens. `loss` gets where the sum of this rank's losses is, to
-/// be added to in one unit.
+/// As pillion_engine_forward, in a backward pass, with room for the gradients: f32, zeroed where
+/// the unit's first are added; sums over tokens. `loss` gets where the sum of this rank's losses
+/// is, to be added to in one unit.
 ///
 /// # Safety
-/// `engine` has not been freed; `weights` and `gradients` have room for the pointers; `loss` is NULL
-/// or a place for one.
+/// `engine` has not been freed; `weights` and `gradients` have room for the pointers; `loss` is
+/// NULL or a place for one.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pillion_engine_backward(
     engine: *mut Engine,
@@ -406,8 +407,8 @@ pub unsafe extern "C" fn pillion_engine_finish(engine: *mut Engine, lr: f32, rep
     })
 }
 
-/// Saves parameters and optimizer as the folder step-NUMBER in `folder`, which all ranks see; returns
-/// once it is on disk.
+/// Saves parameters and optimizer as the folder step-NUMBER in `folder`, which all ranks see;
+/// returns once it is on disk.
 ///
 /// # Safety
 /// `engine` has not been freed; `folder` ends with a zero byte.

@@ -88,8 +88,8 @@ impl Tensor {
     /// A buffer of these elements.
     ///
     /// # Safety
-    /// The memory is there, and nobody else touches it, until the buffer is gone. Only the caller of
-    /// the library knows: `pillion.h` says so.
+    /// The memory is there, and nobody else touches it, until the buffer is gone. Only the caller
+    /// of the library knows: `pillion.h` says so.
     pub(crate) unsafe fn buffer(&self, what: &str) -> Result<Buffer, Failed> {
         let dtype = dtype(self.dtype)?;
         self.addresses()?;

@@ -186,8 +186,8 @@ pub unsafe extern "C" fn pillion_receive(
 }
 
 /// The tensor = the first message with this tag from any rank. Its number is written to `from`
-/// before this call returns, or before the call of pillion_wait that finds the work ended. Only this
-/// rank and the sender call.
+/// before this call returns, or before the call of pillion_wait that finds the work ended. Only
+/// this rank and the sender call.
 ///
 /// # Safety
 /// As for pillion_all_gather; `from` is NULL, or a place for a number until that is written.

@@ -106,8 +106,8 @@ impl Controller {
     }
 }
 
-/// Writes the sum of the squares of a tensor's finite elements, summed in f64, and the number of the
-/// others. The tensor: n elements of f32 or bf16. Only this rank calls.
+/// Writes the sum of the squares of a tensor's finite elements, summed in f64, and the number of
+/// the others. The tensor: n elements of f32 or bf16. Only this rank calls.
 ///
 /// # Safety
 /// The tensor's memory is there, and nobody writes to it; both results are places for a number.

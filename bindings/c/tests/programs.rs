@@ -124,7 +124,8 @@ fn a_trainer_in_cpp_learns_and_saves() {
     }
 }
 
-/// Every read and write of the programs and of the library, and every block that is left at the end.
+/// Every read and write of the programs and of the library, and every block that is left at the
+/// end.
 #[test]
 fn valgrind_finds_nothing() {
     if Command::new("valgrind").arg("--version").output().is_err() {
