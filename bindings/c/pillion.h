@@ -320,9 +320,9 @@ typedef struct {
   // The same less the noise that it contains; NaN as above.
   double debiased_square_norm;
   // Why the batch is what it is, in a word: scheduled, unusable, between-tests, no-gradient,
-  // sufficient, waiting, at-cap, grown or shrunk. Lasts as long as the program.
+  // sufficient, waiting, at-cap, grown or shrunk. Lasts until the next decision.
   const char *reason;
-  // Why the sums say nothing, or NULL. Lasts as long as the program.
+  // Why the sums say nothing, or NULL. Lasts until the next decision.
   const char *unusable;
 } pillion_decision;
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use pillion_collectives::{Communicator as Ranks, Error, Launch, Options as CoreOptions};
 
+use crate::arguments::{array, place};
 use crate::status::{Failed, guard};
 use crate::store::{Foreign, Store};
 
@@ -76,10 +77,6 @@ unsafe fn give(ranks: Ranks, place: NonNull<*mut Communicator>) {
     unsafe { place.write(Box::into_raw(Box::new(Communicator::new(ranks)))) };
 }
 
-fn place<T>(place: *mut T) -> Result<NonNull<T>, Failed> {
-    NonNull::new(place).ok_or_else(|| Failed::Invalid("the place for the result is NULL".to_owned()))
-}
-
 /// Joins the ranks of the job that a launcher started (torchrun, mpirun, srun), or a job of this
 /// rank alone. `options` may be NULL.
 ///
@@ -88,7 +85,7 @@ fn place<T>(place: *mut T) -> Result<NonNull<T>, Failed> {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pillion_connect(given: *const Options, communicator: *mut *mut Communicator) -> i32 {
     guard(|| {
-        let place = place(communicator)?;
+        let place = place(communicator, "communicator")?;
         // SAFETY: the caller's promise.
         let options = unsafe { options(given) }?;
         let launch = Launch::detect().map_err(|error| Failed::Invalid(error.to_string()))?;
@@ -115,7 +112,7 @@ pub unsafe extern "C" fn pillion_connect_through(
     guard(|| {
         // First, because it is released whatever comes next.
         let store = Foreign::new(store).ok_or_else(|| Failed::Invalid("a function of the store is NULL".to_owned()))?;
-        let place = place(communicator)?;
+        let place = place(communicator, "communicator")?;
         // SAFETY: the caller's promise.
         let options = unsafe { options(given) }?;
         let ranks = Ranks::connect_through(Arc::new(store), rank, world, options)?;
@@ -137,14 +134,11 @@ pub unsafe extern "C" fn pillion_group(
     group: *mut *mut Communicator,
 ) -> i32 {
     guard(|| {
-        let place = place(group)?;
+        let place = place(group, "group")?;
         // SAFETY: the caller's promise.
         let communicator = unsafe { Communicator::of(communicator) }?;
-        if members.is_null() {
-            return Err(Failed::Invalid("members is NULL".to_owned()));
-        }
         // SAFETY: the caller's promise.
-        let members = unsafe { std::slice::from_raw_parts(members, count) };
+        let members = unsafe { array(members, count, "members") }?;
         let ranks = communicator.ranks.group(members)?;
         // SAFETY: the caller's promise.
         unsafe { give(ranks, place) };

@@ -1,13 +1,13 @@
 //! Where works say that they have ended, for programs in which no foreign thread may run code.
 
 use std::collections::VecDeque;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use pillion_collectives::Error;
 
+use crate::arguments::place;
 use crate::status::{Failed, guard};
 use crate::work::Work;
 
@@ -45,7 +45,7 @@ impl Completions {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pillion_completions_new(completions: *mut *mut Completions) -> i32 {
     guard(|| {
-        let place = NonNull::new(completions).ok_or_else(|| Failed::Invalid("completions is NULL".to_owned()))?;
+        let place = place(completions, "completions")?;
         let new = Box::new(Completions { queue: Arc::default() });
         // SAFETY: the caller's promise.
         unsafe { place.write(Box::into_raw(new)) };
@@ -95,7 +95,7 @@ pub unsafe extern "C" fn pillion_next(completions: *const Completions, limit_ms:
     guard(|| {
         // SAFETY: the caller's promise.
         let queue = &unsafe { Completions::of(completions) }?.queue;
-        let place = NonNull::new(token).ok_or_else(|| Failed::Invalid("token is NULL".to_owned()))?;
+        let place = place(token, "token")?;
         let until = Instant::now().checked_add(Duration::from_millis(limit_ms));
         let mut ended = queue.ended.lock();
         while ended.is_empty() {

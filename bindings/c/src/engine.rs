@@ -4,7 +4,7 @@
 //! order, and backward in reverse; each call lends the unit's weights, and the backward pass also
 //! room for its gradients. What is lent stays until the next call for this engine.
 
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{c_char, c_void};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use pillion_runtime::{
     checkpoint,
 };
 
+use crate::arguments::{array, place, text};
 use crate::communicator::Communicator;
 use crate::memory::{PILLION_BF16, PILLION_F32, dtype};
 use crate::status::{Failed, guard};
@@ -134,35 +135,16 @@ impl Drop for Engine {
 }
 
 /// # Safety
-/// NULL or a text that ends with a zero byte, by the promise of the library's caller.
-unsafe fn text(text: *const c_char, what: &str) -> Result<String, Failed> {
-    let text = NonNull::new(text.cast_mut()).ok_or_else(|| Failed::Invalid(format!("{what} is NULL")))?;
-    // SAFETY: the caller's promise.
-    let text = unsafe { CStr::from_ptr(text.as_ptr()) };
-    text.to_str().map(str::to_owned).map_err(|_| Failed::Invalid(format!("{what} is not UTF-8: {text:?}")))
-}
-
-/// # Safety
-/// NULL or `count` elements, by the promise of the library's caller.
-unsafe fn array<'a, T>(start: *const T, count: usize, what: &str) -> Result<&'a [T], Failed> {
-    if start.is_null() || count == 0 {
-        return Err(Failed::Invalid(format!("{what}: {count} at {start:?}; give one at least")));
-    }
-    // SAFETY: the caller's promise.
-    Ok(unsafe { std::slice::from_raw_parts(start, count) })
-}
-
-/// # Safety
 /// Units as the library's caller promises.
 unsafe fn units(units: *const UnitSpec, count: usize) -> Result<Vec<CoreUnit>, Failed> {
     // SAFETY: the caller's promise, for all of this body.
     unsafe {
         let mut read = Vec::new();
         for unit in array(units, count, "units")? {
-            let name = text(unit.name, "a unit's name")?;
+            let name = text(unit.name, "a unit's name")?.to_owned();
             let mut tensors = Vec::new();
             for tensor in array(unit.tensors, unit.count, &format!("tensors of {name}"))? {
-                let name = text(tensor.name, "a tensor's name")?;
+                let name = text(tensor.name, "a tensor's name")?.to_owned();
                 let shape = array(tensor.shape, tensor.dimensions, &format!("the shape of {name}"))?.to_vec();
                 if shape.iter().try_fold(1usize, |product, &len| product.checked_mul(len)).is_none() {
                     return Err(Failed::Invalid(format!("no memory has a tensor {name} of shape {shape:?}")));
@@ -185,7 +167,7 @@ unsafe fn units(units: *const UnitSpec, count: usize) -> Result<Vec<CoreUnit>, F
 /// # Safety
 /// NULL or a policy whose first field is there, by the promise of the library's caller.
 unsafe fn policy(given: *const Policy, settings: &Adamw) -> Result<Kept, Failed> {
-    let given = NonNull::new(given.cast_mut()).ok_or_else(|| Failed::Invalid("policy is NULL".to_owned()))?;
+    let given = place(given.cast_mut(), "policy")?;
     // SAFETY: the caller's promise.
     let size = unsafe { given.cast::<usize>().read() };
     if size != size_of::<Policy>() {
@@ -238,7 +220,7 @@ pub unsafe extern "C" fn pillion_engine_new(
         // SAFETY: the caller's promise, for all of this block.
         unsafe {
             let ranks = Communicator::of(communicator)?.ranks.clone();
-            let place = NonNull::new(engine).ok_or_else(|| Failed::Invalid("engine is NULL".to_owned()))?;
+            let place = place(engine, "engine")?;
             let settings = Adamw::read(settings)?;
             let (units, policy) = (units(given, count)?, policy(kept, &settings)?);
             let tensors = units.iter().map(|unit| unit.tensors.len()).collect();
@@ -417,7 +399,7 @@ pub unsafe extern "C" fn pillion_engine_save(engine: *mut Engine, folder: *const
     guard(|| {
         // SAFETY: the caller's promise.
         let (engine, folder) = unsafe { (Engine::of(engine)?, text(folder, "folder")?) };
-        checkpoint::save(engine.runtime()?, Path::new(&folder), number, &serde_json::Value::Null)?;
+        checkpoint::save(engine.runtime()?, Path::new(folder), number, &serde_json::Value::Null)?;
         Ok(())
     })
 }
@@ -432,8 +414,8 @@ pub unsafe extern "C" fn pillion_engine_load(engine: *mut Engine, folder: *const
     guard(|| {
         // SAFETY: the caller's promise.
         let (engine, folder) = unsafe { (Engine::of(engine)?, text(folder, "folder")?) };
-        let place = NonNull::new(number).ok_or_else(|| Failed::Invalid("number is NULL".to_owned()))?;
-        let newest = checkpoint::newest(Path::new(&folder))?;
+        let place = place(number, "number")?;
+        let newest = checkpoint::newest(Path::new(folder))?;
         let found = newest.checkpoint.ok_or_else(|| pillion_runtime::Error::File {
             path: folder.into(),
             reason: "there is no whole checkpoint: name the folder that pillion_engine_save was given".to_owned(),

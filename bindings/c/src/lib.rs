@@ -5,6 +5,7 @@
 //! the call returns when the operation is complete. No panic crosses the edge: each function
 //! returns a code, and [`status::pillion_last_error`] has the text.
 
+mod arguments;
 mod communicator;
 mod completions;
 mod engine;

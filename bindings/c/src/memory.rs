@@ -8,6 +8,7 @@ use std::ptr::NonNull;
 use parking_lot::Mutex;
 use pillion_kernels::{Buffer, Cpu, DType, Space};
 
+use crate::arguments::place;
 use crate::communicator::Communicator;
 use crate::status::{Failed, guard};
 
@@ -60,12 +61,11 @@ impl Tensor {
         end.map(|end| start..end).ok_or_else(|| Failed::Invalid(format!("no memory has {} elements", self.count)))
     }
 
-    /// Whether it is cut into a part for each rank, and `own` is the part of this rank.
-    pub(crate) fn holds(&self, own: &Tensor, rank: usize, world: usize) -> Result<bool, Failed> {
+    /// Whether `own`, which is as long as a part for each rank, is the part of this rank.
+    pub(crate) fn holds(&self, own: &Tensor, rank: usize) -> Result<bool, Failed> {
         let bytes = own.count.checked_mul(dtype(self.dtype)?.bytes());
         let place = bytes.and_then(|bytes| self.data.addr().checked_add(bytes.checked_mul(rank)?));
-        let is_cut = own.count.checked_mul(world) == Some(self.count) && own.dtype == self.dtype;
-        Ok(is_cut && place == Some(own.data.addr()))
+        Ok(own.dtype == self.dtype && place == Some(own.data.addr()))
     }
 
     /// Refuses a part that is not as long as that of one of `world` ranks.
@@ -138,7 +138,7 @@ pub unsafe extern "C" fn pillion_allocate(
     guard(|| {
         // SAFETY: the caller's promise.
         let communicator = unsafe { Communicator::of(communicator) }?;
-        let memory = NonNull::new(memory).ok_or_else(|| Failed::Invalid("memory is NULL".to_owned()))?;
+        let memory = place(memory, "memory")?;
         // Of no byte there would be no address of its own.
         let buffer = communicator.ranks.allocate_alone(&Cpu, DType::U8, bytes.max(1))?;
         let start = buffer.view().raw().pointer.as_ptr().cast::<c_void>();

@@ -8,6 +8,7 @@ use std::ptr::NonNull;
 
 use pillion_kernels::{Buffer, DType};
 
+use crate::arguments::place;
 use crate::communicator::Communicator;
 use crate::memory::{Tensor, apart};
 use crate::status::{Failed, guard};
@@ -40,7 +41,7 @@ pub unsafe extern "C" fn pillion_all_gather(
     unsafe {
         operate(communicator, limit_ms, work, |ranks, start| {
             output.is_divided(&shard, ranks.world(), "output", "shard")?;
-            if output.holds(&shard, ranks.rank(), ranks.world())? {
+            if output.holds(&shard, ranks.rank())? {
                 return Ok(ranks.all_gather_in_place(output.buffer("output")?, start).map(drop));
             }
             apart(&[("shard", &shard), ("output", &output)])?;
@@ -246,7 +247,7 @@ pub unsafe extern "C" fn pillion_probe(
     guard(|| {
         // SAFETY: the caller's promise.
         let ranks = &unsafe { Communicator::of(communicator) }?.ranks;
-        let place = NonNull::new(message).ok_or_else(|| Failed::Invalid("message is NULL".to_owned()))?;
+        let place = place(message, "message")?;
         let found = ranks.probe((from != usize::MAX).then_some(from), tag)?.ok_or(Failed::UnderWay)?;
         let dtype = DType::ALL.iter().position(|&dtype| dtype == found.dtype).expect("a type is one of all");
         let message = Message { from: found.from, count: found.len, dtype: dtype as i32 };

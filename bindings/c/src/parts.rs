@@ -6,23 +6,12 @@
 
 use pillion_collectives::Parts;
 
+use crate::arguments::array;
 use crate::communicator::Communicator;
 use crate::memory::{Tensor, apart};
 use crate::reductions::reduction;
 use crate::status::Failed;
 use crate::work::{Work, operate};
-
-/// An array of the caller's, which has a tensor for each of `world` ranks.
-///
-/// # Safety
-/// NULL, or `world` tensors, by the promise of the library's caller.
-unsafe fn array<'a>(parts: *const Tensor, world: usize, what: &str) -> Result<&'a [Tensor], Failed> {
-    if parts.is_null() {
-        return Err(Failed::Invalid(format!("{what} is NULL: give a tensor for each of {world} ranks")));
-    }
-    // SAFETY: the caller's promise.
-    Ok(unsafe { std::slice::from_raw_parts(parts, world) })
-}
 
 /// # Safety
 /// As for [`Tensor::buffer`], of each part.

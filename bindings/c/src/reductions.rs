@@ -94,7 +94,7 @@ pub unsafe extern "C" fn pillion_reduce_scatter(
         operate(communicator, limit_ms, work, |ranks, start| {
             let reduction = reduction(op, factor)?;
             input.is_divided(&output, ranks.world(), "input", "output")?;
-            if input.holds(&output, ranks.rank(), ranks.world())? {
+            if input.holds(&output, ranks.rank())? {
                 return Ok(ranks.reduce_scatter_in_place(input.buffer("input")?, reduction, start).map(drop));
             }
             apart(&[("input", &input), ("output", &output)])?;

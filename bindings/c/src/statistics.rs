@@ -2,13 +2,14 @@
 //!
 //! Nothing here talks to other ranks: all give the same sums, and decide alike.
 
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CString, c_char};
 use std::ptr::NonNull;
 
 use parking_lot::Mutex;
-use pillion_abs::{Controller as Rules, Observation as Sums, Reason, Settings, State, Unusable};
+use pillion_abs::{Controller as Rules, Observation as Sums, Settings, State};
 use pillion_kernels::{Cpu, DType, Device};
 
+use crate::arguments::{place, text};
 use crate::memory::{PILLION_BF16, PILLION_F32, Tensor};
 use crate::status::{Failed, guard};
 
@@ -17,6 +18,8 @@ pub struct Controller {
     rules: Mutex<Rules>,
     /// What pillion_controller_state gave last.
     state: Mutex<CString>,
+    /// Of the last decision.
+    words: Mutex<Words>,
 }
 
 /// The sums of one step over all ranks, before clipping. A group is what one rank summed between
@@ -57,44 +60,37 @@ pub struct Decision {
     /// The same less the noise that it contains; NaN as above.
     pub debiased_square_norm: f64,
     /// Why the batch is what it is, in a word: scheduled, unusable, between-tests, no-gradient,
-    /// sufficient, waiting, at-cap, grown or shrunk. Lasts as long as the program.
+    /// sufficient, waiting, at-cap, grown or shrunk. Lasts until the next decision.
     pub reason: *const c_char,
-    /// Why the sums say nothing, or NULL. Lasts as long as the program.
+    /// Why the sums say nothing, or NULL. Lasts until the next decision.
     pub unusable: *const c_char,
-}
-
-fn word(reason: Reason) -> &'static CStr {
-    match reason {
-        Reason::Scheduled => c"scheduled",
-        Reason::Unusable => c"unusable",
-        Reason::BetweenTests => c"between-tests",
-        Reason::NoGradient => c"no-gradient",
-        Reason::Sufficient => c"sufficient",
-        Reason::Waiting => c"waiting",
-        Reason::AtCap => c"at-cap",
-        Reason::Grown => c"grown",
-        Reason::Shrunk => c"shrunk",
-        _ => c"unknown",
-    }
-}
-
-fn why(unusable: Unusable) -> &'static CStr {
-    match unusable {
-        Unusable::NonFinite => c"gradients are not finite",
-        Unusable::Empty => c"the batch is empty",
-        Unusable::TooFewGroups => c"fewer than two groups: accumulate over micro-batches, or use more ranks",
-        Unusable::Inconsistent => c"no gradients have these sums: are they sums over tokens, before clipping?",
-        _ => c"unknown",
-    }
 }
 
 /// # Safety
 /// NULL or a text that ends with a zero byte, by the promise of the library's caller.
-unsafe fn read<T: serde::de::DeserializeOwned>(text: *const c_char, what: &str) -> Result<T, Failed> {
-    let text = NonNull::new(text.cast_mut()).ok_or_else(|| Failed::Invalid(format!("{what} is NULL")))?;
+unsafe fn read<T: serde::de::DeserializeOwned>(given: *const c_char, name: &str) -> Result<T, Failed> {
     // SAFETY: the caller's promise.
-    let text = unsafe { CStr::from_ptr(text.as_ptr()) }.to_bytes();
-    serde_json::from_slice(text).map_err(|error| Failed::Invalid(format!("{what}: {error}")))
+    let given = unsafe { text(given, name) }?;
+    serde_json::from_str(given).map_err(|error| Failed::Invalid(format!("{name}: {error}")))
+}
+
+/// The words of a decision: why the batch is what it is, as settings files write it, and why the
+/// sums say nothing.
+#[derive(Default)]
+struct Words {
+    reason: CString,
+    unusable: Option<CString>,
+}
+
+impl Words {
+    fn of(decision: &pillion_abs::Decision) -> Words {
+        let reason = serde_json::to_value(decision.reason).unwrap_or_default();
+        let text = |text: &str| CString::new(text).unwrap_or_default();
+        Words {
+            reason: text(reason.as_str().unwrap_or_default()),
+            unusable: decision.noise.err().map(|unusable| text(&unusable.to_string())),
+        }
+    }
 }
 
 impl Controller {
@@ -114,9 +110,7 @@ impl Controller {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pillion_square_norm(tensor: Tensor, square_norm: *mut f64, non_finite: *mut u64) -> i32 {
     guard(|| {
-        let place = |name: &str| Failed::Invalid(format!("{name} is NULL"));
-        let square_norm = NonNull::new(square_norm).ok_or_else(|| place("square_norm"))?;
-        let non_finite = NonNull::new(non_finite).ok_or_else(|| place("non_finite"))?;
+        let (square_norm, non_finite) = (place(square_norm, "square_norm")?, place(non_finite, "non_finite")?);
         if ![PILLION_F32, PILLION_BF16].contains(&tensor.dtype) {
             return Err(Failed::Invalid("square norms are of PILLION_F32 and PILLION_BF16".to_owned()));
         }
@@ -150,7 +144,7 @@ pub unsafe extern "C" fn pillion_controller_new(
     controller: *mut *mut Controller,
 ) -> i32 {
     guard(|| {
-        let place = NonNull::new(controller).ok_or_else(|| Failed::Invalid("controller is NULL".to_owned()))?;
+        let place = place(controller, "controller")?;
         // SAFETY: the caller's promise.
         let settings: Settings = unsafe { read(settings, "settings") }?;
         let rules = if state.is_null() {
@@ -161,7 +155,7 @@ pub unsafe extern "C" fn pillion_controller_new(
             Rules::resume(settings, state)
         };
         let rules = rules.map_err(|error| Failed::Invalid(error.to_string()))?;
-        let new = Box::new(Controller { rules: Mutex::new(rules), state: Mutex::default() });
+        let new = Box::new(Controller { rules: Mutex::new(rules), state: Mutex::default(), words: Mutex::default() });
         // SAFETY: the caller's promise.
         unsafe { place.write(Box::into_raw(new)) };
         Ok(())
@@ -193,8 +187,11 @@ pub unsafe extern "C" fn pillion_observe(
         let Observation { groups, samples, tokens, group_square_norms, square_norm, non_finite } = observation;
         let sums = Sums { groups, samples, tokens, group_square_norms, square_norm, non_finite };
         // SAFETY: the caller's promise.
-        let decided = unsafe { Controller::of(controller) }?.rules.lock().observe(&sums);
+        let controller = unsafe { Controller::of(controller) }?;
+        let decided = controller.rules.lock().observe(&sums);
         let Some(place) = NonNull::new(decision) else { return Ok(()) };
+        let mut words = controller.words.lock();
+        *words = Words::of(&decided);
         let noise = decided.noise.ok();
         let of_noise = |value: fn(&pillion_abs::Noise) -> f64| noise.as_ref().map_or(f64::NAN, value);
         let decision = Decision {
@@ -204,8 +201,8 @@ pub unsafe extern "C" fn pillion_observe(
             variance: of_noise(|noise| noise.variance),
             square_norm: of_noise(|noise| noise.square_norm),
             debiased_square_norm: of_noise(|noise| noise.debiased_square_norm),
-            reason: word(decided.reason).as_ptr(),
-            unusable: decided.noise.err().map_or(std::ptr::null(), |unusable| why(unusable).as_ptr()),
+            reason: words.reason.as_ptr(),
+            unusable: words.unusable.as_ref().map_or(std::ptr::null(), |text| text.as_ptr()),
         };
         // SAFETY: the caller's promise.
         unsafe { place.write(decision) };

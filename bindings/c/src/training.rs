@@ -1,10 +1,9 @@
 //! What a step of training takes and reports.
 
-use std::ptr::NonNull;
-
 use pillion_kernels::AdamW;
 use pillion_runtime::StepReport;
 
+use crate::arguments::place;
 use crate::status::Failed;
 
 /// AdamW (Loshchilov and Hutter 2019), with the limit of the gradient's norm.
@@ -45,8 +44,7 @@ impl Adamw {
     /// # Safety
     /// NULL or settings, by the promise of the library's caller.
     pub(crate) unsafe fn read(settings: *const Adamw) -> Result<Adamw, Failed> {
-        let settings = NonNull::new(settings.cast_mut());
-        let settings = settings.ok_or_else(|| Failed::Invalid("the settings of AdamW are NULL".to_owned()))?;
+        let settings = place(settings.cast_mut(), "settings")?;
         // SAFETY: the caller's promise.
         let settings = unsafe { settings.read() };
         let Adamw { beta1, beta2, epsilon, weight_decay, clip } = settings;

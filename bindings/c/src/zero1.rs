@@ -5,6 +5,7 @@ use std::ptr::NonNull;
 
 use pillion_kernels::Cpu;
 
+use crate::arguments::place;
 use crate::communicator::Communicator;
 use crate::memory::{PILLION_F32, Tensor, apart};
 use crate::status::{Failed, guard};
@@ -45,7 +46,7 @@ pub unsafe extern "C" fn pillion_zero1_new(
         // SAFETY: the caller's promise, for all of this body.
         unsafe {
             let ranks = Communicator::of(communicator)?.ranks.clone();
-            let place = NonNull::new(zero1).ok_or_else(|| Failed::Invalid("zero1 is NULL".to_owned()))?;
+            let place = place(zero1, "zero1")?;
             let settings = Adamw::read(settings)?;
             let of = |data: *mut f32| Tensor { data: data.cast::<c_void>(), count: n, dtype: PILLION_F32 };
             let (params, grads) = (of(params), of(grads));

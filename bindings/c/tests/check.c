@@ -5,17 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "pillion.h"
-
-#define CHECK(condition)                                                        \
-    do {                                                                        \
-        if (!(condition)) {                                                     \
-            fprintf(stderr, "%s:%d: %s; last error: %s\n", __FILE__, __LINE__,  \
-                    #condition, pillion_last_error());                          \
-            exit(1);                                                            \
-        }                                                                       \
-    } while (0)
-#define OK(call) CHECK((call) == PILLION_OK)
+#include "tests/expect.h"
 
 static pillion_tensor of(void *data, size_t count, int32_t dtype) {
     pillion_tensor tensor = {data, count, dtype};

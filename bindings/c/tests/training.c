@@ -4,17 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "pillion.h"
-
-#define CHECK(condition)                                                        \
-    do {                                                                        \
-        if (!(condition)) {                                                     \
-            fprintf(stderr, "%s:%d: %s; last error: %s\n", __FILE__, __LINE__,  \
-                    #condition, pillion_last_error());                          \
-            exit(1);                                                            \
-        }                                                                       \
-    } while (0)
-#define OK(call) CHECK((call) == PILLION_OK)
+#include "tests/expect.h"
 
 enum { FIRST = 30, SECOND = 7, THIRD = 64, ALL = FIRST + SECOND + THIRD };
 

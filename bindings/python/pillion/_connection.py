@@ -87,9 +87,8 @@ def milliseconds(seconds: Optional[float]) -> int:
     return max(1, int(min(seconds * 1000, 2**62)))
 
 
-def _options(timeout: Optional[float], startup_timeout: Optional[float], warn_after: Optional[float]) -> Options:
-    limits = map(milliseconds, (timeout, startup_timeout, warn_after))
-    return Options(ctypes.sizeof(Options), *limits, 0)
+def _options(timeout: Optional[float], startup_timeout: Optional[float]) -> Options:
+    return Options(ctypes.sizeof(Options), milliseconds(timeout), milliseconds(startup_timeout), 0, 0)
 
 
 class Connection:
@@ -105,11 +104,10 @@ class Connection:
     def launched(
         timeout: Optional[float] = None,
         startup_timeout: Optional[float] = None,
-        warn_after: Optional[float] = None,
     ) -> Connection:
         """Joins the ranks that a launcher has started."""
         handle = ctypes.c_void_p()
-        options = _options(timeout, startup_timeout, warn_after)
+        options = _options(timeout, startup_timeout)
         check(lib.pillion_connect(ctypes.byref(options), ctypes.byref(handle)))
         return Connection(handle.value)
 
@@ -120,11 +118,10 @@ class Connection:
         world: int,
         timeout: Optional[float] = None,
         startup_timeout: Optional[float] = None,
-        warn_after: Optional[float] = None,
     ) -> Connection:
         """Joins `world` ranks, of which this is rank `rank`, through a store."""
-        handle, calls = ctypes.c_void_p(), _Calls(store)
-        options = _options(timeout, startup_timeout, warn_after)
+        handle, options = ctypes.c_void_p(), _options(timeout, startup_timeout)
+        calls = _Calls(store)
         code = lib.pillion_connect_through(calls.store, rank, world, ctypes.byref(options), ctypes.byref(handle))
         error = _library.last_error(code) if code else None
         calls.end()

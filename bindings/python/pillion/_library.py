@@ -196,14 +196,14 @@ def check(code: int) -> None:
         raise last_error(code)
 
 
-def count(name: str, value: int) -> int:
+def count(name: str, value: int, most: int = 2**53) -> int:
     """A number of things that C can count, which `ctypes` would wrap around otherwise."""
     try:
         whole = operator.index(value)
     except TypeError:
         raise InvalidArgument(f"{name} is {value!r}: give a whole number") from None
-    if not 0 <= whole < 2**53:
-        raise InvalidArgument(f"{name} is {value}: give a number from 0 to 2^53")
+    if not 0 <= whole <= most:
+        raise InvalidArgument(f"{name} is {value}: give a number from 0 to {most}")
     return whole
 
 

@@ -215,9 +215,7 @@ class Communicator:
         """Sends a buffer to a rank, which receives as many elements with this tag. Only these two
         ranks call."""
         operand, own = _operand(buffer, False)
-        return self._run(
-            lib.pillion_send, (operand, _library.count("to", to), _library.count("tag", tag)), own, timeout, wait
-        )
+        return self._run(lib.pillion_send, (operand, _library.count("to", to), _tag(tag)), own, timeout, wait)
 
     def receive(
         self, buffer: Any, source: int, tag: int = 0, timeout: Optional[float] = None, wait: bool = True
@@ -226,7 +224,7 @@ class Communicator:
         operand, own = _operand(buffer, True)
         return self._run(
             lib.pillion_receive,
-            (operand, _library.count("source", source), _library.count("tag", tag)),
+            (operand, _library.count("source", source), _tag(tag)),
             own,
             timeout,
             wait,
@@ -236,8 +234,14 @@ class Communicator:
         """The buffer = the first message with this tag from any rank, whose number is returned."""
         operand, _own = _operand(buffer, True)
         sender = ctypes.c_size_t()
-        check(lib.pillion_receive_any(self._handle, operand, tag, ctypes.byref(sender), milliseconds(timeout), None))
+        check(
+            lib.pillion_receive_any(self._handle, operand, _tag(tag), ctypes.byref(sender), milliseconds(timeout), None)
+        )
         return sender.value
+
+
+def _tag(tag: int) -> int:
+    return _library.count("tag", tag, 2**32 - 1)
 
 
 def _op(name: str) -> int:

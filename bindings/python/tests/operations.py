@@ -182,7 +182,8 @@ def messages(rank: int, world: int) -> None:
         later = dist.irecv(second, 1, tag=2)
         dist.recv(first, 1, tag=1)
         later.wait()
-        assert later.is_completed() or dist.get_backend() == "custom" or True
+        # Of one backend among several, PyTorch's C++ says no whatever the work says.
+        assert later.is_completed() == isinstance(dist.group.WORLD, PillionProcessGroup)
         same(first, torch.full((3,), 1.0), "a message with tag 1")
         same(second, torch.full((4,), 2.0), "a message with tag 2")
         came = sorted(dist.recv(any_of_all, tag=3) for _ in range(world - 1))

@@ -27,10 +27,14 @@ impl Group {
     pub(super) fn allocate_in_arena(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
         let bytes = size(dtype, len)?;
         self.agree(Kind::Buffer, bytes, bytes.saturating_mul(self.world() as u64), [0; 2])?;
+        self.take_from_arena(device, dtype, bytes).map_err(|error| self.give_up(error))
+    }
+
+    fn take_from_arena(&self, device: &dyn Device, dtype: DType, bytes: u64) -> Result<Buffer, Error> {
         let engine = &self.engine;
-        let range = engine.reserve(bytes).map_err(|error| self.give_up(error))?;
+        let range = engine.reserve(bytes)?;
         let (place, owner) = ((engine.rank, range.offset, bytes), Owned::new(engine.clone(), range));
-        engine.buffer(device, dtype, place, owner).map_err(|error| self.give_up(error))
+        engine.buffer(device, dtype, place, owner)
     }
 
     pub(super) fn allocate_in_own_arena(&self, device: &dyn Device, dtype: DType, len: usize) -> Result<Buffer, Error> {
@@ -40,9 +44,7 @@ impl Group {
         if bytes > available {
             return Err(Error::OutOfMemory { bytes, available, limit });
         }
-        let range = self.engine.reserve(bytes)?;
-        let (place, owner) = ((self.engine.rank, range.offset, bytes), Owned::new(self.engine.clone(), range));
-        self.engine.buffer(device, dtype, place, owner)
+        self.take_from_arena(device, dtype, bytes)
     }
 
     pub(super) fn make_window(

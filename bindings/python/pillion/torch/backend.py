@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .. import _library
+from .._connection import milliseconds
 from .._library import lib
 from . import sparse
 from .arena import Arena
@@ -75,7 +76,7 @@ class Collectives:
         self._connection, self._store, self._timeout = connection, store, timeout
         self._ranks = connection.handle
         self._rank, self._world = connection.rank, connection.world
-        self._limit = max(1, int(timeout.total_seconds() * 1000))
+        self._limit = milliseconds(timeout.total_seconds())
         self._calls, self._in_entry = 0, False
         self._arena = Arena(connection)
         self._late_ranks = LateRanks(store, self._rank, self._world)
@@ -90,7 +91,7 @@ class Collectives:
         limit = self._limit
         timeout = getattr(opts, "timeout", None)
         if timeout is not None and timeout > timedelta(0):
-            limit = max(1, int(timeout.total_seconds() * 1000))
+            limit = milliseconds(timeout.total_seconds())
         self._calls += 1
         blocks = opts is not None and not getattr(opts, "asyncOp", True)
         if completer.orphans:
@@ -316,7 +317,7 @@ class Collectives:
         self._late_ranks.barrier(timeout)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        self._timeout, self._limit = timeout, max(1, int(timeout.total_seconds() * 1000))
+        self._timeout, self._limit = timeout, milliseconds(timeout.total_seconds())
 
     _set_default_timeout = set_timeout
 

@@ -62,7 +62,8 @@ def connect(opts: Any) -> Optional[Connection]:
 
 
 class _Group(Collectives):
-    # Whether a call that is complete returns work all the same.
+    # Whether a call that is complete returns work all the same: older versions of PyTorch wait for
+    # what a process group returns, and for nothing of a backend's.
     _always_works = True
 
     def shutdown(self) -> None:

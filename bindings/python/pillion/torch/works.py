@@ -14,6 +14,7 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 import torch.distributed as dist
 
+from .._connection import milliseconds
 from .._library import UNDER_WAY, last_error, lib
 
 _log = logging.getLogger("pillion")
@@ -182,13 +183,15 @@ class UnderWay(_Work):
         self._outputs, self._keep, self._after, self._sender = list(outputs), keep, after, sender
         self._ended, self._error = False, None
         self._lock = threading.Lock()
+        # What becomes of the work, and what says that it has: see `get_future`.
         self._future: Optional[torch.futures.Future] = None
+        self._source: Optional[torch.futures.Future] = None
         self._recorded: Optional[threading.Event] = None
 
     def record(self, entry: Any) -> None:
         """Ends an entry of the profiler once the work has ended."""
         if completer.is_here():
-            self.is_completed() or lib.pillion_wait(self._handle, 0)
+            self._end(lib.pillion_wait(self._handle, 0))
             torch.autograd._record_function_with_args_exit(entry)
             return
         self._recorded = threading.Event()
@@ -211,7 +214,7 @@ class UnderWay(_Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         if not self._ended:
-            limit = 0 if timeout <= timedelta(0) else max(1, int(timeout.total_seconds() * 1000))
+            limit = 0 if timeout <= timedelta(0) else milliseconds(timeout.total_seconds())
             code = lib.pillion_wait(self._handle, limit)
             if code == UNDER_WAY:
                 text = f"a timeout of the wait: the work has not ended within {limit} ms, and goes on"
