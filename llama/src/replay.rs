@@ -26,9 +26,10 @@ pub struct ReplayArgs {
     /// Largest batch, in samples; default: 64 times the smallest.
     #[arg(long, value_name = "N")]
     pub max_batch: Option<u64>,
-    /// Every batch is a multiple of this.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub round_to: u64,
+    /// Every batch is a multiple of this; default: the largest number of which the log's batches are
+    /// multiples, but for the last one, which may have been cut short.
+    #[arg(long, value_name = "N")]
+    pub round_to: Option<u64>,
     /// What the batch follows.
     #[command(flatten)]
     pub controller: ControllerArgs,
@@ -68,10 +69,13 @@ struct Row {
 pub(crate) fn run(settings: &ReplayArgs) -> Result<i32, Error> {
     let lines = read(settings)?;
     let first = lines.first().map_or(1, |line| line.batch_samples.max(1));
-    let base = settings.batch.unwrap_or_else(|| first.next_multiple_of(settings.round_to.max(1)));
+    let whole = &lines[..lines.len().max(2) - 1];
+    let common = whole.iter().fold(0, |divisor, line| common_divisor(divisor, line.batch_samples)).max(1);
+    let round_to = settings.round_to.unwrap_or(common);
+    let base = settings.batch.unwrap_or_else(|| first.next_multiple_of(round_to.max(1)));
     let cap = settings.max_batch.unwrap_or(base.saturating_mul(64));
     let samples = lines.iter().map(|line| line.batch_samples).sum();
-    let rules = settings.controller.settings(base, cap, settings.round_to, samples)?;
+    let rules = settings.controller.settings(base, cap, round_to, samples)?;
     let mut controller = Controller::new(rules).map_err(by_flag)?;
     let rows: Vec<Row> = lines.iter().map(|line| step(&mut controller, line)).collect();
     match settings.json {
@@ -79,6 +83,11 @@ pub(crate) fn run(settings: &ReplayArgs) -> Result<i32, Error> {
         false => print_result(table(base, &rows))?,
     }
     Ok(0)
+}
+
+/// The largest number that divides both; 0 is divided by all.
+fn common_divisor(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { common_divisor(b, a % b) }
 }
 
 fn step(controller: &mut Controller, line: &Line) -> Row {
@@ -140,17 +149,17 @@ fn table(base: u64, rows: &[Row]) -> String {
         }
     }
     table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-    let steps = rows.len();
+    let steps = if rows.len() == 1 { "1 step".to_owned() } else { format!("{} steps", rows.len()) };
     if batch == base && table.row_count() == 0 {
-        let last = &rows[steps - 1];
+        let last = &rows[rows.len() - 1];
         return format!(
-            "{steps} steps, after none of which the batch would have changed from {base}: the noise scale is {} at the end, \
+            "{steps}, after none of which the batch would have changed from {base}: the noise scale is {} at the end, \
              and the last one asked for {}",
             number(last.noise_scale),
             number(last.wanted_batch)
         );
     }
-    format!("{steps} steps, from a batch of {base}; it would have changed after these:\n{table}")
+    format!("{steps}, from a batch of {base}; it would have changed after these:\n{table}")
 }
 
 #[cfg(test)]
@@ -191,6 +200,11 @@ mod tests {
         assert_eq!((second.next_batch, second.decision), (8, Reason::Unusable));
         assert!(table(2, &[first, second]).contains("it would have changed"));
         run(&settings).unwrap();
+    }
+
+    #[test]
+    fn batches_have_the_step_of_the_log() {
+        assert_eq!([(0, 8), (8, 24), (16, 24), (0, 0)].map(|(a, b)| common_divisor(a, b)), [8, 8, 8, 0]);
     }
 
     #[test]
