@@ -5,13 +5,17 @@ use serde::{Deserialize, Serialize};
 /// The factor on the scheduled learning rate as a function of the batch.
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Default, Debug)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Coupling {
     /// None: the schedule alone, as in Lau et al. 2025.
     #[default]
+    #[cfg_attr(feature = "clap", value(help = "Not at all"))]
     None,
     /// √(batch/base): keeps the variance of an Adam step, whose size does not depend on the gradient's (Malladi et al. 2022).
+    #[cfg_attr(feature = "clap", value(help = "With the square root of batch over --batch"))]
     Sqrt,
     /// batch/base: keeps the expected progress of SGD a sample (Goyal et al. 2017).
+    #[cfg_attr(feature = "clap", value(help = "With batch over --batch"))]
     Linear,
 }
 

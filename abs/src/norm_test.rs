@@ -7,17 +7,29 @@ use crate::{Error, Noise};
 /// Which noise the norm test compares with which gradient.
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Default, Debug)]
 #[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Variant {
     /// b' = σ̂²/(η²Q), both as measured. Q contains the noise of the batch itself, so this variant
     /// asks for less than the true gradient would: in expectation for at most b/η² samples,
     /// whatever the noise. η must therefore be below 1
     /// ([`Settings::check_growth`](crate::Settings::check_growth)).
     #[default]
+    #[cfg_attr(feature = "clap", value(help = "Noise of a sample, unbiased, with the batch's gradient"))]
     Unbiased,
     /// b' = B_simple/η²: Q less its noise, |Ĝ|², in its place.
+    #[cfg_attr(
+        feature = "clap",
+        value(help = "Noise of a sample with an estimate of the true gradient: the batch's, less its noise")
+    )]
     Debiased,
     /// b' = ‖V̂‖₁/(η²Q) as the paper prints it, to compare with. In expectation at most (K − 1)/η²
     /// for K groups, whatever the batch: see the crate's documentation.
+    #[cfg_attr(
+        feature = "clap",
+        value(
+            help = "What the paper prints, to compare with: asks for at most (groups − 1)/η² samples, whatever the batch"
+        )
+    )]
     PaperLiteral,
 }
 

@@ -90,8 +90,8 @@ pub struct Arguments {
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = gpu::device)]
     device: DeviceArgument,
     /// What connects hosts
-    #[arg(long, value_enum, default_value_t = WireArgument::Auto)]
-    wire: WireArgument,
+    #[arg(long, value_enum, default_value = "auto")]
+    wire: WireKind,
     /// Behaves as if the ranks were spread over this many hosts, between which memory stands for MPI; needs --threads
     #[arg(long, value_name = "HOSTS", requires = "threads")]
     hosts: Option<usize>,
@@ -120,16 +120,6 @@ enum BackendArgument {
     Peer,
     /// NCCL between GPUs
     Nccl,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum WireArgument {
-    /// MPI where this build has it and its launcher or Slurm started the job, else TCP
-    Auto,
-    /// TCP, from PILLION_ADDRESS or what torchrun and srun say
-    Tcp,
-    /// MPI
-    Mpi,
 }
 
 /// What ours is compared with.
@@ -238,7 +228,7 @@ impl Arguments {
         if self.iters > MOST_ITERATIONS || self.warmup > MOST_ITERATIONS {
             return usage(format!("-n and -w are at most {MOST_ITERATIONS}, since every sample is kept"));
         }
-        let needs_mpi = self.backend == BackendArgument::Mpi || self.wire == WireArgument::Mpi;
+        let needs_mpi = self.backend == BackendArgument::Mpi || self.wire == WireKind::Mpi;
         if needs_mpi && !cfg!(feature = "mpi") && self.hosts.is_none() {
             return usage("this backend needs MPI, which this build does not have: build with --features mpi".into());
         }
@@ -285,11 +275,7 @@ impl Arguments {
                 BackendArgument::Mpi => Backend::Mpi,
                 BackendArgument::Hierarchical => Backend::Hierarchical,
             },
-            wire: match self.wire {
-                WireArgument::Auto => WireKind::Auto,
-                WireArgument::Tcp => WireKind::Tcp,
-                WireArgument::Mpi => WireKind::Mpi,
-            },
+            wire: self.wire,
             reduce_groups: self.reduce_groups,
             simulated_hosts: hosts,
             ..default

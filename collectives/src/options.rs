@@ -10,17 +10,18 @@ use crate::{Error, Launch};
 
 /// What moves the bytes. Displays as its name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Backend {
-    /// [`Backend::Shm`] where all ranks are on one host, else [`Backend::Hierarchical`].
+    /// Shared memory on one host, hierarchical on several.
     #[default]
     Auto,
-    /// Group memory; all ranks are on one host.
+    /// Shared memory: all ranks are on one host.
     Shm,
-    /// TCP between all ranks, wherever they are.
+    /// TCP between all ranks.
     Tcp,
-    /// MPI between all ranks, wherever they are. Needs the feature `mpi`.
+    /// MPI between all ranks, in a build with the feature mpi.
     Mpi,
-    /// Group memory between the ranks of a host, and a wire ([`WireKind`]) between hosts.
+    /// Shared memory on each host, and TCP or MPI between hosts.
     Hierarchical,
 }
 
@@ -33,27 +34,27 @@ impl Backend {
 
 /// What moves elements between GPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum GpuTransport {
-    /// [`GpuTransport::Peer`] where all ranks are on one host, else [`GpuTransport::Nccl`].
+    /// Peer on one host, NCCL on several.
     #[default]
     Auto,
     /// GPUs of one host read each other's memory. Sums have the bits of shared memory's.
     Peer,
-    /// NCCL, on one host or several; each rank needs a GPU of its own. Sums are in NCCL's own
-    /// order.
+    /// NCCL: each rank needs a GPU of its own. Sums are in NCCL's own order.
     Nccl,
 }
 
 /// What connects hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum WireKind {
-    /// [`WireKind::Mpi`] where this build has MPI and an MPI's launcher or Slurm started the job,
-    /// else [`WireKind::Tcp`].
+    /// MPI where this build has it and its launcher or Slurm started the job, else TCP.
     #[default]
     Auto,
-    /// TCP, from the address in [`Launch::meeting`](crate::Launch) on.
+    /// TCP, from PILLION_ADDRESS or what torchrun and srun say.
     Tcp,
-    /// MPI. Needs the feature `mpi`.
+    /// MPI, in a build with the feature mpi.
     Mpi,
 }
 

@@ -13,10 +13,11 @@ pub const COMPARED: usize = 16;
 /// How ranks get the weights they compute with, where these are sharded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Gather {
-    /// Into a slot of this rank's memory, one unit at a time.
+    /// By copying each unit into a slot.
     Copy,
-    /// In place: every rank reads the others' shards through a window.
+    /// In place, through memory that all ranks of a host map.
     Window,
 }
 

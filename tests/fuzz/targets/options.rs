@@ -1,2 +1,2 @@
 #![no_main]
-pillion_fuzz::target!(pillion_llama::fuzzing::options);
+pillion_fuzz::target!(pillion_cli::fuzzing::options);

@@ -1,2 +1,2 @@
 #![no_main]
-pillion_fuzz::target!(pillion_llama::fuzzing::token_file);
+pillion_fuzz::target!(pillion_data::fuzzing::token_file);

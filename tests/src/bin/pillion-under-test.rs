@@ -2,5 +2,5 @@
 #![forbid(unsafe_code)]
 
 fn main() {
-    std::process::exit(pillion_llama::main(std::env::args_os()));
+    std::process::exit(pillion_cli::main(std::env::args_os()));
 }

@@ -1,0 +1,399 @@
+//! The settings of a training run.
+
+use std::collections::BTreeSet;
+use std::num::NonZero;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, ValueEnum};
+use pillion_collectives::{Backend, GpuTransport, WireKind};
+use pillion_kernels::DType;
+use pillion_llama::config::{Config, ConfigError, PRESETS, Preset};
+use pillion_llama::model::Recompute;
+use pillion_runtime::checkpoint::Staging;
+use pillion_runtime::{Gather, Mesh, Sharded};
+use serde::{Deserialize, Serialize};
+
+use crate::controller::ControllerArgs;
+use crate::plan::quantity::size;
+use crate::train::CHANGEABLE;
+
+/// A year, in seconds.
+pub(super) const LONGEST_TIMEOUT: u64 = 365 * 24 * 60 * 60;
+
+/// How ranks of this host are started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LaunchKind {
+    /// Each rank is a process.
+    Processes,
+    /// Each rank is a thread of this process.
+    Threads,
+}
+
+/// The device that ranks compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// The processor.
+    Cpu,
+    /// A processor that runs work as late as allowed, for tests.
+    LazyCpu,
+    /// A GPU: this one for all ranks of a host, or one for each rank in turn.
+    Cuda(Option<u32>),
+}
+
+impl DeviceKind {
+    /// Whether ranks compute on GPUs.
+    pub fn is_gpu(self) -> bool {
+        matches!(self, DeviceKind::Cuda(_))
+    }
+}
+
+impl FromStr for DeviceKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DeviceKind, String> {
+        let number = |text: &str| text.parse().map_err(|_| format!("cuda:{text} is no GPU: GPUs are counted from 0"));
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(DeviceKind::Cpu),
+            None if text == "lazy-cpu" => Ok(DeviceKind::LazyCpu),
+            None if text == "cuda" => Ok(DeviceKind::Cuda(None)),
+            Some(("cuda", gpu)) => Ok(DeviceKind::Cuda(Some(number(gpu)?))),
+            _ => Err("a device is cpu, cuda, or cuda:N for GPU number N".to_owned()),
+        }
+    }
+}
+
+/// The model's shape: a preset, and what differs from it.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// Preset of the model's shape.
+    #[arg(long, value_name = "PRESET", default_value = "small", value_parser = preset)]
+    pub model: Preset,
+    /// Width of the residual stream, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub hidden_size: Option<usize>,
+    /// Width of the feed-forward layer, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub intermediate_size: Option<usize>,
+    /// Number of blocks, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// Number of query heads, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub heads: Option<usize>,
+    /// Number of key and value heads, if not the preset's.
+    #[arg(long, value_name = "N")]
+    pub kv_heads: Option<usize>,
+    /// The shape of the run that goes on, which stands for the preset.
+    #[arg(skip)]
+    pub(crate) base: Option<Config>,
+}
+
+impl ModelArgs {
+    /// The shape, checked.
+    ///
+    /// # Errors
+    /// When the numbers contradict each other.
+    pub fn config(&self) -> Result<Config, ConfigError> {
+        let mut config = self.base.clone().unwrap_or_else(|| self.model.config());
+        let overrides = [
+            (self.hidden_size, &mut config.hidden_size),
+            (self.intermediate_size, &mut config.intermediate_size),
+            (self.layers, &mut config.num_hidden_layers),
+            (self.heads, &mut config.num_attention_heads),
+            (self.kv_heads, &mut config.num_key_value_heads),
+        ];
+        for (value, field) in overrides {
+            *field = value.unwrap_or(*field);
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// How parameters are kept and moved, and activations kept.
+#[derive(Clone, Debug, Args)]
+pub struct PolicyArgs {
+    /// Type of the weights that are computed with, and of the operands of matrix products. Sums, the
+    /// residual stream, gradients of weights and their update stay f32.
+    #[arg(long, default_value = "f32", value_parser = precision())]
+    pub precision: DType,
+    /// Type in which gradients travel: bf16 halves the bytes, and rounds each rank's gradient once.
+    #[arg(long, default_value = "f32", value_parser = precision())]
+    pub reduce_precision: DType,
+    /// The ranks as a grid of `replicate` groups that hold the same, of `shard` ranks each;
+    /// default: one group.
+    #[arg(long, value_name = "replicate=R,shard=S", value_parser = mesh)]
+    pub mesh: Option<Mesh>,
+    /// What the ranks of a group divide: parameters,gradients,optimizer, some of these, or one of
+    /// nothing, zero-1, zero-2, zero-3.
+    #[arg(long, value_name = "WHAT", default_value = "zero-3")]
+    pub shard: Sharded,
+    /// How ranks get sharded weights that they compute with; default: window.
+    #[arg(long, value_enum)]
+    pub gather: Option<Gather>,
+    /// Move units that follow each other as one operation, a bucket, as long as their weights take
+    /// at most so many bytes, such as 16MiB; a longer unit moves by itself; default: each block,
+    /// the embedding and the head move by themselves.
+    #[arg(long, value_name = "BYTES", value_parser = size)]
+    pub bucket: Option<u64>,
+    /// Buckets gathered ahead of the one in use.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub prefetch: usize,
+    /// Wait for each collective where it starts: shows what overlap is worth.
+    #[arg(long)]
+    pub no_overlap: bool,
+    /// Gathered buckets that exist at a time; default: prefetch + 1.
+    #[arg(long, value_name = "N")]
+    pub slots: Option<usize>,
+    /// What blocks compute again in the backward pass instead of keeping it: less memory, a longer
+    /// step, and the same numbers.
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "none")]
+    pub recompute: Recompute,
+}
+
+/// What to do about a step whose gradient or loss is not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnNonFinite {
+    /// End the run.
+    #[default]
+    Stop,
+    /// Go on without the step's samples.
+    Skip,
+    /// Go back to the newest checkpoint, and on without the samples since it.
+    Rewind,
+}
+
+/// Settings of a training run.
+#[derive(Clone, Debug, Args)]
+pub struct TrainArgs {
+    /// File of settings in TOML, with the names of these flags as keys; flags win.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Text to train on, a file or a folder, or `synthetic` for random tokens; default: the sources
+    /// of the crates this program is built from.
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Folder for everything the run writes; an earlier run in it is moved aside, unless it is
+    /// resumed.
+    #[arg(long, value_name = "DIR", default_value = "runs/train")]
+    pub out: PathBuf,
+    /// Number of ranks to start on this host; default: those of mpirun, torchrun or srun, else 2.
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<usize>,
+    /// How --ranks are started; default on GPUs: threads.
+    #[arg(long, value_enum, default_value = "processes")]
+    pub launch: LaunchKind,
+    /// Number of hosts. On each, start the program with the same settings and its own --node-rank.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "node_rank", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub nodes: u32,
+    /// Which host this is, from 0, on which rank 0 runs.
+    #[arg(long, value_name = "N", requires = "nodes")]
+    pub node_rank: Option<u32>,
+    /// Where the ranks of all hosts meet: the first host and a free port of it, spelled alike on
+    /// all; default: PILLION_ADDRESS.
+    #[arg(long, value_name = "HOST:PORT", value_parser = address)]
+    pub address: Option<String>,
+    /// Start more than 8 ranks for each core.
+    #[arg(long)]
+    pub oversubscribe: bool,
+    /// Samples to train on: the horizon of every schedule.
+    #[arg(long, value_name = "N", default_value_t = 5120)]
+    pub samples: u64,
+    /// Stop after this many steps, wherever the schedules are.
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Seed of the weights and of the order of samples.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: ModelArgs,
+    /// Tokens in a sample.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub seq: usize,
+    /// Samples that a rank computes at a time.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub micro_batch: u64,
+    /// Samples in a step, over all ranks, at first; default: --round-to, and at least two
+    /// micro-batches where noise is measured.
+    #[arg(long, value_name = "N")]
+    pub batch: Option<u64>,
+    /// Samples in a step at most; default: 8 times --batch.
+    #[arg(long, value_name = "N")]
+    pub max_batch: Option<u64>,
+    /// Batches are multiples of this, itself a multiple of --micro-batch; default: ranks times
+    /// --micro-batch.
+    #[arg(long, value_name = "N")]
+    pub round_to: Option<u64>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub controller: ControllerArgs,
+    /// Peak learning rate.
+    #[arg(long, value_name = "X", default_value_t = 3e-3)]
+    pub lr: f64,
+    /// Share of the samples over which the learning rate rises.
+    #[arg(long, value_name = "X", default_value_t = 0.02)]
+    pub warmup: f64,
+    /// Learning rate at the end, as a share of the peak; it falls along a cosine.
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    pub final_lr: f64,
+    /// Decoupled weight decay of matrices.
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    pub weight_decay: f64,
+    /// Largest norm of the gradient; 0 for no limit.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub clip: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub policy: PolicyArgs,
+    /// Choose --prefetch, --slots, --bucket and --recompute: measure the processor and the links
+    /// for a moment, simulate steps on them, and take the shortest that fits into memory.
+    #[arg(long, conflicts_with_all = ["prefetch", "slots", "bucket", "recompute", "no_overlap"])]
+    pub auto: bool,
+    /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that
+    /// decide numbers or files and are not given are those that the run began with, and so are its
+    /// tokens. Settings of how parameters are kept and moved have their defaults.
+    #[arg(long, value_name = "auto|PATH")]
+    pub resume: Option<PathBuf>,
+    /// Settings in which a resumed run may differ from its checkpoint, by their flags: lr,samples,…
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = changeable, requires = "resume")]
+    pub change: Vec<String>,
+    /// What to do about a step whose gradient or loss is not finite; default: stop, or what a
+    /// resumed run did. skip goes on without the step's samples; rewind goes back to the newest
+    /// checkpoint, and on without the samples since it.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub on_non_finite: Option<OnNonFinite>,
+    /// Steps in a row that may be left out by skip, and times in a row that rewind may go back to
+    /// the same checkpoint.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub non_finite_limit: u64,
+    /// Save every N steps, besides at the end; 0: only at the end.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub save_every: u64,
+    /// Memory of a rank for its part of a checkpoint: `copies` of all of it, which are written
+    /// while training goes on, or a ring of at most BYTES, such as 64MiB, through which it passes
+    /// while steps wait; default: copies with --save-every, else 1MiB.
+    #[arg(long, value_name = "copies|BYTES", value_parser = save_memory)]
+    pub save_memory: Option<Staging>,
+    /// Keep this many of the newest checkpoints, and remove older ones; default: all.
+    #[arg(long, value_name = "N")]
+    pub keep: Option<NonZero<usize>>,
+    /// Validate every N steps, besides at the start and the end; 0: only then.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub validate_every: u64,
+    /// Samples to validate on; where the validation text has fewer, all of it.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub validation_samples: u64,
+    /// Tokens of text that the trained model writes at the end; 0 for none. Each takes a forward
+    /// pass, for which all weights are gathered.
+    #[arg(long, value_name = "N", default_value_t = 240)]
+    pub sample: usize,
+    /// What moves the bytes between ranks.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub backend: Backend,
+    /// What connects hosts.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub wire: WireKind,
+    /// What moves elements between GPUs.
+    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
+    pub gpu_transport: GpuTransport,
+    /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts
+    /// gives its bits on one host.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub reduce_groups: usize,
+    /// Threads of each rank; default: the processors that it may run on, divided among the ranks of
+    /// its host.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Print where the time of the steps after the first went, kernel by kernel.
+    #[arg(long)]
+    pub profile: bool,
+    /// Write what each rank computes, waits for and moves into trace.json in --out, a timeline for
+    /// ui.perfetto.dev.
+    #[arg(long)]
+    pub trace: bool,
+    /// Seconds after which a rank that waits for another gives up, at the start and in each
+    /// operation.
+    #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
+    pub timeout: u64,
+    /// What ranks compute on: cpu, cuda for a GPU of each rank, or cuda:N for GPU N. GPUs need a
+    /// build with the feature cuda.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceKind,
+    /// The flags that were given, on the command line or in the file, without dashes.
+    #[arg(skip)]
+    pub given: BTreeSet<String>,
+}
+
+/// The types that weights and gradients can have.
+pub(crate) const PRECISIONS: [DType; 2] = [DType::F32, DType::Bf16];
+
+fn precision() -> impl TypedValueParser<Value = DType> {
+    PossibleValuesParser::new(PRECISIONS.map(DType::name)).map(|name| dtype(&name))
+}
+
+/// The type of this name, one of [`PRECISIONS`].
+pub(crate) fn dtype(name: &str) -> DType {
+    if name == DType::Bf16.name() { DType::Bf16 } else { DType::F32 }
+}
+
+/// Reads `replicate=R,shard=S`, in either order.
+pub(crate) fn mesh(text: &str) -> Result<Mesh, String> {
+    let mut sizes = [("replicate", None), ("shard", None)];
+    for part in text.split(',') {
+        let (axis, size) = part.split_once('=').unwrap_or((part, ""));
+        let slot = sizes.iter_mut().find(|(name, size)| *name == axis.trim() && size.is_none());
+        let size = size.trim().parse::<usize>().ok().filter(|size| (1..=1 << 20).contains(size));
+        match (slot, size) {
+            (Some((_, slot)), Some(size)) => *slot = Some(size),
+            _ => return Err(format!("{part:?} is no axis of a mesh: give both sizes, as in replicate=2,shard=4")),
+        }
+    }
+    match sizes {
+        [(_, Some(replicate)), (_, Some(shard))] => Ok(Mesh { replicate, shard }),
+        _ => Err("a mesh has two axes: give both sizes, as in replicate=2,shard=4".to_owned()),
+    }
+}
+
+/// Bytes of the smallest ring. A smaller one takes more time, and what it saves is nothing beside
+/// what else a rank holds.
+const LEAST_RING: u64 = 64 << 10;
+
+/// Reads `copies`, or the size of a ring.
+pub(crate) fn save_memory(text: &str) -> Result<Staging, String> {
+    if text.trim() == "copies" {
+        return Ok(Staging::Copies);
+    }
+    match size(text) {
+        Ok(bytes) if bytes >= LEAST_RING => Ok(Staging::Ring { bytes }),
+        Ok(_) => Err("a ring has at least 64KiB: give more, or `copies`".to_owned()),
+        Err(error) => Err(format!("{error}; or give `copies`")),
+    }
+}
+
+/// Reads an address with a port.
+pub(crate) fn address(text: &str) -> Result<String, String> {
+    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains('/'));
+    match port.and_then(|(_, port)| port.parse::<u16>().ok()).filter(|&port| port > 0) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err("give a host and a port, as in node1:29400".to_owned()),
+    }
+}
+
+fn changeable(name: &str) -> Result<String, String> {
+    let name = name.trim().trim_start_matches("--");
+    match CHANGEABLE.contains(&name) {
+        true => Ok(name.to_owned()),
+        false => Err(format!("a run cannot change this; it can change {}", CHANGEABLE.join(", "))),
+    }
+}
+
+fn preset(name: &str) -> Result<Preset, String> {
+    Preset::named(name).ok_or_else(|| {
+        let names: Vec<&str> = PRESETS.iter().map(|preset| preset.name).collect();
+        format!("no preset has this name; there are {}", names.join(", "))
+    })
+}

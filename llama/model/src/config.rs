@@ -1,0 +1,312 @@
+//! Shapes of Llama models, and the tensors they consist of.
+
+use pillion_runtime::{TensorSpec, UnitSpec};
+use serde::{Deserialize, Serialize};
+
+use crate::model::Recompute;
+
+/// The shape of a Llama-2 model (Touvron et al. 2023). Names of the fields are Hugging Face's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// V: number of tokens.
+    pub vocab_size: usize,
+    /// C: width of the residual stream.
+    pub hidden_size: usize,
+    /// F: width of the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub num_hidden_layers: usize,
+    /// H: query heads.
+    pub num_attention_heads: usize,
+    /// K: key and value heads; divides H.
+    pub num_key_value_heads: usize,
+    /// ε of RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Base of the rotary angles.
+    pub rope_theta: f64,
+}
+
+/// Floating-point operations of a backward pass for each of the forward pass: gradients of both operands of a product.
+pub const BACKWARD_FLOPS: f64 = 2.0;
+
+/// Far beyond any model, and far below where the number of parameters overflows.
+const LARGEST_SIZE: usize = 1 << 18;
+const MOST_LAYERS: usize = 1 << 16;
+
+/// A model that cannot be.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("the model's {what}")]
+pub struct ConfigError {
+    what: String,
+}
+
+/// A model with a name.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Preset {
+    /// What `--model` takes.
+    pub name: &'static str,
+    vocab: usize,
+    width: usize,
+    ffn: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    rope_theta: f64,
+}
+
+const fn preset(
+    name: &'static str,
+    vocab: usize,
+    width: usize,
+    ffn: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+) -> Preset {
+    Preset { name, vocab, width, ffn, layers, heads, kv_heads, rope_theta: 10_000.0 }
+}
+
+/// Tokens of bytes: each byte, and one that separates documents.
+const BYTES: usize = 257;
+
+/// Every preset: two for a laptop, one that benchmarks compare with other frameworks, the three of Lau et al. 2025, Llama 2 itself, and
+/// Llama 3.1 without its scaling of rotary angles for long texts.
+pub const PRESETS: [Preset; 10] = [
+    preset("tiny", BYTES, 64, 192, 2, 4, 2),
+    preset("small", BYTES, 256, 704, 4, 4, 4),
+    preset("peer-30m", 4096, 512, 1408, 8, 8, 8),
+    preset("micro-llama-300m", 32_000, 1024, 5632, 12, 16, 4),
+    preset("tiny-llama-1.1b", 32_000, 2048, 5632, 22, 32, 4),
+    preset("open-llama-3b", 32_000, 3200, 8640, 26, 32, 32),
+    preset("llama2-7b", 32_000, 4096, 11_008, 32, 32, 32),
+    preset("llama2-13b", 32_000, 5120, 13_824, 40, 40, 40),
+    preset("llama2-70b", 32_000, 8192, 28_672, 80, 64, 8),
+    Preset { rope_theta: 500_000.0, ..preset("llama3.1-8b", 128_256, 4096, 14_336, 32, 32, 8) },
+];
+
+impl Preset {
+    /// The preset of that name.
+    pub fn named(name: &str) -> Option<Preset> {
+        PRESETS.into_iter().find(|preset| preset.name == name)
+    }
+
+    /// Its shape.
+    pub fn config(self) -> Config {
+        Config {
+            vocab_size: self.vocab,
+            hidden_size: self.width,
+            intermediate_size: self.ffn,
+            num_hidden_layers: self.layers,
+            num_attention_heads: self.heads,
+            num_key_value_heads: self.kv_heads,
+            rms_norm_eps: 1e-5,
+            rope_theta: self.rope_theta,
+        }
+    }
+}
+
+impl Config {
+    /// Checks that the shape can be.
+    ///
+    /// # Errors
+    /// Names the numbers that contradict each other.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let (heads, kv_heads, width) = (self.num_attention_heads, self.num_key_value_heads, self.hidden_size);
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", width),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", heads),
+            ("num_key_value_heads", kv_heads),
+        ];
+        let fail = |what: String| Err(ConfigError { what });
+        if let Some((name, _)) = sizes.into_iter().find(|&(_, size)| size == 0) {
+            return fail(format!("{name} is 0: it must be at least 1"));
+        }
+        if let Some((name, size)) = sizes.into_iter().find(|&(_, size)| size > LARGEST_SIZE) {
+            return fail(format!("{name} is {size}: it must be at most {LARGEST_SIZE}"));
+        }
+        if self.num_hidden_layers > MOST_LAYERS {
+            return fail(format!("num_hidden_layers is {}: it must be at most {MOST_LAYERS}", self.num_hidden_layers));
+        }
+        // What a float of 32 bits cannot hold becomes infinite, and JSON cannot say that.
+        for (name, value) in [("rms_norm_eps", f64::from(self.rms_norm_eps)), ("rope_theta", self.rope_theta)] {
+            if !(value > 0.0 && value.is_finite()) {
+                return fail(format!("{name} is {value}: it must be above 0 and finite"));
+            }
+        }
+        if !width.is_multiple_of(heads) {
+            return fail(format!(
+                "num_attention_heads = {heads} does not divide hidden_size = {width}: choose a width that is a multiple"
+            ));
+        }
+        if !heads.is_multiple_of(kv_heads) {
+            return fail(format!("num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}"));
+        }
+        if !self.head_dim().is_multiple_of(2) {
+            return fail(format!(
+                "heads are {} wide (hidden_size / num_attention_heads), but rotary embedding needs an even width",
+                self.head_dim()
+            ));
+        }
+        Ok(())
+    }
+
+    /// D: width of a head.
+    pub fn head_dim(&self) -> usize {
+        self.hidden_size / self.num_attention_heads
+    }
+
+    /// The model's tensors by unit, under Hugging Face's names: the embedding, each block, the final norm with the head.
+    pub fn units(&self) -> Vec<UnitSpec> {
+        let (width, ffn, vocab) = (self.hidden_size, self.intermediate_size, self.vocab_size);
+        let kv_width = self.num_key_value_heads * self.head_dim();
+        let tensor = |name: String, shape: &[usize]| TensorSpec {
+            name,
+            shape: shape.to_vec(),
+            decay: shape.len() > 1,
+            frozen: false,
+        };
+        let unit = |name: String, tensors| UnitSpec { name, tensors };
+        let block = |layer: usize| {
+            let named = |part: &str, shape: &[usize]| tensor(format!("model.layers.{layer}.{part}.weight"), shape);
+            unit(
+                format!("block {layer}"),
+                vec![
+                    named("input_layernorm", &[width]),
+                    named("self_attn.q_proj", &[width, width]),
+                    named("self_attn.k_proj", &[kv_width, width]),
+                    named("self_attn.v_proj", &[kv_width, width]),
+                    named("self_attn.o_proj", &[width, width]),
+                    named("post_attention_layernorm", &[width]),
+                    named("mlp.gate_proj", &[ffn, width]),
+                    named("mlp.up_proj", &[ffn, width]),
+                    named("mlp.down_proj", &[width, ffn]),
+                ],
+            )
+        };
+        let embedding = unit("embedding".into(), vec![tensor("model.embed_tokens.weight".into(), &[vocab, width])]);
+        let head = unit(
+            "head".into(),
+            vec![tensor("model.norm.weight".into(), &[width]), tensor("lm_head.weight".into(), &[vocab, width])],
+        );
+        [embedding].into_iter().chain((0..self.num_hidden_layers).map(block)).chain([head]).collect()
+    }
+
+    /// Floating-point operations that a token costs in forward and backward: 6 for each weight of a matrix product (Kaplan et al.
+    /// 2020), and those of causal attention over `seq` tokens, of which half the scores exist.
+    pub fn flops_per_token(&self, seq: usize) -> f64 {
+        (1.0 + BACKWARD_FLOPS) * self.forward_flops(seq).iter().sum::<f64>()
+    }
+
+    /// Those of the forward pass alone, for each of [`Config::units`]. The backward pass costs [`BACKWARD_FLOPS`] times as many.
+    pub fn forward_flops(&self, seq: usize) -> Vec<f64> {
+        let block = self.block_flops(seq).iter().sum();
+        let head = 2.0 * self.hidden_size as f64 * self.vocab_size as f64;
+        [0.0].into_iter().chain(std::iter::repeat_n(block, self.num_hidden_layers)).chain([head]).collect()
+    }
+
+    /// Those that the backward pass repeats of the forward pass, for each of [`Config::units`].
+    pub fn recomputed_flops(&self, seq: usize, recompute: Recompute) -> Vec<f64> {
+        let [attention, feed_forward, _] = self.block_flops(seq);
+        let layers = self.num_hidden_layers;
+        let blocks = (0..layers).map(|layer| match recompute.of(layer, layers) {
+            Recompute::None => 0.0,
+            Recompute::Attention => attention,
+            Recompute::Block => attention + feed_forward,
+        });
+        [0.0].into_iter().chain(blocks).chain([0.0]).collect()
+    }
+
+    /// Those of a block's forward pass: to the output of attention, from there to gate and up, and
+    /// of the last product.
+    fn block_flops(&self, seq: usize) -> [f64; 3] {
+        let (width, ffn) = (self.hidden_size as f64, self.intermediate_size as f64);
+        let kv_width = (self.num_key_value_heads * self.head_dim()) as f64;
+        // Queries with keys, and scores with values.
+        let attention = 2.0 * width * seq as f64 / 2.0;
+        let sums = [width * width + 2.0 * width * kv_width + attention, width * width + 2.0 * width * ffn, width * ffn];
+        sums.map(|products| 2.0 * products)
+    }
+
+    /// The initial values of a tensor's elements, by index: ones for norms; else normal with
+    /// variance 2/(5·C) (Nguyen and Salazar 2019), and for what adds to the residual stream
+    /// standard deviation 2/(layers·√C) (Wang and Komatsuzaki 2021). A value depends on (seed,
+    /// tensor, index) alone.
+    pub fn initial_values(&self, seed: u64, name: &str, shape: &[usize]) -> impl Fn(usize) -> f32 + use<> {
+        let is_norm = shape.len() == 1;
+        let width = self.hidden_size as f64;
+        let adds_to_residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+        let deviation = if adds_to_residual {
+            2.0 / (self.num_hidden_layers as f64 * width.sqrt())
+        } else {
+            (2.0 / (5.0 * width)).sqrt()
+        };
+        let stream = xxhash_rust::xxh3::xxh3_64(name.as_bytes());
+        move |index| match is_norm {
+            true => 1.0,
+            false => (deviation * pillion_kernels::random::normal(seed, stream, index as u64)) as f32,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameters(name: &str) -> usize {
+        let units = Preset::named(name).expect("a preset").config().units();
+        units.iter().flat_map(|unit| &unit.tensors).map(|tensor| tensor.shape.iter().product::<usize>()).sum()
+    }
+
+    #[test]
+    fn presets_have_the_published_numbers_of_parameters() {
+        // From the papers and model cards; Llama 2's are exact counts of the released files.
+        assert_eq!(parameters("llama2-7b"), 6_738_415_616);
+        assert_eq!(parameters("llama2-13b"), 13_015_864_320);
+        assert_eq!(parameters("llama2-70b"), 68_976_648_192);
+        assert_eq!(parameters("llama3.1-8b"), 8_030_261_248);
+        assert_eq!(parameters("tiny-llama-1.1b"), 1_100_048_384);
+        let small = parameters("small");
+        assert!((3_000_000..4_000_000).contains(&small), "{small}");
+    }
+
+    #[test]
+    fn a_token_costs_six_operations_for_each_weight_of_a_product_and_its_attention() {
+        // Without attention: six for each parameter, but for the embedding and the norms (2 of 64 a block, and one), which multiply no matrix.
+        let config = Preset::named("tiny").unwrap().config();
+        let outside = config.vocab_size * 64 + (2 * 2 + 1) * 64;
+        assert_eq!(config.flops_per_token(0), 6.0 * (parameters("tiny") - outside) as f64);
+        // Attention over 10 tokens: 5 scores in the mean, each 2·64 operations to make and as many to use, in two blocks; three times with the backward pass.
+        assert_eq!(config.flops_per_token(10) - config.flops_per_token(0), 3.0 * 2.0 * 5.0 * 4.0 * 64.0);
+    }
+
+    #[test]
+    fn every_preset_can_be() {
+        for preset in PRESETS {
+            preset.config().validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn impossible_shapes_are_named() {
+        let small = Preset::named("small").unwrap().config();
+        let cases = [
+            (
+                Config { num_attention_heads: 3, ..small.clone() },
+                "num_attention_heads = 3 does not divide hidden_size = 256",
+            ),
+            (Config { num_key_value_heads: 3, ..small.clone() }, "num_key_value_heads = 3 does not divide"),
+            (Config { hidden_size: 12, ..small.clone() }, "heads are 3 wide"),
+            (Config { vocab_size: 0, ..small.clone() }, "vocab_size is 0"),
+            (Config { rms_norm_eps: 1e39_f64 as f32, ..small.clone() }, "rms_norm_eps is inf"),
+            (Config { rope_theta: -1.0, ..small }, "rope_theta is -1"),
+        ];
+        for (config, message) in cases {
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+}

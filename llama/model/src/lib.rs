@@ -1,0 +1,14 @@
+//! Llama-2 on the Pillion runtime.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `config` | shapes of models, their tensors and presets |
+//! | `activations` | what a model keeps on a rank besides its weights |
+//! | `model` | forward and backward, unit by unit |
+//! | `generate` | text out |
+#![forbid(unsafe_code)]
+
+mod activations;
+pub mod config;
+pub mod generate;
+pub mod model;
