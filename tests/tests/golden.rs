@@ -6,8 +6,9 @@ use std::sync::Arc;
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType, Device, LazyCpu};
 use pillion_llama::config::Config;
+use pillion_llama::huggingface::parse_config;
 use pillion_llama::model::{Model, Recompute};
-use pillion_runtime::{Engine, Gather, Layout, Policy};
+use pillion_runtime::{Engine, Gather, Policy};
 use pillion_tests::golden::Golden;
 use pillion_tests::reference::{self, Parameters};
 
@@ -15,17 +16,7 @@ use pillion_tests::reference::{self, Parameters};
 const TOLERANCE: f64 = 1e-4;
 
 fn config(golden: &Golden) -> Config {
-    let shape = golden.config();
-    Config {
-        vocab_size: shape.vocab,
-        hidden_size: shape.width,
-        intermediate_size: shape.ffn,
-        num_hidden_layers: shape.layers,
-        num_attention_heads: shape.heads,
-        num_key_value_heads: shape.kv_heads,
-        rms_norm_eps: shape.norm_epsilon as f32,
-        rope_theta: shape.rope_theta,
-    }
+    parse_config(&golden.metadata("config").to_string()).expect("a configuration that we compute")
 }
 
 fn distance(ours: impl IntoIterator<Item = f64>, theirs: impl IntoIterator<Item = f64>) -> f64 {
@@ -98,7 +89,7 @@ fn train_steps(
             scope.spawn(move || {
                 let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
                 let device = device();
-                let layout = Layout::new(&config.units(), world);
+                let layout = config.layout(world);
                 let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
                 engine
                     .initialize(|name, _| {
@@ -185,7 +176,7 @@ const GRADIENT: AdamW = AdamW { lr: 0.0, beta1: 0.0, beta2: 0.0, epsilon: 1e-8, 
 
 #[test]
 fn logits_loss_and_every_gradient_match_hugging_face() {
-    for name in ["mha", "gqa"] {
+    for name in ["mha", "gqa", "relative"] {
         let golden = Golden::load(name);
         let parameters = golden.by_parameter("param");
         let batch = Batch::of(&golden, "");
@@ -209,7 +200,7 @@ fn logits_loss_and_every_gradient_match_hugging_face() {
 
 #[test]
 fn bf16_lies_as_near_to_f64_as_that_of_pytorch() {
-    for name in ["mha", "gqa"] {
+    for name in ["mha", "gqa", "relative"] {
         let golden = Golden::load(name);
         let round = |x: &f64| f64::from(half::bf16::from_f32(*x as f32));
         let parameters = golden.by_parameter("param");

@@ -8,13 +8,13 @@ use pillion_data::tokenizer;
 use pillion_kernels::{Cores, LazyCpu};
 use pillion_llama::generate::generate_each;
 use pillion_llama::model::{Model, Recompute};
-use pillion_runtime::{Engine, Gather, Layout, Memory, Mesh, Policy};
+use pillion_runtime::{Engine, Gather, Memory, Mesh, Policy};
 
 use crate::Error;
 use crate::gpu::{self, Load, Moved};
+use crate::models::{self, Origin};
 use crate::output::{Escaped, write};
 use crate::settings::{DeviceKind, GenerateArgs};
-use crate::train::checkpoints;
 
 /// `pillion generate`: prints text, each token as soon as it is chosen.
 ///
@@ -35,9 +35,10 @@ pub(crate) fn generate(settings: &GenerateArgs) -> Result<i32, Error> {
         gpu::check(gpu)?;
     }
     let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default())?);
-    let (whole, progress) = checkpoints::newest(&settings.checkpoint, &communicator)?;
+    let (whole, origin) = models::newest(&settings.checkpoint, &communicator)?;
+    let Origin::Run(progress) = origin else { return Err(Error::Setting("not yet".to_owned())) };
     let recipe = progress.recipe;
-    let layout = Layout::new(&recipe.model.units(), 1);
+    let layout = recipe.model.layout(1);
     let (mut policy, one) = (Policy::default(), Mesh { replicate: 1, shard: 1 });
     let (device, moves): Moved = match settings.device {
         DeviceKind::Cpu => {

@@ -88,7 +88,7 @@ pub(crate) fn open(
     let working = Cuda::working_bytes(attention, model.hidden_size, policy.weights);
     // NCCL's operations work on copies of what they reduce, at most of the largest unit or bucket,
     // and its shards.
-    let layout = Layout::new(&model.units(), 1);
+    let layout = model.layout(1);
     let unit = layout.units.iter().map(|unit| unit.len).max().unwrap_or(0);
     let bucket = layout.parameters().min(policy.bucket as usize / policy.weights.bytes());
     let longest = unit.max(bucket) as u64;

@@ -5,6 +5,8 @@
 //! | `settings` | the command line and the configuration file |
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
 //! | `commands` | `pillion generate` |
+//! | `huggingface` | `pillion import` and `export`: models from and for elsewhere |
+//! | `models` | models in checkpoints, and the files that go with them |
 //! | `run_folder` | what runs write, and where |
 //! | `inspect` | `pillion checkpoint`: what there is, and whether it is whole |
 //! | `verify_data` | `pillion data verify`: whether token files are whole |
@@ -24,7 +26,9 @@ mod experiment;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod gpu;
+mod huggingface;
 mod inspect;
+mod models;
 mod output;
 mod plan;
 mod replay;
@@ -72,6 +76,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     let result = instructions.and_then(|_| match &cli.command {
         Command::Train(settings) => train::train(settings),
         Command::Generate(settings) => commands::generate(settings),
+        Command::Import(settings) => huggingface::import(settings),
+        Command::Export(settings) => huggingface::export(settings),
         Command::Checkpoint(command) => inspect::inspect(command),
         Command::Data(command) => verify_data::verify(command),
         Command::Plan(settings) => plan::plan(settings),

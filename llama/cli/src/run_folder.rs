@@ -8,21 +8,26 @@
 //!     metrics.aside.jsonl  lines of steps that a resume or a rewind undid, and lines of others
 //!     checkpoints/step-…   see `pillion_runtime::checkpoint`
 //!     tokens/*.tokens      see `data::TokenFile`; shared by all runs in this folder
+//!     huggingface/         the tokenizer of the run's model, and other files that go with it
 //!     trace.json           with --trace
-//!     earlier-1/           metrics, checkpoints and trace of the run before
+//!     earlier-1/           metrics, checkpoints, trace and tokenizer of the run before
 //! ```
 //!
 //! The folder itself is never renamed or removed, because it may be a mount point, a link, or the
 //! user's working folder, and because its parent may not be writable. Only files that runs wrote
 //! are moved.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pillion_data::runs::{CHECKPOINTS, EARLIER, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TOKENS, TRACE};
+use pillion_data::runs::{
+    CHECKPOINTS, EARLIER, HUGGINGFACE, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TOKENS, TRACE,
+};
+use pillion_llama::huggingface::{COMPANIONS, CONFIG};
 use pillion_runtime::checkpoint;
 use rustix::fs::{Access, OFlags};
 
@@ -75,6 +80,17 @@ pub(crate) fn checkpoints(out: &Path) -> PathBuf {
 /// Where a run's token files are.
 pub(crate) fn tokens(out: &Path) -> PathBuf {
     out.join(TOKENS)
+}
+
+/// Where a run keeps the files that go with its model.
+pub(crate) fn huggingface(out: &Path) -> PathBuf {
+    out.join(HUGGINGFACE)
+}
+
+/// The folder of the run whose checkpoint this is.
+pub(crate) fn of_checkpoint(checkpoint: &Path) -> Option<PathBuf> {
+    let canonical = checkpoint.canonicalize().ok()?;
+    Some(canonical.parent()?.parent()?.to_owned())
 }
 
 /// Where a run's timeline is.
@@ -170,7 +186,8 @@ impl RunFolder {
             ours(METRICS_ASIDE, METRICS_BEGIN),
             ours(TRACE, pillion_runtime::trace::HEADER),
         ];
-        let files: Vec<&str> = files.into_iter().flatten().collect();
+        let companions = self.has_companions().then_some(HUGGINGFACE);
+        let files: Vec<&str> = files.into_iter().flatten().chain(companions).collect();
         let saved = self.saved()?;
         if files.is_empty() && saved.is_empty() {
             return Ok(None);
@@ -221,6 +238,13 @@ impl RunFolder {
         let entries = entries.map_err(|error| cannot_write(&folder, error))?;
         let names = entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok());
         Ok(names.map(|name| (name.clone(), checkpoint::is_ours(&folder.join(name)))).collect())
+    }
+
+    /// Whether there are files that go with a model, and no others beside them.
+    fn has_companions(&self) -> bool {
+        let entries = fs::read_dir(huggingface(&self.path)).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        let is_one = |name: &OsStr| name == CONFIG || COMPANIONS.iter().any(|companion| name == *companion);
+        entries.is_ok_and(|entries| entries.iter().all(|entry| is_one(&entry.file_name())))
     }
 
     fn free_name(&self) -> PathBuf {

@@ -8,12 +8,15 @@ mod train;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use pillion_collectives::{Backend, WireKind};
+use pillion_kernels::DType;
 
 pub use crate::controller::{ControllerArgs, ControllerKind};
 pub use crate::experiment::PaperArgs;
+use crate::plan::quantity::size;
 pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::replay::ReplayArgs;
 pub use crate::simulate::SimulateArgs;
@@ -35,6 +38,10 @@ pub enum Command {
     Train(Box<TrainArgs>),
     /// Write text with a trained model.
     Generate(GenerateArgs),
+    /// Make a checkpoint of a model in Hugging Face's format.
+    Import(ImportArgs),
+    /// Make a folder that Hugging Face's transformers load of a checkpoint.
+    Export(ExportArgs),
     /// Look at checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
@@ -130,6 +137,40 @@ pub struct GenerateArgs {
     /// What to compute on: cpu, cuda, or cuda:N for GPU N, in a build with the feature cuda.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: DeviceKind,
+}
+
+/// Settings of `import`.
+#[derive(Clone, Debug, Args)]
+pub struct ImportArgs {
+    /// Folder with config.json and safetensors; tokenizer and generation settings come along.
+    #[arg(value_name = "FOLDER")]
+    pub folder: PathBuf,
+    /// Folder of a run, for the checkpoint; an earlier run in it is moved aside.
+    #[arg(long, value_name = "DIR", default_value = "runs/imported")]
+    pub out: PathBuf,
+}
+
+/// Settings of `export`.
+#[derive(Clone, Debug, Args)]
+pub struct ExportArgs {
+    /// Folder of a run, or a checkpoint in it.
+    #[arg(long, value_name = "DIR", default_value = "runs/train")]
+    pub checkpoint: PathBuf,
+    /// Folder to make.
+    #[arg(long, value_name = "FOLDER")]
+    pub to: PathBuf,
+    /// Type of the weights; default: that which they were computed with, or came with.
+    #[arg(long, value_parser = stored())]
+    pub dtype: Option<DType>,
+    /// Bytes of a file of weights, at most, such as 5GB; a longer tensor has a file of its own.
+    #[arg(long, value_name = "BYTES", default_value = "5GB", value_parser = size)]
+    pub file_size: u64,
+}
+
+fn stored() -> impl TypedValueParser<Value = DType> {
+    let types = [DType::F32, DType::Bf16, DType::F16];
+    let named = move |name: String| types.into_iter().find(|dtype| dtype.name() == name).expect("one of these");
+    PossibleValuesParser::new(types.map(DType::name)).map(named)
 }
 
 /// Settings of `doctor`.

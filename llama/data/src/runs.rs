@@ -17,6 +17,8 @@ pub const METRICS_BEGIN: &str = r#"{"step":"#;
 pub const CHECKPOINTS: &str = "checkpoints";
 /// The folder of token files.
 pub const TOKENS: &str = "tokens";
+/// The folder of files that go with the model: its tokenizer, and how it generates text.
+pub const HUGGINGFACE: &str = "huggingface";
 /// The timeline.
 pub const TRACE: &str = "trace.json";
 /// How the names of folders begin that earlier runs are set aside in; a number follows.
@@ -31,8 +33,9 @@ pub fn is_one(folder: &Path) -> bool {
 /// Whether runs write files or folders of this name.
 pub fn is_of_run(name: &OsStr) -> bool {
     let is_earlier = |name: &str| name.strip_prefix(EARLIER).is_some_and(|number| number.parse::<u32>().is_ok());
-    name.to_str()
-        .is_some_and(|name| [METRICS, METRICS_ASIDE, CHECKPOINTS, TOKENS, TRACE].contains(&name) || is_earlier(name))
+    name.to_str().is_some_and(|name| {
+        [METRICS, METRICS_ASIDE, CHECKPOINTS, TOKENS, HUGGINGFACE, TRACE].contains(&name) || is_earlier(name)
+    })
 }
 
 fn has_metrics(folder: &Path) -> bool {

@@ -5,10 +5,16 @@
 //! | `config` | shapes of models, their tensors and presets |
 //! | `activations` | what a model keeps on a rank besides its weights |
 //! | `model` | forward and backward, unit by unit |
+//! | `rotary` | the angles by which positions rotate queries and keys |
 //! | `generate` | text out |
+//! | `huggingface` | models from and for elsewhere |
 #![forbid(unsafe_code)]
 
 mod activations;
 pub mod config;
 pub mod generate;
+pub mod huggingface;
 pub mod model;
+mod rotary;
+
+pub use rotary::RopeScaling;

@@ -22,6 +22,7 @@ use pillion_runtime::{Backward, Error, Forward, Step};
 pub use crate::activations::Recompute;
 use crate::activations::{Activations, Shape};
 use crate::config::Config;
+use crate::rotary;
 
 /// Indices of a block's tensors, in the order of [`Config::units`].
 mod tensor {
@@ -34,9 +35,8 @@ mod tensor {
     pub(super) const GATE: usize = 6;
     pub(super) const UP: usize = 7;
     pub(super) const DOWN: usize = 8;
-    /// Of the head.
+    /// Of the head's unit.
     pub(super) const FINAL_NORM: usize = 0;
-    pub(super) const LM_HEAD: usize = 1;
 }
 
 /// A model's activations on one rank, and the passes through them.
@@ -67,7 +67,7 @@ impl Model {
     ) -> Result<Model, Error> {
         config.validate().expect("a validated shape");
         let mut activations = Shape { config, dtype, batch, seq, recompute }.allocate(device)?;
-        let (cos, sin) = rotary_tables(config, seq);
+        let (cos, sin) = rotary::tables(config, seq);
         let stream = device.stream();
         stream.upload(activations.cos.view_mut(), &cos);
         stream.upload(activations.sin.view_mut(), &sin);
@@ -106,7 +106,14 @@ impl Model {
         step.stream().upload(self.activations.targets.view_mut(), targets);
         self.forward(step, inputs)?;
         let layers = self.config.num_hidden_layers;
-        self.head_backward(step.backward(layers + 1)?)?;
+        if self.config.tie_word_embeddings {
+            self.loss_backward(&mut step.backward(0)?)?;
+            self.final_norm_backward(&mut step.backward(layers + 1)?)?;
+        } else {
+            let mut head = step.backward(layers + 1)?;
+            self.loss_backward(&mut head)?;
+            self.final_norm_backward(&mut head)?;
+        }
         for layer in (0..layers).rev() {
             self.block_backward(layer, step.backward(layer + 1)?)?;
         }
@@ -130,7 +137,7 @@ impl Model {
         let vocab = self.config.vocab_size;
         for rows in self.head_parts() {
             let (logits, targets) = (0..rows.len() * vocab, self.activations.targets.slice(rows.clone()));
-            self.activations.head.multiply(kernels(stream)?, weights.tensor(tensor::LM_HEAD), rows, vocab);
+            self.activations.head.multiply(kernels(stream)?, weights.tensor(self.lm_head()), rows, vocab);
             kernels(stream)?.cross_entropy(
                 self.activations.head.logits.slice_mut(logits),
                 None,
@@ -159,13 +166,13 @@ impl Model {
         let Forward { stream, weights } = self.forward(step, inputs)?;
         let (vocab, mut all) = (self.config.vocab_size, Vec::new());
         for rows in self.head_parts() {
-            self.activations.head.multiply(kernels(stream)?, weights.tensor(tensor::LM_HEAD), rows.clone(), vocab);
+            self.activations.head.multiply(kernels(stream)?, weights.tensor(self.lm_head()), rows.clone(), vocab);
             all.extend(stream.download::<f32>(self.activations.head.logits.slice(0..rows.len() * vocab))?);
         }
         Ok(all)
     }
 
-    /// Through all units, to the norm before the logits; returns what the head needs.
+    /// Through all units, to the norm before the logits; returns the unit with the head's matrix.
     fn forward<'s>(&mut self, step: &'s mut Step<'_>, inputs: &[u32]) -> Result<Forward<'s>, Error> {
         let Forward { stream, weights } = step.forward(0)?;
         stream.upload(self.activations.inputs.view_mut(), inputs);
@@ -177,26 +184,31 @@ impl Model {
         for layer in 0..self.config.num_hidden_layers {
             self.block_forward(layer, step.forward(layer + 1)?)?;
         }
-        let head = step.forward(self.config.num_hidden_layers + 1)?;
+        let last = self.config.num_hidden_layers + 1;
+        if self.config.tie_word_embeddings {
+            self.final_norm(&step.forward(last)?)?;
+            return step.forward(0);
+        }
+        let head = step.forward(last)?;
+        self.final_norm(&head)?;
+        Ok(head)
+    }
+
+    /// Which tensor of its unit the head's matrix is.
+    fn lm_head(&self) -> usize {
+        if self.config.tie_word_embeddings { 0 } else { 1 }
+    }
+
+    fn final_norm(&mut self, unit: &Forward<'_>) -> Result<(), Error> {
         let x = self.activations.residual.last().expect("the stream has a last part");
         let (normed, inverse) = (self.activations.head.normed.view_mut(), self.activations.head.inverse_rms.view_mut());
-        let weight = head.weights.tensor(tensor::FINAL_NORM);
-        kernels(head.stream)?.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
-        Ok(head)
+        let weight = unit.weights.tensor(tensor::FINAL_NORM);
+        kernels(unit.stream)?.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
+        Ok(())
     }
 }
 
 /// The mathematics of the stream's device.
 fn kernels(stream: &dyn Stream) -> Result<&dyn Kernels, Error> {
     Ok(stream.kernels().ok_or(pillion_kernels::Error::NoKernels)?)
-}
-
-/// cos and sin of t·θ^(−2i/D), `[T, D/2]` each, rounded once from f64.
-fn rotary_tables(config: &Config, seq: usize) -> (Vec<f32>, Vec<f32>) {
-    let dim = config.head_dim();
-    let angles = (0..seq).flat_map(|position| {
-        let frequency = move |i: usize| config.rope_theta.powf(-2.0 * i as f64 / dim as f64);
-        (0..dim / 2).map(move |i| position as f64 * frequency(i))
-    });
-    angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip()
 }

@@ -64,6 +64,9 @@ impl FromStr for DeviceKind {
     }
 }
 
+/// The flags of a model's shape.
+const SHAPE: [&str; 6] = ["model", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads"];
+
 /// The model's shape: a preset, and what differs from it.
 #[derive(Clone, Debug, Args)]
 pub struct ModelArgs {
@@ -253,6 +256,10 @@ pub struct TrainArgs {
     /// for a moment, simulate steps on them, and take the shortest that fits into memory.
     #[arg(long, conflicts_with_all = ["prefetch", "slots", "bucket", "recompute", "no_overlap"])]
     pub auto: bool,
+    /// Begin with the weights of a checkpoint instead of random ones: the newest one at PATH, of
+    /// another run or imported, whose model this is then. A run that goes on has its own.
+    #[arg(long, value_name = "PATH", conflicts_with_all = SHAPE)]
+    pub from: Option<PathBuf>,
     /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that
     /// decide numbers or files and are not given are those that the run began with, and so are its
     /// tokens. Settings of how parameters are kept and moved have their defaults.

@@ -5,8 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pillion_abs::State as ControllerState;
-use pillion_collectives::Communicator;
-use pillion_runtime::checkpoint::{self, Checkpoint, Staging, Whole};
+use pillion_runtime::checkpoint::{self, Checkpoint, Staging};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -183,23 +182,6 @@ impl Candidates {
             format!("no checkpoint in it is whole ({}); name another one by its path", self.passed_over.join("; "));
         Error::file(&self.folder, reason)
     }
-}
-
-/// The newest whole checkpoint that a path stands for, and its trainer's part. Collective.
-pub(crate) fn newest(path: &Path, communicator: &Communicator) -> Result<(Whole, Progress), Error> {
-    let mut candidates = Candidates::at(path)?;
-    for path in candidates.paths.clone() {
-        let checkpoint = checkpoint::open(&path)?;
-        match checkpoint.verify_together(communicator) {
-            Ok(whole) => {
-                candidates.passed_over.iter().for_each(crate::complain);
-                return Ok((whole, progress(&checkpoint)?));
-            }
-            Err(error @ pillion_runtime::Error::File { .. }) if !candidates.is_named => candidates.pass_over(&error),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Err(candidates.exhausted())
 }
 
 /// Checks that a run in whose folder a checkpoint lies can go on from it: checkpoints of later

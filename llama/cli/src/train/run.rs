@@ -10,8 +10,8 @@ use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
 use pillion_data::{Dataset, Split, TokenFile, trigram};
 use pillion_kernels::LazyCpu;
 use pillion_llama::model::Model;
+use pillion_runtime::Engine;
 use pillion_runtime::checkpoint::Saver;
-use pillion_runtime::{Engine, Layout};
 
 use super::checkpoints;
 use super::closing::nothing_left;
@@ -32,7 +32,7 @@ use crate::gpu::Moved;
 use crate::plan::{Setup, auto};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
-use crate::{Error, complain};
+use crate::{Error, complain, models};
 
 /// What the settings say to a communicator.
 pub(super) fn options(settings: &TrainArgs) -> Options {
@@ -119,7 +119,7 @@ impl<'s> Run<'s> {
         same_settings(settings, &communicator)?;
         // Before anything is touched.
         cores::threads(settings.threads, launch)?;
-        let Beginning { start, resume, folder } = begin(settings, launch, &communicator)?;
+        let Beginning { start, resume, from, folder } = begin(settings, launch, &communicator)?;
         let recipe = &start.recipe;
         let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
         let policy = gpu::adapt(settings, policy);
@@ -158,7 +158,7 @@ impl<'s> Run<'s> {
                 moved
             }
         };
-        let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
+        let layout = recipe.model.layout(policy.mesh(world)?.shard);
         let mut engine = Engine::new(moves, device.clone(), layout, policy)?;
         statistics::compare(&mut engine, settings.controller.alignment)?;
         let groups = statistics::groups(&engine, recipe.controller.base / recipe.micro_batch);
@@ -174,7 +174,10 @@ impl<'s> Run<'s> {
                 Counters::of(saved, whole.checkpoint().path.clone())
             }
             _ => {
-                engine.initialize(|name, shape| recipe.model.initial_values(recipe.seed, name, shape))?;
+                match &from {
+                    Some(whole) => whole.load_weights(&mut engine)?,
+                    None => engine.initialize(|name, shape| recipe.model.initial_values(recipe.seed, name, shape))?,
+                }
                 Counters::default()
             }
         };
@@ -192,6 +195,10 @@ impl<'s> Run<'s> {
                     Mark { loss: trigram::loss(&dataset, start.validation_samples)?, of }
                 }
             };
+            let companions = match resume.as_ref().or(from.as_ref()) {
+                Some(whole) => models::companions(&whole.checkpoint().path)?,
+                None => Vec::new(),
+            };
             let (folder, newest) = (folder.expect("rank 0 has claimed it"), progress.newest.as_ref());
             let newest = newest.map(|saved| saved.path.as_path());
             if let Some(aside) = folder.set_aside(newest, settings.trace)? {
@@ -199,6 +206,7 @@ impl<'s> Run<'s> {
                 crate::print(format_args!("the earlier run in {out} is now {aside}"));
             }
             checkpoints::tidy(&start.out, newest)?;
+            models::keep(&companions, &start.out)?;
             let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
             let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
             let metrics = Metrics::open(&start.out, progress.step)?;

@@ -1,12 +1,12 @@
 //! Before the first step: what ranks must agree on, and what rank 0 finds out for all.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pillion_collectives::{Communicator, Launch};
 use pillion_data::Dataset;
 use pillion_llama::model::Recompute;
 use pillion_runtime::Policy;
-use pillion_runtime::checkpoint::{self, Whole};
+use pillion_runtime::checkpoint::{self, Checkpoint, Whole};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,7 @@ use super::recipe::{self, Recipe};
 use super::{resume, source};
 use crate::Error;
 use crate::controller::by_flag;
+use crate::models::Origin;
 use crate::plan::{Setup, auto, ring_remedy};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::TrainArgs;
@@ -35,6 +36,8 @@ pub(super) struct Start {
     pub(super) habits: Habits,
     /// The checkpoint to go on from, and whether another will do if it is damaged.
     resume: Option<(PathBuf, bool)>,
+    /// The checkpoint whose weights it begins with.
+    from: Option<PathBuf>,
 }
 
 /// How a run begins.
@@ -42,6 +45,8 @@ pub(super) struct Beginning {
     pub(super) start: Start,
     /// What it goes on from.
     pub(super) resume: Option<Whole>,
+    /// What it begins with.
+    pub(super) from: Option<Whole>,
     /// Claimed until it is dropped; on rank 0 alone.
     pub(super) folder: Option<RunFolder>,
 }
@@ -74,8 +79,13 @@ pub(super) fn begin(settings: &TrainArgs, launch: &Launch, communicator: &Commun
             Err(error) => return Err(error.into()),
         }
     };
+    let from = start.from.as_ref().map(|path| match checkpoint::open(path)?.verify_together(communicator) {
+        Err(error @ pillion_runtime::Error::File { .. }) => Err(alone(error.into())),
+        whole => Ok(whole?),
+    });
+    let from = from.transpose()?;
     search.iter().for_each(Search::say);
-    Ok(Beginning { start, resume, folder: search.and_then(|search| search.folder) })
+    Ok(Beginning { start, resume, from, folder: search.and_then(|search| search.folder) })
 }
 
 impl<'s> Search<'s> {
@@ -118,6 +128,14 @@ impl<'s> Search<'s> {
         let mut settings = self.settings.clone();
         if let Some((_, saved)) = &saved {
             resume::adopt(&mut settings, saved);
+        }
+        let from = match (&saved, &settings.from) {
+            (None, Some(path)) => Some(first(path)?),
+            _ => None,
+        };
+        if let Some(checkpoint) = &from {
+            settings.model.base = Some(Origin::of(checkpoint)?.model().clone());
+            self.said.push(format!("beginning with the weights of {}", checkpoint.path.display()));
         }
         let (world, launch) = (self.launch.world, self.launch);
         let recipe = Recipe::new(&settings, world)?;
@@ -181,6 +199,7 @@ impl<'s> Search<'s> {
             validation_samples,
             habits: Habits::of(&settings),
             resume: saved.map(|(path, _)| (path, !self.candidates.is_named)),
+            from: from.map(|checkpoint| checkpoint.path),
             recipe,
         })
     }
@@ -189,6 +208,13 @@ impl<'s> Search<'s> {
     fn say(&self) {
         self.said.iter().for_each(crate::print);
     }
+}
+
+/// The newest checkpoint that a path stands for, whose files nobody has read yet.
+fn first(path: &Path) -> Result<Checkpoint, Error> {
+    let found = Candidates::at(path)?;
+    let path = found.paths.first().expect("there is one, or an error");
+    Ok(checkpoint::open(path)?)
 }
 
 /// Whether this host has the memory that its ranks will come to use; found out late, it would be the kernel that ends them.
