@@ -86,6 +86,18 @@ pub trait Kernels: Stream {
         shape: AttentionShape,
     );
 
+    /// As [`Kernels::attention`], of the tokens from `first` on alone, for models that keep keys and
+    /// values while they write. `out, q: [B, T − first, H, D]`, `k, v: [B, T, K, D]`.
+    fn attention_from(
+        &self,
+        first: usize,
+        out: ViewMut<'_>,
+        q: View<'_>,
+        k: View<'_>,
+        v: View<'_>,
+        shape: AttentionShape,
+    );
+
     /// grad_q =, grad_k =, grad_v = the gradients of [`Kernels::attention`] at grad_out; shapes as
     /// there.
     #[allow(clippy::too_many_arguments)]

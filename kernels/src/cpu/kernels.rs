@@ -5,7 +5,7 @@ use std::cell::Cell;
 use super::matmul::{Matrix, Right, Start, product};
 use super::team::{Read, Write};
 use super::{HostStream, SHARE, Work, attention, embedding, loss, mlp, norm, rope, scratch, vectorized};
-use crate::shapes::{self, check_attention, columns, rows, same, same_type, with_type};
+use crate::shapes::{self, check_attention, check_attention_from, columns, rows, same, same_type, with_type};
 use crate::{AttentionShape, DType, Kernels, View, ViewMut};
 
 thread_local! {
@@ -181,6 +181,26 @@ impl Kernels for HostStream {
         self.run(work, [out, log_sum], [q, k, v], move |team, [out, log_sum], qkv| {
             with_type!(dtype, T => {
                 attention::forward(team, out.of::<T>(), log_sum.of(), qkv.map(|x| x.of::<T>()), shape);
+            });
+        });
+    }
+
+    fn attention_from(
+        &self,
+        first: usize,
+        out: ViewMut<'_>,
+        q: View<'_>,
+        k: View<'_>,
+        v: View<'_>,
+        shape: AttentionShape,
+    ) {
+        check_attention_from(first, shape, &[out.len(), q.len()], &[k.len(), v.len()]);
+        let dtype = same_type("attention", &[out.dtype(), q.dtype(), k.dtype(), v.dtype()]);
+        let before = AttentionShape { seq: first, ..shape };
+        let work = Work::products("attention", 2 * (pairs(shape) - pairs(before)) * shape.head_dim);
+        self.run(work, [out], [q, k, v], move |team, [out], qkv| {
+            with_type!(dtype, T => {
+                attention::forward_from(team, first, out.of::<T>(), None, qkv.map(|x| x.of::<T>()), shape);
             });
         });
     }

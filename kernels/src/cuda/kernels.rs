@@ -7,7 +7,7 @@ use super::launch::{Argument, Shape, address, address_mut, launch};
 use super::scratch::Pieces;
 use super::stream::{CudaStream, ELEMENTS_OF_BLOCK, typed};
 use super::{CudaError, attention};
-use crate::shapes::{self, check_attention, columns, rows, same, same_type};
+use crate::shapes::{self, check_attention, check_attention_from, columns, rows, same, same_type};
 use crate::{AttentionShape, DType, Kernels, View, ViewMut};
 
 /// Elements of which a block computes SwiGLU.
@@ -271,6 +271,25 @@ impl Kernels for CudaStream {
             let [q, k, v] = [&q, &k, &v].map(address);
             let forward = attention::Forward { out: address_mut(&out), log_sum: address_mut(&log_sum), q, k, v };
             self.enqueue(|stream| attention::forward(self, stream, forward, dtype, shape));
+        }
+    }
+
+    fn attention_from(
+        &self,
+        first: usize,
+        out: ViewMut<'_>,
+        q: View<'_>,
+        k: View<'_>,
+        v: View<'_>,
+        shape: AttentionShape,
+    ) {
+        check_attention_from(first, shape, &[out.len(), q.len()], &[k.len(), v.len()]);
+        let dtype = same_type("attention", &[out.dtype(), q.dtype(), k.dtype(), v.dtype()]);
+        self.own_all(&[&out], &[&q, &k, &v]);
+        if !q.is_empty() {
+            let [q, k, v] = [&q, &k, &v].map(address);
+            let forward = attention::ForwardFrom { first, out: address_mut(&out), q, k, v };
+            self.enqueue(|stream| attention::forward_from(self, stream, forward, dtype, shape));
         }
     }
 

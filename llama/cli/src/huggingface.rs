@@ -1,10 +1,8 @@
 //! `pillion import` and `pillion export`: models from and for Hugging Face's transformers.
 
-use std::path::Path;
-
 use indicatif::{ProgressBar, ProgressStyle};
 use pillion_collectives::{Communicator, Launch, Options};
-use pillion_data::{synthetic, tokenizer};
+use pillion_data::tokenizer;
 use pillion_llama::huggingface::{self, CONFIG, Export, Source, parse_config, write_config};
 use pillion_runtime::checkpoint::Checkpoint;
 use serde_json::{Map, Value};
@@ -74,7 +72,7 @@ pub(crate) fn export(settings: &ExportArgs) -> Result<i32, Error> {
     let mut companions = companions(checkpoint, &origin)?;
     let original = take_config(&mut companions);
     let seq = origin.seq();
-    let original = original.or_else(|| seq.map(|seq| fresh(seq, origin_has_bytes(&origin))));
+    let original = original.or_else(|| seq.map(|seq| fresh(seq, origin.has_bytes())));
     companions.push((CONFIG.to_owned(), write_config(model, original.as_ref(), as_what).into_bytes()));
     let has_tokenizer = companions.iter().any(|(name, _)| name == "tokenizer.json");
     let parameters = model.layout(1).parameters() as u64;
@@ -97,18 +95,11 @@ pub(crate) fn export(settings: &ExportArgs) -> Result<i32, Error> {
 /// Files beside the weights: those that the run keeps, or the tokenizer of bytes.
 fn companions(checkpoint: &Checkpoint, origin: &Origin) -> Result<Vec<Companion>, Error> {
     let kept = models::companions(&checkpoint.path)?;
-    if kept.is_empty() && origin_has_bytes(origin) {
+    if kept.is_empty() && origin.has_bytes() {
         let files = tokenizer::huggingface_files().map(|(name, text)| (name.to_owned(), text.into_bytes()));
         return Ok(files.into());
     }
     Ok(kept)
-}
-
-/// Whether a run has learned bytes of text.
-fn origin_has_bytes(origin: &Origin) -> bool {
-    let Origin::Run(progress) = origin else { return false };
-    progress.data_path.as_deref() != Some(Path::new(synthetic::NAME))
-        && progress.recipe.model.vocab_size >= tokenizer::VOCAB
 }
 
 /// Takes the configuration that the model began with out of the other files. One of another model

@@ -4,9 +4,10 @@
 //! |---|---|
 //! | `settings` | the command line and the configuration file |
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
-//! | `commands` | `pillion generate` |
+//! | `generate`, `text` | `pillion generate`: text by a model |
 //! | `huggingface` | `pillion import` and `export`: models from and for elsewhere |
 //! | `models` | models in checkpoints, and the files that go with them |
+//! | `jobs` | the ranks of a command: found, or started |
 //! | `run_folder` | what runs write, and where |
 //! | `inspect` | `pillion checkpoint`: what there is, and whether it is whole |
 //! | `verify_data` | `pillion data verify`: whether token files are whole |
@@ -18,16 +19,17 @@
 //! | `output` | stdout and stderr, which may be full or closed |
 #![forbid(unsafe_code)]
 
-mod commands;
 mod controller;
 mod doctor;
 mod error;
 mod experiment;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod generate;
 mod gpu;
 mod huggingface;
 mod inspect;
+mod jobs;
 mod models;
 mod output;
 mod plan;
@@ -35,6 +37,7 @@ mod replay;
 mod run_folder;
 pub mod settings;
 mod simulate;
+mod text;
 pub mod train;
 mod verify_data;
 
@@ -66,7 +69,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         // Help, or the version.
         Err((message, 0)) => return ended(output::write(&message).map(|_| 0)),
         Err((message, code)) => {
-            let is_job = arguments.get(1).is_some_and(|command| ["train", "doctor"].contains(&command.as_str()));
+            let is_job =
+                arguments.get(1).is_some_and(|command| ["train", "generate", "doctor"].contains(&command.as_str()));
             say_once(is_job, &message, || output::complain_as_it_is(&message));
             return code;
         }
@@ -75,7 +79,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     let instructions = Isa::of_process().map_err(|error| Error::Setting(error.to_string()));
     let result = instructions.and_then(|_| match &cli.command {
         Command::Train(settings) => train::train(settings),
-        Command::Generate(settings) => commands::generate(settings),
+        Command::Generate(settings) => generate::run(settings),
         Command::Import(settings) => huggingface::import(settings),
         Command::Export(settings) => huggingface::export(settings),
         Command::Checkpoint(command) => inspect::inspect(command),
@@ -87,7 +91,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Abs(AbsCommand::Replay(settings)) => replay::run(settings),
     });
     result.unwrap_or_else(|error| {
-        let is_job = matches!(cli.command, Command::Train(_) | Command::Doctor(_)) && error.code() == 2;
+        let is_job =
+            matches!(cli.command, Command::Train(_) | Command::Generate(_) | Command::Doctor(_)) && error.code() == 2;
         say_once(is_job, &error.to_string(), || complain(&error));
         error.code()
     })

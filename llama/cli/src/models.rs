@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use pillion_collectives::Communicator;
+use pillion_data::{synthetic, tokenizer};
 use pillion_llama::config::Config;
 use pillion_llama::huggingface::{COMPANIONS, CONFIG, Imported};
 use pillion_runtime::checkpoint::{self, Checkpoint, Whole};
@@ -35,6 +36,13 @@ impl Origin {
             Origin::Run(progress) => &progress.recipe.model,
             Origin::Imported(imported) => &imported.model,
         }
+    }
+
+    /// Whether it has learned bytes of text.
+    pub(crate) fn has_bytes(&self) -> bool {
+        let Origin::Run(progress) = self else { return false };
+        let is_text = progress.data_path.as_deref() != Some(Path::new(synthetic::NAME));
+        is_text && progress.recipe.model.vocab_size >= tokenizer::VOCAB
     }
 
     /// Tokens of the samples that it was trained on; of an imported model nothing is known.

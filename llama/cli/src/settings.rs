@@ -3,6 +3,7 @@
 //! There is one definition of every setting: the flags of [`TrainArgs`]. A configuration file is turned into flags and parsed
 //! before those of the command line, so a flag wins over the file, and both are checked by the same parser.
 
+mod job;
 mod train;
 
 use std::collections::BTreeSet;
@@ -20,6 +21,7 @@ use crate::plan::quantity::size;
 pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::replay::ReplayArgs;
 pub use crate::simulate::SimulateArgs;
+pub use job::*;
 pub use train::*;
 
 /// Trains Llama-2 models, sharded over ranks.
@@ -125,18 +127,49 @@ pub struct GenerateArgs {
     /// Text to go on from.
     #[arg(long, value_name = "TEXT", default_value = "pub fn ")]
     pub prompt: String,
-    /// Tokens to write.
+    /// File with a prompt in each line, one after the other.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+    /// Tokens to write at most.
     #[arg(long, value_name = "N", default_value_t = 400)]
     pub tokens: usize,
     /// How freely to choose: 0 always takes the likeliest token.
     #[arg(long, value_name = "X", default_value_t = 0.7)]
     pub temperature: f64,
+    /// Choose among so many of the likeliest tokens; 0: all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: usize,
+    /// Choose among the fewest of the likeliest tokens whose probabilities sum to this.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Choose among tokens whose probability is at least this share of the likeliest's.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub min_p: f64,
+    /// What makes tokens that the text has less likely, above 1.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+    /// Stop before this word; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Go on after the end of a text.
+    #[arg(long)]
+    pub ignore_end: bool,
+    /// Tokens that the model sees at most; a longer text goes on from its last half. Default: those of
+    /// a sample of its training, or 2048 for an imported model.
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Type of the weights that are computed with.
+    #[arg(long, default_value = "f32", value_parser = precision())]
+    pub precision: DType,
     /// Seed of the choices.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// What to compute on: cpu, cuda, or cuda:N for GPU N, in a build with the feature cuda.
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub device: DeviceKind,
+    /// Print a JSON object for each prompt when its text is complete.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub job: JobArgs,
 }
 
 /// Settings of `import`.

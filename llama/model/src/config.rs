@@ -206,6 +206,11 @@ impl Config {
         self.num_key_value_heads * self.head_dim()
     }
 
+    /// Which tensor of its unit the head's matrix is.
+    pub(crate) fn lm_head(&self) -> usize {
+        if self.tie_word_embeddings { 0 } else { 1 }
+    }
+
     /// Where the tensors live in `shards` shards, and the order in which the passes use the units:
     /// where the embedding is also the matrix of the head, at both ends.
     ///

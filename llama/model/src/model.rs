@@ -25,18 +25,18 @@ use crate::config::Config;
 use crate::rotary;
 
 /// Indices of a block's tensors, in the order of [`Config::units`].
-mod tensor {
-    pub(super) const INPUT_NORM: usize = 0;
-    pub(super) const Q: usize = 1;
-    pub(super) const K: usize = 2;
-    pub(super) const V: usize = 3;
-    pub(super) const O: usize = 4;
-    pub(super) const MLP_NORM: usize = 5;
-    pub(super) const GATE: usize = 6;
-    pub(super) const UP: usize = 7;
-    pub(super) const DOWN: usize = 8;
+pub(crate) mod tensor {
+    pub(crate) const INPUT_NORM: usize = 0;
+    pub(crate) const Q: usize = 1;
+    pub(crate) const K: usize = 2;
+    pub(crate) const V: usize = 3;
+    pub(crate) const O: usize = 4;
+    pub(crate) const MLP_NORM: usize = 5;
+    pub(crate) const GATE: usize = 6;
+    pub(crate) const UP: usize = 7;
+    pub(crate) const DOWN: usize = 8;
     /// Of the head's unit.
-    pub(super) const FINAL_NORM: usize = 0;
+    pub(crate) const FINAL_NORM: usize = 0;
 }
 
 /// A model's activations on one rank, and the passes through them.
@@ -137,7 +137,7 @@ impl Model {
         let vocab = self.config.vocab_size;
         for rows in self.head_parts() {
             let (logits, targets) = (0..rows.len() * vocab, self.activations.targets.slice(rows.clone()));
-            self.activations.head.multiply(kernels(stream)?, weights.tensor(self.lm_head()), rows, vocab);
+            self.activations.head.multiply(kernels(stream)?, weights.tensor(self.config.lm_head()), rows, vocab);
             kernels(stream)?.cross_entropy(
                 self.activations.head.logits.slice_mut(logits),
                 None,
@@ -166,7 +166,12 @@ impl Model {
         let Forward { stream, weights } = self.forward(step, inputs)?;
         let (vocab, mut all) = (self.config.vocab_size, Vec::new());
         for rows in self.head_parts() {
-            self.activations.head.multiply(kernels(stream)?, weights.tensor(self.lm_head()), rows.clone(), vocab);
+            self.activations.head.multiply(
+                kernels(stream)?,
+                weights.tensor(self.config.lm_head()),
+                rows.clone(),
+                vocab,
+            );
             all.extend(stream.download::<f32>(self.activations.head.logits.slice(0..rows.len() * vocab))?);
         }
         Ok(all)
@@ -194,11 +199,6 @@ impl Model {
         Ok(head)
     }
 
-    /// Which tensor of its unit the head's matrix is.
-    fn lm_head(&self) -> usize {
-        if self.config.tie_word_embeddings { 0 } else { 1 }
-    }
-
     fn final_norm(&mut self, unit: &Forward<'_>) -> Result<(), Error> {
         let x = self.activations.residual.last().expect("the stream has a last part");
         let (normed, inverse) = (self.activations.head.normed.view_mut(), self.activations.head.inverse_rms.view_mut());
@@ -209,6 +209,6 @@ impl Model {
 }
 
 /// The mathematics of the stream's device.
-fn kernels(stream: &dyn Stream) -> Result<&dyn Kernels, Error> {
+pub(crate) fn kernels(stream: &dyn Stream) -> Result<&dyn Kernels, Error> {
     Ok(stream.kernels().ok_or(pillion_kernels::Error::NoKernels)?)
 }

@@ -3,11 +3,9 @@
 use std::collections::BTreeSet;
 use std::num::NonZero;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use pillion_collectives::{Backend, GpuTransport, WireKind};
 use pillion_kernels::DType;
 use pillion_llama::config::{Config, ConfigError, PRESETS, Preset};
 use pillion_llama::model::Recompute;
@@ -15,54 +13,10 @@ use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::{Gather, Mesh, Sharded};
 use serde::{Deserialize, Serialize};
 
+use super::JobArgs;
 use crate::controller::ControllerArgs;
 use crate::plan::quantity::size;
 use crate::train::CHANGEABLE;
-
-/// A year, in seconds.
-pub(super) const LONGEST_TIMEOUT: u64 = 365 * 24 * 60 * 60;
-
-/// How ranks of this host are started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LaunchKind {
-    /// Each rank is a process.
-    Processes,
-    /// Each rank is a thread of this process.
-    Threads,
-}
-
-/// The device that ranks compute on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceKind {
-    /// The processor.
-    Cpu,
-    /// A processor that runs work as late as allowed, for tests.
-    LazyCpu,
-    /// A GPU: this one for all ranks of a host, or one for each rank in turn.
-    Cuda(Option<u32>),
-}
-
-impl DeviceKind {
-    /// Whether ranks compute on GPUs.
-    pub fn is_gpu(self) -> bool {
-        matches!(self, DeviceKind::Cuda(_))
-    }
-}
-
-impl FromStr for DeviceKind {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<DeviceKind, String> {
-        let number = |text: &str| text.parse().map_err(|_| format!("cuda:{text} is no GPU: GPUs are counted from 0"));
-        match text.split_once(':') {
-            None if text == "cpu" => Ok(DeviceKind::Cpu),
-            None if text == "lazy-cpu" => Ok(DeviceKind::LazyCpu),
-            None if text == "cuda" => Ok(DeviceKind::Cuda(None)),
-            Some(("cuda", gpu)) => Ok(DeviceKind::Cuda(Some(number(gpu)?))),
-            _ => Err("a device is cpu, cuda, or cuda:N for GPU number N".to_owned()),
-        }
-    }
-}
 
 /// The flags of a model's shape.
 const SHAPE: [&str; 6] = ["model", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads"];
@@ -183,25 +137,9 @@ pub struct TrainArgs {
     /// resumed.
     #[arg(long, value_name = "DIR", default_value = "runs/train")]
     pub out: PathBuf,
-    /// Number of ranks to start on this host; default: those of mpirun, torchrun or srun, else 2.
-    #[arg(long, value_name = "N")]
-    pub ranks: Option<usize>,
-    /// How --ranks are started; default on GPUs: threads.
-    #[arg(long, value_enum, default_value = "processes")]
-    pub launch: LaunchKind,
-    /// Number of hosts. On each, start the program with the same settings and its own --node-rank.
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "node_rank", value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    pub nodes: u32,
-    /// Which host this is, from 0, on which rank 0 runs.
-    #[arg(long, value_name = "N", requires = "nodes")]
-    pub node_rank: Option<u32>,
-    /// Where the ranks of all hosts meet: the first host and a free port of it, spelled alike on
-    /// all; default: PILLION_ADDRESS.
-    #[arg(long, value_name = "HOST:PORT", value_parser = address)]
-    pub address: Option<String>,
-    /// Start more than 8 ranks for each core.
-    #[arg(long)]
-    pub oversubscribe: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub job: JobArgs,
     /// Samples to train on: the horizon of every schedule.
     #[arg(long, value_name = "N", default_value_t = 5120)]
     pub samples: u64,
@@ -298,23 +236,6 @@ pub struct TrainArgs {
     /// pass, for which all weights are gathered.
     #[arg(long, value_name = "N", default_value_t = 240)]
     pub sample: usize,
-    /// What moves the bytes between ranks.
-    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
-    pub backend: Backend,
-    /// What connects hosts.
-    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
-    pub wire: WireKind,
-    /// What moves elements between GPUs.
-    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
-    pub gpu_transport: GpuTransport,
-    /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts
-    /// gives its bits on one host.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub reduce_groups: usize,
-    /// Threads of each rank; default: the processors that it may run on, divided among the ranks of
-    /// its host.
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
     /// Print where the time of the steps after the first went, kernel by kernel.
     #[arg(long)]
     pub profile: bool,
@@ -322,14 +243,6 @@ pub struct TrainArgs {
     /// ui.perfetto.dev.
     #[arg(long)]
     pub trace: bool,
-    /// Seconds after which a rank that waits for another gives up, at the start and in each
-    /// operation.
-    #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
-    pub timeout: u64,
-    /// What ranks compute on: cpu, cuda for a GPU of each rank, or cuda:N for GPU N. GPUs need a
-    /// build with the feature cuda.
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub device: DeviceKind,
     /// The flags that were given, on the command line or in the file, without dashes.
     #[arg(skip)]
     pub given: BTreeSet<String>,
@@ -338,7 +251,7 @@ pub struct TrainArgs {
 /// The types that weights and gradients can have.
 pub(crate) const PRECISIONS: [DType; 2] = [DType::F32, DType::Bf16];
 
-fn precision() -> impl TypedValueParser<Value = DType> {
+pub(crate) fn precision() -> impl TypedValueParser<Value = DType> {
     PossibleValuesParser::new(PRECISIONS.map(DType::name)).map(|name| dtype(&name))
 }
 
@@ -378,15 +291,6 @@ pub(crate) fn save_memory(text: &str) -> Result<Staging, String> {
         Ok(bytes) if bytes >= LEAST_RING => Ok(Staging::Ring { bytes }),
         Ok(_) => Err("a ring has at least 64KiB: give more, or `copies`".to_owned()),
         Err(error) => Err(format!("{error}; or give `copies`")),
-    }
-}
-
-/// Reads an address with a port.
-pub(crate) fn address(text: &str) -> Result<String, String> {
-    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains('/'));
-    match port.and_then(|(_, port)| port.parse::<u16>().ok()).filter(|&port| port > 0) {
-        Some(_) => Ok(text.to_owned()),
-        None => Err("give a host and a port, as in node1:29400".to_owned()),
     }
 }
 

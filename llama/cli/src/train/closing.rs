@@ -1,7 +1,9 @@
 //! The end of a run: what was reached.
 
-use pillion_data::tokenizer;
-use pillion_llama::generate::generate;
+use std::ops::ControlFlow;
+
+use pillion_llama::decoder::Decoder;
+use pillion_llama::generate::{Sampling, generate};
 
 use super::checkpoints::Progress;
 use super::recipe::Recipe;
@@ -10,6 +12,7 @@ use super::screen;
 use super::source::is_synthetic;
 use crate::Error;
 use crate::output::escaped;
+use crate::text::Vocabulary;
 
 impl Run<'_> {
     /// What was reached, a sample of text where that was learned, and the paths of what was
@@ -48,14 +51,22 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Text by the model, in the memory that training has used.
+    /// Text by the model.
     fn sample(&mut self) -> Result<String, Error> {
         const PROMPT: &str = "pub fn ";
-        let mut prompt = Vec::new();
-        tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
-        let (seq, seed, length) = (self.start.recipe.seq, self.start.recipe.seed, self.start.habits.sample);
-        let text = generate(&mut self.engine, &mut self.model, seq, tokenizer::VOCAB, &prompt, length, 0.7, seed)?;
-        Ok(format!("{PROMPT}{}", escaped(&tokenizer::decode(&text))))
+        let Run { engine, start, .. } = self;
+        let (recipe, vocabulary) = (&start.recipe, Vocabulary::Bytes);
+        let sampling = Sampling { temperature: 0.7, seed: recipe.seed, ..Sampling::default() };
+        let (device, weights) = (engine.device().clone(), engine.policy().weights);
+        let mut decoder = Decoder::new(&*device, &recipe.model, weights, recipe.seq)?;
+        let (prompt, mut text) = (vocabulary.encode(PROMPT)?, vocabulary.decoder());
+        let mut written = PROMPT.as_bytes().to_vec();
+        let (known, length) = (vocabulary.len(), start.habits.sample);
+        generate(engine, &mut decoder, known, &prompt, length, &sampling, |token| {
+            written.extend(text.push(token)?);
+            Ok::<_, Error>(ControlFlow::Continue(()))
+        })?;
+        Ok(escaped(&written))
     }
 }
 

@@ -3,10 +3,10 @@
 use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pillion_abs::{Controller, Observation};
-use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
+use pillion_collectives::{Backend, Communicator, Launch, Reduction};
 use pillion_data::{Dataset, Split, TokenFile, trigram};
 use pillion_kernels::LazyCpu;
 use pillion_llama::model::Model;
@@ -27,37 +27,18 @@ use super::screen::Screen;
 use super::source::is_synthetic;
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
-use super::{Ended, cores, measure, plan_table, statistics, stopping};
+use super::{cores, measure, plan_table, statistics, stopping};
 use crate::gpu::Moved;
+use crate::jobs::{self, Ended};
 use crate::plan::{Setup, auto};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
 use crate::{Error, complain, models};
 
-/// What the settings say to a communicator.
-pub(super) fn options(settings: &TrainArgs) -> Options {
-    let timeout = Duration::from_secs(settings.timeout.max(1));
-    Options {
-        timeout,
-        startup_timeout: timeout,
-        backend: settings.backend,
-        wire: settings.wire,
-        reduce_groups: settings.reduce_groups,
-        ..Options::default()
-    }
-}
-
 /// Joins the other ranks and trains.
 pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &Arc<AtomicBool>) -> Result<Ended, Error> {
-    let options = Options { stop: Some(stop.clone()), ..options(settings) };
-    let communicator = Arc::new(Communicator::connect(launch, options)?);
-    // Other ranks are told before this one's operations in flight are waited for, which would be in vain.
-    let give_up = |error: Error| {
-        if !error.is_everywhere() {
-            communicator.abort(&error.to_string());
-        }
-        error
-    };
+    let communicator = jobs::join(&settings.job, launch, stop)?;
+    let give_up = |error| jobs::give_up(&communicator, error);
     match Run::new(settings, launch, communicator.clone()).map_err(give_up)? {
         Some(mut run) => run.train(stop).map_err(give_up),
         None => Ok(Ended::Done),
@@ -118,7 +99,7 @@ impl<'s> Run<'s> {
         let world = communicator.world();
         same_settings(settings, &communicator)?;
         // Before anything is touched.
-        cores::threads(settings.threads, launch)?;
+        cores::threads(settings.job.threads, launch)?;
         let Beginning { start, resume, from, folder } = begin(settings, launch, &communicator)?;
         let recipe = &start.recipe;
         let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
@@ -149,11 +130,11 @@ impl<'s> Run<'s> {
             Some(processor) => processor,
             None => Processor::open(settings, launch, &communicator, policy.weights)?,
         };
-        let (device, moves): Moved = match settings.device {
+        let (device, moves): Moved = match settings.job.device {
             DeviceKind::Cpu => (Arc::new(processor.device.clone()), communicator.clone()),
             DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(recipe.seed)), communicator.clone()),
             DeviceKind::Cuda(gpu) => {
-                let moved = gpu::open(settings, gpu, &setup, launch, &communicator)?;
+                let moved = gpu::open(settings, gpu, &setup, start.habits.sample, launch, &communicator)?;
                 processor.peak = Some(gpu::peak(&*moved.0, &moved.1, policy.weights)?);
                 moved
             }

@@ -19,7 +19,7 @@ impl Model {
     /// multiplies.
     pub(super) fn loss_backward(&mut self, unit: &mut Backward<'_>) -> Result<(), Error> {
         let Backward { stream, weights, gradients, loss } = unit;
-        let (kernels, matrix) = (kernels(*stream)?, self.lm_head());
+        let (kernels, matrix) = (kernels(*stream)?, self.config.lm_head());
         let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
         let parts = self.head_parts();
         let Activations { head, gradients: d, targets, .. } = &mut self.activations;
