@@ -83,7 +83,12 @@ fn check(settings: &GenerateArgs) -> Result<(), Error> {
 
 /// The prompts: that of the command line, or the lines of a file.
 fn prompts(settings: &GenerateArgs) -> Result<Vec<String>, Error> {
-    let Some(path) = &settings.prompts else { return Ok(vec![settings.prompt.clone()]) };
+    let Some(path) = &settings.prompts else {
+        return match settings.prompt.is_empty() {
+            true => Err(Error::Setting("--prompt is empty: give at least one character to go on from".to_owned())),
+            false => Ok(vec![settings.prompt.clone()]),
+        };
+    };
     let text = std::fs::read_to_string(path).map_err(|error| {
         Error::file(path, format!("cannot be read: {error}: give a file with a prompt in each line"))
     })?;

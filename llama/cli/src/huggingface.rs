@@ -1,7 +1,6 @@
 //! `pillion import` and `pillion export`: models from and for Hugging Face's transformers.
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pillion_collectives::{Communicator, Launch, Options};
 use pillion_data::tokenizer;
 use pillion_llama::huggingface::{self, CONFIG, Export, Source, parse_config, write_config};
 use pillion_runtime::checkpoint::Checkpoint;
@@ -53,9 +52,9 @@ fn parameters(source: &Source) -> String {
 /// # Errors
 /// When there is no whole checkpoint, or the folder cannot be written; nothing is left then.
 pub(crate) fn export(settings: &ExportArgs) -> Result<i32, Error> {
-    let communicator = Communicator::connect(&Launch::single(), Options::default())?;
-    let (whole, origin) = models::newest(&settings.checkpoint, &communicator)?;
-    let checkpoint = whole.checkpoint();
+    // What it reads is verified while it is written.
+    let checkpoint = &models::first(&settings.checkpoint)?;
+    let origin = Origin::of(checkpoint)?;
     let (model, imported) = (
         origin.model(),
         match &origin {

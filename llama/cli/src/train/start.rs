@@ -1,12 +1,12 @@
 //! Before the first step: what ranks must agree on, and what rank 0 finds out for all.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use pillion_collectives::{Communicator, Launch};
 use pillion_data::Dataset;
 use pillion_llama::model::Recompute;
 use pillion_runtime::Policy;
-use pillion_runtime::checkpoint::{self, Checkpoint, Whole};
+use pillion_runtime::checkpoint::{self, Whole};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +16,7 @@ use super::recipe::{self, Recipe};
 use super::{resume, source};
 use crate::Error;
 use crate::controller::by_flag;
-use crate::models::Origin;
+use crate::models::{self, Origin};
 use crate::plan::{Setup, auto, ring_remedy};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::TrainArgs;
@@ -130,7 +130,7 @@ impl<'s> Search<'s> {
             resume::adopt(&mut settings, saved);
         }
         let from = match (&saved, &settings.from) {
-            (None, Some(path)) => Some(first(path)?),
+            (None, Some(path)) => Some(models::first(path)?),
             _ => None,
         };
         if let Some(checkpoint) = &from {
@@ -208,13 +208,6 @@ impl<'s> Search<'s> {
     fn say(&self) {
         self.said.iter().for_each(crate::print);
     }
-}
-
-/// The newest checkpoint that a path stands for, whose files nobody has read yet.
-fn first(path: &Path) -> Result<Checkpoint, Error> {
-    let found = Candidates::at(path)?;
-    let path = found.paths.first().expect("there is one, or an error");
-    Ok(checkpoint::open(path)?)
 }
 
 /// Whether this host has the memory that its ranks will come to use; found out late, it would be the kernel that ends them.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -13,6 +13,7 @@ use pillion_runtime::checkpoint::{Checkpoint, Tensors};
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
+use super::early_sync::EarlySync;
 use super::{CONFIG, Error, INDEX, Imported, PIECE, SINGLE, named};
 
 /// What is exported, and how.
@@ -29,19 +30,24 @@ pub struct Export<'a> {
     pub companions: &'a [(String, Vec<u8>)],
 }
 
-/// Writes a folder that `transformers` loads. It gets its name when all is on the disk. `progress` is
-/// called with numbers of bytes that have been written.
+/// Writes a folder that `transformers` loads, and verifies the checkpoint meanwhile. The folder gets
+/// its name when all is on the disk. `progress` is called with numbers of bytes that have been
+/// written.
 ///
 /// # Errors
-/// [`Error`] when `to` exists and is not empty, or when a file cannot be read or written; nothing is
-/// left then.
+/// [`Error`] when `to` exists and is not empty, when a file cannot be read or written, or when the
+/// checkpoint is damaged; nothing is left then.
 pub fn export(wanted: &Export<'_>, to: &Path, mut progress: impl FnMut(u64)) -> Result<(), Error> {
     let taken = fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some());
     if taken || (to.exists() && !to.is_dir()) {
         return Err(Error::file(to, "exists already: choose another folder, or remove it"));
     }
     let folder = Unfinished::beside(to)?;
-    write_all(wanted, &folder.path, &mut progress)?;
+    std::thread::scope(|scope| {
+        let verified = scope.spawn(|| wanted.checkpoint.verify());
+        write_all(wanted, &folder.path, &mut progress)?;
+        Ok::<_, Error>(verified.join().expect("verification does not panic")?)
+    })?;
     folder.publish(to)
 }
 
@@ -103,8 +109,8 @@ fn write_tensors(
     progress: &mut impl FnMut(u64),
 ) -> Result<(), Error> {
     let failed = |error: std::io::Error| Error::file(path, format!("cannot be written: {}", explain(&error)));
-    let file = File::create_new(path).map_err(failed)?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut out = File::create_new(path).map_err(failed)?;
+    let early = EarlySync::of(&out).map_err(failed)?;
     out.write_all(&header(parts)).map_err(failed)?;
     let stored = wanted.checkpoint.manifest.stored();
     let (mut read, mut narrow) = (Vec::new(), Vec::new());
@@ -125,12 +131,12 @@ fn write_tensors(
                 }
             };
             out.write_all(written).map_err(failed)?;
+            early.wrote(written.len());
             progress(written.len() as u64);
             first += count;
         }
     }
-    let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
-    file.sync_all().map_err(failed)
+    out.sync_all().map_err(failed)
 }
 
 /// Length and text of a safetensors header.

@@ -1,15 +1,17 @@
 //! Models in Hugging Face's format: `config.json` and safetensors.
 //!
 //! [`import`] makes a checkpoint of weights of such a folder, and [`export`] makes such a folder of a
-//! checkpoint. Both move some megabytes at a time. What is not converted is copied bit by bit.
+//! checkpoint. Both move half a megabyte at a time. What is not converted is copied bit by bit.
 //!
 //! | file | subject |
 //! |---|---|
 //! | `config` | `config.json` |
 //! | `source` | the tensors of a folder, checked against the model's |
 //! | `import`, `export` | the ways in and out |
+//! | `early_sync` | what brings long files to the disk |
 
 mod config;
+mod early_sync;
 mod export;
 mod import;
 mod source;
@@ -42,8 +44,8 @@ pub const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Bytes that are moved at a time.
-const PIECE: usize = 8 << 20;
+/// Bytes that are moved at a time: they stay in the second-level cache.
+const PIECE: usize = 512 << 10;
 
 /// What is wrong with a folder or a file.
 #[derive(Debug, thiserror::Error)]
