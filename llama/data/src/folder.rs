@@ -29,6 +29,11 @@ use crate::files::{Files, Stamp};
 use crate::tokens::Split;
 use index::{INDEX, Index, Kind};
 
+/// Whether a folder is a token folder, or an unfinished one.
+pub fn is_token_folder(folder: &Path) -> bool {
+    folder.join(INDEX).is_file() || folder.join(progress::PLAN).is_file()
+}
+
 /// A token folder whose index and sizes have been checked.
 #[derive(Debug)]
 pub struct TokenFolder {

@@ -57,12 +57,12 @@ impl Tokenizer {
         let text = std::str::from_utf8(&bytes).map_err(|error| wrong(error.to_string()))?;
         let mut config: Value = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
         let ids = all_ids(&config).map_err(wrong)?;
-        tokenizers::canonicalize_value(&mut config).map_err(|error| wrong(error.to_string()))?;
-        let pipeline = tokenizers::from_json(&config.to_string()).map_err(|error| wrong(error.to_string()))?;
         let vocab = ids.values().max().map_or(0, |&largest| largest as usize + 1);
         if vocab == 0 {
             return Err(wrong("its vocabulary is empty".to_owned()));
         }
+        tokenizers::canonicalize_value(&mut config).map_err(|error| wrong(error.to_string()))?;
+        let pipeline = tokenizers::from_json(&config.to_string()).map_err(|error| wrong(error.to_string()))?;
         let neighbours = Neighbours::beside(&path)?;
         let template = &pipeline.get_post_processor().single;
         let outermost = |token: Option<&(PipelineToken, u8)>| token.map(|&(token, _)| token.id());

@@ -44,6 +44,7 @@ impl Rows {
         }
         let projected = Type::group_type_builder(schema.name()).with_fields(kept).build();
         let projected = projected.map_err(|error| damaged(&error))?;
+        check(&reader, input.bytes)?;
         let total = reader.metadata().row_groups().iter().map(|group| group.num_rows().max(0) as u64).sum();
         let columns = Arc::new(SchemaDescriptor::new(Arc::new(projected)));
         let mut rows = Self { reader, columns, group: 0, rows: None, done: 0, total };
@@ -92,6 +93,22 @@ impl Rows {
             self.rows = Some(rows.map_err(|error| damaged(&error))?);
         }
     }
+}
+
+/// The crate panics for columns that lie outside the file.
+fn check(reader: &SerializedFileReader<File>, bytes: u64) -> Result<(), Fault> {
+    for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
+        let first = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
+        let end = u64::try_from(first).ok().zip(u64::try_from(column.compressed_size()).ok());
+        let end = end.and_then(|(first, length)| first.checked_add(length));
+        if column.data_page_offset() < 0 || end.is_none_or(|end| end > bytes) {
+            return Err(Fault::Damaged(format!(
+                "damaged: column {} lies outside the file; fetch it again",
+                column.column_path()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Rows that are decoded together. They are in memory together, too.

@@ -109,6 +109,15 @@ const MOST_PROBLEMS: usize = 20;
 /// folder that cannot be used; [`Error::Read`] and [`Error::Write`] for the system's reasons;
 /// [`Error::Stopped`] if `watch` returned false.
 pub fn tokenize(settings: &Settings, watch: &mut dyn FnMut(Watched) -> bool) -> Result<Outcome> {
+    tokenize_in_batches(settings, BATCH_BYTES, watch)
+}
+
+/// As [`tokenize`], with so many bytes of text before each thread at a time.
+pub(super) fn tokenize_in_batches(
+    settings: &Settings,
+    batch_bytes: usize,
+    watch: &mut dyn FnMut(Watched) -> bool,
+) -> Result<Outcome> {
     let tokenizer = Tokenizer::load(&settings.tokenizer)?;
     let (plan, skipped) = plan(settings, &tokenizer)?;
     let threads = rayon::ThreadPoolBuilder::new().num_threads(settings.threads).build();
@@ -129,7 +138,7 @@ pub fn tokenize(settings: &Settings, watch: &mut dyn FnMut(Watched) -> bool) -> 
     let mut work = Work::new(settings, &tokenizer, &plan, progress, place)?;
     let total = plan.inputs.iter().map(|input| input.bytes).sum();
     let mut walk = Walk::new(plan.inputs.clone().into(), plan.reading.clone(), work.progress.position);
-    let batch_bytes = BATCH_BYTES * threads.current_num_threads();
+    let batch_bytes = batch_bytes * threads.current_num_threads();
     let mut batch = read(&mut walk, batch_bytes)?;
     while !batch.is_empty() {
         let made = || encode_all(batch, &tokenizer, Fields { text: settings.field.as_deref() });

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 /// Held by the program that writes in the folder.
 const LOCK: &str = ".tokenize.lock";
 /// What was asked for; written once.
-const PLAN: &str = "plan.json";
+pub(super) const PLAN: &str = "plan.json";
 /// How far it has come; written again and again.
 const PROGRESS: &str = "progress.json";
 
