@@ -10,7 +10,8 @@
 //! | `jobs` | the ranks of a command: found, or started |
 //! | `run_folder` | what runs write, and where |
 //! | `inspect` | `pillion checkpoint`: what there is, and whether it is whole |
-//! | `verify_data` | `pillion data verify`: whether token files are whole |
+//! | `tokenize` | `pillion tokenize`: documents to a token folder |
+//! | `verify_data` | `pillion data`: what tokens there are, and whether they are whole |
 //! | `controller` | the flags of the batch size |
 //! | `simulate` | `pillion abs simulate`: how far its statistics scatter |
 //! | `experiment` | `pillion experiment`: batch schedules compared |
@@ -38,6 +39,7 @@ mod run_folder;
 pub mod settings;
 mod simulate;
 mod text;
+mod tokenize;
 pub mod train;
 mod verify_data;
 
@@ -83,7 +85,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Import(settings) => huggingface::import(settings),
         Command::Export(settings) => huggingface::export(settings),
         Command::Checkpoint(command) => inspect::inspect(command),
-        Command::Data(command) => verify_data::verify(command),
+        Command::Tokenize(settings) => tokenize::tokenize(settings),
+        Command::Data(command) => verify_data::look_at(command),
         Command::Plan(settings) => plan::plan(settings),
         Command::Doctor(settings) => doctor::doctor(settings),
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),

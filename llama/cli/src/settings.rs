@@ -4,6 +4,7 @@
 //! before those of the command line, so a flag wins over the file, and both are checked by the same parser.
 
 mod job;
+mod tokenize;
 mod train;
 
 use std::collections::BTreeSet;
@@ -22,6 +23,7 @@ pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::replay::ReplayArgs;
 pub use crate::simulate::SimulateArgs;
 pub use job::*;
+pub use tokenize::TokenizeArgs;
 pub use train::*;
 
 /// Trains Llama-2 models, sharded over ranks.
@@ -47,7 +49,9 @@ pub enum Command {
     /// Look at checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Look at token files.
+    /// Turn documents into tokens, with the tokenizer of a model on Hugging Face.
+    Tokenize(Box<TokenizeArgs>),
+    /// Look at tokens: token folders, token files, and files of llm.c, nanoGPT and Megatron.
     #[command(subcommand)]
     Data(DataCommand),
     /// Print how a run would be laid out, and what a step would take on a machine that is described, without running it.
@@ -88,20 +92,25 @@ pub enum CheckpointCommand {
     Verify(CheckpointArgs),
 }
 
-/// What to do with token files.
+/// What to do with tokens.
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Read all of a run's token files, and compare each with its checksum; ends with 1 when any is
-    /// damaged.
+    /// Print what is there: splits, tokens, documents, tokenizer, masks.
+    Show(DataArgs),
+    /// Read all of it, and compare each file with its checksum; ends with 1 when any is damaged.
     Verify(DataArgs),
 }
 
 /// Settings of `data`.
 #[derive(Clone, Debug, Args)]
 pub struct DataArgs {
-    /// Folder of a run or of token files, or one token file.
+    /// Folder of a run or of token files, a token folder, a token file, or a .bin of llm.c, nanoGPT
+    /// or Megatron.
     #[arg(value_name = "PATH", default_value = "runs/train")]
     pub path: PathBuf,
+    /// tokenizer.json whose tokens a file of nanoGPT or Megatron has, which does not say.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

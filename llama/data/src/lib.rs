@@ -16,16 +16,29 @@
 //! | `order` | which sample comes next |
 //! | `dataset` | samples and validation windows |
 //! | `trigram` | the mark to beat |
+//! | `subword` | tokenizers of Hugging Face, and chats as text |
+//! | `documents` | documents from files of text, JSON lines and parquet |
+//! | `folder` | the token folder: making it, and reading it |
+//! | `foreign` | token files of other programs |
+//! | `any` | tokens, whatever they are stored in |
+//! | `files`, `durable` | files that are read for long; files that are written whole |
 #![forbid(unsafe_code)]
 
+mod any;
 mod corpus;
 mod dataset;
+mod documents;
+mod durable;
 mod error;
+mod files;
+mod folder;
+mod foreign;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod order;
 pub mod runs;
 mod sources;
+mod subword;
 pub mod synthetic;
 mod tokenize;
 pub mod tokenizer;
@@ -38,10 +51,17 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
 
+pub use any::{Tokens, Watch};
 pub use dataset::Dataset;
 pub use error::{Error, Result};
+pub use folder::index::{Index, Made, Shard, Shards, Sums};
+pub use folder::make::{Append, FLUSH_BYTES, Outcome, Settings, Watched, tokenize as tokenize_folder};
+pub use folder::{TokenFolder, is_token_folder};
+pub use foreign::{ForeignFile, Format};
 pub use order::SampleOrder;
 pub use sources::Skipped;
+pub use subword::chat::ChatTemplate;
+pub use subword::{Stream, Tokenizer};
 pub use tokens::{Origin, Split, TokenFile};
 
 use sources::{Division, Sources};
