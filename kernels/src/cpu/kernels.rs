@@ -270,7 +270,14 @@ impl Kernels for HostStream {
         });
     }
 
-    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>) {
+    fn cross_entropy(
+        &self,
+        logits: ViewMut<'_>,
+        rounded: Option<ViewMut<'_>>,
+        targets: View<'_>,
+        loss: ViewMut<'_>,
+        z_loss: f32,
+    ) {
         let vocab = columns("cross_entropy", logits.len(), targets.len());
         assert_eq!(loss.len(), 1, "cross_entropy adds to one sum");
         let work = Work::moves("cross_entropy");
@@ -283,7 +290,7 @@ impl Kernels for HostStream {
                     team.split(rows, 1, |(losses, logits, targets)| {
                         vectorized(
                             #[inline(always)]
-                            || loss::cross_entropy(losses.0, logits.0, targets.0),
+                            || loss::cross_entropy(losses.0, logits.0, targets.0, z_loss),
                         );
                     });
                     add(sum.of(), losses);
@@ -298,7 +305,7 @@ impl Kernels for HostStream {
                 let logits = Write(logits.of(), vocab);
                 let rows = (Write(&mut *losses, 1), Write(rounded.of::<T>(), vocab), logits, Read(targets, 1));
                 team.split(rows, 1, |(losses, grad, logits, targets)| {
-                    vectorized(#[inline(always)] || loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0));
+                    vectorized(#[inline(always)] || loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0, z_loss));
                 });
                 add(sum.of(), losses);
             }));

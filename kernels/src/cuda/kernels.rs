@@ -368,7 +368,14 @@ impl Kernels for CudaStream {
         }
     }
 
-    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>) {
+    fn cross_entropy(
+        &self,
+        logits: ViewMut<'_>,
+        rounded: Option<ViewMut<'_>>,
+        targets: View<'_>,
+        loss: ViewMut<'_>,
+        z_loss: f32,
+    ) {
         let vocab = columns("cross_entropy", logits.len(), targets.len());
         assert_eq!(loss.len(), 1, "cross_entropy adds to one sum");
         assert!(loss.dtype() == DType::F64, "cross_entropy adds to f64, not {}", loss.dtype());
@@ -387,8 +394,10 @@ impl Kernels for CudaStream {
         let run = |stream| -> Result<(), CudaError> {
             let (context, latch) = (&self.inner.context, self.inner.latch.address());
             let losses = self.scratch.take(&self.inner, 8 * count as u64)?;
-            let arguments = [grad.into(), (&logits).into(), losses.into(), (&targets).into(), (vocab as u32).into()];
-            // SAFETY: cross_entropy(grad, logits, losses, targets, vocab), a block for each row,
+            let targets = Argument::from(&targets);
+            let arguments =
+                [grad.into(), (&logits).into(), losses.into(), targets, (vocab as u32).into(), z_loss.into()];
+            // SAFETY: cross_entropy(grad, logits, losses, targets, vocab, z_loss), a block for each row,
             // and room for each row's loss; sum_losses(loss, losses, count).
             unsafe {
                 launch(context, stream, kernel, Shape::blocks(count).with_threads(ENTROPY_THREADS), latch, &arguments)?;

@@ -168,7 +168,7 @@ impl<'s> Writer<'s> {
         }
         let (is_first, start) = (communicator.rank() == 0, Instant::now());
         let streams = is_first && !settings.json;
-        let (mut text, mut escaped) = (vocabulary.decoder(), Escaped::for_stdout());
+        let (mut text, mut escaped) = (vocabulary.decoder(&tokens)?, Escaped::for_stdout());
         let mut stops = Stops::new(&settings.stop);
         let (mut all, mut count, mut finish, mut is_read) = (Vec::new(), 0, "length", true);
         if streams {
@@ -193,8 +193,11 @@ impl<'s> Writer<'s> {
             let is_read = communicator.all_gather_scalars(&[u64::from(is_read)])?[0][0] == 1;
             Ok(if stopped || !is_read { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;
-        if finish == "length" || finish == "end" {
-            let rest = stops.finish();
+        if finish != "stop" {
+            let (mut rest, stopped) = stops.push(&text.finish()?);
+            if !stopped {
+                rest.extend(stops.finish());
+            }
             if streams && is_read {
                 is_read = write(&escaped.push(&rest))?;
             }

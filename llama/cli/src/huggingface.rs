@@ -6,7 +6,7 @@ use pillion_llama::huggingface::{self, CONFIG, Export, Source, parse_config, wri
 use pillion_runtime::checkpoint::Checkpoint;
 use serde_json::{Map, Value};
 
-use crate::models::{self, Companion, Origin};
+use crate::models::{self, Companion, Origin, TOKENIZER};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{ExportArgs, ImportArgs, dtype};
 use crate::train::{bytes, grouped, on_terminal};
@@ -30,7 +30,7 @@ pub(crate) fn import(settings: &ImportArgs) -> Result<i32, Error> {
     bar.finish_and_clear();
     models::keep(&files, &settings.out)?;
     let parameters = parameters(&source);
-    let (has_tokenizer, stored) = (files.iter().any(|(name, _)| name == "tokenizer.json"), source.dtype());
+    let (has_tokenizer, stored) = (files.iter().any(|(name, _)| name == TOKENIZER), source.dtype());
     let tokenizer = if has_tokenizer { "" } else { "; there is no tokenizer.json" };
     let left_out = match source.left_out.first() {
         Some(name) => format!("; {name} follows from other tensors and was left out"),
@@ -73,7 +73,7 @@ pub(crate) fn export(settings: &ExportArgs) -> Result<i32, Error> {
     let seq = origin.seq();
     let original = original.or_else(|| seq.map(|seq| fresh(seq, origin.has_bytes())));
     companions.push((CONFIG.to_owned(), write_config(model, original.as_ref(), as_what).into_bytes()));
-    let has_tokenizer = companions.iter().any(|(name, _)| name == "tokenizer.json");
+    let has_tokenizer = companions.iter().any(|(name, _)| name == TOKENIZER);
     let parameters = model.layout(1).parameters() as u64;
     let bar = bar(parameters * as_what.bytes() as u64);
     let wanted =

@@ -41,8 +41,8 @@ impl Origin {
     /// Whether it has learned bytes of text.
     pub(crate) fn has_bytes(&self) -> bool {
         let Origin::Run(progress) = self else { return false };
-        let is_text = progress.data_path.as_deref() != Some(Path::new(synthetic::NAME));
-        is_text && progress.recipe.model.vocab_size >= tokenizer::VOCAB
+        let is_random = progress.data_path.as_deref() == Some(Path::new(synthetic::NAME));
+        progress.tokens.is_empty() && !is_random && progress.recipe.model.vocab_size >= tokenizer::VOCAB
     }
 
     /// Tokens of the samples that it was trained on; of an imported model nothing is known.
@@ -83,6 +83,9 @@ pub(crate) fn first(path: &Path) -> Result<Checkpoint, Error> {
     let path = found.paths.first().expect("there is one, or an error");
     Ok(checkpoint::open(path)?)
 }
+
+/// The name of a tokenizer's file.
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
 
 /// A name and a content.
 pub(crate) type Companion = (String, Vec<u8>);

@@ -2,26 +2,46 @@
 
 use std::path::Path;
 
-use pillion_data::tokenizer;
+use pillion_data::{Stream, Tokenizer, tokenizer};
 
-use crate::Error;
 use crate::models::Origin;
+use crate::{Error, run_folder};
 
 /// What a model's tokens stand for.
 pub(crate) enum Vocabulary {
     /// Each for a byte.
     Bytes,
+    /// What a tokenizer says.
+    Subwords(Box<Tokenizer>),
 }
 
 impl Vocabulary {
     /// That of the model in a checkpoint.
     ///
     /// # Errors
-    /// When there is no tokenizer beside it.
+    /// When there is no tokenizer in its run's folder, or one that cannot be used.
     pub(crate) fn of(checkpoint: &Path, origin: &Origin) -> Result<Vocabulary, Error> {
-        match origin.has_bytes() {
-            true => Ok(Vocabulary::Bytes),
-            false => Err(Error::file(checkpoint, "there is no tokenizer beside it, so no text can be written")),
+        let run = run_folder::of_checkpoint(checkpoint);
+        match run.map(|run| Vocabulary::in_run(&run, origin.has_bytes())).transpose()?.flatten() {
+            Some(vocabulary) => Ok(vocabulary),
+            None => {
+                let reason =
+                    "there is no tokenizer.json in the folder huggingface of its run, so no text can be written";
+                Err(Error::file(checkpoint, reason))
+            }
+        }
+    }
+
+    /// That of the model of the run in `out`, which may have learned bytes.
+    ///
+    /// # Errors
+    /// When its tokenizer cannot be used.
+    pub(crate) fn in_run(out: &Path, has_bytes: bool) -> Result<Option<Vocabulary>, Error> {
+        let path = run_folder::huggingface(out).join("tokenizer.json");
+        match (has_bytes, path.exists()) {
+            (true, _) => Ok(Some(Vocabulary::Bytes)),
+            (false, true) => Ok(Some(Vocabulary::Subwords(Box::new(Tokenizer::load(&path)?)))),
+            (false, false) => Ok(None),
         }
     }
 
@@ -29,19 +49,21 @@ impl Vocabulary {
     pub(crate) fn len(&self) -> usize {
         match self {
             Vocabulary::Bytes => tokenizer::VOCAB,
+            Vocabulary::Subwords(tokenizer) => tokenizer.vocab_size(),
         }
     }
 
-    /// The tokens of a prompt.
+    /// The tokens of a prompt, with those that the tokenizer puts around it.
     ///
     /// # Errors
     /// When there are none.
     pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         let tokens: Vec<u32> = match self {
             Vocabulary::Bytes => text.bytes().map(u32::from).collect(),
+            Vocabulary::Subwords(tokenizer) => tokenizer.encode_with_special(text)?,
         };
         if tokens.is_empty() {
-            return Err(Error::Setting("the prompt is empty: give at least one character to go on from".to_owned()));
+            return Err(Error::Setting("the prompt has no tokens: give at least one character".to_owned()));
         }
         Ok(tokens)
     }
@@ -50,27 +72,53 @@ impl Vocabulary {
     pub(crate) fn is_end(&self, token: u32) -> bool {
         match self {
             Vocabulary::Bytes => token == u32::from(tokenizer::END),
+            Vocabulary::Subwords(tokenizer) => tokenizer.stops().contains(&token),
         }
     }
 
-    /// Begins to decode tokens.
-    pub(crate) fn decoder(&self) -> TextDecoder {
+    /// Begins to decode what follows a prompt.
+    ///
+    /// # Errors
+    /// When the prompt has a token of another tokenizer.
+    pub(crate) fn decoder(&self, prompt: &[u32]) -> Result<TextDecoder<'_>, Error> {
         match self {
-            Vocabulary::Bytes => TextDecoder::Bytes,
+            Vocabulary::Bytes => Ok(TextDecoder::Bytes),
+            Vocabulary::Subwords(tokenizer) => {
+                // Spaces depend on the token before.
+                let mut stream = tokenizer.stream(false);
+                prompt.iter().try_for_each(|&token| stream.push(token).map(drop))?;
+                Ok(TextDecoder::Subwords(stream))
+            }
         }
     }
 }
 
 /// Text piece by piece, as tokens come.
-pub(crate) enum TextDecoder {
+pub(crate) enum TextDecoder<'a> {
     Bytes,
+    Subwords(Stream<'a>),
 }
 
-impl TextDecoder {
+impl TextDecoder<'_> {
     /// The bytes that a token completes. The end of a text has none.
+    ///
+    /// # Errors
+    /// When the token is another tokenizer's.
     pub(crate) fn push(&mut self, token: u32) -> Result<Vec<u8>, Error> {
         match self {
             TextDecoder::Bytes => Ok(u8::try_from(token).map(|byte| vec![byte]).unwrap_or_default()),
+            TextDecoder::Subwords(stream) => Ok(stream.push(token)?.into_bytes()),
+        }
+    }
+
+    /// What stands for a character that is not complete.
+    ///
+    /// # Errors
+    /// As for [`TextDecoder::push`].
+    pub(crate) fn finish(self) -> Result<Vec<u8>, Error> {
+        match self {
+            TextDecoder::Bytes => Ok(Vec::new()),
+            TextDecoder::Subwords(stream) => Ok(stream.finish()?.into_bytes()),
         }
     }
 }

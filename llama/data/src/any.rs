@@ -49,6 +49,15 @@ impl Tokens {
         ForeignFile::open(path, tokenizer).map(Box::new).map(Self::Foreign)
     }
 
+    /// A token file that is open.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if it is gone.
+    pub fn of_file(file: TokenFile) -> Result<Self> {
+        let watch = Watch(Stamp::of(file.path())?);
+        Ok(Self::File(Box::new(file), watch))
+    }
+
     /// Where the tokens are.
     pub fn path(&self) -> &Path {
         match self {
@@ -111,9 +120,13 @@ impl Tokens {
     pub fn read(&self, split: Split, offset: u64, into: &mut [u32]) -> Result<()> {
         match self {
             Self::File(file, _) => {
-                let mut narrow = vec![0; into.len()];
-                file.read(split, offset, &mut narrow)?;
-                into.iter_mut().zip(narrow).for_each(|(token, narrow)| *token = u32::from(narrow));
+                // Through a buffer on the stack, so that a step allocates nothing.
+                let mut narrow = [0; 2048];
+                for (piece, into) in (0..).zip(into.chunks_mut(narrow.len())) {
+                    let narrow = &mut narrow[..into.len()];
+                    file.read(split, offset + 2048 * piece, narrow)?;
+                    into.iter_mut().zip(narrow).for_each(|(token, narrow)| *token = u32::from(*narrow));
+                }
                 Ok(())
             }
             Self::Folder(folder) => folder.read(split, offset, into),

@@ -13,6 +13,7 @@
 //! | `tokenize` | files of text to a token file, and where train and validation divide |
 //! | `tokens` | the token file |
 //! | `runs` | what runs write, by name |
+//! | `mixture` | which source a sample is from |
 //! | `order` | which sample comes next |
 //! | `dataset` | samples and validation windows |
 //! | `trigram` | the mark to beat |
@@ -35,6 +36,7 @@ mod folder;
 mod foreign;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+pub mod mixture;
 mod order;
 pub mod runs;
 mod sources;
@@ -438,7 +440,7 @@ mod tests {
         let share = prepared.summary.validation_tokens as f64
             / (prepared.summary.train_tokens + prepared.summary.validation_tokens) as f64;
         assert!((0.02..0.15).contains(&share), "{}", prepared.summary);
-        let data = Dataset::open(prepared.tokens, 256, 1).unwrap();
+        let data = Dataset::open(Tokens::of_file(prepared.tokens).unwrap(), 256, tokenizer::VOCAB, 1).unwrap();
         let nats = trigram::loss(&data, data.validation_len()).unwrap();
         println!("trigram: {nats:.4} nats a token");
         // Shannon (1951) measured 2.3 nats a letter for trigrams of English, spaces left out; code

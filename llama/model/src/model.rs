@@ -16,7 +16,7 @@
 mod block;
 mod head;
 
-use pillion_kernels::{AttentionShape, Buffer, DType, Device, Kernels, Stream};
+use pillion_kernels::{AttentionShape, Buffer, DType, Device, IGNORED, Kernels, Stream};
 use pillion_runtime::{Backward, Error, Forward, Step};
 
 pub use crate::activations::Recompute;
@@ -47,6 +47,7 @@ pub struct Model {
     /// Tokens of the evaluations whose losses the activations have the sum of.
     evaluated: usize,
     recompute: Recompute,
+    z_loss: f32,
 }
 
 impl Model {
@@ -73,7 +74,13 @@ impl Model {
         stream.upload(activations.sin.view_mut(), &sin);
         stream.synchronize()?;
         let attention = Model::attention_shape(config, batch, seq);
-        Ok(Model { config: config.clone(), attention, activations, evaluated: 0, recompute })
+        Ok(Model { config: config.clone(), attention, activations, evaluated: 0, recompute, z_loss: 0.0 })
+    }
+
+    /// The same with an auxiliary loss of this weight, which keeps logits near 0
+    /// ([`Kernels::cross_entropy`]). The losses that steps report do not have it.
+    pub fn with_z_loss(self, z_loss: f32) -> Model {
+        Model { z_loss, ..self }
     }
 
     /// The attention of a micro-batch of `batch` sequences of `seq` tokens.
@@ -98,11 +105,12 @@ impl Model {
     }
 
     /// One round of a training step: forward and backward of a micro-batch. `inputs, targets: [B, T]`.
+    /// Targets that are [`IGNORED`] are not learned.
     ///
     /// # Errors
     /// When another rank has failed, or the step has no round left.
     pub fn train(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
-        step.round(inputs.len());
+        step.round(learned(targets));
         step.stream().upload(self.activations.targets.view_mut(), targets);
         self.forward(step, inputs)?;
         let layers = self.config.num_hidden_layers;
@@ -131,7 +139,7 @@ impl Model {
     /// # Errors
     /// As for [`Model::train`].
     pub fn evaluate(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
-        self.evaluated += targets.len();
+        self.evaluated += learned(targets);
         step.stream().upload(self.activations.targets.view_mut(), targets);
         let Forward { stream, weights } = self.forward(step, inputs)?;
         let vocab = self.config.vocab_size;
@@ -143,6 +151,7 @@ impl Model {
                 None,
                 targets,
                 self.activations.loss.view_mut(),
+                0.0,
             );
         }
         Ok(())
@@ -206,6 +215,11 @@ impl Model {
         kernels(unit.stream)?.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
         Ok(())
     }
+}
+
+/// How many of the targets count.
+fn learned(targets: &[u32]) -> usize {
+    targets.iter().filter(|&&target| target != IGNORED).count()
 }
 
 /// The mathematics of the stream's device.

@@ -129,10 +129,12 @@ pub struct TrainArgs {
     /// File of settings in TOML, with the names of these flags as keys; flags win.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Text to train on, a file or a folder, or `synthetic` for random tokens; default: the sources
-    /// of the crates this program is built from.
-    #[arg(long, value_name = "PATH")]
-    pub data: Option<PathBuf>,
+    /// What to train on: text in a file or a folder, whose bytes are tokens; a folder of `pillion
+    /// tokenize`; a token file of llm.c, nanoGPT or Megatron; or `synthetic` for random tokens.
+    /// Several times PATH:SHARE for a mixture of tokens. Default: the sources of the crates this
+    /// program is built from.
+    #[arg(long, value_name = "PATH[:SHARE]")]
+    pub data: Vec<String>,
     /// Folder for everything the run writes; an earlier run in it is moved aside, unless it is
     /// resumed.
     #[arg(long, value_name = "DIR", default_value = "runs/train")]

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::recipe::Recipe;
+use super::source::Part;
 use crate::settings::{OnNonFinite, TrainArgs};
 use crate::{Error, run_folder};
 
@@ -25,6 +26,9 @@ pub(crate) struct Progress {
     /// did not keep it.
     #[serde(default)]
     pub(crate) data_path: Option<PathBuf>,
+    /// The token files and folders that it learns from; none where that is text.
+    #[serde(default)]
+    pub(crate) tokens: Vec<Part>,
     /// Steps made.
     pub(crate) step: u64,
     /// Samples dealt, those left out included: the next step begins with this one.

@@ -18,7 +18,8 @@ impl Run<'_> {
     /// What was reached, a sample of text where that was learned, and the paths of what was
     /// written.
     pub(super) fn summary(&mut self, validation: f64) -> Result<(), Error> {
-        let writes = self.start.habits.sample > 0 && !is_synthetic(self.dataset.tokens());
+        let is_text = !self.dataset.bytes().is_some_and(is_synthetic);
+        let writes = self.start.habits.sample > 0 && is_text;
         let sample = match writes.then(|| self.sample()) {
             // The validation tells whether the run has failed: its text may lack what broke this.
             Some(Err(Error::NonFinite(reason))) => Some(format!("no sample of text: {reason}")),
@@ -53,15 +54,19 @@ impl Run<'_> {
 
     /// Text by the model.
     fn sample(&mut self) -> Result<String, Error> {
-        const PROMPT: &str = "pub fn ";
-        let Run { engine, start, .. } = self;
-        let (recipe, vocabulary) = (&start.recipe, Vocabulary::Bytes);
+        let Run { engine, start, dataset, .. } = self;
+        let recipe = &start.recipe;
+        let Some(vocabulary) = Vocabulary::in_run(&start.out, dataset.bytes().is_some())? else {
+            return Ok("no sample of text: there is no tokenizer".to_owned());
+        };
+        let first = if dataset.bytes().is_some() { "pub fn " } else { "The" };
         let sampling = Sampling { temperature: 0.7, seed: recipe.seed, ..Sampling::default() };
         let (device, weights) = (engine.device().clone(), engine.policy().weights);
         let mut decoder = Decoder::new(&*device, &recipe.model, weights, recipe.seq)?;
-        let (prompt, mut text) = (vocabulary.encode(PROMPT)?, vocabulary.decoder());
-        let mut written = PROMPT.as_bytes().to_vec();
-        let (known, length) = (vocabulary.len(), start.habits.sample);
+        let prompt = vocabulary.encode(first)?;
+        let mut text = vocabulary.decoder(&prompt)?;
+        let mut written = first.as_bytes().to_vec();
+        let (known, length) = (vocabulary.len().min(recipe.model.vocab_size), start.habits.sample);
         generate(engine, &mut decoder, known, &prompt, length, &sampling, |token| {
             written.extend(text.push(token)?);
             Ok::<_, Error>(ControlFlow::Continue(()))

@@ -20,7 +20,7 @@ mod same_settings;
 mod saving;
 mod schedule;
 mod screen;
-mod source;
+pub(crate) mod source;
 mod start;
 mod statistics;
 mod timeline;

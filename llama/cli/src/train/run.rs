@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use pillion_abs::{Controller, Observation};
 use pillion_collectives::{Backend, Communicator, Launch, Reduction};
-use pillion_data::{Dataset, Split, TokenFile, trigram};
+use pillion_data::{Dataset, Split, trigram};
 use pillion_kernels::LazyCpu;
 use pillion_llama::model::Model;
 use pillion_runtime::Engine;
@@ -24,16 +24,17 @@ use super::progress::Counters;
 use super::recipe::{self, Recipe};
 use super::same_settings::same_settings;
 use super::screen::Screen;
-use super::source::is_synthetic;
+use super::source::{self, is_synthetic};
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
 use super::{cores, measure, plan_table, statistics, stopping};
 use crate::gpu::Moved;
 use crate::jobs::{self, Ended};
+use crate::models::{self, TOKENIZER};
 use crate::plan::{Setup, auto};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
-use crate::{Error, complain, models};
+use crate::{Error, complain};
 
 /// Joins the other ranks and trains.
 pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &Arc<AtomicBool>) -> Result<Ended, Error> {
@@ -104,7 +105,7 @@ impl<'s> Run<'s> {
         let recipe = &start.recipe;
         let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
         let policy = gpu::adapt(settings, policy);
-        let dataset = Dataset::open(TokenFile::open(&start.tokens)?, recipe.seq, recipe.seed)?;
+        let dataset = source::open(&start.tokens, recipe)?;
         let saved = resume.as_ref().map(|whole| checkpoints::progress(whole.checkpoint())).transpose()?;
         if let Some(nothing) = saved.as_ref().and_then(|saved| nothing_left(saved, recipe, settings.steps)) {
             if communicator.rank() == 0 {
@@ -164,10 +165,10 @@ impl<'s> Run<'s> {
         };
         let output = on_rank_zero_alone(&communicator, || {
             // This reads all tokens. Where they are damaged, the earlier run stays in its place.
-            let mark = match is_synthetic(dataset.tokens()) {
-                true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
-                false => {
-                    let is_long = dataset.tokens().len(Split::Train) > trigram::MOST_TOKENS;
+            let mark = match dataset.bytes().filter(|tokens| !is_synthetic(tokens)) {
+                None => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
+                Some(tokens) => {
+                    let is_long = tokens.len(Split::Train) > trigram::MOST_TOKENS;
                     let of = if is_long {
                         "a trigram model of the text's first 67 million tokens"
                     } else {
@@ -176,10 +177,15 @@ impl<'s> Run<'s> {
                     Mark { loss: trigram::loss(&dataset, start.validation_samples)?, of }
                 }
             };
-            let companions = match resume.as_ref().or(from.as_ref()) {
+            let mut companions = match resume.as_ref().or(from.as_ref()) {
                 Some(whole) => models::companions(&whole.checkpoint().path)?,
                 None => Vec::new(),
             };
+            if let Some((_, files)) = source::tokenizer(&dataset)?
+                && !companions.iter().any(|(name, _)| name == TOKENIZER)
+            {
+                companions.extend(files);
+            }
             let (folder, newest) = (folder.expect("rank 0 has claimed it"), progress.newest.as_ref());
             let newest = newest.map(|saved| saved.path.as_path());
             if let Some(aside) = folder.set_aside(newest, settings.trace)? {

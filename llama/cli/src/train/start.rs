@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoints::{self, Candidates, Habits};
 use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
+use super::source::Part;
 use super::{resume, source};
 use crate::Error;
 use crate::controller::by_flag;
@@ -27,10 +28,10 @@ pub(super) struct Start {
     /// The run's folder.
     pub(super) out: PathBuf,
     pub(super) recipe: Recipe,
-    /// The token file.
-    pub(super) tokens: PathBuf,
-    /// What `--data` said, absolute; none for the default text.
-    pub(super) data: Option<PathBuf>,
+    /// The tokens.
+    pub(super) tokens: Vec<Part>,
+    /// What `--data` said of text, absolute; none for the default text, and for tokens.
+    pub(super) text: Option<PathBuf>,
     /// Samples that it is validated on: a multiple of the micro-batch, at most what there is.
     pub(super) validation_samples: u64,
     pub(super) habits: Habits,
@@ -164,10 +165,12 @@ impl<'s> Search<'s> {
         }
         let source = match &saved {
             Some((path, saved)) => source::of_resumed(&settings, &recipe, &out, path, saved)?,
-            None => source::of_new(settings.data.as_deref(), &recipe, &out)?,
+            None => source::of_new(&settings.data, &recipe, &out)?,
         };
-        source::check_vocabulary(&source.tokens, &recipe)?;
-        let dataset = Dataset::open(source.tokens, recipe.seq, recipe.seed)?;
+        let dataset = source::open(&source.parts, &recipe)?;
+        if let Some(checkpoint) = &from {
+            source::check_tokenizer(&dataset, &models::companions(&checkpoint.path)?)?;
+        }
         let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
         match (&saved, &settings.resume) {
             (Some((path, saved)), _) => {
@@ -194,8 +197,8 @@ impl<'s> Search<'s> {
         self.said.extend(changes.iter().cloned());
         Ok(Start {
             out,
-            tokens: dataset.tokens().path().to_owned(),
-            data: source.data,
+            tokens: source.parts,
+            text: source.text,
             validation_samples,
             habits: Habits::of(&settings),
             resume: saved.map(|(path, _)| (path, !self.candidates.is_named)),

@@ -20,14 +20,14 @@ impl Model {
     pub(super) fn loss_backward(&mut self, unit: &mut Backward<'_>) -> Result<(), Error> {
         let Backward { stream, weights, gradients, loss } = unit;
         let (kernels, matrix) = (kernels(*stream)?, self.config.lm_head());
-        let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
+        let (width, vocab, z_loss) = (self.config.hidden_size, self.config.vocab_size, self.z_loss);
         let parts = self.head_parts();
         let Activations { head, gradients: d, targets, .. } = &mut self.activations;
         for rows in parts {
             let (count, lm_head) = (rows.len(), weights.tensor(matrix));
             head.multiply(kernels, lm_head.clone(), rows.clone(), vocab);
             let logits = 0..count * vocab;
-            head.loss(kernels, logits.clone(), targets.slice(rows.clone()), loss.reborrow());
+            head.loss(kernels, logits.clone(), targets.slice(rows.clone()), loss.reborrow(), z_loss);
             let grad = head.grad_logits(logits);
             let of_rows = rows.start * width..rows.end * width;
             kernels.linear_backward_input(d.normed.slice_mut(of_rows.clone()), grad.clone(), lm_head, count, false);
@@ -64,9 +64,9 @@ impl Head<Buffer> {
     }
 
     /// Adds the loss of some tokens, and makes the gradient of their logits.
-    fn loss(&mut self, kernels: &dyn Kernels, logits: Range<usize>, targets: View<'_>, sum: ViewMut<'_>) {
+    fn loss(&mut self, kernels: &dyn Kernels, logits: Range<usize>, targets: View<'_>, sum: ViewMut<'_>, z_loss: f32) {
         let narrow = self.narrow.as_mut().map(|narrow| narrow.slice_mut(logits.clone()));
-        kernels.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sum);
+        kernels.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sum, z_loss);
     }
 
     /// What [`Head::loss`] has made.
