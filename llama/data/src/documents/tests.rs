@@ -200,6 +200,28 @@ fn paths_without_documents_are_errors_that_name_them() {
 }
 
 #[test]
+fn a_folder_holds_texts_or_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let kinds_of = |names: &[&str]| {
+        let _ = fs::remove_dir_all(folder.path().join("data"));
+        fs::create_dir(folder.path().join("data")).unwrap();
+        names.iter().for_each(|name| drop(file(&folder.path().join("data"), name, b"x")));
+        let listed = list(&[folder.path().join("data")]);
+        listed.map(|(inputs, _)| inputs.into_iter().map(|input| input.kind).collect::<Vec<_>>())
+    };
+    assert_eq!(kinds_of(&["a.json", "b.py"]).unwrap(), [Kind::Text, Kind::Text]);
+    assert_eq!(
+        kinds_of(&["a.json", "b.jsonl", "c.parquet"]).unwrap(),
+        [Kind::JsonLines, Kind::JsonLines, Kind::Parquet]
+    );
+    assert_eq!(kinds_of(&["a.json"]).unwrap(), [Kind::JsonLines]);
+    for records in ["a.jsonl", "a.parquet", "a.json.gz"] {
+        let error = kinds_of(&[records, "README.md"]).unwrap_err().to_string();
+        assert!(error.contains(records) && error.contains("README.md") && error.contains("give the files"), "{error}");
+    }
+}
+
+#[test]
 fn a_file_that_changes_ends_the_walk() {
     let folder = tempfile::tempdir().unwrap();
     let path = file(folder.path(), "a.jsonl", b"{\"text\":\"a\"}\n{\"text\":\"b\"}\n");
