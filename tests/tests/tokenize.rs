@@ -60,10 +60,11 @@ fn a_folder_of_text_is_tokenized_shown_and_verified() {
 #[test]
 fn a_killed_call_goes_on_and_the_bytes_are_those_of_one_call() {
     let place = with_tokenizer();
-    // Some seconds of work for one thread.
-    let line =
-        |i: u64| json!({"text": format!("the {i} then {} other ", i * 7919 % 10_007).repeat(60)}).to_string() + "\n";
-    fs::write(place.path("data.jsonl"), (0..40_000).map(line).collect::<String>()).unwrap();
+    // Seconds of work for one thread: no word comes twice.
+    let word = |i: u64| format!("{:x} the ", i.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    let words = |i: u64| (100 * i..100 * (i + 1)).map(word).collect::<String>();
+    let line = |i: u64| json!({"text": words(i)}).to_string() + "\n";
+    fs::write(place.path("data.jsonl"), (0..20_000).map(line).collect::<String>()).unwrap();
     let command = |out: &str, threads: u32| {
         format!("tokenize data.jsonl --tokenizer tokenizer.json --shard-tokens 3000000 --out {out} --threads {threads}")
     };
@@ -73,19 +74,19 @@ fn a_killed_call_goes_on_and_the_bytes_are_those_of_one_call() {
         serde_json::from_slice::<Value>(&text).ok().and_then(|value| value["position"]["record"].as_u64()).unwrap_or(0)
     };
     let mut kills = 0;
-    while kills < 3 && !index.exists() {
+    while kills < 2 && !index.exists() {
         let before = record();
         let running = place.start(&command("out", 1));
         running.wait_for("progress", || record() > before || index.exists());
         running.signal(Signal::KILL);
         running.finish();
-        kills += 1;
         if !index.exists() {
+            kills += 1;
             place.run("data verify out").refused(1, &["out", "unfinished"]);
         }
     }
     let ended = place.run(&command("out", 2)).succeeded();
-    assert!(ended.stdout.contains("begun earlier") || ended.stdout.contains("was complete"), "{ended}");
+    assert!(ended.stdout.contains("begun earlier, is complete"), "after {kills} kills: {ended}");
     place.run(&command("once", 2)).succeeded();
     place.run("data verify out").succeeded();
     assert!(files(&place.path("out")) == files(&place.path("once")), "after {kills} kills");
@@ -95,7 +96,6 @@ fn a_killed_call_goes_on_and_the_bytes_are_those_of_one_call() {
 fn what_cannot_be_tokenized_is_refused_with_a_remedy() {
     let place = with_tokenizer();
     let run = |arguments: &str| place.run(&format!("tokenize --tokenizer tokenizer.json --out out {arguments}"));
-    run("").refused(2, &["<DATA>"]);
     run("nowhere").refused(1, &["nowhere: no such file or folder"]);
     run("text --validation 1").refused(2, &["--validation 1 must be"]);
     run("text --shard-tokens 0").refused(2, &["--shard-tokens 0 must be"]);

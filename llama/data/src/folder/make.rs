@@ -74,7 +74,7 @@ pub(super) struct Pace {
 }
 
 /// A flush takes some milliseconds. What an interruption loses is made again.
-const PACE: Pace = Pace { batch_bytes: 1 << 20, flush_bytes: 1, flush_every: Duration::from_secs(1) };
+const PACE: Pace = Pace { batch_bytes: 1 << 20, flush_bytes: 1, flush_every: Duration::from_millis(500) };
 
 /// How far it has come, for a progress bar.
 #[derive(Clone, Copy, Debug)]
