@@ -183,7 +183,7 @@ fn columns_of_parquet_files_are_checked() {
         let mut damaged = whole.clone();
         damaged[at] ^= 0x15;
         fs::write(&path, &damaged).unwrap();
-        walked(&[path.clone()], &Reading::default(), Position::default());
+        walked(std::slice::from_ref(&path), &Reading::default(), Position::default());
     }
 }
 
@@ -194,7 +194,7 @@ fn paths_without_documents_are_errors_that_name_them() {
     file(folder.path(), "empty", b"");
     for (name, says) in [("none", "check the path"), ("bare", "(no file)"), ("empty", "only these: 1 empty")] {
         let path = folder.path().join(name);
-        let error = list(&[path.clone()]).unwrap_err().to_string();
+        let error = list(std::slice::from_ref(&path)).unwrap_err().to_string();
         assert!(error.starts_with(path.to_str().unwrap()) && error.contains(says), "{error}");
     }
 }
@@ -225,7 +225,7 @@ fn a_folder_holds_texts_or_records() {
 fn a_file_that_changes_ends_the_walk() {
     let folder = tempfile::tempdir().unwrap();
     let path = file(folder.path(), "a.jsonl", b"{\"text\":\"a\"}\n{\"text\":\"b\"}\n");
-    let (inputs, _) = list(&[path.clone()]).unwrap();
+    let (inputs, _) = list(std::slice::from_ref(&path)).unwrap();
     let mut walk = Walk::new(inputs.into(), Reading::default(), Position::default());
     walk.next().unwrap().unwrap();
     fs::write(&path, "{\"text\":\"a\"}\n{\"text\":\"b\"}\n{\"text\":\"c\"}\n").unwrap();
