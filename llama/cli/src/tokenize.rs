@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use pillion_data::{Append, FLUSH_BYTES, Index, Outcome, Settings, Split, Watched, tokenize_folder};
+use pillion_data::{Append, Index, Outcome, Settings, Split, Watched, tokenize_folder};
 
 use crate::Error;
 use crate::settings::TokenizeArgs;
@@ -67,7 +67,6 @@ fn given(settings: &TokenizeArgs) -> Settings {
         threads: settings.threads.map_or(0, |threads| threads as usize),
         skip_bad: settings.skip_bad,
         restart: settings.restart,
-        flush_bytes: FLUSH_BYTES,
     }
 }
 

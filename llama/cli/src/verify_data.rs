@@ -64,6 +64,9 @@ fn stored(path: &Path) -> Result<Vec<PathBuf>, Error> {
         return Ok(vec![path.to_owned()]);
     }
     for folder in [run_folder::tokens(path), path.to_owned()].iter().filter(|folder| folder.is_dir()) {
+        if pillion_data::is_token_folder(folder) {
+            return Ok(vec![folder.clone()]);
+        }
         let failed = |error: std::io::Error| Error::file(folder, format!("cannot be listed: {error}"));
         let mut files = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(failed)? {

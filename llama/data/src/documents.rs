@@ -19,7 +19,7 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::sources::{self, Skipped};
+use crate::sources::{self, Skipped, SourceFile};
 pub(crate) use interpret::{Content, Fields, Raw};
 use lines::Lines;
 use rows::Rows;
@@ -31,22 +31,24 @@ pub(crate) const LONGEST: u64 = 1 << 30;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Input {
     pub(crate) path: PathBuf,
+    pub(crate) kind: Kind,
     pub(crate) bytes: u64,
     /// Nanoseconds since 1970.
     pub(crate) modified: u64,
 }
 
 impl Input {
-    pub(crate) fn new(path: PathBuf) -> Result<Self> {
+    pub(crate) fn new(path: PathBuf, kind: Kind) -> Result<Self> {
         let metadata = fs::metadata(&path).map_err(Error::reading(&path))?;
         let since = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        Ok(Self { bytes: metadata.len(), modified: since.map_or(0, |since| since.as_nanos() as u64), path })
+        let modified = since.map_or(0, |since| since.as_nanos() as u64);
+        Ok(Self { bytes: metadata.len(), modified, path, kind })
     }
 
     /// # Errors
     /// [`Error::Bad`] if the file is another than when it was listed.
     pub(crate) fn check_unchanged(&self) -> Result<()> {
-        if Self::new(self.path.clone())? == *self {
+        if Self::new(self.path.clone(), self.kind)? == *self {
             return Ok(());
         }
         Err(Error::bad(&self.path, "changed while it was being tokenized; run again with --restart"))
@@ -72,8 +74,9 @@ pub(crate) fn list(paths: &[PathBuf]) -> Result<(Vec<Input>, Skipped)> {
             }
             other => other,
         })?;
-        for file in found.files {
-            inputs.push(Input::new(file.path)?);
+        let kinds = kinds(path, &found.files)?;
+        for (file, kind) in found.files.into_iter().zip(kinds) {
+            inputs.push(Input::new(file.path, kind)?);
         }
         skipped.hidden += found.skipped.hidden;
         skipped.empty += found.skipped.empty;
@@ -81,6 +84,23 @@ pub(crate) fn list(paths: &[PathBuf]) -> Result<(Vec<Input>, Skipped)> {
         skipped.runs += found.skipped.runs;
     }
     Ok((inputs, skipped))
+}
+
+/// What the files of a path are. In a folder, a `.json` file may be text like the others.
+///
+/// # Errors
+/// [`Error::Bad`] for a folder of records and of texts: the texts may be notes on the records.
+fn kinds(path: &Path, files: &[SourceFile]) -> Result<Vec<Kind>> {
+    let named: Vec<Named> = files.iter().map(|file| Named::of(&file.path)).collect();
+    let first = |wanted: fn(&Named) -> bool| named.iter().position(wanted).map(|at| files[at].path.display());
+    match (first(Named::is_records), first(|named| named.kind == Kind::Text)) {
+        (Some(records), Some(text)) => {
+            let remedy = "give the files themselves";
+            Err(Error::bad(path, format!("holds records ({records}) and text ({text}), maybe notes on them; {remedy}")))
+        }
+        (None, Some(_)) => Ok(vec![Kind::Text; files.len()]),
+        (_, None) => Ok(named.iter().map(|named| named.kind).collect()),
+    }
 }
 
 /// What there is of a document, or why there is nothing, with the remedy. Such a problem concerns one
@@ -240,9 +260,18 @@ impl Walk {
 
 /// What a file's name says of it.
 struct Named {
-    json: bool,
-    parquet: bool,
+    kind: Kind,
     compression: Compression,
+    /// The name ends in `.json`, as that of many a text does.
+    maybe_text: bool,
+}
+
+/// What a file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Kind {
+    Text,
+    JsonLines,
+    Parquet,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -262,21 +291,30 @@ impl Named {
         };
         let stem = if compression == Compression::No { path.to_owned() } else { path.with_extension("") };
         let inner = extension(&stem).unwrap_or_default();
-        let json = ["jsonl", "ndjson", "json"].contains(&inner.as_str());
-        Self { json, parquet: inner == "parquet" && compression == Compression::No, compression }
+        let is_plain = compression == Compression::No;
+        let kind = match &*inner {
+            "jsonl" | "ndjson" | "json" => Kind::JsonLines,
+            "parquet" if is_plain => Kind::Parquet,
+            _ => Kind::Text,
+        };
+        Self { kind, compression, maybe_text: inner == "json" && is_plain }
+    }
+
+    fn is_records(&self) -> bool {
+        self.kind != Kind::Text && !self.maybe_text
     }
 }
 
 fn open(input: &Input, reading: &Reading, from: Position, read: &Arc<AtomicU64>) -> std::result::Result<Open, Fault> {
-    let named = Named::of(&input.path);
-    if named.parquet {
-        return Ok(Open::Rows(Box::new(Rows::open(input, reading.field.as_deref(), from.record)?)));
+    let json = input.kind == Kind::JsonLines;
+    match input.kind {
+        Kind::Parquet => Ok(Open::Rows(Box::new(Rows::open(input, reading.field.as_deref(), from.record)?))),
+        Kind::Text if !reading.lines => Ok(Open::Whole),
+        Kind::Text | Kind::JsonLines => {
+            let lines = Lines::open(input, Named::of(&input.path).compression, from, json, read)?;
+            Ok(Open::Lines { lines, json })
+        }
     }
-    if named.json || reading.lines {
-        let lines = Lines::open(input, named.compression, from, named.json, read)?;
-        return Ok(Open::Lines { lines, json: named.json });
-    }
-    Ok(Open::Whole)
 }
 
 fn read_whole(input: &Input, read: &Arc<AtomicU64>) -> std::result::Result<Vec<u8>, Fault> {

@@ -57,7 +57,7 @@ pub use any::{Tokens, Watch};
 pub use dataset::Dataset;
 pub use error::{Error, Result};
 pub use folder::index::{Index, Made, Shard, Shards, Sums};
-pub use folder::make::{Append, FLUSH_BYTES, Outcome, Settings, Watched, tokenize as tokenize_folder};
+pub use folder::make::{Append, Outcome, Settings, Watched, tokenize as tokenize_folder};
 pub use folder::{TokenFolder, is_token_folder};
 pub use foreign::{ForeignFile, Format};
 pub use order::SampleOrder;

@@ -32,7 +32,7 @@ fn what_holds_no_tokens_is_an_error_that_names_it() {
     fs::write(&note, "text").unwrap();
     for (path, says) in [
         (folder.path().to_owned(), "no token folder"),
-        (note, "no token file"),
+        (note, "not a token file"),
         (folder.path().join("x"), "cannot read"),
     ] {
         let error = Tokens::open(&path, None).unwrap_err().to_string();

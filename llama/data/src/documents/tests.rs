@@ -183,7 +183,7 @@ fn columns_of_parquet_files_are_checked() {
         let mut damaged = whole.clone();
         damaged[at] ^= 0x15;
         fs::write(&path, &damaged).unwrap();
-        walked(&[path.clone()], &Reading::default(), Position::default());
+        walked(std::slice::from_ref(&path), &Reading::default(), Position::default());
     }
 }
 
@@ -194,8 +194,30 @@ fn paths_without_documents_are_errors_that_name_them() {
     file(folder.path(), "empty", b"");
     for (name, says) in [("none", "check the path"), ("bare", "(no file)"), ("empty", "only these: 1 empty")] {
         let path = folder.path().join(name);
-        let error = list(&[path.clone()]).unwrap_err().to_string();
+        let error = list(std::slice::from_ref(&path)).unwrap_err().to_string();
         assert!(error.starts_with(path.to_str().unwrap()) && error.contains(says), "{error}");
+    }
+}
+
+#[test]
+fn a_folder_holds_texts_or_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let kinds_of = |names: &[&str]| {
+        let _ = fs::remove_dir_all(folder.path().join("data"));
+        fs::create_dir(folder.path().join("data")).unwrap();
+        names.iter().for_each(|name| drop(file(&folder.path().join("data"), name, b"x")));
+        let listed = list(&[folder.path().join("data")]);
+        listed.map(|(inputs, _)| inputs.into_iter().map(|input| input.kind).collect::<Vec<_>>())
+    };
+    assert_eq!(kinds_of(&["a.json", "b.py"]).unwrap(), [Kind::Text, Kind::Text]);
+    assert_eq!(
+        kinds_of(&["a.json", "b.jsonl", "c.parquet"]).unwrap(),
+        [Kind::JsonLines, Kind::JsonLines, Kind::Parquet]
+    );
+    assert_eq!(kinds_of(&["a.json"]).unwrap(), [Kind::JsonLines]);
+    for records in ["a.jsonl", "a.parquet", "a.json.gz"] {
+        let error = kinds_of(&[records, "README.md"]).unwrap_err().to_string();
+        assert!(error.contains(records) && error.contains("README.md") && error.contains("give the files"), "{error}");
     }
 }
 
@@ -203,7 +225,7 @@ fn paths_without_documents_are_errors_that_name_them() {
 fn a_file_that_changes_ends_the_walk() {
     let folder = tempfile::tempdir().unwrap();
     let path = file(folder.path(), "a.jsonl", b"{\"text\":\"a\"}\n{\"text\":\"b\"}\n");
-    let (inputs, _) = list(&[path.clone()]).unwrap();
+    let (inputs, _) = list(std::slice::from_ref(&path)).unwrap();
     let mut walk = Walk::new(inputs.into(), Reading::default(), Position::default());
     walk.next().unwrap().unwrap();
     fs::write(&path, "{\"text\":\"a\"}\n{\"text\":\"b\"}\n{\"text\":\"c\"}\n").unwrap();

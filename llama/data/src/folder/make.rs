@@ -10,6 +10,7 @@
 //! belongs to that flush. So the folder's bytes depend on neither interruptions nor threads.
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -60,12 +61,20 @@ pub struct Settings {
     pub skip_bad: bool,
     /// Begin anew, whatever is in `out`.
     pub restart: bool,
-    /// Bytes of text between two flushes.
-    pub flush_bytes: u64,
 }
 
-/// Bytes of text between two flushes, unless a test wants others.
-pub const FLUSH_BYTES: u64 = 64 << 20;
+/// How much is done at a time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    /// Bytes of text that a thread has before it at a time.
+    pub(super) batch_bytes: usize,
+    /// Bytes of text and time between two flushes, at least.
+    pub(super) flush_bytes: u64,
+    pub(super) flush_every: Duration,
+}
+
+/// A flush takes some milliseconds. What an interruption loses is made again.
+const PACE: Pace = Pace { batch_bytes: 1 << 20, flush_bytes: 1, flush_every: Duration::from_millis(500) };
 
 /// How far it has come, for a progress bar.
 #[derive(Clone, Copy, Debug)]
@@ -109,15 +118,11 @@ const MOST_PROBLEMS: usize = 20;
 /// folder that cannot be used; [`Error::Read`] and [`Error::Write`] for the system's reasons;
 /// [`Error::Stopped`] if `watch` returned false.
 pub fn tokenize(settings: &Settings, watch: &mut dyn FnMut(Watched) -> bool) -> Result<Outcome> {
-    tokenize_in_batches(settings, BATCH_BYTES, watch)
+    tokenize_at(settings, PACE, watch)
 }
 
-/// As [`tokenize`], with so many bytes of text before each thread at a time.
-pub(super) fn tokenize_in_batches(
-    settings: &Settings,
-    batch_bytes: usize,
-    watch: &mut dyn FnMut(Watched) -> bool,
-) -> Result<Outcome> {
+/// As [`tokenize`], at another pace.
+pub(super) fn tokenize_at(settings: &Settings, pace: Pace, watch: &mut dyn FnMut(Watched) -> bool) -> Result<Outcome> {
     let tokenizer = Tokenizer::load(&settings.tokenizer)?;
     let (plan, skipped) = plan(settings, &tokenizer)?;
     let threads = rayon::ThreadPoolBuilder::new().num_threads(settings.threads).build();
@@ -138,7 +143,7 @@ pub(super) fn tokenize_in_batches(
     let mut work = Work::new(settings, &tokenizer, &plan, progress, place)?;
     let total = plan.inputs.iter().map(|input| input.bytes).sum();
     let mut walk = Walk::new(plan.inputs.clone().into(), plan.reading.clone(), work.progress.position);
-    let batch_bytes = batch_bytes * threads.current_num_threads();
+    let batch_bytes = pace.batch_bytes * threads.current_num_threads();
     let mut batch = read(&mut walk, batch_bytes)?;
     while !batch.is_empty() {
         let made = || encode_all(batch, &tokenizer, Fields { text: settings.field.as_deref() });
@@ -150,7 +155,7 @@ pub(super) fn tokenize_in_batches(
         if !watch(Watched { bytes: walk.bytes_read(), total, documents, tokens }) {
             return Err(Error::Stopped);
         }
-        work.flush_if_due()?;
+        work.flush_if_due(pace)?;
         batch = next?;
     }
     let (index, bad) = work.finish()?;
@@ -195,8 +200,6 @@ fn plan(settings: &Settings, tokenizer: &Tokenizer) -> Result<(Plan, Skipped)> {
 /// The most tokens of a shard. Positions within it are kept in files as numbers of 64 bits.
 const MOST_SHARD_TOKENS: u64 = 1 << 40;
 
-/// Bytes of text that a thread has before it at a time.
-const BATCH_BYTES: usize = 1 << 20;
 /// Records of a batch at most.
 const BATCH_RECORDS: usize = 1 << 14;
 
@@ -240,6 +243,7 @@ struct Work<'a> {
     progress: Progress,
     /// Bytes of text since the last flush.
     unflushed: u64,
+    flushed: Instant,
     documents: u64,
     tokens: u64,
     bad: Vec<String>,
@@ -257,8 +261,8 @@ impl<'a> Work<'a> {
         let [train, validation] = progress.written.clone();
         let writer = |split, written| Writer::new(&place.folder, split, bytes, plan.shard_tokens, written);
         let writers = [writer(Split::Train, train)?, writer(Split::Validation, validation)?];
-        let (unflushed, documents, tokens, bad) = (0, 0, 0, Vec::new());
-        Ok(Self { settings, tokenizer, plan, place, writers, progress, unflushed, documents, tokens, bad })
+        let (unflushed, flushed, documents, tokens, bad) = (0, Instant::now(), 0, 0, Vec::new());
+        Ok(Self { settings, tokenizer, plan, place, writers, progress, unflushed, flushed, documents, tokens, bad })
     }
 
     /// Writes a document, or counts what is none.
@@ -300,14 +304,15 @@ impl<'a> Work<'a> {
         Ok(())
     }
 
-    fn flush_if_due(&mut self) -> Result<()> {
-        if self.unflushed < self.settings.flush_bytes {
+    fn flush_if_due(&mut self, pace: Pace) -> Result<()> {
+        if self.unflushed < pace.flush_bytes || self.flushed.elapsed() < pace.flush_every {
             return Ok(());
         }
         for (written, writer) in self.progress.written.iter_mut().zip(&mut self.writers) {
             *written = writer.flush()?;
         }
         self.unflushed = 0;
+        self.flushed = Instant::now();
         self.place.save(&self.progress)
     }
 

@@ -1,11 +1,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use serde_json::json;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::make::{Append, Settings, tokenize};
+use super::make::{Append, Pace, Settings, tokenize, tokenize_at};
 use super::*;
 use crate::subword::Tokenizer;
 use crate::subword::tests::{byte_level, sentence_piece};
@@ -25,8 +26,12 @@ fn settings(root: &Path, data: &[&str]) -> Settings {
         threads: 2,
         skip_bad: false,
         restart: false,
-        flush_bytes: 1 << 20,
     }
+}
+
+/// A record or two at a time.
+fn pace(flush_bytes: u64) -> Pace {
+    Pace { batch_bytes: 1, flush_bytes, flush_every: Duration::ZERO }
 }
 
 fn made(settings: &Settings) -> TokenFolder {
@@ -124,7 +129,7 @@ proptest! {
         fs::write(root.path().join("data/1.jsonl"), &lines[half..]).unwrap();
 
         let mut settings = settings(root.path(), &["data"]);
-        settings = Settings { validation, shard_tokens, flush_bytes, ..settings };
+        settings = Settings { validation, shard_tokens, ..settings };
         let below = (validation * 2f64.powi(64)) as u64;
         let expected = expected(&tokenizer, &all, below);
         if expected.iter().all(Vec::is_empty) {
@@ -134,7 +139,7 @@ proptest! {
         for (kill, threads) in kills.iter().zip(&threads) {
             settings.threads = *threads;
             let mut batches = 0;
-            let stopped = super::make::tokenize_in_batches(&settings, 1, &mut |_| {
+            let stopped = tokenize_at(&settings, pace(flush_bytes), &mut |_| {
                 batches += 1;
                 batches <= *kill
             });
@@ -185,10 +190,10 @@ fn settings_and_inputs_that_changed_are_refused_by_name_until_a_restart() {
     byte_level(root.path());
     let data = root.path().join("a.txt");
     fs::write(&data, "one\n".repeat(100)).unwrap();
-    let base = Settings { lines: true, flush_bytes: 0, ..settings(root.path(), &["a.txt"]) };
+    let base = Settings { lines: true, ..settings(root.path(), &["a.txt"]) };
     let begin = || {
         let _ = fs::remove_dir_all(&base.out);
-        let stopped = super::make::tokenize_in_batches(&base, 1, &mut |watched| watched.documents < 50);
+        let stopped = tokenize_at(&base, pace(0), &mut |watched| watched.documents < 50);
         assert!(matches!(stopped, Err(Error::Stopped)));
     };
     let refused = |settings: &Settings, says: &str| {

@@ -81,7 +81,7 @@ pub(super) fn open(path: &Path, tokenizer: Option<&Tokenizer>) -> Result<Foreign
 fn nano_gpt(path: &Path, file: File, stamp: Stamp, tokenizer: Option<&Tokenizer>) -> Result<ForeignFile> {
     let bytes = stamp.bytes();
     if path.extension().is_none_or(|extension| extension != "bin") {
-        let problem = "no token file that is known: it has no magic number of one, and its name does not end in .bin, \
+        let problem = "not a token file that is known: it has no magic number of one, and its name does not end in .bin, \
                        as nanoGPT's do";
         return Err(Error::bad(path, problem));
     }

@@ -130,7 +130,7 @@ fn damaged_files_are_errors_that_name_file_and_fault() {
         ("a.bin", &version[..], "expected version 1"),
         ("a.bin", b"", "cannot take 0 bytes"),
         ("a.bin", b"abc", "cannot take 3 bytes"),
-        ("a.txt", b"some text", "no token file that is known"),
+        ("a.txt", b"some text", "not a token file that is known"),
     ] {
         let path = file(folder.path(), name, bytes);
         let error = ForeignFile::open(&path, None).unwrap_err().to_string();

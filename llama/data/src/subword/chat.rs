@@ -121,8 +121,9 @@ pub(crate) fn mask(
             if !tokens.starts_with(&before) {
                 let around = around(text, at);
                 return Ok(Err(format!(
-                    "a token reaches across the border of a prompt, at {around:?}, where | is the border; end the \
-                     prompt without a space and begin the reply with it"
+                    "a token reaches across the border between a prompt and a reply, at {around:?}, where | is the \
+                     border; end the prompt without a space and begin the reply with it; the special tokens of a \
+                     chat template must be tokens of the tokenizer"
                 )));
             }
             *end = before.len();
