@@ -19,7 +19,7 @@ use crate::plan::quantity::size;
 use crate::train::CHANGEABLE;
 
 /// The flags of a model's shape.
-const SHAPE: [&str; 6] = ["model", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads"];
+const SHAPE: [&str; 7] = ["model", "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads"];
 
 /// The model's shape: a preset, and what differs from it.
 #[derive(Clone, Debug, Args)]
@@ -27,6 +27,10 @@ pub struct ModelArgs {
     /// Preset of the model's shape.
     #[arg(long, value_name = "PRESET", default_value = "small", value_parser = preset)]
     pub model: Preset,
+    /// Number of tokens that the model knows, if not the preset's; default for files and folders of
+    /// tokens: theirs.
+    #[arg(long, value_name = "N")]
+    pub vocab_size: Option<usize>,
     /// Width of the residual stream, if not the preset's.
     #[arg(long, value_name = "N")]
     pub hidden_size: Option<usize>,
@@ -55,6 +59,7 @@ impl ModelArgs {
     pub fn config(&self) -> Result<Config, ConfigError> {
         let mut config = self.base.clone().unwrap_or_else(|| self.model.config());
         let overrides = [
+            (self.vocab_size, &mut config.vocab_size),
             (self.hidden_size, &mut config.hidden_size),
             (self.intermediate_size, &mut config.intermediate_size),
             (self.layers, &mut config.num_hidden_layers),

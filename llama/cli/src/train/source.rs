@@ -135,6 +135,17 @@ fn holds_tokens(path: &Path) -> bool {
     is_token_folder(path) || (path.is_file() && ["bin", "idx", "tokens"].iter().any(|known| ending == Some(known)))
 }
 
+/// Tokens that the vocabulary of token files and folders has, where they say so.
+///
+/// # Errors
+/// When one cannot be opened.
+pub(super) fn vocabulary(data: &[String]) -> Result<Option<usize>, Error> {
+    let Wanted::Tokens(parts) = Wanted::of(data)? else { return Ok(None) };
+    let known = parts.iter().map(|part| Ok(Tokens::open(&part.path, None)?.vocab()));
+    let known = known.collect::<Result<Vec<_>, Error>>()?;
+    Ok(known.into_iter().flatten().max())
+}
+
 /// The tokenizer that the tokens of token folders were made with: its checksum, and the files that
 /// go with it.
 ///

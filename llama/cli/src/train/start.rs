@@ -138,6 +138,9 @@ impl<'s> Search<'s> {
             settings.model.base = Some(Origin::of(checkpoint)?.model().clone());
             self.said.push(format!("beginning with the weights of {}", checkpoint.path.display()));
         }
+        if settings.model.base.is_none() && settings.model.vocab_size.is_none() {
+            settings.model.vocab_size = source::vocabulary(&settings.data)?;
+        }
         let (world, launch) = (self.launch.world, self.launch);
         let recipe = Recipe::new(&settings, world)?;
         let policy = recipe::policy(&settings.policy, settings.clip, world)?;
