@@ -36,6 +36,7 @@ pub(crate) use metrics::Line;
 pub(crate) use plan_table::step_bytes;
 pub(crate) use plan_table::{bytes, grouped, plan_table};
 pub(crate) use resume::CHANGEABLE;
+pub(crate) use start::on_rank_zero;
 
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;
