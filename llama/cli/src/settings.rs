@@ -312,8 +312,8 @@ pub(crate) fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
     Ok(cli)
 }
 
-/// Takes away `flags` of a file that no one can give together with those that were `given` on the
-/// command line.
+/// Takes away `flags` of a file that were also `given` on the command line, and those that no one
+/// can give together with them.
 fn leave_to(given: &BTreeSet<String>, flags: &mut Vec<String>) {
     let mut command = Cli::command();
     command.build();
@@ -326,7 +326,8 @@ fn leave_to(given: &BTreeSet<String>, flags: &mut Vec<String>) {
     flags.retain(|flag| {
         let name = flag.trim_start_matches("--");
         let name = name.split_once('=').map_or(name, |(name, _)| name);
-        !given.iter().any(|given| excludes(name, given) || excludes(given, name))
+        // Values of a list would add up.
+        !given.contains(name) && !given.iter().any(|given| excludes(name, given) || excludes(given, name))
     });
 }
 
@@ -354,16 +355,25 @@ pub(crate) fn flags_of_file(file: &Path, text: &str) -> Result<Vec<String>, Stri
             }
             continue;
         }
-        let value = match value {
-            toml::Value::String(text) => text,
-            toml::Value::Integer(number) => number.to_string(),
-            toml::Value::Float(number) => number.to_string(),
-            other => {
-                let kind = other.type_str();
-                return Err(format!("{}: `{key}` is a {kind}, but settings are strings or numbers", file.display()));
-            }
+        // A flag that may be given several times is a list.
+        let values = match value {
+            toml::Value::Array(values) => values,
+            value => vec![value],
         };
-        flags.push(format!("--{key}={value}"));
+        for value in values {
+            let value = match value {
+                toml::Value::String(text) => text,
+                toml::Value::Integer(number) => number.to_string(),
+                toml::Value::Float(number) => number.to_string(),
+                other => {
+                    let (kind, file) = (other.type_str(), file.display());
+                    return Err(format!(
+                        "{file}: `{key}` is a {kind}, but settings are strings, numbers, or lists of them"
+                    ));
+                }
+            };
+            flags.push(format!("--{key}={value}"));
+        }
     }
     Ok(flags)
 }

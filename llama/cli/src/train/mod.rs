@@ -8,6 +8,7 @@ mod evaluation;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod gpu;
+mod groups;
 mod measure;
 mod metrics;
 mod non_finite;
@@ -31,11 +32,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::settings::TrainArgs;
 use crate::{Error, jobs};
 
+pub use groups::Group;
 pub(crate) use metrics::Line;
 #[cfg(test)]
 pub(crate) use plan_table::step_bytes;
 pub(crate) use plan_table::{bytes, grouped, plan_table};
 pub(crate) use resume::CHANGEABLE;
+pub use schedule::Shape;
 pub(crate) use start::on_rank_zero;
 
 /// Ranks of a run that nobody else has started.

@@ -18,6 +18,7 @@ use super::closing::nothing_left;
 use super::cores::Processor;
 use super::evaluation::validate;
 use super::gpu;
+use super::groups::Grouped;
 use super::metrics::{Line, Metrics};
 use super::non_finite::NonFinite;
 use super::progress::Counters;
@@ -62,6 +63,7 @@ pub(super) struct Run<'s> {
     pub(super) output: Option<Output>,
     pub(super) processor: Processor,
     timeline: Option<Timeline>,
+    groups: Grouped,
     inputs: Vec<u32>,
     targets: Vec<u32>,
 }
@@ -150,6 +152,7 @@ impl<'s> Run<'s> {
         }
         let (micro_batch, recompute) = (recipe.micro_batch as usize, setup.recompute);
         let model = Model::new(&*device, &recipe.model, policy.weights, micro_batch, recipe.seq, recompute)?;
+        let model = model.with_z_loss(recipe.z_loss as f32);
         let progress = match (&resume, saved) {
             (Some(whole), Some(saved)) => {
                 whole.load(&mut engine)?;
@@ -158,7 +161,9 @@ impl<'s> Run<'s> {
             _ => {
                 match &from {
                     Some(whole) => whole.load_weights(&mut engine)?,
-                    None => engine.initialize(|name, shape| recipe.model.initial_values(recipe.seed, name, shape))?,
+                    None => engine.initialize(|name, shape| {
+                        recipe.model.initial_values(recipe.seed, recipe.init_std, name, shape)
+                    })?,
                 }
                 Counters::default()
             }
@@ -217,6 +222,7 @@ impl<'s> Run<'s> {
             saver,
             output,
             processor,
+            groups: Grouped::new(&start.recipe.groups, &start.recipe.model.units()),
             inputs: vec![0; tokens],
             targets: vec![0; tokens],
             start,
@@ -364,7 +370,7 @@ impl<'s> Run<'s> {
         }
         let decided = self.controller.batch() as f64;
         let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
-        let report = match step.finish(&recipe.adamw(lr), &mut asked) {
+        let report = match step.finish(&self.groups.adamw(recipe.adamw(lr)), &mut asked) {
             Err(error) if !matches!(error, pillion_runtime::Error::NonFinite { .. }) => return Err(error.into()),
             report => report,
         };
