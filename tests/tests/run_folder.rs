@@ -88,7 +88,7 @@ fn files_of_the_user_stay_where_they_are() {
     ];
     assert_eq!(names(&place.path("work")), ours);
     for number in ["earlier-1", "earlier-2"] {
-        assert_eq!(names(&place.path("work").join(number)), ["checkpoints", "metrics.jsonl", "trace.json"]);
+        assert_eq!(names(&place.path("work").join(number)), ["checkpoints", "metrics.jsonl", "run.json", "trace.json"]);
         assert_eq!(place.checkpoints(&format!("work/{number}")), ["step-00000001"]);
     }
 }

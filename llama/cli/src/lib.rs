@@ -13,6 +13,8 @@
 //! | `experiment` | `pillion experiment`: batch schedules compared |
 //! | `doctor` | `pillion doctor`: what a machine and a job offer |
 //! | `plan` | `pillion plan`: the layout of a run, and a simulated step |
+//! | `report` | `pillion report`: runs side by side on a page |
+//! | `plot` | lines as SVG |
 //! | `output` | stdout and stderr, which may be full or closed |
 #![forbid(unsafe_code)]
 
@@ -27,7 +29,9 @@ mod gpu;
 mod inspect;
 mod output;
 mod plan;
+mod plot;
 mod replay;
+mod report;
 mod run_folder;
 pub mod settings;
 mod simulate;
@@ -76,6 +80,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Data(command) => verify_data::verify(command),
         Command::Plan(settings) => plan::plan(settings),
         Command::Doctor(settings) => doctor::doctor(settings),
+        Command::Report(settings) => report::report(settings),
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
         Command::Abs(AbsCommand::Replay(settings)) => replay::run(settings),

@@ -5,11 +5,17 @@
 //!   the reader has read what it wanted.
 //! - A training run uses [`print`]. Its results are files, so it goes on, and reports once on stderr
 //!   that stdout fails.
+//! - A file that a command makes as a whole is written by [`replace_file`].
 //! - Text by a model may hold any bytes. [`Escaped`] keeps control characters from a terminal.
 
 use std::fmt::Display;
+use std::fs::Permissions;
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use pillion_collectives::limits::explain;
 
 use crate::Error;
 
@@ -47,6 +53,24 @@ fn try_write(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
+}
+
+/// Writes a file that is whole or not there: under another name in its folder first.
+///
+/// # Errors
+/// [`Error::File`] when it cannot be written; what was there before stays.
+pub(crate) fn replace_file(path: &Path, text: &[u8]) -> Result<(), Error> {
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let write = || {
+        // The umask takes from these.
+        let permissions = Permissions::from_mode(0o666);
+        let mut file = tempfile::Builder::new().prefix(".pillion-").permissions(permissions).tempfile_in(folder)?;
+        file.write_all(text)?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)
+    };
+    let remedy = "choose another file with --out FILE";
+    write().map(drop).map_err(|error| Error::file(path, format!("{}: {remedy}", explain(&error))))
 }
 
 /// Prints a line on stderr, in one piece: ranks that fail at the same moment write to the same

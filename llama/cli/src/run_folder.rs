@@ -6,10 +6,11 @@
 //!     .pillion-*           files that a run has not finished yet
 //!     metrics.jsonl        one line a step
 //!     metrics.aside.jsonl  lines of steps that a resume or a rewind undid, and lines of others
+//!     run.json             what the run is: see `train/about.rs`
 //!     checkpoints/step-…   see `pillion_runtime::checkpoint`
 //!     tokens/*.tokens      see `data::TokenFile`; shared by all runs in this folder
 //!     trace.json           with --trace
-//!     earlier-1/           metrics, checkpoints and trace of the run before
+//!     earlier-1/           all of these of the run before, but tokens
 //! ```
 //!
 //! The folder itself is never renamed or removed, because it may be a mount point, a link, or the
@@ -22,7 +23,9 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use pillion_data::runs::{CHECKPOINTS, EARLIER, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TOKENS, TRACE};
+use pillion_data::runs::{
+    ABOUT, ABOUT_BEGIN, CHECKPOINTS, EARLIER, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TOKENS, TRACE,
+};
 use pillion_runtime::checkpoint;
 use rustix::fs::{Access, OFlags};
 
@@ -60,6 +63,11 @@ pub(crate) fn metrics(out: &Path) -> PathBuf {
 /// Where a run keeps the metrics of steps that a resume or a rewind undid.
 pub(crate) fn metrics_aside(out: &Path) -> PathBuf {
     out.join(METRICS_ASIDE)
+}
+
+/// Where a run says what it is.
+pub(crate) fn about(out: &Path) -> PathBuf {
+    out.join(ABOUT)
 }
 
 /// A name for something in a run's folder that is not finished yet.
@@ -138,6 +146,7 @@ impl RunFolder {
     /// [`Error::File`] that names the file.
     pub(crate) fn check(&self, traces: bool) -> Result<(), Error> {
         written(&self.path, METRICS, METRICS_BEGIN)?;
+        written(&self.path, ABOUT, ABOUT_BEGIN)?;
         if traces {
             written(&self.path, TRACE, pillion_runtime::trace::HEADER)?;
         }
@@ -168,6 +177,7 @@ impl RunFolder {
         let files = [
             ours(METRICS, METRICS_BEGIN),
             ours(METRICS_ASIDE, METRICS_BEGIN),
+            ours(ABOUT, ABOUT_BEGIN),
             ours(TRACE, pillion_runtime::trace::HEADER),
         ];
         let files: Vec<&str> = files.into_iter().flatten().collect();

@@ -16,6 +16,7 @@ pub use crate::controller::{ControllerArgs, ControllerKind};
 pub use crate::experiment::PaperArgs;
 pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::replay::ReplayArgs;
+pub use crate::report::ReportArgs;
 pub use crate::simulate::SimulateArgs;
 pub use train::*;
 
@@ -46,6 +47,8 @@ pub enum Command {
     /// Print what this machine and job offer, what would be chosen, and why. Start it as a run
     /// would be started.
     Doctor(DoctorArgs),
+    /// Draw runs side by side, on a page that needs no network.
+    Report(ReportArgs),
     /// Compare batch schedules.
     #[command(subcommand)]
     Experiment(ExperimentCommand),

@@ -13,6 +13,10 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const METRICS_ASIDE: &str = "metrics.aside.jsonl";
 /// How each line of the metrics begins.
 pub const METRICS_BEGIN: &str = r#"{"step":"#;
+/// What the run is.
+pub const ABOUT: &str = "run.json";
+/// How it begins.
+pub const ABOUT_BEGIN: &str = r#"{"pillion":"#;
 /// The folder of checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
 /// The folder of token files.
@@ -31,8 +35,9 @@ pub fn is_one(folder: &Path) -> bool {
 /// Whether runs write files or folders of this name.
 pub fn is_of_run(name: &OsStr) -> bool {
     let is_earlier = |name: &str| name.strip_prefix(EARLIER).is_some_and(|number| number.parse::<u32>().is_ok());
-    name.to_str()
-        .is_some_and(|name| [METRICS, METRICS_ASIDE, CHECKPOINTS, TOKENS, TRACE].contains(&name) || is_earlier(name))
+    name.to_str().is_some_and(|name| {
+        [METRICS, METRICS_ASIDE, ABOUT, CHECKPOINTS, TOKENS, TRACE].contains(&name) || is_earlier(name)
+    })
 }
 
 fn has_metrics(folder: &Path) -> bool {

@@ -1,5 +1,6 @@
 //! `pillion train`: finds or starts the ranks, and has each run the loop.
 
+pub(crate) mod about;
 mod breakdown;
 pub(crate) mod checkpoints;
 mod closing;
@@ -8,6 +9,7 @@ mod evaluation;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod gpu;
+pub(crate) mod lines;
 mod measure;
 mod metrics;
 mod non_finite;

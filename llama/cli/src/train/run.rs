@@ -13,6 +13,7 @@ use pillion_llama::model::Model;
 use pillion_runtime::checkpoint::Saver;
 use pillion_runtime::{Engine, Layout};
 
+use super::about::{self, About};
 use super::checkpoints;
 use super::closing::nothing_left;
 use super::cores::Processor;
@@ -24,7 +25,7 @@ use super::progress::Counters;
 use super::recipe::{self, Recipe};
 use super::same_settings::same_settings;
 use super::screen::Screen;
-use super::source::is_synthetic;
+use super::source::{fingerprint, is_synthetic};
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
 use super::{Ended, cores, measure, plan_table, statistics, stopping};
@@ -202,6 +203,15 @@ impl<'s> Run<'s> {
             let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
             let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
             let metrics = Metrics::open(&start.out, progress.step)?;
+            let about = About {
+                pillion: env!("CARGO_PKG_VERSION").to_owned(),
+                recipe: recipe.clone(),
+                data: fingerprint(dataset.tokens()),
+                ranks: Some(world),
+                steps: settings.steps,
+                placement: about::placement(&setup, settings.device.is_gpu()),
+            };
+            about.write(&start.out)?;
             Ok(Output { screen, metrics, mark, folder })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
