@@ -1,4 +1,5 @@
-"""Makes runs, has `pillion report` draw them, and looks at the pages in Chromium.
+"""Makes runs, has `pillion report` draw them, and looks at the pages in Chromium. Reads their event
+files with TensorBoard.
 
 python report_page.py PILLION FOLDER
 """
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PANELS = 13
 WIDTHS = [1280, 390]
@@ -256,6 +258,56 @@ class Looks:
         tab.context.close()
 
 
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard reads of a run."""
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
+
+
+def events(runs: Runs) -> list[str]:
+    """Whether TensorBoard reads what the metrics say, also after steps were made again."""
+    out = runs.folder / "events"
+    flags = f"--model tiny --seq 32 --samples 160 --validation-samples 8 --validate-every 5 --sample 0 --out {out}"
+    faults = []
+
+    def compare(when: str, found: dict[str, list[tuple[int, float]]]):
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for tag, key in [
+            ("train/loss", "loss"),
+            ("train/batch", "batch_samples"),
+            ("validation/loss", "validation_loss"),
+        ]:
+            for prefix, x in [("", "step"), ("by_samples/", "samples_seen")]:
+                wanted = [(line[x], line[key]) for line in lines if line[key] is not None]
+                read = found.get(prefix + tag, [])
+                same = [at for at, _ in read] == [at for at, _ in wanted] and all(
+                    abs(a - b) < 1e-5 * abs(b) for (_, a), (_, b) in zip(read, wanted)
+                )
+                if not same or not wanted:
+                    faults.append(f"{when}: {prefix}{tag} is {read}, not {wanted}")
+
+    board = EventAccumulator(str(out / "tensorboard"))
+    runs.train(f"{flags} --data {runs.folder / 'text'} --save-every 5 --tensorboard --steps 13")
+    board.Reload()
+    compare("a run", scalars(out / "tensorboard"))
+    # Steps from 10 on are made again, while a TensorBoard has read the first ones.
+    for later in (out / "checkpoints").glob("step-*"):
+        if later.name > "step-00000010":
+            shutil.rmtree(later)
+    runs.train(f"--resume auto --out {out} --tensorboard --steps 17")
+    compare("a resumed run", scalars(out / "tensorboard"))
+    board.Reload()
+    compare(
+        "a reader that has read before",
+        {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]},
+    )
+    runs.report("events", [out], "--tensorboard", str(runs.folder / "boards"))
+    compare("a report", scalars(runs.folder / "boards/events"))
+    return faults
+
+
 def main():
     pillion, folder = sys.argv[1], Path(sys.argv[2]).resolve()
     folder.mkdir(parents=True)
@@ -287,6 +339,7 @@ def main():
         bars = tab.locator("figure.wide rect:visible").count()
         looks.check(bars > 10, f"{label}: the timeline has {bars} bars")
         browser.close()
+    looks.faults += events(runs)
     for fault in looks.faults:
         print(fault)
     print(f"{len(pages) + 1} pages, {len(looks.faults)} faults; screenshots in {folder}")

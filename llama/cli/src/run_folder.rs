@@ -9,6 +9,7 @@
 //!     run.json             what the run is: see `train/about.rs`
 //!     checkpoints/step-…   see `pillion_runtime::checkpoint`
 //!     tokens/*.tokens      see `data::TokenFile`; shared by all runs in this folder
+//!     tensorboard/         with --tensorboard: see `train/events.rs`
 //!     trace.json           with --trace
 //!     earlier-1/           all of these of the run before, but tokens
 //! ```
@@ -24,11 +25,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use pillion_data::runs::{
-    ABOUT, ABOUT_BEGIN, CHECKPOINTS, EARLIER, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TOKENS, TRACE,
+    ABOUT, ABOUT_BEGIN, CHECKPOINTS, EARLIER, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TENSORBOARD, TOKENS, TRACE,
 };
 use pillion_runtime::checkpoint;
 use rustix::fs::{Access, OFlags};
 
+use crate::train::events;
 use crate::{Error, complain};
 
 /// How long a run waits for another run that may be ending. The system needs seconds to end a
@@ -83,6 +85,11 @@ pub(crate) fn checkpoints(out: &Path) -> PathBuf {
 /// Where a run's token files are.
 pub(crate) fn tokens(out: &Path) -> PathBuf {
     out.join(TOKENS)
+}
+
+/// Where a run's event files are.
+pub(crate) fn tensorboard(out: &Path) -> PathBuf {
+    out.join(TENSORBOARD)
 }
 
 /// Where a run's timeline is.
@@ -182,7 +189,9 @@ impl RunFolder {
         ];
         let files: Vec<&str> = files.into_iter().flatten().collect();
         let saved = self.saved()?;
-        if files.is_empty() && saved.is_empty() {
+        let tensorboard = tensorboard(&self.path);
+        let events = events::files(&tensorboard).map_err(|error| cannot_write(&tensorboard, error))?;
+        if files.is_empty() && saved.is_empty() && events.is_empty() {
             return Ok(None);
         }
         let aside = self.free_name();
@@ -190,6 +199,11 @@ impl RunFolder {
         if !saved.is_empty() {
             let (from, to) = (checkpoints(&self.path), self.checkpoints_aside(&aside)?);
             saved.iter().try_for_each(|name| rename(&from.join(name), &to.join(name)))?;
+        }
+        if !events.is_empty() {
+            let to = self::tensorboard(&aside);
+            fs::create_dir(&to).map_err(|error| cannot_write(&to, error))?;
+            events.iter().try_for_each(|name| rename(&tensorboard.join(name), &to.join(name)))?;
         }
         files.iter().try_for_each(|name| rename(&self.path.join(name), &aside.join(name)))?;
         Ok(Some(aside))

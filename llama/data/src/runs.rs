@@ -21,6 +21,8 @@ pub const ABOUT_BEGIN: &str = r#"{"pillion":"#;
 pub const CHECKPOINTS: &str = "checkpoints";
 /// The folder of token files.
 pub const TOKENS: &str = "tokens";
+/// The folder of event files, which TensorBoard reads.
+pub const TENSORBOARD: &str = "tensorboard";
 /// The timeline.
 pub const TRACE: &str = "trace.json";
 /// How the names of folders begin that earlier runs are set aside in; a number follows.
@@ -36,7 +38,7 @@ pub fn is_one(folder: &Path) -> bool {
 pub fn is_of_run(name: &OsStr) -> bool {
     let is_earlier = |name: &str| name.strip_prefix(EARLIER).is_some_and(|number| number.parse::<u32>().is_ok());
     name.to_str().is_some_and(|name| {
-        [METRICS, METRICS_ASIDE, ABOUT, CHECKPOINTS, TOKENS, TRACE].contains(&name) || is_earlier(name)
+        [METRICS, METRICS_ASIDE, ABOUT, CHECKPOINTS, TENSORBOARD, TOKENS, TRACE].contains(&name) || is_earlier(name)
     })
 }
 

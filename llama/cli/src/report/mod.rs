@@ -20,8 +20,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use self::groups::Group;
+use crate::Error;
 use crate::output::{print_result, replace_file};
-use crate::{Error, report::groups::Group};
+use crate::train::events::Events;
 
 /// Settings of `report`.
 #[derive(Clone, Debug, Args)]
@@ -35,6 +37,10 @@ pub struct ReportArgs {
     /// Draw a line for each run, also where runs differ only in their seed.
     #[arg(long)]
     pub each: bool,
+    /// Write the numbers of steps for TensorBoard too: a folder for each run, by its name on the
+    /// page, in DIR.
+    #[arg(long, value_name = "DIR")]
+    pub tensorboard: Option<PathBuf>,
 }
 
 /// Writes the page.
@@ -47,6 +53,12 @@ pub(crate) fn report(settings: &ReportArgs) -> Result<i32, Error> {
     let groups = if settings.each { Group::each(&runs) } else { Group::by_seed(&runs) };
     let page = page::page(&runs, &groups).into_string();
     replace_file(&settings.out, page.as_bytes())?;
+    if let Some(folder) = &settings.tensorboard {
+        for (run, path) in runs.iter().zip(&settings.runs) {
+            // A name is the end of a path, which may be all of it.
+            Events::of_metrics(path, &folder.join(run.name.trim_start_matches('/')))?;
+        }
+    }
     let (out, runs) = (settings.out.display(), runs.len());
     print_result(format_args!("{out}: {runs} {}", if runs == 1 { "run" } else { "runs" }))?;
     Ok(0)

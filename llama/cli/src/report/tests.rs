@@ -35,7 +35,7 @@ fn about(seed: u64, lr: f64) -> String {
 fn page(runs: &[PathBuf], each: bool) -> Result<String, String> {
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("page.html");
-    let settings = ReportArgs { runs: runs.to_vec(), out: out.clone(), each };
+    let settings = ReportArgs { runs: runs.to_vec(), out: out.clone(), each, tensorboard: None };
     let result = report(&settings).map_err(|error| error.to_string());
     let left: Vec<_> = fs::read_dir(place.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     match result {
@@ -159,7 +159,7 @@ fn what_cannot_be_read_or_written_is_one_error_and_no_page() {
         assert!(error.contains(words) && !error.contains('\n'), "{error}");
     }
     for out in [place.path().join("none/page.html"), place.path().join("good"), PathBuf::from("/proc/page.html")] {
-        let settings = ReportArgs { runs: vec![good.clone()], out: out.clone(), each: false };
+        let settings = ReportArgs { runs: vec![good.clone()], out: out.clone(), each: false, tensorboard: None };
         let error = report(&settings).unwrap_err().to_string();
         assert!(error.contains("--out FILE") && error.contains(&*out.to_string_lossy()), "{error}");
     }
@@ -187,4 +187,17 @@ fn a_page_is_small_however_long_the_runs_are() {
     let runs: Vec<PathBuf> = (1..=2).map(|run_| run(place.path(), &format!("run-{run_}"), 20_000, 1, 1e-3)).collect();
     let page = page(&runs, false).unwrap();
     assert!(page.len() < 500_000, "{}", page.len());
+}
+
+#[test]
+fn event_files_are_by_the_names_of_runs() {
+    let place = tempfile::tempdir().unwrap();
+    let runs = ["x/run", "y/run"].map(|name| run(place.path(), name, 5, 1, 1e-3)).to_vec();
+    let tensorboard = Some(place.path().join("events"));
+    let settings = ReportArgs { runs, out: place.path().join("page.html"), each: false, tensorboard };
+    report(&settings).unwrap();
+    for name in ["x/run", "y/run"] {
+        let names = crate::train::events::files(&place.path().join("events").join(name)).unwrap();
+        assert_eq!(names.len(), 1, "{name}");
+    }
 }

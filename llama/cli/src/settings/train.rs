@@ -315,6 +315,9 @@ pub struct TrainArgs {
     /// ui.perfetto.dev.
     #[arg(long)]
     pub trace: bool,
+    /// Write the numbers of steps for TensorBoard too, into tensorboard/ in --out.
+    #[arg(long)]
+    pub tensorboard: bool,
     /// Seconds after which a rank that waits for another gives up, at the start and in each
     /// operation.
     #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]

@@ -6,6 +6,7 @@ pub(crate) mod checkpoints;
 mod closing;
 mod cores;
 mod evaluation;
+pub(crate) mod events;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod gpu;

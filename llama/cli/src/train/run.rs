@@ -18,6 +18,7 @@ use super::checkpoints;
 use super::closing::nothing_left;
 use super::cores::Processor;
 use super::evaluation::validate;
+use super::events::Events;
 use super::gpu;
 use super::metrics::{Line, Metrics};
 use super::non_finite::NonFinite;
@@ -89,6 +90,8 @@ pub(super) struct Run<'s> {
 pub(super) struct Output {
     pub(super) screen: Screen,
     pub(super) metrics: Metrics,
+    /// With `--tensorboard`.
+    pub(super) events: Option<Events>,
     pub(super) mark: Mark,
     /// Keeps other runs out.
     pub(super) folder: RunFolder,
@@ -212,7 +215,9 @@ impl<'s> Run<'s> {
                 placement: about::placement(&setup, settings.device.is_gpu()),
             };
             about.write(&start.out)?;
-            Ok(Output { screen, metrics, mark, folder })
+            let events = || Events::of_metrics(&start.out, &run_folder::tensorboard(&start.out));
+            let events = settings.tensorboard.then(events).transpose()?;
+            Ok(Output { screen, metrics, events, mark, folder })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
         let keep = start.habits.keep.map(NonZero::get);
@@ -314,7 +319,7 @@ impl<'s> Run<'s> {
     /// Writes what a step has done, and what the model reaches where it was validated.
     fn show(&mut self, line: Option<&mut Line>, validation: f64) -> Result<(), Error> {
         let is_done = self.is_done();
-        let Some(Output { screen, metrics, folder, .. }) = &mut self.output else { return Ok(()) };
+        let Some(Output { screen, metrics, events, folder, .. }) = &mut self.output else { return Ok(()) };
         let Some(line) = line else {
             if is_done {
                 screen.say(format!("validation loss {validation:.4} after {} samples", self.progress.samples));
@@ -329,6 +334,9 @@ impl<'s> Run<'s> {
         if let Err(error) = restored.and_then(|()| metrics.write(line)) {
             // A disk that is full now may not be when there is something to save.
             screen.say(format!("no metrics of this step: {error}"));
+        }
+        if let Some(Err(error)) = events.as_mut().map(|events| events.write(line)) {
+            screen.say(format!("no events of this step: {error}"));
         }
         screen.step(line);
         if let Some(loss) = line.validation_loss {
