@@ -3,8 +3,8 @@
 //! - A command whose result is what it prints uses [`print_result`] or [`write`]. It fails when stdout
 //!   accepts no more bytes, for example on a full disk. A closed pipe (`| head`) is no failure, because
 //!   the reader has read what it wanted.
-//! - A training run uses [`print`]. Its results are files, so it goes on, and reports once on stderr
-//!   that stdout fails.
+//! - A training run uses [`print`] and [`tell`]. Its results are files, so it goes on, and reports once
+//!   on stderr that stdout fails.
 //! - A file that a command makes as a whole is written by [`replace_file`].
 //! - Text by a model may hold any bytes. [`Escaped`] keeps control characters from a terminal.
 
@@ -16,6 +16,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pillion_collectives::limits::explain;
+use serde::Serialize;
 
 use crate::Error;
 
@@ -39,8 +40,35 @@ pub(crate) fn write(text: &str) -> Result<bool, Error> {
     }
 }
 
+/// Whether training runs of this process print JSON.
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// Has training runs of this process print an object for each line from now on.
+pub(crate) fn print_json() {
+    JSON.store(true, Ordering::Relaxed);
+}
+
+/// Whether training runs of this process print JSON.
+pub(crate) fn is_json() -> bool {
+    JSON.load(Ordering::Relaxed)
+}
+
+/// Prints something that happens in a training run on stdout: `event` as an object, or the text.
+pub(crate) fn tell(event: &impl Serialize, text: impl Display) {
+    if is_json() { print_line(serde_json::to_string(event).expect("plain values")) } else { print_line(text) }
+}
+
 /// Prints a line of a training run on stdout.
 pub(crate) fn print(what: impl Display) {
+    if is_json() {
+        let text = what.to_string();
+        print_line(serde_json::json!({ "event": "message", "text": text.trim() }));
+    } else {
+        print_line(what);
+    }
+}
+
+fn print_line(what: impl Display) {
     static LOST: AtomicBool = AtomicBool::new(false);
     if let Err(error) = write(&format!("{what}\n"))
         && !LOST.swap(true, Ordering::Relaxed)

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::controller::ControllerArgs;
 use crate::plan::quantity::size;
 use crate::train::CHANGEABLE;
+pub use crate::train::log::LogKind;
 
 /// A year, in seconds.
 pub(super) const LONGEST_TIMEOUT: u64 = 365 * 24 * 60 * 60;
@@ -315,6 +316,9 @@ pub struct TrainArgs {
     /// ui.perfetto.dev.
     #[arg(long)]
     pub trace: bool,
+    /// What a run prints on stdout: lines of text, or a JSON object a line.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
+    pub log: LogKind,
     /// Write the numbers of steps for TensorBoard too, into tensorboard/ in --out.
     #[arg(long)]
     pub tensorboard: bool,

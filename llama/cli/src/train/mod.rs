@@ -11,6 +11,7 @@ pub(crate) mod events;
 pub(crate) mod fuzzing;
 mod gpu;
 pub(crate) mod lines;
+pub(crate) mod log;
 mod measure;
 mod metrics;
 mod non_finite;
@@ -37,8 +38,9 @@ use pillion_collectives::limits::explain_thread;
 use pillion_collectives::{Communicator, Launch, launcher, stop};
 
 use crate::settings::{LaunchKind, TrainArgs};
-use crate::{Error, complain};
+use crate::{Error, complain, output};
 
+use log::LogKind;
 pub(crate) use metrics::Line;
 #[cfg(test)]
 pub(crate) use plan_table::step_bytes;
@@ -65,6 +67,9 @@ pub(crate) enum Ended {
 /// What keeps the ranks from being started; what goes wrong on a rank has been printed.
 pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
     gpu::check(settings)?;
+    if settings.log == LogKind::Json {
+        output::print_json();
+    }
     let launch = Launch::detect()?;
     let nobody = launch.source == Source::Single;
     if launch.source == Source::Local {

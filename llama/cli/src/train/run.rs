@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use pillion_abs::{Controller, Observation};
-use pillion_collectives::{Backend, Communicator, Launch, Options, Reduction};
+use pillion_collectives::{Communicator, Launch, Options, Reduction};
 use pillion_data::{Dataset, Split, TokenFile, trigram};
 use pillion_kernels::LazyCpu;
 use pillion_llama::model::Model;
@@ -20,6 +20,7 @@ use super::cores::Processor;
 use super::evaluation::validate;
 use super::events::Events;
 use super::gpu;
+use super::log::{self, Event};
 use super::metrics::{Line, Metrics};
 use super::non_finite::NonFinite;
 use super::progress::Counters;
@@ -29,7 +30,7 @@ use super::screen::Screen;
 use super::source::{fingerprint, is_synthetic};
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
-use super::{Ended, cores, measure, plan_table, statistics, stopping};
+use super::{Ended, cores, measure, statistics, stopping};
 use crate::gpu::Moved;
 use crate::plan::{Setup, auto};
 use crate::run_folder::{self, RunFolder};
@@ -147,7 +148,7 @@ impl<'s> Run<'s> {
         };
         let policy = setup.policy;
         if communicator.rank() == 0 {
-            print_plan(&setup, launch, &communicator, controller.batch());
+            log::plan(&setup, recipe, launch, &communicator, controller.batch(), settings.device.is_gpu());
         }
         let mut processor = match processor {
             Some(processor) => processor,
@@ -250,7 +251,10 @@ impl<'s> Run<'s> {
         self.check_validation(validation, &weights)?;
         if let Some(Output { screen, mark: Mark { loss, of }, .. }) = &self.output {
             let samples = self.start.validation_samples;
-            screen.say(format!("validation loss {validation:.4} on {samples} samples; {of} reaches {loss:.4}"));
+            let event =
+                Event::Validation { step: self.progress.step, samples: self.progress.samples, loss: validation };
+            let text = format!("validation loss {validation:.4} on {samples} samples; {of} reaches {loss:.4}");
+            screen.tell(&event, text);
         }
         if self.is_asked_to_stop(stop)? {
             self.say(|| match &self.progress.newest {
@@ -308,7 +312,10 @@ impl<'s> Run<'s> {
         }
         if stopped && !self.is_done() {
             let (step, path) = (self.progress.step, self.checkpoint());
-            self.say(|| format!("interrupted: saved {} after step {step}; go on with --resume auto", path.display()));
+            if let Some(output) = &self.output {
+                let text = format!("interrupted: saved {} after step {step}; go on with --resume auto", path.display());
+                output.screen.tell(&Event::Interrupted { step, checkpoint: &path }, text);
+            }
             return Ok(Ended::Interrupted);
         }
         self.summary(validation)?;
@@ -322,7 +329,7 @@ impl<'s> Run<'s> {
         let Some(Output { screen, metrics, events, folder, .. }) = &mut self.output else { return Ok(()) };
         let Some(line) = line else {
             if is_done {
-                screen.say(format!("validation loss {validation:.4} after {} samples", self.progress.samples));
+                screen.validation(self.progress.step, self.progress.samples, validation);
             }
             return Ok(());
         };
@@ -340,7 +347,7 @@ impl<'s> Run<'s> {
         }
         screen.step(line);
         if let Some(loss) = line.validation_loss {
-            screen.say(format!("validation loss {loss:.4} after {} samples", line.samples_seen));
+            screen.validation(line.step, line.samples_seen, loss);
         }
         Ok(())
     }
@@ -489,17 +496,4 @@ fn choose<'s>(given: Setup<'s>, communicator: &Communicator, processor: &Process
         crate::print(format_args!(" auto         {}", choice.why));
     }
     Ok(choice.of(given))
-}
-
-fn print_plan(setup: &Setup<'_>, launch: &Launch, communicator: &Communicator, batch: u64) {
-    let between = match (communicator.backend(), communicator.hosts()) {
-        (Backend::Tcp, _) => "TCP".to_owned(),
-        (Backend::Mpi, _) => "MPI".to_owned(),
-        (Backend::Hierarchical, hosts) => {
-            format!("shared memory on each of {hosts} hosts, {} between them", communicator.wire())
-        }
-        (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
-    };
-    let backend = format!("{}, {between}", launch.source);
-    crate::print(plan_table(setup, &setup.plan(), batch, &backend));
 }
