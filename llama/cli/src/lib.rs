@@ -14,6 +14,7 @@
 //! | `doctor` | `pillion doctor`: what a machine and a job offer |
 //! | `plan` | `pillion plan`: the layout of a run, and a simulated step |
 //! | `report` | `pillion report`: runs side by side on a page |
+//! | `top` | `pillion top`: a run as it goes |
 //! | `plot` | lines as SVG |
 //! | `output` | stdout and stderr, which may be full or closed |
 #![forbid(unsafe_code)]
@@ -35,6 +36,7 @@ mod report;
 mod run_folder;
 pub mod settings;
 mod simulate;
+mod top;
 pub mod train;
 mod verify_data;
 
@@ -80,6 +82,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Data(command) => verify_data::verify(command),
         Command::Plan(settings) => plan::plan(settings),
         Command::Doctor(settings) => doctor::doctor(settings),
+        Command::Top(settings) => top::top(settings),
         Command::Report(settings) => report::report(settings),
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),

@@ -18,6 +18,7 @@ pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::replay::ReplayArgs;
 pub use crate::report::ReportArgs;
 pub use crate::simulate::SimulateArgs;
+pub use crate::top::TopArgs;
 pub use train::*;
 
 /// Trains Llama-2 models, sharded over ranks.
@@ -49,6 +50,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Draw runs side by side, on a page that needs no network.
     Report(ReportArgs),
+    /// Show a run as it goes.
+    Top(TopArgs),
     /// Compare batch schedules.
     #[command(subcommand)]
     Experiment(ExperimentCommand),

@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use maud::{Markup, html};
 
 pub(crate) use axis::{Axis, Scale};
-use thin::thin;
+pub(crate) use thin::thin;
 
 /// The colours and dashes of plots.
 pub(crate) const STYLE: &str = include_str!("style.css");

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use pillion_collectives::limits::explain;
@@ -91,6 +92,13 @@ impl Lines {
     pub(crate) fn is_cut(&self) -> bool {
         self.cut || !self.begun.is_empty()
     }
+
+    /// Whether these are still the lines that the run has: a resume writes another file.
+    pub(crate) fn are_current(&self) -> bool {
+        let of = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+        let here = self.reader.get_ref().metadata().map(of).ok();
+        here.is_some() && here == std::fs::metadata(&self.path).map(of).ok()
+    }
 }
 
 #[cfg(test)]
@@ -170,7 +178,11 @@ pub(crate) mod tests {
             file.write_all(piece.as_bytes()).unwrap();
         }
         assert_eq!(lines.next().unwrap().unwrap().loss, 4.0);
-        assert!(!lines.is_cut());
+        assert!(!lines.is_cut() && lines.are_current());
+        std::fs::rename(&path, folder.path().join("other")).unwrap();
+        assert!(!lines.are_current());
+        std::fs::write(&path, "").unwrap();
+        assert!(!lines.are_current());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What `pillion train --log json` prints: an object for each line, and nothing else.
+//! What a run shows besides text: objects with `pillion train --log json`, and frames of `pillion top`.
 
 use pillion_tests::program::{TINY, Workplace};
 use serde_json::Value;
@@ -62,4 +62,19 @@ fn ranks_that_are_threads_are_told_in_objects_too() {
     let events = events(&ended.stdout);
     let message = events.last().unwrap();
     assert!(message["text"].as_str().unwrap().contains("nothing left to do"), "{message}");
+}
+
+#[test]
+fn top_prints_a_frame_and_wants_a_terminal_for_more() {
+    let place = Workplace::new(PROGRAM);
+    place.train("out", "--ranks 2 --steps 4 --validate-every 2");
+    let frame = place.run("top out --once").succeeded().stdout;
+    for words in ["out: 131,520 parameters, 2 ranks", "step 4 ", "validation ", "to go", "loss by samples"] {
+        assert!(frame.contains(words), "{words} in\n{frame}");
+    }
+    place.run("top out").refused(2, &["stdin or stdout is none", "--once"]);
+    place.run("top none --once").refused(1, &["none: there is no such folder"]);
+    let metrics = std::fs::read_to_string(place.path("out/metrics.jsonl")).unwrap();
+    std::fs::write(place.path("out/metrics.jsonl"), metrics + "{}\n{}\n").unwrap();
+    place.run("top out --once").refused(1, &["metrics.jsonl: line 5 is no step"]);
 }
