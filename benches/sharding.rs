@@ -11,7 +11,7 @@ use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu};
 use pillion_llama::config::{Config, Preset};
 use pillion_llama::model::{Model, Recompute};
-use pillion_runtime::{Engine, Layout, Policy};
+use pillion_runtime::{Engine, Policy};
 
 const WORLD: usize = 2;
 const ROUNDS: usize = 9;
@@ -22,7 +22,7 @@ const MICRO_BATCH: usize = 4;
 const NAMES: [&str; 3] = ["sharded, windows", "meet at a barrier", "never meet"];
 
 fn engine(communicator: Arc<Communicator>, config: &Config) -> Engine {
-    let layout = Layout::new(&config.units(), communicator.world());
+    let layout = config.layout(communicator.world());
     let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, Policy::default()).expect("memory");
     engine.initialize(|name, shape| config.initial_values(1, name, shape)).expect("ranks are there");
     engine

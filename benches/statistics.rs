@@ -12,7 +12,7 @@ use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu};
 use pillion_llama::config::Preset;
 use pillion_llama::model::{Model, Recompute};
-use pillion_runtime::{Engine, Layout, Policy};
+use pillion_runtime::{Engine, Policy};
 use rustix::time::{ClockId, clock_gettime};
 
 const WORLD: usize = 2;
@@ -31,7 +31,7 @@ fn pairs(micro_batch: usize) -> Vec<[(f64, f64); 2]> {
     let program = |launch: Launch| {
         let communicator = Arc::new(Communicator::connect(&launch, Options::default()).expect("ranks meet"));
         let policy = Policy::default();
-        let layout = Layout::new(&config.units(), WORLD);
+        let layout = config.layout(WORLD);
         let mut engine = Engine::new(communicator.clone(), Arc::new(Cpu), layout, policy).expect("memory");
         engine.initialize(|name, shape| config.initial_values(1, name, shape)).expect("ranks are there");
         let mut model = Model::new(&Cpu, &config, policy.weights, micro_batch, SEQ, Recompute::None).expect("memory");

@@ -1,4 +1,4 @@
-//! What `docs/batch-size.md` derives of steps, samples and time, computed from numbers.
+//! What `docs/src/batch-sizes.md` derives of steps, samples and time, computed from numbers.
 //!
 //! The model is that of McCandlish et al. 2018: a step of batch b makes 1/(1 + B/b) of the progress
 //! of a perfect one, where the noise scale B changes as training goes on. A step costs t₀ + t₁·b.

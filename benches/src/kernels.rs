@@ -296,7 +296,7 @@ impl Of {
             let mut narrow = if rounded { Some(place.numbers(3, Bf16, elements)?) } else { None };
             Ok(Box::new(move |stream| {
                 let narrow = narrow.as_mut().map(Buffer::view_mut);
-                stream.cross_entropy(logits.view_mut(), narrow, targets.view(), loss.view_mut());
+                stream.cross_entropy(logits.view_mut(), narrow, targets.view(), loss.view_mut(), 0.0);
             }))
         })
     }

@@ -253,9 +253,10 @@ FAMILIES: list[Family] = [
     ),
     Family(
         r"cross_entropy_.*",
-        "*latch *grad *logits *losses *targets vocab",
+        "*latch *grad *logits *losses *targets vocab z_loss",
         [
             Launch("odd", 2, {"vocab": 301}, {"targets": [0, 300]}),
+            Launch("ignored", 2, {"vocab": 301}, {"targets": [0xFFFFFFFF, 300]}),
             Launch("wide", 1, {"vocab": 1280}, {"targets": [1279]}),
             Launch("many batches", 1, {"vocab": 2 * 16384 + 1}, {"targets": [0]}, long=True),
             Launch(

@@ -13,7 +13,7 @@ constexpr u32 ROW_THREADS = 1024;
 // Logits that are NaN count as smaller than all numbers, but their exponentials make the sum NaN,
 // and so the loss and the gradient.
 template <int COUNT, bool ALIGNED, class A>
-DEVICE void row(A* grad, const float* logits, double* loss, u32 target, u32 vocab) {
+DEVICE void row(A* grad, const float* logits, double* loss, u32 target, u32 vocab, float z_loss) {
     constexpr int VECTORS = COUNT == 1 ? 8 : 4;
     constexpr u32 BATCH = VECTORS * COUNT * ROW_THREADS;
     Vector<float, COUNT> batch[VECTORS];
@@ -40,7 +40,7 @@ DEVICE void row(A* grad, const float* logits, double* loss, u32 target, u32 voca
     total = block_sum(total * expf(largest - softmax_shift(of_row)));
     if (threadIdx.x == 0) *loss = (double)(logf(total) - (target_logit - of_row));
 
-    float inverse = 1.0f / total;
+    float factor = (1.0f + 2.0f * z_loss * (of_row + logf(total))) / total;
     while (start > 0) {
         start -= BATCH;
         load_batch<ALIGNED, ROW_THREADS>(batch, logits, start, vocab, minus_infinity());
@@ -50,7 +50,7 @@ DEVICE void row(A* grad, const float* logits, double* loss, u32 target, u32 voca
             if (at >= vocab) continue;
             Vector<A, COUNT> grads;
             for (int i = 0; i < COUNT; i++) {
-                float p = expf(batch[k].at[i] - of_row) * inverse;
+                float p = expf(batch[k].at[i] - of_row) * factor;
                 grads.at[i] = narrow<A>(at + i == target ? p - 1.0f : p);
             }
             store<ALIGNED>(grad + at, grads);
@@ -58,10 +58,24 @@ DEVICE void row(A* grad, const float* logits, double* loss, u32 target, u32 voca
     }
 }
 
+// A target that is none.
+constexpr u32 IGNORED = 0xffffffff;
+
+// The gradient of a row that is not to be learned.
+template <class A>
+DEVICE void ignore(A* grad, double* loss, u32 vocab) {
+    if (threadIdx.x == 0) *loss = 0;
+    for (u32 at = threadIdx.x; at < vocab; at += ROW_THREADS) grad[at] = narrow<A>(0.0f);
+}
+
 template <class A>
 DEVICE void rows(Latch* latch, A* grad, const float* logits, double* losses, const u32* targets,
-                 u32 vocab) {
+                 u32 vocab, float z_loss) {
     u32 target = targets[blockIdx.x];
+    if (target == IGNORED) {
+        ignore(grad + (u64)blockIdx.x * vocab, losses + blockIdx.x, vocab);
+        return;
+    }
     if (target >= vocab) {
         if (threadIdx.x == 0) set_latch(latch, TARGET_OUT_OF_RANGE);
         return;
@@ -70,25 +84,25 @@ DEVICE void rows(Latch* latch, A* grad, const float* logits, double* losses, con
     bool aligned = take_vectors<4>(grad, logits);
     grad += start, logits += start, losses += blockIdx.x;
     if (vocab % 4 != 0)
-        row<1, true>(grad, logits, losses, target, vocab);
+        row<1, true>(grad, logits, losses, target, vocab, z_loss);
     else if (aligned)
-        row<4, true>(grad, logits, losses, target, vocab);
+        row<4, true>(grad, logits, losses, target, vocab, z_loss);
     else
-        row<4, false>(grad, logits, losses, target, vocab);
+        row<4, false>(grad, logits, losses, target, vocab, z_loss);
 }
 
 }  // namespace cross_entropy
 
-// `grad` may be the logits themselves. A target beyond the vocabulary sets the latch, and the
+// `grad` may be the logits themselves. A row whose target is IGNORED has a gradient of zero. A target beyond the vocabulary sets the latch, and the
 // kernel leaves that row as it is.
 //
 // Grid: one block of 1024 threads for each row.
 #define CROSS_ENTROPY(name, A)                                                                   \
     KERNEL_OF(cross_entropy::ROW_THREADS, name)                                                  \
     (Latch* latch, A* grad, const float* logits, double* losses, const u32* targets,             \
-     u32 vocab) {                                                                                \
+     u32 vocab, float z_loss) {                                                                  \
         RETURN_IF_LATCHED(latch);                                                                \
-        cross_entropy::rows(latch, grad, logits, losses, targets, vocab);                        \
+        cross_entropy::rows(latch, grad, logits, losses, targets, vocab, z_loss);                \
     }                                                                                            \
     EXPORT_KERNEL(name)
 

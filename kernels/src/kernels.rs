@@ -30,6 +30,9 @@ pub struct AttentionShape {
     pub head_dim: usize,
 }
 
+/// A target of [`Kernels::cross_entropy`] that is none: the token before it is not to be learned.
+pub const IGNORED: u32 = u32::MAX;
+
 /// The mathematics of a model, on a stream.
 pub trait Kernels: Stream {
     /// out\[n\] = table\[tokens\[n\]\]. `out: [N, C]` f32, `table: [V, C]` W, `tokens: [N]` u32
@@ -86,6 +89,18 @@ pub trait Kernels: Stream {
         shape: AttentionShape,
     );
 
+    /// As [`Kernels::attention`], of the tokens from `first` on alone, for models that keep keys and
+    /// values while they write. `out, q: [B, T − first, H, D]`, `k, v: [B, T, K, D]`.
+    fn attention_from(
+        &self,
+        first: usize,
+        out: ViewMut<'_>,
+        q: View<'_>,
+        k: View<'_>,
+        v: View<'_>,
+        shape: AttentionShape,
+    );
+
     /// grad_q =, grad_k =, grad_v = the gradients of [`Kernels::attention`] at grad_out; shapes as
     /// there.
     #[allow(clippy::too_many_arguments)]
@@ -121,6 +136,16 @@ pub trait Kernels: Stream {
     /// loss += Σₙ −log softmax(logits)\[n, targets\[n\]\]; then logits become the gradient of that
     /// sum, softmax(logits) − onehot(targets), or `rounded` does, and logits are undefined.
     /// `logits: [N, V]` f32, `rounded: [N, V]` A, `targets: [N]` u32 below V, `loss: [1]` f64, in
-    /// nats.
-    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>);
+    /// nats. A row whose target is [`IGNORED`] has neither a loss nor a gradient.
+    ///
+    /// The gradient is that of loss + `z_loss` · Σₙ (log Σ exp(logits\[n\]))² (Chowdhery et al.
+    /// 2023), of which `loss` has the first part alone.
+    fn cross_entropy(
+        &self,
+        logits: ViewMut<'_>,
+        rounded: Option<ViewMut<'_>>,
+        targets: View<'_>,
+        loss: ViewMut<'_>,
+        z_loss: f32,
+    );
 }

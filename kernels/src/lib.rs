@@ -43,7 +43,7 @@ pub use device::Device;
 pub use dtype::{Bool, DType, Element};
 pub use error::Error;
 pub use event::{Completion, Event, Failure, Status};
-pub use kernels::{AttentionShape, Kernels};
+pub use kernels::{AttentionShape, IGNORED, Kernels};
 pub use memory::{HUGE_PAGE, Raw, Region, Space, Span, exclusive};
 pub use parts::Part;
 pub use ranges::{Range, Ranges};

@@ -61,6 +61,13 @@ pub(crate) fn rope(x: usize, cos: usize, sin: usize, heads: usize, head_dim: usi
 }
 
 /// Queries, keys and values are as long as the shape says.
+pub(crate) fn check_attention_from(first: usize, shape: AttentionShape, queries: &[usize], keys: &[usize]) {
+    assert!(first <= shape.seq, "attention from token {first} of {shape:?}");
+    let of_queries = AttentionShape { seq: shape.seq - first, ..shape };
+    check_attention(of_queries, queries, &[], shape.batch * shape.heads * of_queries.seq);
+    check_attention(shape, &[], keys, shape.batch * shape.heads * shape.seq);
+}
+
 pub(crate) fn check_attention(shape: AttentionShape, queries: &[usize], keys: &[usize], log_sums: usize) {
     let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{kv_heads} key/value heads do not divide {heads} heads");

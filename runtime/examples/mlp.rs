@@ -130,7 +130,7 @@ impl Network {
             let dx = &mut before[layer];
             if layer == 2 {
                 // The logits become the gradient of the loss.
-                kernels(unit.stream).cross_entropy(self.x[3].view_mut(), None, self.labels.view(), unit.loss);
+                kernels(unit.stream).cross_entropy(self.x[3].view_mut(), None, self.labels.view(), unit.loss, 0.0);
                 let dy = &self.x[3];
                 kernels(unit.stream).linear_backward_weight(
                     unit.gradients.tensor(0),

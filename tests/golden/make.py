@@ -71,6 +71,25 @@ GQA = dict(
     num_key_value_heads=2,
     **COMMON,
 )
+# What relatives of Llama 2 have: a head that is the embedding, heads of a width of their own, and Llama 3.1's scaling,
+# whose three ranges of wavelengths all occur in so few tokens.
+RELATIVE = dict(
+    vocab_size=53,
+    hidden_size=36,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    **{**COMMON, "tie_word_embeddings": True},
+)
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 48,
+}
 
 
 def main(folder):
@@ -80,15 +99,18 @@ def main(folder):
     mha, gqa = build(MHA, seed=1), build(GQA, seed=2)
     write_forward_backward(folder / "mha.safetensors", MHA, mha, random_batch(MHA, batch=3, sequence=19, seed=11))
     write_forward_backward(folder / "gqa.safetensors", GQA, gqa, random_batch(GQA, batch=2, sequence=33, seed=12))
+    relative = build(RELATIVE, seed=3, scaling=SCALING)
+    batch = random_batch(RELATIVE, batch=2, sequence=40, seed=13)
+    write_forward_backward(folder / "relative.safetensors", {**RELATIVE, "rope_scaling": SCALING}, relative, batch)
     batches = [random_batch(MHA, batch=3, sequence=19, seed=21 + step) for step in range(STEPS)]
     write_adamw(folder / "adamw.safetensors", MHA, mha, batches)
     batches = [random_batch(MHA, batch=4, sequence=16, seed=31 + number) for number in range(LONG_BATCHES)]
     write_losses(folder / "losses.safetensors", MHA, mha, batches)
 
 
-def build(config, seed):
+def build(config, seed, scaling={"rope_type": "default"}):
     """An f32 model: matrices normal(0, WEIGHT_STD), norm weights 1 + normal(0, NORM_STD)."""
-    rope = {"rope_type": "default", "rope_theta": ROPE_THETA}
+    rope = {**scaling, "rope_theta": ROPE_THETA}
     model = LlamaForCausalLM(LlamaConfig(**config, rope_parameters=rope, attn_implementation="eager")).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -127,8 +149,18 @@ def in_float64(model):
     wide = copy.deepcopy(model).double()
     dim = wide.config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-    wide.model.rotary_emb.inv_freq.copy_(ROPE_THETA**-exponents)
+    wide.model.rotary_emb.inv_freq.copy_(scaled(ROPE_THETA**-exponents, wide.config.rope_parameters))
     return wide
+
+
+def scaled(frequencies, rope):
+    """Llama 3.1's frequencies: high ones stay, low ones are divided, those between are interpolated."""
+    if rope["rope_type"] == "default":
+        return frequencies
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
 
 
 def forward_backward(model, tokens, targets):

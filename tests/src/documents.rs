@@ -1,4 +1,4 @@
-//! The commands in the documents: what stands in blocks of shell, and what stands in code spans.
+//! The documents, and the commands in them: in blocks of shell and in code spans.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,13 +36,13 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("this crate lies in the repository").to_owned()
 }
 
-/// All commands of README.md and of the documents below docs, in order.
+/// The Markdown files below a folder, both by their paths from the root of the repository. Sorted.
 ///
 /// # Panics
-/// When a document cannot be read, or a block of shell is not closed.
-pub fn commands() -> Vec<Documented> {
-    let mut documents = vec![PathBuf::from("README.md")];
-    let mut folders = vec![PathBuf::from("docs")];
+/// When a folder cannot be read.
+pub fn below(folder: &str) -> Vec<PathBuf> {
+    let mut documents = Vec::new();
+    let mut folders = vec![PathBuf::from(folder)];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(root().join(&folder)).expect("a folder of documents").flatten() {
             let path = folder.join(entry.file_name());
@@ -54,15 +54,25 @@ pub fn commands() -> Vec<Documented> {
         }
     }
     documents.sort();
+    documents
+}
+
+/// All commands of README.md and of the documents below docs, in order.
+///
+/// # Panics
+/// When a document cannot be read, or a block of shell is not closed.
+pub fn commands() -> Vec<Documented> {
+    let documents = [PathBuf::from("README.md")].into_iter().chain(below("docs"));
     let of = |document: PathBuf| {
         let text = fs::read_to_string(root().join(&document)).expect("a document");
         let found = commands_in(&text);
         found.into_iter().map(move |command| Documented { document: document.clone(), command })
     };
-    documents.into_iter().flat_map(of).collect()
+    documents.flat_map(of).collect()
 }
 
-/// The commands in a text.
+/// The commands in a text. A block that begins with `#!` is a script, whose lines are no commands
+/// of their own.
 ///
 /// # Panics
 /// When a block is not closed.
@@ -78,7 +88,8 @@ pub fn commands_in(text: &str) -> Vec<String> {
         };
         // Spans do not go on behind a block.
         commands.extend(in_spans(&std::mem::take(&mut prose)));
-        let is_shell = matches!(language.trim(), "sh" | "bash" | "shell" | "console");
+        let is_script = lines.clone().next().is_some_and(|first| first.starts_with("#!"));
+        let is_shell = matches!(language.trim(), "sh" | "bash" | "shell" | "console") && !is_script;
         let mut joined = String::new();
         loop {
             let line = lines.next().expect("a block is closed");
@@ -139,7 +150,7 @@ mod tests {
     #[test]
     fn commands_are_found_in_blocks_and_spans() {
         let text = "Run `pillion plan\n--json`, or `plan`, not `pillion`.\n\n```sh\n# Comment:\ncargo run -- a \"# b\"   # c\nmpirun \\\n  -n 2 x\n```\n\
-                    ```text\npillion no\n```\n| `srun -n 4 x` | `benches/peers/train --quick` |\n";
+                    ```text\npillion no\n```\n```bash\n#!/bin/sh\npillion no\n```\n| `srun -n 4 x` | `benches/peers/train --quick` |\n";
         let expected = [
             "pillion plan --json",
             "cargo run -- a \"# b\"",

@@ -10,3 +10,4 @@ pub mod hosts;
 pub mod program;
 pub mod reference;
 pub mod rounding;
+pub mod tokenizer;

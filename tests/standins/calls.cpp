@@ -165,7 +165,7 @@ const std::map<std::string, Call> calls = {
          u32 vocab = (u32)c.number(1, 6000);
          return c.launch(rows, 0, c.out(c.type(0), (u64)rows * vocab),
                          c.in(F32, (u64)rows * vocab, true), c.out(F64, rows),
-                         c.indices(rows, vocab), vocab);),
+                         c.indices(rows, vocab), vocab, 1e-3f);),
     CALL(sum_losses, u32 count = (u32)c.number(1, 1000);
          return c.launch(1, 0, c.in_out(F64, 1), c.in(F64, count), count);),
     CALL(attention_softmax, Queries q(c);

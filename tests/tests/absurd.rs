@@ -26,8 +26,19 @@ const KINDS: [(&str, &str); 10] = [
     ("copies|BYTES", "B"),
 ];
 /// Names of values that are something else.
-const OTHERS: [&str; 10] =
-    ["FILE", "PATH", "DIR", "NAME", "WHAT", "TEXT", "PART", "auto|PATH", "replicate=R,shard=S", "HOST:PORT"];
+const OTHERS: [&str; 11] = [
+    "eos|none|TOKEN",
+    "FILE",
+    "PATH",
+    "DIR",
+    "NAME",
+    "WHAT",
+    "TEXT",
+    "PART",
+    "auto|PATH",
+    "replicate=R,shard=S",
+    "HOST:PORT",
+];
 
 /// Flags whose refusal goes by another name.
 const BY_OTHER_NAMES: [(&str, &str); 10] = [
@@ -164,6 +175,8 @@ fn numbers_of_the_other_commands() {
     let place = Workplace::new(PROGRAM);
     place.train("run", "--ranks 1 --steps 1");
     every_number(&place, "generate", "--checkpoint run --tokens 1", "--", false);
+    place.write_tokenizer("tokenizer.json");
+    every_number(&place, "tokenize text", "--tokenizer tokenizer.json --out tokens --restart", "--", true);
     every_number(&place, "abs simulate", "--steps 300 --dimensions 4 --groups 2 --ema 0.5", "--", true);
     // Only refusals are of interest; the report needs no run.
     let base = "--report --out none --ranks 2 --samples 64";

@@ -53,6 +53,9 @@ fn config(vocab: usize, layers: usize) -> Config {
         num_key_value_heads: 2,
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
+        rope_scaling: None,
+        head_dim: None,
+        tie_word_embeddings: false,
     }
 }
 
@@ -91,7 +94,7 @@ fn forward_flops(config: &Config, batch: usize, seq: usize, recompute: Recompute
     let profile = Arc::new(Profile::default());
     let device: Arc<dyn Device> = Arc::new(Cores::default().profiled(profile.clone()));
     let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default()).unwrap());
-    let (layout, policy) = (Layout::new(&config.units(), 1), Policy::default());
+    let (layout, policy) = (config.layout(1), Policy::default());
     let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
     engine.initialize(|name, shape| config.initial_values(1, name, shape)).unwrap();
     let mut model = Model::new(&*device, config, policy.weights, batch, seq, recompute).unwrap();

@@ -32,6 +32,9 @@ fn config() -> Config {
         num_key_value_heads: 2,
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
+        rope_scaling: None,
+        head_dim: None,
+        tie_word_embeddings: false,
     }
 }
 
@@ -41,7 +44,7 @@ fn allocations(policy: Policy, recompute: Recompute, rounds: usize, idle: bool, 
     let program = |launch: Launch| {
         let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
         let (config, device) = (config(), Arc::new(Cpu));
-        let layout = Layout::new(&config.units(), policy.mesh(WORLD).unwrap().shard);
+        let layout = config.layout(policy.mesh(WORLD).unwrap().shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy).unwrap();
         engine.initialize(|name, shape| config.initial_values(1, name, shape)).unwrap();
         let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ, recompute).unwrap();

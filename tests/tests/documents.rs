@@ -1,5 +1,5 @@
-//! Runs every command in README.md and docs as the document states it. A command without a row in
-//! the table below fails the test, so each author of a command chooses how it is tested.
+//! Runs every command in README.md and the book as the document states it. A command without a row
+//! in the table below fails the test, so each author of a command chooses how it is tested.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -67,6 +67,19 @@ const TABLE: &[(&str, How)] = &[
     ("pillion train --ranks 2 --nodes 2 --node-rank 0 --address one:29400", Parsed),
     ("srun -N 2 -n 4 target/release/pillion train", Parsed),
     ("mpirun -n 4 --host one:2,two:2 -x PILLION_ADDRESS=one:29400 target/release/pillion train", Parsed),
+    // tests/over_tcp.rs has several hosts.
+    (
+        "pillion train --ranks 4 --nodes 2 --node-rank \"$JOB_COMPLETION_INDEX\" --address train-0.train:29400 --resume auto",
+        For(&[("\"$JOB_COMPLETION_INDEX\"", "0"), ("auto", "auto --help")]),
+    ),
+    (
+        "RANK=\"$JOB_COMPLETION_INDEX\" WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=train-0.train \
+         MASTER_PORT=29400 pillion train --resume auto",
+        Parsed,
+    ),
+    ("mpirun -n 4 --map-by numa --bind-to numa target/release/pillion train --threads 8", Parsed),
+    ("srun -N 2 -n 8 --cpus-per-task 8 --cpu-bind=cores target/release/pillion train --threads 8", Parsed),
+    ("numactl --cpunodebind=0 --membind=0 pillion train --ranks 4", Parsed),
     ("pillion train --auto", With(SHORT)),
     // tests/gpus.rs runs it where there are GPUs, or what stands for them.
     ("pillion train --device cuda", Parsed),
@@ -149,6 +162,7 @@ const TABLE: &[(&str, How)] = &[
         In("ci/python", "cc ../../c/examples/mean.c -lpillion -o \"$program\" && \"$program\""),
     ),
     ("ci/long fuzz", In("ci/long", "fuzz) fuzz \"${@:2}\" ;;")),
+    ("ci/long many", In("ci/long", "many) many \"${@:2}\" ;;")),
     (LONG[0], In("ci/long", LONG[0])),
     (LONG[1], In("ci/long", LONG[1])),
     (LONG[2], In("ci/long", LONG[2])),
@@ -301,7 +315,7 @@ fn no_row_is_left_out() {
 
 #[test]
 fn tests_that_the_reports_of_gpus_name_are_there() {
-    let document = fs::read_to_string(root().join("docs/gpu-reports.md")).unwrap();
+    let document = fs::read_to_string(root().join("docs/src/gpu-reports.md")).unwrap();
     let found = ["collectives", "kernels", "runtime", "tests"];
     let found = Command::new("grep")
         .args(["-rhE", "--include=*.rs", "fn [a-z_0-9]+\\("])
@@ -317,7 +331,7 @@ fn tests_that_the_reports_of_gpus_name_are_there() {
     for name in named {
         assert!(
             functions.contains(&format!("fn {name}(")),
-            "docs/gpu-reports.md names {name}, and there is no such test"
+            "docs/src/gpu-reports.md names {name}, and there is no such test"
         );
     }
 }

@@ -1,13 +1,17 @@
 //! The model, engine and optimizer against independent references: golden files from Hugging Face and PyTorch, and finite
 //! differences of a forward pass in f64.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType, Device, LazyCpu};
 use pillion_llama::config::Config;
+use pillion_llama::decoder::Decoder;
+use pillion_llama::generate::{Error as GenerateError, Sampling, generate};
+use pillion_llama::huggingface::parse_config;
 use pillion_llama::model::{Model, Recompute};
-use pillion_runtime::{Engine, Gather, Layout, Policy};
+use pillion_runtime::{Engine, Gather, Policy};
 use pillion_tests::golden::Golden;
 use pillion_tests::reference::{self, Parameters};
 
@@ -15,17 +19,7 @@ use pillion_tests::reference::{self, Parameters};
 const TOLERANCE: f64 = 1e-4;
 
 fn config(golden: &Golden) -> Config {
-    let shape = golden.config();
-    Config {
-        vocab_size: shape.vocab,
-        hidden_size: shape.width,
-        intermediate_size: shape.ffn,
-        num_hidden_layers: shape.layers,
-        num_attention_heads: shape.heads,
-        num_key_value_heads: shape.kv_heads,
-        rms_norm_eps: shape.norm_epsilon as f32,
-        rope_theta: shape.rope_theta,
-    }
+    parse_config(&golden.metadata("config").to_string()).expect("a configuration that we compute")
 }
 
 fn distance(ours: impl IntoIterator<Item = f64>, theirs: impl IntoIterator<Item = f64>) -> f64 {
@@ -98,7 +92,7 @@ fn train_steps(
             scope.spawn(move || {
                 let communicator = Arc::new(Communicator::connect(&launch, Options::default()).unwrap());
                 let device = device();
-                let layout = Layout::new(&config.units(), world);
+                let layout = config.layout(world);
                 let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
                 engine
                     .initialize(|name, _| {
@@ -185,7 +179,7 @@ const GRADIENT: AdamW = AdamW { lr: 0.0, beta1: 0.0, beta2: 0.0, epsilon: 1e-8, 
 
 #[test]
 fn logits_loss_and_every_gradient_match_hugging_face() {
-    for name in ["mha", "gqa"] {
+    for name in ["mha", "gqa", "relative"] {
         let golden = Golden::load(name);
         let parameters = golden.by_parameter("param");
         let batch = Batch::of(&golden, "");
@@ -207,9 +201,82 @@ fn logits_loss_and_every_gradient_match_hugging_face() {
     }
 }
 
+/// An engine of one rank with these weights, for forward passes.
+fn evaluating(config: &Config, parameters: &Parameters) -> Engine {
+    let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default()).unwrap());
+    let mut engine = Engine::new(communicator, Arc::new(Cpu), config.layout(1), Policy::default()).unwrap();
+    engine
+        .initialize(|name, _| {
+            let values = &parameters[name];
+            move |index: usize| values[index] as f32
+        })
+        .unwrap();
+    engine
+}
+
+#[test]
+fn logits_with_kept_keys_and_values_match_hugging_face() {
+    for name in ["mha", "gqa", "relative"] {
+        let golden = Golden::load(name);
+        let (config, batch) = (config(&golden), Batch::of(&golden, ""));
+        let mut engine = evaluating(&config, &golden.by_parameter("param"));
+        let mut decoder = Decoder::new(&Cpu, &config, DType::F32, batch.seq).unwrap();
+        let rows = golden.f32("logits");
+        for (sequence, tokens) in batch.tokens.chunks_exact(batch.seq).enumerate() {
+            decoder.clear();
+            // Pieces of 1, 2, 3, … tokens.
+            let (mut first, mut piece) = (0, 1);
+            while first < batch.seq {
+                let end = (first + piece).min(batch.seq);
+                let mut step = engine.begin_evaluation(1).unwrap();
+                let logits = decoder.feed(&mut step, &tokens[first..end]).unwrap();
+                step.end().unwrap();
+                let row = (sequence * batch.seq + end - 1) * config.vocab_size;
+                let theirs = &rows[row..row + config.vocab_size];
+                let apart = distance(logits.iter().map(|&x| f64::from(x)), theirs.iter().map(|&x| f64::from(x)));
+                assert!(apart < TOLERANCE, "{name}, tokens {first}..{end}: {apart:e}");
+                (first, piece) = (end, piece + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_text_beyond_the_capacity_goes_on_from_its_last_half() {
+    let golden = Golden::load("relative");
+    let (config, prompt) = (config(&golden), [3, 1, 4]);
+    let (capacity, count) = (8, 30);
+    let mut engine = evaluating(&config, &golden.by_parameter("param"));
+    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+    let mut decoder = Decoder::new(&Cpu, &config, DType::F32, capacity).unwrap();
+    let mut written = Vec::new();
+    generate(&mut engine, &mut decoder, config.vocab_size, &prompt, count, &sampling, |token| {
+        written.push(token);
+        Ok::<_, GenerateError>(ControlFlow::Continue(()))
+    })
+    .unwrap();
+    // By whole forward passes over what the model may see.
+    let mut model = Model::new(&Cpu, &config, DType::F32, 1, capacity, Recompute::None).unwrap();
+    let mut seen = prompt.to_vec();
+    for (index, &token) in written.iter().enumerate() {
+        let mut inputs = seen.clone();
+        inputs.resize(capacity, 0);
+        let mut step = engine.begin_evaluation(1).unwrap();
+        let logits = model.logits(&mut step, &inputs).unwrap();
+        step.end().unwrap();
+        let last = &logits[(seen.len() - 1) * config.vocab_size..][..config.vocab_size];
+        let likeliest = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
+        assert_eq!(token, likeliest as u32, "token {index}");
+        seen.push(token);
+        if seen.len() > capacity {
+            seen.drain(..seen.len() - capacity / 2);
+        }
+    }
+}
+
 #[test]
 fn bf16_lies_as_near_to_f64_as_that_of_pytorch() {
-    for name in ["mha", "gqa"] {
+    for name in ["mha", "gqa", "relative"] {
         let golden = Golden::load(name);
         let round = |x: &f64| f64::from(half::bf16::from_f32(*x as f32));
         let parameters = golden.by_parameter("param");

@@ -128,40 +128,56 @@ pub(super) fn forward<T: Value>(
     team: &Team,
     out: &mut [T],
     log_sum: &mut [f32],
+    qkv: [&[T]; 3],
+    shape: AttentionShape,
+) {
+    forward_from(team, 0, out, Some(log_sum), qkv, shape);
+}
+
+/// Of the tokens from `first` on: `out` and queries have no others.
+pub(super) fn forward_from<T: Value>(
+    team: &Team,
+    first: usize,
+    out: &mut [T],
+    log_sum: Option<&mut [f32]>,
     [q, k, v]: [&[T]; 3],
     shape: AttentionShape,
 ) {
     if out.is_empty() {
         return;
     }
-    let (group, seq) = (shape.heads / shape.kv_heads, shape.seq);
-    let out = Heads::new(out, shape, shape.heads);
+    let (group, seq) = (shape.heads / shape.kv_heads, shape.seq - first);
+    let of_queries = AttentionShape { seq, ..shape };
+    let out = Heads::new(out, of_queries, shape.heads);
     // A head's logarithms lie side by side, like the rows of a tensor with one head.
     let of_heads = AttentionShape { batch: shape.batch * shape.heads, seq: 1, head_dim: seq, ..shape };
-    let log_sum = Heads::new(log_sum, of_heads, 1);
+    let log_sum = log_sum.map(|log_sum| Heads::new(log_sum, of_heads, 1));
     team.run(shape.batch * shape.kv_heads, |task| {
         let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
         SCRATCH.with_borrow_mut(|scratch| {
             scratch.keys_across.pack(head(k, shape, shape.kv_heads, sequence, kv_head).transposed());
             scratch.values.pack(head(v, shape, shape.kv_heads, sequence, kv_head));
             for index in kv_head * group..(kv_head + 1) * group {
-                let q = head(q, shape, shape.heads, sequence, index);
+                let q = head(q, of_queries, shape.heads, sequence, index);
                 // SAFETY: a query head belongs to one task.
-                let log_sum = unsafe { log_sum.row(sequence * shape.heads + index, 0, 0) };
-                for (first, count) in tiles(seq) {
+                let mut log_sum =
+                    log_sum.as_ref().map(|log_sum| unsafe { log_sum.row(sequence * shape.heads + index, 0, 0) });
+                for (query, count) in tiles(seq) {
                     vectorized(
                         #[inline(always)]
-                        || forward_tile(scratch, rows(&q, first, count), first, scale(shape)),
+                        || forward_tile(scratch, rows(&q, query, count), first + query, shape),
                     );
                     for row in 0..count {
                         let (largest, total) = scratch.softmax[row];
                         // SAFETY: as above.
-                        let out = unsafe { out.row(sequence, index, first + row) };
+                        let out = unsafe { out.row(sequence, index, query + row) };
                         let inverse = 1.0 / total;
                         for (out, &x) in out.iter_mut().zip(&scratch.tile[row * shape.head_dim..]) {
                             *out = T::narrow(x * inverse);
                         }
-                        log_sum[first + row] = largest + total.ln();
+                        if let Some(log_sum) = &mut log_sum {
+                            log_sum[query + row] = largest + total.ln();
+                        }
                     }
                 }
             }
@@ -171,19 +187,21 @@ pub(super) fn forward<T: Value>(
 
 /// Fills `tile` with Σ exp(score − largest)·value, and `softmax`.
 #[inline(always)]
-fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, scale: f32) {
+fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, shape: AttentionShape) {
     let Scratch { keys_across, values, scores, narrow, tile, softmax, .. } = scratch;
-    let (alone, count, dim) = (Team::default(), q.rows, q.columns);
+    let (alone, count, dim, scale) = (Team::default(), q.rows, q.columns, scale(shape));
     let tile = take(tile, count * dim);
     softmax.clear();
     softmax.resize(count, (f32::NEG_INFINITY, 0.0));
-    for (key, keys) in blocks(first, count) {
+    // Panels are cut between groups of rows alone. What a query does not see counts nothing.
+    let end = (first + count).next_multiple_of(ROWS).min(shape.seq);
+    for (key, keys) in blocks(0, end) {
         let scores = take(scores, count * keys);
         let across = keys_across.part::<T>(0, key);
         product(&alone, Matrix::dense(&mut *scores, count, keys), Start::Zero, q, across, scale);
         let p = take_as::<T>(&mut narrow[0], count * keys);
         for (row, (scores, p)) in scores.chunks_exact(keys).zip(p.chunks_exact_mut(keys)).enumerate() {
-            let seen = keys.min(first + row + 1 - key);
+            let seen = keys.min((first + row + 1).saturating_sub(key));
             let (largest, total) = &mut softmax[row];
             let larger = max_of(&scores[..seen]).max(*largest);
             // As long as all scores are −∞ nothing has been added, and none of them counts more than the others will.

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use super::matmul::{Matrix, Right, Start, product};
 use super::team::{Read, Write};
 use super::{HostStream, SHARE, Work, attention, embedding, loss, mlp, norm, rope, scratch, vectorized};
-use crate::shapes::{self, check_attention, columns, rows, same, same_type, with_type};
+use crate::shapes::{self, check_attention, check_attention_from, columns, rows, same, same_type, with_type};
 use crate::{AttentionShape, DType, Kernels, View, ViewMut};
 
 thread_local! {
@@ -185,6 +185,26 @@ impl Kernels for HostStream {
         });
     }
 
+    fn attention_from(
+        &self,
+        first: usize,
+        out: ViewMut<'_>,
+        q: View<'_>,
+        k: View<'_>,
+        v: View<'_>,
+        shape: AttentionShape,
+    ) {
+        check_attention_from(first, shape, &[out.len(), q.len()], &[k.len(), v.len()]);
+        let dtype = same_type("attention", &[out.dtype(), q.dtype(), k.dtype(), v.dtype()]);
+        let before = AttentionShape { seq: first, ..shape };
+        let work = Work::products("attention", 2 * (pairs(shape) - pairs(before)) * shape.head_dim);
+        self.run(work, [out], [q, k, v], move |team, [out], qkv| {
+            with_type!(dtype, T => {
+                attention::forward_from(team, first, out.of::<T>(), None, qkv.map(|x| x.of::<T>()), shape);
+            });
+        });
+    }
+
     fn attention_backward(
         &self,
         grad_q: ViewMut<'_>,
@@ -250,7 +270,14 @@ impl Kernels for HostStream {
         });
     }
 
-    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>) {
+    fn cross_entropy(
+        &self,
+        logits: ViewMut<'_>,
+        rounded: Option<ViewMut<'_>>,
+        targets: View<'_>,
+        loss: ViewMut<'_>,
+        z_loss: f32,
+    ) {
         let vocab = columns("cross_entropy", logits.len(), targets.len());
         assert_eq!(loss.len(), 1, "cross_entropy adds to one sum");
         let work = Work::moves("cross_entropy");
@@ -263,7 +290,7 @@ impl Kernels for HostStream {
                     team.split(rows, 1, |(losses, logits, targets)| {
                         vectorized(
                             #[inline(always)]
-                            || loss::cross_entropy(losses.0, logits.0, targets.0),
+                            || loss::cross_entropy(losses.0, logits.0, targets.0, z_loss),
                         );
                     });
                     add(sum.of(), losses);
@@ -278,7 +305,7 @@ impl Kernels for HostStream {
                 let logits = Write(logits.of(), vocab);
                 let rows = (Write(&mut *losses, 1), Write(rounded.of::<T>(), vocab), logits, Read(targets, 1));
                 team.split(rows, 1, |(losses, grad, logits, targets)| {
-                    vectorized(#[inline(always)] || loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0));
+                    vectorized(#[inline(always)] || loss::cross_entropy_rounded(losses.0, grad.0, logits.0, targets.0, z_loss));
                 });
                 add(sum.of(), losses);
             }));

@@ -7,7 +7,7 @@ use super::launch::{Argument, Shape, address, address_mut, launch};
 use super::scratch::Pieces;
 use super::stream::{CudaStream, ELEMENTS_OF_BLOCK, typed};
 use super::{CudaError, attention};
-use crate::shapes::{self, check_attention, columns, rows, same, same_type};
+use crate::shapes::{self, check_attention, check_attention_from, columns, rows, same, same_type};
 use crate::{AttentionShape, DType, Kernels, View, ViewMut};
 
 /// Elements of which a block computes SwiGLU.
@@ -274,6 +274,25 @@ impl Kernels for CudaStream {
         }
     }
 
+    fn attention_from(
+        &self,
+        first: usize,
+        out: ViewMut<'_>,
+        q: View<'_>,
+        k: View<'_>,
+        v: View<'_>,
+        shape: AttentionShape,
+    ) {
+        check_attention_from(first, shape, &[out.len(), q.len()], &[k.len(), v.len()]);
+        let dtype = same_type("attention", &[out.dtype(), q.dtype(), k.dtype(), v.dtype()]);
+        self.own_all(&[&out], &[&q, &k, &v]);
+        if !q.is_empty() {
+            let [q, k, v] = [&q, &k, &v].map(address);
+            let forward = attention::ForwardFrom { first, out: address_mut(&out), q, k, v };
+            self.enqueue(|stream| attention::forward_from(self, stream, forward, dtype, shape));
+        }
+    }
+
     fn attention_backward(
         &self,
         grad_q: ViewMut<'_>,
@@ -349,7 +368,14 @@ impl Kernels for CudaStream {
         }
     }
 
-    fn cross_entropy(&self, logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>) {
+    fn cross_entropy(
+        &self,
+        logits: ViewMut<'_>,
+        rounded: Option<ViewMut<'_>>,
+        targets: View<'_>,
+        loss: ViewMut<'_>,
+        z_loss: f32,
+    ) {
         let vocab = columns("cross_entropy", logits.len(), targets.len());
         assert_eq!(loss.len(), 1, "cross_entropy adds to one sum");
         assert!(loss.dtype() == DType::F64, "cross_entropy adds to f64, not {}", loss.dtype());
@@ -368,8 +394,10 @@ impl Kernels for CudaStream {
         let run = |stream| -> Result<(), CudaError> {
             let (context, latch) = (&self.inner.context, self.inner.latch.address());
             let losses = self.scratch.take(&self.inner, 8 * count as u64)?;
-            let arguments = [grad.into(), (&logits).into(), losses.into(), (&targets).into(), (vocab as u32).into()];
-            // SAFETY: cross_entropy(grad, logits, losses, targets, vocab), a block for each row,
+            let targets = Argument::from(&targets);
+            let arguments =
+                [grad.into(), (&logits).into(), losses.into(), targets, (vocab as u32).into(), z_loss.into()];
+            // SAFETY: cross_entropy(grad, logits, losses, targets, vocab, z_loss), a block for each row,
             // and room for each row's loss; sum_losses(loss, losses, count).
             unsafe {
                 launch(context, stream, kernel, Shape::blocks(count).with_threads(ENTROPY_THREADS), latch, &arguments)?;

@@ -193,6 +193,13 @@ impl Cuda {
         blas::WORKSPACE + attention::working_bytes(dtype, shape) + 2 * sums as u64 + (1 << 20)
     }
 
+    /// Bytes that a stream takes beside those of [`Cuda::working_bytes`] for
+    /// [`Kernels::attention_from`](crate::Kernels::attention_from): of at most `queries` tokens at a
+    /// time, in a text of this shape.
+    pub fn writing_bytes(shape: AttentionShape, queries: usize, dtype: DType) -> u64 {
+        attention::working_bytes_from(dtype, shape, queries)
+    }
+
     /// From now on a wait of the host fails when nothing of this rank's work has run for so long,
     /// or for the longest time of an earlier call. Before the first call it waits for ever, because
     /// a GPU that hangs reports no error. After such a failure the memory stays mapped until the

@@ -123,7 +123,7 @@ fn ids_beyond_the_vocabulary_are_errors() {
     let (mut logits, mut loss) = (device.allocate(DType::F32, 3).unwrap(), device.allocate(DType::F64, 1).unwrap());
     let mut targets = device.allocate(DType::U32, 1).unwrap();
     stream.upload(targets.view_mut(), &[3u32]);
-    kernels.cross_entropy(logits.view_mut(), None, targets.view(), loss.view_mut());
+    kernels.cross_entropy(logits.view_mut(), None, targets.view(), loss.view_mut(), 0.0);
     let failure = stream.download::<f64>(loss.view()).unwrap_err();
     assert!(matches!(cuda_error(&failure), CudaError::Target));
     assert!(failure.to_string().contains("vocabulary"));

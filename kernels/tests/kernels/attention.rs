@@ -120,7 +120,16 @@ fn forward(
     v: &[Bounded],
     shape: AttentionShape,
 ) -> (Vec<Bounded>, Vec<Bounded>) {
-    let softmax = devices::attention(dtype, shape.head_dim);
+    forward_as(devices::attention(dtype, shape.head_dim), dtype, [q, k, v], shape)
+}
+
+/// The same with this softmax.
+fn forward_as(
+    softmax: Softmax,
+    dtype: DType,
+    [q, k, v]: [&[Bounded]; 3],
+    shape: AttentionShape,
+) -> (Vec<Bounded>, Vec<Bounded>) {
     let mut out = vec![Bounded::exact(0.0); queries(shape)];
     let mut log_sum = vec![Bounded::exact(0.0); shape.batch * shape.heads * shape.seq];
     for (b, t, head) in rows(shape) {
@@ -195,6 +204,13 @@ fn forward_by_kernel(dtype: DType, qkv: [&[f32]; 3], shape: AttentionShape) -> [
     })
 }
 
+/// The elements of the tokens from `first` on, of a tensor of queries.
+fn from<T: Copy>(first: usize, queries: &[T], shape: AttentionShape) -> Vec<T> {
+    let row = shape.heads * shape.head_dim;
+    let sequences = queries.chunks(shape.seq * row);
+    sequences.flat_map(|sequence| &sequence[first * row..]).copied().collect()
+}
+
 /// [grad_q, grad_k, grad_v]
 fn backward_by_kernel(dtype: DType, grad_out: &[f32], qkv: [&[f32]; 3], shape: AttentionShape) -> [Values; 3] {
     run(|stage| {
@@ -243,6 +259,31 @@ fn check_backward(dtype: DType, grad_out: &[f32], qkv: [&[f32]; 3], shape: Atten
         assert_within(name, &got.wide(), expected);
     }
     expected
+}
+
+#[test]
+fn that_of_the_last_tokens_alone_is_within_its_bound() {
+    for shape in SHAPES {
+        for dtype in TYPES {
+            let inputs = inputs(dtype, shape);
+            let wide = inputs.each_ref().map(|x| exact(x));
+            let wide = wide.each_ref().map(|x| &x[..]);
+            // On GPUs no head has kernels of its own for it.
+            let (all, _) = forward_as(devices::attention(dtype, 2), dtype, wide, shape);
+            let [q, k, v] = &inputs;
+            for first in [0, 1, shape.seq / 2, shape.seq - 1] {
+                let q = from(first, q, shape);
+                let out = run(|stage| {
+                    let mut out = stage.output_as(dtype, q.len());
+                    let [q, k, v] = [&q, k, v].map(|x| stage.buffer_as(dtype, x));
+                    stage.kernels().attention_from(first, out.view_mut(), q.view(), k.view(), v.view(), shape);
+                    [out]
+                });
+                let name = format!("out from {first} of {shape:?}");
+                assert_within(&name, &out[0].wide(), &from(first, &all, shape));
+            }
+        }
+    }
 }
 
 #[test]

@@ -17,5 +17,5 @@ fn embedding_refuses_a_token_beyond_the_vocabulary() {
 fn cross_entropy_refuses_a_target_beyond_the_vocabulary() {
     let stage = Stage::new(Cpu);
     let (mut logits, targets, mut loss) = (stage.output(3), stage.buffer(&[3u32]), stage.buffer(&[0.0f64]));
-    stage.kernels().cross_entropy(logits.view_mut(), None, targets.view(), loss.view_mut());
+    stage.kernels().cross_entropy(logits.view_mut(), None, targets.view(), loss.view_mut(), 0.0);
 }

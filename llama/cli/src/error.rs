@@ -15,6 +15,9 @@ pub enum Error {
     /// Text that cannot be trained on.
     #[error(transparent)]
     Data(#[from] pillion_data::Error),
+    /// A model that is not in a format we read, or that we do not compute.
+    #[error(transparent)]
+    HuggingFace(#[from] pillion_llama::huggingface::Error),
     /// Ranks that cannot be started or found.
     #[error(transparent)]
     Launch(#[from] LaunchError),

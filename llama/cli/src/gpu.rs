@@ -21,6 +21,8 @@ pub(crate) struct Load<'a> {
     /// Sequences and tokens of a micro-batch.
     pub(crate) batch: usize,
     pub(crate) seq: usize,
+    /// Tokens of a text that the model writes, if it does.
+    pub(crate) writes: Option<usize>,
     pub(crate) policy: Policy,
     /// What moves elements between GPUs.
     pub(crate) by: GpuTransport,
@@ -75,11 +77,12 @@ pub(crate) fn open(
 ) -> Result<(Moved, String), Error> {
     use pillion_collectives::limits::human;
     use pillion_kernels::{Attention, Cuda};
+    use pillion_llama::decoder::{CHUNK, Decoder};
     use pillion_runtime::Layout;
 
     use pillion_llama::model::Model;
 
-    let Load { allocated, model, batch, seq, policy, by } = load;
+    let Load { allocated, model, batch, seq, writes, policy, by } = load;
     let ordinal = match gpu {
         Some(gpu) => gpu,
         None => local_rank as u32 % Cuda::count()?.max(1),
@@ -88,13 +91,17 @@ pub(crate) fn open(
     let working = Cuda::working_bytes(attention, model.hidden_size, policy.weights);
     // NCCL's operations work on copies of what they reduce, at most of the largest unit or bucket,
     // and its shards.
-    let layout = Layout::new(&model.units(), 1);
+    let layout = model.layout(1);
     let unit = layout.units.iter().map(|unit| unit.len).max().unwrap_or(0);
     let bucket = layout.parameters().min(policy.bucket as usize / policy.weights.bytes());
     let longest = unit.max(bucket) as u64;
     let is_nccl = *by == GpuTransport::Nccl || communicator.hosts() > 1;
     let copies = if is_nccl { 3 * 4 * longest } else { 0 };
-    let extra = working + copies + (16 << 20);
+    let writing = writes.map_or(0, |tokens| {
+        let shape = Decoder::attention_shape(model, tokens);
+        Decoder::bytes(model, policy.weights, tokens) + Cuda::writing_bytes(shape, CHUNK, policy.weights)
+    });
+    let extra = working + writing + copies + (16 << 20);
     let device = Cuda::new(ordinal, allocated.saturating_add(allocated / 20).saturating_add(extra))?;
     let communicator = Arc::new(communicator.between_gpus(&device, *by)?);
     if share_by_turns(&device, &communicator)? && communicator.rank() == 0 {

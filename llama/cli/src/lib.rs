@@ -4,10 +4,14 @@
 //! |---|---|
 //! | `settings` | the command line and the configuration file |
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
-//! | `commands` | `pillion generate` |
+//! | `generate`, `text` | `pillion generate`: text by a model |
+//! | `huggingface` | `pillion import` and `export`: models from and for elsewhere |
+//! | `models` | models in checkpoints, and the files that go with them |
+//! | `jobs` | the ranks of a command: found, or started |
 //! | `run_folder` | what runs write, and where |
 //! | `inspect` | `pillion checkpoint`: what there is, and whether it is whole |
-//! | `verify_data` | `pillion data verify`: whether token files are whole |
+//! | `tokenize` | `pillion tokenize`: documents to a token folder |
+//! | `verify_data` | `pillion data`: what tokens there are, and whether they are whole |
 //! | `controller` | the flags of the batch size |
 //! | `simulate` | `pillion abs simulate`: how far its statistics scatter |
 //! | `experiment` | `pillion experiment`: batch schedules compared |
@@ -19,15 +23,18 @@
 //! | `output` | stdout and stderr, which may be full or closed |
 #![forbid(unsafe_code)]
 
-mod commands;
 mod controller;
 mod doctor;
 mod error;
 mod experiment;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod generate;
 mod gpu;
+mod huggingface;
 mod inspect;
+mod jobs;
+mod models;
 mod output;
 mod plan;
 mod plot;
@@ -36,6 +43,8 @@ mod report;
 mod run_folder;
 pub mod settings;
 mod simulate;
+mod text;
+mod tokenize;
 mod top;
 pub mod train;
 mod verify_data;
@@ -68,7 +77,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         // Help, or the version.
         Err((message, 0)) => return ended(output::write(&message).map(|_| 0)),
         Err((message, code)) => {
-            let is_job = arguments.get(1).is_some_and(|command| ["train", "doctor"].contains(&command.as_str()));
+            let is_job =
+                arguments.get(1).is_some_and(|command| ["train", "generate", "doctor"].contains(&command.as_str()));
             say_once(is_job, &message, || output::complain_as_it_is(&message));
             return code;
         }
@@ -77,9 +87,12 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     let instructions = Isa::of_process().map_err(|error| Error::Setting(error.to_string()));
     let result = instructions.and_then(|_| match &cli.command {
         Command::Train(settings) => train::train(settings),
-        Command::Generate(settings) => commands::generate(settings),
+        Command::Generate(settings) => generate::run(settings),
+        Command::Import(settings) => huggingface::import(settings),
+        Command::Export(settings) => huggingface::export(settings),
         Command::Checkpoint(command) => inspect::inspect(command),
-        Command::Data(command) => verify_data::verify(command),
+        Command::Tokenize(settings) => tokenize::tokenize(settings),
+        Command::Data(command) => verify_data::look_at(command),
         Command::Plan(settings) => plan::plan(settings),
         Command::Doctor(settings) => doctor::doctor(settings),
         Command::Top(settings) => top::top(settings),
@@ -89,7 +102,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Abs(AbsCommand::Replay(settings)) => replay::run(settings),
     });
     result.unwrap_or_else(|error| {
-        let is_job = matches!(cli.command, Command::Train(_) | Command::Doctor(_)) && error.code() == 2;
+        let is_job =
+            matches!(cli.command, Command::Train(_) | Command::Generate(_) | Command::Doctor(_)) && error.code() == 2;
         say_once(is_job, &error.to_string(), || complain(&error));
         error.code()
     })

@@ -9,6 +9,7 @@
 //!     run.json             what the run is: see `train/about.rs`
 //!     checkpoints/step-…   see `pillion_runtime::checkpoint`
 //!     tokens/*.tokens      see `data::TokenFile`; shared by all runs in this folder
+//!     huggingface/         the tokenizer of the run's model, and other files that go with it
 //!     tensorboard/         with --tensorboard: see `train/events.rs`
 //!     trace.json           with --trace
 //!     earlier-1/           all of these of the run before, but tokens
@@ -18,6 +19,7 @@
 //! user's working folder, and because its parent may not be writable. Only files that runs wrote
 //! are moved.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
@@ -25,8 +27,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use pillion_data::runs::{
-    ABOUT, ABOUT_BEGIN, CHECKPOINTS, EARLIER, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TENSORBOARD, TOKENS, TRACE,
+    ABOUT, ABOUT_BEGIN, CHECKPOINTS, EARLIER, HUGGINGFACE, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TENSORBOARD,
+    TOKENS, TRACE,
 };
+use pillion_llama::huggingface::{COMPANIONS, CONFIG};
 use pillion_runtime::checkpoint;
 use rustix::fs::{Access, OFlags};
 
@@ -90,6 +94,17 @@ pub(crate) fn tokens(out: &Path) -> PathBuf {
 /// Where a run's event files are.
 pub(crate) fn tensorboard(out: &Path) -> PathBuf {
     out.join(TENSORBOARD)
+}
+
+/// Where a run keeps the files that go with its model.
+pub(crate) fn huggingface(out: &Path) -> PathBuf {
+    out.join(HUGGINGFACE)
+}
+
+/// The folder of the run whose checkpoint this is.
+pub(crate) fn of_checkpoint(checkpoint: &Path) -> Option<PathBuf> {
+    let canonical = checkpoint.canonicalize().ok()?;
+    Some(canonical.parent()?.parent()?.to_owned())
 }
 
 /// Where a run's timeline is.
@@ -187,7 +202,8 @@ impl RunFolder {
             ours(ABOUT, ABOUT_BEGIN),
             ours(TRACE, pillion_runtime::trace::HEADER),
         ];
-        let files: Vec<&str> = files.into_iter().flatten().collect();
+        let companions = self.has_companions().then_some(HUGGINGFACE);
+        let files: Vec<&str> = files.into_iter().flatten().chain(companions).collect();
         let saved = self.saved()?;
         let tensorboard = tensorboard(&self.path);
         let events = events::files(&tensorboard).map_err(|error| cannot_write(&tensorboard, error))?;
@@ -245,6 +261,13 @@ impl RunFolder {
         let entries = entries.map_err(|error| cannot_write(&folder, error))?;
         let names = entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok());
         Ok(names.map(|name| (name.clone(), checkpoint::is_ours(&folder.join(name)))).collect())
+    }
+
+    /// Whether there are files that go with a model, and no others beside them.
+    fn has_companions(&self) -> bool {
+        let entries = fs::read_dir(huggingface(&self.path)).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        let is_one = |name: &OsStr| name == CONFIG || COMPANIONS.iter().any(|companion| name == *companion);
+        entries.is_ok_and(|entries| entries.iter().all(|entry| is_one(&entry.file_name())))
     }
 
     fn free_name(&self) -> PathBuf {

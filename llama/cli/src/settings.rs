@@ -3,22 +3,29 @@
 //! There is one definition of every setting: the flags of [`TrainArgs`]. A configuration file is turned into flags and parsed
 //! before those of the command line, so a flag wins over the file, and both are checked by the same parser.
 
+mod job;
+mod tokenize;
 mod train;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use pillion_collectives::{Backend, WireKind};
+use pillion_kernels::DType;
 
 pub use crate::controller::{ControllerArgs, ControllerKind};
 pub use crate::experiment::PaperArgs;
+use crate::plan::quantity::size;
 pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::replay::ReplayArgs;
 pub use crate::report::ReportArgs;
 pub use crate::simulate::SimulateArgs;
 pub use crate::top::TopArgs;
+pub use job::*;
+pub use tokenize::TokenizeArgs;
 pub use train::*;
 
 /// Trains Llama-2 models, sharded over ranks.
@@ -37,10 +44,16 @@ pub enum Command {
     Train(Box<TrainArgs>),
     /// Write text with a trained model.
     Generate(GenerateArgs),
+    /// Make a checkpoint of a model in Hugging Face's format.
+    Import(ImportArgs),
+    /// Make a folder that Hugging Face's transformers load of a checkpoint.
+    Export(ExportArgs),
     /// Look at checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Look at token files.
+    /// Turn documents into tokens, with the tokenizer of a model on Hugging Face.
+    Tokenize(Box<TokenizeArgs>),
+    /// Look at tokens: token folders, token files, and files of llm.c, nanoGPT and Megatron.
     #[command(subcommand)]
     Data(DataCommand),
     /// Print how a run would be laid out, and what a step would take on a machine that is described, without running it.
@@ -85,20 +98,25 @@ pub enum CheckpointCommand {
     Verify(CheckpointArgs),
 }
 
-/// What to do with token files.
+/// What to do with tokens.
 #[derive(Debug, Subcommand)]
 pub enum DataCommand {
-    /// Read all of a run's token files, and compare each with its checksum; ends with 1 when any is
-    /// damaged.
+    /// Print what is there: splits, tokens, documents, tokenizer, masks.
+    Show(DataArgs),
+    /// Read all of it, and compare each file with its checksum; ends with 1 when any is damaged.
     Verify(DataArgs),
 }
 
 /// Settings of `data`.
 #[derive(Clone, Debug, Args)]
 pub struct DataArgs {
-    /// Folder of a run or of token files, or one token file.
+    /// Folder of a run or of token files, a token folder, a token file, or a .bin of llm.c, nanoGPT
+    /// or Megatron.
     #[arg(value_name = "PATH", default_value = "runs/train")]
     pub path: PathBuf,
+    /// tokenizer.json whose tokens a file of nanoGPT or Megatron has, which does not say.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -124,18 +142,83 @@ pub struct GenerateArgs {
     /// Text to go on from.
     #[arg(long, value_name = "TEXT", default_value = "pub fn ")]
     pub prompt: String,
-    /// Tokens to write.
+    /// File with a prompt in each line, one after the other.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+    /// Tokens to write at most.
     #[arg(long, value_name = "N", default_value_t = 400)]
     pub tokens: usize,
     /// How freely to choose: 0 always takes the likeliest token.
     #[arg(long, value_name = "X", default_value_t = 0.7)]
     pub temperature: f64,
+    /// Choose among so many of the likeliest tokens; 0: all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: usize,
+    /// Choose among the fewest of the likeliest tokens whose probabilities sum to this.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Choose among tokens whose probability is at least this share of the likeliest's.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub min_p: f64,
+    /// What makes tokens that the text has less likely, above 1.
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+    /// Stop before this word; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Go on after the end of a text.
+    #[arg(long)]
+    pub ignore_end: bool,
+    /// Tokens that the model sees at most; a longer text goes on from its last half. Default: those of
+    /// a sample of its training, or 2048 for an imported model.
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Type of the weights that are computed with.
+    #[arg(long, default_value = "f32", value_parser = precision())]
+    pub precision: DType,
     /// Seed of the choices.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// What to compute on: cpu, cuda, or cuda:N for GPU N, in a build with the feature cuda.
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub device: DeviceKind,
+    /// Print a JSON object for each prompt when its text is complete.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub job: JobArgs,
+}
+
+/// Settings of `import`.
+#[derive(Clone, Debug, Args)]
+pub struct ImportArgs {
+    /// Folder with config.json and safetensors; tokenizer and generation settings come along.
+    #[arg(value_name = "FOLDER")]
+    pub folder: PathBuf,
+    /// Folder of a run, for the checkpoint; an earlier run in it is moved aside.
+    #[arg(long, value_name = "DIR", default_value = "runs/imported")]
+    pub out: PathBuf,
+}
+
+/// Settings of `export`.
+#[derive(Clone, Debug, Args)]
+pub struct ExportArgs {
+    /// Folder of a run, or a checkpoint in it.
+    #[arg(long, value_name = "DIR", default_value = "runs/train")]
+    pub checkpoint: PathBuf,
+    /// Folder to make.
+    #[arg(long, value_name = "FOLDER")]
+    pub to: PathBuf,
+    /// Type of the weights; default: that which they were computed with, or came with.
+    #[arg(long, value_parser = stored())]
+    pub dtype: Option<DType>,
+    /// Bytes of a file of weights, at most, such as 5GB; a longer tensor has a file of its own.
+    #[arg(long, value_name = "BYTES", default_value = "5GB", value_parser = size)]
+    pub file_size: u64,
+}
+
+fn stored() -> impl TypedValueParser<Value = DType> {
+    let types = [DType::F32, DType::Bf16, DType::F16];
+    let named = move |name: String| types.into_iter().find(|dtype| dtype.name() == name).expect("one of these");
+    PossibleValuesParser::new(types.map(DType::name)).map(named)
 }
 
 /// Settings of `doctor`.

@@ -1,6 +1,6 @@
 //! What can go wrong between a path and a batch, each with the way out.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A `Result` with the errors of this module.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -97,6 +97,20 @@ pub enum Error {
         /// What was expected and what was found.
         problem: String,
     },
+    /// A file or folder that is not what it should be: a tokenizer, text, tokens.
+    #[error("{}: {problem}", path.display())]
+    Bad {
+        /// The file or folder.
+        path: PathBuf,
+        /// Where in the file, what is wrong, and the remedy.
+        problem: String,
+    },
+    /// A setting of `pillion tokenize`.
+    #[error("{0}")]
+    Setting(String),
+    /// The caller of `tokenize` has stopped it.
+    #[error("stopped; the same command goes on from here")]
+    Stopped,
     /// A split does not fill one sequence.
     #[error(
         "the {split} split of {} has {tokens} tokens, but a sequence of {seq} needs {}; \
@@ -116,4 +130,18 @@ pub enum Error {
     /// A sequence length of zero.
     #[error("a sequence of 0 tokens trains nothing; give a sequence length of 1 or more")]
     EmptySequence,
+}
+
+impl Error {
+    pub(crate) fn bad(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
+        Self::Bad { path: path.into(), problem: problem.into() }
+    }
+
+    pub(crate) fn reading(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Read { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn writing(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Write { path: path.to_owned(), source }
+    }
 }

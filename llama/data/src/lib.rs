@@ -13,19 +13,34 @@
 //! | `tokenize` | files of text to a token file, and where train and validation divide |
 //! | `tokens` | the token file |
 //! | `runs` | what runs write, by name |
+//! | `mixture` | which source a sample is from |
 //! | `order` | which sample comes next |
 //! | `dataset` | samples and validation windows |
 //! | `trigram` | the mark to beat |
+//! | `subword` | tokenizers of Hugging Face, and chats as text |
+//! | `documents` | documents from files of text, JSON lines and parquet |
+//! | `folder` | the token folder: making it, and reading it |
+//! | `foreign` | token files of other programs |
+//! | `any` | tokens, whatever they are stored in |
+//! | `files`, `durable` | files that are read for long; files that are written whole |
 #![forbid(unsafe_code)]
 
+mod any;
 mod corpus;
 mod dataset;
+mod documents;
+mod durable;
 mod error;
+mod files;
+mod folder;
+mod foreign;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+pub mod mixture;
 mod order;
 pub mod runs;
 mod sources;
+mod subword;
 pub mod synthetic;
 mod tokenize;
 pub mod tokenizer;
@@ -38,10 +53,17 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3;
 
+pub use any::{Tokens, Watch};
 pub use dataset::Dataset;
 pub use error::{Error, Result};
+pub use folder::index::{Index, Made, Shard, Shards, Sums};
+pub use folder::make::{Append, Outcome, Settings, Watched, tokenize as tokenize_folder};
+pub use folder::{TokenFolder, is_token_folder};
+pub use foreign::{ForeignFile, Format};
 pub use order::SampleOrder;
 pub use sources::Skipped;
+pub use subword::chat::ChatTemplate;
+pub use subword::{Stream, Tokenizer};
 pub use tokens::{Origin, Split, TokenFile};
 
 use sources::{Division, Sources};
@@ -418,7 +440,7 @@ mod tests {
         let share = prepared.summary.validation_tokens as f64
             / (prepared.summary.train_tokens + prepared.summary.validation_tokens) as f64;
         assert!((0.02..0.15).contains(&share), "{}", prepared.summary);
-        let data = Dataset::open(prepared.tokens, 256, 1).unwrap();
+        let data = Dataset::open(Tokens::of_file(prepared.tokens).unwrap(), 256, tokenizer::VOCAB, 1).unwrap();
         let nats = trigram::loss(&data, data.validation_len()).unwrap();
         println!("trigram: {nats:.4} nats a token");
         // Shannon (1951) measured 2.3 nats a letter for trigrams of English, spaces left out; code

@@ -23,6 +23,8 @@ pub const CHECKPOINTS: &str = "checkpoints";
 pub const TOKENS: &str = "tokens";
 /// The folder of event files, which TensorBoard reads.
 pub const TENSORBOARD: &str = "tensorboard";
+/// The folder of files that go with the model: its tokenizer, and how it generates text.
+pub const HUGGINGFACE: &str = "huggingface";
 /// The timeline.
 pub const TRACE: &str = "trace.json";
 /// How the names of folders begin that earlier runs are set aside in; a number follows.
@@ -38,7 +40,8 @@ pub fn is_one(folder: &Path) -> bool {
 pub fn is_of_run(name: &OsStr) -> bool {
     let is_earlier = |name: &str| name.strip_prefix(EARLIER).is_some_and(|number| number.parse::<u32>().is_ok());
     name.to_str().is_some_and(|name| {
-        [METRICS, METRICS_ASIDE, ABOUT, CHECKPOINTS, TENSORBOARD, TOKENS, TRACE].contains(&name) || is_earlier(name)
+        [METRICS, METRICS_ASIDE, ABOUT, CHECKPOINTS, TENSORBOARD, TOKENS, HUGGINGFACE, TRACE].contains(&name)
+            || is_earlier(name)
     })
 }
 

@@ -3,6 +3,8 @@
 //! It needs no file and takes any bytes. Tokens 0 to 255 are the bytes; one more, [`END`], follows
 //! every document, so that a model can see where one ends and the next begins.
 
+use serde_json::{Value, json};
+
 /// Number of different tokens: the 256 bytes and [`END`].
 pub const VOCAB: usize = 257;
 
@@ -27,6 +29,63 @@ pub fn decode(tokens: &[u16]) -> Vec<u8> {
             Err(_) => panic!("token {token} is outside the vocabulary of {VOCAB}"),
         })
         .collect()
+}
+
+/// The tokenizer as files that Hugging Face's transformers load: names and texts. Each byte is a
+/// token, by the characters that byte-level BPE has for bytes, and nothing is merged.
+pub fn huggingface_files() -> [(&'static str, String); 3] {
+    let vocabulary: serde_json::Map<_, _> =
+        (0..=255u8).map(|byte| (character(byte).to_string(), byte.into())).collect();
+    let byte_level = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
+    });
+    let tokenizer = json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": [{
+            "id": END, "content": END_NAME, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        }],
+        "normalizer": null,
+        "pre_tokenizer": byte_level,
+        "post_processor": null,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "ignore_merges": false, "vocab": vocabulary, "merges": [],
+        },
+    });
+    let config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_NAME,
+        "eos_token": END_NAME,
+        "clean_up_tokenization_spaces": false,
+    });
+    let generation = json!({ "bos_token_id": END, "eos_token_id": END });
+    let text = |value: Value| serde_json::to_string_pretty(&value).expect("plain values");
+    [
+        ("tokenizer.json", text(tokenizer)),
+        ("tokenizer_config.json", text(config)),
+        ("generation_config.json", text(generation)),
+    ]
+}
+
+/// What tokenizers call [`END`].
+const END_NAME: &str = "<|endoftext|>";
+
+/// The character that stands for a byte in byte-level BPE (Radford et al. 2019): itself where it can
+/// be seen, else one of those from U+0100 on, in order.
+fn character(byte: u8) -> char {
+    let is_seen = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    match is_seen(byte) {
+        true => char::from(byte),
+        false => {
+            let before = (0..byte).filter(|&byte| !is_seen(byte)).count() as u32;
+            char::from_u32(0x100 + before).expect("there are 68 of them")
+        }
+    }
 }
 
 #[cfg(test)]

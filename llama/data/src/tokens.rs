@@ -70,6 +70,9 @@ pub struct TokenFile {
 }
 
 impl TokenFile {
+    /// How a token file begins.
+    pub(crate) const MAGIC: [u8; 8] = Header::MAGIC;
+
     /// Opens a token file, and checks its header and its size: enough to read it safely, and quick
     /// at any size. [`TokenFile::verify`] reads all of it.
     ///

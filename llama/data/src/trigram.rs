@@ -33,10 +33,10 @@ pub const MOST_TOKENS: u64 = 1 << 26;
 /// [`Error::Read`](super::Error::Read) if the token file can no longer be read.
 ///
 /// # Panics
-/// If `windows` is 0 or above [`Dataset::validation_len`].
+/// If `windows` is 0 or above [`Dataset::validation_len`], or the dataset is not one file of bytes.
 pub fn loss(dataset: &Dataset, windows: u64) -> Result<f64> {
     assert!(windows > 0, "a mean needs at least one window");
-    let model = Trigram::train(dataset.tokens())?;
+    let model = Trigram::train(dataset.bytes().expect("a file of bytes"))?;
     let (mut inputs, mut targets) = (vec![0; dataset.seq()], vec![0; dataset.seq()]);
     let mut nats = 0.0;
     for i in 0..windows {
@@ -136,6 +136,10 @@ impl Trigram {
 
 #[cfg(test)]
 mod tests {
+    fn open(file: TokenFile, seq: usize, seed: u64) -> Result<Dataset> {
+        Dataset::open(crate::any::Tokens::of_file(file)?, seq, VOCAB, seed)
+    }
+
     use super::*;
     use crate::tokens::tests::token_file;
     use proptest::prelude::*;
@@ -193,8 +197,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let validation: Vec<u16> = (0..41).map(|i| i % 7 * (i % 3)).collect();
         let file = token_file(folder.path(), &[0, 1, 0, 2, 0, 1, 3, 3, 4, 0, 2], &validation);
-        let data = Dataset::open(file, 10, 3).unwrap();
-        let model = Trigram::train(data.tokens()).unwrap();
+        let data = open(file, 10, 3).unwrap();
+        let model = Trigram::train(data.bytes().unwrap()).unwrap();
         let (mut inputs, mut targets) = ([0; 10], [0; 10]);
         for windows in [1, 3] {
             let mut sum = 0.0;
@@ -219,14 +223,14 @@ mod tests {
             (0..n).map(|i| (xxhash_rust::xxh3::xxh3_64(&i.to_le_bytes()) & 1) as u16).collect()
         };
         let file = token_file(folder.path(), &bits(100_000), &bits(20_001));
-        let random = loss(&Dataset::open(file, 100, 0).unwrap(), 200).unwrap();
+        let random = loss(&open(file, 100, 0).unwrap(), 200).unwrap();
         assert!((random - 2f64.ln()).abs() < 1e-3, "{random}");
 
         let period: Vec<u16> = [1, 2, 3, 2].repeat(5_000);
         let file = token_file(folder.path(), &period, &period);
         // Two tokens of context leave nothing to guess. After 2 alone, 1 and 3 are equally likely,
         // so the windows that begin with a 2, every other one, pay ln 2 once in 101 tokens.
-        let regular = loss(&Dataset::open(file, 101, 0).unwrap(), 198).unwrap();
+        let regular = loss(&open(file, 101, 0).unwrap(), 198).unwrap();
         let expected = 2f64.ln() / 202.0;
         assert!((regular - expected).abs() < 3e-4, "{regular} {expected}");
     }

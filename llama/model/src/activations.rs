@@ -1,8 +1,8 @@
 //! What a model keeps on a rank besides its weights: one description, from which both the
 //! allocation and its prediction follow.
 //!
-//! Shapes: N = B·T tokens of a micro-batch, C width, F feed-forward width, H·D = C query width, K·D
-//! key and value width, V vocabulary. A is the type of the weights, which products read and write;
+//! Shapes: N = B·T tokens of a micro-batch, C width, F feed-forward width, H·D query width, K·D key
+//! and value width, V vocabulary. A is the type of the weights, which products read and write;
 //! where nothing else is said, a buffer has this type.
 
 use pillion_kernels::{Buffer, DType, Device, Error, Part};
@@ -83,11 +83,11 @@ pub(crate) struct Activations<T> {
 pub(crate) struct Attention<T> {
     /// Of the residual stream before the block, `[N]` f32.
     pub(crate) inverse_rms: T,
-    /// `[N, C]`; `k` and `v`: `[N, K·D]`.
+    /// `[N, H·D]`; `k` and `v`: `[N, K·D]`.
     pub(crate) q: T,
     pub(crate) k: T,
     pub(crate) v: T,
-    /// `[N, C]`.
+    /// `[N, H·D]`.
     pub(crate) attended: T,
     /// `[B, H, T]` f32.
     pub(crate) log_sum: T,
@@ -158,7 +158,7 @@ impl Shape<'_> {
             Recompute::Block => (1, 1),
         };
         let width = tokens * config.hidden_size;
-        let kv_width = tokens * config.num_key_value_heads * config.head_dim();
+        let (query_width, kv_width) = (tokens * config.query_width(), tokens * config.kv_width());
         let ffn = tokens * config.intermediate_size;
         let angles = seq * config.head_dim() / 2;
         let logits = tokens.min(HEAD_ROWS) * config.vocab_size;
@@ -173,10 +173,10 @@ impl Shape<'_> {
             attention: (0..attentions)
                 .map(|_| Attention {
                     inverse_rms: make(f32, tokens),
-                    q: make(a, width),
+                    q: make(a, query_width),
                     k: make(a, kv_width),
                     v: make(a, kv_width),
-                    attended: make(a, width),
+                    attended: make(a, query_width),
                     log_sum: make(f32, tokens * config.num_attention_heads),
                 })
                 .collect(),
@@ -199,8 +199,8 @@ impl Shape<'_> {
                 residual: make(f32, width),
                 narrow: is_narrow.then(|| make(a, width)),
                 normed: make(f32, width),
-                attended: make(a, width),
-                q: make(a, width),
+                attended: make(a, query_width),
+                q: make(a, query_width),
                 k: make(a, kv_width),
                 v: make(a, kv_width),
                 gate: make(a, ffn),

@@ -1,11 +1,13 @@
 //! Shapes of Llama models, and the tensors they consist of.
 
-use pillion_runtime::{TensorSpec, UnitSpec};
+use pillion_runtime::{Layout, TensorSpec, UnitSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::model::Recompute;
+use crate::rotary::RopeScaling;
 
-/// The shape of a Llama-2 model (Touvron et al. 2023). Names of the fields are Hugging Face's.
+/// The shape of a model like Llama 2 (Touvron et al. 2023). Names of the fields are Hugging Face's.
+/// A field that a later version added is left out where it has its default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -25,6 +27,19 @@ pub struct Config {
     pub rms_norm_eps: f32,
     /// Base of the rotary angles.
     pub rope_theta: f64,
+    /// How the rotary angles are scaled for samples longer than those of the pretraining.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// Width of a head; none for C/H.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// Whether the embedding is also the matrix of the head.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub tie_word_embeddings: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// Floating-point operations of a backward pass for each of the forward pass: gradients of both operands of a product.
@@ -53,6 +68,8 @@ pub struct Preset {
     heads: usize,
     kv_heads: usize,
     rope_theta: f64,
+    rope_scaling: Option<RopeScaling>,
+    tied: bool,
 }
 
 const fn preset(
@@ -64,15 +81,15 @@ const fn preset(
     heads: usize,
     kv_heads: usize,
 ) -> Preset {
-    Preset { name, vocab, width, ffn, layers, heads, kv_heads, rope_theta: 10_000.0 }
+    Preset { name, vocab, width, ffn, layers, heads, kv_heads, rope_theta: 10_000.0, rope_scaling: None, tied: false }
 }
 
 /// Tokens of bytes: each byte, and one that separates documents.
 const BYTES: usize = 257;
 
-/// Every preset: two for a laptop, one that benchmarks compare with other frameworks, the three of Lau et al. 2025, Llama 2 itself, and
-/// Llama 3.1 without its scaling of rotary angles for long texts.
-pub const PRESETS: [Preset; 10] = [
+/// Every preset: two for a laptop, one that benchmarks compare with other frameworks, the three of Lau et al. 2025, Llama 2 itself,
+/// Llama 3.1, and Llama 3.2.
+pub const PRESETS: [Preset; 11] = [
     preset("tiny", BYTES, 64, 192, 2, 4, 2),
     preset("small", BYTES, 256, 704, 4, 4, 4),
     preset("peer-30m", 4096, 512, 1408, 8, 8, 8),
@@ -82,7 +99,17 @@ pub const PRESETS: [Preset; 10] = [
     preset("llama2-7b", 32_000, 4096, 11_008, 32, 32, 32),
     preset("llama2-13b", 32_000, 5120, 13_824, 40, 40, 40),
     preset("llama2-70b", 32_000, 8192, 28_672, 80, 64, 8),
-    Preset { rope_theta: 500_000.0, ..preset("llama3.1-8b", 128_256, 4096, 14_336, 32, 32, 8) },
+    Preset {
+        rope_theta: 500_000.0,
+        rope_scaling: Some(RopeScaling::llama3(32.0)),
+        tied: true,
+        ..preset("llama3.2-1b", 128_256, 2048, 8192, 16, 32, 8)
+    },
+    Preset {
+        rope_theta: 500_000.0,
+        rope_scaling: Some(RopeScaling::llama3(8.0)),
+        ..preset("llama3.1-8b", 128_256, 4096, 14_336, 32, 32, 8)
+    },
 ];
 
 impl Preset {
@@ -102,6 +129,9 @@ impl Preset {
             num_key_value_heads: self.kv_heads,
             rms_norm_eps: 1e-5,
             rope_theta: self.rope_theta,
+            rope_scaling: self.rope_scaling,
+            head_dim: None,
+            tie_word_embeddings: self.tied,
         }
     }
 }
@@ -137,32 +167,69 @@ impl Config {
                 return fail(format!("{name} is {value}: it must be above 0 and finite"));
             }
         }
-        if !width.is_multiple_of(heads) {
-            return fail(format!(
-                "num_attention_heads = {heads} does not divide hidden_size = {width}: choose a width that is a multiple"
-            ));
+        if let Some(scaling) = &self.rope_scaling {
+            scaling.validate().or_else(|what| fail(format!("rope_scaling {what}")))?;
+        }
+        match self.head_dim {
+            None if !width.is_multiple_of(heads) => {
+                return fail(format!(
+                    "num_attention_heads = {heads} does not divide hidden_size = {width}: choose a width that is a \
+                     multiple, or give head_dim"
+                ));
+            }
+            Some(head_dim) if head_dim == 0 || head_dim > LARGEST_SIZE => {
+                return fail(format!("head_dim is {head_dim}: it must be from 1 to {LARGEST_SIZE}"));
+            }
+            _ => {}
         }
         if !heads.is_multiple_of(kv_heads) {
             return fail(format!("num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}"));
         }
         if !self.head_dim().is_multiple_of(2) {
-            return fail(format!(
-                "heads are {} wide (hidden_size / num_attention_heads), but rotary embedding needs an even width",
-                self.head_dim()
-            ));
+            return fail(format!("heads are {} wide, but rotary embedding needs an even width", self.head_dim()));
         }
         Ok(())
     }
 
     /// D: width of a head.
     pub fn head_dim(&self) -> usize {
-        self.hidden_size / self.num_attention_heads
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
     }
 
-    /// The model's tensors by unit, under Hugging Face's names: the embedding, each block, the final norm with the head.
+    /// H·D: width of the queries of a token.
+    pub(crate) fn query_width(&self) -> usize {
+        self.num_attention_heads * self.head_dim()
+    }
+
+    /// K·D: width of its keys, and of its values.
+    pub(crate) fn kv_width(&self) -> usize {
+        self.num_key_value_heads * self.head_dim()
+    }
+
+    /// Which tensor of its unit the head's matrix is.
+    pub(crate) fn lm_head(&self) -> usize {
+        if self.tie_word_embeddings { 0 } else { 1 }
+    }
+
+    /// Where the tensors live in `shards` shards, and the order in which the passes use the units:
+    /// where the embedding is also the matrix of the head, at both ends.
+    ///
+    /// # Panics
+    /// As for [`Layout::new`].
+    pub fn layout(&self, shards: usize) -> Layout {
+        let layout = Layout::new(&self.units(), shards);
+        if !self.tie_word_embeddings {
+            return layout;
+        }
+        let order = (0..layout.units.len()).chain([0]).collect();
+        layout.visiting(order)
+    }
+
+    /// The model's tensors by unit, under Hugging Face's names: the embedding, each block, the final
+    /// norm with the matrix of the head, where that is not the embedding.
     pub fn units(&self) -> Vec<UnitSpec> {
         let (width, ffn, vocab) = (self.hidden_size, self.intermediate_size, self.vocab_size);
-        let kv_width = self.num_key_value_heads * self.head_dim();
+        let (query_width, kv_width) = (self.query_width(), self.kv_width());
         let tensor = |name: String, shape: &[usize]| TensorSpec {
             name,
             shape: shape.to_vec(),
@@ -176,10 +243,10 @@ impl Config {
                 format!("block {layer}"),
                 vec![
                     named("input_layernorm", &[width]),
-                    named("self_attn.q_proj", &[width, width]),
+                    named("self_attn.q_proj", &[query_width, width]),
                     named("self_attn.k_proj", &[kv_width, width]),
                     named("self_attn.v_proj", &[kv_width, width]),
-                    named("self_attn.o_proj", &[width, width]),
+                    named("self_attn.o_proj", &[width, query_width]),
                     named("post_attention_layernorm", &[width]),
                     named("mlp.gate_proj", &[ffn, width]),
                     named("mlp.up_proj", &[ffn, width]),
@@ -188,10 +255,10 @@ impl Config {
             )
         };
         let embedding = unit("embedding".into(), vec![tensor("model.embed_tokens.weight".into(), &[vocab, width])]);
-        let head = unit(
-            "head".into(),
-            vec![tensor("model.norm.weight".into(), &[width]), tensor("lm_head.weight".into(), &[vocab, width])],
-        );
+        let mut head = unit("head".into(), vec![tensor("model.norm.weight".into(), &[width])]);
+        if !self.tie_word_embeddings {
+            head.tensors.push(tensor("lm_head.weight".into(), &[vocab, width]));
+        }
         [embedding].into_iter().chain((0..self.num_hidden_layers).map(block)).chain([head]).collect()
     }
 
@@ -201,7 +268,8 @@ impl Config {
         (1.0 + BACKWARD_FLOPS) * self.forward_flops(seq).iter().sum::<f64>()
     }
 
-    /// Those of the forward pass alone, for each of [`Config::units`]. The backward pass costs [`BACKWARD_FLOPS`] times as many.
+    /// Those of the forward pass alone, for each of [`Config::units`]; the head's product is the last
+    /// unit's, whichever unit has its matrix. The backward pass costs [`BACKWARD_FLOPS`] times as many.
     pub fn forward_flops(&self, seq: usize) -> Vec<f64> {
         let block = self.block_flops(seq).iter().sum();
         let head = 2.0 * self.hidden_size as f64 * self.vocab_size as f64;
@@ -224,10 +292,11 @@ impl Config {
     /// of the last product.
     fn block_flops(&self, seq: usize) -> [f64; 3] {
         let (width, ffn) = (self.hidden_size as f64, self.intermediate_size as f64);
-        let kv_width = (self.num_key_value_heads * self.head_dim()) as f64;
+        let (query_width, kv_width) = (self.query_width() as f64, self.kv_width() as f64);
         // Queries with keys, and scores with values.
-        let attention = 2.0 * width * seq as f64 / 2.0;
-        let sums = [width * width + 2.0 * width * kv_width + attention, width * width + 2.0 * width * ffn, width * ffn];
+        let attention = 2.0 * query_width * seq as f64 / 2.0;
+        let projections = width * query_width;
+        let sums = [projections + 2.0 * width * kv_width + attention, projections + 2.0 * width * ffn, width * ffn];
         sums.map(|products| 2.0 * products)
     }
 
@@ -268,6 +337,7 @@ mod tests {
         assert_eq!(parameters("llama2-13b"), 13_015_864_320);
         assert_eq!(parameters("llama2-70b"), 68_976_648_192);
         assert_eq!(parameters("llama3.1-8b"), 8_030_261_248);
+        assert_eq!(parameters("llama3.2-1b"), 1_235_814_400);
         assert_eq!(parameters("tiny-llama-1.1b"), 1_100_048_384);
         let small = parameters("small");
         assert!((3_000_000..4_000_000).contains(&small), "{small}");
@@ -300,6 +370,7 @@ mod tests {
             ),
             (Config { num_key_value_heads: 3, ..small.clone() }, "num_key_value_heads = 3 does not divide"),
             (Config { hidden_size: 12, ..small.clone() }, "heads are 3 wide"),
+            (Config { head_dim: Some(0), ..small.clone() }, "head_dim is 0"),
             (Config { vocab_size: 0, ..small.clone() }, "vocab_size is 0"),
             (Config { rms_norm_eps: 1e39_f64 as f32, ..small.clone() }, "rms_norm_eps is inf"),
             (Config { rope_theta: -1.0, ..small }, "rope_theta is -1"),

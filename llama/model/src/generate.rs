@@ -1,11 +1,11 @@
-//! Text out: token by token, each from a forward pass over what came before.
+//! Text out, token by token: how the next one is chosen.
 
 use std::ops::ControlFlow;
 
 use pillion_kernels::random;
 use pillion_runtime::Engine;
 
-use crate::model::Model;
+use crate::decoder::Decoder;
 
 /// Why there is no text.
 #[derive(Debug, thiserror::Error)]
@@ -19,72 +19,72 @@ pub enum Error {
     NonFinite,
 }
 
-/// Goes on from `prompt` for `count` tokens; `model` is one of `seq` tokens, and of any batch: the
-/// first sequence is the text, and the others are not used. It chooses among the first `known`
-/// tokens of the vocabulary. Every rank calls it alike and gets the same. `temperature` divides the logits; at 0 the likeliest token is taken.
-///
-/// # Errors
-/// [`Error::NonFinite`] when the model's logits are not finite; when another rank has failed.
-///
-/// # Panics
-/// With an empty prompt.
-pub fn generate(
-    engine: &mut Engine,
-    model: &mut Model,
-    seq: usize,
-    known: usize,
-    prompt: &[u16],
-    count: usize,
-    temperature: f64,
-    seed: u64,
-) -> Result<Vec<u16>, Error> {
-    let mut text = Vec::new();
-    generate_each(engine, model, seq, known, prompt, count, temperature, seed, |token| {
-        text.push(token);
-        Ok::<_, Error>(ControlFlow::Continue(()))
-    })?;
-    Ok(text)
+/// How a token is chosen. What is left after each limit, in this order, is what it is drawn from;
+/// each number's default leaves all.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// What logits of tokens that the text has are divided by where they are above 0, and else
+    /// multiplied with (Keskar et al. 2019).
+    pub repetition_penalty: f64,
+    /// Divides the logits; 0 takes the likeliest token, the first of equal ones.
+    pub temperature: f64,
+    /// So many of the likeliest tokens; 0 for all.
+    pub top_k: usize,
+    /// The fewest of the likeliest tokens whose probabilities sum to this (Holtzman et al. 2020).
+    pub top_p: f64,
+    /// Tokens whose probability is at least this share of the likeliest's (Nguyen et al. 2024).
+    pub min_p: f64,
+    /// Of the draws.
+    pub seed: u64,
 }
 
-/// As [`generate`], but hands each token to `each` as soon as it is chosen, until that breaks.
+impl Default for Sampling {
+    fn default() -> Sampling {
+        Sampling { repetition_penalty: 1.0, temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 1 }
+    }
+}
+
+/// Goes on from `prompt` for at most `count` tokens, chosen among the first `known` of the
+/// vocabulary; hands each to `each` as soon as it is chosen, until that breaks. Every rank calls it
+/// alike and gets the same.
+///
+/// A text that is longer than the decoder's capacity goes on from its last half.
 ///
 /// # Errors
-/// As for [`generate`], and those of `each`.
+/// [`Error::NonFinite`] when the model's logits are not finite; when another rank has failed; those
+/// of `each`.
 ///
 /// # Panics
 /// With an empty prompt.
-pub fn generate_each<E: From<Error>>(
+pub fn generate<E: From<Error>>(
     engine: &mut Engine,
-    model: &mut Model,
-    seq: usize,
+    decoder: &mut Decoder,
     known: usize,
-    prompt: &[u16],
+    prompt: &[u32],
     count: usize,
-    temperature: f64,
-    seed: u64,
-    mut each: impl FnMut(u16) -> Result<ControlFlow<()>, E>,
+    sampling: &Sampling,
+    mut each: impl FnMut(u32) -> Result<ControlFlow<()>, E>,
 ) -> Result<(), E> {
     assert!(!prompt.is_empty(), "text goes on from a prompt of at least one token");
-    // No token sees more than `seq` before it.
-    let mut context = prompt[prompt.len().saturating_sub(seq)..].to_vec();
+    let mut text = prompt.to_vec();
+    decoder.clear();
+    let mut first = text.len() - text.len().min(decoder.capacity());
     for index in 0..count {
-        let last = context.len() - 1;
-        // What follows the context cannot influence it: attention is causal.
-        let mut inputs = vec![0; model.tokens()];
-        inputs.iter_mut().zip(&context).for_each(|(input, &token)| *input = u32::from(token));
-        let mut step = engine.begin_evaluation(1).map_err(Error::from)?;
-        let logits = model.logits(&mut step, &inputs).map_err(Error::from)?;
+        let mut new = &text[first + decoder.len()..];
+        if new.len() > decoder.capacity() - decoder.len() {
+            first = text.len() - (decoder.capacity() / 2).max(1);
+            decoder.clear();
+            new = &text[first..];
+        }
+        let mut step = engine.begin_evaluation(Decoder::rounds(new.len())).map_err(Error::from)?;
+        let mut logits = decoder.feed(&mut step, new).map_err(Error::from)?;
         step.end().map_err(Error::from)?;
-        let vocab = logits.len() / inputs.len();
-        let logits = &logits[last * vocab..][..vocab.min(known)];
+        logits.truncate(known);
         if !logits.iter().all(|logit| logit.is_finite()) {
             return Err(Error::NonFinite.into());
         }
-        let chosen = choose(logits, temperature, random::uniform(seed, 0, index as u64)) as u16;
-        if context.len() == seq {
-            context.remove(0);
-        }
-        context.push(chosen);
+        let chosen = choose(&logits, &text[first..], sampling, random::uniform(sampling.seed, 0, index as u64)) as u32;
+        text.push(chosen);
         if each(chosen)?.is_break() {
             break;
         }
@@ -92,34 +92,109 @@ pub fn generate_each<E: From<Error>>(
     Ok(())
 }
 
-/// The token at which the cumulated probabilities pass `uniform`.
-fn choose(logits: &[f32], temperature: f64, uniform: f64) -> usize {
-    let largest = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).expect("a vocabulary has tokens");
+/// The token at which the cumulated probabilities, of tokens in order, pass `uniform`.
+fn choose(logits: &[f32], text: &[u32], sampling: &Sampling, uniform: f64) -> usize {
+    let Sampling { repetition_penalty, temperature, top_k, top_p, min_p, .. } = *sampling;
+    let mut logits: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
+    if repetition_penalty != 1.0 {
+        let mut seen: Vec<u32> = text.to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for token in seen {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit *= if *logit > 0.0 { 1.0 / repetition_penalty } else { repetition_penalty };
+            }
+        }
+    }
+    let largest = (0..logits.len()).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).expect("a vocabulary");
     if temperature == 0.0 {
         return largest;
     }
-    let weight = |&x: &f32| ((f64::from(x) - f64::from(logits[largest])) / temperature).exp();
-    let mut rest = uniform * logits.iter().map(weight).sum::<f64>();
-    let passes = |x: &f32| {
-        rest -= weight(x);
+    let most = logits[largest];
+    let weights: Vec<f64> = logits.iter().map(|logit| ((logit - most) / temperature).exp()).collect();
+    // The likeliest first; of equal ones the first.
+    let mut left: Vec<usize> = (0..weights.len()).collect();
+    if top_k > 0 || top_p < 1.0 {
+        left.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
+        left.truncate(if top_k > 0 { top_k } else { weights.len() });
+        let total: f64 = left.iter().map(|&token| weights[token]).sum();
+        let mut sum = 0.0;
+        let enough = left.iter().position(|&token| {
+            sum += weights[token];
+            sum >= top_p * total
+        });
+        left.truncate(enough.map_or(left.len(), |last| last + 1));
+        left.sort_unstable();
+    }
+    // The likeliest has the weight 1.
+    left.retain(|&token| weights[token] >= min_p);
+    let mut rest = uniform * left.iter().map(|&token| weights[token]).sum::<f64>();
+    let passes = |&&token: &&usize| {
+        rest -= weights[token];
         rest < 0.0
     };
-    logits.iter().position(passes).unwrap_or(largest)
+    left.iter().find(passes).copied().unwrap_or(largest)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn chosen(logits: &[f32], sampling: Sampling, uniform: f64) -> usize {
+        choose(logits, &[], &sampling, uniform)
+    }
+
+    /// Weights 1, 1, 2: quarters.
+    fn quarters() -> [f32; 3] {
+        [0.0, 1.0f32.ln(), 2.0f32.ln()]
+    }
+
     #[test]
     fn choices_follow_the_probabilities() {
-        let logits = [0.0, 1.0f32.ln(), 2.0f32.ln()];
-        // Weights 1, 1, 2: quarters.
+        let all = Sampling::default();
         for (uniform, token) in [(0.0, 0), (0.24, 0), (0.26, 1), (0.49, 1), (0.51, 2), (0.999, 2)] {
-            assert_eq!(choose(&logits, 1.0, uniform), token);
+            assert_eq!(chosen(&quarters(), all, uniform), token);
         }
-        assert_eq!(choose(&logits, 0.0, 0.0), 2);
+        assert_eq!(chosen(&quarters(), Sampling { temperature: 0.0, ..all }, 0.0), 2);
         // At a low temperature the likeliest takes nearly all: 2^10 to 1 each.
-        assert_eq!(choose(&logits, 0.1, 0.01), 2);
+        assert_eq!(chosen(&quarters(), Sampling { temperature: 0.1, ..all }, 0.01), 2);
+        assert_eq!(chosen(&[1.0, 3.0, 3.0], Sampling { temperature: 0.0, ..all }, 0.9), 1, "the first of equal ones");
+    }
+
+    /// Over many draws, the shares that tokens have.
+    fn shares(logits: &[f32], sampling: Sampling) -> Vec<usize> {
+        let mut counts = vec![0; logits.len()];
+        (0..1000).for_each(|draw| counts[chosen(logits, sampling, (f64::from(draw) + 0.5) / 1000.0)] += 1);
+        counts
+    }
+
+    #[test]
+    fn limits_leave_the_likeliest_in_their_proportions() {
+        // Weights 1, 2, 3, 4.
+        let logits = [1.0f32.ln(), 2.0f32.ln(), 3.0f32.ln(), 4.0f32.ln()];
+        let all = Sampling::default();
+        let about = |sampling: Sampling, tenths: [usize; 4], of: usize| {
+            for (found, share) in shares(&logits, sampling).iter().zip(tenths) {
+                assert!(found.abs_diff(1000 * share / of) <= 1, "{sampling:?}: {:?}", shares(&logits, sampling));
+            }
+        };
+        about(all, [1, 2, 3, 4], 10);
+        about(Sampling { top_k: 2, ..all }, [0, 0, 3, 4], 7);
+        about(Sampling { top_k: 9, ..all }, [1, 2, 3, 4], 10);
+        // 0.4 is below 0.5, and 0.7 is enough.
+        about(Sampling { top_p: 0.5, ..all }, [0, 0, 3, 4], 7);
+        about(Sampling { top_p: 0.05, ..all }, [0, 0, 0, 4], 4);
+        // Of the two that are left, 4/7 is enough for a half.
+        about(Sampling { top_k: 2, top_p: 0.5, ..all }, [0, 0, 0, 4], 4);
+        about(Sampling { min_p: 0.49, ..all }, [0, 2, 3, 4], 9);
+        about(Sampling { min_p: 1.0, ..all }, [0, 0, 0, 4], 4);
+    }
+
+    #[test]
+    fn what_the_text_has_becomes_less_likely_whatever_the_sign() {
+        let greedy = Sampling { temperature: 0.0, repetition_penalty: 2.0, ..Sampling::default() };
+        assert_eq!(choose(&[3.0, 2.0], &[0, 0, 7], &greedy, 0.0), 1);
+        assert_eq!(choose(&[-1.0, -1.5], &[0], &greedy, 0.0), 1);
+        assert_eq!(choose(&[5.0, 2.0], &[0], &greedy, 0.0), 0);
     }
 }

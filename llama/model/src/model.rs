@@ -16,27 +16,27 @@
 mod block;
 mod head;
 
-use pillion_kernels::{AttentionShape, Buffer, DType, Device, Kernels, Stream};
+use pillion_kernels::{AttentionShape, Buffer, DType, Device, IGNORED, Kernels, Stream};
 use pillion_runtime::{Backward, Error, Forward, Step};
 
 pub use crate::activations::Recompute;
 use crate::activations::{Activations, Shape};
 use crate::config::Config;
+use crate::rotary;
 
 /// Indices of a block's tensors, in the order of [`Config::units`].
-mod tensor {
-    pub(super) const INPUT_NORM: usize = 0;
-    pub(super) const Q: usize = 1;
-    pub(super) const K: usize = 2;
-    pub(super) const V: usize = 3;
-    pub(super) const O: usize = 4;
-    pub(super) const MLP_NORM: usize = 5;
-    pub(super) const GATE: usize = 6;
-    pub(super) const UP: usize = 7;
-    pub(super) const DOWN: usize = 8;
-    /// Of the head.
-    pub(super) const FINAL_NORM: usize = 0;
-    pub(super) const LM_HEAD: usize = 1;
+pub(crate) mod tensor {
+    pub(crate) const INPUT_NORM: usize = 0;
+    pub(crate) const Q: usize = 1;
+    pub(crate) const K: usize = 2;
+    pub(crate) const V: usize = 3;
+    pub(crate) const O: usize = 4;
+    pub(crate) const MLP_NORM: usize = 5;
+    pub(crate) const GATE: usize = 6;
+    pub(crate) const UP: usize = 7;
+    pub(crate) const DOWN: usize = 8;
+    /// Of the head's unit.
+    pub(crate) const FINAL_NORM: usize = 0;
 }
 
 /// A model's activations on one rank, and the passes through them.
@@ -47,6 +47,7 @@ pub struct Model {
     /// Tokens of the evaluations whose losses the activations have the sum of.
     evaluated: usize,
     recompute: Recompute,
+    z_loss: f32,
 }
 
 impl Model {
@@ -67,13 +68,19 @@ impl Model {
     ) -> Result<Model, Error> {
         config.validate().expect("a validated shape");
         let mut activations = Shape { config, dtype, batch, seq, recompute }.allocate(device)?;
-        let (cos, sin) = rotary_tables(config, seq);
+        let (cos, sin) = rotary::tables(config, seq);
         let stream = device.stream();
         stream.upload(activations.cos.view_mut(), &cos);
         stream.upload(activations.sin.view_mut(), &sin);
         stream.synchronize()?;
         let attention = Model::attention_shape(config, batch, seq);
-        Ok(Model { config: config.clone(), attention, activations, evaluated: 0, recompute })
+        Ok(Model { config: config.clone(), attention, activations, evaluated: 0, recompute, z_loss: 0.0 })
+    }
+
+    /// The same with an auxiliary loss of this weight, which keeps logits near 0
+    /// ([`Kernels::cross_entropy`]). The losses that steps report do not have it.
+    pub fn with_z_loss(self, z_loss: f32) -> Model {
+        Model { z_loss, ..self }
     }
 
     /// The attention of a micro-batch of `batch` sequences of `seq` tokens.
@@ -98,15 +105,23 @@ impl Model {
     }
 
     /// One round of a training step: forward and backward of a micro-batch. `inputs, targets: [B, T]`.
+    /// Targets that are [`IGNORED`] are not learned.
     ///
     /// # Errors
     /// When another rank has failed, or the step has no round left.
     pub fn train(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
-        step.round(inputs.len());
+        step.round(learned(targets));
         step.stream().upload(self.activations.targets.view_mut(), targets);
         self.forward(step, inputs)?;
         let layers = self.config.num_hidden_layers;
-        self.head_backward(step.backward(layers + 1)?)?;
+        if self.config.tie_word_embeddings {
+            self.loss_backward(&mut step.backward(0)?)?;
+            self.final_norm_backward(&mut step.backward(layers + 1)?)?;
+        } else {
+            let mut head = step.backward(layers + 1)?;
+            self.loss_backward(&mut head)?;
+            self.final_norm_backward(&mut head)?;
+        }
         for layer in (0..layers).rev() {
             self.block_backward(layer, step.backward(layer + 1)?)?;
         }
@@ -124,18 +139,19 @@ impl Model {
     /// # Errors
     /// As for [`Model::train`].
     pub fn evaluate(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
-        self.evaluated += targets.len();
+        self.evaluated += learned(targets);
         step.stream().upload(self.activations.targets.view_mut(), targets);
         let Forward { stream, weights } = self.forward(step, inputs)?;
         let vocab = self.config.vocab_size;
         for rows in self.head_parts() {
             let (logits, targets) = (0..rows.len() * vocab, self.activations.targets.slice(rows.clone()));
-            self.activations.head.multiply(kernels(stream)?, weights.tensor(tensor::LM_HEAD), rows, vocab);
+            self.activations.head.multiply(kernels(stream)?, weights.tensor(self.config.lm_head()), rows, vocab);
             kernels(stream)?.cross_entropy(
                 self.activations.head.logits.slice_mut(logits),
                 None,
                 targets,
                 self.activations.loss.view_mut(),
+                0.0,
             );
         }
         Ok(())
@@ -159,13 +175,18 @@ impl Model {
         let Forward { stream, weights } = self.forward(step, inputs)?;
         let (vocab, mut all) = (self.config.vocab_size, Vec::new());
         for rows in self.head_parts() {
-            self.activations.head.multiply(kernels(stream)?, weights.tensor(tensor::LM_HEAD), rows.clone(), vocab);
+            self.activations.head.multiply(
+                kernels(stream)?,
+                weights.tensor(self.config.lm_head()),
+                rows.clone(),
+                vocab,
+            );
             all.extend(stream.download::<f32>(self.activations.head.logits.slice(0..rows.len() * vocab))?);
         }
         Ok(all)
     }
 
-    /// Through all units, to the norm before the logits; returns what the head needs.
+    /// Through all units, to the norm before the logits; returns the unit with the head's matrix.
     fn forward<'s>(&mut self, step: &'s mut Step<'_>, inputs: &[u32]) -> Result<Forward<'s>, Error> {
         let Forward { stream, weights } = step.forward(0)?;
         stream.upload(self.activations.inputs.view_mut(), inputs);
@@ -177,26 +198,31 @@ impl Model {
         for layer in 0..self.config.num_hidden_layers {
             self.block_forward(layer, step.forward(layer + 1)?)?;
         }
-        let head = step.forward(self.config.num_hidden_layers + 1)?;
+        let last = self.config.num_hidden_layers + 1;
+        if self.config.tie_word_embeddings {
+            self.final_norm(&step.forward(last)?)?;
+            return step.forward(0);
+        }
+        let head = step.forward(last)?;
+        self.final_norm(&head)?;
+        Ok(head)
+    }
+
+    fn final_norm(&mut self, unit: &Forward<'_>) -> Result<(), Error> {
         let x = self.activations.residual.last().expect("the stream has a last part");
         let (normed, inverse) = (self.activations.head.normed.view_mut(), self.activations.head.inverse_rms.view_mut());
-        let weight = head.weights.tensor(tensor::FINAL_NORM);
-        kernels(head.stream)?.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
-        Ok(head)
+        let weight = unit.weights.tensor(tensor::FINAL_NORM);
+        kernels(unit.stream)?.rms_norm(normed, inverse, x.view(), weight, self.config.rms_norm_eps);
+        Ok(())
     }
 }
 
-/// The mathematics of the stream's device.
-fn kernels(stream: &dyn Stream) -> Result<&dyn Kernels, Error> {
-    Ok(stream.kernels().ok_or(pillion_kernels::Error::NoKernels)?)
+/// How many of the targets count.
+fn learned(targets: &[u32]) -> usize {
+    targets.iter().filter(|&&target| target != IGNORED).count()
 }
 
-/// cos and sin of t·θ^(−2i/D), `[T, D/2]` each, rounded once from f64.
-fn rotary_tables(config: &Config, seq: usize) -> (Vec<f32>, Vec<f32>) {
-    let dim = config.head_dim();
-    let angles = (0..seq).flat_map(|position| {
-        let frequency = move |i: usize| config.rope_theta.powf(-2.0 * i as f64 / dim as f64);
-        (0..dim / 2).map(move |i| position as f64 * frequency(i))
-    });
-    angles.map(|angle| (angle.cos() as f32, angle.sin() as f32)).unzip()
+/// The mathematics of the stream's device.
+pub(crate) fn kernels(stream: &dyn Stream) -> Result<&dyn Kernels, Error> {
+    Ok(stream.kernels().ok_or(pillion_kernels::Error::NoKernels)?)
 }

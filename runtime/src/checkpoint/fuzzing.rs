@@ -22,6 +22,7 @@ pub(super) fn example() -> Manifest {
         updates: 9,
         world: 2,
         weights: "bf16".to_owned(),
+        stored: None,
         clip: Some(0.1),
         states: adamw_states(),
         units: vec![unit("a", vec![tensor("x", &[3, 4])]), unit("b", vec![tensor("y", &[65]), tensor("z", &[1])])],
@@ -70,6 +71,8 @@ pub mod manifest {
 pub mod shard_file {
     use std::os::fd::AsRawFd;
 
+    use pillion_kernels::DType;
+
     use super::super::shard::{ShardFile, header, parts};
     use super::example;
     use crate::ADAMW_STATES;
@@ -79,7 +82,7 @@ pub mod shard_file {
         let layout = example().layout();
         let elements = ADAMW_STATES.len() + 1;
         let values = (0..elements * layout.shard_len()).flat_map(|index| (index as f32).to_le_bytes());
-        vec![header(&layout, ADAMW_STATES).into_iter().chain(values).collect()]
+        vec![header(&layout, ADAMW_STATES, DType::F32).into_iter().chain(values).collect()]
     }
 
     /// A file that is opened has every tensor, each where the header says.
@@ -91,7 +94,7 @@ pub mod shard_file {
         }
         let (manifest, path) = (example(), format!("/proc/self/fd/{}", memory.as_raw_fd()));
         let (layout, states) = (manifest.layout(), &manifest.states);
-        let Ok(file) = ShardFile::open(path.into(), data.len() as u64, &layout, states) else { return };
+        let Ok(file) = ShardFile::open(path.into(), data.len() as u64, &layout, states, DType::F32) else { return };
         for unit in &layout.units {
             for part in parts(states) {
                 let mut values = vec![0.0; unit.shard];

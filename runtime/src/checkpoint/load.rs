@@ -11,7 +11,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::shard::{self, ShardFile};
 use super::{Checkpoint, agree, manifest};
 use crate::engine::Health;
-use crate::{Engine, Error, Layout, State};
+use crate::{Engine, Error, Layout, State, Unit};
 
 impl Checkpoint {
     /// Replaces the engine's parameters, optimizer state and number of updates by those saved.
@@ -25,7 +25,7 @@ impl Checkpoint {
     /// file that has passed become unreadable, or a rank be lost, the engine refuses to go on until a load succeeds.
     pub fn load(&self, engine: &mut Engine) -> Result<(), Error> {
         // What costs nothing comes first.
-        agree(engine.communicator(), &self.path, self.check(engine))?;
+        agree(engine.communicator(), &self.path, self.check(engine, Wanted::All))?;
         self.verify_together(engine.communicator())?.load(engine)
     }
 
@@ -68,7 +68,7 @@ impl Checkpoint {
     }
 
     /// Whether it can be loaded into this engine at all.
-    fn check(&self, engine: &Engine) -> Result<(), Error> {
+    fn check(&self, engine: &Engine, wanted: Wanted) -> Result<(), Error> {
         // What a load or an update that failed has left is replaced; a step under way is not.
         if engine.health != Health::Torn {
             engine.check_health()?;
@@ -76,7 +76,7 @@ impl Checkpoint {
         let wrong = |reason| Error::file(self.path.join(manifest::NAME), reason);
         self.manifest.check_model(engine.layout()).map_err(wrong)?;
         let (saved, kept) = (&self.manifest.states, engine.policy().states);
-        if engine.trains && saved != kept {
+        if engine.trains && wanted == Wanted::All && saved != kept {
             let reason = format!(
                 "is of an optimizer that keeps {saved:?} for each weight, and the engine's keeps {kept:?}: go on with the same \
                  optimizer"
@@ -99,7 +99,10 @@ impl Checkpoint {
         let open = |rank: usize| {
             let entry = &self.manifest.files[rank];
             let states = &self.manifest.states;
-            Ok((rank, ShardFile::open(self.path.join(&entry.name), entry.bytes, &layout, states)?))
+            Ok((
+                rank,
+                ShardFile::open(self.path.join(&entry.name), entry.bytes, &layout, states, self.manifest.stored())?,
+            ))
         };
         let files = ranks.into_iter().map(open).collect::<Result<_, Error>>()?;
         Ok(Tensors { checkpoint: self, layout, files })
@@ -122,19 +125,47 @@ impl Whole {
     /// # Errors
     /// As for [`Checkpoint::load`].
     pub fn load(&self, engine: &mut Engine) -> Result<(), Error> {
+        self.load_wanted(engine, Wanted::All)
+    }
+
+    /// As [`Whole::load`], but the optimizer begins anew: its states are zeros, and it has made no
+    /// updates. Collective.
+    ///
+    /// # Errors
+    /// As for [`Checkpoint::load`].
+    pub fn load_weights(&self, engine: &mut Engine) -> Result<(), Error> {
+        self.load_wanted(engine, Wanted::Weights)
+    }
+
+    fn load_wanted(&self, engine: &mut Engine, wanted: Wanted) -> Result<(), Error> {
         let Whole(checkpoint) = self;
         let communicator = engine.communicator().clone();
-        let tensors = checkpoint.check(engine).and_then(|()| checkpoint.open_shards(engine));
+        let tensors = checkpoint.check(engine, wanted).and_then(|()| checkpoint.open_shards(engine));
         let tensors = agree(&communicator, &checkpoint.path, tensors)?;
-        let (layout, shard, trains) = (engine.layout.clone(), engine.shard_number(), engine.trains);
+        let (layout, shard) = (engine.layout.clone(), engine.shard_number());
+        let (saved, anew) = match (engine.trains, wanted) {
+            (true, Wanted::All) => (&checkpoint.manifest.states[..], 0),
+            (true, Wanted::Weights) => (&[][..], engine.policy.states.len()),
+            (false, _) => (&[][..], 0),
+        };
         engine.health = Health::Torn;
-        let loaded = (0..layout.units.len())
-            .try_for_each(|unit| engine.set_state(unit, &tensors.state(unit, &layout, shard, trains)?));
+        let loaded = (0..layout.units.len()).try_for_each(|unit| {
+            let mut state = tensors.state(unit, &layout, shard, saved)?;
+            state.states.resize(state.states.len() + anew, vec![0.0; state.master.len()]);
+            engine.set_state(unit, &state)
+        });
         agree(&communicator, &checkpoint.path, loaded)?;
-        engine.set_updates(checkpoint.manifest.updates);
+        engine.set_updates(if wanted == Wanted::All { checkpoint.manifest.updates } else { 0 });
         engine.health = Health::Good;
         Ok(())
     }
+}
+
+/// What of a checkpoint is loaded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    All,
+    Weights,
 }
 
 /// A checkpoint's tensors, readable by name.
@@ -156,18 +187,46 @@ impl Tensors<'_> {
                 return self.read(index, shard::MASTER, tensor.range.clone());
             }
         }
-        Err(Error::file(&self.checkpoint.path, format!("has no tensor {name}: its manifest lists those it has")))
+        Err(self.no_tensor(name))
     }
 
-    /// What `rank` of `layout` keeps of a unit; without the optimizer's states unless it trains.
-    fn state(&self, unit: usize, layout: &Layout, rank: usize, trains: bool) -> Result<State, Error> {
+    /// Elements of a tensor's master weights from `first` on, in the type that the files have
+    /// ([`Manifest::stored`](super::Manifest::stored)), little-endian: as many as fill `out`.
+    ///
+    /// # Errors
+    /// As for [`Tensors::master`].
+    ///
+    /// # Panics
+    /// When the elements do not lie within the tensor, or `out` holds part of one.
+    pub fn stored(&self, name: &str, first: usize, out: &mut [u8]) -> Result<(), Error> {
+        let bytes = self.checkpoint.manifest.stored().bytes();
+        let named = |unit: &Unit| unit.tensors.iter().find(|tensor| tensor.name == name).map(|t| t.range.clone());
+        let found = self.layout.units.iter().find_map(|unit| Some((unit, named(unit)?)));
+        let Some((unit, tensor)) = found else { return Err(self.no_tensor(name)) };
+        let count = out.len() / bytes;
+        assert!(out.len() == count * bytes && first + count <= tensor.len(), "elements of {name}");
+        let flat = tensor.start + first..tensor.start + first + count;
+        for rank in shard::holders(unit.shard, &flat) {
+            let shard = rank * unit.shard..(rank + 1) * unit.shard;
+            let held = flat.start.max(shard.start)..flat.end.min(shard.end);
+            let out = &mut out[(held.start - flat.start) * bytes..(held.end - flat.start) * bytes];
+            self.files[&rank].read_bytes(&unit.name, shard::MASTER, held.start - shard.start, out)?;
+        }
+        Ok(())
+    }
+
+    fn no_tensor(&self, name: &str) -> Error {
+        Error::file(&self.checkpoint.path, format!("has no tensor {name}: its manifest lists those it has"))
+    }
+
+    /// What `rank` of `layout` keeps of a unit, with these states of the optimizer.
+    fn state(&self, unit: usize, layout: &Layout, rank: usize, states: &[String]) -> Result<State, Error> {
         let part = |part: &str| {
             let mut values = self.read(unit, part, in_shard(layout, unit, rank))?;
             values.resize(layout.units[unit].shard, 0.0);
             Ok::<_, Error>(values)
         };
-        let kept = self.checkpoint.manifest.states.iter().filter(|_| trains);
-        let states = kept.map(|name| part(name)).collect::<Result<_, _>>()?;
+        let states = states.iter().map(|name| part(name)).collect::<Result<_, _>>()?;
         Ok(State { master: part(shard::MASTER)?, states })
     }
 

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use pillion_kernels::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_128;
@@ -31,11 +32,15 @@ pub struct Manifest {
     pub updates: u64,
     /// Number of ranks that saved.
     pub world: usize,
-    /// Type of the weights that were computed with: `f32` or `bf16`. What is saved is f32.
+    /// Type of the weights that were computed with: `f32` or `bf16`.
     pub weights: String,
+    /// Type of the elements in the files; none for f32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<Stored>,
     /// Largest norm of the gradient.
     pub clip: Option<f64>,
-    /// Names of what the optimizer kept for each weight. Checkpoints that do not say are AdamW's.
+    /// Names of what the optimizer kept for each weight; none in a checkpoint of weights alone.
+    /// Checkpoints that do not say are AdamW's.
     #[serde(default = "adamw_states")]
     pub states: Vec<String>,
     /// The model's tensors.
@@ -44,6 +49,16 @@ pub struct Manifest {
     pub files: Vec<FileEntry>,
     /// What the caller added.
     pub extra: Value,
+}
+
+/// A type of elements in files, besides f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stored {
+    /// bfloat16.
+    Bf16,
+    /// IEEE binary16.
+    F16,
 }
 
 pub(super) fn adamw_states() -> Vec<String> {
@@ -107,6 +122,9 @@ impl Manifest {
 
     /// Whether a [`Layout`] can be made of it, and its files can be its own.
     fn check(&self) -> Result<(), String> {
+        if self.stored.is_some() && !self.states.is_empty() {
+            return Err("the state of an optimizer in 16 bits".to_owned());
+        }
         if self.world == 0 || self.files.len() != self.world {
             return Err(format!("{} files of {} ranks", self.files.len(), self.world));
         }
@@ -136,6 +154,15 @@ impl Manifest {
             }
         }
         if self.units.is_empty() { Err("there are no units".to_owned()) } else { Ok(()) }
+    }
+
+    /// Type of the elements in the files.
+    pub fn stored(&self) -> DType {
+        match self.stored {
+            None => DType::F32,
+            Some(Stored::Bf16) => DType::Bf16,
+            Some(Stored::F16) => DType::F16,
+        }
     }
 
     /// Where everything was when it was saved.

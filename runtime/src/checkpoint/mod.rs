@@ -11,6 +11,9 @@
 //! folder without that ending is whole however the run ended. One that is replaced is `step-00000010.old` for the
 //! moment between two renames; [`list`] and [`newest`] know it.
 //!
+//! A checkpoint of weights alone ([`WeightsWriter`]) has no states, and its elements may be bf16 or
+//! f16. It is where a model from elsewhere begins.
+//!
 //! Nothing is believed: the manifest carries a checksum of itself and of every file. To resume, rank 0 calls [`newest`]
 //! and tells the others the path, every rank calls [`open`], and all together call [`Checkpoint::load`].
 
@@ -22,6 +25,7 @@ mod save;
 mod saver;
 mod shard;
 mod staging;
+mod weights;
 mod writer;
 
 use std::io::ErrorKind;
@@ -31,10 +35,11 @@ use pillion_collectives::Communicator;
 use serde_json::Value;
 
 pub use load::{Tensors, Whole};
-pub use manifest::{FileEntry, Manifest};
+pub use manifest::{FileEntry, Manifest, Stored};
 pub use save::{is_ours, remove_left, save, set_later_aside};
 pub use saver::{Saved, Saver};
 pub use staging::Staging;
+pub use weights::WeightsWriter;
 
 use crate::{Error, Policy};
 

@@ -179,6 +179,7 @@ impl Saver {
             updates: engine.updates(),
             world: layout.shards,
             weights: engine.policy().weights.name().to_owned(),
+            stored: None,
             clip: engine.policy().clip,
             states: engine.policy().states.iter().map(|&name| name.to_owned()).collect(),
             units: manifest::specs(layout),

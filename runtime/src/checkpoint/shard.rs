@@ -1,5 +1,6 @@
 //! One rank's file of a checkpoint: safetensors with f32 tensors `<unit>.master` and one for each
-//! state of the optimizer (of AdamW `<unit>.m` and `<unit>.v`), each `[shard]`. It is written a
+//! state of the optimizer (of AdamW `<unit>.m` and `<unit>.v`), each `[shard]`; of weights alone the
+//! former, in f32, bf16 or f16. It is written a
 //! unit at a time and read by ranges of bytes, so neither needs memory for all of it.
 
 use std::fs::File;
@@ -8,7 +9,9 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use half::{bf16, f16};
 use pillion_collectives::limits::explain;
+use pillion_kernels::DType;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -47,7 +50,7 @@ pub(super) fn name(rank: usize, world: usize) -> String {
 
 /// Writes a new file, to the disk, of what is staged.
 pub(super) fn write(path: &Path, layout: &Layout, names: &[&str], staged: &Staged) -> Result<Digest, Error> {
-    let file = NewFile::create(path, layout, names);
+    let file = NewFile::create(path, layout, names, DType::F32);
     match staged {
         Staged::Copies(units) => {
             let mut file = file?;
@@ -63,7 +66,7 @@ pub(super) fn write(path: &Path, layout: &Layout, names: &[&str], staged: &Stage
 }
 
 /// Writes what comes out of a ring. All of it is taken also where it cannot be written.
-fn file_of(mut file: Result<NewFile<'_>, Error>, outlet: &Outlet) -> Result<Digest, Error> {
+fn file_of(mut file: Result<NewFile, Error>, outlet: &Outlet) -> Result<Digest, Error> {
     let sent = outlet.receive(|piece| {
         if let Ok(open) = &mut file
             && let Err(error) = open.put(bytemuck::cast_slice(piece))
@@ -77,29 +80,29 @@ fn file_of(mut file: Result<NewFile<'_>, Error>, outlet: &Outlet) -> Result<Dige
 }
 
 /// A file that is being written.
-struct NewFile<'p> {
-    path: &'p Path,
+pub(super) struct NewFile {
+    path: PathBuf,
     file: File,
     hash: Xxh3,
     bytes: u64,
 }
 
-impl<'p> NewFile<'p> {
-    fn create(path: &'p Path, layout: &Layout, names: &[&str]) -> Result<NewFile<'p>, Error> {
+impl NewFile {
+    pub(super) fn create(path: &Path, layout: &Layout, names: &[&str], stored: DType) -> Result<NewFile, Error> {
         let file = File::create_new(path).map_err(|error| NewFile::failed(path, &error))?;
-        let mut new = NewFile { path, file, hash: Xxh3::new(), bytes: 0 };
-        new.put(&header(layout, names))?;
+        let mut new = NewFile { path: path.to_owned(), file, hash: Xxh3::new(), bytes: 0 };
+        new.put(&header(layout, names, stored))?;
         Ok(new)
     }
 
-    fn put(&mut self, data: &[u8]) -> Result<(), Error> {
+    pub(super) fn put(&mut self, data: &[u8]) -> Result<(), Error> {
         self.hash.update(data);
         self.bytes += data.len() as u64;
-        self.file.write_all(data).map_err(|error| NewFile::failed(self.path, &error))
+        self.file.write_all(data).map_err(|error| NewFile::failed(&self.path, &error))
     }
 
-    fn finish(self) -> Result<Digest, Error> {
-        self.file.sync_all().map_err(|error| NewFile::failed(self.path, &error))?;
+    pub(super) fn finish(self) -> Result<Digest, Error> {
+        self.file.sync_all().map_err(|error| NewFile::failed(&self.path, &error))?;
         Ok(Digest { bytes: self.bytes, checksum: self.hash.digest128() })
     }
 
@@ -132,10 +135,18 @@ pub(super) struct ShardFile {
     header: Metadata,
     /// Where the header ends.
     start: u64,
+    /// Type of the elements.
+    stored: DType,
 }
 
 impl ShardFile {
-    pub(super) fn open(path: PathBuf, bytes: u64, layout: &Layout, states: &[String]) -> Result<ShardFile, Error> {
+    pub(super) fn open(
+        path: PathBuf,
+        bytes: u64,
+        layout: &Layout,
+        states: &[String],
+        stored: DType,
+    ) -> Result<ShardFile, Error> {
         let failed = |error| unreadable(&path, error);
         let file = File::open(&path).map_err(failed)?;
         check_size(&path, file.metadata().map_err(failed)?.len(), bytes)?;
@@ -159,7 +170,7 @@ impl ShardFile {
         for unit in &layout.units {
             for part in parts(states) {
                 let tensor = format!("{}.{part}", unit.name);
-                let expected = (Dtype::F32, vec![unit.shard]);
+                let expected = (in_file(stored), vec![unit.shard]);
                 let found = header.info(&tensor).map(|info| (info.dtype, info.shape.clone()));
                 if found.as_ref() != Some(&expected) {
                     let reason = format!("{tensor} should be {expected:?}, but is {found:?}; {USE_ANOTHER}");
@@ -167,15 +178,31 @@ impl ShardFile {
                 }
             }
         }
-        Ok(ShardFile { path, file, header, start: 8 + len })
+        Ok(ShardFile { path, file, header, start: 8 + len, stored })
     }
 
     /// Fills `out` with elements of a tensor from `first` on.
     pub(super) fn read(&self, unit: &str, part: &str, first: usize, out: &mut [f32]) -> Result<(), Error> {
+        if self.stored == DType::F32 {
+            return self.read_bytes(unit, part, first, bytemuck::cast_slice_mut(out));
+        }
+        let mut narrow = vec![0; 2 * out.len()];
+        self.read_bytes(unit, part, first, &mut narrow)?;
+        let (elements, _) = narrow.as_chunks::<2>();
+        for (out, &element) in out.iter_mut().zip(elements) {
+            *out = match self.stored {
+                DType::F16 => f16::from_le_bytes(element).to_f32(),
+                _ => bf16::from_le_bytes(element).to_f32(),
+            };
+        }
+        Ok(())
+    }
+
+    /// As [`ShardFile::read`], in the type that the file has.
+    pub(super) fn read_bytes(&self, unit: &str, part: &str, first: usize, out: &mut [u8]) -> Result<(), Error> {
         let info = self.header.info(&format!("{unit}.{part}")).expect("`open` has looked for every tensor");
-        let offset = self.start + (info.data_offsets.0 + size_of::<f32>() * first) as u64;
-        let bytes = bytemuck::cast_slice_mut(out);
-        self.file.read_exact_at(bytes, offset).map_err(|error| unreadable(&self.path, error))
+        let offset = self.start + (info.data_offsets.0 + self.stored.bytes() * first) as u64;
+        self.file.read_exact_at(out, offset).map_err(|error| unreadable(&self.path, error))
     }
 }
 
@@ -202,14 +229,23 @@ pub(super) fn check_names(layout: &Layout, dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-pub(super) fn header(layout: &Layout, states: &[&str]) -> Vec<u8> {
+/// What safetensors calls a type of elements.
+fn in_file(stored: DType) -> Dtype {
+    match stored {
+        DType::Bf16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
+        _ => Dtype::F32,
+    }
+}
+
+pub(super) fn header(layout: &Layout, states: &[&str], stored: DType) -> Vec<u8> {
     let mut tensors: Vec<(String, TensorInfo)> = Vec::new();
     let mut end = 0;
     for unit in &layout.units {
         for part in parts(states) {
             let start = end;
-            end += size_of::<f32>() * unit.shard;
-            let info = TensorInfo { dtype: Dtype::F32, shape: vec![unit.shard], data_offsets: (start, end) };
+            end += stored.bytes() * unit.shard;
+            let info = TensorInfo { dtype: in_file(stored), shape: vec![unit.shard], data_offsets: (start, end) };
             tensors.push((format!("{}.{part}", unit.name), info));
         }
     }
@@ -235,12 +271,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let tensor = TensorSpec { name: "x".to_owned(), shape: vec![3], decay: false, frozen: false };
         let layout = Layout::new(&[UnitSpec { name: "unit".to_owned(), tensors: vec![tensor] }], 1);
-        let header = header(&layout, &[]);
+        let header = header(&layout, &[], DType::F32);
         let tensors = size_of::<f32>() * layout.shard_len();
         for (bytes, opens) in [(tensors, true), (tensors - 1, false), (tensors + 4, false), (0, false)] {
             let path = dir.path().join("file");
             std::fs::write(&path, [header.clone(), vec![0; bytes]].concat()).unwrap();
-            let opened = ShardFile::open(path, (header.len() + bytes) as u64, &layout, &[]);
+            let opened = ShardFile::open(path, (header.len() + bytes) as u64, &layout, &[], DType::F32);
             assert_eq!(opened.is_ok(), opens, "{bytes} bytes");
             if let Err(error) = opened {
                 assert!(error.to_string().contains("bytes follow its header"), "{error}");
@@ -253,7 +289,7 @@ mod tests {
         let (full, missing) = (Path::new("/dev/full"), Path::new("/nowhere/at/all"));
         let on_a_full_disk = || {
             let file = File::options().write(true).open(full).expect("Linux has /dev/full");
-            Ok(NewFile { path: full, file, hash: Xxh3::new(), bytes: 0 })
+            Ok(NewFile { path: full.to_owned(), file, hash: Xxh3::new(), bytes: 0 })
         };
         let refused =
             File::create_new(missing).map(|_| unreachable!()).map_err(|error| NewFile::failed(missing, &error));

@@ -49,6 +49,15 @@ pub(super) struct Forward {
     pub(super) v: CUdeviceptr,
 }
 
+/// Of the tokens from `first` on alone.
+pub(super) struct ForwardFrom {
+    pub(super) first: usize,
+    pub(super) out: CUdeviceptr,
+    pub(super) q: CUdeviceptr,
+    pub(super) k: CUdeviceptr,
+    pub(super) v: CUdeviceptr,
+}
+
 pub(super) struct Backward {
     pub(super) grad_q: CUdeviceptr,
     pub(super) grad_k: CUdeviceptr,
@@ -82,6 +91,22 @@ pub(super) fn forward(
         Attention::Flash => flash::forward(on, stream, &tensors, shape),
         Attention::Products => products::forward(on, stream, tensors, dtype, shape),
     }
+}
+
+/// By matrix products, whatever the type and the shape.
+pub(super) fn forward_from(
+    on: &CudaStream,
+    stream: CUstream,
+    tensors: ForwardFrom,
+    dtype: DType,
+    shape: AttentionShape,
+) -> Result<(), CudaError> {
+    products::forward_from(on, stream, tensors, dtype, shape)
+}
+
+/// Bytes of working memory that [`forward_from`] takes for at most `queries` tokens.
+pub(super) fn working_bytes_from(dtype: DType, shape: AttentionShape, queries: usize) -> u64 {
+    products::working_bytes_from(dtype, shape, queries)
 }
 
 pub(super) fn backward(

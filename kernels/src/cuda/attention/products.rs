@@ -12,7 +12,7 @@ use super::super::blas::{Gemm, Matrix, Places};
 use super::super::launch::{Argument, Shape, launch};
 use super::super::scratch::Pieces;
 use super::super::stream::{BYTES_OF_BLOCK, CudaStream, ELEMENTS_OF_BLOCK, typed};
-use super::{Backward, Forward, project, scale};
+use super::{Backward, Forward, ForwardFrom, project, scale};
 use crate::{AttentionShape, DType};
 
 /// Most queries in a block.
@@ -25,10 +25,11 @@ fn queries(shape: AttentionShape) -> usize {
     (SCORES / (shape.heads * shape.seq).max(1)).clamp(1, QUERIES).min(shape.seq)
 }
 
-/// Where the working memory of a forward pass has its parts, and how long it is.
-fn forward_pieces(dtype: DType, shape: AttentionShape) -> ([u64; 4], u64) {
+/// Where the working memory of a forward pass over at most `most` queries at a time has its parts,
+/// and how long it is.
+fn forward_pieces(dtype: DType, shape: AttentionShape, most: usize) -> ([u64; 4], u64) {
     let AttentionShape { seq, heads, head_dim, .. } = shape;
-    let (most, mut pieces) = (queries(shape), Pieces::default());
+    let mut pieces = Pieces::default();
     let scores = pieces.next(heads * most * seq, 4);
     let p = pieces.next(heads * most * seq, dtype.bytes());
     let tile = pieces.next(heads * most * head_dim, 4);
@@ -52,7 +53,7 @@ fn backward_pieces(dtype: DType, shape: AttentionShape) -> ([u64; 7], u64) {
 
 /// Bytes of working memory that a stream takes for attention of this shape.
 pub(super) fn working_bytes(dtype: DType, shape: AttentionShape) -> u64 {
-    forward_pieces(dtype, shape).1 + backward_pieces(dtype, shape).1
+    forward_pieces(dtype, shape, queries(shape)).1 + backward_pieces(dtype, shape).1
 }
 
 /// What all steps of one call share.
@@ -64,18 +65,21 @@ struct Steps<'a> {
     scale: f32,
 }
 
-/// Some queries: those from `first` on, which see `keys` keys.
+/// Some queries: those of the tokens from `first` on, which see `keys` keys.
 #[derive(Clone, Copy)]
 struct Block {
+    /// Where the first of them lies in the queries' tensor.
+    place: usize,
     first: usize,
     rows: usize,
     keys: usize,
 }
 
-fn blocks(shape: AttentionShape) -> impl Iterator<Item = Block> {
-    (0..shape.seq).step_by(queries(shape)).map(move |first| {
-        let rows = queries(shape).min(shape.seq - first);
-        Block { first, rows, keys: first + rows }
+/// The blocks of at most `most` queries of the tokens from `from` on.
+fn blocks(shape: AttentionShape, from: usize, most: usize) -> impl Iterator<Item = Block> {
+    (from..shape.seq).step_by(most).map(move |first| {
+        let rows = most.min(shape.seq - first);
+        Block { place: first - from, first, rows, keys: first + rows }
     })
 }
 
@@ -136,7 +140,7 @@ impl Steps<'_> {
         let (stride, batch_stride) = (heads * head_dim, self.group() * head_dim);
         let matrix = Matrix { stride, batch_stride, ..Matrix::dense(self.dtype, block.rows, head_dim) };
         let bytes = self.dtype.bytes();
-        Operand { at: tensor + (bytes * block.first * stride) as u64, of_head: (bytes * head_dim) as u64, matrix }
+        Operand { at: tensor + (bytes * block.place * stride) as u64, of_head: (bytes * head_dim) as u64, matrix }
     }
 
     /// The keys of a block in a tensor `[T, K, D]`.
@@ -190,17 +194,63 @@ pub(super) fn forward(
     dtype: DType,
     shape: AttentionShape,
 ) -> Result<(), CudaError> {
+    let Forward { out, log_sum, q, k, v } = tensors;
+    let (pieces, working) = forward_pieces(dtype, shape, queries(shape));
+    let start = on.scratch.take(&on.inner, working)?;
+    let working = pieces.map(|piece| start + piece);
+    let tensors = ForwardFrom { first: 0, out, q, k, v };
+    forward_into(on, stream, tensors, log_sum, working, dtype, shape)
+}
+
+/// Queries in a block of [`forward_from`], of which there are so many.
+fn queries_from(shape: AttentionShape, count: usize) -> usize {
+    queries(shape).min(count)
+}
+
+/// Twice what a call takes: a text grows with each call, and the stream keeps what it took before.
+pub(super) fn working_bytes_from(dtype: DType, shape: AttentionShape, count: usize) -> u64 {
+    2 * taken_from(dtype, shape, count)
+}
+
+/// A power of two, so that a text that grows takes more memory only now and then.
+fn taken_from(dtype: DType, shape: AttentionShape, count: usize) -> u64 {
+    let log_sums = 4 * (shape.batch * shape.heads * shape.seq) as u64;
+    (forward_pieces(dtype, shape, queries_from(shape, count)).1 + log_sums).next_power_of_two()
+}
+
+pub(super) fn forward_from(
+    on: &CudaStream,
+    stream: CUstream,
+    tensors: ForwardFrom,
+    dtype: DType,
+    shape: AttentionShape,
+) -> Result<(), CudaError> {
+    let count = shape.seq - tensors.first;
+    let (pieces, working) = forward_pieces(dtype, shape, queries_from(shape, count));
+    let start = on.scratch.take(&on.inner, taken_from(dtype, shape, count))?;
+    // Nobody reads the logarithms.
+    let log_sum = start + working;
+    forward_into(on, stream, tensors, log_sum, pieces.map(|piece| start + piece), dtype, shape)
+}
+
+fn forward_into(
+    on: &CudaStream,
+    stream: CUstream,
+    tensors: ForwardFrom,
+    log_sums: CUdeviceptr,
+    [scores, p, tile, sums]: [CUdeviceptr; 4],
+    dtype: DType,
+    shape: AttentionShape,
+) -> Result<(), CudaError> {
     let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
     let steps = Steps { on, stream, dtype, shape, scale: scale(shape) };
-    let (pieces, working) = forward_pieces(dtype, shape);
-    let start = on.scratch.take(&on.inner, working)?;
-    let ([scores, p, tile, sums], bytes) = (pieces.map(|piece| start + piece), dtype.bytes());
+    let (bytes, from) = (dtype.bytes(), tensors.first);
     for sequence in 0..batch {
-        let of_queries = (bytes * sequence * seq * heads * head_dim) as u64;
+        let of_queries = (bytes * sequence * (seq - from) * heads * head_dim) as u64;
         let of_keys = (bytes * sequence * seq * kv_heads * head_dim) as u64;
-        let log_sum = tensors.log_sum + (4 * sequence * heads * seq) as u64;
-        for block in blocks(shape) {
-            let Block { first, rows, keys } = block;
+        let log_sum = log_sums + (4 * sequence * heads * seq) as u64;
+        for block in blocks(shape, from, queries_from(shape, seq - from)) {
+            let Block { place, first, rows, keys } = block;
             let [rows_, keys_, first_, seq_] = [rows, keys, first, seq].map(|size| Argument::from(size as u32));
             steps.scores(scores, tensors.q + of_queries, tensors.k + of_keys, block, steps.scale)?;
             let softmax = ["attention_softmax_f32", "attention_softmax_bf16"];
@@ -210,9 +260,9 @@ pub(super) fn forward(
             let (left, right) = (steps.heads(dtype, p, rows, keys), steps.keys(dtype, tensors.v + of_keys, block));
             steps.product(out, left, right, false, 1.0)?;
             let output = ["attention_output_f32", "attention_output_bf16"];
-            let [heads_, dim_] = [heads, head_dim].map(|size| Argument::from(size as u32));
+            let [rows_, heads_, dim_, place_] = [rows, heads, head_dim, place].map(|size| Argument::from(size as u32));
             let out = tensors.out + of_queries;
-            let arguments = [out.into(), tile.into(), sums.into(), rows_, heads_, dim_, first_];
+            let arguments = [out.into(), tile.into(), sums.into(), rows_, heads_, dim_, place_];
             steps.launch(output, Shape::blocks(rows), &arguments)?;
         }
     }
@@ -243,8 +293,8 @@ pub(super) fn backward(
             let shape = Shape::for_elements(bytes, BYTES_OF_BLOCK);
             steps.launch(["zero"; 2], shape, &[sum.into(), (bytes as u64).into()])?;
         }
-        for block in blocks(shape) {
-            let Block { first, rows, keys } = block;
+        for block in blocks(shape, 0, queries(shape)) {
+            let Block { first, rows, keys, .. } = block;
             let (q, grad_out) = (tensors.q + of_queries, tensors.grad_out + of_queries);
             steps.scores(scores, q, tensors.k + of_keys, block, steps.scale)?;
             steps.scores(grad_p, grad_out, tensors.v + of_keys, block, 1.0)?;

@@ -1,4 +1,5 @@
-//! What `docs` say of the experiment, computed again from its steps in `docs/paper/steps`.
+//! What the book says about the experiment, computed again from its steps in
+//! `docs/src/paper/steps`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,10 +11,10 @@ use super::report::{self, Group};
 use super::results::Results;
 
 fn path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/src").join(name)
 }
 
-/// A file under `docs`.
+/// A file of the book.
 fn document(name: &str) -> String {
     let path = path(name);
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
@@ -47,7 +48,7 @@ fn the_tables_of_the_page_are_those_of_its_steps() {
             }
         }
     }
-    assert!(lacking.is_empty(), "docs/paper/README.md should have:\n{lacking}");
+    assert!(lacking.is_empty(), "docs/src/paper/README.md should have:\n{lacking}");
 }
 
 /// The figures of the page, as the command draws them: their names and their texts.
@@ -84,7 +85,7 @@ fn assert_says(document: &str, text: &str) {
 /// Differences that the texts quote, by two digits; the guide's table has three.
 #[test]
 fn the_texts_quote_the_differences_of_the_tables() {
-    let (runs, page, guide) = (runs(), document("paper/README.md"), document("batch-size.md"));
+    let (runs, page, guide) = (runs(), document("paper/README.md"), document("batch-sizes.md"));
     let groups = report::groups(&runs, "3.3M");
     let group = |name: &str| groups.iter().find(|group| group.schedule == name).expect("a schedule");
     let constants = |family| groups.iter().filter(|group| group.family == family).collect::<Vec<_>>();
@@ -155,7 +156,7 @@ fn the_page_says_how_many_intervals_separate() {
 /// γ = ⟨√B⟩²/⟨B⟩ of every run, in the mean over progress: a step of batch b counts as 1/(1 + B/b).
 #[test]
 fn the_guide_says_what_the_noise_scales_of_the_runs_allow() {
-    let (runs, guide) = (runs(), document("batch-size.md"));
+    let (runs, guide) = (runs(), document("batch-sizes.md"));
     let gamma = |results: &Results| {
         let (mut weights, mut scales, mut roots) = (0.0, 0.0, 0.0);
         for line in &results.steps {
@@ -184,7 +185,7 @@ fn the_guide_says_what_the_noise_scales_of_the_runs_allow() {
 /// run.
 #[test]
 fn the_documents_say_what_is_known_of_the_time_of_a_step() {
-    let (runs, page, guide) = (runs(), document("paper/README.md"), document("batch-size.md"));
+    let (runs, page, guide) = (runs(), document("paper/README.md"), document("batch-sizes.md"));
     let of = |model: &str| {
         let differences: Vec<f64> = runs
             .iter()
@@ -210,7 +211,7 @@ fn the_documents_say_what_is_known_of_the_time_of_a_step() {
 /// What pure noise passes, in the guide's table.
 #[test]
 fn the_guide_says_what_noise_passes() {
-    let guide = document("batch-size.md");
+    let guide = document("batch-sizes.md");
     for groups in [2, 4, 8, 16] {
         let share = |eta| 100.0 * pillion_abs::ByChance::of(groups, eta).unwrap().coordinates;
         assert_says(&guide, &format!("| {groups} | {:.1} % | {:.1} % | {:.1} % |", share(0.3), share(0.6), share(0.9)));

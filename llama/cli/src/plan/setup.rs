@@ -100,7 +100,7 @@ impl Setup<'_> {
 
     /// The memory of a rank.
     pub(crate) fn needs(&self) -> Needs {
-        self.needs_of(&Layout::new(&self.model.units(), self.mesh.shard))
+        self.needs_of(&self.model.layout(self.mesh.shard))
     }
 
     fn needs_of(&self, layout: &Layout) -> Needs {
@@ -115,7 +115,7 @@ impl Setup<'_> {
     /// The plan of a step.
     pub(crate) fn plan(&self) -> Planned {
         let Setup { model, policy, recompute, mesh, seq, micro_batch, rounds, .. } = self;
-        let layout = Layout::new(&model.units(), mesh.shard);
+        let layout = model.layout(mesh.shard);
         let tokens = *micro_batch as f64 * *seq as f64;
         let of_units = |flops: Vec<f64>| flops.into_iter().map(|flops| flops * tokens).collect::<Vec<_>>();
         let forward = of_units(model.forward_flops(*seq));

@@ -3,11 +3,9 @@
 use std::collections::BTreeSet;
 use std::num::NonZero;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use pillion_collectives::{Backend, GpuTransport, WireKind};
 use pillion_kernels::DType;
 use pillion_llama::config::{Config, ConfigError, PRESETS, Preset};
 use pillion_llama::model::Recompute;
@@ -15,55 +13,14 @@ use pillion_runtime::checkpoint::Staging;
 use pillion_runtime::{Gather, Mesh, Sharded};
 use serde::{Deserialize, Serialize};
 
+use super::JobArgs;
 use crate::controller::ControllerArgs;
 use crate::plan::quantity::size;
 use crate::train::CHANGEABLE;
 pub use crate::train::log::LogKind;
 
-/// A year, in seconds.
-pub(super) const LONGEST_TIMEOUT: u64 = 365 * 24 * 60 * 60;
-
-/// How ranks of this host are started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LaunchKind {
-    /// Each rank is a process.
-    Processes,
-    /// Each rank is a thread of this process.
-    Threads,
-}
-
-/// The device that ranks compute on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceKind {
-    /// The processor.
-    Cpu,
-    /// A processor that runs work as late as allowed, for tests.
-    LazyCpu,
-    /// A GPU: this one for all ranks of a host, or one for each rank in turn.
-    Cuda(Option<u32>),
-}
-
-impl DeviceKind {
-    /// Whether ranks compute on GPUs.
-    pub fn is_gpu(self) -> bool {
-        matches!(self, DeviceKind::Cuda(_))
-    }
-}
-
-impl FromStr for DeviceKind {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<DeviceKind, String> {
-        let number = |text: &str| text.parse().map_err(|_| format!("cuda:{text} is no GPU: GPUs are counted from 0"));
-        match text.split_once(':') {
-            None if text == "cpu" => Ok(DeviceKind::Cpu),
-            None if text == "lazy-cpu" => Ok(DeviceKind::LazyCpu),
-            None if text == "cuda" => Ok(DeviceKind::Cuda(None)),
-            Some(("cuda", gpu)) => Ok(DeviceKind::Cuda(Some(number(gpu)?))),
-            _ => Err("a device is cpu, cuda, or cuda:N for GPU number N".to_owned()),
-        }
-    }
-}
+/// The flags of a model's shape.
+const SHAPE: [&str; 7] = ["model", "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads"];
 
 /// The model's shape: a preset, and what differs from it.
 #[derive(Clone, Debug, Args)]
@@ -71,6 +28,10 @@ pub struct ModelArgs {
     /// Preset of the model's shape.
     #[arg(long, value_name = "PRESET", default_value = "small", value_parser = preset)]
     pub model: Preset,
+    /// Number of tokens that the model knows, if not the preset's; default for files and folders of
+    /// tokens: theirs.
+    #[arg(long, value_name = "N")]
+    pub vocab_size: Option<usize>,
     /// Width of the residual stream, if not the preset's.
     #[arg(long, value_name = "N")]
     pub hidden_size: Option<usize>,
@@ -99,6 +60,7 @@ impl ModelArgs {
     pub fn config(&self) -> Result<Config, ConfigError> {
         let mut config = self.base.clone().unwrap_or_else(|| self.model.config());
         let overrides = [
+            (self.vocab_size, &mut config.vocab_size),
             (self.hidden_size, &mut config.hidden_size),
             (self.intermediate_size, &mut config.intermediate_size),
             (self.layers, &mut config.num_hidden_layers),
@@ -173,33 +135,19 @@ pub struct TrainArgs {
     /// File of settings in TOML, with the names of these flags as keys; flags win.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Text to train on, a file or a folder, or `synthetic` for random tokens; default: the sources
-    /// of the crates this program is built from.
-    #[arg(long, value_name = "PATH")]
-    pub data: Option<PathBuf>,
+    /// What to train on: text in a file or a folder, whose bytes are tokens; a folder of `pillion
+    /// tokenize`; a token file of llm.c, nanoGPT or Megatron; or `synthetic` for random tokens.
+    /// Several times PATH:SHARE for a mixture of tokens. Default: the sources of the crates this
+    /// program is built from.
+    #[arg(long, value_name = "PATH[:SHARE]")]
+    pub data: Vec<String>,
     /// Folder for everything the run writes; an earlier run in it is moved aside, unless it is
     /// resumed.
     #[arg(long, value_name = "DIR", default_value = "runs/train")]
     pub out: PathBuf,
-    /// Number of ranks to start on this host; default: those of mpirun, torchrun or srun, else 2.
-    #[arg(long, value_name = "N")]
-    pub ranks: Option<usize>,
-    /// How --ranks are started; default on GPUs: threads.
-    #[arg(long, value_enum, default_value = "processes")]
-    pub launch: LaunchKind,
-    /// Number of hosts. On each, start the program with the same settings and its own --node-rank.
-    #[arg(long, value_name = "N", default_value_t = 1, requires = "node_rank", value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    pub nodes: u32,
-    /// Which host this is, from 0, on which rank 0 runs.
-    #[arg(long, value_name = "N", requires = "nodes")]
-    pub node_rank: Option<u32>,
-    /// Where the ranks of all hosts meet: the first host and a free port of it, spelled alike on
-    /// all; default: PILLION_ADDRESS.
-    #[arg(long, value_name = "HOST:PORT", value_parser = address)]
-    pub address: Option<String>,
-    /// Start more than 8 ranks for each core.
-    #[arg(long)]
-    pub oversubscribe: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub job: JobArgs,
     /// Samples to train on: the horizon of every schedule.
     #[arg(long, value_name = "N", default_value_t = 5120)]
     pub samples: u64,
@@ -254,6 +202,10 @@ pub struct TrainArgs {
     /// for a moment, simulate steps on them, and take the shortest that fits into memory.
     #[arg(long, conflicts_with_all = ["prefetch", "slots", "bucket", "recompute", "no_overlap"])]
     pub auto: bool,
+    /// Begin with the weights of a checkpoint instead of random ones: the newest one at PATH, of
+    /// another run or imported, whose model this is then. A run that goes on has its own.
+    #[arg(long, value_name = "PATH", conflicts_with_all = SHAPE)]
+    pub from: Option<PathBuf>,
     /// Go on from a checkpoint: the newest whole one in --out, or the one at PATH. Settings that
     /// decide numbers or files and are not given are those that the run began with, and so are its
     /// tokens. Settings of how parameters are kept and moved have their defaults.
@@ -292,23 +244,6 @@ pub struct TrainArgs {
     /// pass, for which all weights are gathered.
     #[arg(long, value_name = "N", default_value_t = 240)]
     pub sample: usize,
-    /// What moves the bytes between ranks.
-    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
-    pub backend: Backend,
-    /// What connects hosts.
-    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
-    pub wire: WireKind,
-    /// What moves elements between GPUs.
-    #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
-    pub gpu_transport: GpuTransport,
-    /// Groups of consecutive ranks in which gradients are summed; as many as a cluster has hosts
-    /// gives its bits on one host.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub reduce_groups: usize,
-    /// Threads of each rank; default: the processors that it may run on, divided among the ranks of
-    /// its host.
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
     /// Print where the time of the steps after the first went, kernel by kernel.
     #[arg(long)]
     pub profile: bool,
@@ -322,14 +257,6 @@ pub struct TrainArgs {
     /// Write the numbers of steps for TensorBoard too, into tensorboard/ in --out.
     #[arg(long)]
     pub tensorboard: bool,
-    /// Seconds after which a rank that waits for another gives up, at the start and in each
-    /// operation.
-    #[arg(long, value_name = "S", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=LONGEST_TIMEOUT))]
-    pub timeout: u64,
-    /// What ranks compute on: cpu, cuda for a GPU of each rank, or cuda:N for GPU N. GPUs need a
-    /// build with the feature cuda.
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub device: DeviceKind,
     /// The flags that were given, on the command line or in the file, without dashes.
     #[arg(skip)]
     pub given: BTreeSet<String>,
@@ -338,7 +265,7 @@ pub struct TrainArgs {
 /// The types that weights and gradients can have.
 pub(crate) const PRECISIONS: [DType; 2] = [DType::F32, DType::Bf16];
 
-fn precision() -> impl TypedValueParser<Value = DType> {
+pub(crate) fn precision() -> impl TypedValueParser<Value = DType> {
     PossibleValuesParser::new(PRECISIONS.map(DType::name)).map(|name| dtype(&name))
 }
 
@@ -378,15 +305,6 @@ pub(crate) fn save_memory(text: &str) -> Result<Staging, String> {
         Ok(bytes) if bytes >= LEAST_RING => Ok(Staging::Ring { bytes }),
         Ok(_) => Err("a ring has at least 64KiB: give more, or `copies`".to_owned()),
         Err(error) => Err(format!("{error}; or give `copies`")),
-    }
-}
-
-/// Reads an address with a port.
-pub(crate) fn address(text: &str) -> Result<String, String> {
-    let port = text.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains('/'));
-    match port.and_then(|(_, port)| port.parse::<u16>().ok()).filter(|&port| port > 0) {
-        Some(_) => Ok(text.to_owned()),
-        None => Err("give a host and a port, as in node1:29400".to_owned()),
     }
 }
 

@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pillion_abs::State as ControllerState;
-use pillion_collectives::Communicator;
-use pillion_runtime::checkpoint::{self, Checkpoint, Staging, Whole};
+use pillion_runtime::checkpoint::{self, Checkpoint, Staging};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::recipe::Recipe;
+use super::source::Part;
 use crate::settings::{OnNonFinite, TrainArgs};
 use crate::{Error, run_folder};
 
@@ -26,6 +26,9 @@ pub(crate) struct Progress {
     /// did not keep it.
     #[serde(default)]
     pub(crate) data_path: Option<PathBuf>,
+    /// The token files and folders that it learns from; none where that is text.
+    #[serde(default)]
+    pub(crate) tokens: Vec<Part>,
     /// Steps made.
     pub(crate) step: u64,
     /// Samples dealt, those left out included: the next step begins with this one.
@@ -183,23 +186,6 @@ impl Candidates {
             format!("no checkpoint in it is whole ({}); name another one by its path", self.passed_over.join("; "));
         Error::file(&self.folder, reason)
     }
-}
-
-/// The newest whole checkpoint that a path stands for, and its trainer's part. Collective.
-pub(crate) fn newest(path: &Path, communicator: &Communicator) -> Result<(Whole, Progress), Error> {
-    let mut candidates = Candidates::at(path)?;
-    for path in candidates.paths.clone() {
-        let checkpoint = checkpoint::open(&path)?;
-        match checkpoint.verify_together(communicator) {
-            Ok(whole) => {
-                candidates.passed_over.iter().for_each(crate::complain);
-                return Ok((whole, progress(&checkpoint)?));
-            }
-            Err(error @ pillion_runtime::Error::File { .. }) if !candidates.is_named => candidates.pass_over(&error),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Err(candidates.exhausted())
 }
 
 /// Checks that a run in whose folder a checkpoint lies can go on from it: checkpoints of later

@@ -1,7 +1,9 @@
 //! The end of a run: what was reached.
 
-use pillion_data::tokenizer;
-use pillion_llama::generate::generate;
+use std::ops::ControlFlow;
+
+use pillion_llama::decoder::Decoder;
+use pillion_llama::generate::{Sampling, generate};
 
 use super::checkpoints::Progress;
 use super::log::Event;
@@ -11,12 +13,14 @@ use super::screen;
 use super::source::is_synthetic;
 use crate::Error;
 use crate::output::escaped;
+use crate::text::Vocabulary;
 
 impl Run<'_> {
     /// What was reached, a sample of text where that was learned, and the paths of what was
     /// written.
     pub(super) fn summary(&mut self, validation: f64) -> Result<(), Error> {
-        let writes = self.start.habits.sample > 0 && !is_synthetic(self.dataset.tokens());
+        let is_text = !self.dataset.bytes().is_some_and(is_synthetic);
+        let writes = self.start.habits.sample > 0 && is_text;
         let sample = match writes.then(|| self.sample()) {
             // The validation tells whether the run has failed: its text may lack what broke this.
             Some(Err(Error::NonFinite(reason))) => Some(format!("no sample of text: {reason}")),
@@ -64,14 +68,26 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Text by the model, in the memory that training has used.
+    /// Text by the model.
     fn sample(&mut self) -> Result<String, Error> {
-        const PROMPT: &str = "pub fn ";
-        let mut prompt = Vec::new();
-        tokenizer::encode(PROMPT.as_bytes(), &mut prompt);
-        let (seq, seed, length) = (self.start.recipe.seq, self.start.recipe.seed, self.start.habits.sample);
-        let text = generate(&mut self.engine, &mut self.model, seq, tokenizer::VOCAB, &prompt, length, 0.7, seed)?;
-        Ok(format!("{PROMPT}{}", escaped(&tokenizer::decode(&text))))
+        let Run { engine, start, dataset, .. } = self;
+        let recipe = &start.recipe;
+        let Some(vocabulary) = Vocabulary::in_run(&start.out, dataset.bytes().is_some())? else {
+            return Ok("no sample of text: there is no tokenizer".to_owned());
+        };
+        let first = if dataset.bytes().is_some() { "pub fn " } else { "The" };
+        let sampling = Sampling { temperature: 0.7, seed: recipe.seed, ..Sampling::default() };
+        let (device, weights) = (engine.device().clone(), engine.policy().weights);
+        let mut decoder = Decoder::new(&*device, &recipe.model, weights, recipe.seq)?;
+        let prompt = vocabulary.encode(first)?;
+        let mut text = vocabulary.decoder(&prompt)?;
+        let mut written = first.as_bytes().to_vec();
+        let (known, length) = (vocabulary.len().min(recipe.model.vocab_size), start.habits.sample);
+        generate(engine, &mut decoder, known, &prompt, length, &sampling, |token| {
+            written.extend(text.push(token)?);
+            Ok::<_, Error>(ControlFlow::Continue(()))
+        })?;
+        Ok(escaped(&written))
     }
 }
 

@@ -34,10 +34,10 @@ impl Processor {
         communicator: &Communicator,
         dtype: DType,
     ) -> Result<Processor, Error> {
-        if settings.device.is_gpu() {
+        if settings.job.device.is_gpu() {
             return Ok(Processor { device: Cores::default(), own_peak: 0.0, peak: None, breakdown: None });
         }
-        let threads = threads(settings.threads, launch)?;
+        let threads = threads(settings.job.threads, launch)?;
         let mut device = Cores::new(threads).map_err(pillion_runtime::Error::from)?;
         // All ranks at once, as they compute at once.
         communicator.barrier()?;
@@ -68,7 +68,7 @@ impl Processor {
 ///
 /// # Errors
 /// When more threads are asked for than there are processors for them.
-pub(super) fn threads(asked: Option<usize>, launch: &Launch) -> Result<usize, Error> {
+pub(crate) fn threads(asked: Option<usize>, launch: &Launch) -> Result<usize, Error> {
     choose(asked, processors(), launch.local_world, matches!(launch.source, Source::Local | Source::Single))
 }
 
@@ -76,7 +76,7 @@ pub(super) fn threads(asked: Option<usize>, launch: &Launch) -> Result<usize, Er
 ///
 /// # Errors
 /// As for [`threads`].
-pub(super) fn check(asked: Option<usize>, ranks: usize) -> Result<(), Error> {
+pub(crate) fn check(asked: Option<usize>, ranks: usize) -> Result<(), Error> {
     choose(asked, processors(), ranks, true).map(|_| ())
 }
 

@@ -106,8 +106,17 @@ pub mod progress {
             let controller = Controller::new(recipe.controller.clone()).expect("a recipe's").state().clone();
             let (data, left_out, habits) =
                 ("7f22f24a24d624ed".to_owned(), vec![8..16, 24..32], Some(Habits::of(&settings)));
-            let progress =
-                Progress { recipe, data, data_path: None, step: 3, samples: 40, left_out, habits, controller };
+            let progress = Progress {
+                recipe,
+                data,
+                data_path: None,
+                tokens: Vec::new(),
+                step: 3,
+                samples: 40,
+                left_out,
+                habits,
+                controller,
+            };
             serde_json::to_vec(&progress).expect("plain values")
         };
         let controllers = [

@@ -17,7 +17,7 @@ use crate::settings::{DeviceKind, TrainArgs};
 /// [`Error::Setting`].
 pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
     let given = |flag: &str| settings.given.contains(flag);
-    let DeviceKind::Cuda(gpu) = settings.device else {
+    let DeviceKind::Cuda(gpu) = settings.job.device else {
         return match given("gpu-transport") {
             true => Err(Error::Setting("--gpu-transport is for GPUs: give --device cuda, or leave it out".to_owned())),
             false => Ok(()),
@@ -41,7 +41,7 @@ fn copies(settings: &TrainArgs) -> bool {
 
 /// What a run on GPUs does otherwise than one on processors: weights are gathered into slots.
 pub(super) fn adapt(settings: &TrainArgs, policy: Policy) -> Policy {
-    match settings.device {
+    match settings.job.device {
         DeviceKind::Cuda(_) => Policy { gather: Gather::Copy, ..policy },
         DeviceKind::Cpu | DeviceKind::LazyCpu => policy,
     }
@@ -55,14 +55,16 @@ pub(super) fn open(
     settings: &TrainArgs,
     gpu: Option<u32>,
     setup: &Setup<'_>,
+    sample: usize,
     launch: &Launch,
     communicator: &Arc<Communicator>,
 ) -> Result<Moved, Error> {
     let needs = setup.needs();
     let allocated = needs.memory.total() + needs.activations + needs.checkpoints;
     let (batch, policy) = (setup.micro_batch as usize, setup.policy);
-    let by = settings.gpu_transport;
-    let load = Load { allocated, model: setup.model, batch, seq: setup.seq, policy, by };
+    let by = settings.job.gpu_transport;
+    let writes = (sample > 0).then_some(setup.seq);
+    let load = Load { allocated, model: setup.model, batch, seq: setup.seq, writes, policy, by };
     let (moved, what) = gpu::open(gpu, launch.local_rank, &load, communicator)?;
     if communicator.rank() == 0 {
         crate::print(format_args!(" GPU          {what}"));

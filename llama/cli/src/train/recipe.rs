@@ -58,7 +58,7 @@ impl Recipe {
         positive("--micro-batch", micro_batch)?;
         positive("--samples", settings.samples)?;
         positive("--validation-samples", settings.validation_samples)?;
-        positive("--timeout", settings.timeout)?;
+        positive("--timeout", settings.job.timeout)?;
         // Far beyond any use, and far below where products of them overflow.
         for (flag, value, most) in [
             ("--seq", settings.seq as u64, 1 << 20),

@@ -197,6 +197,7 @@ pub(crate) fn changes(
 /// with a preset.
 fn given_flag(key: &str, settings: &TrainArgs) -> String {
     let of_field = match key.strip_prefix("model.") {
+        Some("vocab_size") => "vocab-size",
         Some("hidden_size") => "hidden-size",
         Some("intermediate_size") => "intermediate-size",
         Some("num_hidden_layers") => "layers",

@@ -3,15 +3,15 @@
 use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pillion_abs::{Controller, Observation};
-use pillion_collectives::{Communicator, Launch, Options, Reduction};
-use pillion_data::{Dataset, Split, TokenFile, trigram};
+use pillion_collectives::{Communicator, Launch, Reduction};
+use pillion_data::{Dataset, Split, trigram};
 use pillion_kernels::LazyCpu;
 use pillion_llama::model::Model;
+use pillion_runtime::Engine;
 use pillion_runtime::checkpoint::Saver;
-use pillion_runtime::{Engine, Layout};
 
 use super::about::{self, About};
 use super::checkpoints;
@@ -27,40 +27,22 @@ use super::progress::Counters;
 use super::recipe::{self, Recipe};
 use super::same_settings::same_settings;
 use super::screen::Screen;
-use super::source::{fingerprint, is_synthetic};
+use super::source::{self, fingerprint, is_synthetic};
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
-use super::{Ended, cores, measure, statistics, stopping};
+use super::{cores, measure, statistics, stopping};
 use crate::gpu::Moved;
+use crate::jobs::{self, Ended};
+use crate::models::{self, TOKENIZER};
 use crate::plan::{Setup, auto};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{DeviceKind, TrainArgs};
 use crate::{Error, complain};
 
-/// What the settings say to a communicator.
-pub(super) fn options(settings: &TrainArgs) -> Options {
-    let timeout = Duration::from_secs(settings.timeout.max(1));
-    Options {
-        timeout,
-        startup_timeout: timeout,
-        backend: settings.backend,
-        wire: settings.wire,
-        reduce_groups: settings.reduce_groups,
-        ..Options::default()
-    }
-}
-
 /// Joins the other ranks and trains.
 pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &Arc<AtomicBool>) -> Result<Ended, Error> {
-    let options = Options { stop: Some(stop.clone()), ..options(settings) };
-    let communicator = Arc::new(Communicator::connect(launch, options)?);
-    // Other ranks are told before this one's operations in flight are waited for, which would be in vain.
-    let give_up = |error: Error| {
-        if !error.is_everywhere() {
-            communicator.abort(&error.to_string());
-        }
-        error
-    };
+    let communicator = jobs::join(&settings.job, launch, stop)?;
+    let give_up = |error| jobs::give_up(&communicator, error);
     match Run::new(settings, launch, communicator.clone()).map_err(give_up)? {
         Some(mut run) => run.train(stop).map_err(give_up),
         None => Ok(Ended::Done),
@@ -123,12 +105,12 @@ impl<'s> Run<'s> {
         let world = communicator.world();
         same_settings(settings, &communicator)?;
         // Before anything is touched.
-        cores::threads(settings.threads, launch)?;
-        let Beginning { start, resume, folder } = begin(settings, launch, &communicator)?;
+        cores::threads(settings.job.threads, launch)?;
+        let Beginning { start, resume, from, folder } = begin(settings, launch, &communicator)?;
         let recipe = &start.recipe;
         let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
         let policy = gpu::adapt(settings, policy);
-        let dataset = Dataset::open(TokenFile::open(&start.tokens)?, recipe.seq, recipe.seed)?;
+        let dataset = source::open(&start.tokens, recipe)?;
         let saved = resume.as_ref().map(|whole| checkpoints::progress(whole.checkpoint())).transpose()?;
         if let Some(nothing) = saved.as_ref().and_then(|saved| nothing_left(saved, recipe, settings.steps)) {
             if communicator.rank() == 0 {
@@ -148,22 +130,22 @@ impl<'s> Run<'s> {
         };
         let policy = setup.policy;
         if communicator.rank() == 0 {
-            log::plan(&setup, recipe, launch, &communicator, controller.batch(), settings.device.is_gpu());
+            log::plan(&setup, recipe, launch, &communicator, controller.batch(), settings.job.device.is_gpu());
         }
         let mut processor = match processor {
             Some(processor) => processor,
             None => Processor::open(settings, launch, &communicator, policy.weights)?,
         };
-        let (device, moves): Moved = match settings.device {
+        let (device, moves): Moved = match settings.job.device {
             DeviceKind::Cpu => (Arc::new(processor.device.clone()), communicator.clone()),
             DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(recipe.seed)), communicator.clone()),
             DeviceKind::Cuda(gpu) => {
-                let moved = gpu::open(settings, gpu, &setup, launch, &communicator)?;
+                let moved = gpu::open(settings, gpu, &setup, start.habits.sample, launch, &communicator)?;
                 processor.peak = Some(gpu::peak(&*moved.0, &moved.1, policy.weights)?);
                 moved
             }
         };
-        let layout = Layout::new(&recipe.model.units(), policy.mesh(world)?.shard);
+        let layout = recipe.model.layout(policy.mesh(world)?.shard);
         let mut engine = Engine::new(moves, device.clone(), layout, policy)?;
         statistics::compare(&mut engine, settings.controller.alignment)?;
         let groups = statistics::groups(&engine, recipe.controller.base / recipe.micro_batch);
@@ -179,16 +161,19 @@ impl<'s> Run<'s> {
                 Counters::of(saved, whole.checkpoint().path.clone())
             }
             _ => {
-                engine.initialize(|name, shape| recipe.model.initial_values(recipe.seed, name, shape))?;
+                match &from {
+                    Some(whole) => whole.load_weights(&mut engine)?,
+                    None => engine.initialize(|name, shape| recipe.model.initial_values(recipe.seed, name, shape))?,
+                }
                 Counters::default()
             }
         };
         let output = on_rank_zero_alone(&communicator, || {
             // This reads all tokens. Where they are damaged, the earlier run stays in its place.
-            let mark = match is_synthetic(dataset.tokens()) {
-                true => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
-                false => {
-                    let is_long = dataset.tokens().len(Split::Train) > trigram::MOST_TOKENS;
+            let mark = match dataset.bytes().filter(|tokens| !is_synthetic(tokens)) {
+                None => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
+                Some(tokens) => {
+                    let is_long = tokens.len(Split::Train) > trigram::MOST_TOKENS;
                     let of = if is_long {
                         "a trigram model of the text's first 67 million tokens"
                     } else {
@@ -197,6 +182,15 @@ impl<'s> Run<'s> {
                     Mark { loss: trigram::loss(&dataset, start.validation_samples)?, of }
                 }
             };
+            let mut companions = match resume.as_ref().or(from.as_ref()) {
+                Some(whole) => models::companions(&whole.checkpoint().path)?,
+                None => Vec::new(),
+            };
+            if let Some((_, files)) = source::tokenizer(&dataset)?
+                && !companions.iter().any(|(name, _)| name == TOKENIZER)
+            {
+                companions.extend(files);
+            }
             let (folder, newest) = (folder.expect("rank 0 has claimed it"), progress.newest.as_ref());
             let newest = newest.map(|saved| saved.path.as_path());
             if let Some(aside) = folder.set_aside(newest, settings.trace)? {
@@ -204,16 +198,17 @@ impl<'s> Run<'s> {
                 crate::print(format_args!("the earlier run in {out} is now {aside}"));
             }
             checkpoints::tidy(&start.out, newest)?;
+            models::keep(&companions, &start.out)?;
             let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
             let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
             let metrics = Metrics::open(&start.out, progress.step)?;
             let about = About {
                 pillion: env!("CARGO_PKG_VERSION").to_owned(),
                 recipe: recipe.clone(),
-                data: fingerprint(dataset.tokens()),
+                data: fingerprint(&dataset)?,
                 ranks: Some(world),
                 steps: settings.steps,
-                placement: about::placement(&setup, settings.device.is_gpu()),
+                placement: about::placement(&setup, settings.job.device.is_gpu()),
             };
             about.write(&start.out)?;
             let events = || Events::of_metrics(&start.out, &run_folder::tensorboard(&start.out));

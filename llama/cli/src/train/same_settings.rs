@@ -14,7 +14,8 @@ use crate::settings::TrainArgs;
 /// than rank 0, the first setting that differs, and both values.
 pub(super) fn same_settings(settings: &TrainArgs, communicator: &Communicator) -> Result<(), Error> {
     // Which host a rank is on is its own.
-    let settings = TrainArgs { node_rank: None, ..settings.clone() };
+    let mut settings = settings.clone();
+    settings.job.node_rank = None;
     let digest = xxhash_rust::xxh3::xxh3_64(format!("{settings:?}").as_bytes());
     let digests = communicator.all_gather_scalars(&[digest])?;
     let Some(rank) = digests.iter().position(|other| other != &digests[0]) else { return Ok(()) };

@@ -30,8 +30,9 @@ impl Run<'_> {
         }
         let progress = Progress {
             recipe: self.start.recipe.clone(),
-            data: fingerprint(self.dataset.tokens()),
-            data_path: self.start.data.clone(),
+            data: fingerprint(&self.dataset)?,
+            data_path: self.start.text.clone(),
+            tokens: if self.dataset.bytes().is_some() { Vec::new() } else { self.start.tokens.clone() },
             step: self.progress.step,
             samples: self.progress.samples,
             left_out: self.progress.left_out.clone(),

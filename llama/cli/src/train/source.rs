@@ -1,27 +1,54 @@
-//! Which tokens a run learns from: text prepared now, or, where a run goes on, the token file that
-//! it began with.
+//! Which tokens a run learns from: text prepared now, token files, or, where a run goes on, the
+//! tokens that it began with.
 
 use std::path::{Path, PathBuf};
 
-use pillion_data::{Prepared, Summary, TokenFile, synthetic, tokenizer};
+use pillion_data::{
+    Dataset, Prepared, Split, Summary, TokenFile, Tokens, is_token_folder, mixture, synthetic, tokenizer,
+};
+use pillion_llama::huggingface::CONFIG;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::checkpoints::Progress;
 use super::recipe::Recipe;
+use crate::models::{self, Companion, TOKENIZER};
 use crate::settings::TrainArgs;
 use crate::{Error, run_folder};
 
 /// The tokens of a run.
 pub(super) struct Source {
-    pub(super) tokens: TokenFile,
-    /// What `--data` said, absolute; none for the default text.
-    pub(super) data: Option<PathBuf>,
+    pub(super) parts: Vec<Part>,
+    /// What `--data` said of text, absolute; none for the default text, and for tokens.
+    pub(super) text: Option<PathBuf>,
     /// What to print of it.
     pub(super) said: Vec<String>,
 }
 
-/// A token file's fingerprint, as checkpoints keep it.
-pub(super) fn fingerprint(tokens: &TokenFile) -> String {
-    format!("{:016x}", tokens.fingerprint())
+/// Tokens, and their weight in the mixture.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Part {
+    pub(crate) path: PathBuf,
+    pub(crate) weight: u32,
+}
+
+/// Opens the tokens of a run, of which headers and indices alone are read.
+///
+/// # Errors
+/// When one cannot be opened, is too short, or does not fit the model.
+pub(super) fn open(parts: &[Part], recipe: &Recipe) -> Result<Dataset, Error> {
+    let opened = parts.iter().map(|part| Ok((Tokens::open(&part.path, None)?, part.weight)));
+    let opened = opened.collect::<Result<Vec<_>, Error>>()?;
+    Ok(Dataset::mixed(opened, recipe.seq, recipe.model.vocab_size, recipe.seed)?)
+}
+
+/// A dataset's fingerprint, as checkpoints keep it.
+pub(super) fn fingerprint(dataset: &Dataset) -> Result<String, Error> {
+    Ok(hex(dataset.fingerprint()?))
+}
+
+fn hex(fingerprint: u64) -> String {
+    format!("{fingerprint:016x}")
 }
 
 /// Whether random tokens stand for text.
@@ -29,25 +56,150 @@ pub(super) fn is_synthetic(tokens: &TokenFile) -> bool {
     tokens.origin().files == 0
 }
 
-/// Checks that the model and the trigram model of text know every token.
+/// What `--data` asks for.
+enum Wanted {
+    /// The default text.
+    Default,
+    /// Text, or random tokens.
+    Text(PathBuf),
+    /// Files or folders of tokens.
+    Tokens(Vec<Part>),
+}
+
+impl Wanted {
+    fn of(data: &[String]) -> Result<Wanted, Error> {
+        let fail = |message: String| Err(Error::Setting(message));
+        let parts = data.iter().map(|data| part(data)).collect::<Result<Vec<_>, _>>()?;
+        match &parts[..] {
+            [] => Ok(Wanted::Default),
+            [(path, None)] if !holds_tokens(path) => Ok(Wanted::Text(path.clone())),
+            _ => {
+                if let Some((path, _)) = parts.iter().find(|(path, _)| !holds_tokens(path)) {
+                    let path = path.display();
+                    return fail(format!(
+                        "--data {path} is text, and a mixture is of tokens: make them with `pillion tokenize`"
+                    ));
+                }
+                if parts.len() > 1
+                    && let Some((path, _)) = parts.iter().find(|(_, share)| share.is_none())
+                {
+                    return fail(format!("--data {0} has no share: write {0}:0.5, say", path.display()));
+                }
+                let shares: Vec<u64> = parts.iter().map(|(_, share)| share.unwrap_or(SHARE)).collect();
+                let parts = parts.into_iter().zip(weights(&shares)?);
+                Ok(Wanted::Tokens(parts.map(|((path, _), weight)| Part { path: absolute(&path), weight }).collect()))
+            }
+        }
+    }
+}
+
+/// A share of 1, in the unit of shares.
+const SHARE: u64 = 10_000;
+
+/// A path, and its share in units of 1/[`SHARE`]. A path that has a colon itself may stand alone.
+fn part(data: &str) -> Result<(PathBuf, Option<u64>), Error> {
+    let whole = || (PathBuf::from(data), None);
+    if Path::new(data).exists() {
+        return Ok(whole());
+    }
+    let Some((path, share)) = data.rsplit_once(':').filter(|(_, share)| share.parse::<f64>().is_ok()) else {
+        return Ok(whole());
+    };
+    let number: f64 = share.parse().expect("it has just been parsed");
+    let units = (number * SHARE as f64).round();
+    if !(1.0..=1e9).contains(&units) || (units - number * SHARE as f64).abs() > 1e-6 {
+        let message = format!("--data {data}: the share {share} must be above 0, and have at most four decimals");
+        return Err(Error::Setting(message));
+    }
+    Ok((PathBuf::from(path), Some(units as u64)))
+}
+
+/// The weights of shares: the smallest whole numbers in their proportions.
+fn weights(shares: &[u64]) -> Result<Vec<u32>, Error> {
+    let divisor = shares.iter().copied().fold(0, gcd);
+    let weights: Vec<u64> = shares.iter().map(|share| share / divisor).collect();
+    if weights.iter().sum::<u64>() > u64::from(mixture::LONGEST) {
+        let message = "the shares of --data have too many different digits: round them".to_owned();
+        return Err(Error::Setting(message));
+    }
+    Ok(weights.into_iter().map(|weight| weight as u32).collect())
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Whether a path is of tokens, by what it is called or has in it.
+fn holds_tokens(path: &Path) -> bool {
+    let ending = path.extension().and_then(|ending| ending.to_str());
+    is_token_folder(path) || (path.is_file() && ["bin", "idx", "tokens"].iter().any(|known| ending == Some(known)))
+}
+
+/// Tokens that the vocabulary of token files and folders has, where they say so.
 ///
 /// # Errors
-/// Names the file.
-pub(super) fn check_vocabulary(tokens: &TokenFile, recipe: &Recipe) -> Result<(), Error> {
-    let most = if is_synthetic(tokens) { recipe.model.vocab_size } else { tokenizer::VOCAB };
-    if tokens.vocab() <= most {
-        return Ok(());
+/// When one cannot be opened.
+pub(super) fn vocabulary(data: &[String]) -> Result<Option<usize>, Error> {
+    let Wanted::Tokens(parts) = Wanted::of(data)? else { return Ok(None) };
+    let known = parts.iter().map(|part| Ok(Tokens::open(&part.path, None)?.vocab()));
+    let known = known.collect::<Result<Vec<_>, Error>>()?;
+    Ok(known.into_iter().flatten().max())
+}
+
+/// The tokenizer that the tokens of token folders were made with: its checksum, and the files that
+/// go with it.
+///
+/// # Errors
+/// When there are several tokenizers, or a file cannot be read.
+pub(super) fn tokenizer(dataset: &Dataset) -> Result<Option<(String, Vec<Companion>)>, Error> {
+    let folders = dataset.sources().filter_map(|tokens| match tokens {
+        Tokens::Folder(folder) => Some((folder.path(), &folder.index().tokenizer.xxh3)),
+        _ => None,
+    });
+    let folders: Vec<_> = folders.collect();
+    let Some((first, checksum)) = folders.first() else { return Ok(None) };
+    if let Some((other, _)) = folders.iter().find(|(_, other)| other != checksum) {
+        return Err(Error::Setting(format!(
+            "{} and {} were made with different tokenizers: make one of them again with the other's",
+            first.display(),
+            other.display()
+        )));
     }
-    let found = tokens.vocab();
-    let reason = format!("has a vocabulary of {found} tokens instead of {most}: remove it, and it is made again");
-    Err(Error::file(tokens.path(), reason))
+    let mut files = models::files_in(first)?;
+    files.retain(|(name, _)| name != CONFIG);
+    Ok(Some(((*checksum).clone(), files)))
+}
+
+/// Checks that the model that a run begins with was made for the tokens' tokenizer.
+///
+/// # Errors
+/// When it has another one.
+pub(super) fn check_tokenizer(dataset: &Dataset, model: &[Companion]) -> Result<(), Error> {
+    let Some((tokens, _)) = tokenizer(dataset)? else { return Ok(()) };
+    let of_model = model.iter().find(|(name, _)| name == TOKENIZER);
+    match of_model.map(|(_, content)| hex(xxh3_64(content))) {
+        Some(model) if model != tokens => Err(Error::Setting(
+            "--data was made with another tokenizer than that of the model in --from: make it again with `pillion \
+             tokenize --tokenizer` and the model's"
+                .to_owned(),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Of a run that begins in the folder `out`.
 ///
 /// # Errors
 /// When there is no text, or the model knows too few tokens for it.
-pub(super) fn of_new(data: Option<&Path>, recipe: &Recipe, out: &Path) -> Result<Source, Error> {
+pub(super) fn of_new(data: &[String], recipe: &Recipe, out: &Path) -> Result<Source, Error> {
+    match Wanted::of(data)? {
+        Wanted::Default => of_text(None, recipe, out),
+        Wanted::Text(path) => of_text(Some(&path), recipe, out),
+        Wanted::Tokens(parts) => of_tokens(parts, recipe),
+    }
+}
+
+fn of_text(data: Option<&Path>, recipe: &Recipe, out: &Path) -> Result<Source, Error> {
     let (cache, vocab) = (run_folder::tokens(out), recipe.model.vocab_size);
     let is_synthetic = data == Some(Path::new(synthetic::NAME));
     if is_synthetic && vocab > synthetic::LARGEST_VOCAB {
@@ -66,7 +218,32 @@ pub(super) fn of_new(data: Option<&Path>, recipe: &Recipe, out: &Path) -> Result
         true => pillion_data::prepare_synthetic(vocab, &cache)?,
         false => pillion_data::prepare(data, &cache)?,
     };
-    Ok(Source { tokens, data: absolute(data), said: vec![summary.to_string()] })
+    // A file of that name from elsewhere may have other tokens.
+    let most = if is_synthetic { vocab } else { tokenizer::VOCAB };
+    if tokens.vocab() > most {
+        let found = tokens.vocab();
+        let reason = format!("has a vocabulary of {found} tokens instead of {most}: remove it, and it is made again");
+        return Err(Error::file(tokens.path(), reason));
+    }
+    let parts = vec![Part { path: tokens.path().to_owned(), weight: 1 }];
+    let text = data.map(|data| if is_synthetic { data.to_owned() } else { absolute(data) });
+    Ok(Source { parts, text, said: vec![summary.to_string()] })
+}
+
+fn of_tokens(parts: Vec<Part>, recipe: &Recipe) -> Result<Source, Error> {
+    let dataset = open(&parts, recipe)?;
+    let total: u32 = parts.iter().map(|part| part.weight).sum();
+    let said = dataset.sources().zip(&parts).map(|(tokens, part)| {
+        let share = match parts.len() {
+            1 => String::new(),
+            _ => format!("{:.2} % of the samples from ", 100.0 * f64::from(part.weight) / f64::from(total)),
+        };
+        let (train, validation) = (tokens.len(Split::Train), tokens.len(Split::Validation));
+        let documents = tokens.documents(Split::Train).map_or(String::new(), |count| format!(" of {count} documents"));
+        let path = part.path.display();
+        format!("tokens: {share}{path}: {train} train{documents}, {validation} validation")
+    });
+    Ok(Source { parts: parts.clone(), text: None, said: said.collect() })
 }
 
 /// Of a run that goes on in the folder `out`, from `checkpoint`. The run's own token file serves
@@ -82,27 +259,63 @@ pub(super) fn of_resumed(
     checkpoint: &Path,
     saved: &Progress,
 ) -> Result<Source, Error> {
-    let wanted = settings.data.as_deref();
+    let wanted = Wanted::of(&settings.data)?;
+    let parts = match (wanted, &saved.tokens[..]) {
+        (Wanted::Default, []) => return of_resumed_text(None, recipe, out, checkpoint, saved),
+        (Wanted::Text(path), []) => return of_resumed_text(Some(&path), recipe, out, checkpoint, saved),
+        (Wanted::Default, tokens) => tokens.to_vec(),
+        (Wanted::Tokens(parts), _) => parts,
+        (Wanted::Text(path), _) => {
+            let reason = format!("--data {} is text, but the run began with tokens: leave --data out", path.display());
+            return Err(Error::Setting(reason));
+        }
+    };
+    let source = of_tokens(parts, recipe)?;
+    let found = fingerprint(&open(&source.parts, recipe)?)?;
+    if found == saved.data {
+        return Ok(source);
+    }
+    Err(Error::Setting(format!(
+        "the checkpoint {} was made on other tokens (checksum {}, but these have {found}): give those that the run began \
+         with, or start afresh without --resume",
+        checkpoint.display(),
+        saved.data,
+    )))
+}
+
+fn of_resumed_text(
+    wanted: Option<&Path>,
+    recipe: &Recipe,
+    out: &Path,
+    checkpoint: &Path,
+    saved: &Progress,
+) -> Result<Source, Error> {
     let own = own(out, checkpoint, saved)?;
-    let is_same = absolute(wanted) == saved.data_path;
+    let is_synthetic = |path: &Path| path == Path::new(synthetic::NAME);
+    let meant = |path: &Path| if is_synthetic(path) { path.to_owned() } else { absolute(path) };
+    let is_same = wanted.map(meant) == saved.data_path;
     let own = match own {
-        Some(own) if wanted.is_none() => return Ok(own_source(own, saved, Vec::new())),
+        Some(own) if wanted.is_none() => return Ok(own_source(&own, saved, Vec::new())),
         own => own,
     };
     let data = wanted.map(Path::to_owned).or(saved.data_path.clone());
-    let found = match of_new(data.as_deref(), recipe, out) {
-        Ok(found) if fingerprint(&found.tokens) == saved.data => return Ok(found),
-        found => found,
+    let found = of_text(data.as_deref(), recipe, out).and_then(|found| {
+        let fingerprint = hex(TokenFile::open(&found.parts[0].path)?.fingerprint());
+        Ok((found, fingerprint))
+    });
+    let found = match found {
+        Ok((found, fingerprint)) if fingerprint == saved.data => return Ok(found),
+        found => found.map(|(_, fingerprint)| fingerprint),
     };
     let text = data.as_ref().map_or("the default text".to_owned(), |data| data.display().to_string());
     match (own, found) {
         (Some(own), found) if is_same => {
             let what = match found {
-                Ok(found) => format!("has changed (checksum {}, was {})", fingerprint(&found.tokens), saved.data),
+                Ok(found) => format!("has changed (checksum {found}, was {})", saved.data),
                 Err(error) => format!("cannot be read any more ({error})"),
             };
             let said = format!("{text} {what}: going on with the tokens that the run began with");
-            Ok(own_source(own, saved, vec![said]))
+            Ok(own_source(&own, saved, vec![said]))
         }
         (_, Err(error)) => Err(error),
         (own, Ok(found)) => {
@@ -111,23 +324,23 @@ pub(super) fn of_resumed(
                 None => "the token file that the run began with is gone, so bring the text back as it was",
             };
             Err(Error::Setting(format!(
-                "the checkpoint {} was made on other text (checksum {}, but {text} has {}): {remedy}, or start afresh \
+                "the checkpoint {} was made on other text (checksum {}, but {text} has {found}): {remedy}, or start afresh \
                  without --resume",
                 checkpoint.display(),
                 saved.data,
-                fingerprint(&found.tokens),
             )))
         }
     }
 }
 
-fn own_source(own: TokenFile, saved: &Progress, mut said: Vec<String>) -> Source {
-    let description = match is_synthetic(&own) {
+fn own_source(own: &TokenFile, saved: &Progress, mut said: Vec<String>) -> Source {
+    let description = match is_synthetic(own) {
         true => "the random tokens that the run began with",
         false => "the text that the run began with",
     };
-    said.push(Summary::of(&own, description.to_owned()).to_string());
-    Source { tokens: own, data: saved.data_path.clone(), said }
+    said.push(Summary::of(own, description.to_owned()).to_string());
+    let parts = vec![Part { path: own.path().to_owned(), weight: 1 }];
+    Source { parts, text: saved.data_path.clone(), said }
 }
 
 /// The token file that a run began with, which lies in its folder; copied into `out` where that is
@@ -146,11 +359,26 @@ fn own(out: &Path, checkpoint: &Path, saved: &Progress) -> Result<Option<TokenFi
     Ok(Some(elsewhere.copy_into(&here)?))
 }
 
-/// A path that means the same from everywhere; the name of the random tokens stays.
-fn absolute(data: Option<&Path>) -> Option<PathBuf> {
-    let data = data?;
-    match data == Path::new(synthetic::NAME) {
-        true => Some(data.to_owned()),
-        false => Some(data.canonicalize().or_else(|_| std::path::absolute(data)).unwrap_or(data.to_owned())),
+/// A path that means the same from everywhere.
+fn absolute(path: &Path) -> PathBuf {
+    path.canonicalize().or_else(|_| std::path::absolute(path)).unwrap_or(path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_read_exactly_and_become_the_smallest_weights() {
+        let share = |data: &str| part(data).unwrap();
+        assert_eq!(share("a:0.7"), (PathBuf::from("a"), Some(7000)));
+        assert_eq!(share("a:2"), (PathBuf::from("a"), Some(20_000)));
+        assert_eq!(share("a:b"), (PathBuf::from("a:b"), None));
+        assert_eq!(weights(&[7000, 3000]).unwrap(), [7, 3]);
+        assert_eq!(weights(&[10_000]).unwrap(), [1]);
+        for wrong in ["a:0", "a:-1", "a:0.00001", "a:nan", "a:inf"] {
+            assert!(part(wrong).unwrap_err().to_string().contains("the share"), "{wrong}");
+        }
+        assert!(weights(&[9_999, 10_000, 99_991_000]).is_err());
     }
 }

@@ -13,9 +13,11 @@ use serde::{Deserialize, Serialize};
 use super::checkpoints::{self, Candidates, Habits};
 use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
+use super::source::Part;
 use super::{resume, source};
 use crate::Error;
 use crate::controller::by_flag;
+use crate::models::{self, Origin};
 use crate::plan::{Setup, auto, ring_remedy};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::TrainArgs;
@@ -26,15 +28,17 @@ pub(super) struct Start {
     /// The run's folder.
     pub(super) out: PathBuf,
     pub(super) recipe: Recipe,
-    /// The token file.
-    pub(super) tokens: PathBuf,
-    /// What `--data` said, absolute; none for the default text.
-    pub(super) data: Option<PathBuf>,
+    /// The tokens.
+    pub(super) tokens: Vec<Part>,
+    /// What `--data` said of text, absolute; none for the default text, and for tokens.
+    pub(super) text: Option<PathBuf>,
     /// Samples that it is validated on: a multiple of the micro-batch, at most what there is.
     pub(super) validation_samples: u64,
     pub(super) habits: Habits,
     /// The checkpoint to go on from, and whether another will do if it is damaged.
     resume: Option<(PathBuf, bool)>,
+    /// The checkpoint whose weights it begins with.
+    from: Option<PathBuf>,
 }
 
 /// How a run begins.
@@ -42,6 +46,8 @@ pub(super) struct Beginning {
     pub(super) start: Start,
     /// What it goes on from.
     pub(super) resume: Option<Whole>,
+    /// What it begins with.
+    pub(super) from: Option<Whole>,
     /// Claimed until it is dropped; on rank 0 alone.
     pub(super) folder: Option<RunFolder>,
 }
@@ -74,8 +80,13 @@ pub(super) fn begin(settings: &TrainArgs, launch: &Launch, communicator: &Commun
             Err(error) => return Err(error.into()),
         }
     };
+    let from = start.from.as_ref().map(|path| match checkpoint::open(path)?.verify_together(communicator) {
+        Err(error @ pillion_runtime::Error::File { .. }) => Err(alone(error.into())),
+        whole => Ok(whole?),
+    });
+    let from = from.transpose()?;
     search.iter().for_each(Search::say);
-    Ok(Beginning { start, resume, folder: search.and_then(|search| search.folder) })
+    Ok(Beginning { start, resume, from, folder: search.and_then(|search| search.folder) })
 }
 
 impl<'s> Search<'s> {
@@ -119,6 +130,17 @@ impl<'s> Search<'s> {
         if let Some((_, saved)) = &saved {
             resume::adopt(&mut settings, saved);
         }
+        let from = match (&saved, &settings.from) {
+            (None, Some(path)) => Some(models::first(path)?),
+            _ => None,
+        };
+        if let Some(checkpoint) = &from {
+            settings.model.base = Some(Origin::of(checkpoint)?.model().clone());
+            self.said.push(format!("beginning with the weights of {}", checkpoint.path.display()));
+        }
+        if settings.model.base.is_none() && settings.model.vocab_size.is_none() {
+            settings.model.vocab_size = source::vocabulary(&settings.data)?;
+        }
         let (world, launch) = (self.launch.world, self.launch);
         let recipe = Recipe::new(&settings, world)?;
         let policy = recipe::policy(&settings.policy, settings.clip, world)?;
@@ -146,10 +168,12 @@ impl<'s> Search<'s> {
         }
         let source = match &saved {
             Some((path, saved)) => source::of_resumed(&settings, &recipe, &out, path, saved)?,
-            None => source::of_new(settings.data.as_deref(), &recipe, &out)?,
+            None => source::of_new(&settings.data, &recipe, &out)?,
         };
-        source::check_vocabulary(&source.tokens, &recipe)?;
-        let dataset = Dataset::open(source.tokens, recipe.seq, recipe.seed)?;
+        let dataset = source::open(&source.parts, &recipe)?;
+        if let Some(checkpoint) = &from {
+            source::check_tokenizer(&dataset, &models::companions(&checkpoint.path)?)?;
+        }
         let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
         match (&saved, &settings.resume) {
             (Some((path, saved)), _) => {
@@ -176,11 +200,12 @@ impl<'s> Search<'s> {
         self.said.extend(changes.iter().cloned());
         Ok(Start {
             out,
-            tokens: dataset.tokens().path().to_owned(),
-            data: source.data,
+            tokens: source.parts,
+            text: source.text,
             validation_samples,
             habits: Habits::of(&settings),
             resume: saved.map(|(path, _)| (path, !self.candidates.is_named)),
+            from: from.map(|checkpoint| checkpoint.path),
             recipe,
         })
     }

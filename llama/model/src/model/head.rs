@@ -15,23 +15,32 @@ impl Model {
         (0..rows).step_by(HEAD_ROWS).map(move |first| first..(first + HEAD_ROWS).min(rows))
     }
 
-    /// The loss, and the gradient of the residual stream after the last block.
-    pub(super) fn head_backward(&mut self, unit: Backward<'_>) -> Result<(), Error> {
-        let Backward { stream, weights, mut gradients, mut loss } = unit;
-        let kernels = kernels(stream)?;
-        let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
+    /// The loss, the gradient of the head's matrix, which is in this unit, and that of what it
+    /// multiplies.
+    pub(super) fn loss_backward(&mut self, unit: &mut Backward<'_>) -> Result<(), Error> {
+        let Backward { stream, weights, gradients, loss } = unit;
+        let (kernels, matrix) = (kernels(*stream)?, self.config.lm_head());
+        let (width, vocab, z_loss) = (self.config.hidden_size, self.config.vocab_size, self.z_loss);
         let parts = self.head_parts();
-        let Activations { head, gradients: d, residual, targets, .. } = &mut self.activations;
+        let Activations { head, gradients: d, targets, .. } = &mut self.activations;
         for rows in parts {
-            let (count, lm_head) = (rows.len(), weights.tensor(tensor::LM_HEAD));
+            let (count, lm_head) = (rows.len(), weights.tensor(matrix));
             head.multiply(kernels, lm_head.clone(), rows.clone(), vocab);
             let logits = 0..count * vocab;
-            head.loss(kernels, logits.clone(), targets.slice(rows.clone()), loss.reborrow());
+            head.loss(kernels, logits.clone(), targets.slice(rows.clone()), loss.reborrow(), z_loss);
             let grad = head.grad_logits(logits);
             let of_rows = rows.start * width..rows.end * width;
             kernels.linear_backward_input(d.normed.slice_mut(of_rows.clone()), grad.clone(), lm_head, count, false);
-            kernels.linear_backward_weight(gradients.tensor(tensor::LM_HEAD), grad, head.normed.slice(of_rows), count);
+            kernels.linear_backward_weight(gradients.tensor(matrix), grad, head.normed.slice(of_rows), count);
         }
+        Ok(())
+    }
+
+    /// From there to the gradient of the residual stream after the last block.
+    pub(super) fn final_norm_backward(&mut self, unit: &mut Backward<'_>) -> Result<(), Error> {
+        let Backward { stream, weights, gradients, .. } = unit;
+        let kernels = kernels(*stream)?;
+        let Activations { head, gradients: d, residual, .. } = &mut self.activations;
         let x = residual.last().expect("the stream has a last part");
         kernels.zero(d.residual.view_mut());
         kernels.rms_norm_backward(
@@ -55,9 +64,9 @@ impl Head<Buffer> {
     }
 
     /// Adds the loss of some tokens, and makes the gradient of their logits.
-    fn loss(&mut self, kernels: &dyn Kernels, logits: Range<usize>, targets: View<'_>, sum: ViewMut<'_>) {
+    fn loss(&mut self, kernels: &dyn Kernels, logits: Range<usize>, targets: View<'_>, sum: ViewMut<'_>, z_loss: f32) {
         let narrow = self.narrow.as_mut().map(|narrow| narrow.slice_mut(logits.clone()));
-        kernels.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sum);
+        kernels.cross_entropy(self.logits.slice_mut(logits), narrow, targets, sum, z_loss);
     }
 
     /// What [`Head::loss`] has made.

@@ -197,6 +197,6 @@ impl Kernels for LoggedStream {
             gate: View<'_>,
             up: View<'_>
         );
-        cross_entropy(logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>);
+        cross_entropy(logits: ViewMut<'_>, rounded: Option<ViewMut<'_>>, targets: View<'_>, loss: ViewMut<'_>, z_loss: f32);
     }
 }

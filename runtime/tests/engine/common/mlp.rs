@@ -232,5 +232,5 @@ fn kernels(stream: &dyn Stream) -> &dyn Kernels {
 }
 
 fn cross_entropy(stream: &dyn Stream, logits: &mut Buffer, targets: &Buffer, rows: usize, loss: ViewMut<'_>) {
-    kernels(stream).cross_entropy(logits.slice_mut(0..rows * VOCAB), None, targets.slice(0..rows), loss);
+    kernels(stream).cross_entropy(logits.slice_mut(0..rows * VOCAB), None, targets.slice(0..rows), loss, 0.0);
 }

@@ -1,0 +1,136 @@
+//! Rows of parquet files.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::reader::{ReaderIter, TreeBuilder};
+use parquet::record::{Field, Row};
+use parquet::schema::types::{SchemaDescriptor, Type};
+use serde_json::Value;
+
+use super::{Fault, Input};
+use crate::error::Error;
+
+/// Columns that may make a document, if the user names none.
+const COLUMNS: [&str; 4] = ["text", "messages", "prompt", "completion"];
+
+/// The rows of a file, from one of them on; only the columns that make a document.
+pub(super) struct Rows {
+    reader: SerializedFileReader<File>,
+    columns: Arc<SchemaDescriptor>,
+    group: usize,
+    rows: Option<ReaderIter>,
+    done: u64,
+    total: u64,
+}
+
+impl Rows {
+    pub(super) fn open(input: &Input, field: Option<&str>, from: u64) -> Result<Self, Fault> {
+        let file = File::open(&input.path).map_err(Error::reading(&input.path))?;
+        let reader = SerializedFileReader::new(file).map_err(|error| damaged(&error))?;
+        let metadata = reader.metadata().file_metadata();
+        let schema = metadata.schema();
+        let wanted: Vec<&str> = field.map_or(COLUMNS.to_vec(), |field| vec![field]);
+        let kept: Vec<_> =
+            schema.get_fields().iter().filter(|column| wanted.contains(&column.name())).cloned().collect();
+        if kept.is_empty() {
+            let names: Vec<&str> = schema.get_fields().iter().map(|column| column.name()).collect();
+            return Err(Fault::Damaged(format!(
+                "it has no column {}; name one of {} with --field",
+                wanted.join(" or "),
+                names.join(", ")
+            )));
+        }
+        let projected = Type::group_type_builder(schema.name()).with_fields(kept).build();
+        let projected = projected.map_err(|error| damaged(&error))?;
+        check(&reader, input.bytes)?;
+        let total = reader.metadata().row_groups().iter().map(|group| group.num_rows().max(0) as u64).sum();
+        let columns = Arc::new(SchemaDescriptor::new(Arc::new(projected)));
+        let mut rows = Self { reader, columns, group: 0, rows: None, done: 0, total };
+        rows.skip(from)?;
+        Ok(rows)
+    }
+
+    fn skip(&mut self, count: u64) -> Result<(), Fault> {
+        while self.group < self.reader.num_row_groups() {
+            let rows = self.reader.metadata().row_group(self.group).num_rows().max(0) as u64;
+            if self.done + rows > count {
+                break;
+            }
+            self.done += rows;
+            self.group += 1;
+        }
+        while self.done < count {
+            if self.next()?.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The part of a number of bytes that corresponds to the rows that have been read.
+    pub(super) fn share_of(&self, bytes: u64) -> u64 {
+        (u128::from(bytes) * u128::from(self.done) / u128::from(self.total.max(1))) as u64
+    }
+
+    /// The next row, as a JSON object.
+    pub(super) fn next(&mut self) -> Result<Option<Value>, Fault> {
+        loop {
+            if let Some(rows) = &mut self.rows {
+                if let Some(row) = rows.next() {
+                    self.done += 1;
+                    return Ok(Some(object(&row.map_err(|error| damaged(&error))?)));
+                }
+                self.rows = None;
+                self.group += 1;
+            }
+            if self.group >= self.reader.num_row_groups() {
+                return Ok(None);
+            }
+            let group = self.reader.get_row_group(self.group).map_err(|error| damaged(&error))?;
+            let rows = TreeBuilder::new().with_batch_size(ROWS).as_iter(self.columns.clone(), &*group);
+            self.rows = Some(rows.map_err(|error| damaged(&error))?);
+        }
+    }
+}
+
+/// The crate panics for columns that lie outside the file.
+fn check(reader: &SerializedFileReader<File>, bytes: u64) -> Result<(), Fault> {
+    for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
+        let first = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
+        let end = u64::try_from(first).ok().zip(u64::try_from(column.compressed_size()).ok());
+        let end = end.and_then(|(first, length)| first.checked_add(length));
+        if column.data_page_offset() < 0 || end.is_none_or(|end| end > bytes) {
+            return Err(Fault::Damaged(format!(
+                "damaged: column {} lies outside the file; fetch it again",
+                column.column_path()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Rows that are decoded together. They are in memory together, too.
+const ROWS: usize = 64;
+
+fn damaged(error: &parquet::errors::ParquetError) -> Fault {
+    Fault::Damaged(format!("no parquet file that can be read: {error}; fetch it again, or convert it to JSON lines"))
+}
+
+fn object(row: &Row) -> Value {
+    Value::Object(row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect())
+}
+
+/// As JSON. Columns of text whose writer has not marked them as UTF-8 are texts, too.
+fn value(field: &Field) -> Value {
+    match field {
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => Value::String(text.to_owned()),
+            Err(_) => Value::Bool(false),
+        },
+        Field::Group(row) => object(row),
+        Field::ListInternal(list) => Value::Array(list.elements().iter().map(value).collect()),
+        other => other.to_json_value(),
+    }
+}
