@@ -61,13 +61,15 @@ fn files_of_the_user_stay_where_they_are() {
         "checkpoints/best.pt",
         "checkpoints/epoch-3/model.pth",
         "trace/rank-0000.json",
+        "tensorboard/events.out.tfevents.1.mine",
     ];
     for name in mine {
         fs::create_dir_all(place.path("work").join(name).parent().unwrap()).unwrap();
         fs::write(place.path("work").join(name), "mine").unwrap();
     }
     for _ in 0..3 {
-        let mut command = place.command(&format!("train {FLAGS} --data ../text --out . --steps 1 --trace --keep 1"));
+        let mut command =
+            place.command(&format!("train {FLAGS} --data ../text --out . --steps 1 --trace --tensorboard --keep 1"));
         command.current_dir(place.path("work"));
         place.spawn(command).finish().succeeded();
     }
@@ -82,13 +84,17 @@ fn files_of_the_user_stay_where_they_are() {
         "metrics.jsonl",
         "metrics.jsonl.incomplete",
         "notes.md",
+        "run.json",
+        "tensorboard",
         "tokens",
         "trace",
         "trace.json",
     ];
     assert_eq!(names(&place.path("work")), ours);
     for number in ["earlier-1", "earlier-2"] {
-        assert_eq!(names(&place.path("work").join(number)), ["checkpoints", "metrics.jsonl", "trace.json"]);
+        let earlier = place.path("work").join(number);
+        assert_eq!(names(&earlier), ["checkpoints", "metrics.jsonl", "run.json", "tensorboard", "trace.json"]);
+        assert_eq!(names(&earlier.join("tensorboard")).len(), 1);
         assert_eq!(place.checkpoints(&format!("work/{number}")), ["step-00000001"]);
     }
 }

@@ -18,6 +18,9 @@
 //! | `experiment` | `pillion experiment`: batch schedules compared |
 //! | `doctor` | `pillion doctor`: what a machine and a job offer |
 //! | `plan` | `pillion plan`: the layout of a run, and a simulated step |
+//! | `report` | `pillion report`: runs side by side on a page |
+//! | `top` | `pillion top`: a run as it goes |
+//! | `plot` | lines as SVG |
 //! | `output` | stdout and stderr, which may be full or closed |
 #![forbid(unsafe_code)]
 
@@ -36,12 +39,15 @@ mod jobs;
 mod models;
 mod output;
 mod plan;
+mod plot;
 mod replay;
+mod report;
 mod run_folder;
 pub mod settings;
 mod simulate;
 mod text;
 mod tokenize;
+mod top;
 pub mod train;
 mod verify_data;
 
@@ -93,6 +99,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Data(command) => verify_data::look_at(command),
         Command::Plan(settings) => plan::plan(settings),
         Command::Doctor(settings) => doctor::doctor(settings),
+        Command::Top(settings) => top::top(settings),
+        Command::Report(settings) => report::report(settings),
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
         Command::Abs(AbsCommand::Replay(settings)) => replay::run(settings),

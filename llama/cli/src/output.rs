@@ -3,13 +3,20 @@
 //! - A command whose result is what it prints uses [`print_result`] or [`write`]. It fails when stdout
 //!   accepts no more bytes, for example on a full disk. A closed pipe (`| head`) is no failure, because
 //!   the reader has read what it wanted.
-//! - A training run uses [`print`]. Its results are files, so it goes on, and reports once on stderr
-//!   that stdout fails.
+//! - A training run uses [`print`] and [`tell`]. Its results are files, so it goes on, and reports once
+//!   on stderr that stdout fails.
+//! - A file that a command makes as a whole is written by [`replace_file`].
 //! - Text by a model may hold any bytes. [`Escaped`] keeps control characters from a terminal.
 
 use std::fmt::Display;
+use std::fs::Permissions;
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use pillion_collectives::limits::explain;
+use serde::Serialize;
 
 use crate::Error;
 
@@ -33,8 +40,35 @@ pub(crate) fn write(text: &str) -> Result<bool, Error> {
     }
 }
 
+/// Whether training runs of this process print JSON.
+static JSON: AtomicBool = AtomicBool::new(false);
+
+/// Has training runs of this process print an object for each line from now on.
+pub(crate) fn print_json() {
+    JSON.store(true, Ordering::Relaxed);
+}
+
+/// Whether training runs of this process print JSON.
+pub(crate) fn is_json() -> bool {
+    JSON.load(Ordering::Relaxed)
+}
+
+/// Prints something that happens in a training run on stdout: `event` as an object, or the text.
+pub(crate) fn tell(event: &impl Serialize, text: impl Display) {
+    if is_json() { print_line(serde_json::to_string(event).expect("plain values")) } else { print_line(text) }
+}
+
 /// Prints a line of a training run on stdout.
 pub(crate) fn print(what: impl Display) {
+    if is_json() {
+        let text = what.to_string();
+        print_line(serde_json::json!({ "event": "message", "text": text.trim() }));
+    } else {
+        print_line(what);
+    }
+}
+
+fn print_line(what: impl Display) {
     static LOST: AtomicBool = AtomicBool::new(false);
     if let Err(error) = write(&format!("{what}\n"))
         && !LOST.swap(true, Ordering::Relaxed)
@@ -47,6 +81,24 @@ fn try_write(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
+}
+
+/// Writes a file that is whole or not there: under another name in its folder first.
+///
+/// # Errors
+/// [`Error::File`] when it cannot be written; what was there before stays.
+pub(crate) fn replace_file(path: &Path, text: &[u8]) -> Result<(), Error> {
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let write = || {
+        // The umask takes from these.
+        let permissions = Permissions::from_mode(0o666);
+        let mut file = tempfile::Builder::new().prefix(".pillion-").permissions(permissions).tempfile_in(folder)?;
+        file.write_all(text)?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)
+    };
+    let remedy = "choose another file with --out FILE";
+    write().map(drop).map_err(|error| Error::file(path, format!("{}: {remedy}", explain(&error))))
 }
 
 /// Prints a line on stderr, in one piece: ranks that fail at the same moment write to the same

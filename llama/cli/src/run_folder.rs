@@ -6,11 +6,13 @@
 //!     .pillion-*           files that a run has not finished yet
 //!     metrics.jsonl        one line a step
 //!     metrics.aside.jsonl  lines of steps that a resume or a rewind undid, and lines of others
+//!     run.json             what the run is: see `train/about.rs`
 //!     checkpoints/step-…   see `pillion_runtime::checkpoint`
 //!     tokens/*.tokens      see `data::TokenFile`; shared by all runs in this folder
 //!     huggingface/         the tokenizer of the run's model, and other files that go with it
+//!     tensorboard/         with --tensorboard: see `train/events.rs`
 //!     trace.json           with --trace
-//!     earlier-1/           metrics, checkpoints, trace and tokenizer of the run before
+//!     earlier-1/           all of these of the run before, but tokens
 //! ```
 //!
 //! The folder itself is never renamed or removed, because it may be a mount point, a link, or the
@@ -25,12 +27,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use pillion_data::runs::{
-    CHECKPOINTS, EARLIER, HUGGINGFACE, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TOKENS, TRACE,
+    ABOUT, ABOUT_BEGIN, CHECKPOINTS, EARLIER, HUGGINGFACE, LOCK, METRICS, METRICS_ASIDE, METRICS_BEGIN, TENSORBOARD,
+    TOKENS, TRACE,
 };
 use pillion_llama::huggingface::{COMPANIONS, CONFIG};
 use pillion_runtime::checkpoint;
 use rustix::fs::{Access, OFlags};
 
+use crate::train::events;
 use crate::{Error, complain};
 
 /// How long a run waits for another run that may be ending. The system needs seconds to end a
@@ -67,6 +71,11 @@ pub(crate) fn metrics_aside(out: &Path) -> PathBuf {
     out.join(METRICS_ASIDE)
 }
 
+/// Where a run says what it is.
+pub(crate) fn about(out: &Path) -> PathBuf {
+    out.join(ABOUT)
+}
+
 /// A name for something in a run's folder that is not finished yet.
 pub(crate) fn unfinished(out: &Path, name: &str) -> PathBuf {
     out.join(format!(".pillion-{name}"))
@@ -80,6 +89,11 @@ pub(crate) fn checkpoints(out: &Path) -> PathBuf {
 /// Where a run's token files are.
 pub(crate) fn tokens(out: &Path) -> PathBuf {
     out.join(TOKENS)
+}
+
+/// Where a run's event files are.
+pub(crate) fn tensorboard(out: &Path) -> PathBuf {
+    out.join(TENSORBOARD)
 }
 
 /// Where a run keeps the files that go with its model.
@@ -154,6 +168,7 @@ impl RunFolder {
     /// [`Error::File`] that names the file.
     pub(crate) fn check(&self, traces: bool) -> Result<(), Error> {
         written(&self.path, METRICS, METRICS_BEGIN)?;
+        written(&self.path, ABOUT, ABOUT_BEGIN)?;
         if traces {
             written(&self.path, TRACE, pillion_runtime::trace::HEADER)?;
         }
@@ -184,12 +199,15 @@ impl RunFolder {
         let files = [
             ours(METRICS, METRICS_BEGIN),
             ours(METRICS_ASIDE, METRICS_BEGIN),
+            ours(ABOUT, ABOUT_BEGIN),
             ours(TRACE, pillion_runtime::trace::HEADER),
         ];
         let companions = self.has_companions().then_some(HUGGINGFACE);
         let files: Vec<&str> = files.into_iter().flatten().chain(companions).collect();
         let saved = self.saved()?;
-        if files.is_empty() && saved.is_empty() {
+        let tensorboard = tensorboard(&self.path);
+        let events = events::files(&tensorboard).map_err(|error| cannot_write(&tensorboard, error))?;
+        if files.is_empty() && saved.is_empty() && events.is_empty() {
             return Ok(None);
         }
         let aside = self.free_name();
@@ -197,6 +215,11 @@ impl RunFolder {
         if !saved.is_empty() {
             let (from, to) = (checkpoints(&self.path), self.checkpoints_aside(&aside)?);
             saved.iter().try_for_each(|name| rename(&from.join(name), &to.join(name)))?;
+        }
+        if !events.is_empty() {
+            let to = self::tensorboard(&aside);
+            fs::create_dir(&to).map_err(|error| cannot_write(&to, error))?;
+            events.iter().try_for_each(|name| rename(&tensorboard.join(name), &to.join(name)))?;
         }
         files.iter().try_for_each(|name| rename(&self.path.join(name), &aside.join(name)))?;
         Ok(Some(aside))

@@ -22,7 +22,9 @@ pub use crate::experiment::PaperArgs;
 use crate::plan::quantity::size;
 pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::replay::ReplayArgs;
+pub use crate::report::ReportArgs;
 pub use crate::simulate::SimulateArgs;
+pub use crate::top::TopArgs;
 pub use job::*;
 pub use tokenize::TokenizeArgs;
 pub use train::*;
@@ -62,6 +64,10 @@ pub enum Command {
     /// Print what this machine and job offer, what would be chosen, and why. Start it as a run
     /// would be started.
     Doctor(DoctorArgs),
+    /// Draw runs side by side, on a page that needs no network.
+    Report(ReportArgs),
+    /// Show a run as it goes.
+    Top(TopArgs),
     /// Compare batch schedules.
     #[command(subcommand)]
     Experiment(ExperimentCommand),

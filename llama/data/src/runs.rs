@@ -13,10 +13,16 @@ pub const METRICS: &str = "metrics.jsonl";
 pub const METRICS_ASIDE: &str = "metrics.aside.jsonl";
 /// How each line of the metrics begins.
 pub const METRICS_BEGIN: &str = r#"{"step":"#;
+/// What the run is.
+pub const ABOUT: &str = "run.json";
+/// How it begins.
+pub const ABOUT_BEGIN: &str = r#"{"pillion":"#;
 /// The folder of checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
 /// The folder of token files.
 pub const TOKENS: &str = "tokens";
+/// The folder of event files, which TensorBoard reads.
+pub const TENSORBOARD: &str = "tensorboard";
 /// The folder of files that go with the model: its tokenizer, and how it generates text.
 pub const HUGGINGFACE: &str = "huggingface";
 /// The timeline.
@@ -34,7 +40,8 @@ pub fn is_one(folder: &Path) -> bool {
 pub fn is_of_run(name: &OsStr) -> bool {
     let is_earlier = |name: &str| name.strip_prefix(EARLIER).is_some_and(|number| number.parse::<u32>().is_ok());
     name.to_str().is_some_and(|name| {
-        [METRICS, METRICS_ASIDE, CHECKPOINTS, TOKENS, HUGGINGFACE, TRACE].contains(&name) || is_earlier(name)
+        [METRICS, METRICS_ASIDE, ABOUT, CHECKPOINTS, TENSORBOARD, TOKENS, HUGGINGFACE, TRACE].contains(&name)
+            || is_earlier(name)
     })
 }
 

@@ -2,7 +2,7 @@
 //! `docs/src/paper/steps`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::PaperArgs;
 use super::compare::{self, Paired};
@@ -10,9 +10,13 @@ use super::grid::{self, Family, Run};
 use super::report::{self, Group};
 use super::results::Results;
 
+fn path(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/src").join(name)
+}
+
 /// A file of the book.
 fn document(name: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/src").join(name);
+    let path = path(name);
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
@@ -45,6 +49,30 @@ fn the_tables_of_the_page_are_those_of_its_steps() {
         }
     }
     assert!(lacking.is_empty(), "docs/src/paper/README.md should have:\n{lacking}");
+}
+
+/// The figures of the page, as the command draws them: their names and their texts.
+fn figures() -> Vec<(String, String)> {
+    let runs = runs();
+    let of = |model| report::figures(model, 8192, &report::groups(&runs, model)).unwrap();
+    ["3.3M", "10.8M"].into_iter().flat_map(of).collect()
+}
+
+/// Every figure of the page is what the command draws.
+#[test]
+fn the_figures_of_the_page_are_those_of_its_steps() {
+    for (name, svg) in figures() {
+        let test = "cargo test -p pillion-cli -- --ignored the_figures_are_drawn_again";
+        assert!(document(&format!("paper/{name}")) == svg, "{name} is not what its steps give: run {test}");
+    }
+}
+
+#[test]
+#[ignore = "writes the figures of the page"]
+fn the_figures_are_drawn_again() {
+    for (name, svg) in figures() {
+        fs::write(path(&format!("paper/{name}")), svg).unwrap();
+    }
 }
 
 /// Checks that a document has a text that was made of computed numbers.

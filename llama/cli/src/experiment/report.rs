@@ -4,10 +4,11 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use super::compare::{self, Table};
-use super::figure::{Curve, figure};
+use super::figure::{Panel, figure};
 use super::grid::{Family, Run};
 use super::results::{Part, Results};
 use crate::Error;
+use crate::plot::{Line, MOST_LINES};
 
 /// Points of a curve at most.
 const POINTS: u64 = 64;
@@ -53,19 +54,12 @@ pub(super) fn write(out: &Path, finished: &[(Run, Results)], wanted: usize) -> R
     for model in models {
         let groups = groups(finished, model);
         let samples = finished.iter().find(|(run, _)| run.model == model).map_or(0, |(run, _)| run.samples);
-        let largest =
-            finished.iter().filter(|(run, _)| run.model == model).map(|(_, results)| results.largest_batch()).max();
-        // Two of the largest steps begin in each part, so that none is empty.
-        let count = (samples / (2 * largest.unwrap_or(1))).clamp(1, POINTS) as usize;
         for table in model_tables(model, samples, &groups) {
             tables.push_str(&markdown(&table));
             page.push_str(&html(&table));
         }
-        for (name, title, x, y, point) in FIGURES {
-            let curves: Vec<Curve> = groups.iter().map(|group| curve(group, count, point)).collect();
-            let drawn = figure(&format!("{title}, {model}"), x, y, &curves);
-            let svg = drawn.map_err(|reason| Error::file(folder.join(name), reason))?;
-            put(&format!("{model}-{name}.svg"), &svg)?;
+        for (name, svg) in figures(model, samples, &groups).map_err(|reason| Error::file(&folder, reason))? {
+            put(&name, &svg)?;
             writeln!(page, "<figure>{svg}</figure>").expect("text grows");
         }
     }
@@ -86,7 +80,8 @@ th { border-bottom: 1px solid; } figure { margin: 1.5em 0; }
 else the machine did meanwhile; ms a sample: the median over steps, which is less so. Training loss: mean over the last tenth of the samples; validation loss: after the last step; both in nats a token.
 Differences: the mean over seeds, paired by seed, and ± its 95 % interval by Student's t; bold where the interval is on one side of zero, which one in twenty is by chance. Constants at as many steps: on the line through
 the two nearest in the logarithm of steps.</p>
-<p>Curves: the mean over seeds, in parts of as many samples each, of the loss before a step, or of its batch, at the samples, steps and seconds that came before it.</p>
+<p>Curves: the mean over seeds, in parts of as many samples each, of the loss before a step, or of its batch, at the samples, steps and seconds that came before it. Bands: from the smallest to the
+largest value of the seeds.</p>
 ";
 
 type Point = fn(&Part) -> (f64, f64);
@@ -113,16 +108,52 @@ pub(super) fn groups<'r>(finished: &'r [(Run, Results)], model: &str) -> Vec<Gro
     groups
 }
 
-/// The seeds' mean at each part of the run in which all of them have a step.
-fn curve(group: &Group, count: usize, point: Point) -> Curve {
-    let seeds: Vec<Vec<Option<Part>>> = group.seeds.iter().map(|(_, run)| run.parts(count)).collect();
-    let mean = |part: usize| {
-        let points: Option<Vec<(f64, f64)>> = seeds.iter().map(|parts| parts[part].as_ref().map(point)).collect();
-        let points = points?;
-        let (x, y) = points.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
-        Some((x / points.len() as f64, y / points.len() as f64))
+/// The figures of a model's runs, by the names of their files.
+///
+/// # Errors
+/// Which of them has nothing to show.
+pub(super) fn figures(model: &str, samples: u64, groups: &[Group]) -> Result<Vec<(String, String)>, String> {
+    let largest = groups.iter().flat_map(|group| &group.seeds).map(|(_, run)| run.largest_batch()).max();
+    // Two of the largest steps begin in each part, so that none is empty.
+    let count = (samples / (2 * largest.unwrap_or(1))).clamp(1, POINTS) as usize;
+    let one = |(name, title, x, y, point)| {
+        let svg = figure(&format!("{title}, {model}"), x, y, &panels(groups, count, point))?;
+        Ok((format!("{model}-{name}.svg"), svg))
     };
-    Curve { name: group.schedule.to_owned(), points: (0..count).filter_map(mean).collect() }
+    FIGURES.into_iter().map(one).collect()
+}
+
+/// The curves of all schedules, in as few panels as have room. Where one has no room for all, the
+/// constant batches come first.
+fn panels(groups: &[Group], count: usize, point: Point) -> Vec<Panel> {
+    let lines = |groups: &[&Group]| groups.iter().map(|group| curve(group, count, point)).collect();
+    let all: Vec<&Group> = groups.iter().collect();
+    if all.len() <= MOST_LINES {
+        return vec![Panel { name: "", lines: lines(&all) }];
+    }
+    let (changing, constant): (Vec<&Group>, Vec<&Group>) =
+        all.iter().partition(|group| group.family == Family::Changing);
+    let named = [("constant batches", constant), ("batches that change", changing)];
+    let panels = named.iter().flat_map(|(name, groups)| groups.chunks(MOST_LINES).map(move |few| (name, few)));
+    panels.map(|(name, few)| Panel { name, lines: lines(few) }).collect()
+}
+
+/// The seeds' mean at each part of the run in which all of them have a step, and a band from the
+/// smallest to the largest of their values.
+fn curve(group: &Group, count: usize, point: Point) -> Line {
+    let seeds: Vec<Vec<Option<Part>>> = group.seeds.iter().map(|(_, run)| run.parts(count)).collect();
+    let (mut points, mut band) = (Vec::new(), Vec::new());
+    for part in 0..count {
+        let each: Option<Vec<(f64, f64)>> = seeds.iter().map(|parts| parts[part].as_ref().map(point)).collect();
+        let Some(each) = each else { continue };
+        let (x, y) = each.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
+        let x = x / each.len() as f64;
+        points.push((x, y / each.len() as f64));
+        let values = || each.iter().map(|point| point.1);
+        band.push((x, values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max)));
+    }
+    let band = if seeds.len() > 1 { band } else { Vec::new() };
+    Line { name: group.schedule.to_owned(), points, band }
 }
 
 /// A model's runs, and their differences.

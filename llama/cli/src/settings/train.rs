@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::JobArgs;
 use crate::controller::ControllerArgs;
 use crate::plan::quantity::size;
+pub use crate::train::log::LogKind;
 use crate::train::{CHANGEABLE, Group, Shape};
 
 /// The flags of a model's shape.
@@ -278,6 +279,12 @@ pub struct TrainArgs {
     /// ui.perfetto.dev.
     #[arg(long)]
     pub trace: bool,
+    /// What a run prints on stdout: lines of text, or a JSON object a line.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
+    pub log: LogKind,
+    /// Write the numbers of steps for TensorBoard too, into tensorboard/ in --out.
+    #[arg(long)]
+    pub tensorboard: bool,
     /// The flags that were given, on the command line or in the file, without dashes.
     #[arg(skip)]
     pub given: BTreeSet<String>,

@@ -6,6 +6,7 @@ use pillion_llama::decoder::Decoder;
 use pillion_llama::generate::{Sampling, generate};
 
 use super::checkpoints::Progress;
+use super::log::Event;
 use super::recipe::Recipe;
 use super::run::{Mark, Output, Run};
 use super::screen;
@@ -36,8 +37,22 @@ impl Run<'_> {
             samples => format!(", {samples} of them left out,"),
         };
         let against = if validation < *loss { "below" } else { "not below" };
-        let sample = sample.map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
-        screen.say(format!(
+        let checkpoint = self.checkpoint();
+        let event = Event::End {
+            steps: self.progress.step,
+            samples: self.progress.samples,
+            samples_left_out: self.progress.left_out(),
+            seconds: screen.elapsed().as_secs_f64(),
+            batch: self.controller.batch(),
+            validation_loss: validation,
+            mark_loss: *loss,
+            mark: of,
+            sample: sample.as_deref(),
+            metrics: metrics.path(),
+            checkpoint: &checkpoint,
+        };
+        let sample = sample.as_ref().map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
+        let text = format!(
             "\n{} steps, {} samples{left_out} in {}; batch {} at the end\n\
              validation loss {validation:.4}, {against} that of {of}, {loss:.4}\n\
              {sample}\
@@ -47,8 +62,9 @@ impl Run<'_> {
             screen::duration(screen.elapsed()),
             self.controller.batch(),
             metrics.path().display(),
-            self.checkpoint().display(),
-        ));
+            checkpoint.display(),
+        );
+        screen.tell(&event, text);
         Ok(())
     }
 

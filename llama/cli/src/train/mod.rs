@@ -1,14 +1,18 @@
 //! `pillion train`: finds or starts the ranks, and has each run the loop.
 
+pub(crate) mod about;
 mod breakdown;
 pub(crate) mod checkpoints;
 mod closing;
 pub(crate) mod cores;
 mod evaluation;
+pub(crate) mod events;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod gpu;
 mod groups;
+pub(crate) mod lines;
+pub(crate) mod log;
 mod measure;
 mod metrics;
 mod non_finite;
@@ -30,9 +34,10 @@ use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::settings::TrainArgs;
-use crate::{Error, jobs};
+use crate::{Error, jobs, output};
 
 pub use groups::Group;
+use log::LogKind;
 pub(crate) use metrics::Line;
 #[cfg(test)]
 pub(crate) use plan_table::step_bytes;
@@ -50,6 +55,9 @@ const DEFAULT_RANKS: usize = 2;
 /// What keeps the ranks from being started; what goes wrong on a rank has been printed.
 pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
     gpu::check(settings)?;
+    if settings.log == LogKind::Json {
+        output::print_json();
+    }
     jobs::start(&settings.job, DEFAULT_RANKS, |launch, stop| run::run(settings, launch, stop))
 }
 

@@ -9,6 +9,7 @@ use pillion_collectives::Reduction;
 use pillion_runtime::{State, checkpoint};
 
 use super::checkpoints::progress;
+use super::events::Events;
 use super::metrics::Metrics;
 use super::progress::{Counters, Saved};
 use super::run::{Run, controller};
@@ -121,6 +122,9 @@ impl Run<'_> {
         let step = self.progress.step;
         if let Some(output) = &mut self.output {
             output.metrics = Metrics::open(output.folder.path(), step)?;
+            if let Some(Err(error)) = output.events.as_mut().map(Events::rewind) {
+                output.screen.say(format!("no events of the steps before: {error}"));
+            }
         }
         self.say(|| format!("gone back to {}", path.display()));
         Ok(())

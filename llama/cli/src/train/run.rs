@@ -6,29 +6,32 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use pillion_abs::{Controller, Observation};
-use pillion_collectives::{Backend, Communicator, Launch, Reduction};
+use pillion_collectives::{Communicator, Launch, Reduction};
 use pillion_data::{Dataset, Split, trigram};
 use pillion_kernels::LazyCpu;
 use pillion_llama::model::Model;
 use pillion_runtime::Engine;
 use pillion_runtime::checkpoint::Saver;
 
+use super::about::{self, About};
 use super::checkpoints;
 use super::closing::nothing_left;
 use super::cores::Processor;
 use super::evaluation::validate;
+use super::events::Events;
 use super::gpu;
 use super::groups::Grouped;
+use super::log::{self, Event};
 use super::metrics::{Line, Metrics};
 use super::non_finite::NonFinite;
 use super::progress::Counters;
 use super::recipe::{self, Recipe};
 use super::same_settings::same_settings;
 use super::screen::Screen;
-use super::source::{self, is_synthetic};
+use super::source::{self, fingerprint, is_synthetic};
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
-use super::{cores, measure, plan_table, statistics, stopping};
+use super::{cores, measure, statistics, stopping};
 use crate::gpu::Moved;
 use crate::jobs::{self, Ended};
 use crate::models::{self, TOKENIZER};
@@ -72,6 +75,8 @@ pub(super) struct Run<'s> {
 pub(super) struct Output {
     pub(super) screen: Screen,
     pub(super) metrics: Metrics,
+    /// With `--tensorboard`.
+    pub(super) events: Option<Events>,
     pub(super) mark: Mark,
     /// Keeps other runs out.
     pub(super) folder: RunFolder,
@@ -127,7 +132,7 @@ impl<'s> Run<'s> {
         };
         let policy = setup.policy;
         if communicator.rank() == 0 {
-            print_plan(&setup, launch, &communicator, controller.batch());
+            log::plan(&setup, recipe, launch, &communicator, controller.batch(), settings.job.device.is_gpu());
         }
         let mut processor = match processor {
             Some(processor) => processor,
@@ -202,7 +207,18 @@ impl<'s> Run<'s> {
             let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
             let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
             let metrics = Metrics::open(&start.out, progress.step)?;
-            Ok(Output { screen, metrics, mark, folder })
+            let about = About {
+                pillion: env!("CARGO_PKG_VERSION").to_owned(),
+                recipe: recipe.clone(),
+                data: fingerprint(&dataset)?,
+                ranks: Some(world),
+                steps: settings.steps,
+                placement: about::placement(&setup, settings.job.device.is_gpu()),
+            };
+            about.write(&start.out)?;
+            let events = || Events::of_metrics(&start.out, &run_folder::tensorboard(&start.out));
+            let events = settings.tensorboard.then(events).transpose()?;
+            Ok(Output { screen, metrics, events, mark, folder })
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
         let keep = start.habits.keep.map(NonZero::get);
@@ -236,7 +252,10 @@ impl<'s> Run<'s> {
         self.check_validation(validation, &weights)?;
         if let Some(Output { screen, mark: Mark { loss, of }, .. }) = &self.output {
             let samples = self.start.validation_samples;
-            screen.say(format!("validation loss {validation:.4} on {samples} samples; {of} reaches {loss:.4}"));
+            let event =
+                Event::Validation { step: self.progress.step, samples: self.progress.samples, loss: validation };
+            let text = format!("validation loss {validation:.4} on {samples} samples; {of} reaches {loss:.4}");
+            screen.tell(&event, text);
         }
         if self.is_asked_to_stop(stop)? {
             self.say(|| match &self.progress.newest {
@@ -294,7 +313,10 @@ impl<'s> Run<'s> {
         }
         if stopped && !self.is_done() {
             let (step, path) = (self.progress.step, self.checkpoint());
-            self.say(|| format!("interrupted: saved {} after step {step}; go on with --resume auto", path.display()));
+            if let Some(output) = &self.output {
+                let text = format!("interrupted: saved {} after step {step}; go on with --resume auto", path.display());
+                output.screen.tell(&Event::Interrupted { step, checkpoint: &path }, text);
+            }
             return Ok(Ended::Interrupted);
         }
         self.summary(validation)?;
@@ -305,10 +327,10 @@ impl<'s> Run<'s> {
     /// Writes what a step has done, and what the model reaches where it was validated.
     fn show(&mut self, line: Option<&mut Line>, validation: f64) -> Result<(), Error> {
         let is_done = self.is_done();
-        let Some(Output { screen, metrics, folder, .. }) = &mut self.output else { return Ok(()) };
+        let Some(Output { screen, metrics, events, folder, .. }) = &mut self.output else { return Ok(()) };
         let Some(line) = line else {
             if is_done {
-                screen.say(format!("validation loss {validation:.4} after {} samples", self.progress.samples));
+                screen.validation(self.progress.step, self.progress.samples, validation);
             }
             return Ok(());
         };
@@ -321,9 +343,12 @@ impl<'s> Run<'s> {
             // A disk that is full now may not be when there is something to save.
             screen.say(format!("no metrics of this step: {error}"));
         }
+        if let Some(Err(error)) = events.as_mut().map(|events| events.write(line)) {
+            screen.say(format!("no events of this step: {error}"));
+        }
         screen.step(line);
         if let Some(loss) = line.validation_loss {
-            screen.say(format!("validation loss {loss:.4} after {} samples", line.samples_seen));
+            screen.validation(line.step, line.samples_seen, loss);
         }
         Ok(())
     }
@@ -472,17 +497,4 @@ fn choose<'s>(given: Setup<'s>, communicator: &Communicator, processor: &Process
         crate::print(format_args!(" auto         {}", choice.why));
     }
     Ok(choice.of(given))
-}
-
-fn print_plan(setup: &Setup<'_>, launch: &Launch, communicator: &Communicator, batch: u64) {
-    let between = match (communicator.backend(), communicator.hosts()) {
-        (Backend::Tcp, _) => "TCP".to_owned(),
-        (Backend::Mpi, _) => "MPI".to_owned(),
-        (Backend::Hierarchical, hosts) => {
-            format!("shared memory on each of {hosts} hosts, {} between them", communicator.wire())
-        }
-        (Backend::Shm | Backend::Auto, _) => "shared memory".to_owned(),
-    };
-    let backend = format!("{}, {between}", launch.source);
-    crate::print(plan_table(setup, &setup.plan(), batch, &backend));
 }

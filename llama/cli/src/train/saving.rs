@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use pillion_runtime::checkpoint::Saved;
 
 use super::checkpoints::Progress;
+use super::log::Event;
 use super::progress;
 use super::run::{Output, Run};
 use super::source::fingerprint;
@@ -53,10 +54,12 @@ impl Run<'_> {
         let Some(Saved { path, step, held, took, not_removed }) = saved else { return };
         self.progress.newest = Some(progress::Saved { step, path: path.clone() });
         self.non_finite.has_saved();
-        self.say(|| {
-            let (took, held) = (took.as_secs_f64(), held.as_secs_f64() * 1e3);
-            format!("saved {} in {took:.1} s, of which steps waited {held:.0} ms", path.display())
-        });
+        if let Some(output) = &self.output {
+            let (seconds, held_seconds) = (took.as_secs_f64(), held.as_secs_f64());
+            let held = held_seconds * 1e3;
+            let text = format!("saved {} in {seconds:.1} s, of which steps waited {held:.0} ms", path.display());
+            output.screen.tell(&Event::Checkpoint { step, path: &path, seconds, held_seconds }, text);
+        }
         for error in not_removed {
             self.say(|| format!("an older checkpoint is still there: {error}"));
         }

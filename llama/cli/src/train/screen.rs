@@ -4,8 +4,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
+use super::log::Event;
 use super::metrics::Line;
 use super::plan_table::bytes;
+use crate::output;
 
 /// A run's output on a terminal or in a log.
 pub(crate) struct Screen {
@@ -41,6 +43,19 @@ impl Screen {
         self.bar.suspend(|| crate::print(text));
     }
 
+    /// Prints what happens above the bar: in JSON, or as the text.
+    pub(crate) fn tell(&self, event: &Event, text: impl std::fmt::Display) {
+        self.bar.suspend(|| output::tell(event, text));
+    }
+
+    /// Prints the loss on the validation text after `step` steps.
+    pub(crate) fn validation(&self, step: u64, samples: u64, loss: f64) {
+        self.tell(
+            &Event::Validation { step, samples, loss },
+            format_args!("validation loss {loss:.4} after {samples} samples"),
+        );
+    }
+
     /// Memory in use, looked at now and then. The first step is not like the others: it allocates.
     pub(crate) fn memory(&mut self) -> Option<u64> {
         if self.lines == 1 || self.lines.is_multiple_of(MEMORY_EVERY) {
@@ -51,7 +66,7 @@ impl Screen {
 
     /// Prints a step.
     pub(crate) fn step(&mut self, line: &Line) {
-        if self.lines.is_multiple_of(HEADING_EVERY) {
+        if self.lines.is_multiple_of(HEADING_EVERY) && !output::is_json() {
             self.say(format!(
                 "{:>6} {:>7} {:>7} {:>8} {:>6} {:>7} {:>8} {:>8} {:>5} {:>9} {:>10} {:>8}",
                 "step", "loss", "norm", "lr", "batch", "noise", "tok/s", "GFLOP/s", "mfu", "exposed", "memory", "to go"
@@ -59,7 +74,7 @@ impl Screen {
         }
         self.lines += 1;
         let noise = line.noise_scale.map_or("-".to_owned(), |scale| format!("{scale:.0}"));
-        self.say(format!(
+        let text = format!(
             "{:>6} {:>7.4} {:>7.3} {:>8.2e} {:>6} {:>7} {:>8.0} {:>8.1} {:>5} {:>7.1}ms {:>10} {:>8}",
             line.step,
             line.loss,
@@ -73,7 +88,8 @@ impl Screen {
             line.exposed_ms,
             line.memory.map_or("-".to_owned(), bytes),
             self.remaining(line.samples_seen),
-        ));
+        );
+        self.tell(&Event::Step(line), text);
         self.bar.set_position(line.samples_seen);
     }
 
