@@ -19,7 +19,7 @@ fn a_text_is_the_same_on_any_number_of_ranks_and_ends_where_it_is_told() {
         |flags: &str| object(&place.run(&format!("generate --checkpoint run --tokens 60 --json {flags}")).succeeded());
     let all = text("--ignore-end");
     assert_eq!((all["tokens"].as_u64(), all["finish"].as_str()), (Some(60), Some("length")));
-    for flags in ["--ranks 2", "--ranks 3 --launch threads", "--threads 1", "--context 128"] {
+    for flags in ["--ranks 2", "--ranks 3 --launch threads", "--threads 1"] {
         assert_eq!(text(&format!("--ignore-end {flags}"))["text"], all["text"], "{flags}");
     }
     assert_ne!(text("--ignore-end --seed 2")["text"], all["text"]);
