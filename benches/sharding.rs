@@ -24,7 +24,7 @@ const NAMES: [&str; 3] = ["sharded, windows", "meet at a barrier", "never meet"]
 fn engine(communicator: Arc<Communicator>, config: &Config) -> Engine {
     let layout = config.layout(communicator.world());
     let mut engine = Engine::new(communicator, Arc::new(Cpu), layout, Policy::default()).expect("memory");
-    engine.initialize(|name, shape| config.initial_values(1, name, shape)).expect("ranks are there");
+    engine.initialize(|name, shape| config.initial_values(1, None, name, shape)).expect("ranks are there");
     engine
 }
 

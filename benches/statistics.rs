@@ -33,7 +33,7 @@ fn pairs(micro_batch: usize) -> Vec<[(f64, f64); 2]> {
         let policy = Policy::default();
         let layout = config.layout(WORLD);
         let mut engine = Engine::new(communicator.clone(), Arc::new(Cpu), layout, policy).expect("memory");
-        engine.initialize(|name, shape| config.initial_values(1, name, shape)).expect("ranks are there");
+        engine.initialize(|name, shape| config.initial_values(1, None, name, shape)).expect("ranks are there");
         let mut model = Model::new(&Cpu, &config, policy.weights, micro_batch, SEQ, Recompute::None).expect("memory");
         let tokens: Vec<u32> = (0..micro_batch * SEQ).map(|at| (at * 7 + launch.rank) as u32 % 251).collect();
         let settings = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };

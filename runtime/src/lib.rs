@@ -119,7 +119,7 @@ pub use engine::Engine;
 pub use error::Error;
 pub use layout::{Layout, Piece, Tensor, TensorSpec, Unit, UnitSpec};
 pub use memory::Memory;
-pub use optimizer::{Optimizer, ShardUpdate, States};
+pub use optimizer::{Optimizer, ShardUpdate, States, update_by_adamw};
 pub use outline::Outline;
 pub use plan::{Action, Fill, Operation, Pass, Plan, PlanError, Verified};
 pub use policy::{ADAMW_STATES, COMPARED, Gather, Mesh, Policy, Sharded};

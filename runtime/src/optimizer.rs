@@ -67,6 +67,31 @@ impl States<'_> {
     }
 }
 
+/// Enqueues the update of a shard by AdamW, whose settings may differ from tensor to tensor:
+/// `settings` is asked for them by a tensor's number in the unit, and whether its specification says
+/// that it decays. Frozen tensors stay as they are.
+pub fn update_by_adamw(shard: ShardUpdate<'_>, settings: impl Fn(usize, bool) -> AdamW) {
+    let ShardUpdate { layout, stream, gradient, scale, step, mut master, mut weights, mut states, pieces, .. } = shard;
+    for piece in pieces {
+        let tensor = &layout.tensors[piece.tensor];
+        if tensor.frozen {
+            continue;
+        }
+        let range = piece.in_shard.clone();
+        let [m, v] = states.all().map(|state| state.slice(range.clone()));
+        stream.adamw(
+            weights.as_mut().map(|weights| weights.reborrow().slice(range.clone())),
+            master.reborrow().slice(range.clone()),
+            m,
+            v,
+            gradient.slice(range.clone()),
+            scale.clone(),
+            settings(piece.tensor, tensor.decay),
+            step,
+        );
+    }
+}
+
 /// Loshchilov and Hutter 2019, algorithm 2: fused with the rounding of the weights. Weight decay
 /// applies to the tensors whose specification says so, and frozen tensors stay as they are.
 impl Optimizer for AdamW {
@@ -75,27 +100,10 @@ impl Optimizer for AdamW {
     }
 
     fn update(&self, shard: ShardUpdate<'_>) {
-        let ShardUpdate { layout, stream, gradient, scale, step, mut master, mut weights, mut states, pieces, .. } =
-            shard;
-        for piece in pieces {
-            let tensor = &layout.tensors[piece.tensor];
-            if tensor.frozen {
-                continue;
-            }
-            let range = piece.in_shard.clone();
-            let settings = AdamW { weight_decay: if tensor.decay { self.weight_decay } else { 0.0 }, ..*self };
-            let [m, v] = states.all().map(|state| state.slice(range.clone()));
-            stream.adamw(
-                weights.as_mut().map(|weights| weights.reborrow().slice(range.clone())),
-                master.reborrow().slice(range.clone()),
-                m,
-                v,
-                gradient.slice(range.clone()),
-                scale.clone(),
-                settings,
-                step,
-            );
-        }
+        update_by_adamw(shard, |_, decays| AdamW {
+            weight_decay: if decays { self.weight_decay } else { 0.0 },
+            ..*self
+        });
     }
 
     fn writes_weights(&self) -> bool {

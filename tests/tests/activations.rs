@@ -9,7 +9,7 @@ use pillion_kernels::cpu::Profile;
 use pillion_kernels::{AdamW, Buffer, Cores, Cpu, DType, Device, Error, LazyCpu, Region, Stream};
 use pillion_llama::config::Config;
 use pillion_llama::model::{Model, Recompute};
-use pillion_runtime::{Engine, Layout, Policy};
+use pillion_runtime::{Engine, Policy};
 use pillion_tests::program::Workplace;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
@@ -96,7 +96,7 @@ fn forward_flops(config: &Config, batch: usize, seq: usize, recompute: Recompute
     let communicator = Arc::new(Communicator::connect(&Launch::single(), Options::default()).unwrap());
     let (layout, policy) = (config.layout(1), Policy::default());
     let mut engine = Engine::new(communicator, device.clone(), layout, policy).unwrap();
-    engine.initialize(|name, shape| config.initial_values(1, name, shape)).unwrap();
+    engine.initialize(|name, shape| config.initial_values(1, None, name, shape)).unwrap();
     let mut model = Model::new(&*device, config, policy.weights, batch, seq, recompute).unwrap();
     let tokens = vec![3; batch * seq];
     let mut step = engine.begin(1).unwrap();

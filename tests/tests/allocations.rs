@@ -46,7 +46,7 @@ fn allocations(policy: Policy, recompute: Recompute, rounds: usize, idle: bool, 
         let (config, device) = (config(), Arc::new(Cpu));
         let layout = config.layout(policy.mesh(WORLD).unwrap().shard);
         let mut engine = Engine::new(communicator.clone(), device.clone(), layout, policy).unwrap();
-        engine.initialize(|name, shape| config.initial_values(1, name, shape)).unwrap();
+        engine.initialize(|name, shape| config.initial_values(1, None, name, shape)).unwrap();
         let mut model = Model::new(&*device, &config, policy.weights, 1, SEQ, recompute).unwrap();
         let tokens: Vec<u32> = (0..=SEQ as u32).map(|index| (index * 7) % 61).collect();
         let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `settings` | the command line and the configuration file |
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
+//! | `eval` | `pillion eval`: the loss on any data |
 //! | `generate`, `text` | `pillion generate`: text by a model |
 //! | `huggingface` | `pillion import` and `export`: models from and for elsewhere |
 //! | `models` | models in checkpoints, and the files that go with them |
@@ -26,6 +27,7 @@
 mod controller;
 mod doctor;
 mod error;
+mod eval;
 mod experiment;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
@@ -77,8 +79,9 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         // Help, or the version.
         Err((message, 0)) => return ended(output::write(&message).map(|_| 0)),
         Err((message, code)) => {
-            let is_job =
-                arguments.get(1).is_some_and(|command| ["train", "generate", "doctor"].contains(&command.as_str()));
+            let is_job = arguments
+                .get(1)
+                .is_some_and(|command| ["train", "generate", "eval", "doctor"].contains(&command.as_str()));
             say_once(is_job, &message, || output::complain_as_it_is(&message));
             return code;
         }
@@ -88,6 +91,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     let result = instructions.and_then(|_| match &cli.command {
         Command::Train(settings) => train::train(settings),
         Command::Generate(settings) => generate::run(settings),
+        Command::Eval(settings) => eval::run(settings),
         Command::Import(settings) => huggingface::import(settings),
         Command::Export(settings) => huggingface::export(settings),
         Command::Checkpoint(command) => inspect::inspect(command),
@@ -103,7 +107,8 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     });
     result.unwrap_or_else(|error| {
         let is_job =
-            matches!(cli.command, Command::Train(_) | Command::Generate(_) | Command::Doctor(_)) && error.code() == 2;
+            matches!(cli.command, Command::Train(_) | Command::Generate(_) | Command::Eval(_) | Command::Doctor(_))
+                && error.code() == 2;
         say_once(is_job, &error.to_string(), || complain(&error));
         error.code()
     })

@@ -14,6 +14,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use pillion_collectives::{Backend, WireKind};
+use pillion_data::Split;
 use pillion_kernels::DType;
 
 pub use crate::controller::{ControllerArgs, ControllerKind};
@@ -44,6 +45,8 @@ pub enum Command {
     Train(Box<TrainArgs>),
     /// Write text with a trained model.
     Generate(GenerateArgs),
+    /// Print the loss of a trained model on data.
+    Eval(EvalArgs),
     /// Make a checkpoint of a model in Hugging Face's format.
     Import(ImportArgs),
     /// Make a folder that Hugging Face's transformers load of a checkpoint.
@@ -187,6 +190,44 @@ pub struct GenerateArgs {
     pub job: JobArgs,
 }
 
+/// Settings of `eval`.
+#[derive(Clone, Debug, Args)]
+pub struct EvalArgs {
+    /// Folder of a run, or a checkpoint in it.
+    #[arg(long, value_name = "DIR", default_value = "runs/train")]
+    pub checkpoint: PathBuf,
+    /// Text in a file or a folder; a folder of `pillion tokenize`; or a token file of llm.c, nanoGPT
+    /// or Megatron. Several times for all of them. Default, of a model of bytes: the default text.
+    #[arg(long, value_name = "PATH")]
+    pub data: Vec<String>,
+    /// What of it: train or validation; default: validation where there is one.
+    #[arg(long, value_parser = split())]
+    pub split: Option<Split>,
+    /// Samples at most, from the beginning; default: all.
+    #[arg(long, value_name = "N")]
+    pub samples: Option<u64>,
+    /// Tokens in a sample; default: those of the model's training, or 2048 for an imported model.
+    #[arg(long, value_name = "N")]
+    pub seq: Option<usize>,
+    /// Samples that a rank computes at a time.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub micro_batch: u64,
+    /// Type of the weights that are computed with.
+    #[arg(long, default_value = "f32", value_parser = precision())]
+    pub precision: DType,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub job: JobArgs,
+}
+
+fn split() -> impl TypedValueParser<Value = Split> {
+    let named = |name: String| if name == "train" { Split::Train } else { Split::Validation };
+    PossibleValuesParser::new(["train", "validation"]).map(named)
+}
+
 /// Settings of `import`.
 #[derive(Clone, Debug, Args)]
 pub struct ImportArgs {
@@ -277,8 +318,8 @@ pub(crate) fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
     Ok(cli)
 }
 
-/// Takes away `flags` of a file that no one can give together with those that were `given` on the
-/// command line.
+/// Takes away `flags` of a file that were also `given` on the command line, and those that no one
+/// can give together with them.
 fn leave_to(given: &BTreeSet<String>, flags: &mut Vec<String>) {
     let mut command = Cli::command();
     command.build();
@@ -291,7 +332,8 @@ fn leave_to(given: &BTreeSet<String>, flags: &mut Vec<String>) {
     flags.retain(|flag| {
         let name = flag.trim_start_matches("--");
         let name = name.split_once('=').map_or(name, |(name, _)| name);
-        !given.iter().any(|given| excludes(name, given) || excludes(given, name))
+        // Values of a list would add up.
+        !given.contains(name) && !given.iter().any(|given| excludes(name, given) || excludes(given, name))
     });
 }
 
@@ -319,16 +361,25 @@ pub(crate) fn flags_of_file(file: &Path, text: &str) -> Result<Vec<String>, Stri
             }
             continue;
         }
-        let value = match value {
-            toml::Value::String(text) => text,
-            toml::Value::Integer(number) => number.to_string(),
-            toml::Value::Float(number) => number.to_string(),
-            other => {
-                let kind = other.type_str();
-                return Err(format!("{}: `{key}` is a {kind}, but settings are strings or numbers", file.display()));
-            }
+        // A flag that may be given several times is a list.
+        let values = match value {
+            toml::Value::Array(values) => values,
+            value => vec![value],
         };
-        flags.push(format!("--{key}={value}"));
+        for value in values {
+            let value = match value {
+                toml::Value::String(text) => text,
+                toml::Value::Integer(number) => number.to_string(),
+                toml::Value::Float(number) => number.to_string(),
+                other => {
+                    let (kind, file) = (other.type_str(), file.display());
+                    return Err(format!(
+                        "{file}: `{key}` is a {kind}, but settings are strings, numbers, or lists of them"
+                    ));
+                }
+            };
+            flags.push(format!("--{key}={value}"));
+        }
     }
     Ok(flags)
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use pillion_data::{Stream, Tokenizer, tokenizer};
+use pillion_kernels::IGNORED;
 
 use crate::models::Origin;
 use crate::{Error, run_folder};
@@ -66,6 +67,18 @@ impl Vocabulary {
             return Err(Error::Setting("the prompt has no tokens: give at least one character".to_owned()));
         }
         Ok(tokens)
+    }
+
+    /// Bytes of the text that targets stand for. Those that do not count have none.
+    ///
+    /// # Errors
+    /// When one is another tokenizer's.
+    pub(crate) fn bytes(&self, targets: &[u32]) -> Result<u64, Error> {
+        let counted = targets.iter().copied().filter(|&target| target != IGNORED);
+        match self {
+            Vocabulary::Bytes => Ok(counted.filter(|&token| token < 256).count() as u64),
+            Vocabulary::Subwords(tokenizer) => Ok(tokenizer.decode(&counted.collect::<Vec<_>>(), false)?.len() as u64),
+        }
     }
 
     /// Whether a text ends with this token.

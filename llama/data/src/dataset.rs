@@ -134,6 +134,31 @@ impl Dataset {
         self.sources[source].train.samples_per_epoch()
     }
 
+    /// Windows of a split, of all sources.
+    pub fn windows(&self, split: Split) -> u64 {
+        self.sources.iter().map(|source| source.windows(split)).sum()
+    }
+
+    /// Fills in window `i` of a split, in the order of the text, source after source; `inputs: [seq]`,
+    /// `targets: [seq]`.
+    ///
+    /// # Errors
+    /// As for [`Dataset::fill`].
+    ///
+    /// # Panics
+    /// If `i` is not below [`windows`](Self::windows), or a slice does not hold `seq` tokens.
+    pub fn in_order(&self, split: Split, i: u64, inputs: &mut [u32], targets: &mut [u32]) -> Result<()> {
+        let mut rest = i;
+        for source in &self.sources {
+            let windows = source.windows(split);
+            if rest < windows {
+                return self.window(&source.tokens, split, rest, inputs, targets);
+            }
+            rest -= windows;
+        }
+        panic!("window {i} of {}", self.windows(split))
+    }
+
     /// Number of validation windows: as many as keep the proportions of the sources that have any.
     pub fn validation_len(&self) -> u64 {
         let Some(mixture) = &self.validation else { return 0 };
@@ -207,6 +232,13 @@ impl Dataset {
 }
 
 impl Source {
+    fn windows(&self, split: Split) -> u64 {
+        match split {
+            Split::Train => self.train.samples_per_epoch(),
+            Split::Validation => self.validation.as_ref().map_or(0, SampleOrder::samples_per_epoch),
+        }
+    }
+
     fn new(tokens: Tokens, weight: u32, seq: usize, vocab: usize, seed: u64) -> Result<Self> {
         if let Some(needed) = tokens.vocab().filter(|&needed| needed > vocab) {
             let problem = format!("has {needed} different tokens, but the model knows {vocab}: choose another model");

@@ -302,16 +302,25 @@ impl Config {
 
     /// The initial values of a tensor's elements, by index: ones for norms; else normal with
     /// variance 2/(5·C) (Nguyen and Salazar 2019), and for what adds to the residual stream
-    /// standard deviation 2/(layers·√C) (Wang and Komatsuzaki 2021). A value depends on (seed,
-    /// tensor, index) alone.
-    pub fn initial_values(&self, seed: u64, name: &str, shape: &[usize]) -> impl Fn(usize) -> f32 + use<> {
+    /// standard deviation 2/(layers·√C) (Wang and Komatsuzaki 2021). With `deviation` this is the
+    /// standard deviation, and for what adds to the residual stream 1/√(2·layers) of it (Radford et
+    /// al. 2019). A value depends on (seed, deviation, tensor, index) alone.
+    pub fn initial_values(
+        &self,
+        seed: u64,
+        deviation: Option<f64>,
+        name: &str,
+        shape: &[usize],
+    ) -> impl Fn(usize) -> f32 + use<> {
         let is_norm = shape.len() == 1;
         let width = self.hidden_size as f64;
         let adds_to_residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-        let deviation = if adds_to_residual {
-            2.0 / (self.num_hidden_layers as f64 * width.sqrt())
-        } else {
-            (2.0 / (5.0 * width)).sqrt()
+        let layers = self.num_hidden_layers as f64;
+        let deviation = match (deviation, adds_to_residual) {
+            (Some(deviation), true) => deviation / (2.0 * layers).sqrt(),
+            (Some(deviation), false) => deviation,
+            (None, true) => 2.0 / (layers * width.sqrt()),
+            (None, false) => (2.0 / (5.0 * width)).sqrt(),
         };
         let stream = xxhash_rust::xxh3::xxh3_64(name.as_bytes());
         move |index| match is_norm {

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::JobArgs;
 use crate::controller::ControllerArgs;
 use crate::plan::quantity::size;
-use crate::train::CHANGEABLE;
 pub use crate::train::log::LogKind;
+use crate::train::{CHANGEABLE, Group, Shape};
 
 /// The flags of a model's shape.
 const SHAPE: [&str; 7] = ["model", "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads"];
@@ -186,9 +186,37 @@ pub struct TrainArgs {
     /// Share of the samples over which the learning rate rises.
     #[arg(long, value_name = "X", default_value_t = 0.02)]
     pub warmup: f64,
-    /// Learning rate at the end, as a share of the peak; it falls along a cosine.
+    /// Learning rate at the end, as a share of the peak.
     #[arg(long, value_name = "X", default_value_t = 0.1)]
     pub final_lr: f64,
+    /// How the learning rate falls after the warm-up.
+    #[arg(long, value_enum, value_name = "SHAPE", default_value = "cosine")]
+    pub schedule: Shape,
+    /// Share of the samples over which --schedule wsd falls at the end.
+    #[arg(long, value_name = "X", default_value_t = 0.2)]
+    pub cooldown: f64,
+    /// Weight of a step's gradient one step later, in AdamW's first moment.
+    #[arg(long, value_name = "X", default_value_t = 0.9)]
+    pub beta1: f64,
+    /// The same in its second moment.
+    #[arg(long, value_name = "X", default_value_t = 0.95)]
+    pub beta2: f64,
+    /// What AdamW adds to the root of the second moment.
+    #[arg(long, value_name = "X", default_value_t = 1e-8)]
+    pub epsilon: f64,
+    /// Standard deviation of initial weights, and 1/√(2·layers) of it for what adds to the residual
+    /// stream; default: √(2/(5·width)), and 2/(layers·√width).
+    #[arg(long, value_name = "X")]
+    pub init_std: Option<f64>,
+    /// Weight of an auxiliary loss, the square of the logarithm of the softmax's sum, which keeps
+    /// logits near 0; 1e-4 is usual.
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    pub z_loss: f64,
+    /// Other settings for tensors whose names match a pattern, in which `*` stands for anything:
+    /// lr multiplies the learning rate, and decay stands for --weight-decay. May be given several
+    /// times; of several that match, the last counts.
+    #[arg(long, value_name = "PATTERN:lr=X,decay=Y")]
+    pub group: Vec<Group>,
     /// Decoupled weight decay of matrices.
     #[arg(long, value_name = "X", default_value_t = 0.1)]
     pub weight_decay: f64,

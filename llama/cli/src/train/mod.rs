@@ -10,6 +10,7 @@ pub(crate) mod events;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod gpu;
+mod groups;
 pub(crate) mod lines;
 pub(crate) mod log;
 mod measure;
@@ -35,12 +36,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::settings::TrainArgs;
 use crate::{Error, jobs, output};
 
+pub use groups::Group;
 use log::LogKind;
 pub(crate) use metrics::Line;
 #[cfg(test)]
 pub(crate) use plan_table::step_bytes;
 pub(crate) use plan_table::{bytes, grouped, plan_table};
 pub(crate) use resume::CHANGEABLE;
+pub use schedule::Shape;
+pub(crate) use start::on_rank_zero;
 
 /// Ranks of a run that nobody else has started.
 const DEFAULT_RANKS: usize = 2;

@@ -8,13 +8,15 @@ use pillion_runtime::{ADAMW_STATES, Gather, Mesh, Policy};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::schedule::Schedule;
+use super::groups::{self, Group};
+use super::schedule::{Schedule, Shape};
 use crate::Error;
 use crate::settings::{PolicyArgs, TrainArgs, dtype};
 
-/// β₁ and β₂ of Llama 2's training, and ε.
-const BETAS: (f32, f32) = (0.9, 0.95);
-const EPSILON: f32 = 1e-8;
+/// β₁ and β₂ of Llama 2's training, and ε: those of checkpoints that do not say.
+const BETA1: f64 = 0.9;
+const BETA2: f64 = 0.95;
+const EPSILON: f64 = 1e-8;
 /// More slots than any model has units.
 const MOST_SLOTS: usize = 1024;
 /// Tokens of a micro-batch at most: activations of more have no 64-bit number of bytes.
@@ -38,6 +40,32 @@ pub(crate) struct Recipe {
     pub(crate) weight_decay: f64,
     /// Largest gradient norm; none for no limit.
     pub(crate) clip: Option<f64>,
+    #[serde(default = "beta1")]
+    pub(crate) beta1: f64,
+    #[serde(default = "beta2")]
+    pub(crate) beta2: f64,
+    #[serde(default = "epsilon")]
+    pub(crate) epsilon: f64,
+    /// Standard deviation of initial weights; none for that of the width.
+    #[serde(default)]
+    pub(crate) init_std: Option<f64>,
+    /// Weight of the auxiliary loss on the logits' sums.
+    #[serde(default)]
+    pub(crate) z_loss: f64,
+    #[serde(default)]
+    pub(crate) groups: Vec<Group>,
+}
+
+fn beta1() -> f64 {
+    BETA1
+}
+
+fn beta2() -> f64 {
+    BETA2
+}
+
+fn epsilon() -> f64 {
+    EPSILON
 }
 
 impl Recipe {
@@ -106,8 +134,26 @@ impl Recipe {
         if !(0.0..1.0).contains(&settings.warmup) {
             return fail(format!("--warmup {} is a share of the samples: at least 0 and below 1", settings.warmup));
         }
+        for (flag, beta) in [("--beta1", settings.beta1), ("--beta2", settings.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return fail(format!("{flag} {beta} is out of range: at least 0 and below 1"));
+            }
+        }
+        range("--epsilon", settings.epsilon, 1e-30, 1.0)?;
+        range("--z-loss", settings.z_loss, 0.0, 1.0)?;
+        if let Some(deviation) = settings.init_std {
+            range("--init-std", deviation, 0.0, 1e3)?;
+        }
+        let is_read = settings.schedule == Shape::Wsd;
+        if is_read && !(settings.cooldown > 0.0 && settings.cooldown <= 1.0 - settings.warmup) {
+            let (cooldown, most) = (settings.cooldown, 1.0 - settings.warmup);
+            return fail(format!("--cooldown {cooldown} is a share of the samples: above 0 and at most {most}"));
+        }
+        groups::check(&settings.group, &model.units()).map_err(Error::Setting)?;
         let controller = settings.controller.settings(batch, cap, round_to, settings.samples)?;
-        let TrainArgs { lr, warmup, final_lr, samples, .. } = *settings;
+        let TrainArgs { lr, warmup, final_lr, samples, schedule: shape, .. } = *settings;
+        // What no shape reads is not kept, so that it is no difference between two runs.
+        let cooldown = if shape == Shape::Wsd { settings.cooldown } else { 0.0 };
         Ok(Recipe {
             model,
             precision: settings.policy.precision.name().to_owned(),
@@ -116,10 +162,16 @@ impl Recipe {
             micro_batch,
             seed: settings.seed,
             controller,
-            schedule: Schedule { lr, warmup, final_lr, samples },
+            schedule: Schedule { lr, warmup, final_lr, samples, shape, cooldown },
             coupling: settings.controller.lr_coupling,
             weight_decay: settings.weight_decay,
             clip: (settings.clip > 0.0).then_some(settings.clip),
+            beta1: settings.beta1,
+            beta2: settings.beta2,
+            epsilon: settings.epsilon,
+            init_std: settings.init_std,
+            z_loss: settings.z_loss,
+            groups: settings.group.clone(),
         })
     }
 
@@ -154,9 +206,9 @@ impl Recipe {
     pub(crate) fn adamw(&self, lr: f64) -> AdamW {
         AdamW {
             lr: lr as f32,
-            beta1: BETAS.0,
-            beta2: BETAS.1,
-            epsilon: EPSILON,
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            epsilon: self.epsilon as f32,
             weight_decay: self.weight_decay as f32,
         }
     }

@@ -6,6 +6,7 @@ use pillion_abs::{Rule, Stage};
 
 use super::checkpoints::{Habits, Progress};
 use super::recipe::Recipe;
+use super::schedule::Shape;
 use crate::Error;
 use crate::controller::{ControllerArgs, ControllerKind, flag};
 use crate::settings::{TrainArgs, dtype};
@@ -14,7 +15,7 @@ use crate::settings::{TrainArgs, dtype};
 /// model has, or which samples it sees.
 #[rustfmt::skip]
 pub(crate) const CHANGEABLE: &[&str] = &[
-    "lr", "warmup", "final-lr", "samples", "weight-decay", "clip", "lr-coupling", "batch", "max-batch", "round-to",
+    "lr", "warmup", "final-lr", "schedule", "cooldown", "beta1", "beta2", "epsilon", "z-loss", "group", "samples", "weight-decay", "clip", "lr-coupling", "batch", "max-batch", "round-to",
     "controller", "eta", "variant", "ratio", "stages", "ramp", "ema", "patience", "growth-limit", "test-interval",
     "shrink",
 ];
@@ -27,6 +28,7 @@ pub(crate) fn adopt(settings: &mut TrainArgs, saved: &Progress) {
     let keeps = |flag: &str| !given.contains(flag) && !changed.iter().any(|name| name == flag);
     let Recipe { model, precision, reduce_precision, seq, micro_batch, seed, .. } = &saved.recipe;
     let Recipe { controller, schedule, coupling, weight_decay, clip, .. } = &saved.recipe;
+    let Recipe { beta1, beta2, epsilon, z_loss, init_std, groups, .. } = &saved.recipe;
     if keeps("model") {
         settings.model.base = Some(model.clone());
     }
@@ -54,10 +56,26 @@ pub(crate) fn adopt(settings: &mut TrainArgs, saved: &Progress) {
         ("final-lr", schedule.final_lr, &mut settings.final_lr),
         ("weight-decay", *weight_decay, &mut settings.weight_decay),
         ("clip", clip.unwrap_or(0.0), &mut settings.clip),
+        ("beta1", *beta1, &mut settings.beta1),
+        ("beta2", *beta2, &mut settings.beta2),
+        ("epsilon", *epsilon, &mut settings.epsilon),
+        ("z-loss", *z_loss, &mut settings.z_loss),
     ] {
         if keeps(flag) {
             *setting = saved;
         }
+    }
+    if keeps("schedule") {
+        settings.schedule = schedule.shape;
+        if keeps("cooldown") && schedule.shape == Shape::Wsd {
+            settings.cooldown = schedule.cooldown;
+        }
+    }
+    if keeps("init-std") {
+        settings.init_std = *init_std;
+    }
+    if keeps("group") {
+        settings.group.clone_from(groups);
     }
     if keeps("seq") {
         settings.seq = *seq;

@@ -20,6 +20,7 @@ use super::cores::Processor;
 use super::evaluation::validate;
 use super::events::Events;
 use super::gpu;
+use super::groups::Grouped;
 use super::log::{self, Event};
 use super::metrics::{Line, Metrics};
 use super::non_finite::NonFinite;
@@ -65,6 +66,7 @@ pub(super) struct Run<'s> {
     pub(super) output: Option<Output>,
     pub(super) processor: Processor,
     timeline: Option<Timeline>,
+    groups: Grouped,
     inputs: Vec<u32>,
     targets: Vec<u32>,
 }
@@ -155,6 +157,7 @@ impl<'s> Run<'s> {
         }
         let (micro_batch, recompute) = (recipe.micro_batch as usize, setup.recompute);
         let model = Model::new(&*device, &recipe.model, policy.weights, micro_batch, recipe.seq, recompute)?;
+        let model = model.with_z_loss(recipe.z_loss as f32);
         let progress = match (&resume, saved) {
             (Some(whole), Some(saved)) => {
                 whole.load(&mut engine)?;
@@ -163,7 +166,9 @@ impl<'s> Run<'s> {
             _ => {
                 match &from {
                     Some(whole) => whole.load_weights(&mut engine)?,
-                    None => engine.initialize(|name, shape| recipe.model.initial_values(recipe.seed, name, shape))?,
+                    None => engine.initialize(|name, shape| {
+                        recipe.model.initial_values(recipe.seed, recipe.init_std, name, shape)
+                    })?,
                 }
                 Counters::default()
             }
@@ -233,6 +238,7 @@ impl<'s> Run<'s> {
             saver,
             output,
             processor,
+            groups: Grouped::new(&start.recipe.groups, &start.recipe.model.units()),
             inputs: vec![0; tokens],
             targets: vec![0; tokens],
             start,
@@ -389,7 +395,7 @@ impl<'s> Run<'s> {
         }
         let decided = self.controller.batch() as f64;
         let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
-        let report = match step.finish(&recipe.adamw(lr), &mut asked) {
+        let report = match step.finish(&self.groups.adamw(recipe.adamw(lr)), &mut asked) {
             Err(error) if !matches!(error, pillion_runtime::Error::NonFinite { .. }) => return Err(error.into()),
             report => report,
         };

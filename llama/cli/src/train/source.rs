@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use pillion_data::{
-    Dataset, Prepared, Split, Summary, TokenFile, Tokens, is_token_folder, mixture, synthetic, tokenizer,
+    Append, Dataset, Prepared, Split, Summary, TokenFile, Tokens, is_token_folder, mixture, synthetic, tokenizer,
 };
 use pillion_llama::huggingface::CONFIG;
 use serde::{Deserialize, Serialize};
@@ -12,8 +12,9 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::checkpoints::Progress;
 use super::recipe::Recipe;
-use crate::models::{self, Companion, TOKENIZER};
+use crate::models::{self, Companion, Origin, TOKENIZER};
 use crate::settings::TrainArgs;
+use crate::text::Vocabulary;
 use crate::{Error, run_folder};
 
 /// The tokens of a run.
@@ -37,9 +38,17 @@ pub(crate) struct Part {
 /// # Errors
 /// When one cannot be opened, is too short, or does not fit the model.
 pub(super) fn open(parts: &[Part], recipe: &Recipe) -> Result<Dataset, Error> {
+    cut(parts, recipe.seq, recipe.model.vocab_size, recipe.seed)
+}
+
+/// Opens tokens and cuts them into samples of `seq` tokens, for a model that knows `vocab`.
+///
+/// # Errors
+/// As for [`open`].
+pub(crate) fn cut(parts: &[Part], seq: usize, vocab: usize, seed: u64) -> Result<Dataset, Error> {
     let opened = parts.iter().map(|part| Ok((Tokens::open(&part.path, None)?, part.weight)));
     let opened = opened.collect::<Result<Vec<_>, Error>>()?;
-    Ok(Dataset::mixed(opened, recipe.seq, recipe.model.vocab_size, recipe.seed)?)
+    Ok(Dataset::mixed(opened, seq, vocab, seed)?)
 }
 
 /// A dataset's fingerprint, as checkpoints keep it.
@@ -133,6 +142,54 @@ fn gcd(a: u64, b: u64) -> u64 {
 fn holds_tokens(path: &Path) -> bool {
     let ending = path.extension().and_then(|ending| ending.to_str());
     is_token_folder(path) || (path.is_file() && ["bin", "idx", "tokens"].iter().any(|known| ending == Some(known)))
+}
+
+/// What a model in a checkpoint is evaluated on. Text is made tokens in the folder `made`.
+///
+/// # Errors
+/// When there is no text, or no tokenizer for it.
+pub(crate) fn to_evaluate(
+    data: &[String],
+    checkpoint: &Path,
+    origin: &Origin,
+    made: &Path,
+) -> Result<Vec<Part>, Error> {
+    let data = match Wanted::of(data)? {
+        Wanted::Tokens(parts) => return Ok(parts),
+        Wanted::Text(path) if path == Path::new(synthetic::NAME) => {
+            let reason = "--data synthetic has no loss to compare: give text, or tokens";
+            return Err(Error::Setting(reason.to_owned()));
+        }
+        Wanted::Text(path) => Some(path),
+        Wanted::Default => None,
+    };
+    let one = |path: PathBuf| vec![Part { path, weight: 1 }];
+    match (Vocabulary::of(checkpoint, origin)?, data) {
+        (Vocabulary::Bytes, data) => {
+            let Prepared { tokens, .. } = pillion_data::prepare(data.as_deref(), made)?;
+            Ok(one(tokens.path().to_owned()))
+        }
+        (Vocabulary::Subwords(_), None) => {
+            Err(Error::Setting("--data is missing: give text, or tokens of `pillion tokenize`".to_owned()))
+        }
+        (Vocabulary::Subwords(tokenizer), Some(text)) => {
+            let settings = pillion_data::Settings {
+                tokenizer: tokenizer.path().to_owned(),
+                data: vec![text],
+                out: made.to_owned(),
+                field: None,
+                lines: false,
+                validation: 0.0,
+                append: if tokenizer.end_of_sequence().is_some() { Append::End } else { Append::Nothing },
+                shard_tokens: 1 << 27,
+                threads: 0,
+                skip_bad: false,
+                restart: true,
+            };
+            pillion_data::tokenize_folder(&settings, &mut |_| true)?;
+            Ok(one(made.to_owned()))
+        }
+    }
 }
 
 /// Tokens that the vocabulary of token files and folders has, where they say so.

@@ -257,7 +257,7 @@ fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) 
 const FAILED: u8 = 0xff;
 
 /// Does something on rank 0 and gives every rank the result; where it fails, every rank fails, and only rank 0 says why.
-pub(super) fn on_rank_zero<T: Serialize + DeserializeOwned>(
+pub(crate) fn on_rank_zero<T: Serialize + DeserializeOwned>(
     communicator: &Communicator,
     work: impl FnOnce() -> Result<T, Error>,
 ) -> Result<T, Error> {

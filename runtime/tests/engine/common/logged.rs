@@ -176,6 +176,14 @@ impl Kernels for LoggedStream {
             v: View<'_>,
             shape: AttentionShape
         );
+        attention_from(
+            first: usize,
+            out: ViewMut<'_>,
+            q: View<'_>,
+            k: View<'_>,
+            v: View<'_>,
+            shape: AttentionShape
+        );
         attention_backward(
             grad_q: ViewMut<'_>,
             grad_k: ViewMut<'_>,
