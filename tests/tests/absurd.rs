@@ -26,7 +26,11 @@ const KINDS: [(&str, &str); 10] = [
     ("copies|BYTES", "B"),
 ];
 /// Names of values that are something else.
-const OTHERS: [&str; 11] = [
+const OTHERS: [&str; 15] = [
+    "PATH[:SHARE]",
+    "PATTERN:lr=X,decay=Y",
+    "SHAPE",
+    "FORMAT",
     "eos|none|TOKEN",
     "FILE",
     "PATH",
@@ -41,7 +45,8 @@ const OTHERS: [&str; 11] = [
 ];
 
 /// Flags whose refusal goes by another name.
-const BY_OTHER_NAMES: [(&str, &str); 10] = [
+const BY_OTHER_NAMES: [(&str, &str); 11] = [
+    ("--vocab-size", "vocab_size"),
     ("--groups", "fewer groups"),
     ("--reduce-groups", "groups of reduction"),
     ("--batch", "of the batch"),
