@@ -7,7 +7,7 @@ use pillion_collectives::{Communicator, Launch, Options};
 use pillion_kernels::{AdamW, Cpu, DType};
 use pillion_llama::config::Config;
 use pillion_llama::model::{Model, Recompute};
-use pillion_runtime::{Engine, Gather, Layout, Policy, Sharded};
+use pillion_runtime::{Engine, Gather, Policy, Sharded};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]

@@ -42,27 +42,15 @@ fn write_json(path: &Path, value: &Value) {
 }
 
 fn write_tensors(folder: &Path, tensors: &Tensors, files: usize) {
-    let views = |chunk: &[(&String, &(Dtype, Vec<usize>, Vec<u8>))]| {
-        let view = |(name, (dtype, shape, bytes)): &(&String, &(Dtype, Vec<usize>, Vec<u8>))| {
-            (
-                (*name).clone(),
-                TensorView::new(*dtype, shape.clone(), bytes).unwrap().data().to_vec(),
-                *dtype,
-                shape.clone(),
-            )
-        };
-        chunk.iter().map(view).collect::<Vec<_>>()
-    };
     let all: Vec<_> = tensors.iter().collect();
     let mut map = BTreeMap::new();
     for (index, chunk) in all.chunks(all.len().div_ceil(files)).enumerate() {
-        let name = if files == 1 { "model.safetensors".to_owned() } else { format!("model-{index}.safetensors") };
-        let parts = views(chunk);
-        let parts = parts.iter().map(|(name, bytes, dtype, shape)| {
-            map.insert(name.clone(), json!(format!("model-{index}.safetensors")));
+        let file = if files == 1 { "model.safetensors".to_owned() } else { format!("model-{index}.safetensors") };
+        let views = chunk.iter().map(|&(name, (dtype, shape, bytes))| {
+            map.insert(name.clone(), json!(file));
             (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
         });
-        fs::write(folder.join(name), safetensors::serialize(parts, None).unwrap()).unwrap();
+        fs::write(folder.join(&file), safetensors::serialize(views.collect::<Vec<_>>(), None).unwrap()).unwrap();
     }
     if files > 1 {
         write_json(&folder.join("model.safetensors.index.json"), &json!({ "metadata": {}, "weight_map": map }));

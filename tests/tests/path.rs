@@ -20,7 +20,7 @@ fn from_documents_to_a_model_for_others() {
     place.run(&format!("{settings} --out whole")).succeeded();
 
     // Killed once it has saved something.
-    let mut run = place.start(settings);
+    let run = place.start(settings);
     run.wait_for("a checkpoint", || place.path("run/checkpoints/step-00000004/manifest.json").exists());
     run.signal(Signal::KILL);
     run.finish();
@@ -45,6 +45,18 @@ fn from_documents_to_a_model_for_others() {
     place.run("report run whole --out report.html").succeeded();
     let page = fs::read_to_string(place.path("report.html")).unwrap();
     assert!(page.starts_with("<!DOCTYPE html>") || page.starts_with("<!doctype html>"), "{}", &page[..40]);
+
+    // Tokens that change under a run end it.
+    let mut slow = place
+        .command("train --data tokens --model tiny --seq 32 --ranks 1 --steps 100000 --validate-every 1 --out slow");
+    slow.args(["--samples", "8000000", "--validation-samples", "4", "--micro-batch", "4"]);
+    let slow = place.spawn(slow);
+    slow.wait_for_step(&place, "slow", 2);
+    let shard = fs::File::options().write(true).open(place.path("tokens/train-00000.tokens")).unwrap();
+    let made = shard.metadata().unwrap().modified().unwrap();
+    shard.set_modified(made + std::time::Duration::from_secs(5)).unwrap();
+    slow.finish().refused(1, &["train-00000.tokens", "changed since"]);
+    shard.set_modified(made).unwrap();
 
     // A model and tokens of two tokenizers do not go together.
     fs::write(

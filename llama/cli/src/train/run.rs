@@ -462,6 +462,10 @@ impl<'s> Run<'s> {
     }
 
     fn validate(&mut self) -> Result<f64, Error> {
+        // A run's own token file stays open, whatever becomes of its folder.
+        if self.dataset.bytes().is_none() {
+            self.dataset.check_unchanged()?;
+        }
         let (samples, micro_batch) = (self.start.validation_samples, self.start.recipe.micro_batch);
         validate(&mut self.engine, &mut self.model, &self.dataset, samples, micro_batch)
     }
