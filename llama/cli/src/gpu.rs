@@ -78,8 +78,6 @@ pub(crate) fn open(
     use pillion_collectives::limits::human;
     use pillion_kernels::{Attention, Cuda};
     use pillion_llama::decoder::{CHUNK, Decoder};
-    use pillion_runtime::Layout;
-
     use pillion_llama::model::Model;
 
     let Load { allocated, model, batch, seq, writes, policy, by } = load;

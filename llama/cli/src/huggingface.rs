@@ -25,10 +25,11 @@ pub(crate) fn import(settings: &ImportArgs) -> Result<i32, Error> {
     if let Some(aside) = folder.set_aside(None, false)? {
         crate::print(format_args!("the earlier run in {} is now {}", settings.out.display(), aside.display()));
     }
+    // The checkpoint counts once it is there, so what goes with it comes first.
+    models::keep(&files, &settings.out)?;
     let bar = bar(source.bytes());
     let path = huggingface::import(&source, &run_folder::checkpoints(&settings.out), |more| bar.inc(more))?;
     bar.finish_and_clear();
-    models::keep(&files, &settings.out)?;
     let parameters = parameters(&source);
     let (has_tokenizer, stored) = (files.iter().any(|(name, _)| name == TOKENIZER), source.dtype());
     let tokenizer = if has_tokenizer { "" } else { "; there is no tokenizer.json" };

@@ -153,9 +153,13 @@ impl<'a> Stops<'a> {
     /// Takes more of a text; returns what belongs to it by now, and whether it stops there.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> (Vec<u8>, bool) {
         self.kept.extend_from_slice(bytes);
-        let find = |word: &String| self.kept.windows(word.len()).position(|window| window == word.as_bytes());
-        if let Some(end) = self.words.iter().filter_map(find).min() {
-            self.kept.truncate(end);
+        let find = |word: &String| {
+            let start = self.kept.windows(word.len()).position(|window| window == word.as_bytes())?;
+            Some((start + word.len(), start))
+        };
+        // The word that is complete first.
+        if let Some((_, start)) = self.words.iter().filter_map(find).min() {
+            self.kept.truncate(start);
             return (std::mem::take(&mut self.kept), true);
         }
         // The longest ending that is the beginning of a word.
@@ -197,8 +201,8 @@ mod tests {
             if !stopped {
                 given.extend(stops.finish());
             }
-            let first = words.iter().filter_map(|word| text.find(word.as_str())).min();
-            // In one piece two words may be complete; the first of them counts.
+            let find = |word: &String| text.find(word.as_str()).map(|start| (start + word.len(), start));
+            let first = words.iter().filter_map(find).min().map(|(_, start)| start);
             prop_assert_eq!(stopped, first.is_some());
             prop_assert_eq!(given, &text.as_bytes()[..first.unwrap_or(text.len())]);
         }

@@ -21,8 +21,9 @@ use crate::tokens::{Split, TokenFile};
 pub struct Dataset {
     sources: Vec<Source>,
     train: Mixture,
-    /// Of the sources in `validates`.
+    /// Of the sources in `validates`, and how many windows keep the proportions.
     validation: Option<Mixture>,
+    validation_len: u64,
     validates: Vec<usize>,
     seq: usize,
     /// Tokens that the model knows.
@@ -68,7 +69,9 @@ impl Dataset {
         let validates: Vec<usize> = (0..sources.len()).filter(|&index| sources[index].validation.is_some()).collect();
         let validating: Vec<&Source> = validates.iter().map(|&index| &sources[index]).collect();
         let validation = (!validating.is_empty()).then(|| Mixture::new(&weights(&validating)));
-        Ok(Self { sources, train, validation, validates, seq, vocab })
+        let mut dataset = Self { sources, train, validation, validation_len: 0, validates, seq, vocab };
+        dataset.validation_len = dataset.count_validation();
+        Ok(dataset)
     }
 
     /// What the windows are cut from.
@@ -161,6 +164,10 @@ impl Dataset {
 
     /// Number of validation windows: as many as keep the proportions of the sources that have any.
     pub fn validation_len(&self) -> u64 {
+        self.validation_len
+    }
+
+    fn count_validation(&self) -> u64 {
         let Some(mixture) = &self.validation else { return 0 };
         let has = |index: usize| self.sources[index].validation.as_ref().map_or(0, SampleOrder::samples_per_epoch);
         let fits = |windows: u64| {

@@ -83,7 +83,10 @@ pub fn generate<E: From<Error>>(
         if !logits.iter().all(|logit| logit.is_finite()) {
             return Err(Error::NonFinite.into());
         }
-        let chosen = choose(&logits, &text[first..], sampling, random::uniform(sampling.seed, 0, index as u64)) as u32;
+        let chosen = choose(&logits, &text[first..], sampling, random::uniform(sampling.seed, 0, index as u64));
+        // Ranks with other processors may have rounded otherwise: rank 0 decides for all.
+        let all = engine.communicator().all_gather_scalars(&[chosen as u64]);
+        let chosen = all.map_err(pillion_runtime::Error::from).map_err(Error::from)?[0][0] as u32;
         text.push(chosen);
         if each(chosen)?.is_break() {
             break;

@@ -11,6 +11,7 @@ use super::recipe::Recipe;
 use super::run::{Mark, Output, Run};
 use super::screen;
 use super::source::is_synthetic;
+use super::start::on_rank_zero;
 use crate::Error;
 use crate::output::escaped;
 use crate::text::Vocabulary;
@@ -72,9 +73,18 @@ impl Run<'_> {
     fn sample(&mut self) -> Result<String, Error> {
         let Run { engine, start, dataset, .. } = self;
         let recipe = &start.recipe;
-        let Some(vocabulary) = Vocabulary::in_run(&start.out, dataset.bytes().is_some())? else {
-            return Ok("no sample of text: there is no tokenizer".to_owned());
-        };
+        let find = || Vocabulary::in_run(&start.out, dataset.bytes().is_some());
+        let missing = on_rank_zero(engine.communicator(), || {
+            Ok(match find() {
+                Ok(Some(_)) => None,
+                Ok(None) => Some("there is no tokenizer".to_owned()),
+                Err(error) => Some(error.to_string()),
+            })
+        })?;
+        if let Some(why) = missing {
+            return Ok(format!("no sample of text: {why}"));
+        }
+        let vocabulary = find()?.expect("rank 0 has found it");
         let first = if dataset.bytes().is_some() { "pub fn " } else { "The" };
         let sampling = Sampling { temperature: 0.7, seed: recipe.seed, ..Sampling::default() };
         let (device, weights) = (engine.device().clone(), engine.policy().weights);

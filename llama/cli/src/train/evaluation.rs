@@ -40,5 +40,9 @@ pub(crate) fn validate(
     let (loss, tokens) = model.take_loss(engine.stream())?;
     let mut sums = [loss, tokens];
     communicator.all_reduce_scalars(&mut sums, Reduction::Sum)?;
+    if sums[1] == 0.0 {
+        let reason = "all tokens of the validation samples are masked: give more --validation-samples, or other data";
+        return Err(Error::Setting(reason.to_owned()));
+    }
     Ok(sums[0] / sums[1])
 }

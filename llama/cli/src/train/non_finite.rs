@@ -80,6 +80,14 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Goes on without the next `batch` samples, of which no token is to be learned.
+    pub(super) fn pass_over(&mut self, batch: u64) {
+        let first = self.progress.samples;
+        self.controller.skip(batch);
+        self.progress.leave_out_until(first + batch);
+        self.say(|| format!("going on without samples {first} to {}, whose tokens are all masked", first + batch - 1));
+    }
+
     /// Saves the state before the failing step, which has changed nothing, unless a checkpoint
     /// exists already: the user can go on from it. Collective.
     fn save_what_was_learnt(&mut self) -> Result<(), Error> {

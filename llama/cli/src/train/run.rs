@@ -95,6 +95,8 @@ enum Outcome {
     /// A gradient or loss that is not finite, for which nothing was updated. The samples of the
     /// batch are still to be accounted for.
     NonFinite { error: Error, batch: u64, stopped: bool },
+    /// No token of the batch counts, because all are masked.
+    Masked { batch: u64, stopped: bool },
 }
 
 impl<'s> Run<'s> {
@@ -277,6 +279,11 @@ impl<'s> Run<'s> {
                     self.non_finite.has_made_a_step();
                     Some(line)
                 }
+                Outcome::Masked { batch, stopped: asked } => {
+                    stopped = asked;
+                    self.pass_over(batch);
+                    None
+                }
                 Outcome::NonFinite { error, batch, stopped: asked } => {
                     stopped = asked;
                     self.leave_out(error, batch)?;
@@ -396,8 +403,10 @@ impl<'s> Run<'s> {
         let decided = self.controller.batch() as f64;
         let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
         let report = match step.finish(&self.groups.adamw(recipe.adamw(lr)), &mut asked) {
-            Err(error) if !matches!(error, pillion_runtime::Error::NonFinite { .. }) => return Err(error.into()),
-            report => report,
+            Err(error @ (pillion_runtime::Error::NonFinite { .. } | pillion_runtime::Error::NoTokens { .. })) => {
+                Err(error)
+            }
+            report => Ok(report?),
         };
         // What ranks asked of each other was summed in either case.
         statistics::check_same(world, asked[2], asked[3])?;
@@ -405,6 +414,7 @@ impl<'s> Run<'s> {
         saved.map(|saved| self.note(saved)).or_else(|error| self.survive(error))?;
         let stopped = asked[0] > 0.0;
         let report = match report {
+            Err(pillion_runtime::Error::NoTokens { .. }) => return Ok(Outcome::Masked { batch, stopped }),
             Err(error) => return Ok(Outcome::NonFinite { error: error.into(), batch, stopped }),
             Ok(report) => report,
         };
@@ -463,8 +473,12 @@ impl<'s> Run<'s> {
 
     fn validate(&mut self) -> Result<f64, Error> {
         // A run's own token file stays open, whatever becomes of its folder.
-        if self.dataset.bytes().is_none() {
-            self.dataset.check_unchanged()?;
+        if self.output.is_some()
+            && self.dataset.bytes().is_none()
+            && let Err(error) = self.dataset.check_unchanged()
+        {
+            // What was learned so far is not lost for it.
+            complain(error);
         }
         let (samples, micro_batch) = (self.start.validation_samples, self.start.recipe.micro_batch);
         validate(&mut self.engine, &mut self.model, &self.dataset, samples, micro_batch)

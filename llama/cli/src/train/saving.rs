@@ -32,7 +32,7 @@ impl Run<'_> {
             recipe: self.start.recipe.clone(),
             data: fingerprint(&self.dataset)?,
             data_path: self.start.text.clone(),
-            tokens: if self.dataset.bytes().is_some() { Vec::new() } else { self.start.tokens.clone() },
+            tokens: self.start.given_tokens.clone(),
             step: self.progress.step,
             samples: self.progress.samples,
             left_out: self.progress.left_out.clone(),

@@ -20,6 +20,8 @@ use crate::{Error, run_folder};
 /// The tokens of a run.
 pub(super) struct Source {
     pub(super) parts: Vec<Part>,
+    /// Whether `--data` named them, instead of text.
+    pub(super) is_given: bool,
     /// What `--data` said of text, absolute; none for the default text, and for tokens.
     pub(super) text: Option<PathBuf>,
     /// What to print of it.
@@ -284,7 +286,7 @@ fn of_text(data: Option<&Path>, recipe: &Recipe, out: &Path) -> Result<Source, E
     }
     let parts = vec![Part { path: tokens.path().to_owned(), weight: 1 }];
     let text = data.map(|data| if is_synthetic { data.to_owned() } else { absolute(data) });
-    Ok(Source { parts, text, said: vec![summary.to_string()] })
+    Ok(Source { parts, is_given: false, text, said: vec![summary.to_string()] })
 }
 
 fn of_tokens(parts: Vec<Part>, recipe: &Recipe) -> Result<Source, Error> {
@@ -300,7 +302,7 @@ fn of_tokens(parts: Vec<Part>, recipe: &Recipe) -> Result<Source, Error> {
         let path = part.path.display();
         format!("tokens: {share}{path}: {train} train{documents}, {validation} validation")
     });
-    Ok(Source { parts: parts.clone(), text: None, said: said.collect() })
+    Ok(Source { parts: parts.clone(), is_given: true, text: None, said: said.collect() })
 }
 
 /// Of a run that goes on in the folder `out`, from `checkpoint`. The run's own token file serves
@@ -397,7 +399,7 @@ fn own_source(own: &TokenFile, saved: &Progress, mut said: Vec<String>) -> Sourc
     };
     said.push(Summary::of(own, description.to_owned()).to_string());
     let parts = vec![Part { path: own.path().to_owned(), weight: 1 }];
-    Source { parts, text: saved.data_path.clone(), said }
+    Source { parts, is_given: false, text: saved.data_path.clone(), said }
 }
 
 /// The token file that a run began with, which lies in its folder; copied into `out` where that is

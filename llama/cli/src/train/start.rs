@@ -30,6 +30,8 @@ pub(super) struct Start {
     pub(super) recipe: Recipe,
     /// The tokens.
     pub(super) tokens: Vec<Part>,
+    /// The same where `--data` named them, and none where they were made of text.
+    pub(super) given_tokens: Vec<Part>,
     /// What `--data` said of text, absolute; none for the default text, and for tokens.
     pub(super) text: Option<PathBuf>,
     /// Samples that it is validated on: a multiple of the micro-batch, at most what there is.
@@ -200,6 +202,7 @@ impl<'s> Search<'s> {
         self.said.extend(changes.iter().cloned());
         Ok(Start {
             out,
+            given_tokens: if source.is_given { source.parts.clone() } else { Vec::new() },
             tokens: source.parts,
             text: source.text,
             validation_samples,
@@ -242,6 +245,11 @@ fn check_memory(setup: &Setup<'_>) -> Result<(), Error> {
 fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) -> Result<u64, Error> {
     let available = dataset.validation_len();
     let samples = settings.validation_samples.min(available) / recipe.micro_batch * recipe.micro_batch;
+    if available == 0 {
+        let reason = "the data has no sample to validate on: give a token folder with more --validation, or a mixture \
+                      with one; files of other programs have none";
+        return Err(Error::Setting(reason.to_owned()));
+    }
     if samples == 0 {
         return Err(Error::Setting(format!(
             "validation needs at least one micro-batch of {} samples, but has {} of the {available} there are: use a smaller \

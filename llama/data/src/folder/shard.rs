@@ -224,17 +224,23 @@ struct Stream {
 impl Stream {
     /// Goes on after `bytes` bytes of a file, which is made if they are none.
     fn at(path: &Path, bytes: u64) -> Result<Self> {
+        Self::before(path, bytes, bytes)
+    }
+
+    /// The same, but of what follows, the file keeps what lies before `kept`: it has not been counted
+    /// yet, and is written anew.
+    fn before(path: &Path, bytes: u64, kept: u64) -> Result<Self> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(bytes == 0).truncate(bytes == 0);
+        options.read(true).write(true).create(kept == 0).truncate(kept == 0);
         let mut file = options.open(path).map_err(Error::writing(path))?;
         let found = file.metadata().map_err(Error::reading(path))?.len();
-        if found < bytes {
-            let problem = format!("has {found} bytes, but {bytes} were written; begin anew with --restart");
+        if found < kept {
+            let problem = format!("has {found} bytes, but {kept} were written; begin anew with --restart");
             return Err(Error::bad(path, problem));
         }
-        file.set_len(bytes).map_err(Error::writing(path))?;
+        file.set_len(kept).map_err(Error::writing(path))?;
         let mut hash = Xxh3::new();
-        let mut reader = BufReader::with_capacity(1 << 20, &file);
+        let mut reader = BufReader::with_capacity(1 << 20, &file).take(bytes);
         let mut buffer = vec![0; 1 << 16];
         loop {
             match reader.read(&mut buffer).map_err(Error::reading(path))? {
@@ -290,7 +296,9 @@ impl Mask {
             // An interrupted run may have set bits of tokens that are not there any more.
             partial[0] &= (1 << (tokens % 8)) - 1;
         }
-        Ok(Self { stream: Stream::at(path, tokens / 8)?, tokens, partial: partial[0] })
+        // The last byte stays until it is written anew: this run may be interrupted before.
+        let stream = Stream::before(path, tokens / 8, tokens.div_ceil(8))?;
+        Ok(Self { stream, tokens, partial: partial[0] })
     }
 
     /// Appends the bits of `count` tokens; `masked` is empty where none is left out.

@@ -39,10 +39,8 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> std::result::Result<String, _> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
-        // A date would make the same text differ from day to day.
-        environment.add_function("strftime_now", |_format: String| -> std::result::Result<String, _> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, "the template asks for today's date"))
-        });
+        // There is no `strftime_now`: a date would make the same text differ from day to day, and templates
+        // that ask whether it is defined have a fixed one.
         environment
             .add_template_owned(NAME, without_generation(&source))
             .map_err(|error| Error::bad(path, format!("its chat template is no valid one: {error}")))?;

@@ -36,7 +36,7 @@ pub fn parse_config(text: &str) -> Result<Config, String> {
     if kind != "llama" {
         return Err(format!("is of the architecture {kind}, but Pillion computes \"llama\" alone"));
     }
-    if keys.0.contains_key("quantization_config") {
+    if keys.take("quantization_config").is_some() {
         return Err("has quantized weights: use the model they were made from".to_owned());
     }
     keys.expect("hidden_act", &json!("silu"))?;

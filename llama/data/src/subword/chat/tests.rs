@@ -85,7 +85,7 @@ fn chats_without_a_mask_are_refused() {
     let today = "{{ strftime_now('%Y') }}";
     let tokenizer = with_template(byte_level, today, json!({}));
     let problem = learned(&tokenizer, &chat(&[("user", "t"), ("assistant", "he")])).unwrap_err();
-    assert!(problem.contains("today's date"), "{problem}");
+    assert!(problem.contains("strftime_now"), "{problem}");
 }
 
 #[test]
