@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
 /// Two steps of the largest batch.
-const SAMPLES: u64 = 128;
+const SAMPLES: u64 = 640;
 
 #[test]
 fn an_interrupted_experiment_goes_on_and_reports_its_runs() {

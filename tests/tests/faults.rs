@@ -184,7 +184,8 @@ fn a_signal_before_the_first_step_ends_the_run_and_says_that_nothing_was_saved()
     let place = Workplace::new(PROGRAM);
     // Enough validation before the first step for a signal to come in time.
     place.write_text("long", 400);
-    let flags = format!("train {TINY} {LONG} --data long --validation-samples 6000 --out out --ranks 2");
+    let tiny = TINY.replace("--data text", "--data long");
+    let flags = format!("train {tiny} {LONG} --validation-samples 6000 --out out --ranks 2");
     for signal in [Signal::INT, Signal::TERM] {
         let running = place.start(&flags);
         running.wait_for_stdout("tokens:");
@@ -235,9 +236,10 @@ fn two_kinds_of_signals_at_once_end_a_run_saved() {
 fn a_second_signal_ends_the_run_at_once() {
     let place = Workplace::new(PROGRAM);
     place.write_text("long", 400);
+    let tiny = TINY.replace("--data text", "--data long");
     let running =
         // It validates for many seconds before its first step.
-        place.start(&format!("train {TINY} {LONG} --model small --data long --validation-samples 6000 --out out --ranks 2"));
+        place.start(&format!("train {tiny} {LONG} --model small --validation-samples 6000 --out out --ranks 2"));
     running.wait_for_stdout("tokens:");
     let ranks = running.ranks(2);
     // One rank alone, twice. Signals of one kind within a second count once.

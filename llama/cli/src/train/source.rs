@@ -277,16 +277,22 @@ fn of_text(data: Option<&Path>, recipe: &Recipe, out: &Path) -> Result<Source, E
         true => pillion_data::prepare_synthetic(vocab, &cache)?,
         false => pillion_data::prepare(data, &cache)?,
     };
-    // A file of that name from elsewhere may have other tokens.
-    let most = if is_synthetic { vocab } else { tokenizer::VOCAB };
-    if tokens.vocab() > most {
-        let found = tokens.vocab();
-        let reason = format!("has a vocabulary of {found} tokens instead of {most}: remove it, and it is made again");
-        return Err(Error::file(tokens.path(), reason));
-    }
+    check_vocabulary(&tokens, recipe)?;
     let parts = vec![Part { path: tokens.path().to_owned(), weight: 1 }];
     let text = data.map(|data| if is_synthetic { data.to_owned() } else { absolute(data) });
     Ok(Source { parts, is_given: false, text, said: vec![summary.to_string()] })
+}
+
+/// Checks that the model and the trigram model of text know every token of a file that we have made:
+/// a file of its name from elsewhere may have others.
+fn check_vocabulary(tokens: &TokenFile, recipe: &Recipe) -> Result<(), Error> {
+    let most = if is_synthetic(tokens) { recipe.model.vocab_size } else { tokenizer::VOCAB };
+    if tokens.vocab() <= most {
+        return Ok(());
+    }
+    let found = tokens.vocab();
+    let reason = format!("has a vocabulary of {found} tokens instead of {most}: remove it, and it is made again");
+    Err(Error::file(tokens.path(), reason))
 }
 
 fn of_tokens(parts: Vec<Part>, recipe: &Recipe) -> Result<Source, Error> {
@@ -354,7 +360,7 @@ fn of_resumed_text(
     let meant = |path: &Path| if is_synthetic(path) { path.to_owned() } else { absolute(path) };
     let is_same = wanted.map(meant) == saved.data_path;
     let own = match own {
-        Some(own) if wanted.is_none() => return Ok(own_source(&own, saved, Vec::new())),
+        Some(own) if wanted.is_none() => return own_source(&own, recipe, saved, Vec::new()),
         own => own,
     };
     let data = wanted.map(Path::to_owned).or(saved.data_path.clone());
@@ -374,7 +380,7 @@ fn of_resumed_text(
                 Err(error) => format!("cannot be read any more ({error})"),
             };
             let said = format!("{text} {what}: going on with the tokens that the run began with");
-            Ok(own_source(&own, saved, vec![said]))
+            own_source(&own, recipe, saved, vec![said])
         }
         (_, Err(error)) => Err(error),
         (own, Ok(found)) => {
@@ -392,14 +398,15 @@ fn of_resumed_text(
     }
 }
 
-fn own_source(own: &TokenFile, saved: &Progress, mut said: Vec<String>) -> Source {
+fn own_source(own: &TokenFile, recipe: &Recipe, saved: &Progress, mut said: Vec<String>) -> Result<Source, Error> {
+    check_vocabulary(own, recipe)?;
     let description = match is_synthetic(own) {
         true => "the random tokens that the run began with",
         false => "the text that the run began with",
     };
     said.push(Summary::of(own, description.to_owned()).to_string());
     let parts = vec![Part { path: own.path().to_owned(), weight: 1 }];
-    Source { parts, is_given: false, text: saved.data_path.clone(), said }
+    Ok(Source { parts, is_given: false, text: saved.data_path.clone(), said })
 }
 
 /// The token file that a run began with, which lies in its folder; copied into `out` where that is
