@@ -309,6 +309,22 @@ fn commands_that_train() {
     run(|command| ["train", "generate", "checkpoint", "data verify"].iter().any(|part| command.contains(part)));
 }
 
+/// What commands of models, tokens and pictures have in them.
+const OTHERS: [&str; 7] = ["tokenize", "data show", "import", "export", "eval", "top", "report"];
+
+#[test]
+fn commands_of_models_tokens_and_pictures() {
+    let trains = |command: &str| ["train", "generate", "experiment"].iter().any(|part| command.contains(part));
+    // What is shown was trained.
+    run(|command| command == "cargo run --release -- train" || !trains(command) && is_other(command));
+}
+
+fn is_other(command: &str) -> bool {
+    OTHERS
+        .iter()
+        .any(|part| command.split_whitespace().collect::<Vec<_>>().join(" ").contains(&format!("pillion {part}")))
+}
+
 #[test]
 fn commands_that_look_plan_and_simulate() {
     run(|command| ["doctor", "plan", "abs"].iter().any(|part| command.contains(part)) && !command.contains("train"));
@@ -330,6 +346,7 @@ fn no_row_is_left_out() {
         ["train", "generate", "checkpoint", "data verify", "doctor", "plan", "abs", "experiment", "collbench"]
             .iter()
             .any(|part| command.contains(part))
+            || is_other(command)
     };
     for (command, how) in TABLE {
         assert!(tested(command) || matches!(how, In(..)), "no test above runs `{command}`");

@@ -6,7 +6,7 @@ use pillion_tests::program::Workplace;
 use rustix::process::Signal;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pillion-under-test");
-/// Two steps of the largest batch.
+/// Ten steps of the largest batch: a run outlasts the wait for one that is ending.
 const SAMPLES: u64 = 640;
 
 #[test]
