@@ -131,6 +131,7 @@ fn text_comes_as_it_is_made_and_stays_when_it_is_interrupted() {
     running.wait_for("the first tokens", || running.stdout().len() > "pub fn ".len() + 3);
     running.signal(Signal::INT);
     let ended = running.finish();
+    assert_eq!(ended.code(), Some(75), "{ended}");
     assert!(ended.stdout.starts_with("pub fn ") && ended.stdout.len() > "pub fn ".len() + 3, "{ended}");
 
     // A reader that leaves ends it, too.

@@ -18,7 +18,7 @@ use crate::models;
 use crate::output::{self, Escaped, write};
 use crate::settings::{DeviceKind, GenerateArgs};
 use crate::text::{Stops, Vocabulary};
-use crate::train::cores;
+use crate::train::{cores, stopping};
 use crate::{Error, print_result};
 
 /// Far more than anybody reads.
@@ -36,7 +36,7 @@ struct Written<'a> {
     /// Tokens of the prompt, and those that were written.
     prompt_tokens: usize,
     tokens: usize,
-    /// Why it ends: `length`, `end` of the text, or `stop` at a word.
+    /// Why it ends: `length`, `end` of the text, `stop` at a word, or `interrupted` by a signal.
     finish: &'static str,
     seconds: f64,
 }
@@ -112,11 +112,22 @@ fn on_rank(
     let give_up = |error| jobs::give_up(&communicator, error);
     let mut writer = Writer::new(settings, launch, &communicator).map_err(give_up)?;
     for prompt in prompts {
-        if writer.write(prompt).map_err(give_up)?.is_break() {
-            break;
+        match writer.write(prompt, stop).map_err(give_up)? {
+            After::GoOn => {}
+            After::NobodyReads => break,
+            After::Interrupted => return Ok(Ended::Interrupted),
         }
     }
     Ok(Ended::Done)
+}
+
+/// What is to be done after a text, on every rank alike.
+#[derive(Clone, Copy, PartialEq)]
+enum After {
+    GoOn,
+    NobodyReads,
+    /// A signal has asked some rank to end.
+    Interrupted,
 }
 
 /// A model that writes, on one rank.
@@ -158,8 +169,8 @@ impl<'s> Writer<'s> {
         Ok(Writer { settings, communicator: communicator.clone(), engine, decoder, vocabulary })
     }
 
-    /// Writes what follows a prompt; breaks when nobody reads any more.
-    fn write(&mut self, prompt: &str) -> Result<ControlFlow<()>, Error> {
+    /// Writes what follows a prompt.
+    fn write(&mut self, prompt: &str, stop: &AtomicBool) -> Result<After, Error> {
         let Writer { settings, communicator, engine, decoder, vocabulary } = self;
         let tokens = vocabulary.encode(prompt)?;
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= decoder.vocab()) {
@@ -171,6 +182,7 @@ impl<'s> Writer<'s> {
         let (mut text, mut escaped) = (vocabulary.decoder(&tokens)?, Escaped::for_stdout());
         let mut stops = Stops::new(&settings.stop);
         let (mut all, mut count, mut finish, mut is_read) = (Vec::new(), 0, "length", true);
+        let mut after = After::GoOn;
         if streams {
             is_read = write(&escaped.push(prompt.as_bytes()))?;
         }
@@ -189,9 +201,12 @@ impl<'s> Writer<'s> {
             if stopped {
                 finish = "stop";
             }
-            // Only rank 0 knows whether somebody reads.
-            let is_read = communicator.all_gather_scalars(&[u64::from(is_read)])?[0][0] == 1;
-            Ok(if stopped || !is_read { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            after = agree(communicator, is_read, stop)?;
+            if after == After::Interrupted && !stopped {
+                finish = "interrupted";
+            }
+            let ends = stopped || after != After::GoOn;
+            Ok(if ends { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;
         if finish != "stop" {
             let (mut rest, stopped) = stops.push(&text.finish()?);
@@ -216,9 +231,18 @@ impl<'s> Writer<'s> {
             let written = Written { prompt, text, prompt_tokens: tokens.len(), tokens: count, finish, seconds };
             print_result(serde_json::to_string(&written).expect("plain values"))?;
         }
-        let is_read = communicator.all_gather_scalars(&[u64::from(is_read)])?[0][0] == 1;
-        Ok(if is_read { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        if after == After::GoOn { agree(communicator, is_read, stop) } else { Ok(after) }
     }
+}
+
+/// What all ranks do next. Only rank 0 knows whether somebody reads. Collective.
+fn agree(communicator: &Communicator, is_read: bool, stop: &AtomicBool) -> Result<After, Error> {
+    let all = communicator.all_gather_scalars(&[u64::from(is_read), u64::from(stopping(stop))])?;
+    Ok(match (all[0][0] == 1, all.iter().any(|rank| rank[1] == 1)) {
+        (_, true) => After::Interrupted,
+        (false, _) => After::NobodyReads,
+        (true, false) => After::GoOn,
+    })
 }
 
 fn sampling(settings: &GenerateArgs) -> Sampling {
