@@ -70,6 +70,7 @@ fn from_documents_to_a_model_for_others() {
     )
     .unwrap();
     place.run("tokenize text --tokenizer other.json --out others --validation 0.2").succeeded();
+    place.run("train --from again --data text --seq 32").refused(2, &["each byte would be a token", "--from"]);
     place.run("train --from again --data others --seq 32").refused(2, &["another tokenizer", "--from"]);
     place.run("train --model tiny --data tokens:0.5 --data others:0.5 --seq 32").refused(2, &["different tokenizers"]);
     place.run("train --model tiny --data tokens --data others --seq 32").refused(2, &["has no share"]);

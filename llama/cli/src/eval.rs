@@ -6,17 +6,17 @@ use std::sync::atomic::AtomicBool;
 
 use pillion_collectives::{Communicator, Launch, Reduction};
 use pillion_data::{Dataset, Split};
-use pillion_kernels::{Cores, IGNORED, LazyCpu};
+use pillion_kernels::IGNORED;
 use pillion_llama::model::{Model, Recompute};
-use pillion_runtime::{Engine, Gather, Memory, Policy};
 use serde::Serialize;
 
-use crate::gpu::{self, Load, Moved};
+use crate::evaluating::{self, Passes};
+use crate::gpu;
 use crate::jobs::{self, Ended};
 use crate::models;
 use crate::settings::{DeviceKind, EvalArgs};
 use crate::text::Vocabulary;
-use crate::train::{cores, on_rank_zero, source, stopping};
+use crate::train::{on_rank_zero, source, stopping};
 use crate::{Error, print_result};
 
 /// Tokens of a sample of an imported model, unless the user says how many.
@@ -79,30 +79,11 @@ fn on_rank(
     let samples = settings.samples.unwrap_or(available).min(available);
     let vocabulary = Vocabulary::of(checkpoint, &origin).ok();
 
-    let mut policy = Policy { weights: settings.precision, ..Policy::default() };
-    if settings.job.device.is_gpu() || communicator.hosts() > 1 {
-        policy.gather = Gather::Copy;
-    }
-    let layout = model.layout(world);
     let batch = settings.micro_batch.min(samples.div_ceil(world as u64)) as usize;
-    let (device, moves): Moved = match settings.job.device {
-        DeviceKind::Cpu => {
-            let threads = cores::threads(settings.job.threads, launch)?;
-            (Arc::new(Cores::new(threads)?), communicator.clone())
-        }
-        DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(1)), communicator.clone()),
-        DeviceKind::Cuda(gpu) => {
-            let weights = Memory::of(&layout, &policy, policy.mesh(world)?).total();
-            let allocated = weights + Model::activation_bytes(model, policy.weights, batch, seq, Recompute::Block);
-            let by = settings.job.gpu_transport;
-            let load = Load { allocated, model, batch, seq, writes: None, policy, by };
-            gpu::open(gpu, launch.local_rank, &load, communicator)?.0
-        }
-    };
-    let mut engine = Engine::for_evaluation(moves, device.clone(), layout, policy)?;
-    whole.load(&mut engine)?;
+    let (precision, passes) = (settings.precision, Passes::Batches { batch, seq });
+    let (mut engine, device) = evaluating::open(&whole, model, precision, passes, &settings.job, launch, communicator)?;
     // Without a backward pass nothing is computed again.
-    let mut passes = Model::new(&*device, model, policy.weights, batch, seq, Recompute::Block)?;
+    let mut passes = Model::new(&*device, model, precision, batch, seq, Recompute::Block)?;
 
     // A micro-batch of each rank in turn; the last ones may be short, and their rows are not counted.
     let rounds = samples.div_ceil((world * batch) as u64);

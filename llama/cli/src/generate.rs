@@ -6,19 +6,19 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use pillion_collectives::{Communicator, Launch};
-use pillion_kernels::{Cores, Device, LazyCpu};
 use pillion_llama::decoder::Decoder;
 use pillion_llama::generate::{Sampling, generate};
-use pillion_runtime::{Engine, Gather, Memory, Policy};
+use pillion_runtime::Engine;
 use serde::Serialize;
 
-use crate::gpu::{self, Load, Moved};
+use crate::evaluating::{self, Passes};
+use crate::gpu;
 use crate::jobs::{self, Ended};
 use crate::models;
 use crate::output::{self, Escaped, write};
 use crate::settings::{DeviceKind, GenerateArgs};
 use crate::text::{Stops, Vocabulary};
-use crate::train::{cores, stopping};
+use crate::train::stopping;
 use crate::{Error, print_result};
 
 /// Far more than anybody reads.
@@ -143,29 +143,11 @@ impl<'s> Writer<'s> {
     fn new(settings: &'s GenerateArgs, launch: &Launch, communicator: &Arc<Communicator>) -> Result<Writer<'s>, Error> {
         let (whole, origin) = models::newest(&settings.checkpoint, communicator)?;
         let vocabulary = Vocabulary::of(&whole.checkpoint().path, &origin)?;
-        let (model, world) = (origin.model(), communicator.world());
+        let model = origin.model();
         let capacity = settings.context.or(origin.seq()).unwrap_or(CONTEXT);
-        let mut policy = Policy { weights: settings.precision, ..Policy::default() };
-        if settings.job.device.is_gpu() || communicator.hosts() > 1 {
-            policy.gather = Gather::Copy;
-        }
-        let layout = model.layout(world);
-        let (device, moves): Moved = match settings.job.device {
-            DeviceKind::Cpu => {
-                let threads = cores::threads(settings.job.threads, launch)?;
-                (Arc::new(Cores::new(threads)?), communicator.clone())
-            }
-            DeviceKind::LazyCpu => (Arc::new(LazyCpu::new(settings.seed)), communicator.clone()),
-            DeviceKind::Cuda(gpu) => {
-                let allocated = Memory::of(&layout, &policy, policy.mesh(world)?).total();
-                let by = settings.job.gpu_transport;
-                let load = Load { allocated, model, batch: 1, seq: 1, writes: Some(capacity), policy, by };
-                gpu::open(gpu, launch.local_rank, &load, communicator)?.0
-            }
-        };
-        let mut engine = Engine::for_evaluation(moves, device.clone(), layout, policy)?;
-        whole.load(&mut engine)?;
-        let decoder = Decoder::new(&*device as &dyn Device, model, policy.weights, capacity)?;
+        let (precision, passes) = (settings.precision, Passes::Text { capacity });
+        let (engine, device) = evaluating::open(&whole, model, precision, passes, &settings.job, launch, communicator)?;
+        let decoder = Decoder::new(&*device, model, precision, capacity)?;
         Ok(Writer { settings, communicator: communicator.clone(), engine, decoder, vocabulary })
     }
 
@@ -176,6 +158,10 @@ impl<'s> Writer<'s> {
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= decoder.vocab()) {
             let known = decoder.vocab();
             return Err(Error::Setting(format!("the prompt has the token {token}, but the model knows {known}")));
+        }
+        if tokens.len() > decoder.capacity() {
+            let (count, most) = (tokens.len(), decoder.capacity());
+            return Err(Error::Setting(format!("the prompt has {count} tokens, but --context is {most}: raise it")));
         }
         let (is_first, start) = (communicator.rank() == 0, Instant::now());
         let streams = is_first && !settings.json;

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `settings` | the command line and the configuration file |
 //! | `train` | `pillion train`: ranks, the loop, checkpoints, what a run prints |
+//! | `evaluating` | what commands share that compute with a checkpoint's weights |
 //! | `eval` | `pillion eval`: the loss on any data |
 //! | `generate`, `text` | `pillion generate`: text by a model |
 //! | `huggingface` | `pillion import` and `export`: models from and for elsewhere |
@@ -28,6 +29,7 @@ mod controller;
 mod doctor;
 mod error;
 mod eval;
+mod evaluating;
 mod experiment;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;

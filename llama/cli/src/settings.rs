@@ -163,7 +163,8 @@ pub struct GenerateArgs {
     /// Choose among tokens whose probability is at least this share of the likeliest's.
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub min_p: f64,
-    /// What makes tokens that the text has less likely, above 1.
+    /// Makes tokens that the text already has less likely: divides their logits, if these are above 0,
+    /// and multiplies them otherwise.
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     pub repetition_penalty: f64,
     /// Stop before this word; may be given several times.

@@ -213,7 +213,7 @@ impl Dataset {
         assert_eq!(inputs.len(), self.seq, "inputs hold one sequence");
         assert_eq!(targets.len(), self.seq, "targets hold one sequence");
         let start = window * self.seq as u64;
-        // Neighbours share all tokens but one, so what is read twice is read once.
+        // Targets are the inputs one place on, so only the last of them is read for itself.
         tokens.read(split, start, inputs)?;
         targets[..self.seq - 1].copy_from_slice(&inputs[1..]);
         tokens.read(split, start + self.seq as u64, &mut targets[self.seq - 1..])?;

@@ -48,14 +48,14 @@ impl Default for Sampling {
 /// vocabulary; hands each to `each` as soon as it is chosen, until that breaks. Every rank calls it
 /// alike and gets the same.
 ///
-/// A text that is longer than the decoder's capacity goes on from its last half.
+/// A text that becomes longer than the decoder's capacity goes on from its last half.
 ///
 /// # Errors
 /// [`Error::NonFinite`] when the model's logits are not finite; when another rank has failed; those
 /// of `each`.
 ///
 /// # Panics
-/// With an empty prompt.
+/// With an empty prompt, or one beyond the decoder's capacity.
 pub fn generate<E: From<Error>>(
     engine: &mut Engine,
     decoder: &mut Decoder,
@@ -66,9 +66,10 @@ pub fn generate<E: From<Error>>(
     mut each: impl FnMut(u32) -> Result<ControlFlow<()>, E>,
 ) -> Result<(), E> {
     assert!(!prompt.is_empty(), "text goes on from a prompt of at least one token");
+    assert!(prompt.len() <= decoder.capacity(), "a prompt of {} tokens", prompt.len());
     let mut text = prompt.to_vec();
     decoder.clear();
-    let mut first = text.len() - text.len().min(decoder.capacity());
+    let mut first = 0;
     for index in 0..count {
         let mut new = &text[first + decoder.len()..];
         if new.len() > decoder.capacity() - decoder.len() {

@@ -10,6 +10,7 @@ use super::launch::{Shape, launch};
 use super::stream::{CudaStream, typed};
 use crate::{AttentionShape, DType};
 pub(super) use flash::SHARED;
+pub(super) use products::{forward_from, working_bytes_from};
 
 /// How a GPU computes attention. PILLION_ATTENTION=products chooses the second way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,22 +92,6 @@ pub(super) fn forward(
         Attention::Flash => flash::forward(on, stream, &tensors, shape),
         Attention::Products => products::forward(on, stream, tensors, dtype, shape),
     }
-}
-
-/// By matrix products, whatever the type and the shape.
-pub(super) fn forward_from(
-    on: &CudaStream,
-    stream: CUstream,
-    tensors: ForwardFrom,
-    dtype: DType,
-    shape: AttentionShape,
-) -> Result<(), CudaError> {
-    products::forward_from(on, stream, tensors, dtype, shape)
-}
-
-/// Bytes of working memory that [`forward_from`] takes for at most `queries` tokens.
-pub(super) fn working_bytes_from(dtype: DType, shape: AttentionShape, queries: usize) -> u64 {
-    products::working_bytes_from(dtype, shape, queries)
 }
 
 pub(super) fn backward(

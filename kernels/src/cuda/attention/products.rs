@@ -207,8 +207,9 @@ fn queries_from(shape: AttentionShape, count: usize) -> usize {
     queries(shape).min(count)
 }
 
-/// Twice what a call takes: a text grows with each call, and the stream keeps what it took before.
-pub(super) fn working_bytes_from(dtype: DType, shape: AttentionShape, count: usize) -> u64 {
+/// Bytes of working memory that [`forward_from`] takes for at most `count` tokens: twice what a call
+/// takes, because a text grows with each call and the stream keeps what it took before.
+pub(in crate::cuda) fn working_bytes_from(dtype: DType, shape: AttentionShape, count: usize) -> u64 {
     2 * taken_from(dtype, shape, count)
 }
 
@@ -218,7 +219,8 @@ fn taken_from(dtype: DType, shape: AttentionShape, count: usize) -> u64 {
     (forward_pieces(dtype, shape, queries_from(shape, count)).1 + log_sums).next_power_of_two()
 }
 
-pub(super) fn forward_from(
+/// Attention of the tokens from `first` on, whatever the type and the shape.
+pub(in crate::cuda) fn forward_from(
     on: &CudaStream,
     stream: CUstream,
     tensors: ForwardFrom,

@@ -7,8 +7,9 @@ use pillion_llama::generate::{Sampling, generate};
 
 use super::checkpoints::Progress;
 use super::log::Event;
+use super::outputs::{Mark, Output};
 use super::recipe::Recipe;
-use super::run::{Mark, Output, Run};
+use super::run::Run;
 use super::screen;
 use super::source::is_synthetic;
 use super::start::on_rank_zero;

@@ -19,7 +19,7 @@ pub struct Group {
 impl std::str::FromStr for Group {
     type Err = String;
 
-    /// Reads `PATTERN:lr=X,decay=Y`, with one of the two or both.
+    /// Reads `PATTERN:lr=X,decay=Y`, with one of the settings or both.
     fn from_str(text: &str) -> Result<Group, String> {
         let (pattern, settings) = text.rsplit_once(':').ok_or("write PATTERN:lr=X,decay=Y, such as *norm*:decay=0")?;
         let mut group = Group { pattern: pattern.to_owned(), lr: None, decay: None };
@@ -39,7 +39,7 @@ impl std::str::FromStr for Group {
     }
 }
 
-/// The tensors that no group matches, or the first group that matches none of a model's tensors.
+/// Checks that each group matches a tensor of the model.
 ///
 /// # Errors
 /// Names the group.

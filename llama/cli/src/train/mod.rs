@@ -16,6 +16,7 @@ pub(crate) mod log;
 mod measure;
 mod metrics;
 mod non_finite;
+mod outputs;
 mod plan_table;
 mod progress;
 pub(crate) mod recipe;

@@ -7,36 +7,33 @@ use std::time::Instant;
 
 use pillion_abs::{Controller, Observation};
 use pillion_collectives::{Communicator, Launch, Reduction};
-use pillion_data::{Dataset, Split, trigram};
+use pillion_data::Dataset;
 use pillion_kernels::LazyCpu;
 use pillion_llama::model::Model;
 use pillion_runtime::Engine;
 use pillion_runtime::checkpoint::Saver;
 
-use super::about::{self, About};
 use super::checkpoints;
 use super::closing::nothing_left;
 use super::cores::Processor;
 use super::evaluation::validate;
-use super::events::Events;
 use super::gpu;
 use super::groups::Grouped;
 use super::log::{self, Event};
-use super::metrics::{Line, Metrics};
+use super::metrics::Line;
 use super::non_finite::NonFinite;
+use super::outputs::{Mark, Output};
 use super::progress::Counters;
 use super::recipe::{self, Recipe};
 use super::same_settings::same_settings;
-use super::screen::Screen;
-use super::source::{self, fingerprint, is_synthetic};
+use super::source;
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::timeline::Timeline;
 use super::{cores, measure, statistics, stopping};
 use crate::gpu::Moved;
 use crate::jobs::{self, Ended};
-use crate::models::{self, TOKENIZER};
 use crate::plan::{Setup, auto};
-use crate::run_folder::{self, RunFolder};
+use crate::run_folder;
 use crate::settings::{DeviceKind, TrainArgs};
 use crate::{Error, complain};
 
@@ -69,23 +66,6 @@ pub(super) struct Run<'s> {
     groups: Grouped,
     inputs: Vec<u32>,
     targets: Vec<u32>,
-}
-
-/// What rank 0 writes.
-pub(super) struct Output {
-    pub(super) screen: Screen,
-    pub(super) metrics: Metrics,
-    /// With `--tensorboard`.
-    pub(super) events: Option<Events>,
-    pub(super) mark: Mark,
-    /// Keeps other runs out.
-    pub(super) folder: RunFolder,
-}
-
-/// The loss to beat, and what has it.
-pub(super) struct Mark {
-    pub(super) loss: f64,
-    pub(super) of: &'static str,
 }
 
 /// What came of a step.
@@ -175,52 +155,10 @@ impl<'s> Run<'s> {
                 Counters::default()
             }
         };
+        let began_with = resume.as_ref().or(from.as_ref());
         let output = on_rank_zero_alone(&communicator, || {
-            // This reads all tokens. Where they are damaged, the earlier run stays in its place.
-            let mark = match dataset.bytes().filter(|tokens| !is_synthetic(tokens)) {
-                None => Mark { loss: (recipe.model.vocab_size as f64).ln(), of: "guessing" },
-                Some(tokens) => {
-                    let is_long = tokens.len(Split::Train) > trigram::MOST_TOKENS;
-                    let of = if is_long {
-                        "a trigram model of the text's first 67 million tokens"
-                    } else {
-                        "a trigram model"
-                    };
-                    Mark { loss: trigram::loss(&dataset, start.validation_samples)?, of }
-                }
-            };
-            let mut companions = match resume.as_ref().or(from.as_ref()) {
-                Some(whole) => models::companions(&whole.checkpoint().path)?,
-                None => Vec::new(),
-            };
-            if let Some((_, files)) = source::tokenizer(&dataset)?
-                && !companions.iter().any(|(name, _)| name == TOKENIZER)
-            {
-                companions.extend(files);
-            }
-            let (folder, newest) = (folder.expect("rank 0 has claimed it"), progress.newest.as_ref());
-            let newest = newest.map(|saved| saved.path.as_path());
-            if let Some(aside) = folder.set_aside(newest, settings.trace)? {
-                let (out, aside) = (start.out.display(), aside.display());
-                crate::print(format_args!("the earlier run in {out} is now {aside}"));
-            }
-            checkpoints::tidy(&start.out, newest)?;
-            models::keep(&companions, &start.out)?;
-            let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));
-            let screen = Screen::new(recipe.schedule.samples, progress.samples, steps);
-            let metrics = Metrics::open(&start.out, progress.step)?;
-            let about = About {
-                pillion: env!("CARGO_PKG_VERSION").to_owned(),
-                recipe: recipe.clone(),
-                data: fingerprint(&dataset)?,
-                ranks: Some(world),
-                steps: settings.steps,
-                placement: about::placement(&setup, settings.job.device.is_gpu()),
-            };
-            about.write(&start.out)?;
-            let events = || Events::of_metrics(&start.out, &run_folder::tensorboard(&start.out));
-            let events = settings.tensorboard.then(events).transpose()?;
-            Ok(Output { screen, metrics, events, mark, folder })
+            let folder = folder.expect("rank 0 has claimed it");
+            Output::open(settings, &start, &setup, &dataset, began_with, &progress, folder)
         })?;
         let tokens = recipe.micro_batch as usize * recipe.seq;
         let keep = start.habits.keep.map(NonZero::get);

@@ -6,8 +6,9 @@ use pillion_runtime::checkpoint::Saved;
 
 use super::checkpoints::Progress;
 use super::log::Event;
+use super::outputs::Output;
 use super::progress;
-use super::run::{Output, Run};
+use super::run::Run;
 use super::source::fingerprint;
 use crate::{Error, run_folder};
 

@@ -210,7 +210,7 @@ pub(super) fn vocabulary(data: &[String]) -> Result<Option<usize>, Error> {
 ///
 /// # Errors
 /// When there are several tokenizers, or a file cannot be read.
-pub(super) fn tokenizer(dataset: &Dataset) -> Result<Option<(String, Vec<Companion>)>, Error> {
+pub(super) fn folders_tokenizer(dataset: &Dataset) -> Result<Option<(String, Vec<Companion>)>, Error> {
     let folders = dataset.sources().filter_map(|tokens| match tokens {
         Tokens::Folder(folder) => Some((folder.path(), &folder.index().tokenizer.xxh3)),
         _ => None,
@@ -229,19 +229,25 @@ pub(super) fn tokenizer(dataset: &Dataset) -> Result<Option<(String, Vec<Compani
     Ok(Some(((*checksum).clone(), files)))
 }
 
-/// Checks that the model that a run begins with was made for the tokens' tokenizer.
+/// Checks that the model that a run begins with, which has these files, was made for the run's
+/// tokens.
 ///
 /// # Errors
-/// When it has another one.
+/// When it has another tokenizer, or learns text by a tokenizer while the run's tokens are bytes.
 pub(super) fn check_tokenizer(dataset: &Dataset, model: &[Companion]) -> Result<(), Error> {
-    let Some((tokens, _)) = tokenizer(dataset)? else { return Ok(()) };
-    let of_model = model.iter().find(|(name, _)| name == TOKENIZER);
-    match of_model.map(|(_, content)| hex(xxh3_64(content))) {
-        Some(model) if model != tokens => Err(Error::Setting(
-            "--data was made with another tokenizer than that of the model in --from: make it again with `pillion \
-             tokenize --tokenizer` and the model's"
-                .to_owned(),
-        )),
+    let Some((_, of_model)) = model.iter().find(|(name, _)| name == TOKENIZER) else { return Ok(()) };
+    let of_bytes = tokenizer::huggingface_files().into_iter().find(|(name, _)| *name == TOKENIZER);
+    let is_of_bytes = of_bytes.is_some_and(|(_, text)| text.as_bytes() == of_model);
+    let remedy = "make tokens with `pillion tokenize --tokenizer` and the model's";
+    if dataset.bytes().is_some_and(|tokens| !is_synthetic(tokens)) && !is_of_bytes {
+        let reason = "of the text in --data each byte would be a token, but the model in --from has a tokenizer";
+        return Err(Error::Setting(format!("{reason}: {remedy}")));
+    }
+    match folders_tokenizer(dataset)? {
+        Some((tokens, _)) if tokens != hex(xxh3_64(of_model)) => {
+            let reason = "--data was made with another tokenizer than that of the model in --from";
+            Err(Error::Setting(format!("{reason}: {remedy}")))
+        }
         _ => Ok(()),
     }
 }

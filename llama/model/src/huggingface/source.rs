@@ -68,11 +68,16 @@ impl Source {
             tensors: BTreeMap::new(),
             files: Vec::new(),
         };
-        let names = file_names(folder)?;
-        for name in &names {
-            source.add(&folder.join(name))?;
+        let tensors = source.config.units().into_iter().flat_map(|unit| unit.tensors);
+        let mut shapes: BTreeMap<String, Vec<usize>> = tensors.map(|tensor| (tensor.name, tensor.shape)).collect();
+        // A head that is the embedding may be there all the same.
+        let head = vec![source.config.vocab_size, source.config.hidden_size];
+        let wanted: BTreeSet<String> = shapes.keys().cloned().collect();
+        shapes.insert(LM_HEAD.to_owned(), head);
+        for name in file_names(folder)? {
+            source.add(&folder.join(name), &shapes)?;
         }
-        source.check()?;
+        source.check(&wanted)?;
         Ok(source)
     }
 
@@ -120,8 +125,8 @@ impl Source {
         Ok(())
     }
 
-    /// Adds the tensors of a file.
-    fn add(&mut self, path: &Path) -> Result<(), Error> {
+    /// Adds the tensors of a file, which must have these shapes.
+    fn add(&mut self, path: &Path, shapes: &BTreeMap<String, Vec<usize>>) -> Result<(), Error> {
         let unreadable = |error| Error::unreadable(path, &error);
         let damaged = |what: String| Error::file(path, format!("is damaged: {what}; copy it again"));
         let file = File::open(path).map_err(unreadable)?;
@@ -153,8 +158,7 @@ impl Source {
                 );
                 return Err(Error::file(path, reason));
             };
-            let shape = self.shape_of(&name);
-            if let Some(shape) = shape.filter(|shape| shape != &info.shape) {
+            if let Some(shape) = shapes.get(&name).filter(|&shape| shape != &info.shape) {
                 let reason = format!("{name} has the shape {:?}, but config.json asks for {shape:?}", info.shape);
                 return Err(Error::file(path, reason));
             }
@@ -167,35 +171,16 @@ impl Source {
         Ok(())
     }
 
-    /// The shape that the model's tensor of this name has.
-    fn shape_of(&self, name: &str) -> Option<Vec<usize>> {
-        if name == LM_HEAD {
-            return Some(vec![self.config.vocab_size, self.config.hidden_size]);
-        }
-        // Blocks are alike, and there may be many of them.
-        let one = Config { num_hidden_layers: 1, ..self.config.clone() };
-        let part = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
-        let name = part.map_or(name.to_owned(), |(_, part)| format!("model.layers.0.{part}"));
-        one.units()
-            .into_iter()
-            .flat_map(|unit| unit.tensors)
-            .find(|tensor| tensor.name == name)
-            .map(|found| found.shape)
-    }
-
-    /// Checks that there are the model's tensors and no others.
-    fn check(&mut self) -> Result<(), Error> {
-        let units = self.config.units();
-        let wanted: BTreeSet<&str> =
-            units.iter().flat_map(|unit| &unit.tensors).map(|tensor| tensor.name.as_str()).collect();
-        if let Some(missing) = wanted.iter().find(|name| !self.tensors.contains_key(**name)) {
-            let hint = match *missing {
+    /// Checks that there are the tensors that are wanted and no others.
+    fn check(&mut self, wanted: &BTreeSet<String>) -> Result<(), Error> {
+        if let Some(missing) = wanted.iter().find(|name| !self.tensors.contains_key(*name)) {
+            let hint = match missing.as_str() {
                 LM_HEAD => ": if the embedding is the head's matrix, config.json must say tie_word_embeddings = true",
                 _ => ": config.json asks for it",
             };
             return Err(Error::file(&self.folder, format!("has no tensor {missing}{hint}")));
         }
-        let others: Vec<String> = self.tensors.keys().filter(|name| !wanted.contains(name.as_str())).cloned().collect();
+        let others: Vec<String> = self.tensors.keys().filter(|name| !wanted.contains(*name)).cloned().collect();
         for name in others {
             // Older versions of transformers saved the angles, which follow from the configuration.
             if name.ends_with("rotary_emb.inv_freq") {
