@@ -1,5 +1,6 @@
 //! A rank's parameters and optimizer state, as the host sets and reads them between steps.
 
+use parking_lot::Mutex;
 use pillion_kernels::{Buffer, DType, View};
 
 use crate::engine::Health;
@@ -14,23 +15,47 @@ pub struct State {
     pub states: Vec<Vec<f32>>,
 }
 
+/// Elements that a thread makes at a time, in about a millisecond.
+const PART: usize = 1 << 15;
+
+/// Fills `out` with `value(first)`, `value(first + 1)` and so on, by several threads where it is
+/// long.
+fn fill(out: &mut [f32], first: usize, value: &(impl Fn(usize) -> f32 + Sync)) {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(out.len().div_ceil(PART));
+    let parts = Mutex::new(out.chunks_mut(PART).zip((first..).step_by(PART)));
+    let next = || parts.lock().next();
+    let work = || {
+        while let Some((out, first)) = next() {
+            out.iter_mut().zip(first..).for_each(|(out, element)| *out = value(element));
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // Where the system starts no more threads, those that there are do more.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, work);
+        }
+        work();
+    });
+}
+
 impl Engine {
     /// Sets every parameter of this rank's shards: `values(tensor name, shape)` is asked once for
-    /// each piece of a tensor, and gives the element at an index. No rank ever holds more than its
-    /// shards.
+    /// each piece of a tensor, and gives the element at an index, on as many threads as the process
+    /// may run at once. No rank ever holds more than its shards.
     ///
     /// # Errors
     /// When another rank has failed.
-    pub fn initialize<V: Fn(usize) -> f32>(&mut self, values: impl Fn(&str, &[usize]) -> V) -> Result<(), Error> {
+    pub fn initialize<V: Fn(usize) -> f32 + Sync>(
+        &mut self,
+        values: impl Fn(&str, &[usize]) -> V,
+    ) -> Result<(), Error> {
         let layout = self.layout.clone();
         for (index, unit) in layout.units.iter().enumerate() {
             let mut master = vec![0.0; unit.shard];
             for piece in layout.pieces(index, self.shard_number()) {
                 let tensor = &unit.tensors[piece.tensor];
                 let value = values(&tensor.name, &tensor.shape);
-                for (out, element) in master[piece.in_shard].iter_mut().zip(piece.in_tensor) {
-                    *out = value(element);
-                }
+                fill(&mut master[piece.in_shard], piece.in_tensor.start, &value);
             }
             let states = vec![vec![0.0; unit.shard]; self.policy.states.len()];
             self.set_state(index, &State { master, states })?;

@@ -61,7 +61,7 @@ fn a_loss_is_that_of_the_run_and_the_same_on_any_number_of_ranks() {
     place.train("run", "--ranks 1 --steps 3 --validation-samples 100000 --micro-batch 1");
     let last = place.steps("run").last().unwrap().validation_loss.unwrap();
     let eval = |flags: &str| object(&place.run(&format!("eval --checkpoint run --json {flags}")).succeeded());
-    let found = eval("--data text");
+    let found = eval("--data text --split validation");
     let loss = found["loss"].as_f64().unwrap();
     // Sums of the same f32 losses in another order, in f64; products of another shape round otherwise.
     assert!((loss - last).abs() < 1e-6 * loss, "{loss} against {last}");
@@ -70,10 +70,14 @@ fn a_loss_is_that_of_the_run_and_the_same_on_any_number_of_ranks() {
     let bits = found["bits_per_byte"].as_f64().unwrap() * std::f64::consts::LN_2 / loss;
     assert!((1.0..1.01).contains(&bits), "{bits}");
     for flags in ["--ranks 2", "--micro-batch 3", "--ranks 3 --launch threads --micro-batch 5"] {
-        let other = eval(&format!("--data text {flags}"));
+        let other = eval(&format!("--data text --split validation {flags}"));
         assert!((other["loss"].as_f64().unwrap() - loss).abs() < 1e-6 * loss, "{flags}");
         assert_eq!((&other["tokens"], &other["samples"]), (&found["tokens"], &found["samples"]), "{flags}");
     }
+    // Without a split it is all of the text.
+    let (all, train) = (eval("--data text"), eval("--data text --split train"));
+    let samples = |found: &Value| found["samples"].as_u64().unwrap();
+    assert_eq!(samples(&all), samples(&found) + samples(&train));
     let few = eval("--data text --split train --samples 5 --seq 64");
     assert_eq!((few["samples"].as_u64(), few["tokens"].as_u64()), (Some(5), Some(5 * 64)));
     for (flags, code, parts) in [

@@ -108,6 +108,14 @@ fn what_cannot_be_tokenized_is_refused_with_a_remedy() {
     run("bad.jsonl").succeeded();
     run("text").refused(1, &["out", "other files or settings", "--restart"]);
     run("text --restart").succeeded();
+    run("text text/module_000.rs --restart").refused(1, &["is read twice"]);
+    place.run("tokenize . --tokenizer tokenizer.json --out new/tokens").refused(1, &["--out lies in it"]);
+    // The folder of a model is nobody's to clear.
+    fs::create_dir(place.path("model")).unwrap();
+    fs::write(place.path("model/config.json"), "{}").unwrap();
+    let model = "tokenize text --tokenizer tokenizer.json --out model --restart";
+    place.run(model).refused(1, &["holds config.json"]);
+    assert_eq!(fs::read_to_string(place.path("model/config.json")).unwrap(), "{}");
 }
 
 #[test]

@@ -1,11 +1,10 @@
 //! `pillion eval`: what a model's loss is on data that it may never have seen.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use pillion_collectives::{Communicator, Launch, Reduction};
-use pillion_data::{Dataset, Split};
+use pillion_data::{Dataset, Split, Tokens, ValidationSet};
 use pillion_kernels::IGNORED;
 use pillion_llama::model::{Model, Recompute};
 use serde::Serialize;
@@ -16,11 +15,10 @@ use crate::jobs::{self, Ended};
 use crate::models;
 use crate::settings::{DeviceKind, EvalArgs};
 use crate::text::Vocabulary;
-use crate::train::{on_rank_zero, source, stopping};
+use crate::train::source::{self, ToEvaluate};
+use crate::train::{on_rank_zero, stopping};
 use crate::{Error, print_result};
 
-/// Tokens of a sample of an imported model, unless the user says how many.
-const SEQ: usize = 2048;
 /// Ranks that nobody else has started.
 const DEFAULT_RANKS: usize = 1;
 
@@ -28,6 +26,7 @@ const DEFAULT_RANKS: usize = 1;
 #[derive(Serialize)]
 struct Found {
     checkpoint: String,
+    /// `train`, `validation`, or `text` for all of a text.
     split: String,
     samples: u64,
     /// Those that count.
@@ -70,12 +69,14 @@ fn on_rank(
 ) -> Result<Ended, Error> {
     let (whole, origin) = models::newest(&settings.checkpoint, communicator)?;
     let (model, world) = (origin.model(), communicator.world());
-    let seq = settings.seq.or(origin.seq()).unwrap_or(SEQ);
     let checkpoint = &whole.checkpoint().path;
-    let made = Temporary(std::env::temp_dir().join(format!("pillion-eval-{}", std::process::id())));
-    let parts = on_rank_zero(communicator, || source::to_evaluate(&settings.data, checkpoint, &origin, &made.0))?;
-    let dataset = source::cut(&parts, seq, model.vocab_size, 0)?;
-    let (split, available) = split(settings.split, &dataset)?;
+    let seq = settings.seq.map_or_else(|| models::context(checkpoint, &origin), Ok)?;
+    let hosts = communicator.hosts();
+    let mut made = None;
+    let found =
+        on_rank_zero(communicator, || source::to_evaluate(&settings.data, checkpoint, &origin, hosts, &mut made))?;
+    let windows = Windows::open(&found, settings.split, seq, model.vocab_size)?;
+    let available = windows.len();
     let samples = settings.samples.unwrap_or(available).min(available);
     let vocabulary = Vocabulary::of(checkpoint, &origin).ok();
 
@@ -96,7 +97,7 @@ fn on_rank(
                 targets.fill(IGNORED);
                 continue;
             }
-            dataset.in_order(split, sample, inputs, targets)?;
+            windows.fill(sample, inputs, targets)?;
             if let Some(vocabulary) = &vocabulary {
                 bytes += vocabulary.bytes(targets)?;
             }
@@ -121,7 +122,7 @@ fn on_rank(
     if communicator.rank() == 0 {
         let found = Found {
             checkpoint: checkpoint.display().to_string(),
-            split: split.to_string(),
+            split: windows.name(),
             samples,
             tokens: tokens as u64,
             loss: mean,
@@ -143,29 +144,60 @@ fn say(settings: &EvalArgs, found: &Found) -> Result<(), Error> {
         return print_result(serde_json::to_string(found).expect("plain values"));
     }
     let Found { checkpoint, split, samples, tokens, loss, perplexity, bits_per_byte } = found;
+    let of = if split == TEXT { "the text".to_owned() } else { format!("the {split} split") };
     let bits = bits_per_byte.map_or(String::new(), |bits| format!("\nbits a byte {bits:.4}"));
     print_result(format_args!(
-        "checkpoint  {checkpoint}\nsamples     {samples} of the {split} split, {tokens} tokens\nloss        {loss:.4}\n\
+        "checkpoint  {checkpoint}\nsamples     {samples} of {of}, {tokens} tokens\nloss        {loss:.4}\n\
          perplexity  {perplexity:.3}{bits}"
     ))
 }
 
-/// The split that is evaluated, and how many windows it has.
-fn split(wanted: Option<Split>, dataset: &Dataset) -> Result<(Split, u64), Error> {
-    let has = |split| dataset.windows(split);
-    let split = wanted.unwrap_or(if has(Split::Validation) > 0 { Split::Validation } else { Split::Train });
-    match has(split) {
-        0 => Err(Error::Setting(format!("the {split} split has no samples: choose the other one with --split"))),
-        windows => Ok((split, windows)),
-    }
+/// In place of a split.
+const TEXT: &str = "text";
+
+/// What is evaluated.
+enum Windows {
+    /// A split, in order.
+    Of(Dataset, Split),
+    /// All of a text, in a shuffled order.
+    Text(ValidationSet),
 }
 
-/// A folder that lasts as long as this.
-struct Temporary(PathBuf);
+impl Windows {
+    /// All of a text, unless the user chooses a split; of tokens this split, or the validation
+    /// split where they have one.
+    fn open(found: &ToEvaluate, wanted: Option<Split>, seq: usize, vocab: usize) -> Result<Windows, Error> {
+        if let ([part], true, None) = (&found.parts[..], found.is_text, wanted) {
+            let tokens = Tokens::open(&part.path, None)?;
+            return Ok(Windows::Text(ValidationSet::open(tokens, true, seq, vocab)?));
+        }
+        let dataset = source::cut(&found.parts, seq, vocab, 0)?;
+        let has = |split| dataset.windows(split);
+        let split = wanted.unwrap_or(if has(Split::Validation) > 0 { Split::Validation } else { Split::Train });
+        match has(split) {
+            0 => Err(Error::Setting(format!("the {split} split has no samples: choose the other one with --split"))),
+            _ => Ok(Windows::Of(dataset, split)),
+        }
+    }
 
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        // It may not have been made.
-        let _ = std::fs::remove_dir_all(&self.0);
+    fn len(&self) -> u64 {
+        match self {
+            Windows::Of(dataset, split) => dataset.windows(*split),
+            Windows::Text(set) => set.len(),
+        }
+    }
+
+    fn fill(&self, i: u64, inputs: &mut [u32], targets: &mut [u32]) -> pillion_data::Result<()> {
+        match self {
+            Windows::Of(dataset, split) => dataset.in_order(*split, i, inputs, targets),
+            Windows::Text(set) => set.fill(i, inputs, targets),
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Windows::Of(_, split) => split.to_string(),
+            Windows::Text(_) => TEXT.to_owned(),
+        }
     }
 }

@@ -23,8 +23,6 @@ use crate::{Error, print_result};
 
 /// Far more than anybody reads.
 const MOST_TOKENS: usize = 1 << 20;
-/// Tokens of a text of an imported model, unless the user says how many.
-const CONTEXT: usize = 2048;
 /// Ranks that nobody else has started.
 const DEFAULT_RANKS: usize = 1;
 
@@ -144,7 +142,8 @@ impl<'s> Writer<'s> {
         let (whole, origin) = models::newest(&settings.checkpoint, communicator)?;
         let vocabulary = Vocabulary::of(&whole.checkpoint().path, &origin)?;
         let model = origin.model();
-        let capacity = settings.context.or(origin.seq()).unwrap_or(CONTEXT);
+        let checkpoint = &whole.checkpoint().path;
+        let capacity = settings.context.map_or_else(|| models::context(checkpoint, &origin), Ok)?;
         let (precision, passes) = (settings.precision, Passes::Text { capacity });
         let (engine, device) = evaluating::open(&whole, model, precision, passes, &settings.job, launch, communicator)?;
         let decoder = Decoder::new(&*device, model, precision, capacity)?;

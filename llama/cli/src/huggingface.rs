@@ -1,6 +1,7 @@
 //! `pillion import` and `pillion export`: models from and for Hugging Face's transformers.
 
 use indicatif::{ProgressBar, ProgressStyle};
+use pillion_collectives::launcher;
 use pillion_data::tokenizer;
 use pillion_llama::huggingface::{self, CONFIG, Export, Source, parse_config, write_config};
 use pillion_runtime::checkpoint::Checkpoint;
@@ -9,8 +10,8 @@ use serde_json::{Map, Value};
 use crate::models::{self, Companion, Origin, TOKENIZER};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{ExportArgs, ImportArgs, dtype};
-use crate::train::{bytes, grouped, on_terminal};
-use crate::{Error, print_result};
+use crate::train::{bytes, grouped, on_terminal, stopping};
+use crate::{Error, print_result, signals};
 
 /// `pillion import`.
 ///
@@ -28,8 +29,19 @@ pub(crate) fn import(settings: &ImportArgs) -> Result<i32, Error> {
     // The checkpoint counts once it is there, so what goes with it comes first.
     models::keep(&files, &settings.out)?;
     let bar = bar(source.bytes());
-    let path = huggingface::import(&source, &run_folder::checkpoints(&settings.out), |more| bar.inc(more))?;
+    let stop = signals::flag()?;
+    let imported = huggingface::import(&source, &run_folder::checkpoints(&settings.out), |more| {
+        bar.inc(more);
+        !stopping(&stop)
+    });
     bar.finish_and_clear();
+    let path = match imported {
+        Ok(path) => path,
+        Err(error) => {
+            models::forget(&files, &settings.out);
+            return interrupted(error);
+        }
+    };
     let parameters = parameters(&source);
     let (has_tokenizer, stored) = (files.iter().any(|(name, _)| name == TOKENIZER), source.dtype());
     let tokenizer = if has_tokenizer { "" } else { "; there is no tokenizer.json" };
@@ -42,6 +54,13 @@ pub(crate) fn import(settings: &ImportArgs) -> Result<i32, Error> {
         path.display()
     ))?;
     Ok(0)
+}
+
+/// The exit code where a signal has ended it; any other error is one.
+fn interrupted(error: huggingface::Error) -> Result<i32, Error> {
+    let huggingface::Error::Stopped = error else { return Err(error.into()) };
+    crate::complain("interrupted: nothing of it is left");
+    Ok(launcher::EXIT_INTERRUPTED)
 }
 
 fn parameters(source: &Source) -> String {
@@ -79,8 +98,15 @@ pub(crate) fn export(settings: &ExportArgs) -> Result<i32, Error> {
     let bar = bar(parameters * as_what.bytes() as u64);
     let wanted =
         Export { checkpoint, imported, dtype: as_what, file_bytes: settings.file_size, companions: &companions };
-    huggingface::export(&wanted, &settings.to, |more| bar.inc(more))?;
+    let stop = signals::flag()?;
+    let exported = huggingface::export(&wanted, &settings.to, |more| {
+        bar.inc(more);
+        !stopping(&stop)
+    });
     bar.finish_and_clear();
+    if let Err(error) = exported {
+        return interrupted(error);
+    }
     let tokenizer = if has_tokenizer { "" } else { "; there is no tokenizer beside the checkpoint" };
     print_result(format_args!(
         "{} parameters of {} in {as_what}, {}{tokenizer}\nmodel       {}",

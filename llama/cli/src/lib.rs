@@ -46,6 +46,7 @@ mod replay;
 mod report;
 mod run_folder;
 pub mod settings;
+mod signals;
 mod simulate;
 mod text;
 mod tokenize;

@@ -54,6 +54,23 @@ impl Origin {
     }
 }
 
+/// Tokens of a sample, or of a text, unless the user says how many: as many as samples of the run's
+/// training had. An imported model takes as many as its configuration says, and 2048 at most.
+///
+/// # Errors
+/// [`Error::File`] when the configuration cannot be read.
+pub(crate) fn context(checkpoint: &Path, origin: &Origin) -> Result<usize, Error> {
+    const MOST: usize = 2048;
+    if let Some(seq) = origin.seq() {
+        return Ok(seq);
+    }
+    let files = companions(checkpoint)?;
+    let config = files.iter().find(|(name, _)| name == CONFIG);
+    let config = config.and_then(|(_, text)| serde_json::from_slice::<serde_json::Value>(text).ok());
+    let most = config.and_then(|config| config["max_position_embeddings"].as_u64()).filter(|&most| most > 0);
+    Ok(most.map_or(MOST, |most| MOST.min(most as usize)))
+}
+
 /// The newest checkpoint that a path stands for, verified by all ranks. Collective.
 ///
 /// # Errors
@@ -113,6 +130,14 @@ pub(crate) fn files_in(folder: &Path) -> Result<Vec<Companion>, Error> {
         Err(error) => Err(Error::file(path, format!("cannot be read: {error}"))),
     };
     found.map(read).collect()
+}
+
+/// Removes files that [`keep`] has written, after what they belong to has failed. What cannot be
+/// removed now is set aside with the next run.
+pub(crate) fn forget(files: &[Companion], out: &Path) {
+    let folder = run_folder::huggingface(out);
+    files.iter().for_each(|(name, _)| drop(fs::remove_file(folder.join(name))));
+    let _ = fs::remove_dir(&folder);
 }
 
 /// Writes files that go with a model into the folder of the run in `out`. What is there under their

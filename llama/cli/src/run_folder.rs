@@ -19,7 +19,6 @@
 //! user's working folder, and because its parent may not be writable. Only files that runs wrote
 //! are moved.
 
-use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
@@ -202,12 +201,12 @@ impl RunFolder {
             ours(ABOUT, ABOUT_BEGIN),
             ours(TRACE, pillion_runtime::trace::HEADER),
         ];
-        let companions = self.has_companions().then_some(HUGGINGFACE);
-        let files: Vec<&str> = files.into_iter().flatten().chain(companions).collect();
+        let companions = self.companions()?;
+        let files: Vec<&str> = files.into_iter().flatten().collect();
         let saved = self.saved()?;
         let tensorboard = tensorboard(&self.path);
         let events = events::files(&tensorboard).map_err(|error| cannot_write(&tensorboard, error))?;
-        if files.is_empty() && saved.is_empty() && events.is_empty() {
+        if files.is_empty() && saved.is_empty() && events.is_empty() && companions.is_empty() {
             return Ok(None);
         }
         let aside = self.free_name();
@@ -220,6 +219,11 @@ impl RunFolder {
             let to = self::tensorboard(&aside);
             fs::create_dir(&to).map_err(|error| cannot_write(&to, error))?;
             events.iter().try_for_each(|name| rename(&tensorboard.join(name), &to.join(name)))?;
+        }
+        if !companions.is_empty() {
+            let (from, to) = (huggingface(&self.path), huggingface(&aside));
+            fs::create_dir(&to).map_err(|error| cannot_write(&to, error))?;
+            companions.iter().try_for_each(|name| rename(&from.join(name), &to.join(name)))?;
         }
         files.iter().try_for_each(|name| rename(&self.path.join(name), &aside.join(name)))?;
         Ok(Some(aside))
@@ -263,11 +267,16 @@ impl RunFolder {
         Ok(names.map(|name| (name.clone(), checkpoint::is_ours(&folder.join(name)))).collect())
     }
 
-    /// Whether there are files that go with a model, and no others beside them.
-    fn has_companions(&self) -> bool {
-        let entries = fs::read_dir(huggingface(&self.path)).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-        let is_one = |name: &OsStr| name == CONFIG || COMPANIONS.iter().any(|companion| name == *companion);
-        entries.is_ok_and(|entries| entries.iter().all(|entry| is_one(&entry.file_name())))
+    /// The names of the files that go with a model. Others beside them are the user's.
+    fn companions(&self) -> Result<Vec<&'static str>, Error> {
+        let folder = huggingface(&self.path);
+        let is_there = |name: &&str| match folder.join(name).symlink_metadata() {
+            Ok(_) => Ok(true),
+            Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind()) => Ok(false),
+            Err(error) => Err(cannot_write(&folder, error)),
+        };
+        let names = [CONFIG].into_iter().chain(COMPANIONS);
+        names.filter_map(|name| is_there(&name).map(|there| there.then_some(name)).transpose()).collect()
     }
 
     fn free_name(&self) -> PathBuf {

@@ -174,7 +174,7 @@ pub struct GenerateArgs {
     #[arg(long)]
     pub ignore_end: bool,
     /// Tokens that the model sees at most; a longer text goes on from its last half. Default: those of
-    /// a sample of its training, or 2048 for an imported model.
+    /// a sample of its training, or of an imported model as many as it can have, and 2048 at most.
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,
     /// Type of the weights that are computed with.
@@ -207,7 +207,8 @@ pub struct EvalArgs {
     /// Samples at most, from the beginning; default: all.
     #[arg(long, value_name = "N")]
     pub samples: Option<u64>,
-    /// Tokens in a sample; default: those of the model's training, or 2048 for an imported model.
+    /// Tokens in a sample; default: those of the model's training, or of an imported model as many as
+    /// it can have, and 2048 at most.
     #[arg(long, value_name = "N")]
     pub seq: Option<usize>,
     /// Samples that a rank computes at a time.

@@ -77,7 +77,9 @@ impl Vocabulary {
         let counted = targets.iter().copied().filter(|&target| target != IGNORED);
         match self {
             Vocabulary::Bytes => Ok(counted.filter(|&token| token < 256).count() as u64),
-            Vocabulary::Subwords(tokenizer) => Ok(tokenizer.decode(&counted.collect::<Vec<_>>(), false)?.len() as u64),
+            Vocabulary::Subwords(tokenizer) => {
+                counted.map(|token| Ok(u64::from(tokenizer.bytes_of(token)?))).sum::<Result<_, Error>>()
+            }
         }
     }
 

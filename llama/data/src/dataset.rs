@@ -212,29 +212,58 @@ impl Dataset {
     ) -> Result<()> {
         assert_eq!(inputs.len(), self.seq, "inputs hold one sequence");
         assert_eq!(targets.len(), self.seq, "targets hold one sequence");
-        let start = window * self.seq as u64;
-        // Targets are the inputs one place on, so only the last of them is read for itself.
-        tokens.read(split, start, inputs)?;
-        targets[..self.seq - 1].copy_from_slice(&inputs[1..]);
-        tokens.read(split, start + self.seq as u64, &mut targets[self.seq - 1..])?;
-        // The tokens know their own vocabulary, or none.
-        if tokens.vocab().is_none()
-            && let Some(token) = inputs.iter().chain(&*targets).find(|&&token| token as usize >= self.vocab)
-        {
-            let vocab = self.vocab;
-            let problem = format!("has the token {token}, but the model knows {vocab}: choose another model");
-            return Err(Error::bad(tokens.path(), problem));
+        read_window(tokens, split, window, self.vocab, inputs, targets)
+    }
+}
+
+/// Fills in window `window` of a split: `inputs: [seq]`, `targets: [seq]`.
+///
+/// # Errors
+/// As for [`Dataset::fill`].
+pub(crate) fn read_window(
+    tokens: &Tokens,
+    split: Split,
+    window: u64,
+    vocab: usize,
+    inputs: &mut [u32],
+    targets: &mut [u32],
+) -> Result<()> {
+    let seq = inputs.len();
+    let start = window * seq as u64;
+    // Targets are the inputs one place on, so only the last of them is read for itself.
+    tokens.read(split, start, inputs)?;
+    targets[..seq - 1].copy_from_slice(&inputs[1..]);
+    tokens.read(split, start + seq as u64, &mut targets[seq - 1..])?;
+    // The tokens know their own vocabulary, or none.
+    if tokens.vocab().is_none()
+        && let Some(token) = inputs.iter().chain(&*targets).find(|&&token| token as usize >= vocab)
+    {
+        let problem = format!("has the token {token}, but the model knows {vocab}: choose another model");
+        return Err(Error::bad(tokens.path(), problem));
+    }
+    if tokens.has_mask(split) {
+        let mut masked = [false; 1024];
+        for (piece, targets) in (0..).zip(targets.chunks_mut(masked.len())) {
+            let masked = &mut masked[..targets.len()];
+            tokens.read_mask(split, start + 1 + 1024 * piece, masked)?;
+            let left_out = targets.iter_mut().zip(masked).filter(|(_, masked)| **masked);
+            left_out.for_each(|(target, _)| *target = IGNORED);
         }
-        if tokens.has_mask(split) {
-            let mut masked = [false; 1024];
-            for (piece, targets) in (0..).zip(targets.chunks_mut(masked.len())) {
-                let masked = &mut masked[..targets.len()];
-                tokens.read_mask(split, start + 1 + 1024 * piece, masked)?;
-                let left_out = targets.iter_mut().zip(masked).filter(|(_, masked)| **masked);
-                left_out.for_each(|(target, _)| *target = IGNORED);
-            }
+    }
+    Ok(())
+}
+
+/// Checks that a model that knows `vocab` tokens knows these.
+///
+/// # Errors
+/// [`Error::Bad`].
+pub(crate) fn check_vocabulary(tokens: &Tokens, vocab: usize) -> Result<()> {
+    match tokens.vocab().filter(|&needed| needed > vocab) {
+        None => Ok(()),
+        Some(needed) => {
+            let problem = format!("has {needed} different tokens, but the model knows {vocab}: choose another model");
+            Err(Error::bad(tokens.path(), problem))
         }
-        Ok(())
     }
 }
 
@@ -247,10 +276,7 @@ impl Source {
     }
 
     fn new(tokens: Tokens, weight: u32, seq: usize, vocab: usize, seed: u64) -> Result<Self> {
-        if let Some(needed) = tokens.vocab().filter(|&needed| needed > vocab) {
-            let problem = format!("has {needed} different tokens, but the model knows {vocab}: choose another model");
-            return Err(Error::bad(tokens.path(), problem));
-        }
+        check_vocabulary(&tokens, vocab)?;
         let windows = |split| tokens.len(split).saturating_sub(1) / seq as u64;
         let too_short = |split| Error::TooShort {
             path: tokens.path().to_owned(),
@@ -276,7 +302,7 @@ impl Source {
 }
 
 /// Fixed, so that all runs on the same text validate on the same windows.
-const VALIDATION_SEED: u64 = 0;
+pub(crate) const VALIDATION_SEED: u64 = 0;
 
 #[cfg(test)]
 mod tests {

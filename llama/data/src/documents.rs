@@ -9,6 +9,7 @@ mod interpret;
 mod lines;
 mod rows;
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -58,9 +59,11 @@ impl Input {
 /// The files under the paths that the user gives, in their order, those of a folder sorted.
 ///
 /// # Errors
-/// [`Error::Bad`] that names a path without a file to read, [`Error::Read`].
-pub(crate) fn list(paths: &[PathBuf]) -> Result<(Vec<Input>, Skipped)> {
-    let mut inputs = Vec::new();
+/// [`Error::Bad`] that names a path without a file to read, a file that comes twice, or a folder in
+/// which the tokens would be written; [`Error::Read`].
+pub(crate) fn list(paths: &[PathBuf], out: &Path) -> Result<(Vec<Input>, Skipped)> {
+    let mut inputs: Vec<Input> = Vec::new();
+    let mut seen = HashSet::new();
     let mut skipped = Skipped::default();
     for path in paths {
         let found = sources::under(path).map_err(|error| match error {
@@ -74,8 +77,17 @@ pub(crate) fn list(paths: &[PathBuf]) -> Result<(Vec<Input>, Skipped)> {
             }
             other => other,
         })?;
+        if path.is_dir() && lies_within(out, path) {
+            let problem = "is read for documents, but --out lies in it; write the tokens elsewhere";
+            return Err(Error::bad(path, problem));
+        }
         let kinds = kinds(path, &found.files)?;
         for (file, kind) in found.files.into_iter().zip(kinds) {
+            // What a link leads to is one file, whatever its names.
+            let canonical = file.path.canonicalize().map_err(Error::reading(&file.path))?;
+            if !seen.insert(canonical) {
+                return Err(Error::bad(file.path, "is read twice, perhaps by another name; give each file once"));
+            }
             inputs.push(Input::new(file.path, kind)?);
         }
         skipped.hidden += found.skipped.hidden;
@@ -84,6 +96,14 @@ pub(crate) fn list(paths: &[PathBuf]) -> Result<(Vec<Input>, Skipped)> {
         skipped.runs += found.skipped.runs;
     }
     Ok((inputs, skipped))
+}
+
+/// Whether a folder that may not exist yet is another one, or lies in it.
+fn lies_within(inner: &Path, outer: &Path) -> bool {
+    let Ok(outer) = outer.canonicalize() else { return false };
+    let absolute = std::path::absolute(inner).unwrap_or(inner.to_owned());
+    // The nearest folder above that exists says where the others will be.
+    absolute.ancestors().find_map(|above| above.canonicalize().ok()).is_some_and(|above| above.starts_with(&outer))
 }
 
 /// What the files of a path are. In a folder, a `.json` file may be text like the others.

@@ -105,6 +105,9 @@ pub enum Error {
         /// Where in the file, what is wrong, and the remedy.
         problem: String,
     },
+    /// The system starts no thread that reads.
+    #[error("no thread to read data with: {0}; lower the number of ranks or threads, or raise the limit on processes")]
+    Thread(std::io::Error),
     /// A setting of `pillion tokenize`.
     #[error("{0}")]
     Setting(String),

@@ -16,6 +16,8 @@
 //! | `mixture` | which source a sample is from |
 //! | `order` | which sample comes next |
 //! | `dataset` | samples and validation windows |
+//! | `validation` | tokens to validate on besides those of a run |
+//! | `read_ahead` | the thread that reads samples while a step computes |
 //! | `trigram` | the mark to beat |
 //! | `subword` | tokenizers of Hugging Face, and chats as text |
 //! | `documents` | documents from files of text, JSON lines and parquet |
@@ -38,6 +40,7 @@ mod foreign;
 pub mod fuzzing;
 pub mod mixture;
 mod order;
+mod read_ahead;
 pub mod runs;
 mod sources;
 mod subword;
@@ -46,6 +49,7 @@ mod tokenize;
 pub mod tokenizer;
 mod tokens;
 pub mod trigram;
+mod validation;
 
 use std::fmt;
 use std::fs;
@@ -61,10 +65,12 @@ pub use folder::make::{Append, Outcome, Settings, Watched, tokenize as tokenize_
 pub use folder::{TokenFolder, is_token_folder};
 pub use foreign::{ForeignFile, Format};
 pub use order::SampleOrder;
+pub use read_ahead::{Batch, ReadAhead};
 pub use sources::Skipped;
 pub use subword::chat::ChatTemplate;
 pub use subword::{Stream, Tokenizer};
 pub use tokens::{Origin, Split, TokenFile};
+pub use validation::ValidationSet;
 
 use sources::{Division, Sources};
 

@@ -5,6 +5,7 @@
 //! has no offsets, so masks of prompts are found by comparing prefixes ([`chat`]).
 
 pub(crate) mod chat;
+mod lengths;
 mod neighbours;
 mod stream;
 
@@ -28,6 +29,8 @@ pub struct Tokenizer {
     hash: u64,
     ids: HashMap<String, u32>,
     vocab: usize,
+    /// Bytes of each token.
+    lengths: Vec<u32>,
     begin: Option<u32>,
     ends: Vec<u32>,
     template: Option<ChatTemplate>,
@@ -61,6 +64,7 @@ impl Tokenizer {
         if vocab == 0 {
             return Err(wrong("its vocabulary is empty".to_owned()));
         }
+        let lengths = lengths::of(&config, &ids, vocab);
         tokenizers::canonicalize_value(&mut config).map_err(|error| wrong(error.to_string()))?;
         let pipeline = tokenizers::from_json(&config.to_string()).map_err(|error| wrong(error.to_string()))?;
         let neighbours = Neighbours::beside(&path)?;
@@ -69,7 +73,7 @@ impl Tokenizer {
         let begin = neighbours.begin(outermost(template.prefix.first()), &ids)?;
         let ends = neighbours.ends(outermost(template.suffix.last()), &ids)?;
         let template = neighbours.template()?;
-        Ok(Self { pipeline, hash: xxh3_64(&bytes), path, vocab, ids, begin, ends, template })
+        Ok(Self { pipeline, hash: xxh3_64(&bytes), path, vocab, lengths, ids, begin, ends, template })
     }
 
     /// The file that was loaded.
@@ -91,6 +95,21 @@ impl Tokenizer {
     /// The id of a token, spelled as in `tokenizer.json`.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.ids.get(token).copied()
+    }
+
+    /// Bytes of text that a token stands for: none for a special token. The space that some
+    /// tokenizers put before a text is counted.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] if the token is outside the vocabulary.
+    pub fn bytes_of(&self, token: u32) -> Result<u32> {
+        self.lengths.get(token as usize).copied().ok_or_else(|| self.outside(token))
+    }
+
+    fn outside(&self, token: u32) -> Error {
+        let vocab = self.vocab;
+        let problem = format!("token {token} is outside the vocabulary of {vocab}; it is another tokenizer's");
+        Error::bad(&self.path, problem)
     }
 
     /// The token before the beginning of a text.
@@ -151,10 +170,8 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Bad`] if a token is outside the vocabulary.
     pub fn decode(&self, tokens: &[u32], special: bool) -> Result<String> {
-        if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.vocab) {
-            let problem =
-                format!("token {token} is outside the vocabulary of {}; it is another tokenizer's", self.vocab);
-            return Err(Error::bad(&self.path, problem));
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= self.vocab) {
+            return Err(self.outside(token));
         }
         let decoded = self.pipeline.decode(tokens, !special);
         decoded.map_err(|error| Error::bad(&self.path, format!("cannot decode tokens: {error}")))

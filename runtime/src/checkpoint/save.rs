@@ -119,21 +119,29 @@ fn put_in_place(folders: &Folders) -> Result<(), Error> {
     Ok(())
 }
 
-/// Of the checkpoints up to that of `step`, which has just been written, removes all but the newest `keep`; returns what could not be done. Later ones were
-/// passed over, or left behind: they count for nothing, and are left alone.
-pub(super) fn prune(dir: &Path, step: u64, keep: usize) -> Vec<Error> {
+/// Which checkpoints stay.
+#[derive(Clone, Copy)]
+pub(super) struct Keep {
+    /// So many of the newest.
+    pub(super) newest: usize,
+    /// And that of this step.
+    pub(super) besides: Option<u64>,
+}
+
+/// Of the checkpoints up to that of `step`, which has just been written, removes those that are not
+/// kept; returns what could not be done. Later ones were passed over, or left behind: they count for
+/// nothing, and are left alone.
+pub(super) fn prune(dir: &Path, step: u64, keep: Keep) -> Vec<Error> {
     let folders = match candidates(dir) {
-        Ok(folders) => {
-            folders.into_iter().filter(|folder| folder.step <= step).map(|folder| folder.path).collect::<Vec<_>>()
-        }
+        Ok(folders) => folders.into_iter().filter(|folder| folder.step <= step).collect::<Vec<_>>(),
         Err(error) => return vec![error],
     };
-    let sound = |folder: &PathBuf| super::open(folder).is_ok();
-    let Some(last) = folders.iter().enumerate().filter(|(_, folder)| sound(folder)).nth(keep - 1) else {
+    let sound = |folder: &Candidate| super::open(&folder.path).is_ok();
+    let Some(last) = folders.iter().enumerate().filter(|(_, folder)| sound(folder)).nth(keep.newest - 1) else {
         return Vec::new();
     };
-    let older = folders[last.0 + 1..].iter().filter(|folder| is_ours(folder));
-    let older = older.filter_map(|folder| discard(folder).err());
+    let older = folders[last.0 + 1..].iter().filter(|folder| keep.besides != Some(folder.step));
+    let older = older.filter(|folder| is_ours(&folder.path)).filter_map(|folder| discard(&folder.path).err());
     older.chain(remove_discarded(dir).err()).collect()
 }
 

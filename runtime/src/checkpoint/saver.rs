@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::agree;
 use super::manifest::{self, FileEntry, Manifest};
-use super::save::{Folders, check_shared, prepare, remove};
+use super::save::{Folders, Keep, check_shared, prepare, remove};
 use super::shard::{self, Digest};
 use super::staging::{Cursor, Inlet, Staged, Staging, elements, ring};
 use super::writer::{Done, Job, Writer};
@@ -29,6 +29,8 @@ use crate::{Engine, Error, Layout, Policy, State};
 pub struct Saver {
     dir: PathBuf,
     keep: Option<usize>,
+    /// A step whose checkpoint is kept besides.
+    besides: Option<u64>,
     staging: Staging,
     save: Option<Save>,
     /// What the thread is given for the next save. None before the first save, while the thread has
@@ -83,7 +85,13 @@ impl Saver {
             assert!(bytes >= Staging::LEAST_RING, "a ring of {bytes} bytes has no room for two elements");
         }
         let writer = Writer::start(dir, staging)?;
-        Ok(Saver { dir: dir.to_owned(), keep, staging, save: None, staged: None, inlet: None, writer })
+        Ok(Saver { dir: dir.to_owned(), keep, besides: None, staging, save: None, staged: None, inlet: None, writer })
+    }
+
+    /// From the next save on, keeps the checkpoint of this step besides the newest ones. What was
+    /// kept for this before counts as others do. On rank 0; elsewhere without effect.
+    pub fn keep_besides(&mut self, step: Option<u64>) {
+        self.besides = step;
     }
 
     /// Bytes that a rank that writes needs for its saver, kept from [`Saver::reserve`] or its first
@@ -268,7 +276,9 @@ impl Saver {
             };
             let files = digests[..shards].iter().enumerate().map(file).collect();
             let manifest = Box::new(Manifest { files, ..save.manifest.clone() }.sealed());
-            self.writer.give(Job::Publish { folders: save.folders.clone(), manifest, keep: self.keep });
+            let (folders, keep) =
+                (save.folders.clone(), self.keep.map(|newest| Keep { newest, besides: self.besides }));
+            self.writer.give(Job::Publish { folders, manifest, keep });
             save.done = None;
         }
         self.save = Some(save);

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use pillion_collectives::limits::explain_thread;
 
 use super::manifest::Manifest;
-use super::save::{Folders, prune, publish};
+use super::save::{Folders, Keep, prune, publish};
 use super::shard::{self, Digest};
 use super::staging::{Staged, Staging};
 use crate::{Error, Layout};
@@ -26,7 +26,7 @@ pub(super) struct Writer {
 
 pub(super) enum Job {
     Write { path: PathBuf, layout: Layout, states: &'static [&'static str], staged: Staged },
-    Publish { folders: Folders, manifest: Box<Manifest>, keep: Option<usize> },
+    Publish { folders: Folders, manifest: Box<Manifest>, keep: Option<Keep> },
 }
 
 /// What a thread has done, with what it was given.

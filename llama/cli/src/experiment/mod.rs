@@ -18,7 +18,6 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -28,6 +27,7 @@ use pillion_collectives::launcher::EXIT_INTERRUPTED;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::run_folder::RunFolder;
+use crate::signals;
 use crate::train::stopping;
 use crate::{Error, print, print_result, train};
 use grid::{Run, grid};
@@ -91,10 +91,7 @@ pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
     // A report alone can be made while runs are.
     let _lock = if settings.report { None } else { Some(claim(&out)?) };
     if !settings.report {
-        let stop = Arc::new(AtomicBool::new(false));
-        for signal in pillion_collectives::stop::signals().map_err(|error| Error::file("/proc/self/status", error))? {
-            signal_hook::flag::register(signal, stop.clone()).expect("these signals can be handled");
-        }
+        let stop = signals::flag()?;
         let mut progress = Progress::new(&runs, &folder)?;
         for (number, run) in runs.iter().enumerate() {
             if Results::of(&folder(run), run.samples)?.is_finished() {

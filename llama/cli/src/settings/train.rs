@@ -17,7 +17,7 @@ use super::JobArgs;
 use crate::controller::ControllerArgs;
 use crate::plan::quantity::size;
 pub use crate::train::log::LogKind;
-use crate::train::{CHANGEABLE, Group, Shape};
+use crate::train::{CHANGEABLE, Group, Shape, ValidationData};
 
 /// The flags of a model's shape.
 const SHAPE: [&str; 7] = ["model", "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads"];
@@ -262,12 +262,25 @@ pub struct TrainArgs {
     /// Keep this many of the newest checkpoints, and remove older ones; default: all.
     #[arg(long, value_name = "N")]
     pub keep: Option<NonZero<usize>>,
+    /// Keep the checkpoint with the lowest validation loss besides those of --keep: each validation
+    /// that finds a lower loss than all before saves one.
+    #[arg(long)]
+    pub keep_best: bool,
     /// Validate every N steps, besides at the start and the end; 0: only then.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub validate_every: u64,
+    /// Validate every N samples instead: after the first step that comes to a multiple of N. So
+    /// runs whose batches differ are validated at the same places.
+    #[arg(long, value_name = "N", conflicts_with = "validate_every")]
+    pub validate_every_samples: Option<NonZero<u64>>,
     /// Samples to validate on; where the validation text has fewer, all of it.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub validation_samples: u64,
+    /// Validate on this too, and write its loss under this name, by default that of the file or
+    /// folder: tokens, or text where the run learns text. Of tokens with a validation split, that
+    /// is used. May be given several times.
+    #[arg(long, value_name = "[NAME=]PATH")]
+    pub validation_data: Vec<ValidationData>,
     /// Tokens of text that the trained model writes at the end; 0 for none. Each takes a forward
     /// pass, for which all weights are gathered.
     #[arg(long, value_name = "N", default_value_t = 240)]
@@ -279,6 +292,10 @@ pub struct TrainArgs {
     /// ui.perfetto.dev.
     #[arg(long)]
     pub trace: bool,
+    /// Do everything up to the first step, and print what it took: time, and memory. An earlier run in
+    /// --out stays in its place.
+    #[arg(long)]
+    pub dry_run: bool,
     /// What a run prints on stdout: lines of text, or a JSON object a line.
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
     pub log: LogKind,

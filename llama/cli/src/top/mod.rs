@@ -10,7 +10,6 @@ mod watch;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -22,6 +21,7 @@ use ratatui::crossterm::terminal;
 use ratatui::layout::Rect;
 
 use crate::output::write;
+use crate::signals;
 use crate::{Error, complain};
 use watch::Watch;
 
@@ -54,11 +54,7 @@ pub(crate) fn top(settings: &TopArgs) -> Result<i32, Error> {
         let remedy = "give --once for one frame as text";
         return Err(Error::Setting(format!("top draws on a terminal, and stdin or stdout is none: {remedy}")));
     }
-    let stop = Arc::new(AtomicBool::new(false));
-    let signals = pillion_collectives::stop::signals().map_err(|error| Error::file("/proc/self/status", error))?;
-    for signal in signals {
-        signal_hook::flag::register(signal, stop.clone()).expect("these signals can be handled");
-    }
+    let stop = signals::flag()?;
     let shown = ratatui::try_init().and_then(|terminal| show(terminal, &mut watch, &stop));
     if let Err(error) = ratatui::try_restore() {
         complain(format_args!("the terminal is not as it was ({error}): `reset` helps"));

@@ -94,6 +94,7 @@ fn facts(watch: &Watch, since: Option<Duration>) -> Vec<String> {
         ("tok/s", format!("{:.0}", line.tokens_per_s)),
         ("mfu", optional(line.mfu, |mfu| format!("{:.0}%", 100.0 * mfu))),
         ("exposed", format!("{:.1}ms", line.exposed_ms)),
+        ("data", format!("{:.1}ms", line.data_wait_ms)),
         ("memory", line.memory.map_or("-".to_owned(), bytes)),
     ];
     pairs.into_iter().map(|(name, value)| format!("{name} {value}")).collect()

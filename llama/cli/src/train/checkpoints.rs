@@ -9,8 +9,9 @@ use pillion_runtime::checkpoint::{self, Checkpoint, Staging};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::evaluation::ValidationData;
 use super::recipe::Recipe;
-use super::source::Part;
+use super::source::{Part, absolute};
 use crate::settings::{OnNonFinite, TrainArgs};
 use crate::{Error, run_folder};
 
@@ -39,6 +40,9 @@ pub(crate) struct Progress {
     /// None in checkpoints of versions that did not keep them.
     #[serde(default)]
     pub(crate) habits: Option<Habits>,
+    /// The checkpoint with the lowest validation loss, with --keep-best.
+    #[serde(default)]
+    pub(crate) best: Option<Best>,
     /// The controller's.
     pub(crate) controller: ControllerState,
 }
@@ -76,6 +80,13 @@ pub(crate) fn count(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
 }
 
+/// A checkpoint, and its validation loss in nats a token.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Best {
+    pub(crate) step: u64,
+    pub(crate) loss: f64,
+}
+
 /// How a run saves, validates, and ends, which decides no number of the training. A resume keeps
 /// them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -86,7 +97,14 @@ pub(crate) struct Habits {
     pub(crate) save_memory: Option<Staging>,
     pub(crate) keep: Option<NonZero<usize>>,
     pub(crate) validate_every: u64,
+    #[serde(default)]
+    pub(crate) validate_every_samples: Option<NonZero<u64>>,
     pub(crate) validation_samples: u64,
+    /// Their paths are absolute.
+    #[serde(default)]
+    pub(crate) validation_data: Vec<ValidationData>,
+    #[serde(default)]
+    pub(crate) keep_best: bool,
     /// Tokens of text at the end.
     pub(crate) sample: usize,
     pub(crate) on_non_finite: OnNonFinite,
@@ -96,6 +114,8 @@ pub(crate) struct Habits {
 impl Habits {
     pub(crate) fn of(settings: &TrainArgs) -> Habits {
         let &TrainArgs { save_every, save_memory, keep, validate_every, validation_samples, sample, .. } = settings;
+        let &TrainArgs { validate_every_samples, keep_best, .. } = settings;
+        let absolute = |set: &ValidationData| ValidationData { path: absolute(&set.path), ..set.clone() };
         let non_finite_limit = settings.non_finite_limit;
         let on_non_finite = settings.on_non_finite.unwrap_or_default();
         Habits {
@@ -103,7 +123,10 @@ impl Habits {
             save_memory,
             keep,
             validate_every,
+            validate_every_samples,
             validation_samples,
+            validation_data: settings.validation_data.iter().map(absolute).collect(),
+            keep_best,
             sample,
             on_non_finite,
             non_finite_limit,
@@ -203,7 +226,16 @@ pub(crate) fn check_name(path: &Path) -> Result<(), Error> {
 }
 
 /// A checkpoint's trainer's part.
+///
+/// # Errors
+/// [`Error::File`] when no run wrote it.
 pub(crate) fn progress(checkpoint: &Checkpoint) -> Result<Progress, Error> {
+    if checkpoint.extra().get("imported").is_some() {
+        let path = checkpoint.path.display();
+        let reason =
+            format!("it was imported, so there is no run to go on with: begin one with --from {path}, and --out");
+        return Err(Error::file(&checkpoint.path, reason));
+    }
     let fail = |why| {
         format!("its manifest was not written by `pillion train`, or by a later version: {why}; name another one")
     };

@@ -6,6 +6,7 @@ use pillion_llama::decoder::Decoder;
 use pillion_llama::generate::{Sampling, generate};
 
 use super::checkpoints::Progress;
+use super::evaluation::Losses;
 use super::log::Event;
 use super::outputs::{Mark, Output};
 use super::recipe::Recipe;
@@ -20,7 +21,7 @@ use crate::text::Vocabulary;
 impl Run<'_> {
     /// What was reached, a sample of text where that was learned, and the paths of what was
     /// written.
-    pub(super) fn summary(&mut self, validation: f64) -> Result<(), Error> {
+    pub(super) fn summary(&mut self, validation: &Losses) -> Result<(), Error> {
         let is_text = !self.dataset.bytes().is_some_and(is_synthetic);
         let writes = self.start.habits.sample > 0 && is_text;
         let sample = match writes.then(|| self.sample()) {
@@ -38,8 +39,13 @@ impl Run<'_> {
             0 => String::new(),
             samples => format!(", {samples} of them left out,"),
         };
+        let validation = validation.main;
         let against = if validation < *loss { "below" } else { "not below" };
         let checkpoint = self.checkpoint();
+        let best = self.best();
+        let best_line = best.as_ref().map_or_else(String::new, |(path, loss)| {
+            format!("\nbest        {}, with validation loss {loss:.4}", path.display())
+        });
         let event = Event::End {
             steps: self.progress.step,
             samples: self.progress.samples,
@@ -52,13 +58,14 @@ impl Run<'_> {
             sample: sample.as_deref(),
             metrics: metrics.path(),
             checkpoint: &checkpoint,
+            best: best.as_ref().map(|(path, _)| path.as_path()),
         };
         let sample = sample.as_ref().map_or_else(String::new, |sample| format!("\n{sample}\n\n"));
         let text = format!(
             "\n{} steps, {} samples{left_out} in {}; batch {} at the end\n\
              validation loss {validation:.4}, {against} that of {of}, {loss:.4}\n\
              {sample}\
-             metrics     {}\ncheckpoint  {}",
+             metrics     {}\ncheckpoint  {}{best_line}",
             self.progress.step,
             self.progress.samples,
             screen::duration(screen.elapsed()),

@@ -1,26 +1,191 @@
-//! Validation loss, over the ranks.
+//! What a run is validated on, and its loss there, over the ranks.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use pillion_collectives::Reduction;
-use pillion_data::Dataset;
+use pillion_data::{Dataset, Prepared, Tokens, ValidationSet};
 use pillion_llama::model::Model;
 use pillion_runtime::Engine;
+use serde::{Deserialize, Serialize};
 
-use crate::Error;
+use super::recipe::Recipe;
+use super::source::{self, absolute, is_synthetic};
+use crate::{Error, run_folder};
 
-/// Mean loss, in nats a token, of the first `samples` validation windows, dealt to ranks by micro-batches. `samples` is a
-/// multiple of `micro_batch`. The same on every rank.
-pub(crate) fn validate(
+/// Data to validate on besides those of `--data`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ValidationData {
+    /// What its loss is called.
+    pub name: String,
+    /// Text, or tokens.
+    pub path: PathBuf,
+}
+
+impl FromStr for ValidationData {
+    type Err = String;
+
+    /// Reads `NAME=PATH`, or a path whose name without its ending is the name.
+    fn from_str(text: &str) -> Result<ValidationData, String> {
+        let whole = Path::new(text);
+        let named = text.split_once('=').filter(|_| !whole.exists());
+        let (name, path) = match named {
+            Some((name, path)) => (name.to_owned(), Path::new(path)),
+            None => (whole.file_stem().unwrap_or_default().to_string_lossy().into_owned(), whole),
+        };
+        if name.trim().is_empty() || path.as_os_str().is_empty() {
+            return Err("write NAME=PATH, such as books=tokens/books".to_owned());
+        }
+        Ok(ValidationData { name, path: path.to_owned() })
+    }
+}
+
+/// A set of `--validation-data` as rank 0 has found it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Found {
+    name: String,
+    /// Tokens.
+    path: PathBuf,
+    /// Whether both splits are used, because both are of the text that the user gave.
+    all: bool,
+    /// Samples that are used: a multiple of the micro-batch.
+    samples: u64,
+}
+
+/// Finds the sets, with at most `most` samples each. Text becomes tokens in the run's folder `out`.
+///
+/// # Errors
+/// When there is nothing to read, a set is too short, or has tokens of another kind than the run's.
+pub(super) fn find(
+    wanted: &[ValidationData],
+    most: u64,
+    recipe: &Recipe,
+    dataset: &Dataset,
+    out: &Path,
+) -> Result<Vec<Found>, Error> {
+    let of_bytes = dataset.bytes().is_some_and(|tokens| !is_synthetic(tokens));
+    let mut found: Vec<Found> = Vec::new();
+    for ValidationData { name, path } in wanted {
+        if found.iter().any(|other| other.name == *name) {
+            return Err(Error::Setting(format!("--validation-data has {name} twice: name one of them NAME=PATH")));
+        }
+        let is_text = !source::holds_tokens(path);
+        if is_text && !of_bytes {
+            return Err(Error::Setting(format!(
+                "--validation-data {0} is text, but the run's tokens are no bytes of text: give tokens, which `pillion \
+                 tokenize` makes",
+                path.display()
+            )));
+        }
+        let path = match is_text {
+            true => {
+                let Prepared { tokens, .. } = pillion_data::prepare(Some(path), &run_folder::tokens(out))?;
+                tokens.path().to_owned()
+            }
+            false => absolute(path),
+        };
+        let tokens = Tokens::open(&path, None)?;
+        source::check_same_tokenizer(dataset, &tokens)?;
+        let set = ValidationSet::open(tokens, is_text, recipe.seq, recipe.model.vocab_size)?;
+        let samples = most.min(set.len()) / recipe.micro_batch * recipe.micro_batch;
+        if samples == 0 {
+            return Err(Error::Setting(format!(
+                "--validation-data {name} has {} samples, but a micro-batch has {}: use a smaller --micro-batch, or more data",
+                set.len(),
+                recipe.micro_batch
+            )));
+        }
+        found.push(Found { name: name.clone(), path, all: is_text, samples });
+    }
+    Ok(found)
+}
+
+/// What a run is validated on.
+pub(super) struct Validation {
+    /// Samples of the run's own data; 0 where they have none.
+    own: u64,
+    sets: Vec<(String, ValidationSet, u64)>,
+}
+
+/// The losses of a validation, in nats a token.
+#[derive(Clone, Debug)]
+pub(super) struct Losses {
+    /// On the run's own data; where they have no validation split, on the first set.
+    pub(super) main: f64,
+    /// On each set.
+    pub(super) sets: BTreeMap<String, f64>,
+}
+
+impl Validation {
+    /// Opens what rank 0 has found.
+    ///
+    /// # Errors
+    /// When tokens cannot be opened here.
+    pub(super) fn open(own: u64, found: &[Found], recipe: &Recipe) -> Result<Validation, Error> {
+        let open = |found: &Found| {
+            let tokens = Tokens::open(&found.path, None)?;
+            let set = ValidationSet::open(tokens, found.all, recipe.seq, recipe.model.vocab_size)?;
+            Ok((found.name.clone(), set, found.samples))
+        };
+        Ok(Validation { own, sets: found.iter().map(open).collect::<Result<_, Error>>()? })
+    }
+
+    /// Samples that the main loss is on.
+    pub(super) fn samples(&self) -> u64 {
+        if self.own > 0 { self.own } else { self.sets[0].2 }
+    }
+
+    /// Compares the files of the sets with what they were.
+    ///
+    /// # Errors
+    /// When one has changed.
+    pub(super) fn check_unchanged(&self) -> Result<(), Error> {
+        Ok(self.sets.iter().try_for_each(|(_, set, _)| set.check_unchanged())?)
+    }
+
+    /// The losses of the model. Collective.
+    ///
+    /// # Errors
+    /// When data cannot be read, all tokens of a set are masked, or another rank has failed.
+    pub(super) fn losses(
+        &self,
+        engine: &mut Engine,
+        model: &mut Model,
+        dataset: &Dataset,
+        micro_batch: u64,
+    ) -> Result<Losses, Error> {
+        let seq = dataset.seq();
+        let mut of = |samples, fill: Fill<'_>| mean_loss(engine, model, [samples, micro_batch], seq, fill);
+        let own = match self.own {
+            0 => None,
+            samples => Some(of(samples, &|i, inputs, targets| dataset.validation(i, inputs, targets))?),
+        };
+        let mut losses = Vec::new();
+        for (name, set, samples) in &self.sets {
+            losses.push((name.clone(), of(*samples, &|i, inputs, targets| set.fill(i, inputs, targets))?));
+        }
+        let main = own.or(losses.first().map(|(_, loss)| *loss)).expect("there is something to validate on");
+        Ok(Losses { main, sets: losses.into_iter().collect() })
+    }
+}
+
+/// Fills in a window: its number, `inputs: [seq]`, `targets: [seq]`.
+type Fill<'f> = &'f dyn Fn(u64, &mut [u32], &mut [u32]) -> pillion_data::Result<()>;
+
+/// Mean loss, in nats a token, of the first `samples` windows, dealt to ranks by micro-batches.
+/// `samples` is a multiple of `micro_batch`. The same on every rank.
+fn mean_loss(
     engine: &mut Engine,
     model: &mut Model,
-    dataset: &Dataset,
-    samples: u64,
-    micro_batch: u64,
+    [samples, micro_batch]: [u64; 2],
+    seq: usize,
+    fill: Fill<'_>,
 ) -> Result<f64, Error> {
     let communicator = engine.communicator().clone();
     let (rank, world) = (communicator.rank() as u64, communicator.world() as u64);
     let micro_batches = samples / micro_batch;
     let rounds = micro_batches.div_ceil(world);
-    let seq = dataset.seq();
     let mut inputs = vec![0; micro_batch as usize * seq];
     let mut targets = inputs.clone();
     let mut step = engine.begin_evaluation(rounds as usize)?;
@@ -32,7 +197,7 @@ pub(crate) fn validate(
         }
         let rows = inputs.chunks_exact_mut(seq).zip(targets.chunks_exact_mut(seq));
         for (window, (inputs, targets)) in (index * micro_batch..).zip(rows) {
-            dataset.validation(window, inputs, targets)?;
+            fill(window, inputs, targets)?;
         }
         model.evaluate(&mut step, &inputs, &targets)?;
     }
@@ -45,4 +210,23 @@ pub(crate) fn validate(
         return Err(Error::Setting(reason.to_owned()));
     }
     Ok(sums[0] / sums[1])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_has_the_name_that_it_is_given_or_that_of_its_file() {
+        let read = |text: &str| text.parse::<ValidationData>().map(|set| (set.name, set.path));
+        assert_eq!(read("books=a/b.txt"), Ok(("books".to_owned(), PathBuf::from("a/b.txt"))));
+        assert_eq!(read("a/b.txt"), Ok(("b".to_owned(), PathBuf::from("a/b.txt"))));
+        for wrong in ["", "=a", "books=", "/", ".."] {
+            assert!(read(wrong).unwrap_err().contains("NAME=PATH"), "{wrong}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let odd = folder.path().join("x=y.txt");
+        std::fs::write(&odd, "text").unwrap();
+        assert_eq!(read(odd.to_str().unwrap()), Ok(("x=y".to_owned(), odd)));
+    }
 }

@@ -73,7 +73,7 @@ const BEGIN: &str = "events.out.tfevents.";
 const END: &str = ".pillion";
 
 /// The names and numbers of a step.
-fn scalars(line: &Line) -> Vec<(&'static str, f64)> {
+fn scalars(line: &Line) -> Vec<(String, f64)> {
     let always = [
         ("train/loss", line.loss),
         ("train/lr", line.lr),
@@ -82,6 +82,7 @@ fn scalars(line: &Line) -> Vec<(&'static str, f64)> {
         ("speed/tokens_per_s", line.tokens_per_s),
         ("speed/step_ms", line.step_ms),
         ("speed/exposed_ms", line.exposed_ms),
+        ("speed/data_wait_ms", line.data_wait_ms),
     ];
     let sometimes = [
         ("train/noise_scale", line.noise_scale),
@@ -90,7 +91,9 @@ fn scalars(line: &Line) -> Vec<(&'static str, f64)> {
         ("speed/mfu", line.mfu),
         ("memory/rank_0", line.memory.map(|bytes| bytes as f64)),
     ];
-    always.into_iter().chain(sometimes.into_iter().filter_map(|(name, value)| Some((name, value?)))).collect()
+    let named = always.into_iter().chain(sometimes.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    let sets = line.validation_losses.iter().map(|(set, loss)| (format!("validation/{set}"), *loss));
+    named.map(|(name, value)| (name.to_owned(), value)).chain(sets).collect()
 }
 
 /// A record: its length, and the event, each with a checksum.

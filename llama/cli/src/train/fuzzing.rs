@@ -92,7 +92,7 @@ pub mod progress {
 
     use pillion_abs::Controller;
 
-    use super::super::checkpoints::{Habits, Progress, count};
+    use super::super::checkpoints::{Best, Habits, Progress, count};
     use super::super::resume::{adopt, changes};
     use super::super::run::controller;
     use super::{Recipe, train};
@@ -115,6 +115,7 @@ pub mod progress {
                 samples: 40,
                 left_out,
                 habits,
+                best: Some(Best { step: 2, loss: 3.5 }),
                 controller,
             };
             serde_json::to_vec(&progress).expect("plain values")

@@ -42,12 +42,20 @@ pub(super) enum Event<'r> {
     },
     /// A step, with the fields of `metrics.jsonl`.
     Step(&'r Line),
-    /// The loss on the validation text after `step` steps.
-    Validation { step: u64, samples: u64, loss: f64 },
+    /// The loss on the validation text after `step` steps, or on a set of --validation-data.
+    Validation {
+        step: u64,
+        samples: u64,
+        loss: f64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        set: Option<&'r str>,
+    },
     /// A checkpoint is whole.
     Checkpoint { step: u64, path: &'r Path, seconds: f64, held_seconds: f64 },
     /// A signal has ended the run, whose checkpoint is saved.
     Interrupted { step: u64, checkpoint: &'r Path },
+    /// With --dry-run: what the start took, part by part, and bytes of the largest rank.
+    DryRun { seconds: &'r BTreeMap<&'static str, f64>, memory: u64, validation_loss: f64 },
     /// The run has done what was asked.
     End {
         steps: u64,
@@ -63,6 +71,8 @@ pub(super) enum Event<'r> {
         sample: Option<&'r str>,
         metrics: &'r Path,
         checkpoint: &'r Path,
+        /// With --keep-best, the one with the lowest validation loss.
+        best: Option<&'r Path>,
     },
 }
 

@@ -1,5 +1,6 @@
 //! `metrics.jsonl`: one JSON object a step.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -34,6 +35,9 @@ pub(crate) struct Line {
     pub(crate) step_ms: f64,
     /// Time for which the host waited for collectives.
     pub(crate) exposed_ms: f64,
+    /// Time for which the rank waited for its samples.
+    #[serde(default)]
+    pub(crate) data_wait_ms: f64,
     /// Times that the host waited until its device had run all that it was given.
     #[serde(default)]
     pub(crate) host_waits: u64,
@@ -65,6 +69,9 @@ pub(crate) struct Line {
     pub(crate) alignment: Option<Alignment>,
     /// Validation loss after the step, where there was a validation.
     pub(crate) validation_loss: Option<f64>,
+    /// Those on the sets of --validation-data, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) validation_losses: BTreeMap<String, f64>,
     /// Floating-point operations a second, over all ranks.
     pub(crate) flops: f64,
     /// `flops` as a share of what the processors make in products of numbers in registers, measured at the start.

@@ -5,7 +5,8 @@ mod breakdown;
 pub(crate) mod checkpoints;
 mod closing;
 pub(crate) mod cores;
-mod evaluation;
+mod dry_run;
+pub(crate) mod evaluation;
 pub(crate) mod events;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -29,6 +30,7 @@ mod screen;
 pub(crate) mod source;
 mod start;
 mod statistics;
+mod step;
 mod timeline;
 
 use std::io::IsTerminal;
@@ -37,6 +39,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::settings::TrainArgs;
 use crate::{Error, jobs, output};
 
+pub use evaluation::ValidationData;
 pub use groups::Group;
 use log::LogKind;
 pub(crate) use metrics::Line;

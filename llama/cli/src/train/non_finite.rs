@@ -9,6 +9,7 @@ use pillion_collectives::Reduction;
 use pillion_runtime::{State, checkpoint};
 
 use super::checkpoints::progress;
+use super::evaluation::Losses;
 use super::events::Events;
 use super::metrics::Metrics;
 use super::progress::{Counters, Saved};
@@ -99,10 +100,9 @@ impl Run<'_> {
     }
 
     /// Ends a run whose weights were not finite when it was validated: no step can mend them.
-    pub(super) fn check_validation(&self, loss: f64, weights: &str) -> Result<(), Error> {
-        if loss.is_finite() {
-            return Ok(());
-        }
+    pub(super) fn check_validation(&self, losses: &Losses, weights: &str) -> Result<(), Error> {
+        let all = std::iter::once(losses.main).chain(losses.sets.values().copied());
+        let Some(loss) = all.into_iter().find(|loss| !loss.is_finite()) else { return Ok(()) };
         Err(self.ended(format!(
             "the validation loss of {weights} is {loss}, so these weights are broken: go on from an older checkpoint with \
              --resume PATH, or start again with a lower --lr"

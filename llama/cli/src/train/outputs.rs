@@ -39,8 +39,7 @@ impl Output {
     /// The run began with a checkpoint, or with none.
     ///
     /// # Errors
-    /// When a file cannot be read or written. Where tokens are damaged, the earlier run stays in its
-    /// place.
+    /// When a file cannot be read or written.
     pub(super) fn open(
         settings: &TrainArgs,
         start: &Start,
@@ -49,10 +48,9 @@ impl Output {
         began_with: Option<&Whole>,
         progress: &Counters,
         folder: RunFolder,
+        mark: Mark,
     ) -> Result<Output, Error> {
         let recipe = &start.recipe;
-        // This reads all tokens of text.
-        let mark = Mark::of(dataset, recipe.model.vocab_size, start.validation_samples)?;
         let mut companions = match began_with {
             Some(whole) => models::companions(&whole.checkpoint().path)?,
             None => Vec::new(),
@@ -88,8 +86,12 @@ impl Output {
 }
 
 impl Mark {
-    /// That of a trigram model on text of bytes; of guessing on anything else.
-    fn of(dataset: &Dataset, vocab: usize, validation_samples: u64) -> Result<Mark, Error> {
+    /// That of a trigram model on text of bytes, all of which this reads; of guessing on anything
+    /// else.
+    ///
+    /// # Errors
+    /// When the tokens cannot be read.
+    pub(super) fn of(dataset: &Dataset, vocab: usize, validation_samples: u64) -> Result<Mark, Error> {
         let Some(tokens) = dataset.bytes().filter(|tokens| !is_synthetic(tokens)) else {
             return Ok(Mark { loss: (vocab as f64).ln(), of: "guessing" });
         };

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use super::checkpoints::{Progress, count};
+use super::checkpoints::{Best, Progress, count};
 
 /// Steps and samples of a run, and what it can go back to.
 #[derive(Clone, Debug, Default)]
@@ -14,6 +14,8 @@ pub(super) struct Counters {
     pub(super) samples: u64,
     /// Samples that were left out, in order; ranges do not touch.
     pub(super) left_out: Vec<Range<u64>>,
+    /// The checkpoint with the lowest validation loss, with --keep-best.
+    pub(super) best: Option<Best>,
     /// The newest checkpoint.
     pub(super) newest: Option<Saved>,
 }
@@ -28,8 +30,8 @@ pub(super) struct Saved {
 impl Counters {
     /// Those that a checkpoint keeps.
     pub(super) fn of(saved: Progress, path: PathBuf) -> Counters {
-        let Progress { step, samples, left_out, .. } = saved;
-        Counters { step, samples, left_out, newest: Some(Saved { step, path }) }
+        let Progress { step, samples, left_out, best, .. } = saved;
+        Counters { step, samples, left_out, best, newest: Some(Saved { step, path }) }
     }
 
     /// Goes on at sample `next` without the samples before it.

@@ -96,7 +96,6 @@ pub(crate) fn adopt(settings: &mut TrainArgs, saved: &Progress) {
 fn adopt_habits(settings: &mut TrainArgs, keeps: &impl Fn(&str) -> bool, saved: &Habits) {
     for (flag, saved, setting) in [
         ("save-every", saved.save_every, &mut settings.save_every),
-        ("validate-every", saved.validate_every, &mut settings.validate_every),
         ("validation-samples", saved.validation_samples, &mut settings.validation_samples),
         ("non-finite-limit", saved.non_finite_limit, &mut settings.non_finite_limit),
     ] {
@@ -106,6 +105,17 @@ fn adopt_habits(settings: &mut TrainArgs, keeps: &impl Fn(&str) -> bool, saved: 
     }
     if keeps("keep") {
         settings.keep = saved.keep;
+    }
+    if keeps("keep-best") {
+        settings.keep_best = saved.keep_best;
+    }
+    // One of these two stands for the other.
+    if keeps("validate-every") && keeps("validate-every-samples") {
+        settings.validate_every = saved.validate_every;
+        settings.validate_every_samples = saved.validate_every_samples;
+    }
+    if keeps("validation-data") {
+        settings.validation_data.clone_from(&saved.validation_data);
     }
     if keeps("sample") {
         settings.sample = saved.sample;

@@ -3,20 +3,20 @@
 use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
-use pillion_abs::{Controller, Observation};
+use pillion_abs::Controller;
 use pillion_collectives::{Communicator, Launch, Reduction};
-use pillion_data::Dataset;
+use pillion_data::{Dataset, ReadAhead};
 use pillion_kernels::LazyCpu;
 use pillion_llama::model::Model;
 use pillion_runtime::Engine;
 use pillion_runtime::checkpoint::Saver;
 
-use super::checkpoints;
+use super::checkpoints::{self, Best};
 use super::closing::nothing_left;
 use super::cores::Processor;
-use super::evaluation::validate;
+use super::dry_run::Laps;
+use super::evaluation::{Losses, Validation};
 use super::gpu;
 use super::groups::Grouped;
 use super::log::{self, Event};
@@ -28,6 +28,7 @@ use super::recipe::{self, Recipe};
 use super::same_settings::same_settings;
 use super::source;
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
+use super::step::Outcome;
 use super::timeline::Timeline;
 use super::{cores, measure, statistics, stopping};
 use crate::gpu::Moved;
@@ -39,9 +40,12 @@ use crate::{Error, complain};
 
 /// Joins the other ranks and trains.
 pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &Arc<AtomicBool>) -> Result<Ended, Error> {
+    let mut laps = Laps::begin();
     let communicator = jobs::join(&settings.job, launch, stop)?;
+    laps.lap("ranks meet");
     let give_up = |error| jobs::give_up(&communicator, error);
-    match Run::new(settings, launch, communicator.clone()).map_err(give_up)? {
+    match Run::new(settings, launch, communicator.clone(), laps).map_err(give_up)? {
+        Some(run) if settings.dry_run => run.rehearse().map(|()| Ended::Done).map_err(give_up),
         Some(mut run) => run.train(stop).map_err(give_up),
         None => Ok(Ended::Done),
     }
@@ -54,7 +58,9 @@ pub(super) struct Run<'s> {
     pub(super) communicator: Arc<Communicator>,
     pub(super) engine: Engine,
     pub(super) model: Model,
-    pub(super) dataset: Dataset,
+    pub(super) dataset: Arc<Dataset>,
+    pub(super) samples: ReadAhead,
+    validation: Validation,
     pub(super) controller: Controller,
     pub(super) progress: Counters,
     pub(super) non_finite: NonFinite,
@@ -62,21 +68,12 @@ pub(super) struct Run<'s> {
     /// On rank 0 alone.
     pub(super) output: Option<Output>,
     pub(super) processor: Processor,
-    timeline: Option<Timeline>,
-    groups: Grouped,
-    inputs: Vec<u32>,
-    targets: Vec<u32>,
-}
-
-/// What came of a step.
-enum Outcome {
-    /// An update; whether any rank was asked to stop.
-    Made(Box<Line>, bool),
-    /// A gradient or loss that is not finite, for which nothing was updated. The samples of the
-    /// batch are still to be accounted for.
-    NonFinite { error: Error, batch: u64, stopped: bool },
-    /// No token of the batch counts, because all are masked.
-    Masked { batch: u64, stopped: bool },
+    pub(super) timeline: Option<Timeline>,
+    pub(super) groups: Grouped,
+    /// The best checkpoint, once the save under way is over.
+    pub(super) best_to_be: Option<Best>,
+    /// Of the start.
+    pub(super) laps: Laps,
 }
 
 impl<'s> Run<'s> {
@@ -85,6 +82,7 @@ impl<'s> Run<'s> {
         settings: &'s TrainArgs,
         launch: &Launch,
         communicator: Arc<Communicator>,
+        mut laps: Laps,
     ) -> Result<Option<Run<'s>>, Error> {
         let world = communicator.world();
         same_settings(settings, &communicator)?;
@@ -94,7 +92,8 @@ impl<'s> Run<'s> {
         let recipe = &start.recipe;
         let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
         let policy = gpu::adapt(settings, policy);
-        let dataset = source::open(&start.tokens, recipe)?;
+        let dataset = Arc::new(source::open(&start.tokens, recipe)?);
+        laps.lap("settings and tokens");
         let saved = resume.as_ref().map(|whole| checkpoints::progress(whole.checkpoint())).transpose()?;
         if let Some(nothing) = saved.as_ref().and_then(|saved| nothing_left(saved, recipe, settings.steps)) {
             if communicator.rank() == 0 {
@@ -129,6 +128,7 @@ impl<'s> Run<'s> {
                 moved
             }
         };
+        laps.lap("processor");
         let layout = recipe.model.layout(policy.mesh(world)?.shard);
         let mut engine = Engine::new(moves, device.clone(), layout, policy)?;
         statistics::compare(&mut engine, settings.controller.alignment)?;
@@ -140,6 +140,7 @@ impl<'s> Run<'s> {
         let (micro_batch, recompute) = (recipe.micro_batch as usize, setup.recompute);
         let model = Model::new(&*device, &recipe.model, policy.weights, micro_batch, recipe.seq, recompute)?;
         let model = model.with_z_loss(recipe.z_loss as f32);
+        laps.lap("memory");
         let progress = match (&resume, saved) {
             (Some(whole), Some(saved)) => {
                 whole.load(&mut engine)?;
@@ -156,22 +157,33 @@ impl<'s> Run<'s> {
             }
         };
         let began_with = resume.as_ref().or(from.as_ref());
+        laps.lap("weights");
         let output = on_rank_zero_alone(&communicator, || {
             let folder = folder.expect("rank 0 has claimed it");
-            Output::open(settings, &start, &setup, &dataset, began_with, &progress, folder)
+            let mark = Mark::of(&dataset, recipe.model.vocab_size, start.validation_samples)?;
+            let open = || Output::open(settings, &start, &setup, &dataset, began_with, &progress, folder, mark);
+            // A rehearsal leaves an earlier run in its place.
+            (!settings.dry_run).then(open).transpose()
         })?;
-        let tokens = recipe.micro_batch as usize * recipe.seq;
+        let output = output.flatten();
+        laps.lap("loss to beat, and files");
+        let samples = ReadAhead::new(dataset.clone(), micro_batch)?;
         let keep = start.habits.keep.map(NonZero::get);
         let mut saver = Saver::new(&run_folder::checkpoints(&start.out), keep, staging)?;
         saver.reserve(&engine)?;
+        laps.lap("checkpoint memory");
         let begin = || Timeline::begin(&start.out, &communicator, &mut engine);
         Ok(Some(Run {
             settings,
-            timeline: settings.trace.then(begin).transpose()?,
+            timeline: (settings.trace && !settings.dry_run).then(begin).transpose()?,
             communicator,
             engine,
             model,
             dataset,
+            samples,
+            validation: Validation::open(start.validation_samples, &start.validation_sets, &start.recipe)?,
+            best_to_be: None,
+            laps,
             controller,
             progress,
             non_finite: NonFinite::new(start.habits.on_non_finite, start.habits.non_finite_limit),
@@ -179,8 +191,6 @@ impl<'s> Run<'s> {
             output,
             processor,
             groups: Grouped::new(&start.recipe.groups, &start.recipe.model.units()),
-            inputs: vec![0; tokens],
-            targets: vec![0; tokens],
             start,
         }))
     }
@@ -189,13 +199,14 @@ impl<'s> Run<'s> {
         let mut validation = self.validate()?;
         let newest = self.progress.newest.as_ref();
         let weights = newest.map_or("the initial weights".to_owned(), |saved| saved.path.display().to_string());
-        self.check_validation(validation, &weights)?;
+        self.check_validation(&validation, &weights)?;
         if let Some(Output { screen, mark: Mark { loss, of }, .. }) = &self.output {
-            let samples = self.start.validation_samples;
-            let event =
-                Event::Validation { step: self.progress.step, samples: self.progress.samples, loss: validation };
-            let text = format!("validation loss {validation:.4} on {samples} samples; {of} reaches {loss:.4}");
-            screen.tell(&event, text);
+            let samples = self.validation.samples();
+            let main = validation.main;
+            let (step, seen) = (self.progress.step, self.progress.samples);
+            let event = Event::Validation { step, samples: seen, loss: main, set: None };
+            screen.tell(&event, format!("validation loss {main:.4} on {samples} samples; {of} reaches {loss:.4}"));
+            screen.validation_sets(step, seen, &validation.sets);
         }
         if self.is_asked_to_stop(stop)? {
             self.say(|| match &self.progress.newest {
@@ -228,17 +239,19 @@ impl<'s> Run<'s> {
                     None
                 }
             };
-            let every = self.start.habits.validate_every;
-            let is_due = line.is_some() && !stopped && every > 0 && self.progress.step.is_multiple_of(every);
-            if self.is_done() || is_due {
+            let is_validated = self.is_done() || (!stopped && line.as_ref().is_some_and(|line| self.is_due(line)));
+            if is_validated {
                 validation = self.validate()?;
                 if let Some(line) = &mut line {
-                    line.validation_loss = Some(validation);
+                    line.validation_loss = Some(validation.main);
+                    line.validation_losses.clone_from(&validation.sets);
                 }
             }
-            self.show(line.as_deref_mut(), validation)?;
+            self.show(line.as_deref_mut(), &validation)?;
+            let is_best = is_validated && self.find_best(validation.main);
             let every = self.start.habits.save_every;
-            if line.is_some() && !stopped && !self.is_done() && every > 0 && self.progress.step.is_multiple_of(every) {
+            let is_due = is_best || (every > 0 && self.progress.step.is_multiple_of(every));
+            if line.is_some() && !stopped && !self.is_done() && is_due {
                 if self.saver.is_busy() {
                     self.say(|| "waiting for the checkpoint before, which is still being written".to_owned());
                 }
@@ -264,18 +277,18 @@ impl<'s> Run<'s> {
             }
             return Ok(Ended::Interrupted);
         }
-        self.summary(validation)?;
-        self.check_validation(validation, "the last step")?;
+        self.summary(&validation)?;
+        self.check_validation(&validation, "the last step")?;
         Ok(Ended::Done)
     }
 
     /// Writes what a step has done, and what the model reaches where it was validated.
-    fn show(&mut self, line: Option<&mut Line>, validation: f64) -> Result<(), Error> {
+    fn show(&mut self, line: Option<&mut Line>, validation: &Losses) -> Result<(), Error> {
         let is_done = self.is_done();
         let Some(Output { screen, metrics, events, folder, .. }) = &mut self.output else { return Ok(()) };
         let Some(line) = line else {
             if is_done {
-                screen.validation(self.progress.step, self.progress.samples, validation);
+                screen.validation(self.progress.step, self.progress.samples, validation.main, &validation.sets);
             }
             return Ok(());
         };
@@ -293,7 +306,7 @@ impl<'s> Run<'s> {
         }
         screen.step(line);
         if let Some(loss) = line.validation_loss {
-            screen.validation(line.step, line.samples_seen, loss);
+            screen.validation(line.step, line.samples_seen, loss, &line.validation_losses);
         }
         Ok(())
     }
@@ -310,116 +323,24 @@ impl<'s> Run<'s> {
         steps || self.progress.samples >= self.start.recipe.schedule.samples
     }
 
-    /// One optimizer step: micro-batches are dealt to ranks in turn.
-    fn step(&mut self, stop: &AtomicBool) -> Result<Outcome, Error> {
-        if let Some(breakdown) = &self.processor.breakdown {
-            breakdown.begin_step();
+    /// Whether the model is to be validated after this step.
+    fn is_due(&self, line: &Line) -> bool {
+        let habits = &self.start.habits;
+        match habits.validate_every_samples {
+            Some(every) => (line.samples_seen - line.batch_samples) / every < line.samples_seen / every,
+            None => habits.validate_every > 0 && line.step.is_multiple_of(habits.validate_every),
         }
-        let started = Instant::now();
-        let (rank, world) = (self.communicator.rank() as u64, self.communicator.world() as u64);
-        let recipe = &self.start.recipe;
-        let micro_batch = recipe.micro_batch;
-        let batch = self.controller.batch().min(recipe.schedule.samples - self.progress.samples);
-        let micro_batches = batch / micro_batch;
-        let rounds = micro_batches.div_ceil(world);
-        let lr = recipe.lr(batch, self.progress.samples + batch);
-        let mut step = self.engine.begin(rounds as usize)?;
-        for round in 0..rounds {
-            let index = round * world + rank;
-            if index >= micro_batches {
-                step.idle_round()?;
-                continue;
-            }
-            let first = self.progress.samples + index * micro_batch;
-            let seq = recipe.seq;
-            let rows = self.inputs.chunks_exact_mut(seq).zip(self.targets.chunks_exact_mut(seq));
-            for (sample, (inputs, targets)) in (first..).zip(rows) {
-                self.dataset.fill(sample, inputs, targets)?;
-            }
-            self.model.train(&mut step, &self.inputs, &self.targets)?;
-        }
-        let decided = self.controller.batch() as f64;
-        let mut asked = [f64::from(u8::from(stopping(stop))), self.saver.request(), decided, decided * decided];
-        let report = match step.finish(&self.groups.adamw(recipe.adamw(lr)), &mut asked) {
-            Err(error @ (pillion_runtime::Error::NonFinite { .. } | pillion_runtime::Error::NoTokens { .. })) => {
-                Err(error)
-            }
-            report => Ok(report?),
-        };
-        // What ranks asked of each other was summed in either case.
-        statistics::check_same(world, asked[2], asked[3])?;
-        let saved = self.saver.observe(&self.engine, asked[1]).map_err(Error::from);
-        saved.map(|saved| self.note(saved)).or_else(|error| self.survive(error))?;
-        let stopped = asked[0] > 0.0;
-        let report = match report {
-            Err(pillion_runtime::Error::NoTokens { .. }) => return Ok(Outcome::Masked { batch, stopped }),
-            Err(error) => return Ok(Outcome::NonFinite { error: error.into(), batch, stopped }),
-            Ok(report) => report,
-        };
-        let observation = Observation {
-            groups: statistics::groups(&self.engine, micro_batches),
-            samples: batch,
-            tokens: report.tokens as u64,
-            group_square_norms: report.group_square_norms.expect("groups are measured unless told otherwise"),
-            square_norm: report.square_norm,
-            non_finite: 0,
-        };
-        let decision = self.controller.observe(&observation);
-        let alignment = statistics::alignment(&self.engine, self.settings.controller.alignment, &observation, &report);
-        self.progress.step += 1;
-        self.progress.samples += batch;
-        let elapsed = started.elapsed();
-        if let Some(breakdown) = &mut self.processor.breakdown {
-            breakdown.end_step(elapsed, report.exposed);
-        }
-        if let Some(timeline) = &mut self.timeline {
-            timeline.write(&mut self.engine);
-        }
-        let seconds = elapsed.as_secs_f64();
-        let tokens_per_s = report.tokens / seconds;
-        let flops = tokens_per_s * self.start.recipe.flops_per_token();
-        let line = Line {
-            step: self.progress.step,
-            loss: report.loss_sum / report.tokens,
-            lr,
-            grad_norm: report.gradient_norm,
-            batch_samples: batch,
-            batch_tokens: report.tokens as u64,
-            samples_seen: self.progress.samples,
-            samples_left_out: self.progress.left_out(),
-            tokens_per_s,
-            step_ms: seconds * 1e3,
-            exposed_ms: report.exposed.as_secs_f64() * 1e3,
-            host_waits: report.host_waits,
-            bytes_sent: report.bytes,
-            collectives: report.operations,
-            groups: Some(observation.groups),
-            group_square_norms: Some(observation.group_square_norms),
-            sum_square_norm: Some(observation.square_norm),
-            noise_scale: decision.noise_scale,
-            wanted_batch: decision.wanted,
-            decision: Some(decision.reason),
-            alignment,
-            validation_loss: None,
-            flops,
-            mfu: self.processor.peak.map(|peak| flops / peak),
-            memory: None,
-            parameter_memory: self.engine.memory(),
-        };
-        Ok(Outcome::Made(Box::new(line), stopped))
     }
 
-    fn validate(&mut self) -> Result<f64, Error> {
-        // A run's own token file stays open, whatever becomes of its folder.
-        if self.output.is_some()
-            && self.dataset.bytes().is_none()
-            && let Err(error) = self.dataset.check_unchanged()
-        {
+    pub(super) fn validate(&mut self) -> Result<Losses, Error> {
+        if self.output.is_some() {
+            // A run's own token file stays open, whatever becomes of its folder.
+            let own = if self.dataset.bytes().is_none() { self.dataset.check_unchanged() } else { Ok(()) };
             // What was learned so far is not lost for it.
-            complain(error);
+            own.map_err(Error::from).and_then(|()| self.validation.check_unchanged()).unwrap_or_else(complain);
         }
-        let (samples, micro_batch) = (self.start.validation_samples, self.start.recipe.micro_batch);
-        validate(&mut self.engine, &mut self.model, &self.dataset, samples, micro_batch)
+        let micro_batch = self.start.recipe.micro_batch;
+        self.validation.losses(&mut self.engine, &mut self.model, &self.dataset, micro_batch)
     }
 
     pub(super) fn say(&self, text: impl FnOnce() -> String) {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use pillion_runtime::checkpoint::Saved;
 
-use super::checkpoints::Progress;
+use super::checkpoints::{Best, Progress};
 use super::log::Event;
 use super::outputs::Output;
 use super::progress;
@@ -15,7 +15,27 @@ use crate::{Error, run_folder};
 impl Run<'_> {
     /// Where the checkpoint of the last step is, or will be.
     pub(super) fn checkpoint(&self) -> PathBuf {
-        run_folder::checkpoints(&self.start.out).join(format!("step-{:08}", self.progress.step))
+        self.checkpoint_of(self.progress.step)
+    }
+
+    /// The checkpoint of a step of this run.
+    fn checkpoint_of(&self, step: u64) -> PathBuf {
+        run_folder::checkpoints(&self.start.out).join(format!("step-{step:08}"))
+    }
+
+    /// With --keep-best, the checkpoint with the lowest validation loss, and this loss.
+    pub(super) fn best(&self) -> Option<(PathBuf, f64)> {
+        self.progress.best.map(|best| (self.checkpoint_of(best.step), best.loss))
+    }
+
+    /// Whether the model is to be saved because its validation loss is lower than all before.
+    pub(super) fn find_best(&mut self, loss: f64) -> bool {
+        let best = self.best_to_be.or(self.progress.best);
+        let is_best = self.start.habits.keep_best && best.is_none_or(|best| loss < best.loss);
+        if is_best {
+            self.best_to_be = Some(Best { step: self.progress.step, loss });
+        }
+        is_best
     }
 
     /// Begins to save in the background.
@@ -38,8 +58,10 @@ impl Run<'_> {
             samples: self.progress.samples,
             left_out: self.progress.left_out.clone(),
             habits: Some(self.start.habits.clone()),
+            best: self.best_to_be.or(self.progress.best),
             controller: self.controller.state().clone(),
         };
+        self.saver.keep_besides(progress.best.map(|best| best.step));
         let extra = serde_json::to_value(&progress).expect("plain values");
         Ok(self.saver.begin(&self.engine, self.progress.step, &extra)?)
     }
@@ -55,6 +77,9 @@ impl Run<'_> {
         let Some(Saved { path, step, held, took, not_removed }) = saved else { return };
         self.progress.newest = Some(progress::Saved { step, path: path.clone() });
         self.non_finite.has_saved();
+        if let Some(best) = self.best_to_be.take_if(|best| best.step == step) {
+            self.progress.best = Some(best);
+        }
         if let Some(output) = &self.output {
             let (seconds, held_seconds) = (took.as_secs_f64(), held.as_secs_f64());
             let held = held_seconds * 1e3;

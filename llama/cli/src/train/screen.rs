@@ -1,5 +1,6 @@
 //! What rank 0 prints during a run: a line a step, and on a terminal a progress bar below.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
@@ -48,12 +49,21 @@ impl Screen {
         self.bar.suspend(|| output::tell(event, text));
     }
 
-    /// Prints the loss on the validation text after `step` steps.
-    pub(crate) fn validation(&self, step: u64, samples: u64, loss: f64) {
+    /// Prints the loss on the validation text after `step` steps, and those on other sets.
+    pub(crate) fn validation(&self, step: u64, samples: u64, loss: f64, sets: &BTreeMap<String, f64>) {
         self.tell(
-            &Event::Validation { step, samples, loss },
+            &Event::Validation { step, samples, loss, set: None },
             format_args!("validation loss {loss:.4} after {samples} samples"),
         );
+        self.validation_sets(step, samples, sets);
+    }
+
+    /// Prints the losses on the sets of --validation-data.
+    pub(crate) fn validation_sets(&self, step: u64, samples: u64, sets: &BTreeMap<String, f64>) {
+        for (name, &loss) in sets {
+            let event = Event::Validation { step, samples, loss, set: Some(name) };
+            self.tell(&event, format_args!("validation loss {loss:.4} on {name}"));
+        }
     }
 
     /// Memory in use, looked at now and then. The first step is not like the others: it allocates.
@@ -120,7 +130,7 @@ pub(crate) fn duration(duration: Duration) -> String {
 }
 
 /// Bytes of memory in use, shared pages divided among those who map them (PSS).
-fn proportional_memory() -> Option<u64> {
+pub(super) fn proportional_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/smaps_rollup").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
     Some(line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok()? * 1024)

@@ -8,6 +8,7 @@ use pillion_data::{
 };
 use pillion_llama::huggingface::CONFIG;
 use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::checkpoints::Progress;
@@ -141,44 +142,56 @@ fn gcd(a: u64, b: u64) -> u64 {
 }
 
 /// Whether a path is of tokens, by what it is called or has in it.
-fn holds_tokens(path: &Path) -> bool {
+pub(super) fn holds_tokens(path: &Path) -> bool {
     let ending = path.extension().and_then(|ending| ending.to_str());
     is_token_folder(path) || (path.is_file() && ["bin", "idx", "tokens"].iter().any(|known| ending == Some(known)))
 }
 
-/// What a model in a checkpoint is evaluated on. Text is made tokens in the folder `made`.
+/// What a model is evaluated on.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct ToEvaluate {
+    pub(crate) parts: Vec<Part>,
+    /// Whether they are one text that the user gave, all of which is meant.
+    pub(crate) is_text: bool,
+}
+
+/// What a model in a checkpoint is evaluated on by ranks on so many hosts. Text becomes tokens in a
+/// folder that lasts as long as `made`.
 ///
 /// # Errors
-/// When there is no text, or no tokenizer for it.
+/// When there is no text, no tokenizer for it, or a host that would not see its tokens.
 pub(crate) fn to_evaluate(
     data: &[String],
     checkpoint: &Path,
     origin: &Origin,
-    made: &Path,
-) -> Result<Vec<Part>, Error> {
+    hosts: usize,
+    made: &mut Option<TempDir>,
+) -> Result<ToEvaluate, Error> {
+    let setting = |message: &str| Err(Error::Setting(message.to_owned()));
     let data = match Wanted::of(data)? {
-        Wanted::Tokens(parts) => return Ok(parts),
+        Wanted::Tokens(parts) => return Ok(ToEvaluate { parts, is_text: false }),
         Wanted::Text(path) if path == Path::new(synthetic::NAME) => {
-            let reason = "--data synthetic has no loss to compare: give text, or tokens";
-            return Err(Error::Setting(reason.to_owned()));
+            return setting("--data synthetic has no loss to compare: give text, or tokens");
         }
         Wanted::Text(path) => Some(path),
         Wanted::Default => None,
     };
-    let one = |path: PathBuf| vec![Part { path, weight: 1 }];
-    match (Vocabulary::of(checkpoint, origin)?, data) {
-        (Vocabulary::Bytes, data) => {
-            let Prepared { tokens, .. } = pillion_data::prepare(data.as_deref(), made)?;
-            Ok(one(tokens.path().to_owned()))
-        }
+    if hosts > 1 {
+        return setting("--data is text, which becomes tokens on one host: give tokens that all hosts see");
+    }
+    let folder = tempfile::Builder::new().prefix("pillion-eval-").tempdir();
+    let folder = made.insert(folder.map_err(|error| Error::file(std::env::temp_dir(), error))?).path();
+    let is_text = data.is_some();
+    let path = match (Vocabulary::of(checkpoint, origin)?, data) {
+        (Vocabulary::Bytes, data) => pillion_data::prepare(data.as_deref(), folder)?.tokens.path().to_owned(),
         (Vocabulary::Subwords(_), None) => {
-            Err(Error::Setting("--data is missing: give text, or tokens of `pillion tokenize`".to_owned()))
+            return setting("--data is missing: give text, or tokens of `pillion tokenize`");
         }
         (Vocabulary::Subwords(tokenizer), Some(text)) => {
             let settings = pillion_data::Settings {
                 tokenizer: tokenizer.path().to_owned(),
                 data: vec![text],
-                out: made.to_owned(),
+                out: folder.to_owned(),
                 field: None,
                 lines: false,
                 validation: 0.0,
@@ -186,12 +199,13 @@ pub(crate) fn to_evaluate(
                 shard_tokens: 1 << 27,
                 threads: 0,
                 skip_bad: false,
-                restart: true,
+                restart: false,
             };
             pillion_data::tokenize_folder(&settings, &mut |_| true)?;
-            Ok(one(made.to_owned()))
+            folder.to_owned()
         }
-    }
+    };
+    Ok(ToEvaluate { parts: vec![Part { path, weight: 1 }], is_text })
 }
 
 /// Tokens that the vocabulary of token files and folders has, where they say so.
@@ -227,6 +241,31 @@ pub(super) fn folders_tokenizer(dataset: &Dataset) -> Result<Option<(String, Vec
     let mut files = models::files_in(first)?;
     files.retain(|(name, _)| name != CONFIG);
     Ok(Some(((*checksum).clone(), files)))
+}
+
+/// Checks that tokens to validate on, of which a folder says what made them, are of the kind that a
+/// run learns from.
+///
+/// # Errors
+/// When they are another tokenizer's.
+pub(super) fn check_same_tokenizer(dataset: &Dataset, tokens: &Tokens) -> Result<(), Error> {
+    let Tokens::Folder(folder) = tokens else { return Ok(()) };
+    let of_bytes = || {
+        let mut files = tokenizer::huggingface_files().into_iter();
+        files.find(|(name, _)| *name == TOKENIZER).map(|(_, text)| hex(xxh3_64(text.as_bytes())))
+    };
+    let of_run = match folders_tokenizer(dataset)? {
+        Some((checksum, _)) => Some(checksum),
+        None if dataset.bytes().is_some() => of_bytes(),
+        None => None,
+    };
+    if of_run.is_none_or(|checksum| checksum == folder.index().tokenizer.xxh3) {
+        return Ok(());
+    }
+    let path = folder.path().display();
+    Err(Error::Setting(format!(
+        "--validation-data {path} was made with another tokenizer than the run's tokens: make it with theirs"
+    )))
 }
 
 /// Checks that the model that a run begins with, which has these files, was made for the run's
@@ -432,7 +471,7 @@ fn own(out: &Path, checkpoint: &Path, saved: &Progress) -> Result<Option<TokenFi
 }
 
 /// A path that means the same from everywhere.
-fn absolute(path: &Path) -> PathBuf {
+pub(super) fn absolute(path: &Path) -> PathBuf {
     path.canonicalize().or_else(|_| std::path::absolute(path)).unwrap_or(path.to_owned())
 }
 

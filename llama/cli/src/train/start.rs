@@ -14,7 +14,7 @@ use super::checkpoints::{self, Candidates, Habits};
 use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
 use super::source::Part;
-use super::{resume, source};
+use super::{evaluation, resume, source};
 use crate::Error;
 use crate::controller::by_flag;
 use crate::models::{self, Origin};
@@ -34,8 +34,11 @@ pub(super) struct Start {
     pub(super) given_tokens: Vec<Part>,
     /// What `--data` said of text, absolute; none for the default text, and for tokens.
     pub(super) text: Option<PathBuf>,
-    /// Samples that it is validated on: a multiple of the micro-batch, at most what there is.
+    /// Samples of its data that it is validated on: a multiple of the micro-batch, at most what
+    /// there is; 0 where there are none, but other sets.
     pub(super) validation_samples: u64,
+    /// What else it is validated on.
+    pub(super) validation_sets: Vec<evaluation::Found>,
     pub(super) habits: Habits,
     /// The checkpoint to go on from, and whether another will do if it is damaged.
     resume: Option<(PathBuf, bool)>,
@@ -177,6 +180,8 @@ impl<'s> Search<'s> {
             source::check_tokenizer(&dataset, &models::companions(&checkpoint.path)?)?;
         }
         let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
+        let (sets, most) = (&settings.validation_data, settings.validation_samples);
+        let validation_sets = evaluation::find(sets, most, &recipe, &dataset, &out)?;
         match (&saved, &settings.resume) {
             (Some((path, saved)), _) => {
                 let left_out = match checkpoints::count(&saved.left_out) {
@@ -206,6 +211,7 @@ impl<'s> Search<'s> {
             tokens: source.parts,
             text: source.text,
             validation_samples,
+            validation_sets,
             habits: Habits::of(&settings),
             resume: saved.map(|(path, _)| (path, !self.candidates.is_named)),
             from: from.map(|checkpoint| checkpoint.path),
@@ -245,9 +251,12 @@ fn check_memory(setup: &Setup<'_>) -> Result<(), Error> {
 fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) -> Result<u64, Error> {
     let available = dataset.validation_len();
     let samples = settings.validation_samples.min(available) / recipe.micro_batch * recipe.micro_batch;
+    if available == 0 && !settings.validation_data.is_empty() {
+        return Ok(0);
+    }
     if available == 0 {
-        let reason = "the data has no sample to validate on: give a token folder with more --validation, or a mixture \
-                      with one; files of other programs have none";
+        let reason = "the data has no sample to validate on: give a token folder with more --validation, a mixture with \
+                      one, or --validation-data; files of other programs have none";
         return Err(Error::Setting(reason.to_owned()));
     }
     if samples == 0 {

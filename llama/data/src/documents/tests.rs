@@ -49,7 +49,7 @@ fn parquet(path: &Path, texts: &[&str]) {
 
 /// All documents from a position on, or what is wrong with each, with its place and what follows.
 fn walked(paths: &[PathBuf], reading: &Reading, from: Position) -> Vec<(String, OrBad<Content>, Position)> {
-    let (inputs, _) = list(paths).unwrap();
+    let (inputs, _) = list(paths, Path::new("elsewhere")).unwrap();
     let mut walk = Walk::new(inputs.into(), reading.clone(), from);
     let mut found = Vec::new();
     while let Some(record) = walk.next().unwrap() {
@@ -194,7 +194,7 @@ fn paths_without_documents_are_errors_that_name_them() {
     file(folder.path(), "empty", b"");
     for (name, says) in [("none", "check the path"), ("bare", "(no file)"), ("empty", "only these: 1 empty")] {
         let path = folder.path().join(name);
-        let error = list(std::slice::from_ref(&path)).unwrap_err().to_string();
+        let error = list(std::slice::from_ref(&path), &folder.path().join("out")).unwrap_err().to_string();
         assert!(error.starts_with(path.to_str().unwrap()) && error.contains(says), "{error}");
     }
 }
@@ -206,7 +206,7 @@ fn a_folder_holds_texts_or_records() {
         let _ = fs::remove_dir_all(folder.path().join("data"));
         fs::create_dir(folder.path().join("data")).unwrap();
         names.iter().for_each(|name| drop(file(&folder.path().join("data"), name, b"x")));
-        let listed = list(&[folder.path().join("data")]);
+        let listed = list(&[folder.path().join("data")], &folder.path().join("out"));
         listed.map(|(inputs, _)| inputs.into_iter().map(|input| input.kind).collect::<Vec<_>>())
     };
     assert_eq!(kinds_of(&["a.json", "b.py"]).unwrap(), [Kind::Text, Kind::Text]);
@@ -225,7 +225,7 @@ fn a_folder_holds_texts_or_records() {
 fn a_file_that_changes_ends_the_walk() {
     let folder = tempfile::tempdir().unwrap();
     let path = file(folder.path(), "a.jsonl", b"{\"text\":\"a\"}\n{\"text\":\"b\"}\n");
-    let (inputs, _) = list(std::slice::from_ref(&path)).unwrap();
+    let (inputs, _) = list(std::slice::from_ref(&path), &folder.path().join("out")).unwrap();
     let mut walk = Walk::new(inputs.into(), Reading::default(), Position::default());
     walk.next().unwrap().unwrap();
     fs::write(&path, "{\"text\":\"a\"}\n{\"text\":\"b\"}\n{\"text\":\"c\"}\n").unwrap();

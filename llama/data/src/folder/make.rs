@@ -180,7 +180,7 @@ fn plan(settings: &Settings, tokenizer: &Tokenizer) -> Result<(Plan, Skipped)> {
             Error::Setting(format!("--append {token:?} is no token of {}", tokenizer.path().display()))
         })?),
     };
-    let (inputs, skipped) = documents::list(&settings.data)?;
+    let (inputs, skipped) = documents::list(&settings.data, &settings.out)?;
     let plan = Plan {
         version: 1,
         tokenizer: format!("{:016x}", tokenizer.hash()),

@@ -112,6 +112,7 @@ impl Place {
     /// [`Error::Bad`] if the folder holds something else.
     pub(super) fn find(&self, plan: &Plan, restart: bool) -> Result<Found> {
         if restart {
+            self.check_ours()?;
             self.clear()?;
         }
         if self.folder.join(INDEX).exists() {
@@ -159,6 +160,15 @@ impl Place {
             }
         }
         Ok(())
+    }
+
+    /// Checks that earlier calls wrote in the folder, or nobody did.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] for the folder of a model, say, whose files would be replaced.
+    fn check_ours(&self) -> Result<()> {
+        let is_ours = self.names()?.iter().any(|name| [INDEX, PLAN].contains(&&**name) || is_shard(name));
+        if is_ours { Ok(()) } else { self.check_empty() }
     }
 
     /// Removes what earlier runs wrote, the index first, but no copies of a tokenizer's files, which

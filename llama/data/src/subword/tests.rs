@@ -88,6 +88,22 @@ fn both() -> [Tokenizer; 2] {
     [byte_level, sentence_piece].map(|make| Tokenizer::load(&make(folder.path())).unwrap())
 }
 
+proptest! {
+    #[test]
+    fn the_bytes_of_tokens_are_those_of_the_text(text in "[a-z ,.öüß\\n😀]{1,40}") {
+        let [bytes, pieces] = both();
+        // SentencePiece puts a space before a text.
+        for (tokenizer, more) in [(bytes, 0), (pieces, 1)] {
+            let tokens = tokenizer.encode_with_special(&(text.clone() + "</s><|endoftext|>")).unwrap();
+            let special = ["</s>", "<|endoftext|>"].iter().filter(|it| tokenizer.id(it).is_none());
+            let spelled: usize = special.map(|it| it.len()).sum();
+            let found: u32 = tokens.iter().map(|&token| tokenizer.bytes_of(token).unwrap()).sum();
+            prop_assert_eq!(found as usize, text.len() + spelled + more);
+            prop_assert!(tokenizer.bytes_of(tokenizer.vocab_size() as u32).is_err());
+        }
+    }
+}
+
 #[test]
 fn tokens_are_those_worked_out_by_hand() {
     let [bytes, pieces] = both();

@@ -32,12 +32,12 @@ pub struct Export<'a> {
 
 /// Writes a folder that `transformers` loads, and verifies the checkpoint meanwhile. The folder gets
 /// its name when all is on the disk. `progress` is called with numbers of bytes that have been
-/// written.
+/// written, and stops the work by returning false.
 ///
 /// # Errors
 /// [`Error`] when `to` exists and is not empty, when a file cannot be read or written, or when the
 /// checkpoint is damaged; nothing is left then.
-pub fn export(wanted: &Export<'_>, to: &Path, mut progress: impl FnMut(u64)) -> Result<(), Error> {
+pub fn export(wanted: &Export<'_>, to: &Path, mut progress: impl FnMut(u64) -> bool) -> Result<(), Error> {
     let taken = fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some());
     if taken || (to.exists() && !to.is_dir()) {
         return Err(Error::file(to, "exists already: choose another folder, or remove it"));
@@ -51,7 +51,7 @@ pub fn export(wanted: &Export<'_>, to: &Path, mut progress: impl FnMut(u64)) -> 
     folder.publish(to)
 }
 
-fn write_all(wanted: &Export<'_>, folder: &Path, progress: &mut impl FnMut(u64)) -> Result<(), Error> {
+fn write_all(wanted: &Export<'_>, folder: &Path, progress: &mut impl FnMut(u64) -> bool) -> Result<(), Error> {
     let tensors = wanted.checkpoint.tensors()?;
     let files = divide(wanted);
     let mut map = BTreeMap::new();
@@ -106,7 +106,7 @@ fn write_tensors(
     tensors: &Tensors<'_>,
     parts: &[Part<'_>],
     path: &Path,
-    progress: &mut impl FnMut(u64),
+    progress: &mut impl FnMut(u64) -> bool,
 ) -> Result<(), Error> {
     let failed = |error: std::io::Error| Error::file(path, format!("cannot be written: {}", explain(&error)));
     let mut out = File::create_new(path).map_err(failed)?;
@@ -132,7 +132,7 @@ fn write_tensors(
             };
             out.write_all(written).map_err(failed)?;
             early.wrote(written.len());
-            progress(written.len() as u64);
+            Error::unless(progress(written.len() as u64))?;
             first += count;
         }
     }

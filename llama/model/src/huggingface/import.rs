@@ -51,11 +51,12 @@ impl Imported {
 }
 
 /// Writes the model's weights as `checkpoints/step-00000000`, and returns that folder. `progress` is
-/// called with numbers of bytes that have been read, which sum to [`Source::bytes`].
+/// called with numbers of bytes that have been read, which sum to [`Source::bytes`], and stops the
+/// work by returning false.
 ///
 /// # Errors
 /// [`Error`] when a file cannot be read or written; nothing is left then.
-pub fn import(source: &Source, checkpoints: &Path, mut progress: impl FnMut(u64)) -> Result<PathBuf, Error> {
+pub fn import(source: &Source, checkpoints: &Path, mut progress: impl FnMut(u64) -> bool) -> Result<PathBuf, Error> {
     let (units, stored) = (source.config.units(), source.dtype());
     let files = source.bytes().div_ceil(FILE).clamp(1, MOST_FILES);
     let mut writer = WeightsWriter::create(checkpoints, &units, stored, files as usize)?;
@@ -67,7 +68,7 @@ pub fn import(source: &Source, checkpoints: &Path, mut progress: impl FnMut(u64)
             imported.dtypes.insert(tensor.name.clone(), dtype.name().to_owned());
         }
         source.for_each_piece(&tensor.name, |piece| {
-            progress(piece.len() as u64);
+            Error::unless(progress(piece.len() as u64))?;
             if dtype == stored {
                 return Ok(writer.put(piece)?);
             }

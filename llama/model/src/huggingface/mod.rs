@@ -59,6 +59,9 @@ pub enum Error {
         /// What is wrong, and the remedy.
         reason: String,
     },
+    /// The caller has stopped it.
+    #[error("stopped")]
+    Stopped,
     /// A checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] pillion_runtime::Error),
@@ -67,6 +70,11 @@ pub enum Error {
 impl Error {
     fn file(path: impl AsRef<Path>, reason: impl std::fmt::Display) -> Error {
         Error::File { path: path.as_ref().to_owned(), reason: reason.to_string() }
+    }
+
+    /// What a caller's answer to progress means.
+    fn unless(goes_on: bool) -> Result<(), Error> {
+        if goes_on { Ok(()) } else { Err(Error::Stopped) }
     }
 
     fn unreadable(path: impl AsRef<Path>, error: &std::io::Error) -> Error {
