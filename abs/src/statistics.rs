@@ -128,7 +128,7 @@ impl Noise {
     }
 
     /// decay · self + next, each field alone.
-    pub(crate) fn discounted(&self, decay: f64, next: &Noise) -> Noise {
+    pub fn discounted(&self, decay: f64, next: &Noise) -> Noise {
         Noise {
             variance: decay * self.variance + next.variance,
             square_norm: decay * self.square_norm + next.square_norm,

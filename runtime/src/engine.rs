@@ -52,6 +52,8 @@ pub struct Engine {
     /// When the waits for other ranks began and ended in the step under way.
     pub(crate) waits: Vec<[Stamp; 2]>,
     pub(crate) measures_groups: bool,
+    /// Of each unit, with [`Engine::measure_units`]; else empty.
+    pub(crate) unit_norms: Vec<UnitNorms>,
     /// How groups are compared with their sum, where they are.
     pub(crate) comparison: Option<Arc<Comparison>>,
     outline: Outline,
@@ -83,6 +85,15 @@ pub(crate) enum Health {
 
 pub(crate) fn bytes(buffer: &Buffer) -> u64 {
     (buffer.len() * buffer.dtype().bytes()) as u64
+}
+
+/// Square norms of a unit's gradient, as [`StepReport`](crate::StepReport) has them of all units.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct UnitNorms {
+    /// Σ over groups of ‖gradient‖² / tokens; 0 where groups are not measured.
+    pub group_square_norms: f64,
+    /// Square norm of the summed gradient.
+    pub square_norm: f64,
 }
 
 /// One rank's optimizer state of one unit; each `[shard]` f32.
@@ -191,6 +202,7 @@ impl Engine {
             recording: None,
             waits: Vec::new(),
             measures_groups: true,
+            unit_norms: Vec::new(),
             comparison: None,
             outline,
             plans: HashMap::new(),
@@ -262,6 +274,18 @@ impl Engine {
     /// every rank. It costs one reading of the gradient a round; the collectives are the same either way.
     pub fn measure_groups(&mut self, wanted: bool) {
         self.measures_groups = wanted;
+    }
+
+    /// Whether the steps from now on sum [`Engine::unit_norms`] too: two numbers more for each unit
+    /// in the scalars of a step. To be called alike on every rank.
+    pub fn measure_units(&mut self, wanted: bool) {
+        self.unit_norms = vec![UnitNorms::default(); if wanted { self.layout.units.len() } else { 0 }];
+    }
+
+    /// The square norms of each unit's gradient in the last step that was updated; empty without
+    /// [`Engine::measure_units`].
+    pub fn unit_norms(&self) -> &[UnitNorms] {
+        &self.unit_norms
     }
 
     /// Compares from now on the gradient of each group with that of all, in steps that reduce once ([`StepReport::comparison`](crate::StepReport)): one more reading of what is

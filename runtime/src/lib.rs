@@ -115,7 +115,7 @@ mod weights;
 mod zero1;
 
 pub use buckets::Slots;
-pub use engine::Engine;
+pub use engine::{Engine, UnitNorms};
 pub use error::Error;
 pub use layout::{Layout, Piece, Tensor, TensorSpec, Unit, UnitSpec};
 pub use memory::Memory;

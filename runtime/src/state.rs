@@ -20,7 +20,7 @@ const PART: usize = 1 << 15;
 
 /// Fills `out` with `value(first)`, `value(first + 1)` and so on, by several threads where it is
 /// long.
-fn fill(out: &mut [f32], first: usize, value: &(impl Fn(usize) -> f32 + Sync)) {
+fn fill<V: Fn(usize) -> f32 + Sync>(out: &mut [f32], first: usize, value: &V) {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(out.len().div_ceil(PART));
     let parts = Mutex::new(out.chunks_mut(PART).zip((first..).step_by(PART)));
     let next = || parts.lock().next();
@@ -40,14 +40,33 @@ fn fill(out: &mut [f32], first: usize, value: &(impl Fn(usize) -> f32 + Sync)) {
 
 impl Engine {
     /// Sets every parameter of this rank's shards: `values(tensor name, shape)` is asked once for
-    /// each piece of a tensor, and gives the element at an index, on as many threads as the process
-    /// may run at once. No rank ever holds more than its shards.
+    /// each piece of a tensor, and gives the element at an index. No rank ever holds more than its
+    /// shards.
     ///
     /// # Errors
     /// When another rank has failed.
-    pub fn initialize<V: Fn(usize) -> f32 + Sync>(
+    pub fn initialize<V: Fn(usize) -> f32>(&mut self, values: impl Fn(&str, &[usize]) -> V) -> Result<(), Error> {
+        self.initialize_by(values, |out, first, value| {
+            out.iter_mut().zip(first..).for_each(|(out, element)| *out = value(element));
+        })
+    }
+
+    /// As [`Engine::initialize`], with elements made on as many threads as the process may run at
+    /// once.
+    ///
+    /// # Errors
+    /// When another rank has failed.
+    pub fn initialize_on_threads<V: Fn(usize) -> f32 + Sync>(
         &mut self,
         values: impl Fn(&str, &[usize]) -> V,
+    ) -> Result<(), Error> {
+        self.initialize_by(values, fill)
+    }
+
+    fn initialize_by<V>(
+        &mut self,
+        values: impl Fn(&str, &[usize]) -> V,
+        fill: impl Fn(&mut [f32], usize, &V),
     ) -> Result<(), Error> {
         let layout = self.layout.clone();
         for (index, unit) in layout.units.iter().enumerate() {
@@ -168,5 +187,21 @@ impl Engine {
     /// Sets the number of updates made, which bias correction depends on: for a resume.
     pub fn set_updates(&mut self, updates: u64) {
         self.updates = updates;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn threads_fill_every_place_with_its_own_value(len in 0usize..5 * PART, first in 0usize..1 << 20) {
+            let mut out = vec![f32::NAN; len];
+            fill(&mut out, first, &|element| element as f32);
+            prop_assert!(out.iter().zip(first..).all(|(out, element)| *out == element as f32));
+        }
     }
 }

@@ -10,7 +10,7 @@ use pillion_kernels::cpu::compare::Comparison;
 use pillion_kernels::cpu::observe::Observer;
 use pillion_kernels::{Event, Stamp, Stream, View, ViewMut};
 
-use crate::engine::{Engine, Health, Kind};
+use crate::engine::{Engine, Health, Kind, UnitNorms};
 use crate::gradients::sideband;
 use crate::layout::ALIGNMENT;
 use crate::plan::{Action, Fill, Operation, Pass, Verified};
@@ -90,6 +90,9 @@ impl Gradients<'_> {
         self.view.reborrow().slice(self.unit.tensors[index].range.clone())
     }
 }
+
+/// Units whose norms are summed at a time.
+const UNITS_AT_A_TIME: usize = 16;
 
 /// Most numbers that the ranks can ask each other for with a step.
 pub const REQUESTS: usize = 32;
@@ -454,6 +457,7 @@ impl<'e> Step<'e> {
             self.engine.health = Health::Good;
             return Err(Error::NoTokens { step: self.engine.updates + 1 });
         }
+        self.sum_units()?;
         Ok(StepReport {
             loss_sum,
             tokens,
@@ -466,6 +470,26 @@ impl<'e> Step<'e> {
             operations: 0,
             bytes: 0,
         })
+    }
+
+    /// Sums the square norms of each unit, where they are wanted.
+    fn sum_units(&mut self) -> Result<(), Error> {
+        let Engine { summary, axes, unit_norms, .. } = &mut *self.engine;
+        let is_first = axes.shard_number() == 0;
+        // Allocates nothing: so many units at a time.
+        for (chunk, norms) in (0..).zip(unit_norms.chunks_mut(UNITS_AT_A_TIME)) {
+            let mut values = [0.0; 2 * UNITS_AT_A_TIME];
+            let values = &mut values[..2 * norms.len()];
+            for (unit, pair) in (chunk * UNITS_AT_A_TIME..).zip(values.chunks_exact_mut(2)) {
+                pair[0] = if is_first { summary.totals(unit)[sideband::SQUARE_NORM.start] } else { 0.0 };
+                pair[1] = summary.norm(unit)[0];
+            }
+            axes.world.all_reduce_scalars(values, Reduction::Sum)?;
+            for (norms, pair) in norms.iter_mut().zip(values.chunks_exact(2)) {
+                *norms = UnitNorms { group_square_norms: pair[0], square_norm: pair[1] };
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn off_plan(&self, found: &str) -> Error {

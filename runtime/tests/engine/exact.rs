@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::common::reference::Reference;
-use crate::common::{ADAMW, Host, Schedule, Setup};
+use crate::common::{ADAMW, Host, Schedule, Setup, ranks};
 use crate::{GATHERS, WORLDS, must_train};
 
 /// Unit roundoff of f32.
@@ -89,6 +89,41 @@ fn statistics_equal_brute_force() {
             near("loss sum", report.loss_sum, brute.loss_sum, 1e-5);
             near("square norm", report.square_norm, brute.square_norm, 1e-5);
             near("group square norms", report.group_square_norms.unwrap(), brute.group_square_norms, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn the_norms_of_each_unit_equal_brute_force() {
+    let schedule = Schedule(vec![vec![1, 8, 2, 5, 3, 7, 4]]);
+    let mut reference = Reference::new(0.5);
+    let lens: Vec<usize> = reference.master.iter().map(Vec::len).collect();
+    let groups: Vec<_> = (0..7).map(|index| schedule.samples(0, index)).collect();
+    let gradients: Vec<Vec<f64>> = groups.iter().map(|samples| reference.gradient(samples.clone())).collect();
+    let square = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>();
+    for world in WORLDS {
+        for replicas in [1, world] {
+            let found = ranks(&Setup::new(world).replicas(replicas), |mut rank| {
+                rank.engine.measure_units(true);
+                rank.step(&schedule, 0)?;
+                Ok::<_, pillion_runtime::Error>(rank.engine.unit_norms().to_vec())
+            });
+            for norms in found {
+                let norms = norms.unwrap();
+                assert_eq!(norms.len(), lens.len());
+                let mut first = 0;
+                for (unit, (norms, len)) in norms.iter().zip(&lens).enumerate() {
+                    let elements = first..first + len;
+                    first += len;
+                    let each = gradients.iter().zip(&groups).map(|(gradient, samples)| {
+                        square(&mut gradient[elements.clone()].iter().copied()) / (samples.end - samples.start) as f64
+                    });
+                    let sum = elements.clone().map(|i| gradients.iter().map(|gradient| gradient[i]).sum());
+                    let named = |what: &str| format!("{what} of unit {unit}, {replicas} of {world}");
+                    near(&named("square norm"), norms.square_norm, square(&mut sum.into_iter()), 1e-5);
+                    near(&named("group norms"), norms.group_square_norms, each.sum(), 1e-5);
+                }
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ mod runs;
 #[cfg(test)]
 mod tests;
 mod timeline;
+mod units;
 
 use std::path::PathBuf;
 

@@ -14,7 +14,7 @@ function show() {
     const absent = label.querySelector('.absent');
     if (absent) absent.hidden = true;
   });
-  for (const part of document.querySelectorAll('g[data-line]')) {
+  for (const part of document.querySelectorAll('#legend g[data-line], .plots g[data-line]')) {
     const slot = slots[part.dataset.line];
     part.setAttribute('class', slot >= 0 ? `of s${slot}` : 'of off');
   }

@@ -9,6 +9,7 @@ use pillion_runtime::Layout;
 use super::groups::Group;
 use super::panels::{self, Drawn, SMOOTH};
 use super::runs::Run;
+use super::units;
 use crate::plot::{MOST_LINES, STYLE, number, swatch};
 use crate::train::about::About;
 use crate::train::grouped;
@@ -40,6 +41,7 @@ pub(super) fn page(runs: &[Run], groups: &[Group]) -> Markup {
                 main {
                     (legend(&names))
                     section.plots aria-label="Plots" { @for plot in &drawn { (figure(plot)) } }
+                    (units::draw(runs))
                     (timelines(runs))
                     (table(runs))
                     (notes(runs, groups, &empty))

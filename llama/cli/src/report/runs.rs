@@ -44,6 +44,8 @@ pub(super) struct Step {
     pub(super) exposed: Option<f64>,
     /// Bytes.
     pub(super) memory: Option<f64>,
+    /// The noise scale of each unit, where it was measured.
+    pub(super) unit_noise: Vec<Option<f64>>,
 }
 
 impl Step {
@@ -63,6 +65,7 @@ impl Step {
             mfu: line.mfu.map(|share| 100.0 * share),
             exposed: (line.step_ms > 0.0).then(|| 100.0 * line.exposed_ms / line.step_ms),
             memory: line.memory.map(|bytes| bytes as f64),
+            unit_noise: line.unit_noise_scales.clone(),
         }
     }
 }
@@ -88,6 +91,11 @@ impl Run {
 
     pub(super) fn seed(&self) -> Option<u64> {
         self.about.as_ref().map(|about| about.recipe.seed)
+    }
+
+    /// Units whose noise was measured.
+    pub(super) fn units(&self) -> usize {
+        self.steps.iter().map(|step| step.unit_noise.len()).max().unwrap_or(0)
     }
 
     pub(super) fn last(&self) -> &Step {

@@ -288,6 +288,9 @@ pub struct TrainArgs {
     /// Print where the time of the steps after the first went, kernel by kernel.
     #[arg(long)]
     pub profile: bool,
+    /// Measure the noise scale of each unit of the model too, for metrics and reports.
+    #[arg(long)]
+    pub unit_noise: bool,
     /// Write what each rank computes, waits for and moves into trace.json in --out, a timeline for
     /// ui.perfetto.dev.
     #[arg(long)]

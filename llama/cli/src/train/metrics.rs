@@ -59,6 +59,10 @@ pub(crate) struct Line {
     pub(crate) sum_square_norm: Option<f64>,
     /// B_simple in samples, smoothed; null while unknown.
     pub(crate) noise_scale: Option<f64>,
+    /// The same of each unit of the model, in their order, with --unit-noise; smoothed over the steps
+    /// since the run began or went on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) unit_noise_scales: Vec<Option<f64>>,
     /// Batch that the controller asks for before limits; null while unknown.
     pub(crate) wanted_batch: Option<f64>,
     /// Why the next step's batch is what it is.

@@ -32,6 +32,7 @@ mod start;
 mod statistics;
 mod step;
 mod timeline;
+mod unit_noise;
 
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};

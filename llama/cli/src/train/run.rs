@@ -30,6 +30,7 @@ use super::source;
 use super::start::{Beginning, Start, begin, on_rank_zero, on_rank_zero_alone};
 use super::step::Outcome;
 use super::timeline::Timeline;
+use super::unit_noise::UnitNoise;
 use super::{cores, measure, statistics, stopping};
 use crate::gpu::Moved;
 use crate::jobs::{self, Ended};
@@ -72,6 +73,7 @@ pub(super) struct Run<'s> {
     pub(super) groups: Grouped,
     /// The best checkpoint, once the save under way is over.
     pub(super) best_to_be: Option<Best>,
+    pub(super) unit_noise: UnitNoise,
     /// Of the start.
     pub(super) laps: Laps,
 }
@@ -132,6 +134,7 @@ impl<'s> Run<'s> {
         let layout = recipe.model.layout(policy.mesh(world)?.shard);
         let mut engine = Engine::new(moves, device.clone(), layout, policy)?;
         statistics::compare(&mut engine, settings.controller.alignment)?;
+        engine.measure_units(settings.unit_noise);
         let groups = statistics::groups(&engine, recipe.controller.base / recipe.micro_batch);
         let warning = statistics::growth_warning(recipe, groups);
         if let Some(warning) = warning.filter(|_| communicator.rank() == 0) {
@@ -149,7 +152,7 @@ impl<'s> Run<'s> {
             _ => {
                 match &from {
                     Some(whole) => whole.load_weights(&mut engine)?,
-                    None => engine.initialize(|name, shape| {
+                    None => engine.initialize_on_threads(|name, shape| {
                         recipe.model.initial_values(recipe.seed, recipe.init_std, name, shape)
                     })?,
                 }
@@ -183,6 +186,7 @@ impl<'s> Run<'s> {
             samples,
             validation: Validation::open(start.validation_samples, &start.validation_sets, &start.recipe)?,
             best_to_be: None,
+            unit_noise: UnitNoise::new(start.recipe.controller.ema_decay),
             laps,
             controller,
             progress,

@@ -84,6 +84,7 @@ impl Run<'_> {
             non_finite: 0,
         };
         let decision = self.controller.observe(&observation);
+        let unit_noise_scales = self.unit_noise.observe(self.engine.unit_norms(), &observation);
         let alignment = statistics::alignment(&self.engine, self.settings.controller.alignment, &observation, &report);
         self.progress.step += 1;
         self.progress.samples += batch;
@@ -117,6 +118,7 @@ impl Run<'_> {
             group_square_norms: Some(observation.group_square_norms),
             sum_square_norm: Some(observation.square_norm),
             noise_scale: decision.noise_scale,
+            unit_noise_scales,
             wanted_batch: decision.wanted,
             decision: Some(decision.reason),
             alignment,

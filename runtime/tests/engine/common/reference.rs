@@ -77,7 +77,7 @@ impl Reference {
     }
 
     /// The gradient of [`Reference::loss`], all units in one.
-    fn gradient(&mut self, samples: Range<u64>) -> Vec<f64> {
+    pub(crate) fn gradient(&mut self, samples: Range<u64>) -> Vec<f64> {
         let mut gradient = Vec::new();
         for unit in 0..self.master.len() {
             for index in 0..self.master[unit].len() {
