@@ -24,7 +24,8 @@ fn commands(place: &Workplace) -> Vec<(String, BTreeSet<String>)> {
         let help = place.run(&format!("{command} --help")).succeeded().stdout;
         let subcommands = below(&help, "Commands:").into_iter().filter(|name| name != "help");
         left.extend(subcommands.map(|name| format!("{command} {name}").trim().to_owned()));
-        let is_flag_line = |line: &&str| line.trim_start().starts_with('-');
+        // Descriptions are indented more.
+        let is_flag_line = |line: &&str| line.trim_start().starts_with("-") && !line.starts_with("        ");
         let words = help.lines().filter(is_flag_line).flat_map(str::split_whitespace);
         let flags = words.filter(|word| word.starts_with("--")).map(|word| word.trim_end_matches(',').to_owned());
         found.push((command, flags.collect()));
@@ -98,7 +99,8 @@ fn there_is_a_manual_page_for_every_command() {
             eprintln!("SKIPPED: there is no groff on the PATH");
             continue;
         }
-        let ended = Command::new("groff").args(["-man", "-Tutf8", "-ww"]).arg(&path).output().unwrap();
+        let ended =
+            Command::new("groff").args(["-Kutf8", "-man", "-Tutf8", "-P-cbou", "-ww"]).arg(&path).output().unwrap();
         let warnings = String::from_utf8_lossy(&ended.stderr);
         assert!(ended.status.success() && warnings.is_empty(), "{command}: {warnings}");
         assert!(String::from_utf8_lossy(&ended.stdout).contains("SYNOPSIS"), "{command}");
