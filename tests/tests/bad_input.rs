@@ -152,10 +152,6 @@ fn models_and_numbers_that_cannot_be() {
             ("--controller noise-scale --eta 0.5", &["--eta needs --controller norm-test"]),
             ("--controller constant --patience 2", &["--patience needs --controller norm-test or noise-scale"]),
             (
-                "--controller constant --max-batch 16",
-                &["--max-batch 16", "not read with --controller constant", "leave it out"],
-            ),
-            (
                 "--cooldown 0.3",
                 &["--cooldown 0.3", "not read with --schedule cosine", "leave it out, or give --schedule wsd"],
             ),
@@ -368,7 +364,7 @@ fn configuration_files_that_are_wrong() {
         ("kind.toml", &["kind.toml", "`lr` is a boolean"]),
         ("number.toml", &["--lr NaN", "out of range"]),
         ("nested.toml", &["nested.toml", "no setting `train`"]),
-        ("nowhere.toml", &["--config nowhere.toml", "No such file"]),
+        ("nowhere.toml", &["nowhere.toml: No such file", "give a file of settings"]),
     ] {
         place.run(&case(name)).refused(2, parts);
     }

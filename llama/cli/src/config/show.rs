@@ -37,16 +37,15 @@ pub(super) fn text(args: &ShowArgs, checked: &Checked) -> String {
         "The settings of `pillion train` on {ranks}, as `pillion train --config FILE` reads them. A line that begins with `#` \
          and a key is a setting that is not given, with what the run does without it, or in <> the kind of its value."
     ));
-    let (command, found) = (train_command(), found(&args.settings, checked));
+    let (command, derived) = (train_command(), derived(&args.settings, checked));
     for argument in command.get_arguments() {
         let Some(name) = argument.get_long().filter(|name| *name != "config") else { continue };
         let default: Vec<String> =
             argument.get_default_values().iter().map(|text| text.to_string_lossy().into()).collect();
         let default = literal(argument, &default);
         let value = literal(argument, args.values.get(name).map_or(&[], |values| values));
-        let is_given = |other: &&String| args.settings.given.contains(*other);
-        let excluded = || args.settings.given.iter().find(|other| excludes(&command, name, other)).filter(is_given);
-        let line = match (value, excluded()) {
+        let other = args.settings.given.iter().find(|other| excludes(&command, name, other));
+        let line = match (value, other) {
             (Some(value), Some(other)) if argument.get_action().takes_values() => {
                 format!("#{name} = {value} # not with {other}")
             }
@@ -55,7 +54,7 @@ pub(super) fn text(args: &ShowArgs, checked: &Checked) -> String {
                 Some(default) => format!("{name} = {value} # default: {default}"),
                 None => format!("{name} = {value}"),
             },
-            (None, _) => match found.get(name) {
+            (None, _) => match derived.get(name) {
                 Some(value) => format!("#{name} = {value}"),
                 None => format!("#{name} = <{}>", kind(argument)),
             },
@@ -66,45 +65,52 @@ pub(super) fn text(args: &ShowArgs, checked: &Checked) -> String {
 }
 
 /// What the run does without settings that are not given, as values of theirs.
-fn found(settings: &TrainArgs, checked: &Checked) -> BTreeMap<&'static str, String> {
-    let text = |text: &str| toml::Value::from(text).to_string();
-    let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| {
-        text(value().expect("every value has a name").get_name())
-    };
-    let Habits { on_non_finite, .. } = Habits::of(settings);
-    let staging = match Habits::of(settings).staging() {
-        Staging::Copies => text("copies"),
-        Staging::Ring { bytes } => bytes.to_string(),
-    };
-    let mut found = BTreeMap::from([
-        ("slots", (settings.policy.prefetch + 1).to_string()),
-        ("save-memory", staging),
-        ("on-non-finite", name(&|| on_non_finite.to_possible_value())),
-    ]);
-    let Some(recipe) = &checked.recipe else { return found };
-    let controller = &recipe.controller;
-    found.insert("round-to", controller.round_to.to_string());
-    found.insert("batch", controller.base.to_string());
-    found.insert("ema", number(controller.ema_decay));
-    if controller.rule != Rule::Constant {
-        found.insert("max-batch", controller.cap.to_string());
+fn derived(settings: &TrainArgs, checked: &Checked) -> BTreeMap<&'static str, String> {
+    let mut derived = BTreeMap::new();
+    if !settings.auto {
+        derived.insert("slots", (settings.policy.prefetch + 1).to_string());
     }
+    let Some(recipe) = &checked.recipe else { return derived };
+    let habits = Habits::of(settings);
+    derived.insert("on-non-finite", name(habits.on_non_finite));
+    derived.insert(
+        "save-memory",
+        match habits.staging() {
+            Staging::Copies => text_literal("copies"),
+            Staging::Ring { bytes } => bytes.to_string(),
+        },
+    );
+    let controller = &recipe.controller;
+    derived.insert("round-to", controller.round_to.to_string());
+    derived.insert("batch", controller.base.to_string());
+    derived.insert("max-batch", controller.cap.to_string());
+    derived.insert("ema", number(controller.ema_decay));
     if settings.controller.measures() {
-        found.insert("patience", controller.patience.to_string());
-        found.insert("growth-limit", number(controller.growth_limit));
-        found.insert("test-interval", controller.interval.to_string());
+        derived.insert("patience", controller.patience.to_string());
+        derived.insert("growth-limit", number(controller.growth_limit));
+        derived.insert("test-interval", controller.interval.to_string());
     }
     match &controller.rule {
         Rule::NormTest { eta, variant } => {
-            found.insert("eta", number(*eta));
-            found.insert("variant", name(&|| variant.to_possible_value()));
+            derived.insert("eta", number(*eta));
+            derived.insert("variant", name(*variant));
         }
         Rule::NoiseScale { ratio } => {
-            found.insert("ratio", number(*ratio));
+            derived.insert("ratio", number(*ratio));
         }
         _ => {}
     }
-    found
+    derived
+}
+
+/// The name of a value in TOML.
+fn name(value: impl ValueEnum) -> String {
+    text_literal(value.to_possible_value().expect("every value has a name").get_name())
+}
+
+/// Text in TOML.
+fn text_literal(text: &str) -> String {
+    toml::Value::from(text).to_string()
 }
 
 /// The help of a setting, with the values that it may have.
@@ -146,7 +152,7 @@ fn single(argument: &Arg, text: &str) -> String {
     match text.parse::<f64>() {
         Ok(value) if value.is_finite() && kind == TypeId::of::<f64>() => number(value),
         _ if !is_text && text.parse::<i64>().is_ok_and(|value| value.to_string() == text) => text.to_owned(),
-        _ => toml::Value::from(text).to_string(),
+        _ => text_literal(text),
     }
 }
 

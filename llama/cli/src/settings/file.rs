@@ -24,7 +24,7 @@ pub(crate) struct SettingsFile {
 /// # Errors
 /// When the file cannot be read, or its settings alone are refused.
 pub(crate) fn flags_beside(path: &Path, given: &BTreeSet<String>) -> Result<Vec<String>, String> {
-    let file = SettingsFile::read(path).map_err(|reason| format!("--config {reason}"))?;
+    let file = SettingsFile::read(path)?;
     // Alone first, so that what the file gets wrong is said of the file.
     file.settings()?;
     let command = train_command();
@@ -73,7 +73,8 @@ impl SettingsFile {
     /// # Errors
     /// When it cannot be read, is not TOML, or has keys or kinds of values that no setting has.
     pub(crate) fn read(path: &Path) -> Result<SettingsFile, String> {
-        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let text = std::fs::read_to_string(path);
+        let text = text.map_err(|error| format!("{}: {error}: give a file of settings in TOML", path.display()))?;
         SettingsFile::parse(path, &text)
     }
 

@@ -5,7 +5,6 @@ use clap::ValueEnum;
 
 use super::schedule::Shape;
 use crate::Error;
-use crate::controller::ControllerKind;
 use crate::settings::{COOLDOWN, FINAL_LR, NON_FINITE_LIMIT, OnNonFinite, TrainArgs};
 
 /// Refuses a setting that was given, that has another value than its default, and that nothing
@@ -19,8 +18,7 @@ pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
     let name = schedule.to_possible_value().expect("every shape has a name");
     let name = name.get_name();
     let stops = settings.on_non_finite.unwrap_or_default() == OnNonFinite::Stop;
-    let is_constant = settings.controller.controller == ControllerKind::Constant;
-    let (batch, deviation) = (settings.max_batch.unwrap_or(0), settings.init_std.unwrap_or(0.0));
+    let deviation = settings.init_std.unwrap_or(0.0);
     let refused = [
         (
             "cooldown",
@@ -36,11 +34,6 @@ pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
             "init-std",
             settings.from.is_some(),
             format!("{deviation} is not read with --from, which has the first weights: leave out one of them"),
-        ),
-        (
-            "max-batch",
-            is_constant,
-            format!("{batch} is not read with --controller constant: leave it out, or give another --controller"),
         ),
         (
             "non-finite-limit",
