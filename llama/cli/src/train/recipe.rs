@@ -127,7 +127,7 @@ impl Recipe {
         check_rounds(
             &model,
             cap.div_ceil(micro_batch).div_ceil(world as u64),
-            "--max-batch, by default 8 times --batch",
+            "--max-batch, by default 8 times --batch, which is at least --round-to",
         )?;
         multiple("--samples", settings.samples, "--micro-batch", micro_batch)?;
         range("--lr", settings.lr, 0.0, 1e3)?;
