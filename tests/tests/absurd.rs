@@ -27,7 +27,8 @@ const KINDS: [(&str, &str); 10] = [
     ("copies|BYTES", "B"),
 ];
 /// Names of values that are something else.
-const OTHERS: [&str; 15] = [
+const OTHERS: [&str; 16] = [
+    "[NAME=]PATH",
     "PATH[:SHARE]",
     "PATTERN:lr=X,decay=Y",
     "SHAPE",

@@ -11,7 +11,7 @@ use crate::settings::{Cli, Command, ConfigCommand};
 
 /// Values of settings that are neither a number nor one of a few names; several flags where one
 /// alone is refused.
-const VALUES: [(&str, &[&str]); 23] = [
+const VALUES: [(&str, &[&str]); 24] = [
     ("data", &["--data=text", "--data=2024", "--data=web:0.75 --data=books:0.25", "--data=a\"b\n'c"]),
     ("out", &["--out=1e5", "--out=runs/π \\ #"]),
     ("node-rank", &["--nodes=3 --node-rank=2"]),
@@ -32,6 +32,7 @@ const VALUES: [(&str, &[&str]); 23] = [
     ("change", &["--resume=auto --change=lr,warmup --change=clip"]),
     ("save-memory", &["--save-memory=copies", "--save-memory=65536"]),
     ("keep", &["--keep=3"]),
+    ("validation-data", &["--validation-data=books --validation-data=web=held out/web"]),
     ("timeout", &["--timeout=31536000"]),
     ("reduce-groups", &["--reduce-groups=2"]),
     ("seed", &["--seed=18446744073709551615", "--seed=0007"]),
