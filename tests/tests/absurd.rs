@@ -1,6 +1,7 @@
 //! Gives extreme numbers to every flag that takes a number. The program accepts each, or refuses it
 //! and names the flag. It never panics, overflows or runs out of memory.
 
+use std::fs;
 use std::process::Command;
 
 use pillion_tests::program::{Ended, TINY, Workplace};
@@ -26,7 +27,8 @@ const KINDS: [(&str, &str); 10] = [
     ("copies|BYTES", "B"),
 ];
 /// Names of values that are something else.
-const OTHERS: [&str; 15] = [
+const OTHERS: [&str; 16] = [
+    "[NAME=]PATH",
     "PATH[:SHARE]",
     "PATTERN:lr=X,decay=Y",
     "SHAPE",
@@ -173,6 +175,18 @@ fn numbers_of_train() {
     let place = Workplace::new(PROGRAM);
     let base = format!("{} --ranks 1 --steps 1 --out out", TINY.replace("--samples 2000", "--samples 16"));
     every_number(&place, "train", &base, "--", false);
+}
+
+#[test]
+fn numbers_of_settings_that_are_only_looked_at() {
+    let place = Workplace::new(PROGRAM);
+    every_number(&place, "config show", "--model tiny --ranks 1 --seq 32 --micro-batch 2 --samples 16", "--", true);
+    fs::write(place.path("run.toml"), "").unwrap();
+    for value in INTEGERS.into_iter().chain(FRACTIONS) {
+        let ended = place.run(&format!("config check run.toml --ranks={value}"));
+        assert!(matches!(ended.code(), Some(0 | 2)), "{value}: {ended}");
+        ended.has_no_panic();
+    }
 }
 
 #[test]

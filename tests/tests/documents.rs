@@ -61,6 +61,14 @@ const TABLE: &[(&str, How)] = &[
     ("pillion export --checkpoint runs/tuned --to tuned", Parsed),
     ("pillion eval --checkpoint runs/tuned --data tokens", Parsed),
     ("pillion train --config run.toml", Parsed),
+    ("pillion config show", AsItStands),
+    ("pillion config show > my.toml", AsItStands),
+    ("pillion config check my.toml", AsItStands),
+    ("pillion config check", Parsed),
+    // tests/config.rs compares its run with one without a file.
+    ("pillion train --config my.toml", Parsed),
+    ("pillion completions bash > pillion.bash", AsItStands),
+    ("pillion man --out share/man/man1", AsItStands),
     ("pillion train --tensorboard", With(SHORT)),
     ("pillion train --log json", With(SHORT)),
     ("pillion top runs/train --once", AsItStands),
@@ -310,7 +318,8 @@ fn commands_that_train() {
 }
 
 /// What commands of models, tokens and pictures have in them.
-const OTHERS: [&str; 7] = ["tokenize", "data show", "import", "export", "eval", "top", "report"];
+const OTHERS: [&str; 10] =
+    ["tokenize", "data show", "import", "export", "eval", "top", "report", "config", "completions", "man "];
 
 #[test]
 fn commands_of_models_tokens_and_pictures() {

@@ -144,6 +144,7 @@ pub(crate) fn flag(setting: &str) -> String {
         "monotone" => "shrink",
         "coupling" => "lr-coupling",
         "rule" => "controller",
+        "schedule.shape" => "schedule",
         _ if setting.starts_with("model.") => "model",
         _ if setting.starts_with("rule.linear-ramp.") => "ramp",
         _ if setting.starts_with("rule.stagewise.") => "stages",

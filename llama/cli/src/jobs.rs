@@ -14,7 +14,7 @@ use crate::train::cores;
 use crate::{Error, complain};
 
 /// Ranks of a job, at most.
-const MOST_RANKS: usize = 1 << 20;
+pub(crate) const MOST_RANKS: usize = 1 << 20;
 
 /// How a rank's work ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

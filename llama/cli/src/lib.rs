@@ -14,6 +14,8 @@
 //! | `inspect` | `pillion checkpoint`: what there is, and whether it is whole |
 //! | `tokenize` | `pillion tokenize`: documents to a token folder |
 //! | `verify_data` | `pillion data`: what tokens there are, and whether they are whole |
+//! | `config` | `pillion config`: files of settings, checked and shown |
+//! | `manual` | `pillion completions` and `man`: the command line, for shells and for packages |
 //! | `controller` | the flags of the batch size |
 //! | `simulate` | `pillion abs simulate`: how far its statistics scatter |
 //! | `experiment` | `pillion experiment`: batch schedules compared |
@@ -25,6 +27,7 @@
 //! | `output` | stdout and stderr, which may be full or closed |
 #![forbid(unsafe_code)]
 
+mod config;
 mod controller;
 mod doctor;
 mod error;
@@ -38,6 +41,7 @@ mod gpu;
 mod huggingface;
 mod inspect;
 mod jobs;
+mod manual;
 mod models;
 mod output;
 mod plan;
@@ -62,7 +66,7 @@ use pillion_collectives::Communicator;
 use pillion_kernels::cpu::Isa;
 
 pub(crate) use output::{complain, print, print_result};
-use settings::{AbsCommand, Cli, Command, ExperimentCommand};
+use settings::{AbsCommand, Cli, Command, ConfigCommand, ExperimentCommand};
 
 /// Runs the program with its arguments, the first of which is its name; returns the exit code: 0 when done, 1 after a failure, 2 for
 /// settings that cannot be, 69 when a rank was lost, 75 when a signal ended a run early, and what the launcher says of ranks that
@@ -107,6 +111,10 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
         Command::Experiment(ExperimentCommand::Paper(settings)) => experiment::paper(settings),
         Command::Abs(AbsCommand::Simulate(settings)) => simulate::run(settings),
         Command::Abs(AbsCommand::Replay(settings)) => replay::run(settings),
+        Command::Config(ConfigCommand::Show(settings)) => config::show(settings),
+        Command::Config(ConfigCommand::Check(settings)) => config::check(settings),
+        Command::Completions(settings) => manual::completions(settings),
+        Command::Man(settings) => manual::man(settings),
     });
     result.unwrap_or_else(|error| {
         let is_job =

@@ -1,24 +1,29 @@
-//! The command line, and the configuration file that holds the same keys.
+//! The command line, and the file of settings that has the same keys.
 //!
-//! There is one definition of every setting: the flags of [`TrainArgs`]. A configuration file is turned into flags and parsed
-//! before those of the command line, so a flag wins over the file, and both are checked by the same parser.
+//! There is one definition of every setting: the flags of [`TrainArgs`]. A file of settings is
+//! turned into flags (`file`) and parsed before those of the command line, so a flag wins over the
+//! file, and both are checked by the same parser.
 
+pub(crate) mod file;
 mod job;
 mod tokenize;
 mod train;
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::parser::ValueSource;
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use pillion_collectives::{Backend, WireKind};
 use pillion_data::Split;
 use pillion_kernels::DType;
 
+pub use crate::config::{CheckArgs, ShowArgs};
 pub use crate::controller::{ControllerArgs, ControllerKind};
 pub use crate::experiment::PaperArgs;
+pub use crate::manual::{CompletionsArgs, ManArgs};
 use crate::plan::quantity::size;
 pub use crate::plan::{MachineArgs, PlanArgs};
 pub use crate::replay::ReplayArgs;
@@ -74,6 +79,13 @@ pub enum Command {
     /// Look into the statistics of adaptive batches.
     #[command(subcommand)]
     Abs(AbsCommand),
+    /// Look at the settings of a training run.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print what completes this program's commands and flags in a shell.
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write one for each command.
+    Man(ManArgs),
 }
 
 /// What to compare.
@@ -108,6 +120,16 @@ pub enum DataCommand {
     Show(DataArgs),
     /// Read all of it, and compare each file with its checksum; ends with 1 when any is damaged.
     Verify(DataArgs),
+}
+
+/// What to do with settings.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print the settings that a run would have, as a file that `train --config` reads.
+    Show(Box<ShowArgs>),
+    /// Check files of settings as `train` would, without starting ranks or reading data; ends with 2
+    /// when one is refused.
+    Check(CheckArgs),
 }
 
 /// Settings of `data`.
@@ -279,181 +301,65 @@ pub struct DoctorArgs {
 }
 
 impl Cli {
-    /// Reads the program's arguments, and the configuration file they name.
+    /// Reads the program's arguments, and the file of settings that they name.
     ///
     /// # Errors
     /// What to print, and the exit code: 2, or 0 where help was asked for.
     pub fn from_arguments(arguments: &[String]) -> Result<Cli, (String, i32)> {
         let refuse = |error: clap::Error| (error.render().to_string(), error.exit_code());
         let cli = parse(arguments).map_err(refuse)?;
-        let file = match &cli.command {
-            Command::Train(train) => train.config.clone(),
-            _ => None,
+        let (settings, words) = match &cli.command {
+            Command::Train(settings) => (&**settings, 2),
+            Command::Config(ConfigCommand::Show(show)) => (&show.settings, 3),
+            _ => return Ok(cli),
         };
-        let Some(file) = file else { return Ok(cli) };
-        let read = std::fs::read_to_string(&file).map_err(|error| format!("--config {}: {error}", file.display()));
-        let flags = read.and_then(|text| flags_of_file(&file, &text));
-        let mut flags = flags.map_err(|message| (format!("error: {message}\n"), 2))?;
-        let program = &arguments[..2];
-        // Alone first, so that what the file gets wrong is said of the file.
-        let alone = [program, &flags].concat();
-        parse(&alone).map_err(|error| (format!("in {}: {}", file.display(), error.render()), 2))?;
-        if let Command::Train(train) = &cli.command {
-            leave_to(&train.given, &mut flags);
-        }
-        parse(&[program, &flags, &arguments[2..]].concat()).map_err(refuse)
+        let Some(path) = &settings.config else { return Ok(cli) };
+        let flags = file::flags_beside(path, &settings.given).map_err(|reason| (format!("error: {reason}\n"), 2))?;
+        let (command, rest) = arguments.split_at(words);
+        parse(&[command, &flags, rest].concat()).map_err(refuse)
     }
 }
 
+/// Reads arguments alone, without the file of settings that they may name.
 pub(crate) fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
     // A flag that comes twice is no error: the file's comes first, and the command line's wins.
     // Numbers below zero are refused for what they are, not as flags.
-    let command =
-        Cli::command().mut_subcommand("train", |train| train.args_override_self(true).allow_negative_numbers(true));
+    let adapt = |command: clap::Command| command.args_override_self(true).allow_negative_numbers(true);
+    let command = Cli::command().mut_subcommand("train", adapt);
+    let command = command.mut_subcommand("config", |config| config.mut_subcommand("show", adapt));
     let matches = command.try_get_matches_from(arguments)?;
     let mut cli = Cli::from_arg_matches(&matches)?;
-    if let (Command::Train(train), Some(("train", matches))) = (&mut cli.command, matches.subcommand()) {
-        let is_given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
-        let ids = matches.ids().map(|id| id.as_str()).filter(|id| is_given(id));
-        train.given = ids.map(|id| id.replace('_', "-")).collect();
+    let of_subcommand = matches.subcommand().map(|(_, matches)| matches);
+    match (&mut cli.command, of_subcommand) {
+        (Command::Train(settings), Some(matches)) => settings.given = given(matches),
+        (Command::Config(ConfigCommand::Show(show)), Some(matches)) => {
+            let (_, matches) = matches.subcommand().expect("the command is show");
+            show.settings.given = given(matches);
+            show.settings.config = show.settings.config.take().or(show.file.take());
+            show.values = values(matches);
+        }
+        _ => {}
     }
     Ok(cli)
 }
 
-/// Takes away `flags` of a file that were also `given` on the command line, and those that no one
-/// can give together with them.
-fn leave_to(given: &BTreeSet<String>, flags: &mut Vec<String>) {
-    let mut command = Cli::command();
-    command.build();
-    let train = command.find_subcommand("train").expect("defined above");
-    let excludes = |one: &str, other: &str| {
-        let argument = train.get_arguments().find(|argument| argument.get_long() == Some(one));
-        let excluded = argument.map(|argument| train.get_arg_conflicts_with(argument)).unwrap_or_default();
-        excluded.iter().any(|argument| argument.get_long() == Some(other))
-    };
-    flags.retain(|flag| {
-        let name = flag.trim_start_matches("--");
-        let name = name.split_once('=').map_or(name, |(name, _)| name);
-        // Values of a list would add up.
-        !given.contains(name) && !given.iter().any(|given| excludes(name, given) || excludes(given, name))
-    });
+/// The names of the flags that were given.
+fn given(matches: &ArgMatches) -> BTreeSet<String> {
+    let is_given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    matches.ids().map(|id| id.as_str()).filter(is_given).map(|id| id.replace('_', "-")).collect()
 }
 
-/// The text of a configuration file as flags.
-pub(crate) fn flags_of_file(file: &Path, text: &str) -> Result<Vec<String>, String> {
-    let table: toml::Table = text.parse().map_err(|error| format!("{}: {error}", file.display()))?;
-    let command = Cli::command();
-    let train = command.find_subcommand("train").expect("defined above");
-    let known: Vec<&str> = train.get_arguments().filter_map(|argument| argument.get_long()).collect();
-    let is_switch = |key: &str| {
-        let argument = train.get_arguments().find(|argument| argument.get_long() == Some(key));
-        argument.is_some_and(|argument| !argument.get_action().takes_values())
-    };
-    let mut flags = Vec::new();
-    for (key, value) in table {
-        if !known.contains(&key.as_str()) || key == "config" {
-            let distance = |known: &&str| strsim::damerau_levenshtein(known, &key);
-            let nearest = known.iter().copied().filter(|known| *known != "config").min_by_key(distance);
-            let hint = nearest.map_or(String::new(), |name| format!("; the nearest is `{name}`"));
-            return Err(format!("{}: there is no setting `{key}`{hint}", file.display()));
-        }
-        if let (true, toml::Value::Boolean(on)) = (is_switch(&key), &value) {
-            if *on {
-                flags.push(format!("--{key}"));
-            }
-            continue;
-        }
-        // A flag that may be given several times is a list.
-        let values = match value {
-            toml::Value::Array(values) => values,
-            value => vec![value],
-        };
-        for value in values {
-            let value = match value {
-                toml::Value::String(text) => text,
-                toml::Value::Integer(number) => number.to_string(),
-                toml::Value::Float(number) => number.to_string(),
-                other => {
-                    let (kind, file) = (other.type_str(), file.display());
-                    return Err(format!(
-                        "{file}: `{key}` is a {kind}, but settings are strings, numbers, or lists of them"
-                    ));
-                }
-            };
-            flags.push(format!("--{key}={value}"));
-        }
-    }
-    Ok(flags)
+/// The values of all flags as they were given, or as their defaults are written, by their names.
+fn values(matches: &ArgMatches) -> BTreeMap<String, Vec<String>> {
+    let ids = matches.ids().map(|id| id.as_str());
+    let of = |id| Some((id, matches.try_get_raw(id).ok()??));
+    let text = |value: &OsStr| value.to_string_lossy().into_owned();
+    ids.filter_map(of).map(|(id, values)| (id.replace('_', "-"), values.map(text).collect())).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn train(file: &str, flags: &[&str]) -> Result<TrainArgs, String> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("run.toml");
-        std::fs::write(&path, file).unwrap();
-        let mut arguments = vec!["pillion".to_owned(), "train".to_owned()];
-        arguments.push(format!("--config={}", path.display()));
-        arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
-        match Cli::from_arguments(&arguments) {
-            Ok(Cli { command: Command::Train(train) }) => Ok(*train),
-            Ok(_) => unreachable!("the command is train"),
-            Err((message, code)) => {
-                assert_eq!(code, 2);
-                Err(message)
-            }
-        }
-    }
-
-    #[test]
-    fn flags_win_over_the_file_and_the_file_over_defaults() {
-        let settings = train("lr = 0.5\nmicro-batch = 8\nmodel = \"tiny\"", &["--lr", "0.25"]).unwrap();
-        assert_eq!(
-            (settings.lr, settings.micro_batch, settings.model.model.name, settings.seq),
-            (0.25, 8, "tiny", 128)
-        );
-    }
-
-    #[test]
-    fn a_flag_wins_over_what_it_excludes_in_the_file() {
-        let settings = train("auto = true\nseq = 64", &["--slots", "3"]).unwrap();
-        assert_eq!((settings.auto, settings.policy.slots, settings.seq), (false, Some(3), 64));
-        let settings = train("slots = 3\nprefetch = 2", &["--auto"]).unwrap();
-        assert_eq!((settings.auto, settings.policy.slots, settings.policy.prefetch), (true, None, 1));
-        assert!(train("auto = true\nslots = 3", &[]).unwrap_err().contains("run.toml"));
-        assert!(train("", &["--auto", "--slots", "3"]).is_err());
-    }
-
-    #[test]
-    fn switches_are_true_or_false() {
-        assert!(train("profile = true", &[]).unwrap().profile);
-        assert!(!train("profile = false", &[]).unwrap().profile);
-        assert!(train("profile = false", &["--profile"]).unwrap().profile);
-        assert!(train("profile = 1", &[]).unwrap_err().contains("profile"));
-    }
-
-    #[test]
-    fn unknown_keys_suggest_the_nearest() {
-        let message = train("micro_batch = 8", &[]).unwrap_err();
-        assert!(message.contains("no setting `micro_batch`; the nearest is `micro-batch`"), "{message}");
-        let message = train("", &["--micro-bach", "8"]).unwrap_err();
-        assert!(message.contains("--micro-batch"), "{message}");
-    }
-
-    #[test]
-    fn what_a_file_gets_wrong_is_said_of_the_file() {
-        for (file, part) in [
-            ("lr = \"fast\"", "invalid value 'fast' for '--lr"),
-            ("model = \"huge\"", "no preset has this name"),
-            ("lr = true", "`lr` is a boolean"),
-            ("lr = ", "run.toml"),
-        ] {
-            let message = train(file, &[]).unwrap_err();
-            assert!(message.contains(part) && message.contains("run.toml"), "{message}");
-        }
-    }
 
     #[test]
     fn every_flag_is_well_formed() {

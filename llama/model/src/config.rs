@@ -348,6 +348,9 @@ mod tests {
         assert_eq!(parameters("llama3.1-8b"), 8_030_261_248);
         assert_eq!(parameters("llama3.2-1b"), 1_235_814_400);
         assert_eq!(parameters("tiny-llama-1.1b"), 1_100_048_384);
+        // Of the shapes in the models' own config.json.
+        assert_eq!(parameters("micro-llama-300m"), 304_636_928);
+        assert_eq!(parameters("open-llama-3b"), 3_426_473_600);
         let small = parameters("small");
         assert!((3_000_000..4_000_000).contains(&small), "{small}");
     }

@@ -19,6 +19,11 @@ use crate::plan::quantity::size;
 pub use crate::train::log::LogKind;
 use crate::train::{CHANGEABLE, Group, Shape, ValidationData};
 
+/// Defaults of settings that are refused where nothing reads them.
+pub(crate) const FINAL_LR: f64 = 0.1;
+pub(crate) const COOLDOWN: f64 = 0.2;
+pub(crate) const NON_FINITE_LIMIT: u64 = 8;
+
 /// The flags of a model's shape.
 const SHAPE: [&str; 7] = ["model", "vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads"];
 
@@ -187,13 +192,13 @@ pub struct TrainArgs {
     #[arg(long, value_name = "X", default_value_t = 0.02)]
     pub warmup: f64,
     /// Learning rate at the end, as a share of the peak.
-    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    #[arg(long, value_name = "X", default_value_t = FINAL_LR)]
     pub final_lr: f64,
     /// How the learning rate falls after the warm-up.
     #[arg(long, value_enum, value_name = "SHAPE", default_value = "cosine")]
     pub schedule: Shape,
     /// Share of the samples over which --schedule wsd falls at the end.
-    #[arg(long, value_name = "X", default_value_t = 0.2)]
+    #[arg(long, value_name = "X", default_value_t = COOLDOWN)]
     pub cooldown: f64,
     /// Weight of a step's gradient one step later, in AdamW's first moment.
     #[arg(long, value_name = "X", default_value_t = 0.9)]
@@ -249,7 +254,7 @@ pub struct TrainArgs {
     pub on_non_finite: Option<OnNonFinite>,
     /// Steps in a row that may be left out by skip, and times in a row that rewind may go back to
     /// the same checkpoint.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = NON_FINITE_LIMIT)]
     pub non_finite_limit: u64,
     /// Save every N steps, besides at the end; 0: only at the end.
     #[arg(long, value_name = "N", default_value_t = 0)]

@@ -1,23 +1,12 @@
 //! The parsers of settings, and of a trainer's part of a checkpoint, for fuzzers.
 
 use super::recipe::Recipe;
-use crate::settings::{Command, TrainArgs, parse};
-
-/// The settings of `pillion train` with these flags.
-fn train(flags: &[String]) -> Option<TrainArgs> {
-    let arguments = [&["pillion".to_owned(), "train".to_owned()], flags].concat();
-    match parse(&arguments).ok()?.command {
-        Command::Train(settings) => Some(*settings),
-        _ => unreachable!("the command is train"),
-    }
-}
-
 /// A file of settings.
 pub mod config_file {
     use std::path::Path;
 
-    use super::{Recipe, train};
-    use crate::settings::flags_of_file;
+    use super::Recipe;
+    use crate::settings::file::SettingsFile;
 
     /// Files of settings.
     pub fn seeds() -> Vec<Vec<u8>> {
@@ -34,9 +23,8 @@ pub mod config_file {
     /// A recipe that is accepted is one that a checkpoint keeps.
     pub fn check(data: &[u8]) {
         let Ok(text) = str::from_utf8(data) else { return };
-        let Some(settings) = flags_of_file(Path::new("run.toml"), text).ok().and_then(|flags| train(&flags)) else {
-            return;
-        };
+        let file = SettingsFile::parse(Path::new("run.toml"), text);
+        let Ok(settings) = file.and_then(|file| file.settings()) else { return };
         for world in [1, 4] {
             if let Ok(recipe) = Recipe::new(&settings, world) {
                 recipe.check_shape().expect("it has just been accepted");
@@ -95,13 +83,14 @@ pub mod progress {
     use super::super::checkpoints::{Best, Habits, Progress, count};
     use super::super::resume::{adopt, changes};
     use super::super::run::controller;
-    use super::{Recipe, train};
+    use super::Recipe;
+    use crate::settings::file::train_settings;
 
     /// Parts that runs with different controllers write.
     pub fn seeds() -> Vec<Vec<u8>> {
         let seed = |flags: &str| {
             let flags: Vec<String> = flags.split_whitespace().map(str::to_owned).collect();
-            let settings = train(&flags).expect("flags that can be");
+            let settings = train_settings(&flags).expect("flags that can be");
             let recipe = Recipe::new(&settings, 2).expect("flags that can be");
             let controller = Controller::new(recipe.controller.clone()).expect("a recipe's").state().clone();
             let (data, left_out, habits) =
@@ -138,7 +127,7 @@ pub mod progress {
         let read = Progress::parse(&written).expect("it was written");
         assert_eq!(serde_json::to_value(&read).expect("plain values"), written);
         assert!(count(&saved.left_out) <= saved.samples);
-        let mut settings = train(&[]).expect("the defaults");
+        let mut settings = train_settings(&[]).expect("the defaults");
         adopt(&mut settings, &saved);
         for world in [1, 4] {
             let Ok(recipe) = Recipe::new(&settings, world) else { continue };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pillion_collectives::{Communicator, Launch, Reduction};
+use pillion_collectives::{Communicator, GpuTransport, Launch, Reduction};
 use pillion_kernels::{DType, Device};
 use pillion_runtime::{Gather, Policy};
 
@@ -11,28 +11,38 @@ use crate::gpu::{self, Load, Moved};
 use crate::plan::Setup;
 use crate::settings::{DeviceKind, TrainArgs};
 
-/// Checks, before any rank starts, what GPUs cannot have, and that they are there.
+/// Checks what GPUs cannot have, and what only they have.
 ///
 /// # Errors
 /// [`Error::Setting`].
-pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
-    let given = |flag: &str| settings.given.contains(flag);
-    let DeviceKind::Cuda(gpu) = settings.job.device else {
-        return match given("gpu-transport") {
-            true => Err(Error::Setting("--gpu-transport is for GPUs: give --device cuda, or leave it out".to_owned())),
-            false => Ok(()),
+pub(super) fn check_settings(settings: &TrainArgs) -> Result<(), Error> {
+    if !settings.job.device.is_gpu() {
+        return match settings.job.gpu_transport {
+            GpuTransport::Auto => Ok(()),
+            _ => Err(Error::Setting("--gpu-transport is for GPUs: give --device cuda, or leave it out".to_owned())),
         };
-    };
+    }
     let refused = [
         (settings.profile, "--profile"),
         (settings.auto, "--auto"),
-        (given("gather") && !copies(settings), "--gather window"),
-        (given("alignment"), "--alignment"),
+        (!copies(settings), "--gather window"),
+        (settings.controller.alignment.is_some(), "--alignment"),
     ];
-    if let Some((_, flag)) = refused.into_iter().find(|(is_given, _)| *is_given) {
-        return Err(Error::Setting(format!("--device cuda does not have {flag}: leave it out")));
+    match refused.into_iter().find(|(is_given, _)| *is_given) {
+        Some((_, flag)) => Err(Error::Setting(format!("--device cuda does not have {flag}: leave it out"))),
+        None => Ok(()),
     }
-    gpu::check(gpu)
+}
+
+/// Checks, before any rank starts, that the GPUs that the settings name are there.
+///
+/// # Errors
+/// [`Error::Setting`].
+pub(super) fn check_device(settings: &TrainArgs) -> Result<(), Error> {
+    match settings.job.device {
+        DeviceKind::Cuda(gpu) => gpu::check(gpu),
+        DeviceKind::Cpu | DeviceKind::LazyCpu => Ok(()),
+    }
 }
 
 fn copies(settings: &TrainArgs) -> bool {

@@ -2,6 +2,7 @@
 
 pub(crate) mod about;
 mod breakdown;
+pub(crate) mod check;
 pub(crate) mod checkpoints;
 mod closing;
 pub(crate) mod cores;
@@ -33,6 +34,7 @@ mod statistics;
 mod step;
 mod timeline;
 mod unit_noise;
+mod unread;
 
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,7 +61,8 @@ const DEFAULT_RANKS: usize = 2;
 /// # Errors
 /// What keeps the ranks from being started; what goes wrong on a rank has been printed.
 pub fn train(settings: &TrainArgs) -> Result<i32, Error> {
-    gpu::check(settings)?;
+    gpu::check_settings(settings)?;
+    gpu::check_device(settings)?;
     if settings.log == LogKind::Json {
         output::print_json();
     }

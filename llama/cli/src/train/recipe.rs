@@ -4,12 +4,13 @@
 use pillion_abs::{Coupling, Settings as ControllerSettings};
 use pillion_kernels::AdamW;
 use pillion_llama::config::Config;
-use pillion_runtime::{ADAMW_STATES, Gather, Mesh, Policy};
+use pillion_runtime::{ADAMW_STATES, Gather, Mesh, Policy, Sharded};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::groups::{self, Group};
 use super::schedule::{Schedule, Shape};
+use super::unread;
 use crate::Error;
 use crate::settings::{PolicyArgs, TrainArgs, dtype};
 
@@ -74,6 +75,7 @@ impl Recipe {
     /// # Errors
     /// Names the flag and the remedy.
     pub(crate) fn new(settings: &TrainArgs, world: usize) -> Result<Recipe, Error> {
+        unread::check(settings)?;
         let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
         range("--clip", settings.clip, 0.0, f64::MAX)?;
         let policy = policy(&settings.policy, settings.clip, world)?;
@@ -125,7 +127,7 @@ impl Recipe {
         check_rounds(
             &model,
             cap.div_ceil(micro_batch).div_ceil(world as u64),
-            "--max-batch, by default 8 times --batch",
+            "--max-batch, by default 8 times --batch, which is at least --round-to",
         )?;
         multiple("--samples", settings.samples, "--micro-batch", micro_batch)?;
         range("--lr", settings.lr, 0.0, 1e3)?;
@@ -287,20 +289,23 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<P
         ));
     }
     let sharded = settings.shard;
-    let gather = match settings.gather {
-        Some(Gather::Window) if !sharded.parameters => {
-            return fail(format!(
-                "--gather window reads sharded parameters, but --shard {sharded} leaves them whole: leave --gather out"
-            ));
-        }
-        given => given.unwrap_or(Gather::Window),
-    };
+    if let Some(gather) = settings.gather.filter(|_| !sharded.parameters) {
+        return fail(format!(
+            "--gather {gather} is how sharded parameters are read, but --shard {sharded} leaves them whole: leave --gather out"
+        ));
+    }
+    if let Some(mesh) = settings.mesh.filter(|mesh| mesh.shard > 1 && sharded == Sharded::NOTHING) {
+        let Mesh { replicate, shard } = mesh;
+        return fail(format!(
+            "--mesh replicate={replicate},shard={shard} divides what is sharded, but --shard nothing leaves all whole: leave --mesh out"
+        ));
+    }
     let policy = Policy {
         weights: settings.precision,
         reduce: settings.reduce_precision,
         replicas: settings.mesh.map_or(1, |mesh| mesh.replicate),
         sharded,
-        gather,
+        gather: settings.gather.unwrap_or(Gather::Window),
         bucket: settings.bucket.unwrap_or(0),
         prefetch: settings.prefetch,
         slots,

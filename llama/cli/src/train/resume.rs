@@ -189,9 +189,12 @@ pub(crate) fn changes(
         )));
     }
     let is_allowed = |flag: &String| allowed.contains(flag);
-    // The end of a stage or ramp is a share of the samples, and moves with them.
+    // The end of a stage or ramp is a share of the samples, and moves with them. Not every schedule has
+    // a cool-down.
     let follows = |key: &str| {
-        allowed.iter().any(|name| name == "samples") && (key.ends_with(".horizon") || key.ends_with("ramp.samples"))
+        let with = |flag: &str| allowed.iter().any(|name| name == flag);
+        with("samples") && (key.ends_with(".horizon") || key.ends_with("ramp.samples"))
+            || with("schedule") && key == "schedule.cooldown"
     };
     let refused: Vec<_> = differences.iter().filter(|(key, ..)| !is_allowed(&flag(key)) && !follows(key)).collect();
     if refused.is_empty() {
