@@ -61,6 +61,10 @@ const TABLE: &[(&str, How)] = &[
     ("pillion export --checkpoint runs/tuned --to tuned", Parsed),
     ("pillion eval --checkpoint runs/tuned --data tokens", Parsed),
     ("pillion train --config run.toml", Parsed),
+    (
+        "pillion train --data tokens --document-attention",
+        For(&[("tokens", "text --model tiny --steps 1 --validation-samples 16")]),
+    ),
     ("pillion train --tensorboard", With(SHORT)),
     ("pillion train --log json", With(SHORT)),
     ("pillion top runs/train --once", AsItStands),
