@@ -45,7 +45,7 @@ fn rank(launch: &Launch, config: &Config) -> Vec<[f64; 3]> {
         for _ in 0..STEPS {
             let engine = if contender == 0 { &mut sharded } else { &mut single };
             let mut step = engine.begin(1).expect("the last one ended well");
-            model.train(&mut step, &tokens, &tokens).expect("ranks are there");
+            model.train(&mut step, &tokens, &tokens, None).expect("ranks are there");
             step.finish(&settings, &mut []).expect("ranks are there");
             if contender == 1 {
                 communicator.barrier().expect("ranks are there");

@@ -42,7 +42,7 @@ fn pairs(micro_batch: usize) -> Vec<[(f64, f64); 2]> {
             communicator.barrier().expect("ranks are there");
             let started = (Instant::now(), processor_time());
             let mut step = engine.begin(1).expect("the last one ended well");
-            model.train(&mut step, &tokens, &tokens).expect("ranks are there");
+            model.train(&mut step, &tokens, &tokens, None).expect("ranks are there");
             step.finish(&settings, &mut []).expect("ranks are there");
             (started.0.elapsed().as_secs_f64(), (processor_time() - started.1).as_secs_f64())
         };

@@ -177,7 +177,7 @@ impl Of {
             let (q, k, v, mut out) = (tensor(1)?, tensor(2)?, tensor(3)?, tensor(4)?);
             let mut log_sum = place.numbers(5, F32, shape.heads * seq)?;
             Ok(Box::new(move |stream| {
-                stream.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+                stream.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, None);
             }))
         })
     }
@@ -198,13 +198,26 @@ impl Of {
                 k.view(),
                 v.view(),
                 shape,
+                None,
             );
             place.ready()?;
             Ok(Box::new(move |stream| {
                 let grads = [grad_q.view_mut(), grad_k.view_mut(), grad_v.view_mut()];
                 let [grad_q, grad_k, grad_v] = grads;
                 let (grad_out, q, k, v) = (grad_out.view(), q.view(), k.view(), v.view());
-                stream.attention_backward(grad_q, grad_k, grad_v, grad_out, q, k, v, out.view(), log_sum.view(), shape);
+                stream.attention_backward(
+                    grad_q,
+                    grad_k,
+                    grad_v,
+                    grad_out,
+                    q,
+                    k,
+                    v,
+                    out.view(),
+                    log_sum.view(),
+                    shape,
+                    None,
+                );
             }))
         })
     }

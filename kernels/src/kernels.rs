@@ -13,7 +13,7 @@
 //! Every function returns once the work is enqueued, and panics when shapes disagree: that is a
 //! programmer's error.
 
-use crate::{Stream, View, ViewMut};
+use crate::{Documents, Stream, View, ViewMut};
 
 /// Sizes of an attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +79,11 @@ pub trait Kernels: Stream {
     /// Causal grouped-query attention, softmax(q·kᵀ/√D)·v. `out, q: [B, T, H, D]`, `k, v: [B, T, K,
     /// D]`, `log_sum: [B, H, T]` keeps the logarithm of each row's sum of exponentials for the
     /// backward pass.
+    ///
+    /// With `documents`, a token sees its own document alone: the numbers are those of an attention
+    /// over each document by itself. `log_sum` then has `[H, tokens]` for each document, one after
+    /// the other. Rotary angles need no change, because scores depend on differences of positions
+    /// alone.
     fn attention(
         &self,
         out: ViewMut<'_>,
@@ -87,6 +92,7 @@ pub trait Kernels: Stream {
         k: View<'_>,
         v: View<'_>,
         shape: AttentionShape,
+        documents: Option<&Documents>,
     );
 
     /// As [`Kernels::attention`], of the tokens from `first` on alone, for models that keep keys and
@@ -101,8 +107,8 @@ pub trait Kernels: Stream {
         shape: AttentionShape,
     );
 
-    /// grad_q =, grad_k =, grad_v = the gradients of [`Kernels::attention`] at grad_out; shapes as
-    /// there.
+    /// grad_q =, grad_k =, grad_v = the gradients of [`Kernels::attention`] at grad_out; shapes and
+    /// documents as there.
     #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
@@ -116,6 +122,7 @@ pub trait Kernels: Stream {
         out: View<'_>,
         log_sum: View<'_>,
         shape: AttentionShape,
+        documents: Option<&Documents>,
     );
 
     /// out = silu(gate) · up, silu(x) = x/(1+e⁻ˣ) (Shazeer 2020). All `[N, F]`.

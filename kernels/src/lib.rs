@@ -23,6 +23,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod documents;
 mod dtype;
 mod error;
 mod event;
@@ -40,6 +41,7 @@ pub use cpu::{Cores, Cpu, LazyCpu};
 #[cfg(feature = "cuda")]
 pub use cuda::{Attention, Cuda, CudaError, CudaInfo, CudaStream, PeerMemory, Witness, Words};
 pub use device::Device;
+pub use documents::Documents;
 pub use dtype::{Bool, DType, Element};
 pub use error::Error;
 pub use event::{Completion, Event, Failure, Status};

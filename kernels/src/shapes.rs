@@ -1,6 +1,6 @@
 //! What every device checks before it enqueues a kernel: types and shapes.
 
-use crate::{AttentionShape, DType};
+use crate::{AttentionShape, DType, Documents};
 
 /// `$body` with `$T` the type of activations or weights.
 macro_rules! with_type {
@@ -66,6 +66,13 @@ pub(crate) fn check_attention_from(first: usize, shape: AttentionShape, queries:
     let of_queries = AttentionShape { seq: shape.seq - first, ..shape };
     check_attention(of_queries, queries, &[], shape.batch * shape.heads * of_queries.seq);
     check_attention(shape, &[], keys, shape.batch * shape.heads * shape.seq);
+}
+
+/// The documents are those of such a micro-batch.
+pub(crate) fn check_documents(shape: AttentionShape, documents: Option<&Documents>) {
+    if let Some(documents) = documents {
+        assert_eq!(documents.shape(), (shape.batch, shape.seq), "documents of another micro-batch");
+    }
 }
 
 pub(crate) fn check_attention(shape: AttentionShape, queries: &[usize], keys: &[usize], log_sums: usize) {

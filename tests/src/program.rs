@@ -103,6 +103,19 @@ impl Workplace {
         }
     }
 
+    /// Writes a folder of 900 files of some bytes each, always the same: nearly every sample of it
+    /// has several documents.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn write_notes(&self, name: &str) {
+        fs::create_dir(self.path(name)).expect("a new folder");
+        for note in 0..900u64 {
+            let words: Vec<String> = (0..=note % 4).map(|word| ((note * 37 + word * 11) % 97).to_string()).collect();
+            fs::write(self.path(name).join(format!("{note:03}.txt")), words.join(" ")).expect("a new file");
+        }
+    }
+
     /// The program with these arguments, split at spaces; run in the folder.
     pub fn command(&self, arguments: &str) -> Command {
         // Signals that whoever runs the tests has ignored (nohup, a shell's background job) would stay ignored.

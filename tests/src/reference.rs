@@ -29,16 +29,17 @@ pub struct Config {
 /// Parameters, gradients or directions by Hugging Face's names, such as `model.layers.0.self_attn.q_proj.weight`; row-major.
 pub type Parameters = BTreeMap<String, Vec<f64>>;
 
-/// Mean over all tokens of −log softmax(logits)\[target\]. `tokens, targets: [batch, seq]`.
+/// Mean over all tokens of −log softmax(logits)\[target\]. `tokens, targets, starts: [batch, seq]`.
 pub fn loss(
     config: &Config,
     parameters: &Parameters,
     tokens: &[u32],
     targets: &[u32],
+    starts: Option<&[u32]>,
     batch: usize,
     seq: usize,
 ) -> f64 {
-    let logits = logits(config, parameters, tokens, batch, seq);
+    let logits = logits(config, parameters, tokens, starts, batch, seq);
     assert_eq!(targets.len(), batch * seq, "one target for each token");
     let losses = logits.chunks(config.vocab).zip(targets).map(|(row, &target)| {
         let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -48,8 +49,16 @@ pub fn loss(
     losses.sum::<f64>() / targets.len() as f64
 }
 
-/// `[batch, seq, vocab]` logits for `tokens: [batch, seq]`.
-pub fn logits(config: &Config, parameters: &Parameters, tokens: &[u32], batch: usize, seq: usize) -> Vec<f64> {
+/// `[batch, seq, vocab]` logits for `tokens: [batch, seq]`. The first token that a token sees is at the
+/// position in `starts: [batch, seq]`, or the first of its sequence.
+pub fn logits(
+    config: &Config,
+    parameters: &Parameters,
+    tokens: &[u32],
+    starts: Option<&[u32]>,
+    batch: usize,
+    seq: usize,
+) -> Vec<f64> {
     assert_eq!(tokens.len(), batch * seq, "tokens are [batch, seq]");
     let width = config.width;
     let embedding = &parameters["model.embed_tokens.weight"];
@@ -64,7 +73,7 @@ pub fn logits(config: &Config, parameters: &Parameters, tokens: &[u32], batch: u
         let v = linear(&x, weight("self_attn.v_proj"), width);
         rotate(&mut q, config, seq, config.heads);
         rotate(&mut k, config, seq, config.kv_heads);
-        let attended = attention(&q, &k, &v, config, batch, seq);
+        let attended = attention(&q, &k, &v, starts, config, batch, seq);
         add(&mut hidden, &linear(&attended, weight("self_attn.o_proj"), width));
 
         let x = rms_norm(&hidden, weight("post_attention_layernorm"), config.norm_epsilon);
@@ -85,6 +94,7 @@ pub fn finite_difference(
     parameters: &Parameters,
     tokens: &[u32],
     targets: &[u32],
+    starts: Option<&[u32]>,
     batch: usize,
     seq: usize,
     direction: &Parameters,
@@ -98,7 +108,7 @@ pub fn finite_difference(
             assert_eq!(parameter.len(), direction.len(), "length of the direction for {name}");
             parameter.iter_mut().zip(direction).for_each(|(x, d)| *x += step * d);
         }
-        loss(config, &moved, tokens, targets, batch, seq)
+        loss(config, &moved, tokens, targets, starts, batch, seq)
     };
     (at(step) - at(-step)) / (2.0 * step)
 }
@@ -130,21 +140,30 @@ fn rotate(x: &mut [f64], config: &Config, seq: usize, heads: usize) {
     }
 }
 
-/// softmax(q·kᵀ/√D)·v over the tokens up to each one's own. `q: [B, T, H, D]`, `k, v: [B, T, K, D]`.
-fn attention(q: &[f64], k: &[f64], v: &[f64], config: &Config, batch: usize, seq: usize) -> Vec<f64> {
+/// softmax(q·kᵀ/√D)·v over the tokens from each one's start up to its own. `q: [B, T, H, D]`, `k, v: [B, T, K, D]`.
+fn attention(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    starts: Option<&[u32]>,
+    config: &Config,
+    batch: usize,
+    seq: usize,
+) -> Vec<f64> {
     let (heads, kv_heads, dim) = (config.heads, config.kv_heads, config.width / config.heads);
     let mut out = vec![0.0; q.len()];
     for b in 0..batch {
         for t in 0..seq {
+            let start = starts.map_or(0, |starts| starts[b * seq + t] as usize);
             for head in 0..heads {
                 let row = ((b * seq + t) * heads + head) * dim;
                 let key = |s: usize| ((b * seq + s) * kv_heads + head / (heads / kv_heads)) * dim;
                 let score = |s: usize| dot(&q[row..row + dim], &k[key(s)..key(s) + dim]) / (dim as f64).sqrt();
-                let scores: Vec<f64> = (0..=t).map(score).collect();
+                let scores: Vec<f64> = (start..=t).map(score).collect();
                 let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
                 let total: f64 = weights.iter().sum();
-                for (s, weight) in weights.iter().enumerate() {
+                for (s, weight) in (start..).zip(&weights) {
                     for column in 0..dim {
                         out[row + column] += weight / total * v[key(s) + column];
                     }

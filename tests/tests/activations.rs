@@ -100,7 +100,7 @@ fn forward_flops(config: &Config, batch: usize, seq: usize, recompute: Recompute
     let mut model = Model::new(&*device, config, policy.weights, batch, seq, recompute).unwrap();
     let tokens = vec![3; batch * seq];
     let mut step = engine.begin(1).unwrap();
-    model.train(&mut step, &tokens, &tokens).unwrap();
+    model.train(&mut step, &tokens, &tokens, None).unwrap();
     let settings = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
     step.finish(&settings, &mut []).unwrap();
     let kernels = profile.take();

@@ -56,7 +56,7 @@ fn allocations(policy: Policy, recompute: Recompute, rounds: usize, idle: bool, 
                 if idle && launch.rank == 1 && round + 1 == rounds {
                     step.idle_round().unwrap();
                 } else {
-                    model.train(&mut step, &tokens[..SEQ], &tokens[1..]).unwrap();
+                    model.train(&mut step, &tokens[..SEQ], &tokens[1..], None).unwrap();
                 }
             }
             step.finish(&settings, &mut [0.0]).unwrap();

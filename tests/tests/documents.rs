@@ -69,6 +69,10 @@ const TABLE: &[(&str, How)] = &[
     ("pillion train --config my.toml", Parsed),
     ("pillion completions bash > pillion.bash", AsItStands),
     ("pillion man --out share/man/man1", AsItStands),
+    (
+        "pillion train --data tokens --document-attention",
+        For(&[("tokens", "text --model tiny --steps 1 --validation-samples 16")]),
+    ),
     ("pillion train --tensorboard", With(SHORT)),
     ("pillion train --log json", With(SHORT)),
     ("pillion top runs/train --once", AsItStands),

@@ -105,7 +105,7 @@ fn train_steps(
                 let mut result = Result::default();
                 for sequence in steps[0].0.tokens.chunks_exact(seq) {
                     let mut step = engine.begin_evaluation(1).unwrap();
-                    result.logits.extend(model.logits(&mut step, sequence).unwrap());
+                    result.logits.extend(model.logits(&mut step, sequence, None).unwrap());
                     step.end().unwrap();
                 }
                 for &(batch, settings) in steps {
@@ -118,7 +118,7 @@ fn train_steps(
                             continue;
                         }
                         let rows = index * seq..(index + 1) * seq;
-                        model.train(&mut step, &batch.tokens[rows.clone()], &batch.targets[rows]).unwrap();
+                        model.train(&mut step, &batch.tokens[rows.clone()], &batch.targets[rows], None).unwrap();
                     }
                     let report = step.finish(&settings, &mut []).unwrap();
                     result.losses.push(report.loss_sum / report.tokens);
@@ -262,7 +262,7 @@ fn a_text_beyond_the_capacity_goes_on_from_its_last_half() {
         let mut inputs = seen.clone();
         inputs.resize(capacity, 0);
         let mut step = engine.begin_evaluation(1).unwrap();
-        let logits = model.logits(&mut step, &inputs).unwrap();
+        let logits = model.logits(&mut step, &inputs, None).unwrap();
         step.end().unwrap();
         let last = &logits[(seen.len() - 1) * config.vocab_size..][..config.vocab_size];
         let likeliest = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
@@ -435,7 +435,8 @@ fn gradients_are_the_slopes_of_the_loss_in_f64() {
         };
         let direction: Parameters = parameters.iter().map(|(tensor, values)| direction(tensor, values)).collect();
         let Batch { tokens, targets, batch, seq } = &batch;
-        let slope = reference::finite_difference(&shape, &parameters, tokens, targets, *batch, *seq, &direction, 1e-5);
+        let slope =
+            reference::finite_difference(&shape, &parameters, tokens, targets, None, *batch, *seq, &direction, 1e-5);
         assert!((slope - norm).abs() < TOLERANCE * norm, "{name}: slope {slope}, gradient's norm {norm}");
     }
 }

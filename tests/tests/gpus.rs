@@ -60,6 +60,24 @@ fn ranks_on_gpus_follow_ranks_on_processors() {
 }
 
 #[test]
+fn attention_within_documents_follows_that_of_processors() {
+    let place = workplace(15);
+    place.write_notes("notes");
+    let flags = TINY.replace("--data text", "--data notes");
+    for (dtype, precision) in [(DType::F32, "f32"), (DType::Bf16, "bf16")] {
+        let base = format!("{flags} {LITTLE} --steps 3 --ranks 2 --precision {precision}");
+        let train = |out: &str, more: &str| {
+            let out = format!("{out}-{precision}");
+            place.run(&format!("train {base} --out {out} {more}")).succeeded();
+            place.steps(&out)
+        };
+        let cpu = train("cpu", "--document-attention");
+        agree(dtype, &cpu, &train("cuda", "--document-attention --device cuda"));
+        assert_ne!(cpu[0].loss, train("whole", "")[0].loss);
+    }
+}
+
+#[test]
 fn ranks_that_nccl_connects_follow_ranks_on_processors() {
     let place = workplace(9);
     let base = format!("{LITTLE} --steps 3 --ranks 2");

@@ -38,7 +38,7 @@ fn cases() -> [Case; 2] {
 
 impl Case {
     fn loss(&self) -> f64 {
-        loss(&self.config, &self.parameters, &self.tokens, &self.targets, self.batch, self.seq)
+        loss(&self.config, &self.parameters, &self.tokens, &self.targets, None, self.batch, self.seq)
     }
 
     /// How far a loss in f64 may lie from the exact one. The golden f32 logits lie δ away; f64 rounds 2²⁹ times finer. Two logits make
@@ -53,7 +53,8 @@ impl Case {
     /// * rounding of two losses over 2h in D(h), and half of that in D(2h).
     fn slope(&self, direction: &Parameters) -> (f64, f64) {
         let Case { config, parameters, tokens, targets, batch, seq, .. } = self;
-        let difference = |step| finite_difference(config, parameters, tokens, targets, *batch, *seq, direction, step);
+        let difference =
+            |step| finite_difference(config, parameters, tokens, targets, None, *batch, *seq, direction, step);
         let (fine, coarse) = (difference(STEP), difference(2.0 * STEP));
         (fine, (coarse - fine).abs() + 1.5 * self.loss_rounding() / STEP)
     }
@@ -84,7 +85,7 @@ fn the_loss_is_that_of_the_f64_run() {
 #[test]
 fn logits_lie_as_far_from_the_f32_run_as_the_f64_run_does() {
     for case in cases() {
-        let logits = logits(&case.config, &case.parameters, &case.tokens, case.batch, case.seq);
+        let logits = logits(&case.config, &case.parameters, &case.tokens, None, case.batch, case.seq);
         let golden = case.golden.f32("logits");
         assert_eq!(logits.len(), golden.len());
         let apart = logits.iter().zip(&golden).map(|(x, &y)| (x - f64::from(y)).abs()).fold(0.0, f64::max);

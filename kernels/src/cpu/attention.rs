@@ -8,9 +8,11 @@
 //! ∂V += Pᵀ·∂O, ∂P = ∂O·Vᵀ, ∂S = P∘(∂P − rowsum(∂O∘O)), ∂Q = ∂S·K/√D, ∂K += ∂Sᵀ·Q/√D.
 //!
 //! Query heads that share keys and values are one task, so keys and values are packed once, and a thread alone adds to their gradients.
+//! A task computes a sequence or, with documents, a document. So a document's numbers do not depend on the others.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::maths::{LANES, exp, max_of, sum_of};
 use super::matmul::{Matrix, Panels, Right, Start, product};
@@ -18,7 +20,7 @@ use super::scratch::{take, take_as};
 use super::team::Team;
 use super::value::Value;
 use super::vectorized;
-use crate::AttentionShape;
+use crate::{AttentionShape, Documents};
 
 /// Query rows in a tile: a multiple of what panels are grouped by. Of 32 to 96 this is as good as any.
 const ROWS: usize = 64;
@@ -67,41 +69,60 @@ impl Scratch {
     }
 }
 
-/// The rows of a tensor `[B, T, heads, D]` in parts, one for each head of each sequence.
-struct Heads<'a, T> {
+/// A tensor that tasks write in parts.
+struct Shared<'a, T> {
     data: *mut T,
-    shape: AttentionShape,
-    heads: usize,
+    len: usize,
     _borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: `row` is the only access, and its caller sees to it that a row has one user.
-unsafe impl<T: Send> Sync for Heads<'_, T> {}
+// SAFETY: `part` is the only access, and its caller sees to it that an element has one user.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
-impl<'a, T> Heads<'a, T> {
-    fn new(data: &'a mut [T], shape: AttentionShape, heads: usize) -> Heads<'a, T> {
-        assert_eq!(data.len(), shape.batch * shape.seq * heads * shape.head_dim);
-        Heads { data: data.as_mut_ptr(), shape, heads, _borrow: PhantomData }
+impl<'a, T> Shared<'a, T> {
+    fn new(data: &'a mut [T]) -> Shared<'a, T> {
+        Shared { data: data.as_mut_ptr(), len: data.len(), _borrow: PhantomData }
     }
 
-    /// One token of one head.
+    /// Part `index` of parts of `len` elements, the first of which begins at `start`.
     ///
     /// # Safety
-    /// Nobody else uses this row meanwhile.
+    /// Nobody else uses this part meanwhile.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn row(&self, sequence: usize, head: usize, token: usize) -> &mut [T] {
-        let AttentionShape { batch, seq, head_dim, .. } = self.shape;
-        assert!(sequence < batch && head < self.heads && token < seq);
-        let row = (sequence * seq + token) * self.heads + head;
+    unsafe fn part(&self, start: usize, index: usize, len: usize) -> &mut [T] {
+        let start = start + index * len;
+        assert!(start <= self.len && len <= self.len - start);
         // SAFETY: inside the tensor, as checked; the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * head_dim), head_dim) }
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
     }
 }
 
-/// One head of one sequence in a tensor `[B, T, heads, D]`, `[T, D]`.
-fn head<T>(data: &[T], shape: AttentionShape, heads: usize, sequence: usize, head: usize) -> Matrix<&[T]> {
-    let AttentionShape { seq, head_dim, .. } = shape;
-    Matrix::strided(&data[(sequence * seq * heads + head) * head_dim..], seq, head_dim, heads * head_dim)
+/// What a task computes: tokens that see each other, counted over the batch.
+struct Piece {
+    /// The last of the keys are those of the queries.
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// How many pieces there are.
+fn count(shape: AttentionShape, documents: Option<&Documents>) -> usize {
+    documents.map_or(shape.batch, Documents::len)
+}
+
+/// A document, or the tokens of a sequence from `first` on.
+fn piece(shape: AttentionShape, first: usize, documents: Option<&Documents>, index: usize) -> Piece {
+    match documents {
+        Some(documents) => Piece { queries: documents.tokens(index), keys: documents.tokens(index) },
+        None => {
+            let of = |tokens: usize| index * tokens..(index + 1) * tokens;
+            Piece { queries: of(shape.seq - first), keys: of(shape.seq) }
+        }
+    }
+}
+
+/// Some tokens of a head in a tensor `[N, heads, D]`, `[tokens, D]`.
+fn head<'a, T>(data: &'a [T], tokens: &Range<usize>, heads: usize, head: usize, head_dim: usize) -> Matrix<&'a [T]> {
+    Matrix::strided(&data[(tokens.start * heads + head) * head_dim..], tokens.len(), head_dim, heads * head_dim)
 }
 
 /// Some rows of a head.
@@ -130,49 +151,56 @@ pub(super) fn forward<T: Value>(
     log_sum: &mut [f32],
     qkv: [&[T]; 3],
     shape: AttentionShape,
+    documents: Option<&Documents>,
 ) {
-    forward_from(team, 0, out, Some(log_sum), qkv, shape);
+    forward_pieces(team, 0, out, Some(log_sum), qkv, shape, documents);
 }
 
 /// Of the tokens from `first` on: `out` and queries have no others.
-pub(super) fn forward_from<T: Value>(
+pub(super) fn forward_from<T: Value>(team: &Team, first: usize, out: &mut [T], qkv: [&[T]; 3], shape: AttentionShape) {
+    forward_pieces(team, first, out, None, qkv, shape, None);
+}
+
+fn forward_pieces<T: Value>(
     team: &Team,
     first: usize,
     out: &mut [T],
     log_sum: Option<&mut [f32]>,
     [q, k, v]: [&[T]; 3],
     shape: AttentionShape,
+    documents: Option<&Documents>,
 ) {
     if out.is_empty() {
         return;
     }
-    let (group, seq) = (shape.heads / shape.kv_heads, shape.seq - first);
-    let of_queries = AttentionShape { seq, ..shape };
-    let out = Heads::new(out, of_queries, shape.heads);
-    // A head's logarithms lie side by side, like the rows of a tensor with one head.
-    let of_heads = AttentionShape { batch: shape.batch * shape.heads, seq: 1, head_dim: seq, ..shape };
-    let log_sum = log_sum.map(|log_sum| Heads::new(log_sum, of_heads, 1));
-    team.run(shape.batch * shape.kv_heads, |task| {
-        let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
+    let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+    let (group, scale) = (heads / kv_heads, scale(shape));
+    let (out, log_sum) = (Shared::new(out), log_sum.map(Shared::new));
+    team.run(count(shape, documents) * kv_heads, |task| {
+        let Piece { queries, keys } = piece(shape, first, documents, task / kv_heads);
+        let (kv_head, before) = (task % kv_heads, keys.len() - queries.len());
         SCRATCH.with_borrow_mut(|scratch| {
-            scratch.keys_across.pack(head(k, shape, shape.kv_heads, sequence, kv_head).transposed());
-            scratch.values.pack(head(v, shape, shape.kv_heads, sequence, kv_head));
+            scratch.keys_across.pack(head(k, &keys, kv_heads, kv_head, head_dim).transposed());
+            scratch.values.pack(head(v, &keys, kv_heads, kv_head, head_dim));
             for index in kv_head * group..(kv_head + 1) * group {
-                let q = head(q, of_queries, shape.heads, sequence, index);
-                // SAFETY: a query head belongs to one task.
-                let mut log_sum =
-                    log_sum.as_ref().map(|log_sum| unsafe { log_sum.row(sequence * shape.heads + index, 0, 0) });
-                for (query, count) in tiles(seq) {
+                let q = head(q, &queries, heads, index, head_dim);
+                // A head's logarithms lie side by side.
+                // SAFETY: a query head of a piece belongs to one task.
+                let mut log_sum = log_sum
+                    .as_ref()
+                    .map(|log_sum| unsafe { log_sum.part(heads * queries.start, index, queries.len()) });
+                for (query, count) in tiles(queries.len()) {
                     vectorized(
                         #[inline(always)]
-                        || forward_tile(scratch, rows(&q, query, count), first + query, shape),
+                        || forward_tile(scratch, rows(&q, query, count), before + query, keys.len(), scale),
                     );
                     for row in 0..count {
                         let (largest, total) = scratch.softmax[row];
+                        let token = queries.start + query + row;
                         // SAFETY: as above.
-                        let out = unsafe { out.row(sequence, index, query + row) };
+                        let out = unsafe { out.part(token * heads * head_dim, index, head_dim) };
                         let inverse = 1.0 / total;
-                        for (out, &x) in out.iter_mut().zip(&scratch.tile[row * shape.head_dim..]) {
+                        for (out, &x) in out.iter_mut().zip(&scratch.tile[row * head_dim..]) {
                             *out = T::narrow(x * inverse);
                         }
                         if let Some(log_sum) = &mut log_sum {
@@ -185,16 +213,17 @@ pub(super) fn forward_from<T: Value>(
     });
 }
 
-/// Fills `tile` with Σ exp(score − largest)·value, and `softmax`.
+/// Fills `tile` with Σ exp(score − largest)·value, and `softmax`, for queries that are the keys from
+/// `first` on, of so many.
 #[inline(always)]
-fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, shape: AttentionShape) {
+fn forward_tile<T: Value>(scratch: &mut Scratch, q: Matrix<&[T]>, first: usize, keys: usize, scale: f32) {
     let Scratch { keys_across, values, scores, narrow, tile, softmax, .. } = scratch;
-    let (alone, count, dim, scale) = (Team::default(), q.rows, q.columns, scale(shape));
+    let (alone, count, dim) = (Team::default(), q.rows, q.columns);
     let tile = take(tile, count * dim);
     softmax.clear();
     softmax.resize(count, (f32::NEG_INFINITY, 0.0));
     // Panels are cut between groups of rows alone. What a query does not see counts nothing.
-    let end = (first + count).next_multiple_of(ROWS).min(shape.seq);
+    let end = (first + count).next_multiple_of(ROWS).min(keys);
     for (key, keys) in blocks(0, end) {
         let scores = take(scores, count * keys);
         let across = keys_across.part::<T>(0, key);
@@ -249,55 +278,60 @@ pub(super) struct Saved<'a, T> {
     pub(super) log_sum: &'a [f32],
 }
 
-pub(super) fn backward<T: Value>(team: &Team, grads: [&mut [T]; 3], saved: Saved<'_, T>, shape: AttentionShape) {
+pub(super) fn backward<T: Value>(
+    team: &Team,
+    [grad_q, grad_k, grad_v]: [&mut [T]; 3],
+    saved: Saved<'_, T>,
+    shape: AttentionShape,
+    documents: Option<&Documents>,
+) {
     if saved.out.is_empty() {
         return;
     }
-    let [grad_q, grad_k, grad_v] = grads;
-    let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
-    let group = heads / kv_heads;
-    let grad_q = Heads::new(grad_q, shape, heads);
-    let (grad_k, grad_v) = (Heads::new(grad_k, shape, kv_heads), Heads::new(grad_v, shape, kv_heads));
-    team.run(batch * kv_heads, |task| {
-        let (sequence, kv_head) = (task / kv_heads, task % kv_heads);
+    let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+    let (group, scale) = (heads / kv_heads, scale(shape));
+    let [grad_q, grad_k, grad_v] = [grad_q, grad_k, grad_v].map(Shared::new);
+    team.run(count(shape, documents) * kv_heads, |task| {
+        let tokens = piece(shape, 0, documents, task / kv_heads).queries;
+        let kv_head = task % kv_heads;
         SCRATCH.with_borrow_mut(|scratch| {
-            let (k, v) =
-                (head(saved.k, shape, kv_heads, sequence, kv_head), head(saved.v, shape, kv_heads, sequence, kv_head));
+            let [k, v] = [saved.k, saved.v].map(|data| head(data, &tokens, kv_heads, kv_head, head_dim));
             scratch.keys_across.pack(k.transposed());
             scratch.keys.pack(k);
             scratch.values.pack(v.transposed());
-            take(&mut scratch.grad_keys, seq * head_dim).fill(0.0);
-            take(&mut scratch.grad_values, seq * head_dim).fill(0.0);
+            take(&mut scratch.grad_keys, tokens.len() * head_dim).fill(0.0);
+            take(&mut scratch.grad_values, tokens.len() * head_dim).fill(0.0);
             for index in kv_head * group..(kv_head + 1) * group {
-                let of_head = |data| head(data, shape, heads, sequence, index);
+                let of_head = |data| head(data, &tokens, heads, index, head_dim);
                 let (q, out, grad_out) = (of_head(saved.q), of_head(saved.out), of_head(saved.grad_out));
-                let log_sum = &saved.log_sum[(sequence * heads + index) * seq..][..seq];
-                for (first, count) in tiles(seq) {
+                let log_sum = &saved.log_sum[heads * tokens.start + index * tokens.len()..][..tokens.len()];
+                for (first, count) in tiles(tokens.len()) {
                     let queries = Queries {
                         first,
                         q: rows(&q, first, count),
                         out: rows(&out, first, count),
                         grad_out: rows(&grad_out, first, count),
                         log_sum: &log_sum[first..],
-                        scale: scale(shape),
+                        scale,
                     };
                     vectorized(
                         #[inline(always)]
                         || backward_tile(scratch, queries),
                     );
                     for row in 0..count {
-                        // SAFETY: a query head belongs to one task.
-                        let to = unsafe { grad_q.row(sequence, index, first + row) };
+                        let token = tokens.start + first + row;
+                        // SAFETY: a query head of a piece belongs to one task.
+                        let to = unsafe { grad_q.part(token * heads * head_dim, index, head_dim) };
                         T::round(to, &scratch.tile[row * head_dim..][..head_dim]);
                     }
                 }
             }
-            for token in 0..seq {
-                // SAFETY: a key head is one task.
-                let (to_k, to_v) =
-                    unsafe { (grad_k.row(sequence, kv_head, token), grad_v.row(sequence, kv_head, token)) };
-                T::round(to_k, &scratch.grad_keys[token * head_dim..][..head_dim]);
-                T::round(to_v, &scratch.grad_values[token * head_dim..][..head_dim]);
+            for (row, token) in tokens.enumerate() {
+                let (start, of_row) = (token * kv_heads * head_dim, row * head_dim..(row + 1) * head_dim);
+                // SAFETY: a key head of a piece is one task.
+                let [to_k, to_v] = [&grad_k, &grad_v].map(|grad| unsafe { grad.part(start, kv_head, head_dim) });
+                T::round(to_k, &scratch.grad_keys[of_row.clone()]);
+                T::round(to_v, &scratch.grad_values[of_row]);
             }
         });
     });

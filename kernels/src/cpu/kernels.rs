@@ -5,8 +5,10 @@ use std::cell::Cell;
 use super::matmul::{Matrix, Right, Start, product};
 use super::team::{Read, Write};
 use super::{HostStream, SHARE, Work, attention, embedding, loss, mlp, norm, rope, scratch, vectorized};
-use crate::shapes::{self, check_attention, check_attention_from, columns, rows, same, same_type, with_type};
-use crate::{AttentionShape, DType, Kernels, View, ViewMut};
+use crate::shapes::{
+    self, check_attention, check_attention_from, check_documents, columns, rows, same, same_type, with_type,
+};
+use crate::{AttentionShape, DType, Documents, Kernels, View, ViewMut};
 
 thread_local! {
     static GRAD_WEIGHT: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
@@ -173,14 +175,18 @@ impl Kernels for HostStream {
         k: View<'_>,
         v: View<'_>,
         shape: AttentionShape,
+        documents: Option<&Documents>,
     ) {
         check_attention(shape, &[out.len(), q.len()], &[k.len(), v.len()], log_sum.len());
+        check_documents(shape, documents);
         let dtype = same_type("attention", &[out.dtype(), q.dtype(), k.dtype(), v.dtype()]);
         // q·kᵀ and p·v, for the pairs that see each other.
-        let work = Work::products("attention", 2 * pairs(shape) * shape.head_dim);
+        let work = Work::products("attention", 2 * pairs(shape, documents) * shape.head_dim);
+        let documents = documents.cloned();
         self.run(work, [out, log_sum], [q, k, v], move |team, [out, log_sum], qkv| {
             with_type!(dtype, T => {
-                attention::forward(team, out.of::<T>(), log_sum.of(), qkv.map(|x| x.of::<T>()), shape);
+                let (qkv, documents) = (qkv.map(|x| x.of::<T>()), documents.as_ref());
+                attention::forward(team, out.of::<T>(), log_sum.of(), qkv, shape, documents);
             });
         });
     }
@@ -197,10 +203,10 @@ impl Kernels for HostStream {
         check_attention_from(first, shape, &[out.len(), q.len()], &[k.len(), v.len()]);
         let dtype = same_type("attention", &[out.dtype(), q.dtype(), k.dtype(), v.dtype()]);
         let before = AttentionShape { seq: first, ..shape };
-        let work = Work::products("attention", 2 * (pairs(shape) - pairs(before)) * shape.head_dim);
+        let work = Work::products("attention", 2 * (pairs(shape, None) - pairs(before, None)) * shape.head_dim);
         self.run(work, [out], [q, k, v], move |team, [out], qkv| {
             with_type!(dtype, T => {
-                attention::forward_from(team, first, out.of::<T>(), None, qkv.map(|x| x.of::<T>()), shape);
+                attention::forward_from(team, first, out.of::<T>(), qkv.map(|x| x.of::<T>()), shape);
             });
         });
     }
@@ -217,20 +223,23 @@ impl Kernels for HostStream {
         out: View<'_>,
         log_sum: View<'_>,
         shape: AttentionShape,
+        documents: Option<&Documents>,
     ) {
         let queries = [grad_q.len(), grad_out.len(), q.len(), out.len()];
         check_attention(shape, &queries, &[grad_k.len(), grad_v.len(), k.len(), v.len()], log_sum.len());
+        check_documents(shape, documents);
         let types = [&grad_out, &q, &k, &v, &out].map(View::dtype);
         let dtype = same_type("attention", &types);
         same_type("attention", &[dtype, grad_q.dtype(), grad_k.dtype(), grad_v.dtype()]);
         let reads = [grad_out, q, k, v, out, log_sum];
         // The scores once more, and two products for each of those of the forward pass.
-        let work = Work::products("attention_backward", 5 * pairs(shape) * shape.head_dim);
+        let work = Work::products("attention_backward", 5 * pairs(shape, documents) * shape.head_dim);
+        let documents = documents.cloned();
         self.run(work, [grad_q, grad_k, grad_v], reads, move |team, grads, [grad_out, q, k, v, out, log_sum]| {
             with_type!(dtype, T => {
                 let (q, k, v, out) = (q.of::<T>(), k.of::<T>(), v.of::<T>(), out.of::<T>());
                 let saved = attention::Saved { grad_out: grad_out.of::<T>(), q, k, v, out, log_sum: log_sum.of() };
-                attention::backward(team, grads.map(|grad| grad.of::<T>()), saved, shape);
+                attention::backward(team, grads.map(|grad| grad.of::<T>()), saved, shape, documents.as_ref());
             });
         });
     }
@@ -314,6 +323,8 @@ impl Kernels for HostStream {
 }
 
 /// Pairs of a query and a key that it sees.
-fn pairs(shape: AttentionShape) -> usize {
-    shape.batch * shape.heads * (shape.seq * (shape.seq + 1) / 2)
+fn pairs(shape: AttentionShape, documents: Option<&Documents>) -> usize {
+    let of = |tokens: usize| tokens * (tokens + 1) / 2;
+    let in_all = documents.map(|documents| documents.iter().map(|tokens| of(tokens.len())).sum());
+    shape.heads * in_all.unwrap_or(shape.batch * of(shape.seq))
 }

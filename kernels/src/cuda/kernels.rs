@@ -7,8 +7,8 @@ use super::launch::{Argument, Shape, address, address_mut, launch};
 use super::scratch::Pieces;
 use super::stream::{CudaStream, ELEMENTS_OF_BLOCK, typed};
 use super::{CudaError, attention};
-use crate::shapes::{self, check_attention, check_attention_from, columns, rows, same, same_type};
-use crate::{AttentionShape, DType, Kernels, View, ViewMut};
+use crate::shapes::{self, check_attention, check_attention_from, check_documents, columns, rows, same, same_type};
+use crate::{AttentionShape, DType, Documents, Kernels, View, ViewMut};
 
 /// Elements of which a block computes SwiGLU.
 const SWIGLU_OF_BLOCK: usize = 4096;
@@ -262,15 +262,17 @@ impl Kernels for CudaStream {
         k: View<'_>,
         v: View<'_>,
         shape: AttentionShape,
+        documents: Option<&Documents>,
     ) {
         check_attention(shape, &[out.len(), q.len()], &[k.len(), v.len()], log_sum.len());
+        check_documents(shape, documents);
         let dtype = same_type("attention", &[out.dtype(), q.dtype(), k.dtype(), v.dtype()]);
         is_f32("attention log_sum", &[log_sum.dtype()]);
         self.own_all(&[&out, &log_sum], &[&q, &k, &v]);
         if !q.is_empty() {
             let [q, k, v] = [&q, &k, &v].map(address);
             let forward = attention::Forward { out: address_mut(&out), log_sum: address_mut(&log_sum), q, k, v };
-            self.enqueue(|stream| attention::forward(self, stream, forward, dtype, shape));
+            self.enqueue(|stream| attention::forward(self, stream, forward, dtype, shape, documents));
         }
     }
 
@@ -305,9 +307,11 @@ impl Kernels for CudaStream {
         out: View<'_>,
         log_sum: View<'_>,
         shape: AttentionShape,
+        documents: Option<&Documents>,
     ) {
         let queries = [grad_q.len(), grad_out.len(), q.len(), out.len()];
         check_attention(shape, &queries, &[grad_k.len(), grad_v.len(), k.len(), v.len()], log_sum.len());
+        check_documents(shape, documents);
         let types = [&grad_out, &q, &k, &v, &out].map(View::dtype);
         let dtype = same_type("attention", &types);
         same_type("attention", &[dtype, grad_q.dtype(), grad_k.dtype(), grad_v.dtype()]);
@@ -317,7 +321,7 @@ impl Kernels for CudaStream {
             let [grad_q, grad_k, grad_v] = [&grad_q, &grad_k, &grad_v].map(address_mut);
             let [grad_out, q, k, v, out, log_sum] = [&grad_out, &q, &k, &v, &out, &log_sum].map(address);
             let backward = attention::Backward { grad_q, grad_k, grad_v, grad_out, q, k, v, out, log_sum };
-            self.enqueue(|stream| attention::backward(self, stream, backward, dtype, shape));
+            self.enqueue(|stream| attention::backward(self, stream, backward, dtype, shape, documents));
         }
     }
 

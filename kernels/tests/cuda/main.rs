@@ -14,6 +14,8 @@ mod bounded;
 #[path = "../kernels/common.rs"]
 mod common;
 mod devices;
+#[path = "../kernels/documents.rs"]
+mod documents;
 #[path = "../kernels/elementwise.rs"]
 mod elementwise;
 #[path = "../kernels/embedding.rs"]

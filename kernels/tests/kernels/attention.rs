@@ -9,7 +9,7 @@ use crate::common::{
 };
 use crate::devices;
 
-const fn shape(batch: usize, seq: usize, heads: usize, kv_heads: usize, head_dim: usize) -> AttentionShape {
+pub(crate) const fn shape(batch: usize, seq: usize, heads: usize, kv_heads: usize, head_dim: usize) -> AttentionShape {
     AttentionShape { batch, seq, heads, kv_heads, head_dim }
 }
 
@@ -38,11 +38,11 @@ const SHAPES: [AttentionShape; 19] = [
     shape(2, 129, 1, 1, 128),
 ];
 
-fn queries(shape: AttentionShape) -> usize {
+pub(crate) fn queries(shape: AttentionShape) -> usize {
     shape.batch * shape.seq * shape.heads * shape.head_dim
 }
 
-fn keys(shape: AttentionShape) -> usize {
+pub(crate) fn keys(shape: AttentionShape) -> usize {
     shape.batch * shape.seq * shape.kv_heads * shape.head_dim
 }
 
@@ -113,7 +113,7 @@ fn weight(softmax: Softmax, score: Bounded, log_sum: Bounded, shape: AttentionSh
 }
 
 /// (out, log_sum) of activations of this type. Exponentials are rounded before they are summed and multiplied with values.
-fn forward(
+pub(crate) fn forward(
     dtype: DType,
     q: &[Bounded],
     k: &[Bounded],
@@ -158,7 +158,7 @@ fn forward_as(
 
 /// [grad_q, grad_k, grad_v]: with P the softmax, ∂V = Pᵀ·∂O, ∂P = ∂O·Vᵀ, ∂S = P∘(∂P − rowsum(∂O∘O)), ∂Q = ∂S·K/√D, ∂K = ∂Sᵀ·Q/√D.
 /// P and ∂S are rounded before they are multiplied.
-fn backward(
+pub(crate) fn backward(
     dtype: DType,
     grad_out: &[Bounded],
     [q, k, v]: [&[Bounded]; 3],
@@ -199,7 +199,7 @@ fn forward_by_kernel(dtype: DType, qkv: [&[f32]; 3], shape: AttentionShape) -> [
         let (mut out, mut log_sum) =
             (stage.output_as(dtype, qkv[0].len()), stage.output(shape.batch * shape.heads * shape.seq));
         let [q, k, v] = qkv.map(|x| stage.buffer_as(dtype, x));
-        stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+        stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, None);
         [out, log_sum]
     })
 }
@@ -219,7 +219,7 @@ fn backward_by_kernel(dtype: DType, grad_out: &[f32], qkv: [&[f32]; 3], shape: A
         let [mut grad_q, mut grad_k, mut grad_v] = qkv.map(|x| stage.output_as(dtype, x.len()));
         let [q, k, v] = qkv.map(|x| stage.buffer_as(dtype, x));
         let grad_out = stage.buffer_as(dtype, grad_out);
-        stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+        stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, None);
         stage.kernels().attention_backward(
             grad_q.view_mut(),
             grad_k.view_mut(),
@@ -231,12 +231,13 @@ fn backward_by_kernel(dtype: DType, grad_out: &[f32], qkv: [&[f32]; 3], shape: A
             out.view(),
             log_sum.view(),
             shape,
+            None,
         );
         [grad_q, grad_k, grad_v]
     })
 }
 
-fn inputs(dtype: DType, shape: AttentionShape) -> [Vec<f32>; 3] {
+pub(crate) fn inputs(dtype: DType, shape: AttentionShape) -> [Vec<f32>; 3] {
     [(queries(shape), 1), (keys(shape), 2), (keys(shape), 3)].map(|(len, stream)| normals_as(dtype, len, stream))
 }
 

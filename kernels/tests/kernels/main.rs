@@ -12,6 +12,7 @@ mod attention;
 mod bounded;
 mod common;
 mod devices;
+mod documents;
 mod elementwise;
 mod embedding;
 mod foreign;

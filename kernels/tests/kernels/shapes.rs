@@ -3,7 +3,7 @@
 
 use std::rc::Rc;
 
-use pillion_kernels::{AdamW, AttentionShape, DType};
+use pillion_kernels::{AdamW, AttentionShape, DType, Documents};
 
 use crate::common::Stage;
 use crate::devices;
@@ -51,7 +51,7 @@ fn attention_refuses_activations_of_two_types() {
     let (mut out, mut log_sum) = (stage.output(2), stage.output(1));
     let (q, k, v) = (stage.output_as(DType::Bf16, 2), stage.output(2), stage.output(2));
     let shape = AttentionShape { batch: 1, seq: 1, heads: 1, kv_heads: 1, head_dim: 2 };
-    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, None);
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn attention_refuses_heads_that_do_not_group() {
     let (mut out, mut log_sum, q, k, v) =
         (stage.output(6), stage.output(3), stage.output(6), stage.output(4), stage.output(4));
     let shape = AttentionShape { batch: 1, seq: 1, heads: 3, kv_heads: 2, head_dim: 2 };
-    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, None);
 }
 
 #[test]
@@ -79,7 +79,19 @@ fn attention_refuses_values_of_another_shape() {
     let (mut out, mut log_sum, q, k, v) =
         (stage.output(4), stage.output(2), stage.output(4), stage.output(4), stage.output(2));
     let shape = AttentionShape { batch: 1, seq: 1, heads: 2, kv_heads: 2, head_dim: 2 };
-    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape);
+    stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, None);
+}
+
+#[test]
+#[should_panic(expected = "documents of another micro-batch")]
+fn attention_refuses_documents_of_sequences_of_another_length() {
+    let stage = lazy();
+    let (mut out, mut log_sum) = (stage.output(4), stage.output(2));
+    let (q, k, v) = (stage.output(4), stage.output(4), stage.output(4));
+    let shape = AttentionShape { batch: 1, seq: 2, heads: 1, kv_heads: 1, head_dim: 2 };
+    let documents = Documents::new(&[0, 0], 1);
+    let (out, log_sum) = (out.view_mut(), log_sum.view_mut());
+    stage.kernels().attention(out, log_sum, q.view(), k.view(), v.view(), shape, Some(&documents));
 }
 
 #[test]

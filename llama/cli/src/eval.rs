@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use pillion_collectives::{Communicator, Launch, Reduction};
-use pillion_data::{Dataset, Split, Tokens, ValidationSet};
+use pillion_data::{Batch, Dataset, Row, Split, Tokens, ValidationSet};
 use pillion_kernels::IGNORED;
 use pillion_llama::model::{Model, Recompute};
 use serde::Serialize;
@@ -75,7 +75,8 @@ fn on_rank(
     let mut made = None;
     let found =
         on_rank_zero(communicator, || source::to_evaluate(&settings.data, checkpoint, &origin, hosts, &mut made))?;
-    let windows = Windows::open(&found, settings.split, seq, model.vocab_size)?;
+    let document_attention = origin.document_attention();
+    let windows = Windows::open(&found, settings.split, seq, model.vocab_size, document_attention)?;
     let available = windows.len();
     let samples = settings.samples.unwrap_or(available).min(available);
     let vocabulary = Vocabulary::of(checkpoint, &origin).ok();
@@ -87,23 +88,24 @@ fn on_rank(
     let mut passes = Model::new(&*device, model, precision, batch, seq, Recompute::Block)?;
 
     // A micro-batch of each rank in turn; the last ones may be short, and their rows are not counted.
-    let rounds = samples.div_ceil((world * batch) as u64);
-    let (mut inputs, mut targets) = (vec![0; batch * seq], vec![0; batch * seq]);
+    let in_batch = batch as u64;
+    let rounds = samples.div_ceil(world as u64 * in_batch);
+    let mut batch = Batch::new(batch, seq, document_attention);
     let mut bytes = 0u64;
     for round in 0..rounds {
-        let first = (round * world as u64 + communicator.rank() as u64) * batch as u64;
-        for (sample, (inputs, targets)) in (first..).zip(inputs.chunks_mut(seq).zip(targets.chunks_mut(seq))) {
+        let first = (round * world as u64 + communicator.rank() as u64) * in_batch;
+        for (sample, Row { inputs, targets, starts }) in (first..).zip(batch.rows()) {
             if sample >= samples {
                 targets.fill(IGNORED);
                 continue;
             }
-            windows.fill(sample, inputs, targets)?;
+            windows.fill(sample, Row { inputs, targets: &mut *targets, starts })?;
             if let Some(vocabulary) = &vocabulary {
                 bytes += vocabulary.bytes(targets)?;
             }
         }
         let mut step = engine.begin_evaluation(1)?;
-        passes.evaluate(&mut step, &inputs, &targets)?;
+        passes.evaluate(&mut step, &batch.inputs, &batch.targets, batch.documents().as_ref())?;
         step.end()?;
         let mut asked = [f64::from(u8::from(stopping(stop)))];
         communicator.all_reduce_scalars(&mut asked, Reduction::Max)?;
@@ -166,12 +168,21 @@ enum Windows {
 impl Windows {
     /// All of a text, unless the user chooses a split; of tokens this split, or the validation
     /// split where they have one.
-    fn open(found: &ToEvaluate, wanted: Option<Split>, seq: usize, vocab: usize) -> Result<Windows, Error> {
+    fn open(
+        found: &ToEvaluate,
+        wanted: Option<Split>,
+        seq: usize,
+        vocab: usize,
+        document_attention: bool,
+    ) -> Result<Windows, Error> {
         if let ([part], true, None) = (&found.parts[..], found.is_text, wanted) {
-            let tokens = Tokens::open(&part.path, None)?;
-            return Ok(Windows::Text(ValidationSet::open(tokens, true, seq, vocab)?));
+            let set = ValidationSet::open(Tokens::open(&part.path, None)?, true, seq, vocab)?;
+            if document_attention {
+                set.check_documents()?;
+            }
+            return Ok(Windows::Text(set));
         }
-        let dataset = source::cut(&found.parts, seq, vocab, 0)?;
+        let dataset = source::cut(&found.parts, seq, vocab, 0, document_attention)?;
         let has = |split| dataset.windows(split);
         let split = wanted.unwrap_or(if has(Split::Validation) > 0 { Split::Validation } else { Split::Train });
         match has(split) {
@@ -187,10 +198,10 @@ impl Windows {
         }
     }
 
-    fn fill(&self, i: u64, inputs: &mut [u32], targets: &mut [u32]) -> pillion_data::Result<()> {
+    fn fill(&self, i: u64, row: Row<'_>) -> pillion_data::Result<()> {
         match self {
-            Windows::Of(dataset, split) => dataset.in_order(*split, i, inputs, targets),
-            Windows::Text(set) => set.fill(i, inputs, targets),
+            Windows::Of(dataset, split) => dataset.in_order(*split, i, row),
+            Windows::Text(set) => set.fill(i, row),
         }
     }
 

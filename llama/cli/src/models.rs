@@ -52,6 +52,12 @@ impl Origin {
             Origin::Imported(_) => None,
         }
     }
+
+    /// Whether it was trained with attention within documents; of an imported model nothing is
+    /// known.
+    pub(crate) fn document_attention(&self) -> bool {
+        matches!(self, Origin::Run(progress) if progress.recipe.document_attention)
+    }
 }
 
 /// Tokens of a sample, or of a text, unless the user says how many: as many as samples of the run's

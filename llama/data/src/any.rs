@@ -162,7 +162,10 @@ impl Tokens {
     }
 
     /// Where documents begin within a range of a split, ascending, counted from the beginning of
-    /// the split; `None` for a file that does not say.
+    /// the split; `None` for a file that does not say, and for random tokens.
+    ///
+    /// A separator that ends a document is its last token, and one that begins a document is its
+    /// first: bytes and token folders have the former, files of llm.c the latter.
     ///
     /// # Errors
     /// As for [`Self::read`].
@@ -171,8 +174,11 @@ impl Tokens {
     /// If the range does not lie within the split.
     pub fn document_starts(&self, split: Split, range: Range<u64>) -> Result<Option<Vec<u64>>> {
         match self {
-            Self::File(..) => {
+            Self::File(file, _) => {
                 self.check_range(split, range.clone());
+                if file.is_synthetic() {
+                    return Ok(None);
+                }
                 let read = |offset, into: &mut [u32]| self.read(split, offset, into);
                 foreign::starts_by(range, true, |range| foreign::separators(range, read, u32::from(END))).map(Some)
             }

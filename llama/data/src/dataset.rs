@@ -4,6 +4,7 @@ use pillion_kernels::IGNORED;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::any::Tokens;
+use crate::batch::Row;
 use crate::error::{Error, Result};
 use crate::mixture::Mixture;
 use crate::order::SampleOrder;
@@ -116,20 +117,27 @@ impl Dataset {
         self.seq
     }
 
-    /// Fills in sample `g` of the run; `inputs: [seq]`, `targets: [seq]`. Any `g` is valid: epochs
-    /// follow each other, each in an order of its own. Targets that are masked are
-    /// [`IGNORED`](pillion_kernels::IGNORED).
+    /// Checks that every source says where its documents begin, as [`Row::starts`] need.
+    ///
+    /// # Errors
+    /// [`Error::Bad`], naming the source that does not.
+    pub fn check_documents(&self) -> Result<()> {
+        self.sources().try_for_each(check_documents)
+    }
+
+    /// Fills in sample `g` of the run. Any `g` is valid: epochs follow each other, each in an order
+    /// of its own. Targets that are masked are [`IGNORED`](pillion_kernels::IGNORED).
     ///
     /// # Errors
     /// [`Error::Read`] if a file can no longer be read; [`Error::Bad`] if a token is outside the
-    /// vocabulary.
+    /// vocabulary, or if the row has starts and the tokens do not say where documents begin.
     ///
     /// # Panics
-    /// If a slice does not hold `seq` tokens.
-    pub fn fill(&self, g: u64, inputs: &mut [u32], targets: &mut [u32]) -> Result<()> {
+    /// If the row does not hold `seq` tokens.
+    pub fn fill(&self, g: u64, row: Row<'_>) -> Result<()> {
         let (source, index) = self.train.place(g);
         let source = &self.sources[source];
-        self.window(&source.tokens, Split::Train, source.train.index(index), inputs, targets)
+        self.window(&source.tokens, Split::Train, source.train.index(index), row)
     }
 
     /// Samples of a source in one pass over its train split.
@@ -142,20 +150,19 @@ impl Dataset {
         self.sources.iter().map(|source| source.windows(split)).sum()
     }
 
-    /// Fills in window `i` of a split, in the order of the text, source after source; `inputs: [seq]`,
-    /// `targets: [seq]`.
+    /// Fills in window `i` of a split, in the order of the text, source after source.
     ///
     /// # Errors
     /// As for [`Dataset::fill`].
     ///
     /// # Panics
-    /// If `i` is not below [`windows`](Self::windows), or a slice does not hold `seq` tokens.
-    pub fn in_order(&self, split: Split, i: u64, inputs: &mut [u32], targets: &mut [u32]) -> Result<()> {
+    /// If `i` is not below [`windows`](Self::windows), or the row does not hold `seq` tokens.
+    pub fn in_order(&self, split: Split, i: u64, row: Row<'_>) -> Result<()> {
         let mut rest = i;
         for source in &self.sources {
             let windows = source.windows(split);
             if rest < windows {
-                return self.window(&source.tokens, split, rest, inputs, targets);
+                return self.window(&source.tokens, split, rest, row);
             }
             rest -= windows;
         }
@@ -183,7 +190,7 @@ impl Dataset {
         low
     }
 
-    /// Fills in validation window `i`; `inputs: [seq]`, `targets: [seq]`.
+    /// Fills in validation window `i`.
     ///
     /// The windows come in a fixed shuffled order, the same for every seed, so the first `m` are a
     /// sample from the whole split: to validate on less, take fewer.
@@ -192,43 +199,37 @@ impl Dataset {
     /// As for [`Dataset::fill`].
     ///
     /// # Panics
-    /// If `i` is not below [`validation_len`](Self::validation_len), or a slice does not hold `seq`
+    /// If `i` is not below [`validation_len`](Self::validation_len), or the row does not hold `seq`
     /// tokens.
-    pub fn validation(&self, i: u64, inputs: &mut [u32], targets: &mut [u32]) -> Result<()> {
+    pub fn validation(&self, i: u64, row: Row<'_>) -> Result<()> {
         assert!(i < self.validation_len(), "validation window {i} of {}", self.validation_len());
         let (place, index) = self.validation.as_ref().expect("there are windows").place(i);
         let source = &self.sources[self.validates[place]];
         let window = source.validation.as_ref().expect("it validates").index(index);
-        self.window(&source.tokens, Split::Validation, window, inputs, targets)
+        self.window(&source.tokens, Split::Validation, window, row)
     }
 
-    fn window(
-        &self,
-        tokens: &Tokens,
-        split: Split,
-        window: u64,
-        inputs: &mut [u32],
-        targets: &mut [u32],
-    ) -> Result<()> {
-        assert_eq!(inputs.len(), self.seq, "inputs hold one sequence");
-        assert_eq!(targets.len(), self.seq, "targets hold one sequence");
-        read_window(tokens, split, window, self.vocab, inputs, targets)
+    fn window(&self, tokens: &Tokens, split: Split, window: u64, row: Row<'_>) -> Result<()> {
+        read_window(tokens, split, window, [self.seq, self.vocab], row)
     }
 }
 
-/// Fills in window `window` of a split: `inputs: [seq]`, `targets: [seq]`.
+/// Fills in window `window` of `seq` tokens of a split, for a model that knows `vocab`.
 ///
 /// # Errors
 /// As for [`Dataset::fill`].
+///
+/// # Panics
+/// If the row does not hold `seq` tokens.
 pub(crate) fn read_window(
     tokens: &Tokens,
     split: Split,
     window: u64,
-    vocab: usize,
-    inputs: &mut [u32],
-    targets: &mut [u32],
+    [seq, vocab]: [usize; 2],
+    Row { inputs, targets, starts }: Row<'_>,
 ) -> Result<()> {
-    let seq = inputs.len();
+    assert_eq!(inputs.len(), seq, "inputs hold one sequence");
+    assert_eq!(targets.len(), seq, "targets hold one sequence");
     let start = window * seq as u64;
     // Targets are the inputs one place on, so only the last of them is read for itself.
     tokens.read(split, start, inputs)?;
@@ -250,7 +251,42 @@ pub(crate) fn read_window(
             left_out.for_each(|(target, _)| *target = IGNORED);
         }
     }
+    if let Some(starts) = starts {
+        assert_eq!(starts.len(), seq, "starts hold one sequence");
+        let begins = tokens.document_starts(split, start..start + seq as u64)?;
+        fill_starts(starts, begins.ok_or_else(|| no_documents(tokens))?.into_iter().map(|begin| begin - start));
+    }
     Ok(())
+}
+
+/// Fills in where each token's document begins, from where documents begin within the window,
+/// ascending.
+fn fill_starts(starts: &mut [u32], begins: impl Iterator<Item = u64>) {
+    let (mut begins, mut start) = (begins.peekable(), 0);
+    for (position, of_token) in (0..).zip(starts) {
+        // An empty document begins where the next one does.
+        while begins.next_if_eq(&u64::from(position)).is_some() {
+            start = position;
+        }
+        *of_token = start;
+    }
+}
+
+/// Checks that tokens say where documents begin.
+///
+/// # Errors
+/// [`Error::Bad`].
+pub(crate) fn check_documents(tokens: &Tokens) -> Result<()> {
+    match tokens.document_starts(Split::Train, 0..0)? {
+        Some(_) => Ok(()),
+        None => Err(no_documents(tokens)),
+    }
+}
+
+fn no_documents(tokens: &Tokens) -> Error {
+    let problem = "does not say where documents begin, as --document-attention needs: give text or tokens of \
+                   `pillion tokenize`, or train without it";
+    Error::bad(tokens.path(), problem)
 }
 
 /// Checks that a model that knows `vocab` tokens knows these.
@@ -305,143 +341,4 @@ impl Source {
 pub(crate) const VALIDATION_SEED: u64 = 0;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::tokenizer::VOCAB;
-    use crate::tokens::tests::token_file;
-    use proptest::prelude::*;
-
-    fn open(file: TokenFile, seq: usize, seed: u64) -> Result<Dataset> {
-        Dataset::open(Tokens::of_file(file)?, seq, VOCAB, seed)
-    }
-
-    /// A split whose token `i` is a function of `i` that repeats late.
-    fn tokens(len: usize) -> Vec<u16> {
-        (0..len).map(|i| (i * i % 251) as u16).collect()
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(32))]
-        #[test]
-        fn an_epoch_is_every_window_once(seq in 1usize..60, len in 2usize..6000, seed: u64) {
-            // Long sequences also cross the read buffer's end.
-            let seq = if seq > 50 { seq * 100 } else { seq };
-            let len = len.max(seq + 1);
-            let folder = tempfile::tempdir().unwrap();
-            let text = tokens(len);
-            let data =
-                open(token_file(folder.path(), &text, &text), seq, seed).unwrap();
-            let n = (len - 1) / seq;
-            prop_assert_eq!(data.samples_per_epoch(0), n as u64);
-            prop_assert_eq!(data.validation_len(), n as u64);
-
-            let wide: Vec<u32> = text.iter().map(|&t| t.into()).collect();
-            let mut expected: Vec<_> = (0..n)
-                .map(|i| (wide[i * seq..][..seq].to_vec(), wide[i * seq + 1..][..seq].to_vec()))
-                .collect();
-            expected.sort();
-            for validation in [false, true] {
-                let mut seen = Vec::new();
-                for g in 0..n as u64 {
-                    let (mut inputs, mut targets) = (vec![0; seq], vec![0; seq]);
-                    if validation {
-                        data.validation(g, &mut inputs, &mut targets).unwrap();
-                    } else {
-                        data.fill(g + 3 * n as u64, &mut inputs, &mut targets).unwrap();
-                    }
-                    seen.push((inputs, targets));
-                }
-                seen.sort();
-                prop_assert_eq!(&seen, &expected);
-            }
-        }
-    }
-
-    #[test]
-    fn validation_windows_ignore_the_seed_and_samples_follow_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let text = tokens(4001);
-        let read = |seed| {
-            let data = open(token_file(folder.path(), &text, &text), 8, seed).unwrap();
-            let (mut inputs, mut targets) = ([0; 8], [0; 8]);
-            data.fill(0, &mut inputs, &mut targets).unwrap();
-            let sample = inputs;
-            data.validation(0, &mut inputs, &mut targets).unwrap();
-            (sample, inputs)
-        };
-        assert_eq!(read(1), read(1));
-        assert_ne!(read(1).0, read(2).0);
-        assert_eq!(read(1).1, read(2).1);
-    }
-
-    #[test]
-    fn a_split_shorter_than_a_window_is_an_error_that_names_both_lengths() {
-        let folder = tempfile::tempdir().unwrap();
-        for (train, validation, split) in [(16, 17, "train"), (17, 16, "validation")] {
-            let file = token_file(folder.path(), &tokens(train), &tokens(validation));
-            let error = open(file, 16, 0).unwrap_err().to_string();
-            let expected = format!("the {split} split of ");
-            assert!(error.starts_with(&expected), "{error}");
-            assert!(error.contains("has 16 tokens"), "{error}");
-            assert!(error.contains("sequence of 16 needs 17"), "{error}");
-            assert!(error.contains("--data PATH"), "{error}");
-        }
-        let file = token_file(folder.path(), &tokens(17), &tokens(17));
-        assert_eq!(open(file, 16, 0).unwrap().samples_per_epoch(0), 1);
-        let file = token_file(folder.path(), &[], &[]);
-        assert!(matches!(open(file, 0, 0), Err(Error::EmptySequence)));
-    }
-
-    #[test]
-    fn a_token_file_cut_short_under_a_run_is_an_error() {
-        let folder = tempfile::tempdir().unwrap();
-        let data = open(token_file(folder.path(), &tokens(33), &tokens(33)), 16, 0).unwrap();
-        std::fs::OpenOptions::new().write(true).open(data.bytes().unwrap().path()).unwrap().set_len(80).unwrap();
-        let (mut inputs, mut targets) = ([0; 16], [0; 16]);
-        let error = data.fill(0, &mut inputs, &mut targets).unwrap_err();
-        assert!(matches!(error, Error::Read { .. }), "{error}");
-    }
-
-    #[test]
-    fn a_mixture_sees_every_window_of_each_source_in_proportion() {
-        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-        // 30 and 20 windows of 4, whose tokens tell the source.
-        let text = |windows: usize, of: u16| (0..=4 * windows).map(|i| 100 * of + (i % 90) as u16).collect::<Vec<_>>();
-        let files = [(30, 0), (20, 1)].map(|(windows, of)| {
-            let text = text(windows, of);
-            token_file(folders[usize::from(of)].path(), &text, &text[..=4 * 5])
-        });
-        let sources = files.into_iter().zip([3, 1]).map(|(file, weight)| (Tokens::of_file(file).unwrap(), weight));
-        let data = Dataset::mixed(sources.collect(), 4, VOCAB, 7).unwrap();
-        let mut seen = [Vec::new(), Vec::new()];
-        // Two epochs of the first source, one of the second.
-        for g in 0..80 {
-            let (mut inputs, mut targets) = ([0; 4], [0; 4]);
-            data.fill(g, &mut inputs, &mut targets).unwrap();
-            assert_eq!(inputs[1..], targets[..3]);
-            seen[usize::from(inputs[0] >= 100)].push((inputs, targets[3]));
-        }
-        assert_eq!(seen.each_ref().map(Vec::len), [60, 20]);
-        for (windows, repeats) in seen.iter_mut().zip([2, 1]) {
-            windows.sort_unstable();
-            assert!(windows.chunk_by(|a, b| a == b).all(|same| same.len() == repeats));
-        }
-        // Each has 5 windows to validate on; three of four are the first's, so of 8 windows 6 would be.
-        assert_eq!(data.validation_len(), 7);
-        let mut first = 0;
-        for i in 0..7 {
-            let (mut inputs, mut targets) = ([0; 4], [0; 4]);
-            data.validation(i, &mut inputs, &mut targets).unwrap();
-            first += usize::from(inputs[0] < 100);
-        }
-        assert_eq!(first, 5);
-    }
-
-    #[test]
-    fn a_model_that_knows_too_few_tokens_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = token_file(folder.path(), &tokens(33), &tokens(33));
-        let error = Dataset::open(Tokens::of_file(file).unwrap(), 16, 100, 0).unwrap_err().to_string();
-        assert!(error.contains("has 257 different tokens, but the model knows 100"), "{error}");
-    }
-}
+mod tests;

@@ -237,7 +237,7 @@ pub(crate) fn separators(
     read: impl Fn(u64, &mut [u32]) -> Result<()>,
     separator: u32,
 ) -> Result<Vec<u64>> {
-    let mut buffer = vec![0; 1 << 16];
+    let mut buffer = vec![0; (range.end - range.start).min(1 << 16) as usize];
     let mut found = Vec::new();
     let mut offset = range.start;
     while offset < range.end {

@@ -28,6 +28,7 @@
 #![forbid(unsafe_code)]
 
 mod any;
+mod batch;
 mod corpus;
 mod dataset;
 mod documents;
@@ -58,6 +59,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3;
 
 pub use any::{Tokens, Watch};
+pub use batch::{Batch, Row};
 pub use dataset::Dataset;
 pub use error::{Error, Result};
 pub use folder::index::{Index, Made, Shard, Shards, Sums};
@@ -65,7 +67,7 @@ pub use folder::make::{Append, Outcome, Settings, Watched, tokenize as tokenize_
 pub use folder::{TokenFolder, is_token_folder};
 pub use foreign::{ForeignFile, Format};
 pub use order::SampleOrder;
-pub use read_ahead::{Batch, ReadAhead};
+pub use read_ahead::ReadAhead;
 pub use sources::Skipped;
 pub use subword::chat::ChatTemplate;
 pub use subword::{Stream, Tokenizer};

@@ -5,30 +5,20 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pillion_kernels::IGNORED;
-
+use crate::batch::Batch;
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
-
-/// Samples that follow each other in a run.
-#[derive(Debug)]
-pub struct Batch {
-    first: u64,
-    /// `[samples, seq]`.
-    pub inputs: Vec<u32>,
-    /// `[samples, seq]`; masked ones are [`IGNORED`](pillion_kernels::IGNORED).
-    pub targets: Vec<u32>,
-}
 
 /// Reads batches of a train split, one ahead of the one that is used.
 #[derive(Debug)]
 pub struct ReadAhead {
-    /// What the thread is to fill; none once it shall end.
-    empty: Option<SyncSender<Batch>>,
+    /// What the thread is to fill, from a sample on; none once it shall end.
+    empty: Option<SyncSender<(u64, Batch)>>,
     filled: Receiver<Result<Batch>>,
     thread: Option<JoinHandle<()>>,
     dataset: Arc<Dataset>,
     samples: usize,
+    has_documents: bool,
     /// The first sample of what the thread reads now or has read.
     ahead: Option<u64>,
     /// What was taken last, and what is to be filled next.
@@ -38,30 +28,32 @@ pub struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// Starts a thread that reads `samples` samples at a time.
+    /// Starts a thread that reads `samples` samples at a time, and where their documents begin if
+    /// `has_documents`.
     ///
     /// # Errors
     /// [`Error::Thread`] when the system has no more threads.
-    pub fn new(dataset: Arc<Dataset>, samples: usize) -> Result<Self> {
-        let (empty, to_fill) = sync_channel::<Batch>(1);
+    pub fn new(dataset: Arc<Dataset>, samples: usize, has_documents: bool) -> Result<Self> {
+        let (empty, to_fill) = sync_channel::<(u64, Batch)>(1);
         let (give, filled) = sync_channel(1);
         let reader = dataset.clone();
         let read = move || {
-            for mut batch in to_fill {
-                let result = batch.fill(&reader);
+            for (first, mut batch) in to_fill {
+                let result = fill(&mut batch, first, &reader);
                 if give.send(result.map(|()| batch)).is_err() {
                     break;
                 }
             }
         };
         let thread = std::thread::Builder::new().name("data".to_owned()).spawn(read).map_err(Error::Thread)?;
-        let batch = || Batch::new(samples, dataset.seq());
+        let batch = || Batch::new(samples, dataset.seq(), has_documents);
         let (taken, spare) = (batch(), Some(batch()));
         Ok(Self {
             empty: Some(empty),
             filled,
             thread: Some(thread),
             samples,
+            has_documents,
             ahead: None,
             taken,
             spare,
@@ -97,9 +89,9 @@ impl ReadAhead {
     }
 
     fn ask(&mut self, first: u64) {
-        let new = || Batch::new(self.samples, self.dataset.seq());
-        let batch = Batch { first, ..self.spare.take().unwrap_or_else(new) };
-        let sent = self.empty.as_ref().expect("the thread is wanted").send(batch);
+        let new = || Batch::new(self.samples, self.dataset.seq(), self.has_documents);
+        let batch = self.spare.take().unwrap_or_else(new);
+        let sent = self.empty.as_ref().expect("the thread is wanted").send((first, batch));
         // A thread that has panicked is found when its batch is received.
         self.ahead = sent.is_ok().then_some(first);
     }
@@ -136,21 +128,9 @@ impl Drop for ReadAhead {
     }
 }
 
-impl Batch {
-    /// Whether all targets are masked.
-    pub fn is_masked(&self) -> bool {
-        self.targets.iter().all(|&target| target == IGNORED)
-    }
-
-    fn new(samples: usize, seq: usize) -> Self {
-        Self { first: 0, inputs: vec![0; samples * seq], targets: vec![0; samples * seq] }
-    }
-
-    fn fill(&mut self, dataset: &Dataset) -> Result<()> {
-        let seq = dataset.seq();
-        let rows = self.inputs.chunks_exact_mut(seq).zip(self.targets.chunks_exact_mut(seq));
-        (self.first..).zip(rows).try_for_each(|(sample, (inputs, targets))| dataset.fill(sample, inputs, targets))
-    }
+/// Fills in the samples from `first` on.
+fn fill(batch: &mut Batch, first: u64, dataset: &Dataset) -> Result<()> {
+    (first..).zip(batch.rows()).try_for_each(|(sample, row)| dataset.fill(sample, row))
 }
 
 #[cfg(test)]
@@ -159,14 +139,15 @@ mod tests {
 
     use super::*;
     use crate::any::Tokens;
-    use crate::tokenizer::VOCAB;
+    use crate::batch::Row;
+    use crate::tokenizer::{END, VOCAB};
     use crate::tokens::tests::token_file;
 
     const SEQ: usize = 8;
 
     fn dataset() -> Arc<Dataset> {
         let folder = tempfile::tempdir().unwrap();
-        let text: Vec<u16> = (0..4001).map(|i| (i * i % 251) as u16).collect();
+        let text: Vec<u16> = (0..4001).map(|i| if i % 13 == 5 { END } else { (i * i % 251) as u16 }).collect();
         let file = token_file(folder.path(), &text, &text);
         // The open file outlives its name.
         Arc::new(Dataset::open(Tokens::of_file(file).unwrap(), SEQ, VOCAB, 3).unwrap())
@@ -179,18 +160,18 @@ mod tests {
             asked in prop::collection::vec((0u64..2000, any::<bool>(), 0u64..2000), 1..20),
         ) {
             let data = dataset();
-            let mut ahead = ReadAhead::new(data.clone(), 3).unwrap();
-            let mut expected = Batch::new(3, SEQ);
+            let mut ahead = ReadAhead::new(data.clone(), 3, true).unwrap();
+            let mut expected = Batch::new(3, SEQ, true);
             for (index, &(first, is_foreseen, other)) in asked.iter().enumerate() {
                 let next = match asked.get(index + 1) {
                     Some(&(next, ..)) if is_foreseen => Some(next),
                     _ => (other % 2 == 0).then_some(other),
                 };
-                expected.first = first;
-                expected.fill(&data).unwrap();
+                fill(&mut expected, first, &data).unwrap();
                 let found = ahead.take(first, next).unwrap();
                 prop_assert_eq!(&found.inputs, &expected.inputs);
                 prop_assert_eq!(&found.targets, &expected.targets);
+                prop_assert_eq!(found.documents(), expected.documents());
             }
             prop_assert!(ahead.waited() > Duration::ZERO);
             prop_assert_eq!(ahead.waited(), Duration::ZERO);
@@ -205,10 +186,10 @@ mod tests {
         let tokens: Vec<u8> = (0..100u16).map(|i| if i == 99 { 500 } else { i }).flat_map(u16::to_le_bytes).collect();
         std::fs::write(&path, tokens).unwrap();
         let data = Arc::new(Dataset::open(Tokens::open(&path, None).unwrap(), 9, 100, 1).unwrap());
-        let is_bad = |sample| data.fill(sample, &mut [0; 9], &mut [0; 9]).is_err();
+        let is_bad = |sample| data.fill(sample, Row::new(&mut [0; 9], &mut [0; 9])).is_err();
         let bad = (0..data.samples_per_epoch(0)).find(|&sample| is_bad(sample)).expect("one sample has the token");
         let good = (0..data.samples_per_epoch(0)).find(|&sample| !is_bad(sample)).unwrap();
-        let mut ahead = ReadAhead::new(data, 1).unwrap();
+        let mut ahead = ReadAhead::new(data, 1, false).unwrap();
         ahead.take(good, Some(bad)).unwrap();
         ahead.take(good, Some(bad)).unwrap();
         let error = ahead.take(bad, Some(good)).unwrap_err().to_string();

@@ -157,6 +157,11 @@ impl TokenFile {
         self.header.origin
     }
 
+    /// Whether the tokens are random ones, of no text.
+    pub fn is_synthetic(&self) -> bool {
+        self.header.origin.files == 0
+    }
+
     /// Tokens in a split.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self, split: Split) -> u64 {

@@ -15,6 +15,7 @@
 //! leaves the choice to the shorter one. Each level is a weighted mean of two distributions, so the
 //! probabilities of all `c` sum to one.
 
+use crate::batch::Row;
 use crate::dataset::Dataset;
 use crate::error::Result;
 use crate::tokenizer::VOCAB;
@@ -40,7 +41,7 @@ pub fn loss(dataset: &Dataset, windows: u64) -> Result<f64> {
     let (mut inputs, mut targets) = (vec![0; dataset.seq()], vec![0; dataset.seq()]);
     let mut nats = 0.0;
     for i in 0..windows {
-        dataset.validation(i, &mut inputs, &mut targets)?;
+        dataset.validation(i, Row::new(&mut inputs, &mut targets))?;
         let mut before = None;
         for (&last, &next) in inputs.iter().zip(&targets) {
             nats -= model.probability(before, last as usize, next as usize).ln();
@@ -203,7 +204,7 @@ mod tests {
         for windows in [1, 3] {
             let mut sum = 0.0;
             for i in 0..windows {
-                data.validation(i, &mut inputs, &mut targets).unwrap();
+                data.validation(i, Row::new(&mut inputs, &mut targets)).unwrap();
                 for t in 0..10 {
                     let before = (t > 0).then(|| inputs[t.max(1) - 1] as usize);
                     let p = model.probability(before, inputs[t] as usize, targets[t] as usize);

@@ -1,7 +1,8 @@
 //! Tokens that a run is validated on besides those that it learns from.
 
 use crate::any::Tokens;
-use crate::dataset::{VALIDATION_SEED, check_vocabulary, read_window};
+use crate::batch::Row;
+use crate::dataset::{VALIDATION_SEED, check_documents, check_vocabulary, read_window};
 use crate::error::{Error, Result};
 use crate::order::SampleOrder;
 use crate::tokens::Split;
@@ -52,21 +53,27 @@ impl ValidationSet {
         self.order.samples_per_epoch()
     }
 
-    /// Fills in window `i`: `inputs: [seq]`, `targets: [seq]`. Masked targets are
-    /// [`IGNORED`](pillion_kernels::IGNORED).
+    /// Checks that the tokens say where documents begin, as [`Row::starts`] need.
+    ///
+    /// # Errors
+    /// [`Error::Bad`], naming the file that does not.
+    pub fn check_documents(&self) -> Result<()> {
+        check_documents(&self.tokens)
+    }
+
+    /// Fills in window `i`. Masked targets are [`IGNORED`](pillion_kernels::IGNORED).
     ///
     /// # Errors
     /// As for [`Dataset::fill`](crate::Dataset::fill).
     ///
     /// # Panics
-    /// If `i` is not below [`len`](Self::len), or a slice does not hold `seq` tokens.
-    pub fn fill(&self, i: u64, inputs: &mut [u32], targets: &mut [u32]) -> Result<()> {
+    /// If `i` is not below [`len`](Self::len), or the row does not hold `seq` tokens.
+    pub fn fill(&self, i: u64, row: Row<'_>) -> Result<()> {
         assert!(i < self.len(), "window {i} of {}", self.len());
-        assert!(inputs.len() == self.seq && targets.len() == self.seq, "inputs and targets hold one sequence");
         let mut window = self.order.index(i);
         for &(split, windows) in &self.splits {
             if window < windows {
-                return read_window(&self.tokens, split, window, self.vocab, inputs, targets);
+                return read_window(&self.tokens, split, window, [self.seq, self.vocab], row);
             }
             window -= windows;
         }
@@ -106,7 +113,7 @@ mod tests {
             let mut seen = Vec::new();
             for i in 0..set.len() {
                 let (mut inputs, mut targets) = ([0; 10], [0; 10]);
-                set.fill(i, &mut inputs, &mut targets).unwrap();
+                set.fill(i, Row::new(&mut inputs, &mut targets)).unwrap();
                 assert!(inputs.iter().zip(&targets).all(|(input, target)| input + 1 == *target));
                 seen.push(inputs[0]);
             }

@@ -16,7 +16,7 @@
 mod block;
 mod head;
 
-use pillion_kernels::{AttentionShape, Buffer, DType, Device, IGNORED, Kernels, Stream};
+use pillion_kernels::{AttentionShape, Buffer, DType, Device, Documents, IGNORED, Kernels, Stream};
 use pillion_runtime::{Backward, Error, Forward, Step};
 
 pub use crate::activations::Recompute;
@@ -105,14 +105,25 @@ impl Model {
     }
 
     /// One round of a training step: forward and backward of a micro-batch. `inputs, targets: [B, T]`.
-    /// Targets that are [`IGNORED`] are not learned.
+    /// Targets that are [`IGNORED`] are not learned. With `documents`, a token sees its own document
+    /// alone; positions are counted from the beginning of the sequence all the same, because only
+    /// their differences matter.
     ///
     /// # Errors
     /// When another rank has failed, or the step has no round left.
-    pub fn train(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
+    ///
+    /// # Panics
+    /// When the documents are of another shape.
+    pub fn train(
+        &mut self,
+        step: &mut Step<'_>,
+        inputs: &[u32],
+        targets: &[u32],
+        documents: Option<&Documents>,
+    ) -> Result<(), Error> {
         step.round(learned(targets));
         step.stream().upload(self.activations.targets.view_mut(), targets);
-        self.forward(step, inputs)?;
+        self.forward(step, inputs, documents)?;
         let layers = self.config.num_hidden_layers;
         if self.config.tie_word_embeddings {
             self.loss_backward(&mut step.backward(0)?)?;
@@ -123,7 +134,7 @@ impl Model {
             self.final_norm_backward(&mut head)?;
         }
         for layer in (0..layers).rev() {
-            self.block_backward(layer, step.backward(layer + 1)?)?;
+            self.block_backward(layer, step.backward(layer + 1)?, documents)?;
         }
         let Backward { stream, mut gradients, .. } = step.backward(0)?;
         kernels(stream)?.embedding_backward(
@@ -138,10 +149,19 @@ impl Model {
     ///
     /// # Errors
     /// As for [`Model::train`].
-    pub fn evaluate(&mut self, step: &mut Step<'_>, inputs: &[u32], targets: &[u32]) -> Result<(), Error> {
+    ///
+    /// # Panics
+    /// As for [`Model::train`].
+    pub fn evaluate(
+        &mut self,
+        step: &mut Step<'_>,
+        inputs: &[u32],
+        targets: &[u32],
+        documents: Option<&Documents>,
+    ) -> Result<(), Error> {
         self.evaluated += learned(targets);
         step.stream().upload(self.activations.targets.view_mut(), targets);
-        let Forward { stream, weights } = self.forward(step, inputs)?;
+        let Forward { stream, weights } = self.forward(step, inputs, documents)?;
         let vocab = self.config.vocab_size;
         for rows in self.head_parts() {
             let (logits, targets) = (0..rows.len() * vocab, self.activations.targets.slice(rows.clone()));
@@ -171,8 +191,16 @@ impl Model {
     ///
     /// # Errors
     /// As for [`Model::train`].
-    pub fn logits(&mut self, step: &mut Step<'_>, inputs: &[u32]) -> Result<Vec<f32>, Error> {
-        let Forward { stream, weights } = self.forward(step, inputs)?;
+    ///
+    /// # Panics
+    /// As for [`Model::train`].
+    pub fn logits(
+        &mut self,
+        step: &mut Step<'_>,
+        inputs: &[u32],
+        documents: Option<&Documents>,
+    ) -> Result<Vec<f32>, Error> {
+        let Forward { stream, weights } = self.forward(step, inputs, documents)?;
         let (vocab, mut all) = (self.config.vocab_size, Vec::new());
         for rows in self.head_parts() {
             self.activations.head.multiply(
@@ -187,7 +215,12 @@ impl Model {
     }
 
     /// Through all units, to the norm before the logits; returns the unit with the head's matrix.
-    fn forward<'s>(&mut self, step: &'s mut Step<'_>, inputs: &[u32]) -> Result<Forward<'s>, Error> {
+    fn forward<'s>(
+        &mut self,
+        step: &'s mut Step<'_>,
+        inputs: &[u32],
+        documents: Option<&Documents>,
+    ) -> Result<Forward<'s>, Error> {
         let Forward { stream, weights } = step.forward(0)?;
         stream.upload(self.activations.inputs.view_mut(), inputs);
         kernels(stream)?.embedding(
@@ -196,7 +229,7 @@ impl Model {
             self.activations.inputs.view(),
         );
         for layer in 0..self.config.num_hidden_layers {
-            self.block_forward(layer, step.forward(layer + 1)?)?;
+            self.block_forward(layer, step.forward(layer + 1)?, documents)?;
         }
         let last = self.config.num_hidden_layers + 1;
         if self.config.tie_word_embeddings {

@@ -1,6 +1,6 @@
 //! Attention by `kernels/cuda/flash_attention.cu`.
 
-use cudarc::driver::sys::CUstream;
+use cudarc::driver::sys::{CUdeviceptr, CUstream};
 
 use super::super::CudaError;
 use super::super::launch::{Argument, Shape, launch};
@@ -87,14 +87,20 @@ pub(super) fn forward(
     unsafe { enqueue(on, stream, kernels(shape)[0], [QUERIES, shape.heads], shape, arguments) }
 }
 
+/// Where the stream's working memory has the projections of a backward pass of this shape, and of
+/// any part of it.
+pub(super) fn projection(on: &CudaStream, shape: AttentionShape) -> Result<CUdeviceptr, CudaError> {
+    let (projection, working) = pieces(shape);
+    Ok(on.scratch.take(&on.inner, working)? + projection)
+}
+
 pub(super) fn backward(
     on: &CudaStream,
     stream: CUstream,
     tensors: &Backward,
+    projection: CUdeviceptr,
     shape: AttentionShape,
 ) -> Result<(), CudaError> {
-    let (projection, working) = pieces(shape);
-    let projection = on.scratch.take(&on.inner, working)? + projection;
     project(on, stream, projection, tensors, DType::Bf16, shape)?;
     let [grad_q, grad_k, grad_v] = [tensors.grad_q, tensors.grad_k, tensors.grad_v].map(Argument::from);
     let [grad_out, q, k, v] = [tensors.grad_out, tensors.q, tensors.k, tensors.v].map(Argument::from);

@@ -8,7 +8,7 @@ use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use super::CudaError;
 use super::launch::{Shape, launch};
 use super::stream::{CudaStream, typed};
-use crate::{AttentionShape, DType};
+use crate::{AttentionShape, DType, Documents};
 pub(super) use flash::SHARED;
 pub(super) use products::{forward_from, working_bytes_from};
 
@@ -71,6 +71,62 @@ pub(super) struct Backward {
     pub(super) log_sum: CUdeviceptr,
 }
 
+impl Forward {
+    /// The tensors from a token on.
+    fn at(&self, token: usize, dtype: DType, shape: AttentionShape) -> Forward {
+        let [queries, keys, of_heads] = offsets(token, dtype, shape);
+        Forward {
+            out: self.out + queries,
+            log_sum: self.log_sum + of_heads,
+            q: self.q + queries,
+            k: self.k + keys,
+            v: self.v + keys,
+        }
+    }
+}
+
+impl Backward {
+    /// The tensors from a token on.
+    fn at(&self, token: usize, dtype: DType, shape: AttentionShape) -> Backward {
+        let [queries, keys, of_heads] = offsets(token, dtype, shape);
+        Backward {
+            grad_q: self.grad_q + queries,
+            grad_k: self.grad_k + keys,
+            grad_v: self.grad_v + keys,
+            grad_out: self.grad_out + queries,
+            q: self.q + queries,
+            k: self.k + keys,
+            v: self.v + keys,
+            out: self.out + queries,
+            log_sum: self.log_sum + of_heads,
+        }
+    }
+}
+
+/// Bytes before a token in tensors of queries, of keys, and of one f32 for each query head.
+fn offsets(token: usize, dtype: DType, shape: AttentionShape) -> [u64; 3] {
+    let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+    let width = dtype.bytes() * head_dim;
+    [width * heads, width * kv_heads, 4 * heads].map(|bytes| (token * bytes) as u64)
+}
+
+/// Tokens that see each other, from a token on: all sequences, or one document.
+struct Piece {
+    token: usize,
+    shape: AttentionShape,
+}
+
+/// What is launched one after the other: the documents, or everything at once.
+fn pieces(shape: AttentionShape, documents: Option<&Documents>) -> impl Iterator<Item = Piece> {
+    (0..documents.map_or(1, Documents::len)).map(move |index| match documents {
+        None => Piece { token: 0, shape },
+        Some(documents) => {
+            let tokens = documents.tokens(index);
+            Piece { token: tokens.start, shape: AttentionShape { batch: 1, seq: tokens.len(), ..shape } }
+        }
+    })
+}
+
 /// Bytes of working memory that a stream takes for attention of this shape.
 ///
 /// Where PILLION_ATTENTION is wrong, that of products, which take more: opening a GPU reports it.
@@ -87,10 +143,12 @@ pub(super) fn forward(
     tensors: Forward,
     dtype: DType,
     shape: AttentionShape,
+    documents: Option<&Documents>,
 ) -> Result<(), CudaError> {
     match on.inner.context.attention.serving(dtype, shape) {
-        Attention::Flash => flash::forward(on, stream, &tensors, shape),
-        Attention::Products => products::forward(on, stream, tensors, dtype, shape),
+        Attention::Flash => pieces(shape, documents)
+            .try_for_each(|Piece { token, shape }| flash::forward(on, stream, &tensors.at(token, dtype, shape), shape)),
+        Attention::Products => products::forward(on, stream, tensors, dtype, shape, documents),
     }
 }
 
@@ -100,10 +158,16 @@ pub(super) fn backward(
     tensors: Backward,
     dtype: DType,
     shape: AttentionShape,
+    documents: Option<&Documents>,
 ) -> Result<(), CudaError> {
     match on.inner.context.attention.serving(dtype, shape) {
-        Attention::Flash => flash::backward(on, stream, &tensors, shape),
-        Attention::Products => products::backward(on, stream, tensors, dtype, shape),
+        Attention::Flash => {
+            let projection = flash::projection(on, shape)?;
+            pieces(shape, documents).try_for_each(|Piece { token, shape }| {
+                flash::backward(on, stream, &tensors.at(token, dtype, shape), projection, shape)
+            })
+        }
+        Attention::Products => products::backward(on, stream, tensors, dtype, shape, documents),
     }
 }
 

@@ -12,8 +12,8 @@ use super::super::blas::{Gemm, Matrix, Places};
 use super::super::launch::{Argument, Shape, launch};
 use super::super::scratch::Pieces;
 use super::super::stream::{BYTES_OF_BLOCK, CudaStream, ELEMENTS_OF_BLOCK, typed};
-use super::{Backward, Forward, ForwardFrom, project, scale};
-use crate::{AttentionShape, DType};
+use super::{Backward, Forward, ForwardFrom, Piece, pieces, project, scale};
+use crate::{AttentionShape, DType, Documents};
 
 /// Most queries in a block.
 const QUERIES: usize = 256;
@@ -193,13 +193,17 @@ pub(super) fn forward(
     tensors: Forward,
     dtype: DType,
     shape: AttentionShape,
+    documents: Option<&Documents>,
 ) -> Result<(), CudaError> {
-    let Forward { out, log_sum, q, k, v } = tensors;
-    let (pieces, working) = forward_pieces(dtype, shape, queries(shape));
-    let start = on.scratch.take(&on.inner, working)?;
-    let working = pieces.map(|piece| start + piece);
-    let tensors = ForwardFrom { first: 0, out, q, k, v };
-    forward_into(on, stream, tensors, log_sum, working, dtype, shape)
+    let most = queries(shape);
+    let (working, bytes) = forward_pieces(dtype, shape, most);
+    let start = on.scratch.take(&on.inner, bytes)?;
+    let working = working.map(|piece| start + piece);
+    // A document has no more keys than its sequence, so its blocks fit into the same memory.
+    pieces(shape, documents).try_for_each(|Piece { token, shape }| {
+        let Forward { out, log_sum, q, k, v } = tensors.at(token, dtype, shape);
+        forward_into(on, stream, ForwardFrom { first: 0, out, q, k, v }, log_sum, working, most, dtype, shape)
+    })
 }
 
 /// Queries in a block of [`forward_from`], of which there are so many.
@@ -228,19 +232,22 @@ pub(in crate::cuda) fn forward_from(
     shape: AttentionShape,
 ) -> Result<(), CudaError> {
     let count = shape.seq - tensors.first;
-    let (pieces, working) = forward_pieces(dtype, shape, queries_from(shape, count));
+    let most = queries_from(shape, count);
+    let (pieces, working) = forward_pieces(dtype, shape, most);
     let start = on.scratch.take(&on.inner, taken_from(dtype, shape, count))?;
     // Nobody reads the logarithms.
     let log_sum = start + working;
-    forward_into(on, stream, tensors, log_sum, pieces.map(|piece| start + piece), dtype, shape)
+    forward_into(on, stream, tensors, log_sum, pieces.map(|piece| start + piece), most, dtype, shape)
 }
 
+/// Over blocks of at most `most` queries.
 fn forward_into(
     on: &CudaStream,
     stream: CUstream,
     tensors: ForwardFrom,
     log_sums: CUdeviceptr,
     [scores, p, tile, sums]: [CUdeviceptr; 4],
+    most: usize,
     dtype: DType,
     shape: AttentionShape,
 ) -> Result<(), CudaError> {
@@ -251,7 +258,7 @@ fn forward_into(
         let of_queries = (bytes * sequence * (seq - from) * heads * head_dim) as u64;
         let of_keys = (bytes * sequence * seq * kv_heads * head_dim) as u64;
         let log_sum = log_sums + (4 * sequence * heads * seq) as u64;
-        for block in blocks(shape, from, queries_from(shape, seq - from)) {
+        for block in blocks(shape, from, most) {
             let Block { place, first, rows, keys } = block;
             let [rows_, keys_, first_, seq_] = [rows, keys, first, seq].map(|size| Argument::from(size as u32));
             steps.scores(scores, tensors.q + of_queries, tensors.k + of_keys, block, steps.scale)?;
@@ -277,12 +284,29 @@ pub(super) fn backward(
     tensors: Backward,
     dtype: DType,
     shape: AttentionShape,
+    documents: Option<&Documents>,
+) -> Result<(), CudaError> {
+    let most = queries(shape);
+    let (working, bytes) = backward_pieces(dtype, shape);
+    let start = on.scratch.take(&on.inner, bytes)?;
+    let working = working.map(|piece| start + piece);
+    pieces(shape, documents).try_for_each(|Piece { token, shape }| {
+        backward_with(on, stream, tensors.at(token, dtype, shape), working, most, dtype, shape)
+    })
+}
+
+/// Over blocks of at most `most` queries.
+fn backward_with(
+    on: &CudaStream,
+    stream: CUstream,
+    tensors: Backward,
+    [scores, grad_p, p, grad_scores, grad_k, grad_v, projection]: [CUdeviceptr; 7],
+    most: usize,
+    dtype: DType,
+    shape: AttentionShape,
 ) -> Result<(), CudaError> {
     let AttentionShape { batch, seq, heads, kv_heads, head_dim } = shape;
     let steps = Steps { on, stream, dtype, shape, scale: scale(shape) };
-    let (pieces, working) = backward_pieces(dtype, shape);
-    let start = on.scratch.take(&on.inner, working)?;
-    let [scores, grad_p, p, grad_scores, grad_k, grad_v, projection] = pieces.map(|piece| start + piece);
     let (bytes, of_all_keys) = (dtype.bytes(), seq * kv_heads * head_dim);
     let seq_ = Argument::from(seq as u32);
     project(on, stream, projection, &tensors, dtype, shape)?;
@@ -295,7 +319,7 @@ pub(super) fn backward(
             let shape = Shape::for_elements(bytes, BYTES_OF_BLOCK);
             steps.launch(["zero"; 2], shape, &[sum.into(), (bytes as u64).into()])?;
         }
-        for block in blocks(shape, 0, queries(shape)) {
+        for block in blocks(shape, 0, most) {
             let Block { first, rows, keys, .. } = block;
             let (q, grad_out) = (tensors.q + of_queries, tensors.grad_out + of_queries);
             steps.scores(scores, q, tensors.k + of_keys, block, steps.scale)?;

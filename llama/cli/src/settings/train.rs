@@ -168,6 +168,9 @@ pub struct TrainArgs {
     /// Tokens in a sample.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub seq: usize,
+    /// A token sees only tokens of its own document, not those of documents before it in the sample.
+    #[arg(long)]
+    pub document_attention: bool,
     /// Samples that a rank computes at a time.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub micro_batch: u64,

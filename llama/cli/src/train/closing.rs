@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 
+use pillion_data::TokenFile;
 use pillion_llama::decoder::Decoder;
 use pillion_llama::generate::{Sampling, generate};
 
@@ -12,7 +13,6 @@ use super::outputs::{Mark, Output};
 use super::recipe::Recipe;
 use super::run::Run;
 use super::screen;
-use super::source::is_synthetic;
 use super::start::on_rank_zero;
 use crate::Error;
 use crate::output::escaped;
@@ -22,7 +22,7 @@ impl Run<'_> {
     /// What was reached, a sample of text where that was learned, and the paths of what was
     /// written.
     pub(super) fn summary(&mut self, validation: &Losses) -> Result<(), Error> {
-        let is_text = !self.dataset.bytes().is_some_and(is_synthetic);
+        let is_text = !self.dataset.bytes().is_some_and(TokenFile::is_synthetic);
         let writes = self.start.habits.sample > 0 && is_text;
         let sample = match writes.then(|| self.sample()) {
             // The validation tells whether the run has failed: its text may lack what broke this.

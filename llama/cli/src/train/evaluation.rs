@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use pillion_collectives::Reduction;
-use pillion_data::{Dataset, Prepared, Tokens, ValidationSet};
+use pillion_data::{Batch, Dataset, Prepared, Row, Tokens, ValidationSet};
 use pillion_llama::model::Model;
 use pillion_runtime::Engine;
 use serde::{Deserialize, Serialize};
 
 use super::recipe::Recipe;
-use super::source::{self, absolute, is_synthetic};
+use super::source::{self, absolute};
 use crate::{Error, run_folder};
 
 /// Data to validate on besides those of `--data`.
@@ -64,7 +64,7 @@ pub(super) fn find(
     dataset: &Dataset,
     out: &Path,
 ) -> Result<Vec<Found>, Error> {
-    let of_bytes = dataset.bytes().is_some_and(|tokens| !is_synthetic(tokens));
+    let of_bytes = dataset.bytes().is_some_and(|tokens| !tokens.is_synthetic());
     let mut found: Vec<Found> = Vec::new();
     for ValidationData { name, path } in wanted {
         if found.iter().any(|other| other.name == *name) {
@@ -88,6 +88,9 @@ pub(super) fn find(
         let tokens = Tokens::open(&path, None)?;
         source::check_same_tokenizer(dataset, &tokens)?;
         let set = ValidationSet::open(tokens, is_text, recipe.seq, recipe.model.vocab_size)?;
+        if recipe.document_attention {
+            set.check_documents()?;
+        }
         let samples = most.min(set.len()) / recipe.micro_batch * recipe.micro_batch;
         if samples == 0 {
             return Err(Error::Setting(format!(
@@ -153,41 +156,40 @@ impl Validation {
         engine: &mut Engine,
         model: &mut Model,
         dataset: &Dataset,
-        micro_batch: u64,
+        recipe: &Recipe,
     ) -> Result<Losses, Error> {
-        let seq = dataset.seq();
-        let mut of = |samples, fill: Fill<'_>| mean_loss(engine, model, [samples, micro_batch], seq, fill);
+        let mut of = |samples, fill: Fill<'_>| mean_loss(engine, model, samples, recipe, fill);
         let own = match self.own {
             0 => None,
-            samples => Some(of(samples, &|i, inputs, targets| dataset.validation(i, inputs, targets))?),
+            samples => Some(of(samples, &|i, row| dataset.validation(i, row))?),
         };
         let mut losses = Vec::new();
         for (name, set, samples) in &self.sets {
-            losses.push((name.clone(), of(*samples, &|i, inputs, targets| set.fill(i, inputs, targets))?));
+            losses.push((name.clone(), of(*samples, &|i, row| set.fill(i, row))?));
         }
         let main = own.or(losses.first().map(|(_, loss)| *loss)).expect("there is something to validate on");
         Ok(Losses { main, sets: losses.into_iter().collect() })
     }
 }
 
-/// Fills in a window: its number, `inputs: [seq]`, `targets: [seq]`.
-type Fill<'f> = &'f dyn Fn(u64, &mut [u32], &mut [u32]) -> pillion_data::Result<()>;
+/// Fills in the window of this number.
+type Fill<'f> = &'f dyn Fn(u64, Row<'_>) -> pillion_data::Result<()>;
 
-/// Mean loss, in nats a token, of the first `samples` windows, dealt to ranks by micro-batches.
-/// `samples` is a multiple of `micro_batch`. The same on every rank.
+/// Mean loss, in nats a token, of the first `samples` windows, dealt to ranks by the recipe's
+/// micro-batches, of which `samples` is a multiple. The same on every rank.
 fn mean_loss(
     engine: &mut Engine,
     model: &mut Model,
-    [samples, micro_batch]: [u64; 2],
-    seq: usize,
+    samples: u64,
+    recipe: &Recipe,
     fill: Fill<'_>,
 ) -> Result<f64, Error> {
     let communicator = engine.communicator().clone();
     let (rank, world) = (communicator.rank() as u64, communicator.world() as u64);
+    let (micro_batch, document_attention) = (recipe.micro_batch, recipe.document_attention);
     let micro_batches = samples / micro_batch;
     let rounds = micro_batches.div_ceil(world);
-    let mut inputs = vec![0; micro_batch as usize * seq];
-    let mut targets = inputs.clone();
+    let mut batch = Batch::new(micro_batch as usize, recipe.seq, document_attention);
     let mut step = engine.begin_evaluation(rounds as usize)?;
     for round in 0..rounds {
         let index = round * world + rank;
@@ -195,11 +197,10 @@ fn mean_loss(
             step.idle_round()?;
             continue;
         }
-        let rows = inputs.chunks_exact_mut(seq).zip(targets.chunks_exact_mut(seq));
-        for (window, (inputs, targets)) in (index * micro_batch..).zip(rows) {
-            fill(window, inputs, targets)?;
+        for (window, row) in (index * micro_batch..).zip(batch.rows()) {
+            fill(window, row)?;
         }
-        model.evaluate(&mut step, &inputs, &targets)?;
+        model.evaluate(&mut step, &batch.inputs, &batch.targets, batch.documents().as_ref())?;
     }
     step.end()?;
     let (loss, tokens) = model.take_loss(engine.stream())?;

@@ -111,7 +111,7 @@ pub mod progress {
         };
         let controllers = [
             "",
-            "--controller constant --save-memory 64KiB --save-every 5 --keep 2",
+            "--controller constant --document-attention --save-memory 64KiB --save-every 5 --keep 2",
             "--controller stagewise --stages 16:0.5,32:0.5 --round-to 16 --batch 16",
             "--controller linear-ramp --ramp 64:0.25 --round-to 8",
             "--controller noise-scale --ratio 0.5 --shrink",

@@ -9,7 +9,7 @@ use super::events::Events;
 use super::metrics::Metrics;
 use super::progress::Counters;
 use super::screen::Screen;
-use super::source::{self, fingerprint, is_synthetic};
+use super::source::{self, fingerprint};
 use super::start::Start;
 use crate::Error;
 use crate::models::{self, TOKENIZER};
@@ -92,7 +92,7 @@ impl Mark {
     /// # Errors
     /// When the tokens cannot be read.
     pub(super) fn of(dataset: &Dataset, vocab: usize, validation_samples: u64) -> Result<Mark, Error> {
-        let Some(tokens) = dataset.bytes().filter(|tokens| !is_synthetic(tokens)) else {
+        let Some(tokens) = dataset.bytes().filter(|tokens| !tokens.is_synthetic()) else {
             return Ok(Mark { loss: (vocab as f64).ln(), of: "guessing" });
         };
         let is_long = tokens.len(Split::Train) > trigram::MOST_TOKENS;

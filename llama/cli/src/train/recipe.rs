@@ -53,6 +53,9 @@ pub(crate) struct Recipe {
     /// Weight of the auxiliary loss on the logits' sums.
     #[serde(default)]
     pub(crate) z_loss: f64,
+    /// Whether a token sees its own document alone.
+    #[serde(default)]
+    pub(crate) document_attention: bool,
     #[serde(default)]
     pub(crate) groups: Vec<Group>,
 }
@@ -173,6 +176,7 @@ impl Recipe {
             epsilon: settings.epsilon,
             init_std: settings.init_std,
             z_loss: settings.z_loss,
+            document_attention: settings.document_attention,
             groups: settings.group.clone(),
         })
     }

@@ -15,10 +15,13 @@ use crate::settings::{TrainArgs, dtype};
 /// model has, or which samples it sees.
 #[rustfmt::skip]
 pub(crate) const CHANGEABLE: &[&str] = &[
-    "lr", "warmup", "final-lr", "schedule", "cooldown", "beta1", "beta2", "epsilon", "z-loss", "group", "samples", "weight-decay", "clip", "lr-coupling", "batch", "max-batch", "round-to",
+    "lr", "warmup", "final-lr", "schedule", "cooldown", "beta1", "beta2", "epsilon", "z-loss", "document-attention", "group", "samples", "weight-decay", "clip", "lr-coupling", "batch", "max-batch", "round-to",
     "controller", "eta", "variant", "ratio", "stages", "ramp", "ema", "patience", "growth-limit", "test-interval",
     "shrink",
 ];
+
+/// Those of them that are off where they are not given.
+const SWITCHES: [&str; 2] = ["document-attention", "shrink"];
 
 /// Gives every setting that decides the run's numbers, and was not given, the value that the saved
 /// run had.
@@ -70,6 +73,9 @@ pub(crate) fn adopt(settings: &mut TrainArgs, saved: &Progress) {
         if keeps("cooldown") && schedule.shape == Shape::Wsd {
             settings.cooldown = schedule.cooldown;
         }
+    }
+    if keeps("document-attention") {
+        settings.document_attention = saved.recipe.document_attention;
     }
     if keeps("init-std") {
         settings.init_std = *init_std;
@@ -175,7 +181,7 @@ pub(crate) fn changes(
     settings: &TrainArgs,
 ) -> Result<Vec<String>, Error> {
     let differences = recipe.differences(&saved.recipe);
-    let is_given = |name: &String| settings.given.contains(name) || name == "shrink";
+    let is_given = |name: &String| settings.given.contains(name) || SWITCHES.contains(&name.as_str());
     if let Some(name) = settings.change.iter().find(|name| !is_given(name)) {
         return Err(Error::Setting(format!("--change {name}: give --{name} as well, with its new value")));
     }

@@ -170,7 +170,7 @@ impl<'s> Run<'s> {
         })?;
         let output = output.flatten();
         laps.lap("loss to beat, and files");
-        let samples = ReadAhead::new(dataset.clone(), micro_batch)?;
+        let samples = ReadAhead::new(dataset.clone(), micro_batch, recipe.document_attention)?;
         let keep = start.habits.keep.map(NonZero::get);
         let mut saver = Saver::new(&run_folder::checkpoints(&start.out), keep, staging)?;
         saver.reserve(&engine)?;
@@ -343,8 +343,7 @@ impl<'s> Run<'s> {
             // What was learned so far is not lost for it.
             own.map_err(Error::from).and_then(|()| self.validation.check_unchanged()).unwrap_or_else(complain);
         }
-        let micro_batch = self.start.recipe.micro_batch;
-        self.validation.losses(&mut self.engine, &mut self.model, &self.dataset, micro_batch)
+        self.validation.losses(&mut self.engine, &mut self.model, &self.dataset, &self.start.recipe)
     }
 
     pub(super) fn say(&self, text: impl FnOnce() -> String) {

@@ -39,19 +39,30 @@ pub(crate) struct Part {
 /// Opens the tokens of a run, of which headers and indices alone are read.
 ///
 /// # Errors
-/// When one cannot be opened, is too short, or does not fit the model.
+/// When one cannot be opened, is too short, does not fit the model, or does not say where its
+/// documents begin and attention shall stay within them.
 pub(super) fn open(parts: &[Part], recipe: &Recipe) -> Result<Dataset, Error> {
-    cut(parts, recipe.seq, recipe.model.vocab_size, recipe.seed)
+    cut(parts, recipe.seq, recipe.model.vocab_size, recipe.seed, recipe.document_attention)
 }
 
 /// Opens tokens and cuts them into samples of `seq` tokens, for a model that knows `vocab`.
 ///
 /// # Errors
 /// As for [`open`].
-pub(crate) fn cut(parts: &[Part], seq: usize, vocab: usize, seed: u64) -> Result<Dataset, Error> {
+pub(crate) fn cut(
+    parts: &[Part],
+    seq: usize,
+    vocab: usize,
+    seed: u64,
+    document_attention: bool,
+) -> Result<Dataset, Error> {
     let opened = parts.iter().map(|part| Ok((Tokens::open(&part.path, None)?, part.weight)));
     let opened = opened.collect::<Result<Vec<_>, Error>>()?;
-    Ok(Dataset::mixed(opened, seq, vocab, seed)?)
+    let dataset = Dataset::mixed(opened, seq, vocab, seed)?;
+    if document_attention {
+        dataset.check_documents()?;
+    }
+    Ok(dataset)
 }
 
 /// A dataset's fingerprint, as checkpoints keep it.
@@ -61,11 +72,6 @@ pub(super) fn fingerprint(dataset: &Dataset) -> Result<String, Error> {
 
 fn hex(fingerprint: u64) -> String {
     format!("{fingerprint:016x}")
-}
-
-/// Whether random tokens stand for text.
-pub(super) fn is_synthetic(tokens: &TokenFile) -> bool {
-    tokens.origin().files == 0
 }
 
 /// What `--data` asks for.
@@ -278,7 +284,7 @@ pub(super) fn check_tokenizer(dataset: &Dataset, model: &[Companion]) -> Result<
     let of_bytes = tokenizer::huggingface_files().into_iter().find(|(name, _)| *name == TOKENIZER);
     let is_of_bytes = of_bytes.is_some_and(|(_, text)| text.as_bytes() == of_model);
     let remedy = "make tokens with `pillion tokenize --tokenizer` and the model's";
-    if dataset.bytes().is_some_and(|tokens| !is_synthetic(tokens)) && !is_of_bytes {
+    if dataset.bytes().is_some_and(|tokens| !tokens.is_synthetic()) && !is_of_bytes {
         let reason = "of the text in --data each byte would be a token, but the model in --from has a tokenizer";
         return Err(Error::Setting(format!("{reason}: {remedy}")));
     }
@@ -312,6 +318,10 @@ fn of_text(data: Option<&Path>, recipe: &Recipe, out: &Path) -> Result<Source, E
             "synthetic data has at most {most} different tokens, but the model knows {vocab}: choose another --model"
         )));
     }
+    if is_synthetic && recipe.document_attention {
+        let reason = "synthetic data has no documents: leave out --document-attention, or give text or tokens";
+        return Err(Error::Setting(reason.to_owned()));
+    }
     if !is_synthetic && vocab < tokenizer::VOCAB {
         let needed = tokenizer::VOCAB;
         return Err(Error::Setting(format!(
@@ -331,7 +341,7 @@ fn of_text(data: Option<&Path>, recipe: &Recipe, out: &Path) -> Result<Source, E
 /// Checks that the model and the trigram model of text know every token of a file that we have made:
 /// a file of its name from elsewhere may have others.
 fn check_vocabulary(tokens: &TokenFile, recipe: &Recipe) -> Result<(), Error> {
-    let most = if is_synthetic(tokens) { recipe.model.vocab_size } else { tokenizer::VOCAB };
+    let most = if tokens.is_synthetic() { recipe.model.vocab_size } else { tokenizer::VOCAB };
     if tokens.vocab() <= most {
         return Ok(());
     }
@@ -445,7 +455,7 @@ fn of_resumed_text(
 
 fn own_source(own: &TokenFile, recipe: &Recipe, saved: &Progress, mut said: Vec<String>) -> Result<Source, Error> {
     check_vocabulary(own, recipe)?;
-    let description = match is_synthetic(own) {
+    let description = match own.is_synthetic() {
         true => "the random tokens that the run began with",
         false => "the text that the run began with",
     };

@@ -52,7 +52,7 @@ impl Run<'_> {
             let next = (next < recipe.schedule.samples).then_some(next);
             let batch = self.samples.take(first(index), next)?;
             (own, masked) = (own + 1, masked + u64::from(batch.is_masked()));
-            self.model.train(&mut step, &batch.inputs, &batch.targets)?;
+            self.model.train(&mut step, &batch.inputs, &batch.targets, batch.documents().as_ref())?;
         }
         let decided = self.controller.batch() as f64;
         let no_groups = if whole_gradients { u64::from(own > 0 && own == masked) } else { masked };

@@ -1,17 +1,22 @@
 //! A block: attention and feed-forward, each with its norm, added to the residual stream.
 
-use pillion_kernels::{AttentionShape, Buffer, Kernels, View};
+use pillion_kernels::{AttentionShape, Buffer, Documents, Kernels, View};
 use pillion_runtime::{Backward, Error, Forward, Weights};
 
 use super::{Model, kernels, tensor};
 use crate::activations::{Activations, Attention, FeedForward, Recompute, of_block};
 
 impl Model {
-    pub(super) fn block_forward(&mut self, layer: usize, unit: Forward<'_>) -> Result<(), Error> {
+    pub(super) fn block_forward(
+        &mut self,
+        layer: usize,
+        unit: Forward<'_>,
+        documents: Option<&Documents>,
+    ) -> Result<(), Error> {
         let Forward { stream, weights } = unit;
         let kernels = kernels(stream)?;
         let rows = self.tokens();
-        self.attention_forward(layer, kernels, &weights);
+        self.attention_forward(layer, kernels, &weights, documents);
         self.feed_forward(layer, kernels, &weights);
         let Activations { residual, feed_forward, recomputed, .. } = &mut self.activations;
         let (out, feed_forward) = (&mut residual[layer + 1], of_block(feed_forward, layer));
@@ -22,7 +27,13 @@ impl Model {
     }
 
     /// From the residual stream before the block to what attention returns.
-    fn attention_forward(&mut self, layer: usize, kernels: &dyn Kernels, weights: &Weights<'_>) {
+    fn attention_forward(
+        &mut self,
+        layer: usize,
+        kernels: &dyn Kernels,
+        weights: &Weights<'_>,
+        documents: Option<&Documents>,
+    ) {
         let rows = self.tokens();
         let Activations { residual, attention, recomputed, cos, sin, .. } = &mut self.activations;
         let (x, attention) = (&residual[layer], of_block(attention, layer));
@@ -33,7 +44,8 @@ impl Model {
         kernels.linear(k.view_mut(), recomputed.normed.view(), weights.tensor(tensor::K), None, rows);
         kernels.linear(v.view_mut(), recomputed.normed.view(), weights.tensor(tensor::V), None, rows);
         rotate(kernels, q, k, cos, sin, self.attention, false);
-        kernels.attention(attended.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), self.attention);
+        let (out, log_sum) = (attended.view_mut(), log_sum.view_mut());
+        kernels.attention(out, log_sum, q.view(), k.view(), v.view(), self.attention, documents);
     }
 
     /// From there to gate and up.
@@ -51,14 +63,19 @@ impl Model {
 
     /// Turns the gradient of the residual stream after the block into that before it. What the
     /// block has not kept is computed again first, by the same kernels from the same numbers.
-    pub(super) fn block_backward(&mut self, layer: usize, unit: Backward<'_>) -> Result<(), Error> {
+    pub(super) fn block_backward(
+        &mut self,
+        layer: usize,
+        unit: Backward<'_>,
+        documents: Option<&Documents>,
+    ) -> Result<(), Error> {
         let Backward { stream, weights, mut gradients, .. } = unit;
         let kernels = kernels(stream)?;
         match self.recompute.of(layer, self.config.num_hidden_layers) {
             Recompute::None => {}
-            Recompute::Attention => self.attention_forward(layer, kernels, &weights),
+            Recompute::Attention => self.attention_forward(layer, kernels, &weights, documents),
             Recompute::Block => {
-                self.attention_forward(layer, kernels, &weights);
+                self.attention_forward(layer, kernels, &weights, documents);
                 self.feed_forward(layer, kernels, &weights);
             }
         }
@@ -115,6 +132,7 @@ impl Model {
             attention.attended.view(),
             attention.log_sum.view(),
             self.attention,
+            documents,
         );
         rotate(kernels, &mut d.q, &mut d.k, cos, sin, self.attention, true);
         let (normed, inverse) = (recomputed.normed.view_mut(), attention.inverse_rms.view_mut());

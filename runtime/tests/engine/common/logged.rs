@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::task::Waker;
 
 use pillion_kernels::{
-    AdamW, AttentionShape, Buffer, Completion, Cpu, DType, Device, Error, Event, Failure, Kernels, Region, Status,
-    Stream, View, ViewMut,
+    AdamW, AttentionShape, Buffer, Completion, Cpu, DType, Device, Documents, Error, Event, Failure, Kernels, Region,
+    Status, Stream, View, ViewMut,
 };
 
 /// The names of the functions that streams of a [`Logged`] device were asked for, in order.
@@ -174,7 +174,8 @@ impl Kernels for LoggedStream {
             q: View<'_>,
             k: View<'_>,
             v: View<'_>,
-            shape: AttentionShape
+            shape: AttentionShape,
+            documents: Option<&Documents>
         );
         attention_from(
             first: usize,
@@ -194,7 +195,8 @@ impl Kernels for LoggedStream {
             v: View<'_>,
             out: View<'_>,
             log_sum: View<'_>,
-            shape: AttentionShape
+            shape: AttentionShape,
+            documents: Option<&Documents>
         );
         swiglu(out: ViewMut<'_>, gate: View<'_>, up: View<'_>);
         swiglu_backward(
