@@ -263,7 +263,7 @@ fn tokens_without_documents_are_refused_by_name() {
     let place = workplace();
     let ended = place.run(&format!("train --data synthetic {FLAGS} --out out --document-attention"));
     ended.refused(2, &["synthetic data has no documents", "leave out --document-attention"]);
-    fs::write(place.path("gpt.bin"), [1; 4000]).unwrap();
+    fs::write(place.path("gpt.bin"), [0; 4000]).unwrap();
     let ended = place.run(&format!("train --data gpt.bin --vocab-size 257 {FLAGS} --out out --document-attention"));
     ended.refused(1, &["gpt.bin", "does not say where documents begin", "pillion tokenize"]);
     let sets = "--validation-data other=gpt.bin";

@@ -61,6 +61,10 @@ const TABLE: &[(&str, How)] = &[
     ("pillion export --checkpoint runs/tuned --to tuned", Parsed),
     ("pillion eval --checkpoint runs/tuned --data tokens", Parsed),
     ("pillion train --config run.toml", Parsed),
+    // tests/validation.rs has sets.
+    ("pillion train --data tokens --validation-data code=held/code --validation-data held/books", Parsed),
+    ("pillion train --dry-run", With(SHORT_DEFAULT)),
+    ("pillion train --unit-noise", With(SHORT)),
     ("pillion config show", AsItStands),
     ("pillion config show > my.toml", AsItStands),
     ("pillion config check my.toml", AsItStands),

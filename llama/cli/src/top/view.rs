@@ -165,7 +165,7 @@ mod tests {
             "160 samples",
             "step 20   loss 3.0000   validation 3.1000   best 3.1000   written 1:15 ago",
             "batch 8   noise 20   lr 1.00e-3   norm 1.000   tok/s 1000   mfu 50%",
-            "exposed 10.0ms   memory 64.00 MiB",
+            "exposed 10.0ms   data 0.0ms   memory 64.00 MiB",
             "loss by samples",
             "q leaves",
         ] {
