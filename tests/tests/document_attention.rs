@@ -76,7 +76,7 @@ impl Setup {
         let gradients = (0..layout.units.len()).flat_map(|unit| {
             let moment = engine.state(unit).unwrap().states[0].clone();
             let tensors = &layout.units[unit].tensors;
-            let pieces = layout.pieces(unit, 0).into_iter();
+            let pieces = layout.pieces(unit, 0);
             let named = pieces.map(|piece| (tensors[piece.tensor].name.clone(), moment[piece.in_shard].to_vec()));
             named.collect::<Vec<_>>()
         });
