@@ -42,7 +42,7 @@ pub(crate) fn queries(shape: AttentionShape) -> usize {
     shape.batch * shape.seq * shape.heads * shape.head_dim
 }
 
-pub(crate) fn keys(shape: AttentionShape) -> usize {
+fn keys(shape: AttentionShape) -> usize {
     shape.batch * shape.seq * shape.kv_heads * shape.head_dim
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use pillion_kernels::{AttentionShape, Buffer, DType, Documents};
 use proptest::prelude::*;
 
-use crate::attention::{backward, forward, inputs, keys, queries, shape};
+use crate::attention::{backward, forward, inputs, queries, shape};
 use crate::bounded::{Bounded, exact};
 use crate::common::{Stage, TYPES, Values, assert_within, normals_as, run};
 
