@@ -54,6 +54,8 @@ pub struct Engine {
     pub(crate) measures_groups: bool,
     /// Of each unit, with [`Engine::measure_units`]; else empty.
     pub(crate) unit_norms: Vec<UnitNorms>,
+    /// Room for their sums.
+    pub(crate) unit_sums: Vec<f64>,
     /// How groups are compared with their sum, where they are.
     pub(crate) comparison: Option<Arc<Comparison>>,
     outline: Outline,
@@ -203,6 +205,7 @@ impl Engine {
             waits: Vec::new(),
             measures_groups: true,
             unit_norms: Vec::new(),
+            unit_sums: Vec::new(),
             comparison: None,
             outline,
             plans: HashMap::new(),
@@ -276,10 +279,12 @@ impl Engine {
         self.measures_groups = wanted;
     }
 
-    /// Whether the steps from now on sum [`Engine::unit_norms`] too: two numbers more for each unit
-    /// in the scalars of a step. To be called alike on every rank.
+    /// Whether the steps from now on sum [`Engine::unit_norms`] too: a second all-reduce of scalars
+    /// at the end of a step, of two numbers for each unit. To be called alike on every rank.
     pub fn measure_units(&mut self, wanted: bool) {
-        self.unit_norms = vec![UnitNorms::default(); if wanted { self.layout.units.len() } else { 0 }];
+        let units = if wanted { self.layout.units.len() } else { 0 };
+        self.unit_norms = vec![UnitNorms::default(); units];
+        self.unit_sums = vec![0.0; 2 * units];
     }
 
     /// The square norms of each unit's gradient in the last step that was updated; empty without

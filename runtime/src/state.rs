@@ -20,8 +20,8 @@ const PART: usize = 1 << 15;
 
 /// Fills `out` with `value(first)`, `value(first + 1)` and so on, by several threads where it is
 /// long.
-fn fill<V: Fn(usize) -> f32 + Sync>(out: &mut [f32], first: usize, value: &V) {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(out.len().div_ceil(PART));
+fn fill<V: Fn(usize) -> f32 + Sync>(threads: usize, out: &mut [f32], first: usize, value: &V) {
+    let threads = threads.min(out.len().div_ceil(PART));
     let parts = Mutex::new(out.chunks_mut(PART).zip((first..).step_by(PART)));
     let next = || parts.lock().next();
     let work = || {
@@ -51,16 +51,16 @@ impl Engine {
         })
     }
 
-    /// As [`Engine::initialize`], with elements made on as many threads as the process may run at
-    /// once.
+    /// As [`Engine::initialize`], with elements made on so many threads.
     ///
     /// # Errors
     /// When another rank has failed.
     pub fn initialize_on_threads<V: Fn(usize) -> f32 + Sync>(
         &mut self,
+        threads: usize,
         values: impl Fn(&str, &[usize]) -> V,
     ) -> Result<(), Error> {
-        self.initialize_by(values, fill)
+        self.initialize_by(values, |out, first, value| fill(threads, out, first, value))
     }
 
     fn initialize_by<V>(
@@ -198,9 +198,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn threads_fill_every_place_with_its_own_value(len in 0usize..5 * PART, first in 0usize..1 << 20) {
+        fn threads_fill_every_place_with_its_own_value(
+            threads in 1usize..4,
+            len in 0usize..5 * PART,
+            first in 0usize..1 << 20,
+        ) {
             let mut out = vec![f32::NAN; len];
-            fill(&mut out, first, &|element| element as f32);
+            fill(threads, &mut out, first, &|element| element as f32);
             prop_assert!(out.iter().zip(first..).all(|(out, element)| *out == element as f32));
         }
     }

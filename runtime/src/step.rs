@@ -91,9 +91,6 @@ impl Gradients<'_> {
     }
 }
 
-/// Units whose norms are summed at a time.
-const UNITS_AT_A_TIME: usize = 16;
-
 /// Most numbers that the ranks can ask each other for with a step.
 pub const REQUESTS: usize = 32;
 
@@ -474,21 +471,21 @@ impl<'e> Step<'e> {
 
     /// Sums the square norms of each unit, where they are wanted.
     fn sum_units(&mut self) -> Result<(), Error> {
-        let Engine { summary, axes, unit_norms, .. } = &mut *self.engine;
-        let is_first = axes.shard_number() == 0;
-        // Allocates nothing: so many units at a time.
-        for (chunk, norms) in (0..).zip(unit_norms.chunks_mut(UNITS_AT_A_TIME)) {
-            let mut values = [0.0; 2 * UNITS_AT_A_TIME];
-            let values = &mut values[..2 * norms.len()];
-            for (unit, pair) in (chunk * UNITS_AT_A_TIME..).zip(values.chunks_exact_mut(2)) {
-                pair[0] = if is_first { summary.totals(unit)[sideband::SQUARE_NORM.start] } else { 0.0 };
-                pair[1] = summary.norm(unit)[0];
-            }
-            axes.world.all_reduce_scalars(values, Reduction::Sum)?;
-            for (norms, pair) in norms.iter_mut().zip(values.chunks_exact(2)) {
-                *norms = UnitNorms { group_square_norms: pair[0], square_norm: pair[1] };
-            }
+        let Engine { summary, axes, unit_norms, unit_sums, .. } = &mut *self.engine;
+        if unit_norms.is_empty() {
+            return Ok(());
         }
+        let is_first = axes.shard_number() == 0;
+        for (unit, pair) in unit_sums.chunks_exact_mut(2).enumerate() {
+            pair[0] = if is_first { summary.totals(unit)[sideband::SQUARE_NORM.start] } else { 0.0 };
+            pair[1] = summary.norm(unit)[0];
+        }
+        let waiting = Stamp::now();
+        axes.world.all_reduce_scalars(unit_sums, Reduction::Sum)?;
+        for (norms, pair) in unit_norms.iter_mut().zip(unit_sums.chunks_exact(2)) {
+            *norms = UnitNorms { group_square_norms: pair[0], square_norm: pair[1] };
+        }
+        self.waited_until(waiting, Stamp::now(), "agree on units", 0..0);
         Ok(())
     }
 

@@ -74,6 +74,12 @@ fn bash_completes_what_is_typed() {
     assert_eq!(completed("pillion config ch", 2), ["check"]);
     assert_eq!(completed("pillion train --final", 2), ["--final-lr"]);
     assert_eq!(completed("pillion train --schedule w", 3), ["wsd"]);
+    for (command, flags) in commands(&place) {
+        let words = format!("pillion {command} --").replace("  ", " ");
+        let found = completed(&words, words.split(' ').count() - 1);
+        let missing: Vec<_> = flags.iter().filter(|flag| !found.contains(flag)).collect();
+        assert!(missing.is_empty(), "{missing:?} of {command:?} are not among {found:?}");
+    }
 }
 
 #[test]

@@ -110,12 +110,18 @@ fn what_cannot_be_tokenized_is_refused_with_a_remedy() {
     run("text --restart").succeeded();
     run("text text/module_000.rs --restart").refused(1, &["is read twice"]);
     place.run("tokenize . --tokenizer tokenizer.json --out new/tokens").refused(1, &["--out lies in it"]);
+    std::os::unix::fs::symlink("module_000.rs", place.path("text/again.rs")).unwrap();
+    let ended = run("text --restart").succeeded();
+    assert!(ended.stdout.contains("1 links to files that are read anyway"), "{ended}");
     // The folder of a model is nobody's to clear.
     fs::create_dir(place.path("model")).unwrap();
     fs::write(place.path("model/config.json"), "{}").unwrap();
     let model = "tokenize text --tokenizer tokenizer.json --out model --restart";
     place.run(model).refused(1, &["holds config.json"]);
     assert_eq!(fs::read_to_string(place.path("model/config.json")).unwrap(), "{}");
+    fs::rename(place.path("model/config.json"), place.path("model/plan.json")).unwrap();
+    place.run(model).refused(1, &["holds plan.json"]);
+    assert_eq!(fs::read_to_string(place.path("model/plan.json")).unwrap(), "{}");
 }
 
 #[test]

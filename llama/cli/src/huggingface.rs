@@ -10,8 +10,9 @@ use serde_json::{Map, Value};
 use crate::models::{self, Companion, Origin, TOKENIZER};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{ExportArgs, ImportArgs, dtype};
+use crate::signals::{self, Second};
 use crate::train::{bytes, grouped, on_terminal, stopping};
-use crate::{Error, print_result, signals};
+use crate::{Error, print_result};
 
 /// `pillion import`.
 ///
@@ -26,11 +27,12 @@ pub(crate) fn import(settings: &ImportArgs) -> Result<i32, Error> {
     if let Some(aside) = folder.set_aside(None, false)? {
         crate::print(format_args!("the earlier run in {} is now {}", settings.out.display(), aside.display()));
     }
+    let stop = signals::flag(Second::Ends)?;
     // The checkpoint counts once it is there, so what goes with it comes first.
     models::keep(&files, &settings.out)?;
     let bar = bar(source.bytes());
-    let stop = signals::flag()?;
-    let imported = huggingface::import(&source, &run_folder::checkpoints(&settings.out), |more| {
+    let checkpoints = run_folder::checkpoints(&settings.out);
+    let imported = huggingface::import(&source, &checkpoints, |more| {
         bar.inc(more);
         !stopping(&stop)
     });
@@ -39,6 +41,8 @@ pub(crate) fn import(settings: &ImportArgs) -> Result<i32, Error> {
         Ok(path) => path,
         Err(error) => {
             models::forget(&files, &settings.out);
+            // It goes only if nothing is in it.
+            let _ = std::fs::remove_dir(&checkpoints);
             return interrupted(error);
         }
     };
@@ -98,7 +102,7 @@ pub(crate) fn export(settings: &ExportArgs) -> Result<i32, Error> {
     let bar = bar(parameters * as_what.bytes() as u64);
     let wanted =
         Export { checkpoint, imported, dtype: as_what, file_bytes: settings.file_size, companions: &companions };
-    let stop = signals::flag()?;
+    let stop = signals::flag(Second::Ends)?;
     let exported = huggingface::export(&wanted, &settings.to, |more| {
         bar.inc(more);
         !stopping(&stop)

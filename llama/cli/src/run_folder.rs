@@ -267,8 +267,16 @@ impl RunFolder {
         Ok(names.map(|name| (name.clone(), checkpoint::is_ours(&folder.join(name)))).collect())
     }
 
-    /// The names of the files that go with a model. Others beside them are the user's.
+    /// The names of the files that go with a model.
+    ///
+    /// # Errors
+    /// [`Error::File`] when others lie beside them: they may all be the user's, who keeps a model there.
     fn companions(&self) -> Result<Vec<&'static str>, Error> {
+        let entries = fs::read_dir(huggingface(&self.path)).into_iter().flatten().flatten();
+        let is_known = |name: &std::ffi::OsStr| name == CONFIG || COMPANIONS.iter().any(|known| name == *known);
+        if let Some(foreign) = entries.map(|entry| entry.path()).find(|path| !path.file_name().is_some_and(is_known)) {
+            return Err(Error::file(foreign, FOREIGN));
+        }
         let folder = huggingface(&self.path);
         let is_there = |name: &&str| match folder.join(name).symlink_metadata() {
             Ok(_) => Ok(true),

@@ -223,10 +223,12 @@ pub struct EvalArgs {
     /// or Megatron. Several times for all of them. Default, of a model of bytes: the default text.
     #[arg(long, value_name = "PATH")]
     pub data: Vec<String>,
-    /// What of it: train or validation; default: validation where there is one.
+    /// What of it: train or validation; default: of text all of it, of tokens validation where there
+    /// is one.
     #[arg(long, value_parser = split())]
     pub split: Option<Split>,
-    /// Samples at most, from the beginning; default: all.
+    /// Samples at most: of tokens or a split from the beginning, of all of a text from everywhere in
+    /// it; default: all.
     #[arg(long, value_name = "N")]
     pub samples: Option<u64>,
     /// Tokens in a sample; default: those of the model's training, or of an imported model as many as
@@ -314,9 +316,13 @@ impl Cli {
             _ => return Ok(cli),
         };
         let Some(path) = &settings.config else { return Ok(cli) };
-        let flags = file::flags_beside(path, &settings.given).map_err(|reason| (format!("error: {reason}\n"), 2))?;
+        let file = file::read_beside(path, &settings.given).map_err(|reason| (format!("error: {reason}\n"), 2))?;
         let (command, rest) = arguments.split_at(words);
-        parse(&[command, &flags, rest].concat()).map_err(refuse)
+        let mut cli = parse(&[command, &file.flags, rest].concat()).map_err(refuse)?;
+        if let Command::Train(settings) = &mut cli.command {
+            settings.given.extend(file.without_flags);
+        }
+        Ok(cli)
     }
 }
 

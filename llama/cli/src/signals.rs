@@ -5,16 +5,27 @@ use std::sync::atomic::AtomicBool;
 
 use crate::Error;
 
-/// Is set when a signal asks the process to end; a second one ends it at once.
+/// What a second signal does.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Second {
+    /// Nothing more.
+    Waits,
+    /// Ends the process at once.
+    Ends,
+}
+
+/// Is set when a signal asks the process to end.
 ///
 /// # Errors
 /// When `/proc` does not say which signals are ignored.
-pub(crate) fn flag() -> Result<Arc<AtomicBool>, Error> {
+pub(crate) fn flag(second: Second) -> Result<Arc<AtomicBool>, Error> {
     let stop = Arc::new(AtomicBool::new(false));
     let signals = pillion_collectives::stop::signals().map_err(|error| Error::file("/proc/self/status", error))?;
     for signal in signals {
         let register = || {
-            signal_hook::flag::register_conditional_default(signal, stop.clone())?;
+            if second == Second::Ends {
+                signal_hook::flag::register_conditional_default(signal, stop.clone())?;
+            }
             signal_hook::flag::register(signal, stop.clone())
         };
         register().expect("these signals can be handled");

@@ -82,14 +82,19 @@ pub(crate) fn list(paths: &[PathBuf], out: &Path) -> Result<(Vec<Input>, Skipped
             return Err(Error::bad(path, problem));
         }
         let kinds = kinds(path, &found.files)?;
+        let mut here = HashSet::new();
         for (file, kind) in found.files.into_iter().zip(kinds) {
-            // What a link leads to is one file, whatever its names.
+            // What links lead to is one file, whatever its names.
             let canonical = file.path.canonicalize().map_err(Error::reading(&file.path))?;
-            if !seen.insert(canonical) {
-                return Err(Error::bad(file.path, "is read twice, perhaps by another name; give each file once"));
+            if seen.contains(&canonical) {
+                return Err(Error::bad(file.path, "is read twice, because several paths lead to it; give it once"));
             }
-            inputs.push(Input::new(file.path, kind)?);
+            match here.insert(canonical) {
+                true => inputs.push(Input::new(file.path, kind)?),
+                false => skipped.twice += 1,
+            }
         }
+        seen.extend(here);
         skipped.hidden += found.skipped.hidden;
         skipped.empty += found.skipped.empty;
         skipped.special += found.skipped.special;

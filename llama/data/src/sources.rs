@@ -54,6 +54,8 @@ pub struct Skipped {
     pub not_text: u64,
     /// Source files beyond a crate's share of the default data.
     pub over_share: u64,
+    /// Links within a folder to files that are read by another name.
+    pub twice: u64,
     /// What runs of this program have written: each run's folder within the text, or what lies in
     /// the text's folder itself.
     pub runs: u64,
@@ -68,6 +70,7 @@ impl fmt::Display for Skipped {
             (self.special, "folder links or special files"),
             (self.not_text, "not UTF-8 text"),
             (self.over_share, "over their crate's share"),
+            (self.twice, "links to files that are read anyway"),
             (self.runs, "of runs of pillion"),
         ] {
             if count > 0 {

@@ -27,7 +27,7 @@ use pillion_collectives::launcher::EXIT_INTERRUPTED;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::run_folder::RunFolder;
-use crate::signals;
+use crate::signals::{self, Second};
 use crate::train::stopping;
 use crate::{Error, print, print_result, train};
 use grid::{Run, grid};
@@ -91,7 +91,7 @@ pub(crate) fn paper(settings: &PaperArgs) -> Result<i32, Error> {
     // A report alone can be made while runs are.
     let _lock = if settings.report { None } else { Some(claim(&out)?) };
     if !settings.report {
-        let stop = signals::flag()?;
+        let stop = signals::flag(Second::Waits)?;
         let mut progress = Progress::new(&runs, &folder)?;
         for (number, run) in runs.iter().enumerate() {
             if Results::of(&folder(run), run.samples)?.is_finished() {

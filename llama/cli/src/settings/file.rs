@@ -14,28 +14,29 @@ pub(crate) struct SettingsFile {
     path: PathBuf,
     /// Its settings as flags of `pillion train`.
     pub(crate) flags: Vec<String>,
+    /// Its settings that no flag says: switches that are off, and empty lists.
+    pub(crate) without_flags: BTreeSet<String>,
     /// The line of each key, counted from 1.
     lines: BTreeMap<String, usize>,
 }
 
-/// The settings of a file as flags, but for those that were also `given` on the command line, and
-/// those that nobody can give together with them.
+/// The settings of a file, but for those that were also `given` on the command line, and those that
+/// nobody can give together with them.
 ///
 /// # Errors
 /// When the file cannot be read, or its settings alone are refused.
-pub(crate) fn flags_beside(path: &Path, given: &BTreeSet<String>) -> Result<Vec<String>, String> {
-    let file = SettingsFile::read(path)?;
+pub(crate) fn read_beside(path: &Path, given: &BTreeSet<String>) -> Result<SettingsFile, String> {
+    let mut file = SettingsFile::read(path)?;
     // Alone first, so that what the file gets wrong is said of the file.
     file.settings()?;
     let command = train_command();
-    let mut flags = file.flags;
-    flags.retain(|flag| {
+    file.flags.retain(|flag| {
         let name = flag.trim_start_matches("--");
         let name = name.split_once('=').map_or(name, |(name, _)| name);
         // Values of a list would add up.
         !given.contains(name) && !given.iter().any(|given| excludes(&command, name, given))
     });
-    Ok(flags)
+    Ok(file)
 }
 
 /// `pillion train`, whose flags are the settings, and --config.
@@ -84,7 +85,8 @@ impl SettingsFile {
     /// As for [`SettingsFile::read`].
     pub(crate) fn parse(path: &Path, text: &str) -> Result<SettingsFile, String> {
         let line = |at: usize| text.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
-        let mut file = SettingsFile { path: path.to_owned(), flags: Vec::new(), lines: BTreeMap::new() };
+        let (flags, without_flags, lines) = (Vec::new(), BTreeSet::new(), BTreeMap::new());
+        let mut file = SettingsFile { path: path.to_owned(), flags, without_flags, lines };
         let table = DeTable::parse(text).and_then(|keys| {
             file.lines = keys.get_ref().keys().map(|key| (key.get_ref().to_string(), line(key.span().start))).collect();
             text.parse::<toml::Table>()
@@ -95,8 +97,12 @@ impl SettingsFile {
         })?;
         let command = train_command();
         for (key, value) in table {
-            let flags = flags(&command, &key, value);
-            file.flags.extend(flags.map_err(|reason| file.say(file.lines.get(&key).copied(), &reason))?);
+            let flags = self::flags(&command, &key, value);
+            let flags = flags.map_err(|reason| file.say(file.lines.get(&key).copied(), &reason))?;
+            if flags.is_empty() {
+                file.without_flags.insert(key);
+            }
+            file.flags.extend(flags);
         }
         Ok(file)
     }
@@ -136,7 +142,7 @@ fn flags(command: &clap::Command, key: &str, value: toml::Value) -> Result<Vec<S
         (false, toml::Value::Boolean(false)) => Ok(Vec::new()),
         (false, _) => Err(format!("`{key}` is on or off: write `{key} = true` or `{key} = false`")),
         (true, toml::Value::Array(values)) => {
-            if values.len() > 1 && !matches!(argument.get_action(), ArgAction::Append) {
+            if values.len() != 1 && !matches!(argument.get_action(), ArgAction::Append) {
                 return Err(format!("`{key}` is a list of {} values: give one", values.len()));
             }
             values.into_iter().map(|value| flag(key, value)).collect()
@@ -214,6 +220,9 @@ mod tests {
         assert!(train("profile = true", &[]).unwrap().profile);
         assert!(!train("profile = false", &[]).unwrap().profile);
         assert!(train("profile = false", &["--profile"]).unwrap().profile);
+        // A run that goes on must know that they were given.
+        let settings = train("keep-best = false\nvalidation-data = []", &[]).unwrap();
+        assert!(["keep-best", "validation-data"].iter().all(|name| settings.given.contains(*name)));
     }
 
     #[test]
@@ -248,6 +257,7 @@ mod tests {
             ("# first\nlr = \"fast\"", "run.toml, line 2: invalid value 'fast' for '--lr <X>': invalid float literal"),
             ("\nlr = {}", "run.toml, line 2: `lr` is a table, but settings are strings, numbers, or lists of them"),
             ("lr = [1, 2]", "run.toml, line 1: `lr` is a list of 2 values: give one"),
+            ("lr = []", "run.toml, line 1: `lr` is a list of 0 values: give one"),
             (
                 "seq = 8\nprofile = 1",
                 "run.toml, line 2: `profile` is on or off: write `profile = true` or `profile = false`",

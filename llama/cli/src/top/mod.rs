@@ -21,7 +21,7 @@ use ratatui::crossterm::terminal;
 use ratatui::layout::Rect;
 
 use crate::output::write;
-use crate::signals;
+use crate::signals::{self, Second};
 use crate::{Error, complain};
 use watch::Watch;
 
@@ -54,7 +54,7 @@ pub(crate) fn top(settings: &TopArgs) -> Result<i32, Error> {
         let remedy = "give --once for one frame as text";
         return Err(Error::Setting(format!("top draws on a terminal, and stdin or stdout is none: {remedy}")));
     }
-    let stop = signals::flag()?;
+    let stop = signals::flag(Second::Waits)?;
     let shown = ratatui::try_init().and_then(|terminal| show(terminal, &mut watch, &stop));
     if let Err(error) = ratatui::try_restore() {
         complain(format_args!("the terminal is not as it was ({error}): `reset` helps"));

@@ -3,7 +3,7 @@
 use pillion_collectives::{Backend, Launch, WireKind};
 
 use super::recipe::Recipe;
-use super::{DEFAULT_RANKS, gpu};
+use super::{DEFAULT_RANKS, gpu, unread};
 use crate::Error;
 use crate::controller::by_flag;
 use crate::jobs::{self, MOST_RANKS};
@@ -33,6 +33,7 @@ pub(crate) fn check(settings: &TrainArgs, ranks: Option<u32>) -> Result<Checked,
     };
     options.check(&Launch { world, local_world: world, ..Launch::single() })?;
     if settings.resume.is_some() {
+        unread::check_given(settings)?;
         return Ok(Checked { world, recipe: None });
     }
     let mut settings = settings.clone();

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::evaluation::ValidationData;
 use super::recipe::Recipe;
-use super::source::{Part, absolute};
+use super::source::Part;
 use crate::settings::{OnNonFinite, TrainArgs};
 use crate::{Error, run_folder};
 
@@ -81,10 +81,12 @@ pub(crate) fn count(ranges: &[Range<u64>]) -> u64 {
 }
 
 /// A checkpoint, and its validation loss in nats a token.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Best {
     pub(crate) step: u64,
     pub(crate) loss: f64,
+    /// What the loss is on: losses on other samples do not compare.
+    pub(crate) on: String,
 }
 
 /// How a run saves, validates, and ends, which decides no number of the training. A resume keeps
@@ -100,7 +102,7 @@ pub(crate) struct Habits {
     #[serde(default)]
     pub(crate) validate_every_samples: Option<NonZero<u64>>,
     pub(crate) validation_samples: u64,
-    /// Their paths are absolute.
+    /// As they were found: of text, the token file.
     #[serde(default)]
     pub(crate) validation_data: Vec<ValidationData>,
     #[serde(default)]
@@ -115,7 +117,6 @@ impl Habits {
     pub(crate) fn of(settings: &TrainArgs) -> Habits {
         let &TrainArgs { save_every, save_memory, keep, validate_every, validation_samples, sample, .. } = settings;
         let &TrainArgs { validate_every_samples, keep_best, .. } = settings;
-        let absolute = |set: &ValidationData| ValidationData { path: absolute(&set.path), ..set.clone() };
         let non_finite_limit = settings.non_finite_limit;
         let on_non_finite = settings.on_non_finite.unwrap_or_default();
         Habits {
@@ -125,7 +126,7 @@ impl Habits {
             validate_every,
             validate_every_samples,
             validation_samples,
-            validation_data: settings.validation_data.iter().map(absolute).collect(),
+            validation_data: settings.validation_data.clone(),
             keep_best,
             sample,
             on_non_finite,

@@ -1,12 +1,14 @@
 //! `--dry-run`: all that comes before the first step, and what it took.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::log::Event;
 use super::plan_table::bytes;
 use super::run::Run;
 use super::screen::proportional_memory;
+use crate::jobs::Ended;
 use crate::output;
 use crate::{Error, print};
 
@@ -34,10 +36,13 @@ impl Run<'_> {
     ///
     /// # Errors
     /// As the run itself would fail.
-    pub(super) fn rehearse(mut self) -> Result<(), Error> {
+    pub(super) fn rehearse(mut self, stop: &AtomicBool) -> Result<Ended, Error> {
         let losses = self.validate()?;
         self.laps.lap("first validation");
         self.check_validation(&losses, "what the run begins with")?;
+        if self.is_asked_to_stop(stop)? {
+            return Ok(Ended::Interrupted);
+        }
         let (rank, recipe) = (self.communicator.rank() as u64, &self.start.recipe);
         let first = self.progress.samples + rank * recipe.micro_batch;
         self.samples.take(first, None)?;
@@ -45,7 +50,7 @@ impl Run<'_> {
         let own = proportional_memory().unwrap_or(0);
         let largest = self.communicator.all_gather_scalars(&[own])?.iter().map(|rank| rank[0]).max().unwrap_or(0);
         if self.communicator.rank() > 0 {
-            return Ok(());
+            return Ok(Ended::Done);
         }
         let Laps { laps, .. } = &self.laps;
         let seconds: BTreeMap<_, _> = laps.iter().map(|(name, took)| (*name, took.as_secs_f64())).collect();
@@ -66,6 +71,6 @@ impl Run<'_> {
         } else {
             print(text)
         }
-        Ok(())
+        Ok(Ended::Done)
     }
 }

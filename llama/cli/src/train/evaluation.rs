@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use pillion_collectives::Reduction;
-use pillion_data::{Batch, Dataset, Prepared, Row, Tokens, ValidationSet};
+use pillion_data::{Batch, Dataset, Prepared, Row, Tokens, ValidationSet, synthetic};
 use pillion_llama::model::Model;
 use pillion_runtime::Engine;
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,9 @@ pub struct ValidationData {
     pub name: String,
     /// Text, or tokens.
     pub path: PathBuf,
+    /// Whether both splits of a token file are meant, because a run has made it of text.
+    #[serde(default)]
+    pub all: bool,
 }
 
 impl FromStr for ValidationData {
@@ -37,7 +40,10 @@ impl FromStr for ValidationData {
         if name.trim().is_empty() || path.as_os_str().is_empty() {
             return Err("write NAME=PATH, such as books=tokens/books".to_owned());
         }
-        Ok(ValidationData { name, path: path.to_owned() })
+        if name.chars().any(char::is_control) {
+            return Err(format!("the name {name:?} has a control character: write NAME=PATH with another one"));
+        }
+        Ok(ValidationData { name, path: path.to_owned(), all: false })
     }
 }
 
@@ -51,6 +57,20 @@ pub(super) struct Found {
     all: bool,
     /// Samples that are used: a multiple of the micro-batch.
     samples: u64,
+    /// Of the tokens.
+    fingerprint: String,
+}
+
+impl Found {
+    /// As a run that goes on is given it: with the tokens that it was found to have.
+    pub(super) fn as_given(&self) -> ValidationData {
+        ValidationData { name: self.name.clone(), path: self.path.clone(), all: self.all }
+    }
+
+    /// What tells a loss on it from others.
+    pub(super) fn identity(&self) -> String {
+        format!("{} samples of {}", self.samples, self.fingerprint)
+    }
 }
 
 /// Finds the sets, with at most `most` samples each. Text becomes tokens in the run's folder `out`.
@@ -66,42 +86,71 @@ pub(super) fn find(
 ) -> Result<Vec<Found>, Error> {
     let of_bytes = dataset.bytes().is_some_and(|tokens| !tokens.is_synthetic());
     let mut found: Vec<Found> = Vec::new();
-    for ValidationData { name, path } in wanted {
+    for set in wanted {
+        let ValidationData { name, path, .. } = set;
         if found.iter().any(|other| other.name == *name) {
             return Err(Error::Setting(format!("--validation-data has {name} twice: name one of them NAME=PATH")));
         }
         let is_text = !source::holds_tokens(path);
-        if is_text && !of_bytes {
+        if path == Path::new(synthetic::NAME) || (is_text && !of_bytes) {
+            let what = if of_bytes { "random tokens" } else { "text, but the run's tokens are no bytes of text" };
             return Err(Error::Setting(format!(
-                "--validation-data {0} is text, but the run's tokens are no bytes of text: give tokens, which `pillion \
-                 tokenize` makes",
+                "--validation-data {} is {what}: give tokens, which `pillion tokenize` makes",
                 path.display()
             )));
         }
-        let path = match is_text {
-            true => {
-                let Prepared { tokens, .. } = pillion_data::prepare(Some(path), &run_folder::tokens(out))?;
-                tokens.path().to_owned()
-            }
-            false => absolute(path),
-        };
-        let tokens = Tokens::open(&path, None)?;
-        source::check_same_tokenizer(dataset, &tokens)?;
-        let set = ValidationSet::open(tokens, is_text, recipe.seq, recipe.model.vocab_size)?;
-        if recipe.document_attention {
-            set.check_documents()?;
-        }
-        let samples = most.min(set.len()) / recipe.micro_batch * recipe.micro_batch;
-        if samples == 0 {
-            return Err(Error::Setting(format!(
-                "--validation-data {name} has {} samples, but a micro-batch has {}: use a smaller --micro-batch, or more data",
-                set.len(),
-                recipe.micro_batch
-            )));
-        }
-        found.push(Found { name: name.clone(), path, all: is_text, samples });
+        found.push(find_one(set, is_text, most, recipe, dataset, out).map_err(|error| of_set(name, error))?);
     }
     Ok(found)
+}
+
+fn find_one(
+    set: &ValidationData,
+    is_text: bool,
+    most: u64,
+    recipe: &Recipe,
+    dataset: &Dataset,
+    out: &Path,
+) -> Result<Found, Error> {
+    let ValidationData { name, path, all } = set;
+    let (all, path) = match is_text {
+        true => {
+            let Prepared { tokens, .. } = pillion_data::prepare(Some(path), &run_folder::tokens(out))?;
+            (true, tokens.path().to_owned())
+        }
+        false => (*all, absolute(path)),
+    };
+    let tokens = Tokens::open(&path, None)?;
+    source::check_same_tokenizer(dataset, &tokens)?;
+    let fingerprint = source::hex(tokens.fingerprint()?);
+    let opened = ValidationSet::open(tokens, all, recipe.seq, recipe.model.vocab_size)?;
+    if recipe.document_attention {
+        opened.check_documents()?;
+    }
+    let samples = most.min(opened.len()) / recipe.micro_batch * recipe.micro_batch;
+    if samples == 0 {
+        let (has, needs) = (opened.len(), recipe.micro_batch);
+        return Err(Error::Setting(format!(
+            "it has {has} samples, but a micro-batch has {needs}: use a smaller --micro-batch, or more data"
+        )));
+    }
+    Ok(Found { name: name.clone(), path, all, samples, fingerprint })
+}
+
+/// An error of the set of this name: what errors of data say of --data is meant of it.
+fn of_set(name: &str, error: Error) -> Error {
+    let flag = format!("--validation-data {name}");
+    match error {
+        Error::Data(error) => {
+            let text = error.to_string().replace("--data ", "--validation-data ");
+            Error::file(flag, text.strip_prefix("--validation-data ").unwrap_or(&text))
+        }
+        Error::Setting(text) => {
+            let text = text.strip_prefix("--validation-data ").unwrap_or(&text);
+            Error::Setting(format!("{flag}: {text}"))
+        }
+        error => error,
+    }
 }
 
 /// What a run is validated on.
@@ -116,8 +165,8 @@ pub(super) struct Validation {
 pub(super) struct Losses {
     /// On the run's own data; where they have no validation split, on the first set.
     pub(super) main: f64,
-    /// On each set.
-    pub(super) sets: BTreeMap<String, f64>,
+    /// On each set; none where it is not finite.
+    pub(super) sets: BTreeMap<String, Option<f64>>,
 }
 
 impl Validation {
@@ -165,10 +214,12 @@ impl Validation {
         };
         let mut losses = Vec::new();
         for (name, set, samples) in &self.sets {
-            losses.push((name.clone(), of(*samples, &|i, row| set.fill(i, row))?));
+            let loss = of(*samples, &|i, row| set.fill(i, row)).map_err(|error| of_set(name, error))?;
+            losses.push((name.clone(), loss));
         }
         let main = own.or(losses.first().map(|(_, loss)| *loss)).expect("there is something to validate on");
-        Ok(Losses { main, sets: losses.into_iter().collect() })
+        let sets = losses.into_iter().map(|(name, loss)| (name, loss.is_finite().then_some(loss)));
+        Ok(Losses { main, sets: sets.collect() })
     }
 }
 

@@ -92,7 +92,8 @@ fn scalars(line: &Line) -> Vec<(String, f64)> {
         ("memory/rank_0", line.memory.map(|bytes| bytes as f64)),
     ];
     let named = always.into_iter().chain(sometimes.into_iter().filter_map(|(name, value)| Some((name, value?))));
-    let sets = line.validation_losses.iter().map(|(set, loss)| (format!("validation/{set}"), *loss));
+    let sets =
+        line.validation_losses.iter().filter_map(|(set, loss)| Some((format!("validation_sets/{set}"), (*loss)?)));
     named.map(|(name, value)| (name.to_owned(), value)).chain(sets).collect()
 }
 

@@ -104,7 +104,7 @@ pub mod progress {
                 samples: 40,
                 left_out,
                 habits,
-                best: Some(Best { step: 2, loss: 3.5 }),
+                best: Some(Best { step: 2, loss: 3.5, on: "8 samples".to_owned() }),
                 controller,
             };
             serde_json::to_vec(&progress).expect("plain values")

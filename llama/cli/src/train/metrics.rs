@@ -73,9 +73,9 @@ pub(crate) struct Line {
     pub(crate) alignment: Option<Alignment>,
     /// Validation loss after the step, where there was a validation.
     pub(crate) validation_loss: Option<f64>,
-    /// Those on the sets of --validation-data, by name.
+    /// Those on the sets of --validation-data, by name; null where one is not finite.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(crate) validation_losses: BTreeMap<String, f64>,
+    pub(crate) validation_losses: BTreeMap<String, Option<f64>>,
     /// Floating-point operations a second, over all ranks.
     pub(crate) flops: f64,
     /// `flops` as a share of what the processors make in products of numbers in registers, measured at the start.

@@ -95,14 +95,15 @@ impl Run<'_> {
         if self.progress.newest.is_some() || self.progress.step == 0 || !self.is_finite()? {
             return Ok(());
         }
-        let saved = self.begin_saving().and_then(|()| self.finish_saving());
+        let saved = self.begin_saving(None).and_then(|()| self.finish_saving());
         saved.or_else(|error| self.survive(error))
     }
 
     /// Ends a run whose weights were not finite when it was validated: no step can mend them.
     pub(super) fn check_validation(&self, losses: &Losses, weights: &str) -> Result<(), Error> {
-        let all = std::iter::once(losses.main).chain(losses.sets.values().copied());
-        let Some(loss) = all.into_iter().find(|loss| !loss.is_finite()) else { return Ok(()) };
+        let sets = losses.sets.values().map(|loss| loss.unwrap_or(f64::NAN));
+        let mut all = std::iter::once(losses.main).chain(sets);
+        let Some(loss) = all.find(|loss| !loss.is_finite()) else { return Ok(()) };
         Err(self.ended(format!(
             "the validation loss of {weights} is {loss}, so these weights are broken: go on from an older checkpoint with \
              --resume PATH, or start again with a lower --lr"
@@ -126,7 +127,7 @@ impl Run<'_> {
         }
         let found = progress(&saved)?;
         self.controller = controller(&self.start.recipe, Some(&found))?;
-        self.progress = Counters::of(found, path.clone());
+        self.progress = Counters::of(found, path.clone(), &self.start);
         let step = self.progress.step;
         if let Some(output) = &mut self.output {
             output.metrics = Metrics::open(output.folder.path(), step)?;

@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use super::checkpoints::{Best, Progress, count};
+use super::start::Start;
+use crate::run_folder;
 
 /// Steps and samples of a run, and what it can go back to.
 #[derive(Clone, Debug, Default)]
@@ -28,9 +30,11 @@ pub(super) struct Saved {
 }
 
 impl Counters {
-    /// Those that a checkpoint keeps.
-    pub(super) fn of(saved: Progress, path: PathBuf) -> Counters {
+    /// Those that a checkpoint keeps. Its best checkpoint counts where it is of the run that goes on,
+    /// and its loss is on the same samples.
+    pub(super) fn of(saved: Progress, path: PathBuf, start: &Start) -> Counters {
         let Progress { step, samples, left_out, best, .. } = saved;
+        let best = best.filter(|best| best.on == start.validated_on && run_folder::is_of(&start.out, &path));
         Counters { step, samples, left_out, best, newest: Some(Saved { step, path }) }
     }
 

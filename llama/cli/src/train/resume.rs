@@ -70,9 +70,9 @@ pub(crate) fn adopt(settings: &mut TrainArgs, saved: &Progress) {
     }
     if keeps("schedule") {
         settings.schedule = schedule.shape;
-        if keeps("cooldown") && schedule.shape == Shape::Wsd {
-            settings.cooldown = schedule.cooldown;
-        }
+    }
+    if keeps("cooldown") && schedule.shape == Shape::Wsd && settings.schedule == Shape::Wsd {
+        settings.cooldown = schedule.cooldown;
     }
     if keeps("document-attention") {
         settings.document_attention = saved.recipe.document_attention;

@@ -46,7 +46,7 @@ pub(crate) fn run(settings: &TrainArgs, launch: &Launch, stop: &Arc<AtomicBool>)
     laps.lap("ranks meet");
     let give_up = |error| jobs::give_up(&communicator, error);
     match Run::new(settings, launch, communicator.clone(), laps).map_err(give_up)? {
-        Some(run) if settings.dry_run => run.rehearse().map(|()| Ended::Done).map_err(give_up),
+        Some(run) if settings.dry_run => run.rehearse(stop).map_err(give_up),
         Some(mut run) => run.train(stop).map_err(give_up),
         None => Ok(Ended::Done),
     }
@@ -73,6 +73,8 @@ pub(super) struct Run<'s> {
     pub(super) groups: Grouped,
     /// The best checkpoint, once the save under way is over.
     pub(super) best_to_be: Option<Best>,
+    /// Samples seen when it was last asked whether a validation is due.
+    looked_at: u64,
     pub(super) unit_noise: UnitNoise,
     /// Of the start.
     pub(super) laps: Laps,
@@ -89,7 +91,7 @@ impl<'s> Run<'s> {
         let world = communicator.world();
         same_settings(settings, &communicator)?;
         // Before anything is touched.
-        cores::threads(settings.job.threads, launch)?;
+        let threads = cores::threads(settings.job.threads, launch)?;
         let Beginning { start, resume, from, folder } = begin(settings, launch, &communicator)?;
         let recipe = &start.recipe;
         let policy = recipe::policy(&recipe.placed(&settings.policy), recipe.clip.unwrap_or(0.0), world)?;
@@ -147,12 +149,12 @@ impl<'s> Run<'s> {
         let progress = match (&resume, saved) {
             (Some(whole), Some(saved)) => {
                 whole.load(&mut engine)?;
-                Counters::of(saved, whole.checkpoint().path.clone())
+                Counters::of(saved, whole.checkpoint().path.clone(), &start)
             }
             _ => {
                 match &from {
                     Some(whole) => whole.load_weights(&mut engine)?,
-                    None => engine.initialize_on_threads(|name, shape| {
+                    None => engine.initialize_on_threads(threads, |name, shape| {
                         recipe.model.initial_values(recipe.seed, recipe.init_std, name, shape)
                     })?,
                 }
@@ -186,6 +188,7 @@ impl<'s> Run<'s> {
             samples,
             validation: Validation::open(start.validation_samples, &start.validation_sets, &start.recipe)?,
             best_to_be: None,
+            looked_at: progress.samples,
             unit_noise: UnitNoise::new(start.recipe.controller.ema_decay),
             laps,
             controller,
@@ -224,7 +227,7 @@ impl<'s> Run<'s> {
             });
             return Ok(Ended::Interrupted);
         }
-        let mut stopped = false;
+        let (mut stopped, mut is_best) = (false, false);
         while !self.is_done() && !stopped {
             let mut line = match self.step(stop)? {
                 Outcome::Made(line, asked) => {
@@ -243,7 +246,11 @@ impl<'s> Run<'s> {
                     None
                 }
             };
-            let is_validated = self.is_done() || (!stopped && line.as_ref().is_some_and(|line| self.is_due(line)));
+            let is_due = !stopped && line.as_ref().is_some_and(|line| self.is_due(line));
+            if let Some(line) = &line {
+                self.looked_at = line.samples_seen;
+            }
+            let is_validated = self.is_done() || is_due;
             if is_validated {
                 validation = self.validate()?;
                 if let Some(line) = &mut line {
@@ -252,7 +259,7 @@ impl<'s> Run<'s> {
                 }
             }
             self.show(line.as_deref_mut(), &validation)?;
-            let is_best = is_validated && self.find_best(validation.main);
+            is_best = is_validated && self.is_best(validation.main);
             let every = self.start.habits.save_every;
             let is_due = is_best || (every > 0 && self.progress.step.is_multiple_of(every));
             if line.is_some() && !stopped && !self.is_done() && is_due {
@@ -261,11 +268,12 @@ impl<'s> Run<'s> {
                 }
                 // After one that fails there will be another; a run that ends without one fails.
                 self.finish_saving().or_else(|error| self.survive(error))?;
-                self.begin_saving().or_else(|error| self.survive(error))?;
+                let best = is_best.then_some(validation.main);
+                self.begin_saving(best).or_else(|error| self.survive(error))?;
             }
         }
         self.finish_saving().or_else(|error| self.survive(error))?;
-        self.begin_saving()?;
+        self.begin_saving(is_best.then_some(validation.main))?;
         self.finish_saving()?;
         if let Some(timeline) = self.timeline.take() {
             match timeline.finish(&self.communicator, &mut self.engine)? {
@@ -316,7 +324,7 @@ impl<'s> Run<'s> {
     }
 
     /// Whether any rank has been; a step asks by itself.
-    fn is_asked_to_stop(&self, stop: &AtomicBool) -> Result<bool, Error> {
+    pub(super) fn is_asked_to_stop(&self, stop: &AtomicBool) -> Result<bool, Error> {
         let mut asked = [f64::from(u8::from(stopping(stop)))];
         self.communicator.all_reduce_scalars(&mut asked, Reduction::Max)?;
         Ok(asked[0] > 0.0)
@@ -331,7 +339,7 @@ impl<'s> Run<'s> {
     fn is_due(&self, line: &Line) -> bool {
         let habits = &self.start.habits;
         match habits.validate_every_samples {
-            Some(every) => (line.samples_seen - line.batch_samples) / every < line.samples_seen / every,
+            Some(every) => self.looked_at / every < line.samples_seen / every,
             None => habits.validate_every > 0 && line.step.is_multiple_of(habits.validate_every),
         }
     }

@@ -25,21 +25,18 @@ impl Run<'_> {
 
     /// With --keep-best, the checkpoint with the lowest validation loss, and this loss.
     pub(super) fn best(&self) -> Option<(PathBuf, f64)> {
-        self.progress.best.map(|best| (self.checkpoint_of(best.step), best.loss))
+        self.progress.best.as_ref().map(|best| (self.checkpoint_of(best.step), best.loss))
     }
 
     /// Whether the model is to be saved because its validation loss is lower than all before.
-    pub(super) fn find_best(&mut self, loss: f64) -> bool {
-        let best = self.best_to_be.or(self.progress.best);
-        let is_best = self.start.habits.keep_best && best.is_none_or(|best| loss < best.loss);
-        if is_best {
-            self.best_to_be = Some(Best { step: self.progress.step, loss });
-        }
-        is_best
+    pub(super) fn is_best(&self, loss: f64) -> bool {
+        let best = self.best_to_be.as_ref().or(self.progress.best.as_ref());
+        self.start.habits.keep_best && loss.is_finite() && best.is_none_or(|best| loss < best.loss)
     }
 
-    /// Begins to save in the background.
-    pub(super) fn begin_saving(&mut self) -> Result<(), Error> {
+    /// Begins to save in the background. `best` is the validation loss, where it is the lowest so
+    /// far.
+    pub(super) fn begin_saving(&mut self, best: Option<f64>) -> Result<(), Error> {
         if let Some(Output { folder, screen, .. }) = &mut self.output
             && let Err(error) = folder.restore()
         {
@@ -49,6 +46,8 @@ impl Run<'_> {
             // The saver, which every rank asks, will say so.
             screen.say(&error);
         }
+        let (step, on) = (self.progress.step, &self.start.validated_on);
+        self.best_to_be = best.map(|loss| Best { step, loss, on: on.clone() });
         let progress = Progress {
             recipe: self.start.recipe.clone(),
             data: fingerprint(&self.dataset)?,
@@ -58,10 +57,11 @@ impl Run<'_> {
             samples: self.progress.samples,
             left_out: self.progress.left_out.clone(),
             habits: Some(self.start.habits.clone()),
-            best: self.best_to_be.or(self.progress.best),
+            best: self.best_to_be.clone().or(self.progress.best.clone()),
             controller: self.controller.state().clone(),
         };
-        self.saver.keep_besides(progress.best.map(|best| best.step));
+        // Nothing older is removed before this one is whole.
+        self.saver.keep_besides(progress.best.as_ref().map(|best| best.step));
         let extra = serde_json::to_value(&progress).expect("plain values");
         Ok(self.saver.begin(&self.engine, self.progress.step, &extra)?)
     }
@@ -92,9 +92,10 @@ impl Run<'_> {
     }
 
     /// Says that a save has failed, and goes on; any other failure ends the run.
-    pub(super) fn survive(&self, error: Error) -> Result<(), Error> {
+    pub(super) fn survive(&mut self, error: Error) -> Result<(), Error> {
         match error {
             Error::Runtime(error @ pillion_runtime::Error::File { .. }) => {
+                self.best_to_be = None;
                 self.say(|| format!("no checkpoint of this step: {error}"));
                 Ok(())
             }

@@ -50,7 +50,7 @@ impl Screen {
     }
 
     /// Prints the loss on the validation text after `step` steps, and those on other sets.
-    pub(crate) fn validation(&self, step: u64, samples: u64, loss: f64, sets: &BTreeMap<String, f64>) {
+    pub(crate) fn validation(&self, step: u64, samples: u64, loss: f64, sets: &BTreeMap<String, Option<f64>>) {
         self.tell(
             &Event::Validation { step, samples, loss, set: None },
             format_args!("validation loss {loss:.4} after {samples} samples"),
@@ -59,8 +59,9 @@ impl Screen {
     }
 
     /// Prints the losses on the sets of --validation-data.
-    pub(crate) fn validation_sets(&self, step: u64, samples: u64, sets: &BTreeMap<String, f64>) {
-        for (name, &loss) in sets {
+    pub(crate) fn validation_sets(&self, step: u64, samples: u64, sets: &BTreeMap<String, Option<f64>>) {
+        for (name, loss) in sets {
+            let loss = loss.unwrap_or(f64::NAN);
             let event = Event::Validation { step, samples, loss, set: Some(name) };
             self.tell(&event, format_args!("validation loss {loss:.4} on {name}"));
         }

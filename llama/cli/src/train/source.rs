@@ -70,7 +70,7 @@ pub(super) fn fingerprint(dataset: &Dataset) -> Result<String, Error> {
     Ok(hex(dataset.fingerprint()?))
 }
 
-fn hex(fingerprint: u64) -> String {
+pub(super) fn hex(fingerprint: u64) -> String {
     format!("{fingerprint:016x}")
 }
 

@@ -37,6 +37,8 @@ pub(super) struct Start {
     /// Samples of its data that it is validated on: a multiple of the micro-batch, at most what
     /// there is; 0 where there are none, but other sets.
     pub(super) validation_samples: u64,
+    /// What the main validation loss is on, to tell it from other losses.
+    pub(super) validated_on: String,
     /// What else it is validated on.
     pub(super) validation_sets: Vec<evaluation::Found>,
     pub(super) habits: Habits,
@@ -182,6 +184,14 @@ impl<'s> Search<'s> {
         let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
         let (sets, most) = (&settings.validation_data, settings.validation_samples);
         let validation_sets = evaluation::find(sets, most, &recipe, &dataset, &out)?;
+        let validated_on = match (validation_samples, validation_sets.first()) {
+            (0, Some(set)) => set.identity(),
+            (samples, _) => format!("{samples} samples of {}", source::fingerprint(&dataset)?),
+        };
+        let habits = Habits {
+            validation_data: validation_sets.iter().map(evaluation::Found::as_given).collect(),
+            ..Habits::of(&settings)
+        };
         match (&saved, &settings.resume) {
             (Some((path, saved)), _) => {
                 let left_out = match checkpoints::count(&saved.left_out) {
@@ -211,8 +221,9 @@ impl<'s> Search<'s> {
             tokens: source.parts,
             text: source.text,
             validation_samples,
+            validated_on,
             validation_sets,
-            habits: Habits::of(&settings),
+            habits,
             resume: saved.map(|(path, _)| (path, !self.candidates.is_named)),
             from: from.map(|checkpoint| checkpoint.path),
             recipe,

@@ -60,6 +60,8 @@ mod tests {
         assert_eq!(noise.observe(&units, &step(14.0, 23.0)).len(), 2);
         let before = noise.observe(&units, &step(14.0, 23.0));
         let single = Observation { groups: 1, ..step(14.0, 23.0) };
-        assert_eq!(noise.observe(&units, &single), before);
+        let others = units.map(|unit| UnitNorms { square_norm: 2.0 * unit.square_norm / 3.0, ..unit });
+        assert_eq!(noise.observe(&others, &single), before);
+        assert_ne!(noise.observe(&others, &step(14.0, 23.0)), before);
     }
 }

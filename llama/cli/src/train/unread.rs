@@ -14,6 +14,27 @@ use crate::settings::{COOLDOWN, FINAL_LR, NON_FINITE_LIMIT, OnNonFinite, TrainAr
 /// # Errors
 /// [`Error::Setting`] with both flags and the remedy.
 pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
+    let is_given = |flag: &str| settings.given.contains(flag);
+    match unread(settings).into_iter().find(|(flag, ..)| is_given(flag)) {
+        Some((flag, _, reason)) => Err(Error::Setting(format!("--{flag} {reason}"))),
+        None => Ok(()),
+    }
+}
+
+/// The same of a run that goes on, whose checkpoint is not known: of settings that were both given.
+///
+/// # Errors
+/// As for [`check`].
+pub(super) fn check_given(settings: &TrainArgs) -> Result<(), Error> {
+    let is_given = |flag: &str| settings.given.contains(flag);
+    match unread(settings).into_iter().find(|(flag, other, _)| is_given(flag) && is_given(other)) {
+        Some((flag, _, reason)) => Err(Error::Setting(format!("--{flag} {reason}"))),
+        None => Ok(()),
+    }
+}
+
+/// Each setting that another one keeps from being read, this other one, and what to say.
+fn unread(settings: &TrainArgs) -> Vec<(&'static str, &'static str, String)> {
     let TrainArgs { schedule, cooldown, final_lr, non_finite_limit: limit, .. } = *settings;
     let name = schedule.to_possible_value().expect("every shape has a name");
     let name = name.get_name();
@@ -22,30 +43,31 @@ pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
     let refused = [
         (
             "cooldown",
+            "schedule",
             cooldown != COOLDOWN && schedule != Shape::Wsd,
             format!("{cooldown} is not read with --schedule {name}: leave it out, or give --schedule wsd"),
         ),
         (
             "final-lr",
+            "schedule",
             final_lr != FINAL_LR && schedule == Shape::Constant,
             format!("{final_lr} is not read with --schedule {name}: leave it out, or give another --schedule"),
         ),
         (
             "init-std",
+            "from",
             settings.from.is_some(),
             format!("{deviation} is not read with --from, which has the first weights: leave out one of them"),
         ),
         (
             "non-finite-limit",
+            "on-non-finite",
             limit != NON_FINITE_LIMIT && stops,
             format!(
                 "{limit} is not read with --on-non-finite stop: leave it out, or give --on-non-finite skip or rewind"
             ),
         ),
     ];
-    let is_given = |flag: &str| settings.given.contains(flag);
-    match refused.into_iter().find(|(flag, is_unread, _)| *is_unread && is_given(flag)) {
-        Some((flag, _, reason)) => Err(Error::Setting(format!("--{flag} {reason}"))),
-        None => Ok(()),
-    }
+    let is_unread = refused.into_iter().filter(|(_, _, is_unread, _)| *is_unread);
+    is_unread.map(|(flag, other, _, reason)| (flag, other, reason)).collect()
 }

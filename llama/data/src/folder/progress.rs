@@ -167,7 +167,9 @@ impl Place {
     /// # Errors
     /// [`Error::Bad`] for the folder of a model, say, whose files would be replaced.
     fn check_ours(&self) -> Result<()> {
-        let is_ours = self.names()?.iter().any(|name| [INDEX, PLAN].contains(&&**name) || is_shard(name));
+        // An index of another program is refused when it is to be removed.
+        let has_plan = matches!(self.read::<Plan>(PLAN), Ok(Some(_)));
+        let is_ours = has_plan || self.names()?.iter().any(|name| name == INDEX || is_shard(name));
         if is_ours { Ok(()) } else { self.check_empty() }
     }
 
