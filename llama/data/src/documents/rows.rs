@@ -3,14 +3,17 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::{ReaderIter, TreeBuilder};
 use parquet::record::{Field, Row};
 use parquet::schema::types::{SchemaDescriptor, Type};
 use serde_json::Value;
 
+use super::pages::Checked;
 use super::{Fault, Input};
 use crate::error::Error;
+use crate::guard::{guarded, plain};
 
 /// Columns that may make a document, if the user names none.
 const COLUMNS: [&str; 4] = ["text", "messages", "prompt", "completion"];
@@ -27,6 +30,10 @@ pub(super) struct Rows {
 
 impl Rows {
     pub(super) fn open(input: &Input, field: Option<&str>, from: u64) -> Result<Self, Fault> {
+        reading(|| Self::open_at(input, field, from))
+    }
+
+    fn open_at(input: &Input, field: Option<&str>, from: u64) -> Result<Self, Fault> {
         let file = File::open(&input.path).map_err(Error::reading(&input.path))?;
         let reader = SerializedFileReader::new(file).map_err(|error| damaged(&error))?;
         let metadata = reader.metadata().file_metadata();
@@ -36,11 +43,9 @@ impl Rows {
             schema.get_fields().iter().filter(|column| wanted.contains(&column.name())).cloned().collect();
         if kept.is_empty() {
             let names: Vec<&str> = schema.get_fields().iter().map(|column| column.name()).collect();
-            return Err(Fault::Damaged(format!(
-                "it has no column {}; name one of {} with --field",
-                wanted.join(" or "),
-                names.join(", ")
-            )));
+            let names = plain(&names.join(", "));
+            let wanted = wanted.join(" or ");
+            return Err(Fault::Damaged(format!("it has no column {wanted}; name one of {names} with --field")));
         }
         let projected = Type::group_type_builder(schema.name()).with_fields(kept).build();
         let projected = projected.map_err(|error| damaged(&error))?;
@@ -62,7 +67,7 @@ impl Rows {
             self.group += 1;
         }
         while self.done < count {
-            if self.next()?.is_none() {
+            if self.row()?.is_none() {
                 break;
             }
         }
@@ -76,6 +81,10 @@ impl Rows {
 
     /// The next row, as a JSON object.
     pub(super) fn next(&mut self) -> Result<Option<Value>, Fault> {
+        reading(|| self.row())
+    }
+
+    fn row(&mut self) -> Result<Option<Value>, Fault> {
         loop {
             if let Some(rows) = &mut self.rows {
                 if let Some(row) = rows.next() {
@@ -89,7 +98,7 @@ impl Rows {
                 return Ok(None);
             }
             let group = self.reader.get_row_group(self.group).map_err(|error| damaged(&error))?;
-            let rows = TreeBuilder::new().with_batch_size(ROWS).as_iter(self.columns.clone(), &*group);
+            let rows = TreeBuilder::new().with_batch_size(ROWS).as_iter(self.columns.clone(), &Checked(&*group));
             self.rows = Some(rows.map_err(|error| damaged(&error))?);
         }
     }
@@ -104,7 +113,7 @@ fn check(reader: &SerializedFileReader<File>, bytes: u64) -> Result<(), Fault> {
         if column.data_page_offset() < 0 || end.is_none_or(|end| end > bytes) {
             return Err(Fault::Damaged(format!(
                 "damaged: column {} lies outside the file; fetch it again",
-                column.column_path()
+                plain(&column.column_path().string())
             )));
         }
     }
@@ -114,8 +123,18 @@ fn check(reader: &SerializedFileReader<File>, bytes: u64) -> Result<(), Fault> {
 /// Rows that are decoded together. They are in memory together, too.
 const ROWS: usize = 64;
 
-fn damaged(error: &parquet::errors::ParquetError) -> Fault {
-    Fault::Damaged(format!("no parquet file that can be read: {error}; fetch it again, or convert it to JSON lines"))
+fn damaged(error: &ParquetError) -> Fault {
+    unreadable(&error.to_string())
+}
+
+fn unreadable(problem: &str) -> Fault {
+    let problem = plain(problem);
+    Fault::Damaged(format!("no parquet file that can be read: {problem}; fetch it again, or convert it to JSON lines"))
+}
+
+/// The crate panics on some files that are damaged, or have columns of types that it does not know.
+pub(super) fn reading<T>(call: impl FnOnce() -> Result<T, Fault>) -> Result<T, Fault> {
+    guarded(call).unwrap_or_else(|problem| Err(unreadable(&problem)))
 }
 
 fn object(row: &Row) -> Value {
