@@ -23,6 +23,8 @@ pub(super) struct Rows {
     reader: SerializedFileReader<File>,
     columns: Arc<SchemaDescriptor>,
     group: usize,
+    /// Rows of all groups before this one.
+    before: u64,
     rows: Option<ReaderIter>,
     done: u64,
     total: u64,
@@ -50,28 +52,34 @@ impl Rows {
         let projected = Type::group_type_builder(schema.name()).with_fields(kept).build();
         let projected = projected.map_err(|error| damaged(&error))?;
         check(&reader, input.bytes)?;
-        let total = reader.metadata().row_groups().iter().map(|group| group.num_rows().max(0) as u64).sum();
+        let rows = reader.metadata().row_groups().iter().map(|group| group.num_rows() as u64);
+        let total = rows.fold(0, u64::saturating_add);
         let columns = Arc::new(SchemaDescriptor::new(Arc::new(projected)));
-        let mut rows = Self { reader, columns, group: 0, rows: None, done: 0, total };
+        let mut rows = Self { reader, columns, group: 0, before: 0, rows: None, done: 0, total };
         rows.skip(from)?;
         Ok(rows)
     }
 
     fn skip(&mut self, count: u64) -> Result<(), Fault> {
-        while self.group < self.reader.num_row_groups() {
-            let rows = self.reader.metadata().row_group(self.group).num_rows().max(0) as u64;
-            if self.done + rows > count {
+        while self.done < count && self.group < self.reader.num_row_groups() {
+            let rows = self.rows_of_group();
+            if rows > count - self.done {
                 break;
             }
             self.done += rows;
             self.group += 1;
         }
+        self.before = self.done;
         while self.done < count {
             if self.row()?.is_none() {
                 break;
             }
         }
         Ok(())
+    }
+
+    fn rows_of_group(&self) -> u64 {
+        self.reader.metadata().row_group(self.group).num_rows() as u64
     }
 
     /// The part of a number of bytes that corresponds to the rows that have been read.
@@ -91,6 +99,11 @@ impl Rows {
                     self.done += 1;
                     return Ok(Some(object(&row.map_err(|error| damaged(&error))?)));
                 }
+                let (expected, found) = (self.rows_of_group(), self.done - self.before);
+                if found != expected {
+                    return Err(unreadable(&format!("damaged: {found} rows of {expected} in a group")));
+                }
+                self.before = self.done;
                 self.rows = None;
                 self.group += 1;
             }
@@ -104,9 +117,14 @@ impl Rows {
     }
 }
 
-/// The crate panics for columns that lie outside the file.
+/// The crate panics for columns that lie outside the file, and takes a negative number of rows for a
+/// large one.
 fn check(reader: &SerializedFileReader<File>, bytes: u64) -> Result<(), Fault> {
-    for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
+    let groups = reader.metadata().row_groups();
+    if let Some(group) = groups.iter().find(|group| group.num_rows() < 0) {
+        return Err(unreadable(&format!("damaged: a group of {} rows", group.num_rows())));
+    }
+    for column in groups.iter().flat_map(|group| group.columns()) {
         let first = column.dictionary_page_offset().unwrap_or(column.data_page_offset());
         let end = u64::try_from(first).ok().zip(u64::try_from(column.compressed_size()).ok());
         let end = end.and_then(|(first, length)| first.checked_add(length));

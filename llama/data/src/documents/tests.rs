@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::fuzzing::documents::{gzip, zstd};
+use crate::fuzzing::documents::{check_walk, gzip, zstd};
 use crate::fuzzing::parquet::write_texts;
 
 /// A file under its name in a folder.
@@ -148,14 +148,15 @@ fn columns_of_parquet_files_are_checked() {
     assert!(found.contains("no column body; name one of text, number with --field"), "{found}");
     let found = problem_at(path.clone(), Some("number"));
     assert!(found.contains("row 1: its field number is a number"), "{found}");
-    // Damage anywhere is a problem or another text, but no panic.
-    parquet(&path, &["one and another", "two", "three"]);
+    // Damage anywhere is a problem or another text, but no panic, and a walk goes on from any row. The
+    // second flip gives a group three rows instead of two.
+    parquet(&path, &["one and another", "two", "three", "four"]);
     let whole = fs::read(&path).unwrap();
-    for at in 0..whole.len() {
+    for (at, flip) in (0..whole.len()).flat_map(|at| [(at, 0x15), (at, 2)]) {
         let mut damaged = whole.clone();
-        damaged[at] ^= 0x15;
+        damaged[at] ^= flip;
         fs::write(&path, &damaged).unwrap();
-        walked(std::slice::from_ref(&path), &Reading::default(), Position::default());
+        check_walk(path.clone(), false);
     }
 }
 
@@ -172,7 +173,7 @@ fn texts_of_parquet_are_read_in_each_encoding() {
             let properties = WriterProperties::builder().set_writer_version(version);
             let properties = properties.set_dictionary_enabled(encoding.is_none());
             let properties = match encoding {
-                Some(encoding) => properties.set_encoding(encoding),
+                Some(encoding) => properties.set_column_encoding("text".into(), encoding),
                 None => properties,
             };
             write_texts(&path, properties.build(), &lines, lines.len());
@@ -184,7 +185,7 @@ fn texts_of_parquet_are_read_in_each_encoding() {
 #[test]
 fn a_panic_of_the_reader_of_parquet_is_a_problem_in_a_line() {
     // What the crate says of columns that it does not know is kept, in a line.
-    let panics: Result<(), Fault> = rows::reading(|| panic!("no type\nof column"));
+    let panics: std::result::Result<(), Fault> = rows::reading(|| panic!("no type\nof column"));
     let Err(Fault::Damaged(problem)) = panics else { panic!("no problem") };
     assert!(problem.contains("its reader failed: no type of column; fetch it again"), "{problem}");
 }

@@ -317,7 +317,7 @@ fn damage_is_noticed_by_opening_reading_or_verifying() {
     // Ends that are out of order, or outside the shard, are noticed where they are read, too.
     let path = settings.out.join("train-00000.documents");
     let whole_ends = &whole["train-00000.documents"];
-    for wrong in [0, u64::MAX] {
+    for wrong in [whole_ends[16] as u64 + 1, u64::MAX] {
         let damaged = [&whole_ends[..8], &wrong.to_le_bytes(), &whole_ends[16..]].concat();
         fs::write(&path, damaged).unwrap();
         let folder = TokenFolder::open(&settings.out).unwrap();

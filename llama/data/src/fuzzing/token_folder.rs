@@ -35,7 +35,9 @@ fn made(documents: &[Value], wide: bool, shard_tokens: u64) -> Vec<u8> {
         let text = fs::read(&tokenizer).expect("it has been written");
         let mut config: Value = serde_json::from_slice(&text).expect("JSON");
         let vocab = config["model"]["vocab"].as_object_mut().expect("tokens");
-        vocab.extend((266..70_000).map(|id| (format!("token {id}"), json!(id))));
+        let special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"].map(str::to_owned);
+        let all = special.into_iter().chain((266..70_000).map(|id| format!("token {id}")));
+        vocab.extend(all.zip(263..).map(|(token, id)| (token, json!(id))));
         write(root.path(), "tokenizer.json", config.to_string().as_bytes());
     }
     let lines: Vec<String> = documents.iter().map(Value::to_string).collect();
