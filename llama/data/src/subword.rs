@@ -20,7 +20,6 @@ use tokenizers::pipeline::{EncodeOptions, Override, PipelineToken, PipelineToken
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
-use crate::guard::guarded;
 use chat::ChatTemplate;
 use neighbours::Neighbours;
 pub use stream::Stream;
@@ -68,12 +67,8 @@ impl Tokenizer {
             return Err(wrong("its vocabulary is empty".to_owned()));
         }
         let lengths = lengths::of(&config, &ids, vocab);
-        // The crate panics on some files.
-        let pipeline = guarded(|| {
-            tokenizers::canonicalize_value(&mut config).map_err(|error| error.to_string())?;
-            tokenizers::from_json(&config.to_string()).map_err(|error| error.to_string())
-        });
-        let pipeline = pipeline.flatten().map_err(wrong)?;
+        tokenizers::canonicalize_value(&mut config).map_err(|error| wrong(error.to_string()))?;
+        let pipeline = tokenizers::from_json(&config.to_string()).map_err(|error| wrong(error.to_string()))?;
         check_ids(&config, &pipeline, &ids, vocab).map_err(wrong)?;
         let neighbours = Neighbours::beside(&path)?;
         let template = &pipeline.get_post_processor().single;

@@ -17,16 +17,20 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// Bytes that a check may allocate for any input, and for each byte of its input.
-const FOR_ANY: usize = 16 << 20;
+pub const FOR_ANY: usize = 16 << 20;
 const FOR_EACH_BYTE: usize = 4096;
 
-/// Makes a target of a module.
+/// Makes a target of a module; with the bytes that a check may allocate for any input, where its
+/// format needs more than others.
 #[macro_export]
 macro_rules! target {
     ($($module:ident)::+) => {
+        $crate::target!($($module)::+, $crate::FOR_ANY);
+    };
+    ($($module:ident)::+, $for_any:expr) => {
         $crate::libfuzzer_sys::fuzz_target!(
             init: $crate::begin(env!("CARGO_BIN_NAME"), &$($module)::+::seeds()),
-            |data: &[u8]| $crate::check(data, $($module)::+::check)
+            |data: &[u8]| $crate::check(data, $for_any, $($module)::+::check)
         );
     };
 }
@@ -48,13 +52,13 @@ pub fn begin(target: &str, seeds: &[Vec<u8>]) {
 }
 
 /// Checks an input, and that a size in it makes the parser allocate no more than its length allows.
-pub fn check(data: &[u8], check: impl Fn(&[u8])) {
+pub fn check(data: &[u8], for_any: usize, check: impl Fn(&[u8])) {
     let region = Region::new(ALLOCATOR);
     if panic::catch_unwind(AssertUnwindSafe(|| check(data))).is_err() {
         failed(&SAID.lock().unwrap_or_else(PoisonError::into_inner));
     }
     let allocated = region.change().bytes_allocated;
-    let most = FOR_ANY + FOR_EACH_BYTE * data.len();
+    let most = for_any + FOR_EACH_BYTE * data.len();
     if allocated > most {
         failed(&format!("{allocated} bytes were allocated for an input of {}", data.len()));
     }
