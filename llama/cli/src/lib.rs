@@ -74,6 +74,13 @@ use settings::{AbsCommand, Cli, Command, ConfigCommand, ExperimentCommand};
 pub fn main(arguments: impl Iterator<Item = OsString>) -> i32 {
     // Without a handler the first write beyond `ulimit -f` ends the program, which then still does.
     let _ = pillion_collectives::limits::ignore_file_size_signal();
+    // A panic over a damaged file is an error, which is printed when it comes here.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !pillion_data::is_guarded() {
+            hook(panic);
+        }
+    }));
     let arguments: Result<Vec<String>, OsString> = arguments.map(OsString::into_string).collect();
     let arguments = match arguments {
         Ok(arguments) => arguments,

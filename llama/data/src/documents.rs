@@ -7,6 +7,7 @@
 
 mod interpret;
 mod lines;
+mod pages;
 mod rows;
 
 use std::collections::HashSet;
@@ -26,7 +27,8 @@ use lines::Lines;
 use rows::Rows;
 
 /// The longest document, in bytes: it is held in memory, several times over while it becomes tokens.
-pub(crate) const LONGEST: u64 = 1 << 30;
+/// Fuzzers come to a smaller limit sooner.
+pub(crate) const LONGEST: u64 = if cfg!(fuzzing) { 1 << 18 } else { 1 << 30 };
 
 /// A file to read, as it was when it was listed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

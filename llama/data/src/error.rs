@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::guard::plain;
+
 /// A `Result` with the errors of this module.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -136,8 +138,9 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn bad(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
-        Self::Bad { path: path.into(), problem: problem.into() }
+    /// The problem may quote the file: it is a line without control characters all the same.
+    pub(crate) fn bad(path: impl Into<PathBuf>, problem: impl AsRef<str>) -> Self {
+        Self::Bad { path: path.into(), problem: plain(problem.as_ref()) }
     }
 
     pub(crate) fn reading(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {

@@ -195,13 +195,17 @@ impl TokenFolder {
         let first = self.tokens[split as usize][shard];
         let mut document = self.ends_before(split, shard, range.start.max(1) - first)?;
         loop {
-            let (tokens, count) = (&self.tokens[split as usize], self.index.split(split).shards[shard].documents);
+            let tokens = &self.tokens[split as usize];
+            let index::Shard { tokens: length, documents: count, .. } = self.index.split(split).shards[shard];
             let path = self.file(split, shard, Kind::Documents);
             while document < count {
                 let some = (count - document).min(SOME_ENDS as u64);
                 let ends = self.ends(&path, document, some as usize)?;
                 for end in ends {
-                    let start = tokens[shard] + end;
+                    let start = tokens[shard].saturating_add(end);
+                    if end > length || starts.last().is_some_and(|&last| start <= last) {
+                        return Err(Error::bad(&path, format!("damaged: a document ends at {end}, out of order")));
+                    }
                     if start >= range.end {
                         return Ok(starts);
                     }
@@ -223,34 +227,39 @@ impl TokenFolder {
     /// # Errors
     /// [`Error::Bad`], naming the file that is damaged; [`Error::Read`].
     pub fn verify(&self) -> Result<()> {
+        let mut buffer = vec![0; 1 << 20];
         for (shard, kind, bytes) in all_files(&self.index) {
             let path = self.folder.join(kind.file(&shard.name));
             let expected = shard.sum(kind).unwrap_or_default();
             let file = self.files.open(&path)?;
             let mut hash = Xxh3::new();
-            let mut buffer = vec![0; 1 << 20];
             let mut at = 0;
-            let mut last = 0;
+            let mut seen = 0;
             while at < bytes {
                 let part = &mut buffer[..(bytes - at).min(1 << 20) as usize];
                 file.read_exact_at(part, at).map_err(Error::reading(&path))?;
                 hash.update(part);
                 at += part.len() as u64;
-                self.check(&path, kind, part, &mut last)?;
+                self.check(&path, kind, part, &mut seen)?;
             }
             let found = format!("{:016x}", hash.digest());
             if found != expected {
                 let problem = format!("damaged: expected checksum {expected}, found {found}; make the folder again");
                 return Err(Error::bad(path, problem));
             }
-            if kind == Kind::Documents && last > shard.tokens {
-                return Err(Error::bad(path, format!("damaged: a document ends at {last} of {} tokens", shard.tokens)));
+            if kind == Kind::Documents && seen > shard.tokens {
+                return Err(Error::bad(path, format!("damaged: a document ends at {seen} of {} tokens", shard.tokens)));
+            }
+            if kind == Kind::Mask && seen != shard.masked {
+                let problem = format!("damaged: {seen} masked tokens, but the index says {}", shard.masked);
+                return Err(Error::bad(path, problem));
             }
         }
         self.check_unchanged()
     }
 
-    fn check(&self, path: &Path, kind: Kind, part: &[u8], last: &mut u64) -> Result<()> {
+    /// Checks a part of a file. `seen` is the last end of a document, or the number of masked tokens.
+    fn check(&self, path: &Path, kind: Kind, part: &[u8], seen: &mut u64) -> Result<()> {
         let number = |raw: &[u8]| raw.iter().rev().fold(0u64, |number, &byte| number << 8 | u64::from(byte));
         match kind {
             Kind::Tokens => {
@@ -262,14 +271,17 @@ impl TokenFolder {
             }
             Kind::Documents => {
                 for end in part.chunks_exact(8).map(number) {
-                    if end <= *last {
-                        return Err(Error::bad(path, format!("damaged: a document ends at {end}, after {last}")));
+                    if end <= *seen {
+                        return Err(Error::bad(path, format!("damaged: a document ends at {end}, after {seen}")));
                     }
-                    *last = end;
+                    *seen = end;
                 }
                 Ok(())
             }
-            Kind::Mask => Ok(()),
+            Kind::Mask => {
+                *seen += part.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>();
+                Ok(())
+            }
         }
     }
 

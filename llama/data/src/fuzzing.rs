@@ -1,81 +1,77 @@
-//! The parser of token files, for fuzzers.
+//! The parsers of what others wrote, for the fuzz targets in `tests/fuzz`.
+//!
+//! Each module is a target: `seeds` are inputs to begin with, and `check` panics where the parser
+//! breaks its promise.
 
-/// A token file.
-pub mod token_file {
-    use std::os::fd::AsRawFd;
-    use std::path::PathBuf;
+pub mod documents;
+pub mod foreign;
+pub mod parquet;
+pub mod token_file;
+pub mod token_folder;
+pub mod tokenizer;
 
-    use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use std::fs;
+use std::path::{Path, PathBuf};
 
-    use crate::tokens::TokenWriter;
-    use crate::{Origin, Split, TokenFile, tokenizer};
+use tempfile::TempDir;
 
-    /// Bytes of the header.
-    const HEADER: usize = 72;
+/// What stands between the files of an input that is several.
+const MARK: &[u8] = b"\n--\n";
 
-    /// A file as it is written, and one without tokens.
-    pub fn seeds() -> Vec<Vec<u8>> {
-        let folder = std::env::temp_dir().join(format!("pillion-seeds-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a folder");
-        let file = |train: &[u16], validation: &[u16]| {
-            let path = folder.join("seed.tokens");
-            let mut writer = TokenWriter::create(&path, tokenizer::VOCAB).expect("a file");
-            writer.push(Split::Train, &mut train.to_vec()).expect("a file");
-            writer.push(Split::Validation, &mut validation.to_vec()).expect("a file");
-            writer.finish(Origin { files: 3, bytes: 12, not_text: 1 }).expect("a file");
-            std::fs::read(&path).expect("it has been written")
-        };
-        let seeds = vec![file(&[1, 2, 3, 256], &[5, 6]), file(&[], &[])];
-        std::fs::remove_dir_all(&folder).expect("it was made here");
-        seeds
-    }
+/// The files of an input. Missing ones are empty, and what follows the last is left out.
+fn split<const N: usize>(data: &[u8]) -> [&[u8]; N] {
+    let mut rest = data;
+    std::array::from_fn(|_| {
+        let end = rest.windows(MARK.len()).position(|part| part == MARK);
+        let (part, after) = end.map_or((rest, &[][..]), |end| (&rest[..end], &rest[end + MARK.len()..]));
+        rest = after;
+        part
+    })
+}
 
-    /// A file that is opened has the tokens that it says.
-    pub fn check(data: &[u8]) {
-        check_file(data);
-        // Few inputs have the right checksums, so each is tried with them as well.
-        let mut sealed = data.to_vec();
-        if sealed.len() >= HEADER {
-            let mut hash = Xxh3::new();
-            hash.update(&sealed[HEADER..]);
-            hash.update(&sealed[16..32]);
-            sealed[56..64].copy_from_slice(&hash.digest().to_le_bytes());
-            let header = xxh3_64(&sealed[..64]);
-            sealed[64..72].copy_from_slice(&header.to_le_bytes());
-            check_file(&sealed);
-        }
-    }
+/// An input of several files.
+fn join(files: &[impl AsRef<[u8]>]) -> Vec<u8> {
+    let files: Vec<&[u8]> = files.iter().map(AsRef::as_ref).collect();
+    let joined = files.join(MARK);
+    let parts = joined.windows(MARK.len()).filter(|part| *part == MARK).count() + 1;
+    assert_eq!(parts, files.len(), "a file of a seed has the mark in it");
+    joined
+}
 
-    fn check_file(data: &[u8]) {
-        let memory = rustix::fs::memfd_create("fuzzing", rustix::fs::MemfdFlags::CLOEXEC).expect("memory");
-        let mut rest = data;
-        while !rest.is_empty() {
-            rest = &rest[rustix::io::write(&memory, rest).expect("memory")..];
-        }
-        let path = PathBuf::from(format!("/proc/self/fd/{}", memory.as_raw_fd()));
-        let Ok(file) = TokenFile::open(&path) else { return };
-        assert!((1..=1 << 16).contains(&file.vocab()));
-        let mut found = Vec::new();
-        let mut is_whole = true;
-        for split in [Split::Train, Split::Validation] {
-            let mut tokens = vec![0; file.len(split) as usize];
-            is_whole &= file.read(split, 0, &mut tokens).is_ok();
-            found.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
-            assert!(!is_whole || tokens.iter().all(|&token| usize::from(token) < file.vocab()));
-        }
-        assert_eq!(found.len(), data.len() - HEADER);
-        if file.verify().is_ok() {
-            assert!(is_whole && found == data[HEADER..]);
-        }
-    }
+/// A folder that is gone after the check.
+fn folder() -> TempDir {
+    tempfile::tempdir().expect("a folder")
+}
+
+fn write(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
+    let path = folder.join(name);
+    fs::write(&path, bytes).expect("a file in a folder of our own");
+    path
+}
+
+/// An error can be printed as a line.
+fn assert_is_line(error: &impl std::fmt::Display) {
+    let text = error.to_string();
+    assert!(!text.contains(char::is_control), "{text:?}");
 }
 
 #[cfg(test)]
 mod tests {
-    use super::token_file;
+    use super::*;
 
     #[test]
     fn every_seed_keeps_the_promises() {
-        token_file::seeds().iter().for_each(|seed| token_file::check(seed));
+        type Target = (fn() -> Vec<Vec<u8>>, fn(&[u8]));
+        let targets: [Target; 6] = [
+            (documents::seeds, documents::check),
+            (foreign::seeds, foreign::check),
+            (parquet::seeds, parquet::check),
+            (token_file::seeds, token_file::check),
+            (token_folder::seeds, token_folder::check),
+            (tokenizer::seeds, tokenizer::check),
+        ];
+        for (seeds, check) in targets {
+            seeds().iter().for_each(|seed| check(seed));
+        }
     }
 }

@@ -24,6 +24,7 @@
 //! | `folder` | the token folder: making it, and reading it |
 //! | `foreign` | token files of other programs |
 //! | `any` | tokens, whatever they are stored in |
+//! | `guard` | calls into crates that panic on damaged files |
 //! | `files`, `durable` | files that are read for long; files that are written whole |
 #![forbid(unsafe_code)]
 
@@ -39,6 +40,7 @@ mod folder;
 mod foreign;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod guard;
 pub mod mixture;
 mod order;
 mod read_ahead;
@@ -66,6 +68,7 @@ pub use folder::index::{Index, Made, Shard, Shards, Sums};
 pub use folder::make::{Append, Outcome, Settings, Watched, tokenize as tokenize_folder};
 pub use folder::{TokenFolder, is_token_folder};
 pub use foreign::{ForeignFile, Format};
+pub use guard::is_guarded;
 pub use order::SampleOrder;
 pub use read_ahead::ReadAhead;
 pub use sources::Skipped;

@@ -5,6 +5,8 @@
 //! has no offsets, so masks of prompts are found by comparing prefixes ([`chat`]).
 
 pub(crate) mod chat;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod examples;
 mod lengths;
 mod neighbours;
 mod stream;
@@ -67,6 +69,7 @@ impl Tokenizer {
         let lengths = lengths::of(&config, &ids, vocab);
         tokenizers::canonicalize_value(&mut config).map_err(|error| wrong(error.to_string()))?;
         let pipeline = tokenizers::from_json(&config.to_string()).map_err(|error| wrong(error.to_string()))?;
+        check_ids(&config, &pipeline, &ids, vocab).map_err(wrong)?;
         let neighbours = Neighbours::beside(&path)?;
         let template = &pipeline.get_post_processor().single;
         let outermost = |token: Option<&(PipelineToken, u8)>| token.map(|&(token, _)| token.id());
@@ -189,11 +192,15 @@ impl Tokenizer {
     }
 }
 
+/// More tokens than the largest vocabularies have, which are of about 900,000. Memory is taken for
+/// each up to the largest id.
+const MOST_TOKENS: u32 = 1 << 20;
+
 /// Every token of a `tokenizer.json` with its id.
 fn all_ids(config: &Value) -> std::result::Result<HashMap<String, u32>, String> {
     let to_id = |id: &Value| {
-        let number = id.as_u64().and_then(|id| u32::try_from(id).ok()).filter(|&id| id < u32::MAX);
-        number.ok_or_else(|| format!("the id {id} is no number of 32 bits"))
+        let number = id.as_u64().and_then(|id| u32::try_from(id).ok()).filter(|&id| id < MOST_TOKENS);
+        number.ok_or_else(|| format!("the id {id} is no number below {MOST_TOKENS}"))
     };
     let mut ids = HashMap::new();
     match &config["model"]["vocab"] {
@@ -218,5 +225,28 @@ fn all_ids(config: &Value) -> std::result::Result<HashMap<String, u32>, String> 
     Ok(ids)
 }
 
+/// Checks that the crate has the ids of the file: it gives an added token another one where the file
+/// has two tokens of one id, and puts any around a text.
+fn check_ids(
+    config: &Value,
+    pipeline: &PipelineTokenizer,
+    ids: &HashMap<String, u32>,
+    vocab: usize,
+) -> std::result::Result<(), String> {
+    let added = config["added_tokens"].as_array().into_iter().flatten();
+    for token in added.filter_map(|token| token["content"].as_str()) {
+        let (found, id) = (pipeline.get_added_vocabulary().token_to_id(token), ids.get(token));
+        if found.is_some_and(|found| Some(&found) != id) {
+            return Err(format!("the id of the added token {token:?} is not free, or another token's, too"));
+        }
+    }
+    let template = &pipeline.get_post_processor().single;
+    let around = template.prefix.iter().chain(&template.suffix).map(|(token, _)| token.id());
+    match around.into_iter().find(|&id| id as usize >= vocab) {
+        None => Ok(()),
+        Some(id) => Err(format!("its post_processor has the id {id}, but the vocabulary {vocab} tokens")),
+    }
+}
+
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;

@@ -15,6 +15,7 @@ pub mod config_file {
             "mesh = \"replicate=2,shard=2\"\nshard = \"zero-2\"\nbucket = \"16MiB\"\nprefetch = 2\nslots = 3",
             "controller = \"stagewise\"\nstages = \"16:0.1,32:0.9\"\nbatch = 16\nround-to = 16\nshrink = true",
             "controller = \"linear-ramp\"\nramp = \"64:0.25\"\nround-to = 8\nmax-batch = 64",
+            "group = [\"*norm*:decay=0\", \"*:lr=0.5\"]\nvalidation-data = [\"a\", \"b=c\"]\ndata = [\"a:0.7\", \"b:0.3\"]",
             "controller = \"noise-scale\"\nratio = 0.5\nema = 0.99\npatience = 2\ngrowth-limit = 1.5\ntest-interval = 3",
         ];
         seeds.iter().map(|seed| seed.as_bytes().to_vec()).collect()
@@ -37,9 +38,13 @@ pub mod config_file {
 
 /// Values of single settings.
 pub mod options {
+    use pillion_llama::config::Preset;
     use pillion_runtime::Sharded;
     use pillion_runtime::checkpoint::Staging;
 
+    use super::super::evaluation::ValidationData;
+    use super::super::groups::{Group, Grouped};
+    use super::super::source::{SHARE, part};
     use crate::controller::stage;
     use crate::plan::quantity::{bandwidth, duration, size, speed};
     use crate::settings::{address, mesh, save_memory};
@@ -48,7 +53,8 @@ pub mod options {
     pub fn seeds() -> Vec<Vec<u8>> {
         let seeds =
             ["400Gbit/s", "5us", "1.5GFLOP/s", "64MiB", "replicate=2,shard=4", "copies", "node1:29400", "16:0.1"];
-        seeds.iter().chain(&["parameters,optimizer"]).map(|seed| seed.as_bytes().to_vec()).collect()
+        let more = ["parameters,optimizer", "*norm*:lr=0.5,decay=0", "books=tokens/books", "tokens/code.bin:0.7"];
+        seeds.iter().chain(&more).map(|seed| seed.as_bytes().to_vec()).collect()
     }
 
     /// What is read is in its range, and is read again as it is written.
@@ -71,6 +77,31 @@ pub mod options {
             assert_eq!(sharded.to_string().parse(), Ok(sharded));
         }
         let _ = (address(text), stage(text));
+        check_group(text);
+        check_data(text);
+    }
+
+    /// A group of tensors is read again as it is written.
+    fn check_group(text: &str) {
+        let Ok(group) = text.parse::<Group>() else { return };
+        let setting = |name: &str, value: Option<f64>| value.map(|value| format!("{name}={value}"));
+        let settings: Vec<String> = setting("lr", group.lr).into_iter().chain(setting("decay", group.decay)).collect();
+        assert!(!settings.is_empty() && [group.lr, group.decay].into_iter().flatten().all(f64::is_finite));
+        assert_eq!(format!("{}:{}", group.pattern, settings.join(",")).parse().as_ref(), Ok(&group));
+        let _ = Grouped::new(&[group], &Preset::named("tiny").expect("a preset").config().units());
+    }
+
+    /// What a run learns from and is validated on is read again as it is written.
+    fn check_data(text: &str) {
+        if let Ok(ValidationData { name, path }) = text.parse() {
+            assert!(!name.trim().is_empty() && !path.as_os_str().is_empty());
+            let written = format!("{name}={}", path.display());
+            assert_eq!(written.parse(), Ok(ValidationData { name, path }));
+        }
+        if let Ok((path, Some(units))) = part(text) {
+            let written = format!("{}:{}", path.display(), units as f64 / SHARE as f64);
+            assert_eq!(part(&written).expect("a share"), (path, Some(units)));
+        }
     }
 }
 

@@ -112,10 +112,10 @@ impl Wanted {
 }
 
 /// A share of 1, in the unit of shares.
-const SHARE: u64 = 10_000;
+pub(super) const SHARE: u64 = 10_000;
 
 /// A path, and its share in units of 1/[`SHARE`]. A path that has a colon itself may stand alone.
-fn part(data: &str) -> Result<(PathBuf, Option<u64>), Error> {
+pub(super) fn part(data: &str) -> Result<(PathBuf, Option<u64>), Error> {
     let whole = || (PathBuf::from(data), None);
     if Path::new(data).exists() {
         return Ok(whole());

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::OrBad;
+use crate::guard::plain;
 
 /// A record as it lies in its file.
 #[derive(Debug)]
@@ -107,21 +108,23 @@ fn of_value(value: Value, fields: Fields<'_>) -> OrBad<Content> {
     if object.contains_key("text") {
         return text(&mut object, "text").map(Content::Text);
     }
-    let names: Vec<&str> = object.keys().map(String::as_str).collect();
     Err(format!(
         "it has no text, no messages, and no prompt with a completion; name one of its fields ({}) with --field",
-        names.join(", ")
+        names(&object)
     ))
+}
+
+/// The fields of an object, to be printed.
+fn names(object: &Map<String, Value>) -> String {
+    let names: Vec<&str> = object.keys().map(String::as_str).collect();
+    plain(&names.join(", "))
 }
 
 fn text(object: &mut Map<String, Value>, field: &str) -> OrBad<String> {
     match object.remove(field) {
         Some(Value::String(text)) => Ok(text),
         Some(other) => Err(format!("its field {field} is {} and no text; give another with --field", kind(&other))),
-        None => {
-            let names: Vec<&str> = object.keys().map(String::as_str).collect();
-            Err(format!("it has no field {field}; name one of {} with --field", names.join(", ")))
-        }
+        None => Err(format!("it has no field {field}; name one of {} with --field", names(object))),
     }
 }
 

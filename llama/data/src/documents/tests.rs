@@ -1,9 +1,10 @@
-use std::io::Write;
-
+use ::parquet::file::properties::WriterProperties;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::fuzzing::documents::{check_walk, gzip, zstd};
+use crate::fuzzing::parquet::write_texts;
 
 /// A file under its name in a folder.
 fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
@@ -12,39 +13,10 @@ fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-    out.write_all(bytes).unwrap();
-    out.finish().unwrap()
-}
-
-fn zstd(bytes: &[u8]) -> Vec<u8> {
-    zstd::encode_all(bytes, 1).unwrap()
-}
-
 /// A parquet file with a column `text` in groups of two rows, and one of numbers.
 fn parquet(path: &Path, texts: &[&str]) {
-    use ::parquet::data_type::{ByteArrayType, Int32Type};
-    use ::parquet::file::properties::WriterProperties;
-    use ::parquet::file::writer::SerializedFileWriter;
-    use ::parquet::schema::parser::parse_message_type;
-    let schema = "message m { optional binary text (UTF8); required int32 number; }";
-    let schema = Arc::new(parse_message_type(schema).unwrap());
     let compression = ::parquet::basic::Compression::SNAPPY;
-    let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
-    let mut writer = SerializedFileWriter::new(fs::File::create(path).unwrap(), schema, properties).unwrap();
-    for rows in texts.chunks(2) {
-        let mut group = writer.next_row_group().unwrap();
-        let mut column = group.next_column().unwrap().unwrap();
-        let values: Vec<_> = rows.iter().map(|&text| text.into()).collect();
-        column.typed::<ByteArrayType>().write_batch(&values, Some(&vec![1; rows.len()]), None).unwrap();
-        column.close().unwrap();
-        let mut column = group.next_column().unwrap().unwrap();
-        column.typed::<Int32Type>().write_batch(&vec![7; rows.len()], None, None).unwrap();
-        column.close().unwrap();
-        group.close().unwrap();
-    }
-    writer.close().unwrap();
+    write_texts(path, WriterProperties::builder().set_compression(compression).build(), texts, 2);
 }
 
 /// All documents from a position on, or what is wrong with each, with its place and what follows.
@@ -176,15 +148,52 @@ fn columns_of_parquet_files_are_checked() {
     assert!(found.contains("no column body; name one of text, number with --field"), "{found}");
     let found = problem_at(path.clone(), Some("number"));
     assert!(found.contains("row 1: its field number is a number"), "{found}");
-    // Damage anywhere is a problem or another text, but no panic.
-    parquet(&path, &["one and another", "two", "three"]);
+    // Damage anywhere is a problem or another text, but no panic, and a walk goes on from any row. The
+    // second flip gives a group three rows instead of two.
+    parquet(&path, &["one and another", "two", "three", "four"]);
     let whole = fs::read(&path).unwrap();
-    for at in 0..whole.len() {
+    for (at, flip) in (0..whole.len()).flat_map(|at| [(at, 0x15), (at, 2)]) {
         let mut damaged = whole.clone();
-        damaged[at] ^= 0x15;
+        damaged[at] ^= flip;
         fs::write(&path, &damaged).unwrap();
-        walked(std::slice::from_ref(&path), &Reading::default(), Position::default());
+        check_walk(path.clone(), false);
     }
+}
+
+#[test]
+fn texts_of_parquet_are_read_in_each_encoding() {
+    use ::parquet::basic::Encoding;
+    use ::parquet::file::properties::WriterVersion;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    let lines: Vec<String> = (0..3000u64).map(|i| "line ".repeat(1 + i as usize % 3) + &(i * i).to_string()).collect();
+    let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+    for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
+        for encoding in [None, Some(Encoding::DELTA_LENGTH_BYTE_ARRAY), Some(Encoding::DELTA_BYTE_ARRAY)] {
+            let properties = WriterProperties::builder().set_writer_version(version);
+            let properties = properties.set_dictionary_enabled(encoding.is_none());
+            let properties = match encoding {
+                Some(encoding) => properties.set_column_encoding("text".into(), encoding),
+                None => properties,
+            };
+            write_texts(&path, properties.build(), &lines, lines.len());
+            assert_eq!(texts(std::slice::from_ref(&path), &Reading::default()), lines, "{version:?}, {encoding:?}");
+        }
+    }
+}
+
+#[test]
+fn a_panic_of_the_reader_of_parquet_is_a_problem_in_a_line() {
+    // What the crate says of columns that it does not know is kept, in a line.
+    let panics: std::result::Result<(), Fault> = rows::reading(|| panic!("no type\nof column"));
+    let Err(Fault::Damaged(problem)) = panics else { panic!("no problem") };
+    assert!(problem.contains("its reader failed: no type of column; fetch it again"), "{problem}");
+}
+
+#[test]
+fn names_of_fields_are_printed_in_a_line() {
+    let found = problem("a.jsonl", b"{\"a\\nb\":1}", None);
+    assert!(found.contains("(a b)"), "{found}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::make::{Append, Pace, Settings, tokenize, tokenize_at};
 use super::*;
 use crate::subword::Tokenizer;
-use crate::subword::tests::{byte_level, sentence_piece};
+use crate::subword::examples::{byte_level, sentence_piece};
 
 const SPLITS: [Split; 2] = [Split::Train, Split::Validation];
 
@@ -314,7 +314,27 @@ fn damage_is_noticed_by_opening_reading_or_verifying() {
     fs::write(&path, damaged).unwrap();
     let error = TokenFolder::open(&settings.out).unwrap().read(Split::Train, 0, &mut [0; 4]).unwrap_err();
     assert!(error.to_string().contains("token 266 is outside the vocabulary"), "{error}");
-    fs::remove_file(settings.out.join("index.json")).unwrap();
+    // Ends that are out of order, or outside the shard, are noticed where they are read, too.
+    let path = settings.out.join("train-00000.documents");
+    let whole_ends = &whole["train-00000.documents"];
+    for wrong in [whole_ends[16] as u64 + 1, u64::MAX] {
+        let damaged = [&whole_ends[..8], &wrong.to_le_bytes(), &whole_ends[16..]].concat();
+        fs::write(&path, damaged).unwrap();
+        let folder = TokenFolder::open(&settings.out).unwrap();
+        let error = folder.document_starts(Split::Train, 0..folder.len(Split::Train)).unwrap_err().to_string();
+        assert!(error.starts_with(path.to_str().unwrap()) && error.contains("out of order"), "{error}");
+    }
+    fs::write(&path, whole_ends).unwrap();
+    let index = settings.out.join("index.json");
+    let mut counts: serde_json::Value = serde_json::from_slice(&whole["index.json"]).unwrap();
+    let masked = counts["train"]["masked"].as_u64().unwrap() - 1;
+    counts["train"]["masked"] = json!(masked);
+    counts["train"]["shards"][0]["masked"] = json!(masked);
+    fs::write(&index, counts.to_string()).unwrap();
+    fs::write(settings.out.join("train-00000.tokens"), &whole["train-00000.tokens"]).unwrap();
+    let error = TokenFolder::open(&settings.out).unwrap().verify().unwrap_err().to_string();
+    assert!(error.contains(&format!("{} masked tokens, but the index says {masked}", masked + 1)), "{error}");
+    fs::remove_file(index).unwrap();
     let error = TokenFolder::open(&settings.out).unwrap_err().to_string();
     assert!(error.contains("unfinished"), "{error}");
 }

@@ -169,6 +169,9 @@ impl Megatron {
             if start >= range.end {
                 break;
             }
+            if start < range.start || starts.last().is_some_and(|&last| start < last) {
+                return Err(self.wrong(format!("document {document} begins at token {start}, out of order")));
+            }
             // Documents without a token begin where the next one does.
             if starts.last() != Some(&start) {
                 starts.push(start);

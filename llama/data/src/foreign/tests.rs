@@ -3,51 +3,13 @@ use std::fs;
 use proptest::prelude::*;
 
 use super::*;
-use crate::subword::tests::{byte_level, sentence_piece};
+use crate::fuzzing::foreign::{llmc, megatron};
+use crate::subword::examples::{byte_level, sentence_piece};
 
 fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.join(name);
     fs::write(&path, bytes).unwrap();
     path
-}
-
-/// A file as `write_datafile` of llm.c writes it.
-fn llmc(magic: i32, version: i32, tokens: &[u32], wide: bool) -> Vec<u8> {
-    let mut header = [0i32; 256];
-    header[..3].copy_from_slice(&[magic, version, tokens.len() as i32]);
-    let mut bytes: Vec<u8> = header.iter().flat_map(|number| number.to_le_bytes()).collect();
-    for &token in tokens {
-        if wide { bytes.extend(token.to_le_bytes()) } else { bytes.extend((token as u16).to_le_bytes()) }
-    }
-    bytes
-}
-
-/// Files as `_IndexWriter` of Megatron-LM writes them: documents are lists of sequences.
-fn megatron(code: u8, documents: &[Vec<Vec<i64>>], modes: bool) -> (Vec<u8>, Vec<u8>) {
-    let size = match code {
-        1 | 2 => 1,
-        3 | 8 => 2,
-        4 => 4,
-        _ => 8,
-    };
-    let sequences: Vec<&Vec<i64>> = documents.iter().flatten().collect();
-    let mut index = b"MMIDIDX\0\0".to_vec();
-    index.extend(1u64.to_le_bytes());
-    index.push(code);
-    index.extend((sequences.len() as u64).to_le_bytes());
-    index.extend((documents.len() as u64 + 1).to_le_bytes());
-    sequences.iter().for_each(|sequence| index.extend((sequence.len() as i32).to_le_bytes()));
-    let (mut bin, mut bounds) = (Vec::new(), vec![0i64]);
-    for sequence in &sequences {
-        index.extend((bin.len() as i64).to_le_bytes());
-        sequence.iter().for_each(|token| bin.extend(&token.to_le_bytes()[..size]));
-    }
-    documents.iter().for_each(|document| bounds.push(bounds.last().unwrap() + document.len() as i64));
-    bounds.iter().for_each(|bound| index.extend(bound.to_le_bytes()));
-    if modes {
-        index.extend(vec![0; sequences.len()]);
-    }
-    (index, bin)
 }
 
 fn all(file: &ForeignFile) -> Vec<u32> {
@@ -168,6 +130,15 @@ fn damaged_files_are_errors_that_name_file_and_fault() {
         let error = opened.and_then(|file| file.verify()).unwrap_err().to_string();
         assert!(error.contains(says) && error.contains("/m."), "{says}: {error}");
     }
+    // Documents that are out of order are noticed where they are read, too.
+    let (mut index, bin) = megatron(8, &[vec![vec![1, 2]], vec![vec![3]], vec![vec![4]]], false);
+    let bounds = index.len() - 32;
+    index[bounds + 8] = 2;
+    index[bounds + 16] = 1;
+    let path = file(folder.path(), "m.bin", &bin);
+    file(folder.path(), "m.idx", &index);
+    let error = ForeignFile::open(&path, None).unwrap().document_starts(0..4).unwrap_err().to_string();
+    assert!(error.contains("document 2 begins at token 2, out of order"), "{error}");
     fs::remove_file(folder.path().join("m.bin")).unwrap();
     let error = ForeignFile::open(&folder.path().join("m.idx"), None).unwrap_err().to_string();
     assert!(error.contains("cannot read") && error.contains("m.bin"), "{error}");

@@ -3,6 +3,7 @@
 use pillion_kernels::DType;
 use serde_json::{Map, Value, json};
 
+use super::plain;
 use crate::RopeScaling;
 use crate::config::Config;
 
@@ -29,6 +30,10 @@ const INERT: [&str; 54] = [
 /// # Errors
 /// Says which key is missing, unknown, or asks for what Pillion does not compute.
 pub fn parse_config(text: &str) -> Result<Config, String> {
+    parse(text).map_err(|problem| plain(&problem))
+}
+
+fn parse(text: &str) -> Result<Config, String> {
     let value: Value = serde_json::from_str(text).map_err(|error| format!("is no JSON: {error}"))?;
     let Value::Object(map) = value else { return Err("is no JSON object".to_owned()) };
     let mut keys = Keys(map);

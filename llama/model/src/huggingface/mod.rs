@@ -13,6 +13,8 @@
 mod config;
 mod early_sync;
 mod export;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod import;
 mod source;
 
@@ -69,7 +71,7 @@ pub enum Error {
 
 impl Error {
     fn file(path: impl AsRef<Path>, reason: impl std::fmt::Display) -> Error {
-        Error::File { path: path.as_ref().to_owned(), reason: reason.to_string() }
+        Error::File { path: path.as_ref().to_owned(), reason: plain(&reason.to_string()) }
     }
 
     /// What a caller's answer to progress means.
@@ -80,6 +82,11 @@ impl Error {
     fn unreadable(path: impl AsRef<Path>, error: &std::io::Error) -> Error {
         Error::file(path, format!("cannot be read: {error}"))
     }
+}
+
+/// Text that may quote a file as a line: without control characters.
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// The type that safetensors calls so, where weights can have it.

@@ -3,7 +3,7 @@ use std::fs;
 use serde_json::json;
 
 use super::*;
-use crate::subword::tests::{byte_level, sentence_piece};
+use crate::subword::examples::{byte_level, sentence_piece};
 
 const CHATML: &str = "{% for message in messages %}\n\
     {{ '<|im_start|>' + message['role'] + '\n' + message['content'].strip() + '<|im_end|>' + '\n' }}\

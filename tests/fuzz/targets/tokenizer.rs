@@ -1,0 +1,2 @@
+#![no_main]
+pillion_fuzz::target!(pillion_data::fuzzing::tokenizer);
