@@ -76,10 +76,13 @@ fn on_rank(
     let found =
         on_rank_zero(communicator, || source::to_evaluate(&settings.data, checkpoint, &origin, hosts, &mut made))?;
     let document_attention = origin.document_attention();
+    let vocabulary = Vocabulary::of(checkpoint, &origin).ok();
     let windows = Windows::open(&found, settings.split, seq, model.vocab_size, document_attention)?;
+    if let Some(Vocabulary::Subwords(tokenizer)) = &vocabulary {
+        source::check_made_by(&found.parts, tokenizer)?;
+    }
     let available = windows.len();
     let samples = settings.samples.unwrap_or(available).min(available);
-    let vocabulary = Vocabulary::of(checkpoint, &origin).ok();
 
     let batch = settings.micro_batch.min(samples.div_ceil(world as u64)) as usize;
     let (precision, passes) = (settings.precision, Passes::Batches { batch, seq });
@@ -176,7 +179,15 @@ impl Windows {
         document_attention: bool,
     ) -> Result<Windows, Error> {
         if let ([part], true, None) = (&found.parts[..], found.is_text, wanted) {
-            let set = ValidationSet::open(Tokens::open(&part.path, None)?, true, seq, vocab)?;
+            let set = ValidationSet::open(Tokens::open(&part.path, None)?, true, seq, vocab);
+            let set = set.map_err(|error| match error {
+                // Its path is that of a temporary folder.
+                pillion_data::Error::TooShort { tokens, .. } => Error::Setting(format!(
+                    "the text in --data has {tokens} tokens, but a sample needs {}: give a longer text, or a lower --seq",
+                    seq + 1
+                )),
+                error => error.into(),
+            })?;
             if document_attention {
                 set.check_documents()?;
             }

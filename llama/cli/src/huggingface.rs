@@ -1,8 +1,10 @@
 //! `pillion import` and `pillion export`: models from and for Hugging Face's transformers.
 
+use std::path::{Path, PathBuf};
+
 use indicatif::{ProgressBar, ProgressStyle};
 use pillion_collectives::launcher;
-use pillion_data::tokenizer;
+use pillion_data::{Tokenizer, tokenizer};
 use pillion_llama::huggingface::{self, CONFIG, Export, Source, parse_config, write_config};
 use pillion_runtime::checkpoint::Checkpoint;
 use serde_json::{Map, Value};
@@ -24,28 +26,27 @@ pub(crate) fn import(settings: &ImportArgs) -> Result<i32, Error> {
     let files = models::files_in(&settings.folder)?;
     let folder = RunFolder::claim(&settings.out)?;
     folder.check(false)?;
-    if let Some(aside) = folder.set_aside(None, false)? {
-        crate::print(format_args!("the earlier run in {} is now {}", settings.out.display(), aside.display()));
-    }
+    check_tokenizer(&settings.folder, &files)?;
     let stop = signals::flag(Second::Ends)?;
-    // The checkpoint counts once it is there, so what goes with it comes first.
-    models::keep(&files, &settings.out)?;
     let bar = bar(source.bytes());
-    let checkpoints = run_folder::checkpoints(&settings.out);
-    let imported = huggingface::import(&source, &checkpoints, |more| {
+    // An earlier run stays in its place until all is on the disk.
+    let begun = run_folder::unfinished(&settings.out, "import");
+    let imported = huggingface::import(&source, &begun, |more| {
         bar.inc(more);
         !stopping(&stop)
     });
     bar.finish_and_clear();
-    let path = match imported {
+    let imported = match imported {
         Ok(path) => path,
         Err(error) => {
-            models::forget(&files, &settings.out);
             // It goes only if nothing is in it.
-            let _ = std::fs::remove_dir(&checkpoints);
+            let _ = std::fs::remove_dir(&begun);
             return interrupted(error);
         }
     };
+    let path = put_in_place(&folder, &files, &imported, &settings.out);
+    let path = path.inspect_err(|_| drop(std::fs::remove_dir_all(&begun)))?;
+    let _ = std::fs::remove_dir(&begun);
     let parameters = parameters(&source);
     let (has_tokenizer, stored) = (files.iter().any(|(name, _)| name == TOKENIZER), source.dtype());
     let tokenizer = if has_tokenizer { "" } else { "; there is no tokenizer.json" };
@@ -65,6 +66,30 @@ fn interrupted(error: huggingface::Error) -> Result<i32, Error> {
     let huggingface::Error::Stopped = error else { return Err(error.into()) };
     crate::complain("interrupted: nothing of it is left");
     Ok(launcher::EXIT_INTERRUPTED)
+}
+
+/// Sets an earlier run aside, and gives an imported checkpoint its place, which is returned.
+fn put_in_place(folder: &RunFolder, files: &[Companion], imported: &Path, out: &Path) -> Result<PathBuf, Error> {
+    if let Some(aside) = folder.set_aside(None, false)? {
+        crate::print(format_args!("the earlier run in {} is now {}", out.display(), aside.display()));
+    }
+    // The checkpoint counts once it is there, so what goes with it comes first.
+    models::keep(files, out)?;
+    let checkpoints = run_folder::checkpoints(out);
+    let path = checkpoints.join(imported.file_name().expect("a checkpoint has a name"));
+    let sync = |folder: &Path| std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+    let moved = std::fs::create_dir_all(&checkpoints).and_then(|()| std::fs::rename(imported, &path));
+    let moved = moved.and_then(|()| sync(&checkpoints));
+    moved.map_err(|error| Error::file(&path, format!("cannot get its place: {error}: choose another --out")))?;
+    Ok(path)
+}
+
+/// Checks that the tokenizer of a folder, where there is one, can be used.
+fn check_tokenizer(folder: &Path, files: &[Companion]) -> Result<(), Error> {
+    if files.iter().any(|(name, _)| name == TOKENIZER) {
+        Tokenizer::load(folder)?;
+    }
+    Ok(())
 }
 
 fn parameters(source: &Source) -> String {
@@ -95,7 +120,8 @@ pub(crate) fn export(settings: &ExportArgs) -> Result<i32, Error> {
     let mut companions = companions(checkpoint, &origin)?;
     let original = take_config(&mut companions);
     let seq = origin.seq();
-    let original = original.or_else(|| seq.map(|seq| fresh(seq, origin.has_bytes())));
+    let ends = ends(checkpoint, &origin)?;
+    let original = original.or_else(|| seq.map(|seq| fresh(seq, ends)));
     companions.push((CONFIG.to_owned(), write_config(model, original.as_ref(), as_what).into_bytes()));
     let has_tokenizer = companions.iter().any(|(name, _)| name == TOKENIZER);
     let parameters = model.layout(1).parameters() as u64;
@@ -142,15 +168,27 @@ fn take_config(companions: &mut Vec<Companion>) -> Option<Map<String, Value>> {
     serde_json::from_str(&text).ok()
 }
 
+/// The tokens that begin and end a text of a model that began here.
+fn ends(checkpoint: &Checkpoint, origin: &Origin) -> Result<[Option<u32>; 2], Error> {
+    if origin.has_bytes() {
+        return Ok([Some(u32::from(tokenizer::END)); 2]);
+    }
+    let Some(run) = run_folder::of_checkpoint(&checkpoint.path) else { return Ok([None; 2]) };
+    let path = run_folder::huggingface(&run).join(TOKENIZER);
+    if !path.exists() {
+        return Ok([None; 2]);
+    }
+    let tokenizer = Tokenizer::load(&path)?;
+    Ok([tokenizer.begin_of_sequence(), tokenizer.end_of_sequence()])
+}
+
 /// What a configuration says besides the shape, of a model that began here.
-fn fresh(seq: usize, is_of_bytes: bool) -> Map<String, Value> {
+fn fresh(seq: usize, [begin, end]: [Option<u32>; 2]) -> Map<String, Value> {
     let mut map = Map::new();
     map.insert("max_position_embeddings".to_owned(), seq.into());
-    let end = if is_of_bytes { Value::from(tokenizer::END) } else { Value::Null };
     // Without a value transformers takes 1 and 2.
-    for key in ["bos_token_id", "eos_token_id"] {
-        map.insert(key.to_owned(), end.clone());
-    }
+    map.insert("bos_token_id".to_owned(), begin.into());
+    map.insert("eos_token_id".to_owned(), end.into());
     map
 }
 

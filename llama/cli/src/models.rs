@@ -138,14 +138,6 @@ pub(crate) fn files_in(folder: &Path) -> Result<Vec<Companion>, Error> {
     found.map(read).collect()
 }
 
-/// Removes files that [`keep`] has written, after what they belong to has failed. What cannot be
-/// removed now is set aside with the next run.
-pub(crate) fn forget(files: &[Companion], out: &Path) {
-    let folder = run_folder::huggingface(out);
-    files.iter().for_each(|(name, _)| drop(fs::remove_file(folder.join(name))));
-    let _ = fs::remove_dir(&folder);
-}
-
 /// Writes files that go with a model into the folder of the run in `out`. What is there under their
 /// names is replaced.
 ///

@@ -331,7 +331,8 @@ pub(crate) fn parse(arguments: &[String]) -> Result<Cli, clap::Error> {
     // A flag that comes twice is no error: the file's comes first, and the command line's wins.
     // Numbers below zero are refused for what they are, not as flags.
     let adapt = |command: clap::Command| command.args_override_self(true).allow_negative_numbers(true);
-    let command = Cli::command().mut_subcommand("train", adapt);
+    let command = Cli::command().mut_subcommands(|command| command.allow_negative_numbers(true));
+    let command = command.mut_subcommand("train", adapt);
     let command = command.mut_subcommand("config", |config| config.mut_subcommand("show", adapt));
     let matches = command.try_get_matches_from(arguments)?;
     let mut cli = Cli::from_arg_matches(&matches)?;

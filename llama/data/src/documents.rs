@@ -86,6 +86,12 @@ pub(crate) fn list(paths: &[PathBuf], out: &Path) -> Result<(Vec<Input>, Skipped
         let kinds = kinds(path, &found.files)?;
         let mut here = HashSet::new();
         for (file, kind) in found.files.into_iter().zip(kinds) {
+            if file.path.to_str().is_none() {
+                return Err(Error::bad(
+                    file.path,
+                    "its name is not UTF-8, so no folder of tokens can note it; rename it",
+                ));
+            }
             // What links lead to is one file, whatever its names.
             let canonical = file.path.canonicalize().map_err(Error::reading(&file.path))?;
             if seen.contains(&canonical) {

@@ -107,6 +107,8 @@ pub(crate) struct Habits {
     pub(crate) validation_data: Vec<ValidationData>,
     #[serde(default)]
     pub(crate) keep_best: bool,
+    #[serde(default)]
+    pub(crate) tensorboard: bool,
     /// Tokens of text at the end.
     pub(crate) sample: usize,
     pub(crate) on_non_finite: OnNonFinite,
@@ -116,7 +118,7 @@ pub(crate) struct Habits {
 impl Habits {
     pub(crate) fn of(settings: &TrainArgs) -> Habits {
         let &TrainArgs { save_every, save_memory, keep, validate_every, validation_samples, sample, .. } = settings;
-        let &TrainArgs { validate_every_samples, keep_best, .. } = settings;
+        let &TrainArgs { validate_every_samples, keep_best, tensorboard, .. } = settings;
         let non_finite_limit = settings.non_finite_limit;
         let on_non_finite = settings.on_non_finite.unwrap_or_default();
         Habits {
@@ -128,6 +130,7 @@ impl Habits {
             validation_samples,
             validation_data: settings.validation_data.clone(),
             keep_best,
+            tensorboard,
             sample,
             on_non_finite,
             non_finite_limit,

@@ -93,10 +93,10 @@ pub mod options {
 
     /// What a run learns from and is validated on is read again as it is written.
     fn check_data(text: &str) {
-        if let Ok(ValidationData { name, path }) = text.parse() {
+        if let Ok(ValidationData { name, path, .. }) = text.parse() {
             assert!(!name.trim().is_empty() && !path.as_os_str().is_empty());
             let written = format!("{name}={}", path.display());
-            assert_eq!(written.parse(), Ok(ValidationData { name, path }));
+            assert_eq!(written.parse(), Ok(ValidationData { name, path, all: false }));
         }
         if let Ok((path, Some(units))) = part(text) {
             let written = format!("{}:{}", path.display(), units as f64 / SHARE as f64);

@@ -80,7 +80,7 @@ impl Output {
         };
         about.write(&start.out)?;
         let events = || Events::of_metrics(&start.out, &run_folder::tensorboard(&start.out));
-        let events = settings.tensorboard.then(events).transpose()?;
+        let events = start.habits.tensorboard.then(events).transpose()?;
         Ok(Output { screen, metrics, events, mark, folder })
     }
 }

@@ -115,6 +115,9 @@ fn adopt_habits(settings: &mut TrainArgs, keeps: &impl Fn(&str) -> bool, saved: 
     if keeps("keep-best") {
         settings.keep_best = saved.keep_best;
     }
+    if keeps("tensorboard") {
+        settings.tensorboard = saved.tensorboard;
+    }
     // One of these two stands for the other.
     if keeps("validate-every") && keeps("validate-every-samples") {
         settings.validate_every = saved.validate_every;

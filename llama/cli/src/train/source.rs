@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use pillion_data::{
-    Append, Dataset, Prepared, Split, Summary, TokenFile, Tokens, is_token_folder, mixture, synthetic, tokenizer,
+    Append, Dataset, Prepared, Split, Summary, TokenFile, Tokenizer, Tokens, is_token_folder, mixture, synthetic,
+    tokenizer,
 };
 use pillion_llama::huggingface::CONFIG;
 use serde::{Deserialize, Serialize};
@@ -247,6 +248,25 @@ pub(super) fn folders_tokenizer(dataset: &Dataset) -> Result<Option<(String, Vec
     let mut files = models::files_in(first)?;
     files.retain(|(name, _)| name != CONFIG);
     Ok(Some(((*checksum).clone(), files)))
+}
+
+/// Checks that token folders were made with this tokenizer.
+///
+/// # Errors
+/// When one was made with another.
+pub(crate) fn check_made_by(parts: &[Part], tokenizer: &Tokenizer) -> Result<(), Error> {
+    for part in parts {
+        if let Tokens::Folder(folder) = Tokens::open(&part.path, None)?
+            && folder.index().tokenizer.xxh3 != hex(tokenizer.hash())
+        {
+            let path = part.path.display();
+            return Err(Error::Setting(format!(
+                "--data {path} was made with another tokenizer than the model's: make it with `pillion tokenize --tokenizer` \
+                 and the model's"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Checks that tokens to validate on, of which a folder says what made them, are of the kind that a

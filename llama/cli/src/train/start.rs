@@ -181,6 +181,7 @@ impl<'s> Search<'s> {
         if let Some(checkpoint) = &from {
             source::check_tokenizer(&dataset, &models::companions(&checkpoint.path)?)?;
         }
+        source::folders_tokenizer(&dataset)?;
         let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
         let (sets, most) = (&settings.validation_data, settings.validation_samples);
         let validation_sets = evaluation::find(sets, most, &recipe, &dataset, &out)?;
