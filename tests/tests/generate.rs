@@ -85,7 +85,7 @@ fn a_loss_is_that_of_the_run_and_the_same_on_any_number_of_ranks() {
         ("--data synthetic", 2, &["synthetic"]),
         ("--data text --seq 0", 2, &["--seq"]),
         ("--data text --samples 0", 2, &["--samples is 0"]),
-        ("--data text --seq 1000000", 1, &["sequence of 1000000"]),
+        ("--data text --seq 1000000", 2, &["a sample needs 1000001", "--seq"]),
     ] {
         place.run(&format!("eval --checkpoint run {flags}")).refused(code, parts);
     }

@@ -29,6 +29,8 @@ fn from_documents_to_a_model_for_others() {
     assert_eq!(losses("run"), losses("whole"), "a run that was killed has the losses of one that was not");
 
     place.run("export --checkpoint run --to out").succeeded();
+    let config: Value = serde_json::from_slice(&fs::read(place.path("out/config.json")).unwrap()).unwrap();
+    assert_eq!(config["eos_token_id"], 259, "the token that ends a text");
     place.run("import out --out again").succeeded();
     let text = |checkpoint: &str| {
         let command = format!("generate --checkpoint {checkpoint} --temperature 0 --tokens 40 --context 32 --json");

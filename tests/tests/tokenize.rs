@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use pillion_tests::program::{Ended, Workplace};
@@ -113,6 +114,10 @@ fn what_cannot_be_tokenized_is_refused_with_a_remedy() {
     std::os::unix::fs::symlink("module_000.rs", place.path("text/again.rs")).unwrap();
     let ended = run("text --restart").succeeded();
     assert!(ended.stdout.contains("1 links to files that are read anyway"), "{ended}");
+    let name = std::ffi::OsStr::from_bytes(b"text/\xff.rs");
+    fs::write(place.path(name), "text").unwrap();
+    run("text --restart").refused(1, &["its name is not UTF-8"]);
+    fs::remove_file(place.path(name)).unwrap();
     // The folder of a model is nobody's to clear.
     fs::create_dir(place.path("model")).unwrap();
     fs::write(place.path("model/config.json"), "{}").unwrap();
