@@ -20,6 +20,7 @@ use tokenizers::pipeline::{EncodeOptions, Override, PipelineToken, PipelineToken
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
+use crate::guard::guarded;
 use chat::ChatTemplate;
 use neighbours::Neighbours;
 pub use stream::Stream;
@@ -67,8 +68,8 @@ impl Tokenizer {
             return Err(wrong("its vocabulary is empty".to_owned()));
         }
         let lengths = lengths::of(&config, &ids, vocab);
-        tokenizers::canonicalize_value(&mut config).map_err(|error| wrong(error.to_string()))?;
-        let pipeline = tokenizers::from_json(&config.to_string()).map_err(|error| wrong(error.to_string()))?;
+        in_crate(|| tokenizers::canonicalize_value(&mut config)).map_err(wrong)?;
+        let pipeline = in_crate(|| tokenizers::from_json(&config.to_string())).map_err(wrong)?;
         check_ids(&config, &pipeline, &ids, vocab).map_err(wrong)?;
         let neighbours = Neighbours::beside(&path)?;
         let template = &pipeline.get_post_processor().single;
@@ -162,7 +163,7 @@ impl Tokenizer {
             truncation: Override::Off,
         };
         let mut tokens = Vec::with_capacity(text.len() / 3);
-        let encoded = self.pipeline.encode_into(text, &options, &mut tokens);
+        let encoded = in_crate(|| self.pipeline.encode_into(text, &options, &mut tokens));
         encoded.map_err(|error| Error::bad(&self.path, format!("cannot tokenize a text: {error}")))?;
         Ok(tokens.into_iter().map(PipelineToken::id).collect())
     }
@@ -176,7 +177,7 @@ impl Tokenizer {
         if let Some(&token) = tokens.iter().find(|&&token| token as usize >= self.vocab) {
             return Err(self.outside(token));
         }
-        let decoded = self.pipeline.decode(tokens, !special);
+        let decoded = in_crate(|| self.pipeline.decode(tokens, !special));
         decoded.map_err(|error| Error::bad(&self.path, format!("cannot decode tokens: {error}")))
     }
 
@@ -190,6 +191,13 @@ impl Tokenizer {
     pub(crate) fn copy_into(&self, folder: &Path) -> Result<()> {
         neighbours::copy(&self.path, folder)
     }
+}
+
+/// Calls the crate `tokenizers`, which panics over some tokenizers that it has loaded.
+fn in_crate<T, E: std::fmt::Display>(
+    call: impl FnOnce() -> std::result::Result<T, E>,
+) -> std::result::Result<T, String> {
+    guarded(|| call().map_err(|error| error.to_string())).flatten()
 }
 
 /// More tokens than the largest vocabularies have, which are of about 900,000. Memory is taken for

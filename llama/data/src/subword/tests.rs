@@ -142,6 +142,16 @@ fn a_damaged_tokenizer_is_an_error_or_another_tokenizer_but_no_panic() {
     }
 }
 
+#[test]
+fn a_panic_of_the_crate_over_a_tokenizer_that_it_has_loaded_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = sentence_piece(folder.path());
+    let text = fs::read_to_string(&path).unwrap().replace(r#""stop":0"#, r#""stop":5"#);
+    fs::write(&path, text).unwrap();
+    let error = Tokenizer::load(&path).unwrap().decode(&[], true).unwrap_err().to_string();
+    assert!(error.starts_with(path.to_str().unwrap()) && error.contains("cannot decode tokens"), "{error}");
+}
+
 fn streamed(tokenizer: &Tokenizer, tokens: &[u32], special: bool) -> (Vec<String>, String) {
     let mut stream = tokenizer.stream(special);
     let pieces: Vec<String> = tokens.iter().map(|&token| stream.push(token).unwrap()).collect();
