@@ -160,7 +160,7 @@ fn models_and_numbers_that_cannot_be() {
                 &["--final-lr 0.2", "not read with --schedule constant", "leave it out"],
             ),
             ("--non-finite-limit 3", &["--non-finite-limit 3", "not read with --on-non-finite stop", "leave it out"]),
-            ("--shard zero-1 --gather copy", &["--gather copy", "--shard optimizer", "leave --gather out"]),
+            ("--shard zero-1 --gather window", &["--gather window", "--shard optimizer", "leave --gather out"]),
             (
                 "--shard nothing --mesh replicate=1,shard=2",
                 &["--mesh replicate=1,shard=2", "--shard nothing", "leave --mesh out"],

@@ -108,7 +108,7 @@ pub enum Error {
         problem: String,
     },
     /// The system starts no thread that reads.
-    #[error("no thread to read data with: {0}; lower the number of ranks or threads, or raise the limit on processes")]
+    #[error("no thread to read data with can be started: {}", pillion_collectives::limits::explain_thread(.0))]
     Thread(std::io::Error),
     /// A setting of `pillion tokenize`.
     #[error("{0}")]

@@ -293,9 +293,10 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<P
         ));
     }
     let sharded = settings.shard;
-    if let Some(gather) = settings.gather.filter(|_| !sharded.parameters) {
+    // Whole parameters are copied in any case.
+    if settings.gather == Some(Gather::Window) && !sharded.parameters {
         return fail(format!(
-            "--gather {gather} is how sharded parameters are read, but --shard {sharded} leaves them whole: leave --gather out"
+            "--gather window reads sharded parameters, but --shard {sharded} leaves them whole: leave --gather out"
         ));
     }
     if let Some(mesh) = settings.mesh.filter(|mesh| mesh.shard > 1 && sharded == Sharded::NOTHING) {
