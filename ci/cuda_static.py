@@ -168,8 +168,8 @@ def work_of(
 ) -> list[races.Work]:
     """All launches and mutants, or those that a short run has time for.
 
-    A short run removes barriers from one kernel of each family, because the others differ only in
-    types, and repeats only mutants that the table lists as flagged.
+    A short run takes one kernel of each family, because the others differ only in types, and repeats
+    only mutants that the table lists as flagged.
     """
     work = []
     seen = set()
@@ -184,10 +184,9 @@ def work_of(
             work.append(races.Work(kernel, family, mutants=races.all_mutants(kernel, family)))
             work.append(races.Work(also[name], family, f"{ALSO_VERIFIED}:"))
         else:
-            mutants = (
-                races.known_mutants(kernel, family, listed) if family.kernels not in seen else {}
-            )
-            work.append(races.Work(kernel, family, mutants=mutants))
+            if family.kernels not in seen:
+                mutants = races.known_mutants(kernel, family, listed)
+                work.append(races.Work(kernel, family, mutants=mutants))
         seen.add(family.kernels)
     return work
 
