@@ -1,11 +1,11 @@
 //! Causal grouped-query attention.
 
-use pillion_kernels::{AttentionShape, DType};
+use pillion_kernels::{AttentionShape, Buffer, DType, Documents};
 use proptest::prelude::*;
 
 use crate::bounded::{Bounded, dot, exact, max, sum, sum_of_products, to};
 use crate::common::{
-    Softmax, TYPES, Values, assert_certain, assert_gradient, assert_within, normals_as, rounded_as, run,
+    Softmax, Stage, TYPES, Values, assert_certain, assert_gradient, assert_within, normals_as, rounded_as, run,
 };
 use crate::devices;
 
@@ -214,27 +214,41 @@ fn from<T: Copy>(first: usize, queries: &[T], shape: AttentionShape) -> Vec<T> {
 /// [grad_q, grad_k, grad_v]
 fn backward_by_kernel(dtype: DType, grad_out: &[f32], qkv: [&[f32]; 3], shape: AttentionShape) -> [Values; 3] {
     run(|stage| {
-        let (mut out, mut log_sum) =
-            (stage.output_as(dtype, qkv[0].len()), stage.output(shape.batch * shape.heads * shape.seq));
-        let [mut grad_q, mut grad_k, mut grad_v] = qkv.map(|x| stage.output_as(dtype, x.len()));
-        let [q, k, v] = qkv.map(|x| stage.buffer_as(dtype, x));
-        let grad_out = stage.buffer_as(dtype, grad_out);
-        stage.kernels().attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, None);
-        stage.kernels().attention_backward(
-            grad_q.view_mut(),
-            grad_k.view_mut(),
-            grad_v.view_mut(),
-            grad_out.view(),
-            q.view(),
-            k.view(),
-            v.view(),
-            out.view(),
-            log_sum.view(),
-            shape,
-            None,
-        );
-        [grad_q, grad_k, grad_v]
+        let [_, _, gradients @ ..] = forward_and_backward(stage, dtype, grad_out, qkv, shape, None);
+        gradients
     })
+}
+
+/// What attention writes: out, logarithms of sums, and the gradients of queries, keys and values.
+pub(crate) fn forward_and_backward(
+    stage: &Stage,
+    dtype: DType,
+    grad_out: &[f32],
+    qkv: [&[f32]; 3],
+    shape: AttentionShape,
+    documents: Option<&Documents>,
+) -> [Buffer; 5] {
+    let mut out = stage.output_as(dtype, qkv[0].len());
+    let mut log_sum = stage.output(shape.batch * shape.heads * shape.seq);
+    let [mut grad_q, mut grad_k, mut grad_v] = qkv.map(|x| stage.output_as(dtype, x.len()));
+    let [q, k, v] = qkv.map(|x| stage.buffer_as(dtype, x));
+    let grad_out = stage.buffer_as(dtype, grad_out);
+    let kernels = stage.kernels();
+    kernels.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, documents);
+    kernels.attention_backward(
+        grad_q.view_mut(),
+        grad_k.view_mut(),
+        grad_v.view_mut(),
+        grad_out.view(),
+        q.view(),
+        k.view(),
+        v.view(),
+        out.view(),
+        log_sum.view(),
+        shape,
+        documents,
+    );
+    [out, log_sum, grad_q, grad_k, grad_v]
 }
 
 pub(crate) fn inputs(dtype: DType, shape: AttentionShape) -> [Vec<f32>; 3] {

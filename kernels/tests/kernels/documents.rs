@@ -6,7 +6,7 @@ use std::ops::Range;
 use pillion_kernels::{AttentionShape, Buffer, DType, Documents};
 use proptest::prelude::*;
 
-use crate::attention::{backward, forward, inputs, queries, shape};
+use crate::attention::{backward, forward, forward_and_backward, inputs, queries, shape};
 use crate::bounded::{Bounded, exact};
 use crate::common::{Stage, TYPES, Values, assert_within, normals_as, run};
 
@@ -56,27 +56,8 @@ impl Tensors {
         shape: AttentionShape,
         documents: Option<&Documents>,
     ) -> [Buffer; 5] {
-        let mut out = stage.output_as(dtype, queries(shape));
-        let mut log_sum = stage.output(shape.batch * shape.heads * shape.seq);
-        let [mut grad_q, mut grad_k, mut grad_v] = self.qkv.each_ref().map(|x| stage.output_as(dtype, x.len()));
-        let [q, k, v] = self.qkv.each_ref().map(|x| stage.buffer_as(dtype, x));
-        let grad_out = stage.buffer_as(dtype, &self.grad_out);
-        let kernels = stage.kernels();
-        kernels.attention(out.view_mut(), log_sum.view_mut(), q.view(), k.view(), v.view(), shape, documents);
-        kernels.attention_backward(
-            grad_q.view_mut(),
-            grad_k.view_mut(),
-            grad_v.view_mut(),
-            grad_out.view(),
-            q.view(),
-            k.view(),
-            v.view(),
-            out.view(),
-            log_sum.view(),
-            shape,
-            documents,
-        );
-        [out, log_sum, grad_q, grad_k, grad_v]
+        let qkv = self.qkv.each_ref().map(Vec::as_slice);
+        forward_and_backward(stage, dtype, &self.grad_out, qkv, shape, documents)
     }
 
     /// What f64 makes of a sequence, in the order of [`NAMES`].

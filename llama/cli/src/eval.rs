@@ -16,7 +16,7 @@ use crate::models;
 use crate::settings::{DeviceKind, EvalArgs};
 use crate::text::Vocabulary;
 use crate::train::source::{self, ToEvaluate};
-use crate::train::{on_rank_zero, stopping};
+use crate::train::{on_rank_zero, stopping, tokenizers};
 use crate::{Error, print_result};
 
 /// Ranks that nobody else has started.
@@ -78,8 +78,8 @@ fn on_rank(
     let document_attention = origin.document_attention();
     let vocabulary = Vocabulary::of(checkpoint, &origin).ok();
     let windows = Windows::open(&found, settings.split, seq, model.vocab_size, document_attention)?;
-    if let Some(Vocabulary::Subwords(tokenizer)) = &vocabulary {
-        source::check_made_by(&found.parts, tokenizer)?;
+    if let (Windows::Of(dataset, _), Some(Vocabulary::Subwords(tokenizer))) = (&windows, &vocabulary) {
+        tokenizers::check_made_by(dataset, tokenizer)?;
     }
     let available = windows.len();
     let samples = settings.samples.unwrap_or(available).min(available);
@@ -183,7 +183,8 @@ impl Windows {
             let set = set.map_err(|error| match error {
                 // Its path is that of a temporary folder.
                 pillion_data::Error::TooShort { tokens, .. } => Error::Setting(format!(
-                    "the text in --data has {tokens} tokens, but a sample needs {}: give a longer text, or a lower --seq",
+                    "the text in --data has {tokens} tokens, but a sample needs {}: give a longer text, or a \
+                     lower --seq",
                     seq + 1
                 )),
                 error => error.into(),

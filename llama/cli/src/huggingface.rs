@@ -13,6 +13,7 @@ use crate::models::{self, Companion, Origin, TOKENIZER};
 use crate::run_folder::{self, RunFolder};
 use crate::settings::{ExportArgs, ImportArgs, dtype};
 use crate::signals::{self, Second};
+use crate::text::Vocabulary;
 use crate::train::{bytes, grouped, on_terminal, stopping};
 use crate::{Error, print_result};
 
@@ -70,9 +71,7 @@ fn interrupted(error: huggingface::Error) -> Result<i32, Error> {
 
 /// Sets an earlier run aside, and gives an imported checkpoint its place, which is returned.
 fn put_in_place(folder: &RunFolder, files: &[Companion], imported: &Path, out: &Path) -> Result<PathBuf, Error> {
-    if let Some(aside) = folder.set_aside(None, false)? {
-        crate::print(format_args!("the earlier run in {} is now {}", out.display(), aside.display()));
-    }
+    folder.set_aside(None, false)?;
     // The checkpoint counts once it is there, so what goes with it comes first.
     models::keep(files, out)?;
     let checkpoints = run_folder::checkpoints(out);
@@ -173,13 +172,11 @@ fn ends(checkpoint: &Checkpoint, origin: &Origin) -> Result<[Option<u32>; 2], Er
     if origin.has_bytes() {
         return Ok([Some(u32::from(tokenizer::END)); 2]);
     }
-    let Some(run) = run_folder::of_checkpoint(&checkpoint.path) else { return Ok([None; 2]) };
-    let path = run_folder::huggingface(&run).join(TOKENIZER);
-    if !path.exists() {
-        return Ok([None; 2]);
+    let run = run_folder::of_checkpoint(&checkpoint.path);
+    match run.map(|run| Vocabulary::in_run(&run, false)).transpose()?.flatten() {
+        Some(Vocabulary::Subwords(tokenizer)) => Ok([tokenizer.begin_of_sequence(), tokenizer.end_of_sequence()]),
+        _ => Ok([None; 2]),
     }
-    let tokenizer = Tokenizer::load(&path)?;
-    Ok([tokenizer.begin_of_sequence(), tokenizer.end_of_sequence()])
 }
 
 /// What a configuration says besides the shape, of a model that began here.

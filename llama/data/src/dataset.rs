@@ -284,8 +284,8 @@ pub(crate) fn check_documents(tokens: &Tokens) -> Result<()> {
 }
 
 fn no_documents(tokens: &Tokens) -> Error {
-    let problem = "does not say where documents begin, as a model with --document-attention needs: give text, or tokens \
-                   of `pillion tokenize`";
+    let problem = "does not say where documents begin, as a model with --document-attention needs: give text, or \
+                   tokens of `pillion tokenize`";
     Error::bad(tokens.path(), problem)
 }
 

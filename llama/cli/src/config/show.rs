@@ -34,8 +34,8 @@ pub(crate) fn show(args: &ShowArgs) -> Result<i32, Error> {
 pub(super) fn text(args: &ShowArgs, checked: &Checked) -> String {
     let ranks = if checked.world == 1 { "1 rank".to_owned() } else { format!("{} ranks", checked.world) };
     let mut text = comment(&format!(
-        "The settings of `pillion train` on {ranks}, as `pillion train --config FILE` reads them. A line that begins with `#` \
-         and a key is a setting that is not given, with what the run does without it, or in <> the kind of its value."
+        "The settings of `pillion train` on {ranks}, as `pillion train --config FILE` reads them. A line that \
+         begins with `#` and a key is a setting that is not given, with what the run does without it, or in <> the kind of its value."
     ));
     let (command, derived) = (train_command(), derived(&args.settings, checked));
     for argument in command.get_arguments() {

@@ -3,7 +3,7 @@
 use pillion_collectives::{Backend, Launch, WireKind};
 
 use super::recipe::Recipe;
-use super::{DEFAULT_RANKS, gpu, source, unread};
+use super::{DEFAULT_RANKS, gpu, parts, unread};
 use crate::Error;
 use crate::controller::by_flag;
 use crate::jobs::{self, MOST_RANKS};
@@ -42,7 +42,7 @@ pub(crate) fn check(settings: &TrainArgs, ranks: Option<u32>) -> Result<Checked,
     }
     if settings.model.base.is_none() && settings.model.vocab_size.is_none() {
         // What is not there yet is found out by the run.
-        settings.model.vocab_size = source::vocabulary(&settings.data).ok().flatten();
+        settings.model.vocab_size = parts::vocabulary(&settings.data).ok().flatten();
     }
     let recipe = Recipe::new(&settings, world)?;
     recipe.controller.check_growth().map_err(by_flag)?;

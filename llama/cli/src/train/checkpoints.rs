@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::evaluation::ValidationData;
+use super::parts::Part;
 use super::recipe::Recipe;
-use super::source::Part;
 use crate::settings::{OnNonFinite, TrainArgs};
 use crate::{Error, run_folder};
 

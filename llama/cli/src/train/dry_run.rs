@@ -57,8 +57,8 @@ impl Run<'_> {
         let lines = laps.iter().map(|(name, took)| format!("\n {name:<24} {:>8.2} s", took.as_secs_f64()));
         let all: Duration = laps.iter().map(|(_, took)| *took).sum();
         let text = format!(
-            "\ndry run: no step was made, and nothing was saved{}\n {:<24} {:>8.2} s\n validation loss {:.4}\n memory {} of the \
-             rank that uses most, before its first step",
+            "\ndry run: no step was made, and nothing was saved{}\n {:<24} {:>8.2} s\n validation loss {:.4}\n memory {} \
+             of the rank that uses most, before its first step",
             lines.collect::<String>(),
             "in all",
             all.as_secs_f64(),

@@ -10,8 +10,9 @@ use pillion_llama::model::Model;
 use pillion_runtime::Engine;
 use serde::{Deserialize, Serialize};
 
+use super::parts::{absolute, holds_tokens};
 use super::recipe::Recipe;
-use super::source::{self, absolute};
+use super::{source, tokenizers};
 use crate::{Error, run_folder};
 
 /// Data to validate on besides those of `--data`.
@@ -91,7 +92,7 @@ pub(super) fn find(
         if found.iter().any(|other| other.name == *name) {
             return Err(Error::Setting(format!("--validation-data has {name} twice: name one of them NAME=PATH")));
         }
-        let is_text = !source::holds_tokens(path);
+        let is_text = !holds_tokens(path);
         if path == Path::new(synthetic::NAME) || (is_text && !of_bytes) {
             let what = if of_bytes { "random tokens" } else { "text, but the run's tokens are no bytes of text" };
             return Err(Error::Setting(format!(
@@ -121,7 +122,7 @@ fn find_one(
         false => (*all, absolute(path)),
     };
     let tokens = Tokens::open(&path, None)?;
-    source::check_same_tokenizer(dataset, &tokens)?;
+    tokenizers::check_same_tokenizer(dataset, &tokens)?;
     let fingerprint = source::hex(tokens.fingerprint()?);
     let opened = ValidationSet::open(tokens, all, recipe.seq, recipe.model.vocab_size)?;
     if recipe.document_attention {

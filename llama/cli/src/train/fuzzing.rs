@@ -44,7 +44,7 @@ pub mod options {
 
     use super::super::evaluation::ValidationData;
     use super::super::groups::{Group, Grouped};
-    use super::super::source::{SHARE, part};
+    use super::super::parts::{SHARE, part};
     use crate::controller::stage;
     use crate::plan::quantity::{bandwidth, duration, size, speed};
     use crate::settings::{address, mesh, save_memory};

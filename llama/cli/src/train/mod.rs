@@ -19,6 +19,7 @@ mod measure;
 mod metrics;
 mod non_finite;
 mod outputs;
+mod parts;
 mod plan_table;
 mod progress;
 pub(crate) mod recipe;
@@ -33,6 +34,7 @@ mod start;
 mod statistics;
 mod step;
 mod timeline;
+pub(crate) mod tokenizers;
 mod unit_noise;
 mod unread;
 

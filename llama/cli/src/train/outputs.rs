@@ -9,8 +9,9 @@ use super::events::Events;
 use super::metrics::Metrics;
 use super::progress::Counters;
 use super::screen::Screen;
-use super::source::{self, fingerprint};
+use super::source::fingerprint;
 use super::start::Start;
+use super::tokenizers;
 use crate::Error;
 use crate::models::{self, TOKENIZER};
 use crate::plan::Setup;
@@ -55,16 +56,13 @@ impl Output {
             Some(whole) => models::companions(&whole.checkpoint().path)?,
             None => Vec::new(),
         };
-        if let Some((_, files)) = source::folders_tokenizer(dataset)?
+        if let Some(files) = tokenizers::files_of(dataset)?
             && !companions.iter().any(|(name, _)| name == TOKENIZER)
         {
             companions.extend(files);
         }
         let newest = progress.newest.as_ref().map(|saved| saved.path.as_path());
-        if let Some(aside) = folder.set_aside(newest, settings.trace)? {
-            let (out, aside) = (start.out.display(), aside.display());
-            crate::print(format_args!("the earlier run in {out} is now {aside}"));
-        }
+        folder.set_aside(newest, settings.trace)?;
         checkpoints::tidy(&start.out, newest)?;
         models::keep(&companions, &start.out)?;
         let steps = settings.steps.map(|steps| steps.saturating_sub(progress.step));

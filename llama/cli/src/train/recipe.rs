@@ -302,7 +302,8 @@ pub(crate) fn policy(settings: &PolicyArgs, clip: f64, world: usize) -> Result<P
     if let Some(mesh) = settings.mesh.filter(|mesh| mesh.shard > 1 && sharded == Sharded::NOTHING) {
         let Mesh { replicate, shard } = mesh;
         return fail(format!(
-            "--mesh replicate={replicate},shard={shard} divides what is sharded, but --shard nothing leaves all whole: leave --mesh out"
+            "--mesh replicate={replicate},shard={shard} divides what is sharded, but --shard nothing leaves all whole: \
+             leave --mesh out"
         ));
     }
     let policy = Policy {

@@ -3,18 +3,14 @@
 
 use std::path::{Path, PathBuf};
 
-use pillion_data::{
-    Append, Dataset, Prepared, Split, Summary, TokenFile, Tokenizer, Tokens, is_token_folder, mixture, synthetic,
-    tokenizer,
-};
-use pillion_llama::huggingface::CONFIG;
+use pillion_data::{Append, Dataset, Prepared, Split, Summary, TokenFile, Tokens, synthetic, tokenizer};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::checkpoints::Progress;
+use super::parts::{Part, Wanted, absolute};
 use super::recipe::Recipe;
-use crate::models::{self, Companion, Origin, TOKENIZER};
+use crate::models::Origin;
 use crate::settings::TrainArgs;
 use crate::text::Vocabulary;
 use crate::{Error, run_folder};
@@ -28,13 +24,6 @@ pub(super) struct Source {
     pub(super) text: Option<PathBuf>,
     /// What to print of it.
     pub(super) said: Vec<String>,
-}
-
-/// Tokens, and their weight in the mixture.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Part {
-    pub(crate) path: PathBuf,
-    pub(crate) weight: u32,
 }
 
 /// Opens the tokens of a run, of which headers and indices alone are read.
@@ -73,85 +62,6 @@ pub(super) fn fingerprint(dataset: &Dataset) -> Result<String, Error> {
 
 pub(super) fn hex(fingerprint: u64) -> String {
     format!("{fingerprint:016x}")
-}
-
-/// What `--data` asks for.
-enum Wanted {
-    /// The default text.
-    Default,
-    /// Text, or random tokens.
-    Text(PathBuf),
-    /// Files or folders of tokens.
-    Tokens(Vec<Part>),
-}
-
-impl Wanted {
-    fn of(data: &[String]) -> Result<Wanted, Error> {
-        let fail = |message: String| Err(Error::Setting(message));
-        let parts = data.iter().map(|data| part(data)).collect::<Result<Vec<_>, _>>()?;
-        match &parts[..] {
-            [] => Ok(Wanted::Default),
-            [(path, None)] if !holds_tokens(path) => Ok(Wanted::Text(path.clone())),
-            _ => {
-                if let Some((path, _)) = parts.iter().find(|(path, _)| !holds_tokens(path)) {
-                    let path = path.display();
-                    return fail(format!(
-                        "--data {path} is text, and a mixture is of tokens: make them with `pillion tokenize`"
-                    ));
-                }
-                if parts.len() > 1
-                    && let Some((path, _)) = parts.iter().find(|(_, share)| share.is_none())
-                {
-                    return fail(format!("--data {0} has no share: write {0}:0.5, say", path.display()));
-                }
-                let shares: Vec<u64> = parts.iter().map(|(_, share)| share.unwrap_or(SHARE)).collect();
-                let parts = parts.into_iter().zip(weights(&shares)?);
-                Ok(Wanted::Tokens(parts.map(|((path, _), weight)| Part { path: absolute(&path), weight }).collect()))
-            }
-        }
-    }
-}
-
-/// A share of 1, in the unit of shares.
-pub(super) const SHARE: u64 = 10_000;
-
-/// A path, and its share in units of 1/[`SHARE`]. A path that has a colon itself may stand alone.
-pub(super) fn part(data: &str) -> Result<(PathBuf, Option<u64>), Error> {
-    let whole = || (PathBuf::from(data), None);
-    if Path::new(data).exists() {
-        return Ok(whole());
-    }
-    let Some((path, share)) = data.rsplit_once(':').filter(|(_, share)| share.parse::<f64>().is_ok()) else {
-        return Ok(whole());
-    };
-    let number: f64 = share.parse().expect("it has just been parsed");
-    let units = (number * SHARE as f64).round();
-    if !(1.0..=1e9).contains(&units) || (units - number * SHARE as f64).abs() > 1e-6 {
-        let message = format!("--data {data}: the share {share} must be above 0, and have at most four decimals");
-        return Err(Error::Setting(message));
-    }
-    Ok((PathBuf::from(path), Some(units as u64)))
-}
-
-/// The weights of shares: the smallest whole numbers in their proportions.
-fn weights(shares: &[u64]) -> Result<Vec<u32>, Error> {
-    let divisor = shares.iter().copied().fold(0, gcd);
-    let weights: Vec<u64> = shares.iter().map(|share| share / divisor).collect();
-    if weights.iter().sum::<u64>() > u64::from(mixture::LONGEST) {
-        let message = "the shares of --data have too many different digits: round them".to_owned();
-        return Err(Error::Setting(message));
-    }
-    Ok(weights.into_iter().map(|weight| weight as u32).collect())
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
-/// Whether a path is of tokens, by what it is called or has in it.
-pub(super) fn holds_tokens(path: &Path) -> bool {
-    let ending = path.extension().and_then(|ending| ending.to_str());
-    is_token_folder(path) || (path.is_file() && ["bin", "idx", "tokens"].iter().any(|known| ending == Some(known)))
 }
 
 /// What a model is evaluated on.
@@ -213,108 +123,6 @@ pub(crate) fn to_evaluate(
         }
     };
     Ok(ToEvaluate { parts: vec![Part { path, weight: 1 }], is_text })
-}
-
-/// Tokens that the vocabulary of token files and folders has, where they say so.
-///
-/// # Errors
-/// When one cannot be opened.
-pub(super) fn vocabulary(data: &[String]) -> Result<Option<usize>, Error> {
-    let Wanted::Tokens(parts) = Wanted::of(data)? else { return Ok(None) };
-    let known = parts.iter().map(|part| Ok(Tokens::open(&part.path, None)?.vocab()));
-    let known = known.collect::<Result<Vec<_>, Error>>()?;
-    Ok(known.into_iter().flatten().max())
-}
-
-/// The tokenizer that the tokens of token folders were made with: its checksum, and the files that
-/// go with it.
-///
-/// # Errors
-/// When there are several tokenizers, or a file cannot be read.
-pub(super) fn folders_tokenizer(dataset: &Dataset) -> Result<Option<(String, Vec<Companion>)>, Error> {
-    let folders = dataset.sources().filter_map(|tokens| match tokens {
-        Tokens::Folder(folder) => Some((folder.path(), &folder.index().tokenizer.xxh3)),
-        _ => None,
-    });
-    let folders: Vec<_> = folders.collect();
-    let Some((first, checksum)) = folders.first() else { return Ok(None) };
-    if let Some((other, _)) = folders.iter().find(|(_, other)| other != checksum) {
-        return Err(Error::Setting(format!(
-            "{} and {} were made with different tokenizers: make one of them again with the other's",
-            first.display(),
-            other.display()
-        )));
-    }
-    let mut files = models::files_in(first)?;
-    files.retain(|(name, _)| name != CONFIG);
-    Ok(Some(((*checksum).clone(), files)))
-}
-
-/// Checks that token folders were made with this tokenizer.
-///
-/// # Errors
-/// When one was made with another.
-pub(crate) fn check_made_by(parts: &[Part], tokenizer: &Tokenizer) -> Result<(), Error> {
-    for part in parts {
-        if let Tokens::Folder(folder) = Tokens::open(&part.path, None)?
-            && folder.index().tokenizer.xxh3 != hex(tokenizer.hash())
-        {
-            let path = part.path.display();
-            return Err(Error::Setting(format!(
-                "--data {path} was made with another tokenizer than the model's: make it with `pillion tokenize --tokenizer` \
-                 and the model's"
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// Checks that tokens to validate on, of which a folder says what made them, are of the kind that a
-/// run learns from.
-///
-/// # Errors
-/// When they are another tokenizer's.
-pub(super) fn check_same_tokenizer(dataset: &Dataset, tokens: &Tokens) -> Result<(), Error> {
-    let Tokens::Folder(folder) = tokens else { return Ok(()) };
-    let of_bytes = || {
-        let mut files = tokenizer::huggingface_files().into_iter();
-        files.find(|(name, _)| *name == TOKENIZER).map(|(_, text)| hex(xxh3_64(text.as_bytes())))
-    };
-    let of_run = match folders_tokenizer(dataset)? {
-        Some((checksum, _)) => Some(checksum),
-        None if dataset.bytes().is_some() => of_bytes(),
-        None => None,
-    };
-    if of_run.is_none_or(|checksum| checksum == folder.index().tokenizer.xxh3) {
-        return Ok(());
-    }
-    let path = folder.path().display();
-    Err(Error::Setting(format!(
-        "--validation-data {path} was made with another tokenizer than the run's tokens: make it with theirs"
-    )))
-}
-
-/// Checks that the model that a run begins with, which has these files, was made for the run's
-/// tokens.
-///
-/// # Errors
-/// When it has another tokenizer, or learns text by a tokenizer while the run's tokens are bytes.
-pub(super) fn check_tokenizer(dataset: &Dataset, model: &[Companion]) -> Result<(), Error> {
-    let Some((_, of_model)) = model.iter().find(|(name, _)| name == TOKENIZER) else { return Ok(()) };
-    let of_bytes = tokenizer::huggingface_files().into_iter().find(|(name, _)| *name == TOKENIZER);
-    let is_of_bytes = of_bytes.is_some_and(|(_, text)| text.as_bytes() == of_model);
-    let remedy = "make tokens with `pillion tokenize --tokenizer` and the model's";
-    if dataset.bytes().is_some_and(|tokens| !tokens.is_synthetic()) && !is_of_bytes {
-        let reason = "of the text in --data each byte would be a token, but the model in --from has a tokenizer";
-        return Err(Error::Setting(format!("{reason}: {remedy}")));
-    }
-    match folders_tokenizer(dataset)? {
-        Some((tokens, _)) if tokens != hex(xxh3_64(of_model)) => {
-            let reason = "--data was made with another tokenizer than that of the model in --from";
-            Err(Error::Setting(format!("{reason}: {remedy}")))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Of a run that begins in the folder `out`.
@@ -498,28 +306,4 @@ fn own(out: &Path, checkpoint: &Path, saved: &Progress) -> Result<Option<TokenFi
     }
     let Some(elsewhere) = pillion_data::find(fingerprint, &folders.collect::<Vec<_>>())? else { return Ok(None) };
     Ok(Some(elsewhere.copy_into(&here)?))
-}
-
-/// A path that means the same from everywhere.
-pub(super) fn absolute(path: &Path) -> PathBuf {
-    path.canonicalize().or_else(|_| std::path::absolute(path)).unwrap_or(path.to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_are_read_exactly_and_become_the_smallest_weights() {
-        let share = |data: &str| part(data).unwrap();
-        assert_eq!(share("a:0.7"), (PathBuf::from("a"), Some(7000)));
-        assert_eq!(share("a:2"), (PathBuf::from("a"), Some(20_000)));
-        assert_eq!(share("a:b"), (PathBuf::from("a:b"), None));
-        assert_eq!(weights(&[7000, 3000]).unwrap(), [7, 3]);
-        assert_eq!(weights(&[10_000]).unwrap(), [1]);
-        for wrong in ["a:0", "a:-1", "a:0.00001", "a:nan", "a:inf"] {
-            assert!(part(wrong).unwrap_err().to_string().contains("the share"), "{wrong}");
-        }
-        assert!(weights(&[9_999, 10_000, 99_991_000]).is_err());
-    }
 }

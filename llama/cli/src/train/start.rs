@@ -11,10 +11,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoints::{self, Candidates, Habits};
+use super::parts::{self, Part};
 use super::plan_table::bytes;
 use super::recipe::{self, Recipe};
-use super::source::Part;
-use super::{evaluation, resume, source};
+use super::{evaluation, resume, source, tokenizers};
 use crate::Error;
 use crate::controller::by_flag;
 use crate::models::{self, Origin};
@@ -146,7 +146,7 @@ impl<'s> Search<'s> {
             self.said.push(format!("beginning with the weights of {}", checkpoint.path.display()));
         }
         if settings.model.base.is_none() && settings.model.vocab_size.is_none() {
-            settings.model.vocab_size = source::vocabulary(&settings.data)?;
+            settings.model.vocab_size = parts::vocabulary(&settings.data)?;
         }
         let (world, launch) = (self.launch.world, self.launch);
         let recipe = Recipe::new(&settings, world)?;
@@ -179,9 +179,9 @@ impl<'s> Search<'s> {
         };
         let dataset = source::open(&source.parts, &recipe)?;
         if let Some(checkpoint) = &from {
-            source::check_tokenizer(&dataset, &models::companions(&checkpoint.path)?)?;
+            tokenizers::check_tokenizer(&dataset, &models::companions(&checkpoint.path)?)?;
         }
-        source::folders_tokenizer(&dataset)?;
+        tokenizers::one_of(&dataset)?;
         let validation_samples = validation_samples(&settings, &recipe, &dataset)?;
         let (sets, most) = (&settings.validation_data, settings.validation_samples);
         let validation_sets = evaluation::find(sets, most, &recipe, &dataset, &out)?;
@@ -267,8 +267,8 @@ fn validation_samples(settings: &TrainArgs, recipe: &Recipe, dataset: &Dataset) 
         return Ok(0);
     }
     if available == 0 {
-        let reason = "the data has no sample to validate on: give a token folder with more --validation, a mixture with \
-                      one, or --validation-data; files of other programs have none";
+        let reason = "the data has no sample to validate on: give a token folder with more --validation, a mixture \
+                      with one, or --validation-data; files of other programs have none";
         return Err(Error::Setting(reason.to_owned()));
     }
     if samples == 0 {
