@@ -140,7 +140,8 @@ fn rotate(x: &mut [f64], config: &Config, seq: usize, heads: usize) {
     }
 }
 
-/// softmax(q·kᵀ/√D)·v over the tokens from each one's start up to its own. `q: [B, T, H, D]`, `k, v: [B, T, K, D]`.
+/// softmax(q·kᵀ/√D)·v over the tokens from each one's start up to its own. `q: [B, T, H, D]`,
+/// `k, v: [B, T, K, D]`.
 fn attention(
     q: &[f64],
     k: &[f64],

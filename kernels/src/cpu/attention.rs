@@ -8,7 +8,8 @@
 //! ∂V += Pᵀ·∂O, ∂P = ∂O·Vᵀ, ∂S = P∘(∂P − rowsum(∂O∘O)), ∂Q = ∂S·K/√D, ∂K += ∂Sᵀ·Q/√D.
 //!
 //! Query heads that share keys and values are one task, so keys and values are packed once, and a thread alone adds to their gradients.
-//! A task computes a sequence or, with documents, a document. So a document's numbers do not depend on the others.
+//! A task computes a sequence or, with documents, a document. So a document's numbers do not depend
+//! on the others.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;

@@ -33,7 +33,7 @@ pub(crate) fn check(settings: &TrainArgs, ranks: Option<u32>) -> Result<Checked,
     };
     options.check(&Launch { world, local_world: world, ..Launch::single() })?;
     if settings.resume.is_some() {
-        unread::check_given(settings)?;
+        unread::check(settings, false)?;
         return Ok(Checked { world, recipe: None });
     }
     let mut settings = settings.clone();

@@ -78,7 +78,7 @@ impl Recipe {
     /// # Errors
     /// Names the flag and the remedy.
     pub(crate) fn new(settings: &TrainArgs, world: usize) -> Result<Recipe, Error> {
-        unread::check(settings)?;
+        unread::check(settings, true)?;
         let model = settings.model.config().map_err(|error| Error::Setting(error.to_string()))?;
         range("--clip", settings.clip, 0.0, f64::MAX)?;
         let policy = policy(&settings.policy, settings.clip, world)?;

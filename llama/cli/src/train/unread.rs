@@ -9,25 +9,15 @@ use crate::settings::{COOLDOWN, FINAL_LR, NON_FINITE_LIMIT, OnNonFinite, TrainAr
 
 /// Refuses a setting that was given, that has another value than its default, and that nothing
 /// would read. A default may be given, because a file of `pillion config show` has all of them; what
-/// was not given may be the checkpoint's of a resumed run.
+/// was not given may be the checkpoint's of a resumed run. Where that checkpoint is not known, as
+/// `knows_all` says, settings are compared that were both given.
 ///
 /// # Errors
 /// [`Error::Setting`] with both flags and the remedy.
-pub(super) fn check(settings: &TrainArgs) -> Result<(), Error> {
+pub(super) fn check(settings: &TrainArgs, knows_all: bool) -> Result<(), Error> {
     let is_given = |flag: &str| settings.given.contains(flag);
-    match unread(settings).into_iter().find(|(flag, ..)| is_given(flag)) {
-        Some((flag, _, reason)) => Err(Error::Setting(format!("--{flag} {reason}"))),
-        None => Ok(()),
-    }
-}
-
-/// The same of a run that goes on, whose checkpoint is not known: of settings that were both given.
-///
-/// # Errors
-/// As for [`check`].
-pub(super) fn check_given(settings: &TrainArgs) -> Result<(), Error> {
-    let is_given = |flag: &str| settings.given.contains(flag);
-    match unread(settings).into_iter().find(|(flag, other, _)| is_given(flag) && is_given(other)) {
+    let is_refused = |flag: &str, other: &str| is_given(flag) && (knows_all || is_given(other));
+    match unread(settings).into_iter().find(|(flag, other, _)| is_refused(flag, other)) {
         Some((flag, _, reason)) => Err(Error::Setting(format!("--{flag} {reason}"))),
         None => Ok(()),
     }
